@@ -1,0 +1,1 @@
+"""Text in, checksummed WebDataset token shards out. No torch here."""

@@ -1,0 +1,1 @@
+"""Engines: how a model is spread over devices and stepped. ``base.py`` holds the protocol."""
