@@ -1,1 +1,23 @@
 """Engines: how a model is spread over devices and stepped. ``base.py`` holds the protocol."""
+
+from collections.abc import Callable
+
+from dnt_scale.config import RunConfig
+from dnt_scale.engine.base import Engine
+from dnt_scale.model import DNT
+from dnt_scale.ranks import Ranks
+
+
+def build(config: RunConfig, model_fn: Callable[[], DNT], ranks: Ranks, total_steps: int) -> Engine:
+    """The engine that ``config.engine`` names, with initial weights and its optimizer allocated.
+
+    Args:
+        model_fn: makes the unsharded model; the engine decides on which device.
+        total_steps: optimizer steps of the whole run, for the learning-rate schedule.
+
+    Raises:
+        ValueError: an optimizer group or schedule that does not fit the model or the run.
+    """
+    from dnt_scale.engine import fsdp
+
+    return fsdp.build(config, model_fn, ranks, total_steps)

@@ -1,0 +1,190 @@
+"""The ``dnt`` command: a thin door to each room. Each command imports only what it uses.
+
+The one file that reaches into every room; everywhere else imports go one way (docs/design.md).
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+TRAIN_HELP = """\
+Overrides choose files of configs/ (group=name) and change values (key=value), for example:
+
+  dnt train run.name=first data.path=data/mine
+  dnt train preset=demo
+  dnt train model=dnt_774m optim=msgdw optim.lr=1.0 train.global_batch=480 run.name=large data.path=data/mine
+  torchrun --nproc-per-node 8 -m dnt_scale.train model=dnt_1.4b run.name=xl data.path=data/mine
+
+Groups: model (dnt_nano, dnt_124m, dnt_774m, dnt_1.4b and gpt_ twins), optim (msgdw, msgdw_r, adamw), engine (fsdp),
+tracking, preset. `dnt train --print-config ...` shows every key with its value. Running the same command again
+resumes the run; Ctrl-C writes a checkpoint and stops. Exit status: 0 complete, 2 error, 130/143 stopped.
+"""
+
+DATA_HELP = """\
+A set is a folder: manifest.json, tokenizer.model, and WebDataset tars {train,val}-000000.tar of token rows.
+
+  dnt data prepare books/ notes.md 'dumps/*.jsonl.zst' --out data/mine
+  dnt data verify data/mine
+  dnt data info data/mine
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns the exit status: 2 with one clear line on stderr for what a user can mend."""
+    options = parser().parse_args(arguments)
+    try:
+        return int(options.run(options))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def parser() -> argparse.ArgumentParser:
+    root = argparse.ArgumentParser(
+        prog="dnt", description="Pretrain Deeply Normalized Transformers with momentum SGD: text, shards, runs."
+    )
+    commands = root.add_subparsers(required=True, metavar="COMMAND")
+    raw = argparse.RawDescriptionHelpFormatter
+
+    data = commands.add_parser(
+        "data", help="turn text into token shards, check them", epilog=DATA_HELP, formatter_class=raw
+    )
+    data_commands = data.add_subparsers(required=True, metavar="COMMAND")
+    prepare = data_commands.add_parser(
+        "prepare", help="text files, folders and globs to a set", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    prepare.add_argument(
+        "inputs", nargs="+", metavar="INPUT", help=".txt .md .py .jsonl(.gz .zst) files, folders, globs"
+    )
+    prepare.add_argument("--out", required=True, type=Path, help="folder of the new set")
+    prepare.add_argument("--tokenizer", type=Path, help="use this SentencePiece model instead of training one")
+    prepare.add_argument("--vocab-size", type=int, default=16384, help="pieces of the trained tokenizer")
+    prepare.add_argument("--kind", choices=["bpe", "unigram"], default="bpe", help="kind of the trained tokenizer")
+    prepare.add_argument("--seq-len", type=int, default=1024, help="predicted tokens in a row")
+    prepare.add_argument("--val-fraction", type=float, default=0.005, help="share of the documents held out")
+    prepare.add_argument("--workers", type=int, help="processes (default: one a CPU); the result is the same")
+    prepare.set_defaults(run=data_prepare)
+    verify = data_commands.add_parser("verify", help="re-read every byte of a set against its manifest")
+    verify.add_argument("folder", type=Path)
+    verify.set_defaults(run=data_verify)
+    info = data_commands.add_parser("info", help="print what a set holds")
+    info.add_argument("folder", type=Path)
+    info.set_defaults(run=data_info)
+
+    train = commands.add_parser("train", help="train a model, or resume it", epilog=TRAIN_HELP, formatter_class=raw)
+    train.add_argument("--print-config", action="store_true", help="show the resolved run and stop")
+    train.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    train.set_defaults(run=run_train)
+
+    generate = commands.add_parser(
+        "generate", help="sample text from a run", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    generate.add_argument("folder", type=Path, metavar="RUN", help="run folder, for example runs/demo")
+    generate.add_argument("--prompt", default="", help="text to go on from")
+    generate.add_argument("--tokens", type=int, default=200, help="tokens to sample, at most")
+    generate.add_argument("--temperature", type=float, default=0.8, help="0: always the most likely token")
+    generate.add_argument("--top-k", type=int, default=50, help="sample from the k most likely tokens; 0: from all")
+    generate.add_argument("--seed", type=int, default=0, help="the same seed gives the same text")
+    generate.add_argument("--data", type=Path, help="set with the tokenizer, if it has moved since training")
+    generate.set_defaults(run=run_generate)
+
+    evaluate = commands.add_parser("eval", help="measure a run's newest checkpoint on held-out rows")
+    evaluate.add_argument("folder", type=Path, metavar="RUN", help="run folder, for example runs/demo")
+    evaluate.add_argument("--data", type=Path, help="another set with the same tokenizer (default: the run's own)")
+    evaluate.add_argument("--rows", type=int, help="validation rows to use, at most (default: all)")
+    evaluate.set_defaults(run=run_eval)
+
+    ui = commands.add_parser("ui", help="open the MLflow page", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    ui.add_argument("--uri", default="sqlite:///runs/mlflow.db", help="MLflow store")
+    ui.add_argument("--port", type=int, default=5000)
+    ui.set_defaults(run=run_ui)
+    return root
+
+
+def data_prepare(options: argparse.Namespace) -> int:
+    from data_prep.pipeline import PrepareOptions, info, prepare
+
+    prepare(
+        PrepareOptions(
+            inputs=options.inputs,
+            out=options.out,
+            vocab_size=options.vocab_size,
+            tokenizer=options.tokenizer,
+            kind=options.kind,
+            seq_len=options.seq_len,
+            val_fraction=options.val_fraction,
+            workers=options.workers,
+        )
+    )
+    info(options.out)
+    return 0
+
+
+def data_verify(options: argparse.Namespace) -> int:
+    from data_prep.pipeline import verify
+
+    problems = verify(options.folder)
+    for problem in problems:
+        print(f"error: {problem}", file=sys.stderr)
+    if problems:
+        return 2
+    print(f"{options.folder}: whole")
+    return 0
+
+
+def data_info(options: argparse.Namespace) -> int:
+    from data_prep.pipeline import info
+
+    info(options.folder)
+    return 0
+
+
+def run_train(options: argparse.Namespace) -> int:
+    if options.print_config:
+        from dnt_scale import config
+
+        print(config.to_yaml(config.load(options.overrides)), end="")
+        return 0
+    from dnt_scale.train import main as train
+
+    return train(options.overrides)
+
+
+def run_generate(options: argparse.Namespace) -> int:
+    from dnt_scale.inference import generate
+
+    for piece in generate(
+        options.folder,
+        options.prompt,
+        tokens=options.tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        seed=options.seed,
+        data=options.data,
+    ):
+        print(piece, end="", flush=True)
+    print()
+    return 0
+
+
+def run_eval(options: argparse.Namespace) -> int:
+    from dnt_scale.inference import evaluate
+    from dnt_scale.train import validation_metrics
+
+    loss, manifest = evaluate(options.folder, options.data, options.rows)
+    for name, value in validation_metrics(loss, manifest).items():
+        print(f"{name:18} {value:.4f}")
+    return 0
+
+
+def run_ui(options: argparse.Namespace) -> int:
+    from dnt_scale.tracking import open_ui
+
+    return open_ui(options.uri, options.port)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,300 @@
+"""The whole run as pydantic models, composed by Hydra from ``configs/`` and command-line overrides.
+
+``load(overrides)`` is the one way in. Every mistake raises ``ConfigError`` (a ValueError) that names
+the field, what was found, what was expected, and for a misspelt key its nearest neighbour.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, get_args, get_origin
+
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import OverrideType
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+Setting = Literal["S1", "S2", "S3", "S4", "S5"]
+
+
+class ConfigError(ValueError):
+    """A field of the run's configuration is wrong; the message says which and what to do."""
+
+
+class Strict(BaseModel):
+    """Unknown fields are errors and nothing changes after validation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelConfig(Strict):
+    """A DNT-GPT or its GPT baseline. Which norms stand where is ``setting`` (dnt.md, S1-S5)."""
+
+    name: str
+    layers: int = Field(gt=0)
+    width: int = Field(gt=0)
+    heads: int = Field(gt=0)
+    vocab_size: int = Field(gt=0)
+    context: int = Field(gt=0, description="longest row the position table can hold, in tokens")
+    setting: Setting = "S5"
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    norm_eps: float = Field(1e-6, gt=0, description="added to the mean square")
+    gain_init: float = 1.0
+    final_norm: bool = True
+    bias: bool = False
+    positions: Literal["learned", "none"] = "learned"
+    activation: Literal["gelu", "gelu_tanh", "relu"] = "gelu"
+    ffn_multiple: int = Field(4, gt=0)
+    tied_head: bool = True
+    init_std: float = Field(0.02, gt=0)
+    residual_init_scaled: bool = Field(True, description="W_o and W_2 start 1/sqrt(2 layers) smaller")
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> Self:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not divisible by heads {self.heads}; change one of them")
+        return self
+
+
+class GroupConfig(Strict):
+    """Parameters whose name matches ``pattern`` (re.search) get these values instead of the optimizer's."""
+
+    pattern: str
+    lr: float | None = Field(None, ge=0)
+    weight_decay: float | None = Field(None, ge=0)
+    update: Literal["plain", "row_normalized"] = "plain"
+
+
+class ScheduleConfig(Strict):
+    """Learning-rate factor over the run: linear warmup, then cosine or warmup-stable-decay."""
+
+    name: Literal["cosine", "wsd", "constant"] = "cosine"
+    warmup_steps: int = Field(0, ge=0)
+    final: float = Field(0.1, ge=0, le=1, description="factor at the last step")
+    decay_fraction: float = Field(0.2, gt=0, le=1, description="wsd only: share of the run that decays")
+
+
+class _OptimBase(Strict):
+    lr: float = Field(ge=0)
+    weight_decay: float = Field(0.0, ge=0)
+    clip_norm: float | None = Field(1.0, gt=0, description="global gradient norm; null: no clipping")
+    schedule: ScheduleConfig = ScheduleConfig()
+    groups: dict[str, GroupConfig] = {}
+
+
+class MSGDWConfig(_OptimBase):
+    """Momentum SGD with decoupled weight decay."""
+
+    algorithm: Literal["msgdw"]
+    momentum: float = Field(0.9, ge=0, lt=1)
+    dampening: float = Field(0.0, ge=0, le=1)
+    nesterov: bool = False
+
+
+class AdamWConfig(_OptimBase):
+    """The baseline, torch.optim.AdamW."""
+
+    algorithm: Literal["adamw"]
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(1e-8, gt=0)
+
+    @model_validator(mode="after")
+    def _no_row_update(self) -> Self:
+        for name, group in self.groups.items():
+            if group.update != "plain":
+                raise ValueError(f"groups.{name}.update is {group.update}, which only msgdw has; use plain")
+        return self
+
+
+OptimConfig = Annotated[MSGDWConfig | AdamWConfig, Field(discriminator="algorithm")]
+
+
+class DataConfig(Strict):
+    path: Path = Field(description="a folder made by `dnt data prepare`")
+
+
+class EngineConfig(Strict):
+    name: Literal["fsdp"]
+    reshard_after_forward: bool = Field(True, description="free a block's full weights after its forward")
+
+
+class RunSection(Strict):
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    dir: Path
+    seed: int = Field(1234, ge=0)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+class TrainSection(Strict):
+    steps: int | None = Field(None, gt=0)
+    tokens: int | None = Field(None, gt=0, description="instead of steps: predicted tokens to train on")
+    global_batch: int = Field(gt=0, description="rows a step, over all ranks and micro-batches")
+    micro_batch: int = Field(gt=0, description="rows a rank a forward")
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    max_skipped: int = Field(10, gt=0, description="non-finite steps in a row that end the run")
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> Self:
+        if (self.steps is None) == (self.tokens is None):
+            raise ValueError(f"set one of steps and tokens; found steps={self.steps}, tokens={self.tokens}")
+        return self
+
+
+class EvalSection(Strict):
+    every: int = Field(100, ge=0, description="steps between validations; 0: never")
+    rows: int = Field(512, gt=0, description="validation rows used, at most")
+
+
+class CheckpointSection(Strict):
+    every: int = Field(500, ge=0, description="steps between checkpoints; 0: only at the end")
+    keep: int = Field(2, gt=0, description="newest checkpoints kept")
+
+
+class TrackingSection(Strict):
+    enabled: bool = True
+    uri: str | None = Field(None, description="null: sqlite:///mlflow.db beside the run folder")
+    experiment: str = "dnt-scale"
+
+
+class RunConfig(Strict):
+    """Everything that defines a run; ``config.yaml`` in the run folder is this, resolved."""
+
+    model: ModelConfig
+    optim: OptimConfig
+    engine: EngineConfig
+    data: DataConfig
+    tracking: TrackingSection
+    run: RunSection
+    train: TrainSection
+    eval: EvalSection
+    checkpoint: CheckpointSection
+
+    def total_steps(self, seq_len: int) -> int:
+        """Optimizer steps of the whole run; rows have ``seq_len`` predicted tokens."""
+        if self.train.steps is not None:
+            return self.train.steps
+        assert self.train.tokens is not None
+        return -(-self.train.tokens // (self.train.global_batch * seq_len))
+
+
+def config_dir() -> Path:
+    """The Hydra groups: packed into an installed package, beside it in a checkout."""
+    packed = Path(__file__).parent / "configs"
+    return packed if packed.is_dir() else Path(__file__).parent.parent / "configs"
+
+
+def load(overrides: list[str]) -> RunConfig:
+    """Compose ``configs/train.yaml`` with Hydra overrides and validate it.
+
+    Raises:
+        ConfigError: an unknown key or choice, a value of the wrong type, or fields that contradict.
+    """
+    try:
+        parsed = OverridesParser.create().parse_overrides(overrides)
+        for override in parsed:
+            if override.is_sweep_override():
+                raise ConfigError(f"{override.input_line}: sweeps are not supported; give one value")
+        # "++" lets through any key; pydantic then names the unknown ones better than Hydra does
+        forced = [
+            line if override.type is not OverrideType.CHANGE or _is_group(override.key_or_group) else f"++{line}"
+            for line, override in zip(overrides, parsed, strict=True)
+        ]
+        with initialize_config_dir(str(config_dir().resolve()), version_base="1.3"):
+            tree = compose("train", overrides=forced)
+        raw = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
+    except ConfigError:
+        raise
+    except (HydraException, OmegaConfBaseException, ValueError) as error:  # Hydra raises bare ValueErrors too
+        raise ConfigError(_explain(error, overrides)) from None
+    return validate(raw)
+
+
+def validate(raw: Any, origin: str = "configuration") -> RunConfig:
+    """A RunConfig from plain dicts, for example a run folder's ``config.yaml``.
+
+    Raises:
+        ConfigError: naming ``origin`` and every wrong field.
+    """
+    try:
+        return RunConfig.model_validate(raw)
+    except ValidationError as error:
+        lines = []
+        for item in error.errors():
+            parts = [str(part) for part in item["loc"] if part not in ("msgdw", "adamw")]
+            message = item["msg"].removeprefix("Value error, ")
+            if item["type"] == "extra_forbidden":
+                message = "no such field" + _nearest(".".join(parts), _known_keys(RunConfig))
+            found = "" if isinstance(item["input"], dict) else f" (found {item['input']!r})"
+            lines.append(f"{'.'.join(parts) or 'run'}: {message}{found}")
+        raise ConfigError(f"{origin}: " + "; ".join(lines)) from None
+
+
+def from_yaml(path: Path) -> RunConfig:
+    """Read a run folder's ``config.yaml``.
+
+    Raises:
+        ConfigError: the file is missing, is not YAML, or does not describe a run.
+    """
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; give the folder of a run that `dnt train` made") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not readable as YAML ({error}); restore it from the MLflow run") from None
+    return validate(raw, str(path))
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The resolved configuration as YAML, in the order of the fields above."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def flat(config: RunConfig) -> dict[str, str | int | float | bool | None]:
+    """Dotted names to scalar values, as MLflow parameters want them."""
+
+    def walk(prefix: str, value: Any) -> dict[str, Any]:
+        if isinstance(value, dict):
+            return {k: v for key, inner in value.items() for k, v in walk(f"{prefix}{key}.", inner).items()}
+        return {prefix[:-1]: str(value) if isinstance(value, list) else value}
+
+    return walk("", config.model_dump(mode="json"))
+
+
+def _known_keys(model: type[BaseModel], prefix: str = "") -> set[str]:
+    keys: set[str] = set()
+    for name, field in model.model_fields.items():
+        keys.add(prefix + name)
+        nested = field.annotation
+        inner_prefix = f"{prefix}{name}.*." if get_origin(nested) is dict else f"{prefix}{name}."
+        for choice in get_args(nested) or (nested,):
+            if isinstance(choice, type) and issubclass(choice, BaseModel):
+                keys |= _known_keys(choice, inner_prefix)
+    return keys
+
+
+def _nearest(key: str, known: set[str]) -> str:
+    if key in known:
+        return "; other choices of this group have it, this one does not"
+    close = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _is_group(key: str) -> bool:
+    return bool(key) and (config_dir() / key).is_dir()
+
+
+def _explain(error: Exception, overrides: list[str]) -> str:
+    """One line out of Hydra's several: which override, and the choices there are."""
+    text = str(error).strip()
+    if "Missing mandatory value" in text:
+        missing = getattr(error, "full_key", "a mandatory key")
+        return f"{missing}: is not set; add {missing}=VALUE (`dnt train --help` shows an example)"
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if _is_group(key) and not (config_dir() / key / f"{value}.yaml").is_file():
+            choices = sorted(path.stem for path in (config_dir() / key).glob("*.yaml"))
+            return f"{override}: no such choice{_nearest(value, set(choices))} There are: {', '.join(choices)}"
+    return text.splitlines()[0] + " (write overrides as key=value; `dnt train --help` shows examples)"

@@ -1,0 +1,113 @@
+"""What a trained run is for in one process: load its newest checkpoint, sample text, measure its loss."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from data_prep.shards import Manifest, load_manifest
+from data_prep.tokenizer import Tokenizer
+from dnt_scale import checkpoint, config, ranks
+from dnt_scale.config import ConfigError, RunConfig
+from dnt_scale.model import DNT, IGNORED
+from dnt_scale.ranks import Ranks
+from dnt_scale.stream import validation_batches
+
+
+def load_run(run_dir: Path, me: Ranks) -> tuple[RunConfig, DNT, Path]:
+    """A run's configuration, its model with the newest weights (compute dtype, on ``me.device``), and the checkpoint.
+
+    Raises:
+        ValueError: no run or no checkpoint there, or a damaged one.
+    """
+    run = config.from_yaml(run_dir / "config.yaml")
+    newest = checkpoint.newest(run_dir / "checkpoints")
+    if newest is None:
+        raise ConfigError(f"{run_dir / 'checkpoints'}: no complete checkpoint; train the run until it has saved one")
+    checkpoint.check_files(newest, checkpoint.read_state(newest), me)
+    model = DNT(run.model)
+    checkpoint.load_tensors(newest, {f"model.{name}": p.detach() for name, p in model.named_parameters()})
+    dtype = torch.bfloat16 if run.train.dtype == "bf16" else torch.float32
+    return run, model.to(me.device, dtype), newest
+
+
+def matching_manifest(folder: Path, checkpoint_dir: Path) -> Manifest:
+    """The manifest in ``folder``. Raises ConfigError when its tokenizer is not the checkpoint's."""
+    manifest = load_manifest(folder)
+    trained = checkpoint.read_state(checkpoint_dir).tokenizer_sha256
+    if manifest.tokenizer.sha256 != trained:
+        raise ConfigError(
+            f"{folder}: made with another tokenizer (sha256 {manifest.tokenizer.sha256[:12]}) than "
+            f"{checkpoint_dir} (sha256 {trained[:12]}); prepare it with --tokenizer"
+        )
+    return manifest
+
+
+@torch.inference_mode()
+def evaluate(run_dir: Path, data: Path | None, rows: int | None) -> tuple[float, Manifest]:
+    """Mean loss in nats a token on the first ``rows`` (default: all) validation rows, and the set's manifest.
+
+    Args:
+        data: another set with the same tokenizer; default the run's own.
+    """
+    me = ranks.start()
+    run, model, newest = load_run(run_dir, me)
+    folder = data or run.data.path
+    manifest = matching_manifest(folder, newest)
+    if "val" not in manifest.splits:
+        raise ConfigError(f"{folder}: has no validation split; prepare it with --val-fraction above 0")
+    rows = rows or manifest.splits["val"].rows
+    total, tokens = 0.0, 0
+    for batch in validation_batches(
+        folder, manifest, rows=rows, micro_batch=run.train.micro_batch, rank=0, world_size=1
+    ):
+        batch = batch.to(me.device)
+        total += model(batch[:, :-1].clamp(min=0), batch[:, 1:]).item()
+        tokens += int((batch[:, 1:] != IGNORED).sum())
+    ranks.stop()
+    return total / tokens, manifest
+
+
+@torch.inference_mode()
+def generate(
+    run_dir: Path, prompt: str, *, tokens: int, temperature: float, top_k: int, seed: int, data: Path | None = None
+) -> Iterator[str]:
+    """Yield the prompt and then the text as it is sampled, at most ``tokens`` tokens or to the end of document.
+
+    Args:
+        temperature: 0 takes the most likely token.
+        top_k: sample from the k most likely tokens; 0: from all.
+        data: where the tokenizer is, if the run's data folder has moved.
+    """
+    me = ranks.start()
+    run, model, newest = load_run(run_dir, me)
+    folder = data or run.data.path
+    manifest = matching_manifest(folder, newest)
+    tokenizer = Tokenizer.load(folder / manifest.tokenizer.file)
+    generator = torch.Generator().manual_seed(seed)
+    ids = [manifest.eos_id, *tokenizer.encode(prompt)]
+    shown = ""
+    for _ in range(tokens + 1):
+        text = tokenizer.decode(ids[1:])
+        if not text.endswith("�"):  # the rest of a character may still be to come
+            yield text[len(shown) :]
+            shown = text
+        context_1T = torch.tensor([ids[-run.model.context :]], device=me.device)
+        logits_V = model(context_1T)[0, -1].float().cpu()
+        logits_V[manifest.tokenizer.vocab_size :] = -torch.inf  # ids that only round the embedding up
+        ids.append(sample(logits_V, temperature, top_k, generator))
+        if ids[-1] == manifest.eos_id:
+            break
+    ranks.stop()
+
+
+def sample(logits_V: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> int:
+    """One token id from fp32 logits of shape (V,)."""
+    if temperature == 0:
+        return int(logits_V.argmax())
+    if top_k:
+        kth = logits_V.topk(min(top_k, len(logits_V))).values[-1]
+        logits_V = logits_V.masked_fill(logits_V < kth, -torch.inf)
+    probabilities_V = torch.softmax(logits_V / temperature, dim=0)
+    return int(torch.multinomial(probabilities_V, 1, generator=generator))

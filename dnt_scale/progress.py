@@ -1,0 +1,101 @@
+"""What a person watching a run sees: one live line on a terminal, a plain line now and then elsewhere. And MFU."""
+
+import time
+from types import TracebackType
+from typing import Self
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+# Dense bf16 peaks without sparsity, FLOP/s, from the vendors' data sheets. Longest matching name wins; a device
+# that is not here has an unknown MFU rather than a wrong one.
+PEAK_FLOPS = {
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100 NVL": 835e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
+    "NVIDIA L40S": 362e12,
+}
+PLAIN_LINE_SECONDS = 10.0
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """The device's dense bf16 peak in FLOP/s, or None where it is not known (a CPU, an unlisted GPU)."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    matching = [known for known in PEAK_FLOPS if name.startswith(known)]
+    return PEAK_FLOPS[max(matching, key=len)] if matching else None
+
+
+class TrainProgress:
+    """Progress of one run on rank 0's stderr: step, loss, tokens/s, MFU, ETA. Silent on other ranks."""
+
+    def __init__(self, total_steps: int, first_step: int, *, silent: bool) -> None:
+        self.console = Console(stderr=True, quiet=silent, highlight=False)
+        self.live = self.console.is_terminal
+        self.total_steps = total_steps
+        self.step = self.first_step = first_step
+        self.started = time.monotonic()
+        self.last_plain = 0.0
+        self.bar = Progress(
+            TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[line]}"),
+            TextColumn("elapsed"),
+            TimeElapsedColumn(),
+            console=self.console,
+            disable=not self.live,
+        )
+        self.task = self.bar.add_task("train", total=total_steps, completed=first_step, line="")
+
+    def __enter__(self) -> Self:
+        self.bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.bar.stop()
+
+    def say(self, line: str) -> None:
+        """One line that stays."""
+        self.bar.console.print(line)
+
+    def update(self, step: int, metrics: dict[str, float | int | None]) -> None:
+        """Show a step's metrics; a validation leaves a line of its own."""
+        if "val/loss" in metrics:
+            self.say(
+                f"step {step}: validation loss {metrics['val/loss']:.4f}, perplexity {metrics['val/perplexity']:.2f}, "
+                f"{metrics['val/bits_per_byte']:.4f} bits per byte"
+            )
+        if "train/loss" not in metrics:
+            return
+        self.step = step
+        mfu = metrics.get("mfu")
+        line = (
+            f"loss {metrics['train/loss']:.4f}  {metrics['tokens_per_s']:,.0f} tokens/s  "
+            f"MFU {'unknown' if mfu is None else f'{mfu:.1%}'}  ETA {self.eta()}"
+        )
+        if metrics["skipped"]:
+            self.say(f"step {step}: skipped, the loss or the gradient is not finite; the weights are unchanged")
+        if self.live:
+            self.bar.update(self.task, completed=step, line=line)
+        elif time.monotonic() - self.last_plain > PLAIN_LINE_SECONDS or step == self.total_steps:
+            self.last_plain = time.monotonic()
+            self.say(f"step {step}/{self.total_steps}  {line}")
+
+    def eta(self) -> str:
+        """Time left at this run's mean pace, validations and checkpoints included."""
+        seconds = (time.monotonic() - self.started) / max(1, self.step - self.first_step)
+        minutes, second = divmod(int(seconds * (self.total_steps - self.step)), 60)
+        hour, minute = divmod(minutes, 60)
+        return f"{hour}:{minute:02d}:{second:02d}"
+
+
+def memory_gb(device: torch.device) -> float | None:
+    """Peak allocated GPU memory of this rank in GB (1e9 bytes), None on CPU."""
+    return torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None

@@ -1,0 +1,89 @@
+"""The ranks of a run: who am I, how many are we, and what we agree on.
+
+A plain process is a world of one. torchrun's variables (RANK, WORLD_SIZE, ...) and srun's (SLURM_PROCID, ...)
+are both understood; nothing else of SLURM is known here.
+"""
+
+import os
+import re
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Ranks:
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+
+def start(device: Literal["auto", "cpu", "cuda"] = "auto") -> Ranks:
+    """Join the process group (gloo on CPU; nccl for CUDA tensors) and choose this rank's device.
+
+    Raises:
+        ValueError: CUDA was asked for and there is none, or there are more ranks on this node than GPUs.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("run.device is cuda, but torch sees no GPU; use run.device=cpu or a CUDA build of torch")
+    cuda = device != "cpu" and torch.cuda.is_available()
+    rank, local_rank, world_size = environment()
+    if cuda:
+        if local_rank >= torch.cuda.device_count():
+            raise ValueError(
+                f"local rank {local_rank} has no GPU: this node shows {torch.cuda.device_count()}; "
+                "start one rank a GPU, or use run.device=cpu"
+            )
+        torch.cuda.set_device(local_rank)
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    if world_size == 1:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+    else:
+        dist.init_process_group(
+            backend, init_method="env://", rank=rank, world_size=world_size, timeout=timedelta(minutes=30)
+        )
+    return Ranks(rank, local_rank, world_size, torch.device("cuda", local_rank) if cuda else torch.device("cpu"))
+
+
+def environment() -> tuple[int, int, int]:
+    """(rank, local rank, world size) from torchrun, else from an srun step, else (0, 0, 1).
+
+    Under srun, MASTER_ADDR and MASTER_PORT are set from the step's first node and the job id unless given.
+    """
+    env = os.environ
+    if "WORLD_SIZE" in env and "RANK" in env:
+        return int(env["RANK"]), int(env.get("LOCAL_RANK", 0)), int(env["WORLD_SIZE"])
+    # only an srun step has SLURM_STEP_NUM_TASKS: a batch script that runs python directly is one process
+    if int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        env.setdefault("MASTER_ADDR", first_host(env["SLURM_STEP_NODELIST"]))
+        env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 40000))
+        return int(env["SLURM_PROCID"]), int(env["SLURM_LOCALID"]), int(env["SLURM_STEP_NUM_TASKS"])
+    return 0, 0, 1
+
+
+def first_host(nodelist: str) -> str:
+    """The first name of a SLURM node list: ``gpu[03-05,9],cpu1`` gives ``gpu03``."""
+    match = re.match(r"([^,\[]+)(?:\[([^\],-]+)[^\]]*\]([^,\[]*))?", nodelist)
+    if match is None:
+        raise ValueError(f"SLURM_STEP_NODELIST is {nodelist!r}, not a node list; set MASTER_ADDR yourself")
+    return "".join(part or "" for part in match.groups())
+
+
+def highest(value: int) -> int:
+    """The largest of all ranks' values, on every rank. A collective: all ranks call it together."""
+    values = torch.tensor([value])
+    dist.all_reduce(values, op=dist.ReduceOp.MAX)
+    return int(values.item())
+
+
+def stop() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

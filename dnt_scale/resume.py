@@ -1,0 +1,74 @@
+"""Where a run starts: at step 0, or at its newest checkpoint once that is known to fit and to be whole."""
+
+import json
+import uuid
+from pathlib import Path
+from typing import Any
+
+from data_prep.shards import Manifest, manifest_sha256
+from dnt_scale import checkpoint
+from dnt_scale.checkpoint import State
+from dnt_scale.config import ConfigError, RunConfig
+from dnt_scale.ranks import Ranks
+
+# what a resumed run may not change: its weights, its order of data and its momentum depend on it
+FIXED = ("model", "run.seed", "train.global_batch", "optim.algorithm")
+
+
+def starting_state(run: RunConfig, manifest: Manifest, folder: Path, me: Ranks) -> tuple[State, Path | None]:
+    """The newest checkpoint's state and path, checked against this run and its files; or step 0 and None.
+
+    Raises:
+        ValueError: the checkpoint is damaged, or was made with another tokenizer, data or fixed field.
+    """
+    settings = run.model_dump(mode="json")
+    newest = checkpoint.newest(folder)
+    fresh = State(
+        step=0,
+        consumed_rows=0,
+        tokens=0,
+        skipped=0,
+        seed=run.run.seed,
+        run_id=earlier_run_id(run.run.dir) or uuid.uuid4().hex,
+        manifest_sha256=manifest_sha256(run.data.path),
+        tokenizer_sha256=manifest.tokenizer.sha256,
+        world_size=me.world_size,
+        config=settings,
+    )
+    if newest is None:
+        return fresh, None
+    state = checkpoint.read_state(newest)
+    if state.tokenizer_sha256 != fresh.tokenizer_sha256:
+        raise ConfigError(
+            f"data.path: {run.data.path} was made with another tokenizer (sha256 {fresh.tokenizer_sha256[:12]}) than "
+            f"{newest} (sha256 {state.tokenizer_sha256[:12]}); prepare it with --tokenizer, or take another run.name"
+        )
+    if state.manifest_sha256 != fresh.manifest_sha256:
+        raise ConfigError(
+            f"data.path: the manifest of {run.data.path} is not the one that {newest} was trained on, so its order of "
+            "rows would change; give that set, or take another run.name"
+        )
+    for field in FIXED:
+        before, now = pick(state.config, field), pick(settings, field)
+        if before != now:
+            raise ConfigError(
+                f"{field}: {newest} was trained with {before}, this run asks for {now}; "
+                "change it back, or take another run.name"
+            )
+    checkpoint.check_files(newest, state, me)
+    return state.model_copy(update={"config": settings, "world_size": me.world_size}), newest
+
+
+def pick(settings: dict[str, Any], dotted: str) -> Any:
+    value: Any = settings
+    for key in dotted.split("."):
+        value = value[key]
+    return value
+
+
+def earlier_run_id(run_dir: Path) -> str | None:
+    """The id of a run that was stopped here before its first checkpoint, so that MLflow goes on with it."""
+    try:
+        return str(json.loads((run_dir / "logs" / "tracking.json").read_text())["run_id"])
+    except (OSError, ValueError, KeyError):
+        return None

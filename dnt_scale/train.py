@@ -1,0 +1,251 @@
+"""The training loop: ``dnt train``, ``torchrun ... -m dnt_scale.train``, or ``srun python -m dnt_scale.train``.
+
+Rerunning the same command resumes from the newest checkpoint. Ctrl-C and SIGTERM finish the step, write a
+checkpoint and stop, on all ranks together.
+"""
+
+import math
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from data_prep.shards import Manifest, load_manifest
+from dnt_scale import checkpoint, config, engine, ranks
+from dnt_scale.checkpoint import State
+from dnt_scale.config import ConfigError, RunConfig
+from dnt_scale.engine.base import Engine
+from dnt_scale.model import DNT, count_parameters, flops_per_token
+from dnt_scale.plots import plot_run
+from dnt_scale.progress import TrainProgress, memory_gb, peak_flops
+from dnt_scale.ranks import Ranks
+from dnt_scale.resume import starting_state
+from dnt_scale.stream import ShardError, Stream, validation_batches
+from dnt_scale.tracking import Status, Tracker, git_commit
+
+Metrics = dict[str, float | int | None]
+
+
+class TrainingError(ValueError):
+    """The run cannot go on; the message says why and what to do."""
+
+
+def main(overrides: list[str]) -> int:
+    """Compose the configuration, train, and return the exit status.
+
+    Returns:
+        0 when the run is complete, 2 after an error the user can mend, 128 + n when signal n stopped the run.
+    """
+    rank = ranks.environment()[0]
+    try:
+        run = config.load(overrides)
+        me = ranks.start(run.run.device)
+        status = train(run, me)
+    except (ValueError, OSError) as error:
+        # every rank finds the same fault, so one reports it; only a shard's end is one rank's own discovery
+        if rank == 0 or isinstance(error, ShardError):
+            print(f"error: {error}", file=sys.stderr)
+        status = 2
+    ranks.stop()
+    return status
+
+
+def train(run: RunConfig, me: Ranks) -> int:
+    """Train ``run`` to its last step or to a signal; returns the exit status.
+
+    Raises:
+        ValueError: the configuration, the data and the checkpoint do not fit together, a file is damaged, or
+            too many steps in a row were not finite.
+        OSError: the run folder cannot be written.
+    """
+    manifest = load_manifest(run.data.path)
+    check_data(run, manifest)
+    total_steps = run.total_steps(manifest.seq_len)
+    folder = run.run.dir / "checkpoints"
+    state, newest = starting_state(run, manifest, folder, me)
+    trainer = engine.build(run, lambda: DNT(run.model), me, total_steps)
+    if newest:
+        trainer.load(newest)
+
+    tracker = start_tracking(run, state, newest is not None, me) if me.first else None
+    progress = TrainProgress(total_steps, state.step, silent=not me.first)
+    progress.say(opening_line(run, manifest, total_steps, newest, me))
+
+    def report(metrics: Metrics) -> None:
+        metrics = {"step": state.step, "tokens": state.tokens, **metrics}
+        if tracker:
+            tracker.log(metrics)
+        progress.update(state.step, metrics)
+
+    stream = Stream(
+        run.data.path,
+        manifest,
+        seed=run.run.seed,
+        global_batch=run.train.global_batch,
+        rank=me.rank,
+        world_size=me.world_size,
+        consumed_rows=state.consumed_rows,
+    )
+    outcome: Status = "FAILED"
+    stopped_by = skipped_in_a_row = 0
+    try:
+        with stop_signals() as signals, progress, stream:
+            if newest is None and run.eval.every:
+                report(validation(run, trainer, manifest, me))
+            while state.step < total_steps and not stopped_by:
+                started = time.perf_counter()
+                batch, consumed_rows = next(stream)
+                stats = trainer.train_step(batch)
+                seconds = time.perf_counter() - started
+                state = state.model_copy(
+                    update={
+                        "step": state.step + 1,
+                        "consumed_rows": consumed_rows,
+                        "tokens": state.tokens + run.train.global_batch * manifest.seq_len,
+                        "skipped": state.skipped + stats.skipped,
+                    }
+                )
+                last = state.step == total_steps
+                metrics: Metrics = {
+                    "train/loss": stats.loss,
+                    "lr": stats.lr,
+                    "grad_norm": stats.grad_norm,
+                    "skipped": int(stats.skipped),
+                    **speed(run, manifest, seconds, me),
+                }
+                if run.eval.every and (state.step % run.eval.every == 0 or last):
+                    metrics |= validation(run, trainer, manifest, me)
+                report(metrics)
+
+                skipped_in_a_row = skipped_in_a_row + 1 if stats.skipped else 0
+                if skipped_in_a_row == run.train.max_skipped:
+                    raise TrainingError(
+                        f"step {state.step}: {skipped_in_a_row} steps in a row had a non-finite loss or gradient "
+                        f"(loss {stats.loss}, gradient norm {stats.grad_norm}); the weights are unchanged since: "
+                        "lower optim.lr or set optim.clip_norm, and run again to go on from the newest checkpoint"
+                    )
+                stopped_by = ranks.highest(signals[0] if signals else 0)
+                due = run.checkpoint.every and state.step % run.checkpoint.every == 0
+                if due or last or stopped_by:
+                    checkpoint.write(folder, state, trainer.save, me, keep=run.checkpoint.keep)
+            outcome = "FINISHED" if state.step == total_steps else "KILLED"
+    finally:
+        if tracker:
+            plot_run(run.run.dir)
+            tracker.finish(outcome)
+    trainer.close()
+    if outcome == "KILLED":
+        progress.say(f"stopped at step {state.step} with a checkpoint; the same command goes on from there")
+        return 128 + stopped_by
+    progress.say(f"done: {state.step} steps, {state.tokens:,} tokens, {state.skipped} skipped; {run.run.dir}")
+    return 0
+
+
+def check_data(run: RunConfig, manifest: Manifest) -> None:
+    """The shards must fit the model and the run. Raises ConfigError naming the field that does not."""
+    path = run.data.path
+    if manifest.tokenizer.vocab_size > run.model.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size is {run.model.vocab_size}, but the shards in {path} have "
+            f"{manifest.tokenizer.vocab_size} token ids; set model.vocab_size={manifest.tokenizer.vocab_size} or more"
+        )
+    if manifest.seq_len > run.model.context:
+        raise ConfigError(
+            f"model.context is {run.model.context}, but the rows in {path} have {manifest.seq_len} tokens; "
+            f"set model.context={manifest.seq_len} or prepare with --seq-len {run.model.context}"
+        )
+    if run.eval.every and "val" not in manifest.splits:
+        raise ConfigError(
+            f"eval.every is {run.eval.every}, but {path} has no validation split; "
+            "set eval.every=0 or prepare with --val-fraction above 0"
+        )
+
+
+def start_tracking(run: RunConfig, state: State, resumed: bool, me: Ranks) -> Tracker:
+    """Write ``config.yaml`` and open metrics.jsonl and MLflow, going on where the checkpoint stands."""
+    run.run.dir.mkdir(parents=True, exist_ok=True)
+    (run.run.dir / "config.yaml").write_text(config.to_yaml(run))
+    return Tracker.start(
+        run.run.dir,
+        uri=run.tracking.uri,
+        experiment=run.tracking.experiment,
+        run_name=run.run.name,
+        run_id=state.run_id,
+        params={**config.flat(run), "parameters": count_parameters(run.model), "ranks": me.world_size},
+        tags={
+            "git_commit": git_commit(),
+            "manifest_sha256": state.manifest_sha256,
+            "tokenizer_sha256": state.tokenizer_sha256,
+            "config": config.to_yaml(run),
+        },
+        enabled=run.tracking.enabled,
+        resume_step=state.step if resumed else -1,
+    )
+
+
+def validation(run: RunConfig, trainer: Engine, manifest: Manifest, me: Ranks) -> Metrics:
+    """Loss in nats a token, perplexity, and bits a byte of UTF-8 text on the first ``eval.rows`` held-out rows."""
+    loss = trainer.eval_loss(
+        validation_batches(
+            run.data.path,
+            manifest,
+            rows=run.eval.rows,
+            micro_batch=run.train.micro_batch,
+            rank=me.rank,
+            world_size=me.world_size,
+        )
+    )
+    return validation_metrics(loss, manifest)
+
+
+def validation_metrics(loss: float, manifest: Manifest) -> Metrics:
+    val = manifest.splits["val"]
+    return {
+        "val/loss": loss,
+        "val/perplexity": math.exp(min(loss, 700.0)),
+        "val/bits_per_byte": loss / math.log(2) * val.tokens / val.text_bytes,
+    }
+
+
+def speed(run: RunConfig, manifest: Manifest, seconds: float, me: Ranks) -> Metrics:
+    """Tokens a second over all ranks; MFU = tokens/s x flops_per_token / (ranks x peak), None if no peak is known."""
+    tokens_per_s = run.train.global_batch * manifest.seq_len / seconds
+    peak = peak_flops(me.device)
+    if peak is None:
+        return {"tokens_per_s": tokens_per_s}
+    mfu = tokens_per_s * flops_per_token(run.model, manifest.seq_len) / (me.world_size * peak)
+    return {"tokens_per_s": tokens_per_s, "mfu": mfu, "memory_gb": memory_gb(me.device)}
+
+
+def opening_line(run: RunConfig, manifest: Manifest, total_steps: int, newest: Path | None, me: Ranks) -> str:
+    epochs = total_steps * run.train.global_batch / manifest.splits["train"].rows
+    return (
+        f"{run.run.name}: {run.model.name}, {count_parameters(run.model) / 1e6:.1f}M parameters, "
+        f"{total_steps} steps of {run.train.global_batch * manifest.seq_len:,} tokens ({epochs:.2f} epochs) "
+        f"on {me.world_size} x {me.device.type}, " + (f"resuming from {newest}" if newest else "from the start")
+    )
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Collects SIGINT and SIGTERM for the loop to read; a second SIGINT interrupts at once."""
+    received: list[int] = []
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,314 @@
+"""Real MLflow, real SQLite, one real `mlflow server`; senders run as the processes they are."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from dnt_scale.plots import plot_run
+from dnt_scale.tracking import Tracker, default_uri, git_commit, open_ui, unsent_lines
+
+PARAMS = {"optim.lr": 1.0, "model.name": "dnt_nano", "train.steps": 20, "data.limit": None, "eval.full": True}
+TAGS = {"git_commit": "abc123-dirty", "manifest_sha256": "0" * 64}
+
+
+def start(run_dir: Path, resume_step: int = 0, **changes: object) -> Tracker:
+    options: dict = {"uri": None, "experiment": "tests", "params": PARAMS, "tags": TAGS, "enabled": True}
+    names = {"run_name": run_dir.name, "run_id": f"id-{run_dir.name}"}
+    return Tracker.start(run_dir, resume_step=resume_step, **{**options, **names, **changes})
+
+
+def line(step: int) -> dict:
+    record = {"step": step, "tokens": step * 512, "train/loss": 9 / step, "lr": 0.5, "grad_norm": 1.5, "skipped": 0}
+    return record | ({"val/loss": 9 / step + 0.1} if step % 10 == 0 else {})
+
+
+def steps_in(run_dir: Path) -> list[int]:
+    return [json.loads(text)["step"] for text in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def mlflow_runs(uri: str) -> tuple:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(uri)
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    return client, {run.info.run_name: run for run in client.search_runs(experiments)}
+
+
+def until(condition, seconds: float = 40) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "gave up waiting"
+        time.sleep(0.05)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_importing_loads_neither_mlflow_nor_matplotlib():
+    code = (
+        "import sys, dnt_scale.tracking, dnt_scale.plots; print({'mlflow', 'matplotlib', 'torch'} & set(sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
+
+
+def test_a_run_and_its_resumption_are_one_mlflow_run(tmp_path, capfd, monkeypatch):
+    elsewhere = tmp_path / "cwd"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    run_dir = tmp_path / "runs" / "one"
+    tracker = start(run_dir)
+    (run_dir / "config.yaml").write_text("model: dnt_nano\n")
+    tracker.log({"step": 0, "tokens": 0, "val/loss": 9.5})
+    for step in range(1, 21):
+        tracker.log(line(step) | ({"train/loss": float("nan")} if step == 7 else {}))
+    plot_run(run_dir)
+    tracker.finish("FAILED")
+    tracker.finish("FINISHED")  # a second call does nothing
+    client, runs = mlflow_runs(default_uri(run_dir))
+    run = runs["one"]
+    assert run.info.status == "FAILED"
+    assert run.data.params == {key: str(value) for key, value in PARAMS.items()}
+    assert run.data.tags | TAGS == run.data.tags
+    assert run.data.metrics["train/loss"] == 9 / 20
+    losses = client.get_metric_history(run.info.run_id, "train/loss")
+    assert [point.step for point in losses] == [step for step in range(1, 21) if step != 7]
+    assert [p.step for p in client.get_metric_history(run.info.run_id, "val/loss")] == [0, 10, 20]
+    assert {file.path for file in client.list_artifacts(run.info.run_id)} == {"config.yaml", "plots"}
+    assert [file.path for file in client.list_artifacts(run.info.run_id, "plots")] == ["plots/loss.png"]
+    assert json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[7])["train/loss"] is None
+
+    # Resumed at a checkpoint before the last line, with a torn line at the end, and trained further than planned.
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 15, "tok')
+    tracker = start(run_dir, resume_step=14, params=PARAMS | {"train.steps": 30})
+    assert steps_in(run_dir) == list(range(15))
+    for step in range(15, 31):
+        tracker.log(line(step))
+    tracker.finish("FINISHED")
+    assert steps_in(run_dir) == list(range(31))
+    client, runs = mlflow_runs(default_uri(run_dir))
+    assert list(runs) == ["one"]
+    assert runs["one"].info.run_id == run.info.run_id
+    assert runs["one"].info.status == "FINISHED"
+    losses = client.get_metric_history(run.info.run_id, "train/loss")
+    assert [point.step for point in losses] == [step for step in range(1, 31) if step != 7]
+    assert runs["one"].data.params["train.steps"] == "20"
+    assert runs["one"].data.tags["param.train.steps"] == "30"
+    assert unsent_lines(run_dir) == 0
+    assert capfd.readouterr().err == ""
+    assert list(elsewhere.iterdir()) == []  # MLflow left nothing where training ran
+
+
+def test_a_killed_run_is_marked_killed_with_all_its_lines(tmp_path):
+    run_dir = tmp_path / "runs" / "victim"
+    code = f"""
+import os, signal
+from pathlib import Path
+from dnt_scale.tracking import Tracker
+tracker = Tracker.start(Path({str(run_dir)!r}), uri=None, experiment="tests", run_name="victim", run_id="v",
+                        params={{}}, tags={{}}, enabled=True, resume_step=0)
+for step in range(1, 501):
+    tracker.log({{"step": step, "tokens": step, "train/loss": 1 / step}})
+if os.fork() == 0:  # like a data loader's worker: it outlives the kill and holds the sender's pipe open
+    os.sched_yield(); signal.pause()
+print(os.getpid(), tracker._sender.pid, flush=True)
+signal.pause()
+"""
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, start_new_session=True)
+    assert parent.stdout is not None
+    pid, sender = map(int, parent.stdout.readline().split())
+    os.kill(sender, signal.SIGTERM)  # a job's signal reaches the sender as well
+    os.kill(pid, signal.SIGKILL)
+    parent.wait()
+    try:
+        state = run_dir / "logs" / "mlflow.json"
+        until(lambda: state.exists() and unsent_lines(run_dir) == 0)
+        until(lambda: mlflow_runs(default_uri(run_dir))[1]["victim"].info.status == "KILLED")
+    finally:
+        os.killpg(pid, signal.SIGKILL)
+    client, runs = mlflow_runs(default_uri(run_dir))
+    assert len(client.get_metric_history(runs["victim"].info.run_id, "train/loss")) == 500
+
+
+def test_two_runs_may_create_the_store_at_once(tmp_path):
+    trackers = [start(tmp_path / "runs" / name) for name in ("a", "b")]
+    for tracker in trackers:
+        tracker.log(line(1))
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda tracker: tracker.finish("FINISHED"), trackers))
+    _, runs = mlflow_runs(default_uri(tmp_path / "runs" / "a"))
+    assert {name: run.info.status for name, run in runs.items()} == {"a": "FINISHED", "b": "FINISHED"}
+    assert len({run.info.experiment_id for run in runs.values()}) == 1
+
+
+def test_a_server_that_is_down_costs_a_warning_and_gets_everything_later(tmp_path, capfd):
+    run_dir = tmp_path / "runs" / "offline"
+    store = tmp_path / "server" / "mlflow.db"
+    seed = start(tmp_path / "server" / "seed")  # makes the server's store
+    port = free_port()
+    uri = f"http://someone:secret@127.0.0.1:{port}"
+    patient = start(tmp_path / "runs" / "patient", uri=uri)
+    tracker = start(run_dir, uri=uri)
+    for step in range(1, 201):
+        tracker.log(line(step))
+    assert not (run_dir / "logs" / "mlflow.json").exists()  # 200 steps done before the sender had as much as started
+    assert steps_in(run_dir) == list(range(1, 201))
+
+    def warned(tracker: Tracker) -> bool:
+        tracker._look()
+        return tracker._warned
+
+    patient.log(line(1))
+    until(lambda: warned(patient))
+    assert capfd.readouterr().err.count("\n") == 1
+    until(lambda: warned(tracker))
+    warning = capfd.readouterr().err
+    assert warning.count("\n") == 1
+    assert f"http://127.0.0.1:{port} takes nothing now (ConnectionRefusedError:" in warning
+    assert "secret" not in warning + (run_dir / "logs" / "mlflow.log").read_text()
+    tracker.log(line(201))
+    before = time.monotonic()
+    tracker.finish("FINISHED")
+    assert time.monotonic() - before < 20  # it does not sit out its 30 seconds when the store refuses
+    warning = capfd.readouterr().err
+    assert warning.count("\n") == 1
+    assert f"201 lines of {run_dir / 'metrics.jsonl'} are not in MLflow" in warning
+    assert "The same `dnt train` command sends them" in warning
+
+    # The server comes up as `dnt ui`; the same command is run again.
+    seed.finish("FINISHED")
+    code = f"from dnt_scale.tracking import open_ui; raise SystemExit(open_ui('sqlite:///{store}', {port}))"
+    with (tmp_path / "page.log").open("w") as log:
+        page = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=log, text=True)
+    assert page.stdout is not None
+    while not (said := page.stdout.readline()).startswith("open "):
+        assert said, (tmp_path / "page.log").read_text()
+    assert f"http://127.0.0.1:{port}" in said
+    try:
+        tracker = start(run_dir, resume_step=201, uri=uri)
+        tracker.finish("FINISHED")
+        assert unsent_lines(run_dir) == 0
+        assert capfd.readouterr().err == ""
+        until(lambda: not warned(patient))
+        assert "answers again" in capfd.readouterr().err
+        patient.finish("FINISHED")
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}") as answer:
+            assert b"MLflow" in answer.read()
+    finally:
+        group = int(subprocess.check_output(["pgrep", "-P", str(page.pid)]).split()[0])
+        page.send_signal(signal.SIGINT)
+    assert page.wait(20) == 0
+    assert subprocess.run(["pgrep", "-g", str(group)], stdout=subprocess.DEVNULL).returncode == 1  # nobody is left
+    client, runs = mlflow_runs(f"sqlite:///{store}")
+    assert {name: run.info.status for name, run in runs.items()} == dict.fromkeys(
+        ("seed", "offline", "patient"), "FINISHED"
+    )
+    points = client.get_metric_history(runs["offline"].info.run_id, "train/loss")
+    assert [point.step for point in points] == list(range(1, 202))
+    assert capfd.readouterr().err == ""
+
+
+def test_off_means_a_metrics_file_and_nothing_else(tmp_path):
+    tracker = start(tmp_path / "run", enabled=False)
+    tracker.log(line(1))
+    tracker.finish("FINISHED")
+    assert steps_in(tmp_path / "run") == [1]
+    assert list((tmp_path / "run" / "logs").iterdir()) == []
+    assert unsent_lines(tmp_path / "run") == 0
+
+
+def test_resuming_leaves_a_whole_file_alone_and_a_start_from_zero_empties_it(tmp_path):
+    file = tmp_path / "run" / "metrics.jsonl"
+    tracker = start(tmp_path / "run", enabled=False)
+    for step in range(4):
+        tracker.log({"step": step, "tokens": step})
+    tracker.finish("FINISHED")
+    before = file.stat().st_ino
+    start(tmp_path / "run", resume_step=3, enabled=False).finish("FINISHED")
+    assert file.stat().st_ino == before
+    start(tmp_path / "run", resume_step=2, enabled=False).finish("FINISHED")
+    assert steps_in(tmp_path / "run") == [0, 1, 2]
+    start(tmp_path / "run", resume_step=0, enabled=False).finish("FINISHED")
+    assert file.read_bytes() == b""
+
+
+def test_a_full_disk_raises_and_leaves_whole_lines(tmp_path):
+    code = f"""
+import resource, signal
+from pathlib import Path
+from dnt_scale.tracking import Tracker
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+tracker = Tracker.start(Path({str(tmp_path)!r}), uri=None, experiment="e", run_name="r", run_id="i",
+                        params={{}}, tags={{}}, enabled=False, resume_step=0)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+try:
+    for step in range(1000):
+        tracker.log({{"step": step}})
+except OSError as error:
+    print("raised", step)
+"""
+    said = subprocess.check_output([sys.executable, "-c", code], text=True).split()
+    assert said[0] == "raised"
+    assert steps_in(tmp_path) == list(range(int(said[1])))
+
+
+def test_git_commit(tmp_path):
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(tmp_path), "-c", "user.name=t", "-c", "user.email=t@t", *arguments]
+        return subprocess.check_output(command, text=True).strip()
+
+    file = tmp_path / "code.py"
+    file.write_text("1\n")
+    assert git_commit(file) == "unknown"
+    git("init", "-q")
+    assert git_commit(file) == "unknown"  # in a checkout, but not of it
+    git("add", ".")
+    git("commit", "-qm", "one")
+    head = git("rev-parse", "HEAD")
+    assert git_commit(file) == head
+    file.write_text("2\n")
+    assert git_commit(file) == head + "-dirty"
+
+
+def test_the_page_needs_a_store_and_a_port(tmp_path, capsys):
+    with pytest.raises(ValueError, match=r"no MLflow store at .*none\.db; train a run first"):
+        open_ui(f"sqlite:///{tmp_path}/none.db", 5000)
+    (tmp_path / "some.db").touch()
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        with pytest.raises(ValueError, match=r"port \d+ of 127\.0\.0\.1 cannot be used"):
+            open_ui(f"sqlite:///{tmp_path}/some.db", other.getsockname()[1])
+    assert open_ui("https://me:secret@mlflow.example.org/a", 5000) == 0
+    assert capsys.readouterr().out.endswith(": open https://mlflow.example.org/a\n")
+
+
+@pytest.mark.parametrize("steps", [0, 1, 300])
+def test_the_plot_is_a_picture(tmp_path, steps):
+    records = [{"step": 0, "tokens": 0, "val/loss": 9.0}]
+    records += [line(step) | {"tokens_per_s": 100.0} for step in range(1, steps + 1)]
+    text = "".join(json.dumps(record) + "\n" for record in records)
+    (tmp_path / "metrics.jsonl").write_text(text + '{"step": 301, "tok')
+    path = plot_run(tmp_path)
+    assert path == tmp_path / "plots" / "loss.png"
+    assert path.read_bytes().startswith(b"\x89PNG\r\n")
+    assert path.stat().st_size > 10_000
+    assert [file.name for file in path.parent.iterdir()] == ["loss.png"]
+
+
+def test_a_plot_without_a_loss_is_refused(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "tokens": 5, "train/loss": null}\n')
+    with pytest.raises(ValueError, match="holds no loss yet"):
+        plot_run(tmp_path)
