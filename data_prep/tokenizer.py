@@ -16,7 +16,7 @@ Kind = Literal["bpe", "unigram"]
 TRAIN_THREADS = 8
 # SentencePiece drops training lines above 4192 bytes; 1024 characters are at most 4096.
 LINE_CHARS = 1024
-# Encoding takes memory and, in the end, more than linear time: a long document goes in parts of this size.
+# A long document goes in parts: SentencePiece takes some 40 bytes a character, and Unigram's sums are float32.
 PART_CHARS = 1 << 14
 # SentencePiece writes a space as this character, so a real one must go in as its bytes.
 SPACE_MARK = "\u2581"
@@ -148,7 +148,7 @@ def _parts(text: str) -> Iterator[str]:
     """The text in parts of at most PART_CHARS characters, cut after a line where that is possible."""
     start = 0
     while len(text) - start > PART_CHARS:
-        # No piece of our own models crosses a line end, so the ids are those of the whole text.
+        # No piece of our own models crosses a line end, so BPE's ids are those of the whole text.
         end = text.rfind("\n", start, start + PART_CHARS) + 1 or start + PART_CHARS
         yield text[start:end]
         start = end

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import orjson
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -138,8 +137,16 @@ def _add_steps(axes: Axes, records: list[dict[str, Any]]) -> None:
     per_step = done[-1][1] / done[-1][0]
     if any(abs(tokens - step * per_step) > per_step for step, tokens in done):
         return
-    to_steps: Callable[[Floats], Floats] = lambda tokens: tokens / per_step  # noqa: E731
-    upper = axes.secondary_xaxis("top", functions=(to_steps, lambda steps: steps * per_step))
+
+    def to_steps(tokens: ArrayLike) -> Floats:
+        steps: Floats = np.asarray(tokens, dtype=np.float64) / per_step
+        return steps
+
+    def to_tokens(steps: ArrayLike) -> Floats:
+        tokens: Floats = np.asarray(steps, dtype=np.float64) * per_step
+        return tokens
+
+    upper = axes.secondary_xaxis("top", functions=(to_steps, to_tokens))
     upper.set_xlabel("steps", color=INK)
     upper.tick_params(colors=INK, labelsize=9)
     upper.spines["top"].set_visible(False)

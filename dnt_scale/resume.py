@@ -8,7 +8,7 @@ from typing import Any
 from data_prep.shards import Manifest, manifest_sha256
 from dnt_scale import checkpoint
 from dnt_scale.checkpoint import State
-from dnt_scale.config import ConfigError, RunConfig
+from dnt_scale.config import ConfigError, RunConfig, to_yaml
 from dnt_scale.ranks import Ranks
 
 # what a resumed run may not change: its weights, its order of data and its momentum depend on it
@@ -29,7 +29,7 @@ def starting_state(run: RunConfig, manifest: Manifest, folder: Path, me: Ranks) 
         tokens=0,
         skipped=0,
         seed=run.run.seed,
-        run_id=earlier_run_id(run.run.dir) or uuid.uuid4().hex,
+        run_id=earlier_run_id(run) or uuid.uuid4().hex,
         manifest_sha256=manifest_sha256(run.data.path),
         tokenizer_sha256=manifest.tokenizer.sha256,
         world_size=me.world_size,
@@ -66,9 +66,11 @@ def pick(settings: dict[str, Any], dotted: str) -> Any:
     return value
 
 
-def earlier_run_id(run_dir: Path) -> str | None:
-    """The id of a run that was stopped here before its first checkpoint, so that MLflow goes on with it."""
+def earlier_run_id(run: RunConfig) -> str | None:
+    """The id of this very run if it was stopped before its first checkpoint, so that MLflow goes on with it."""
     try:
-        return str(json.loads((run_dir / "logs" / "tracking.json").read_text())["run_id"])
+        if (run.run.dir / "config.yaml").read_text() == to_yaml(run):
+            return str(json.loads((run.run.dir / "logs" / "tracking.json").read_text())["key"]["run_id"])
     except (OSError, ValueError, KeyError):
-        return None
+        pass
+    return None

@@ -1,7 +1,7 @@
 """metrics.jsonl and MLflow: what a run did, kept where training cannot be slowed by it.
 
 ``RUN/metrics.jsonl`` is the record: rank 0 appends one line a step and does nothing else. A second process, the sender
-(``python -m dnt_scale.tracking RUN``, started by :meth:`Tracker.start`), reads that file and passes it on to MLflow.
+(:mod:`dnt_scale.mlflow_sender`, started by :meth:`Tracker.start`), reads that file and passes it on to MLflow.
 So a slow import, a busy SQLite file or a server that is down costs training nothing, and what was not sent stays in
 the file for the next start. The two talk through three small files in ``RUN/logs``:
 
@@ -13,42 +13,27 @@ the file for the next start. The two talk through three small files in ``RUN/log
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import itertools
 import os
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
-import traceback
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 from urllib.parse import urlsplit
 
 import orjson
-
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
-    from mlflow.entities import Run
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 METRICS = "metrics.jsonl"
 NOT_METRICS = ("step", "time")
 
-SEND_EVERY_S = 1.5
-PLOTS_EVERY_S = 30.0
 LOOK_EVERY_S = 2.0  # how often training looks at what the sender reports
-LONGEST_PAUSE_S = 30.0  # between tries while the store does not answer
-GIVE_UP_S = 120.0  # the sender's last tries, counted from the end of training
-READ_BYTES = 1 << 20
-METRICS_A_CALL = 1000  # MLflow refuses more in one log_batch
-PARAMS_A_CALL = 100
-PARAM_CHARS = 6000
-TAG_CHARS = 8000
 JOB_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -60,31 +45,31 @@ def default_uri(run_dir: Path) -> str:
     return f"sqlite:///{run_dir.absolute().parent / 'mlflow.db'}"
 
 
-def _sqlite_file(uri: str) -> Path | None:
+def sqlite_file(uri: str) -> Path | None:
     """The file a ``sqlite:///`` URI names, or None for any other store."""
     return Path(uri.removeprefix("sqlite:///").partition("?")[0]) if uri.startswith("sqlite:///") else None
 
 
 def _absolute_uri(uri: str) -> str:
     """``uri`` with a relative SQLite path made absolute, so that it means the same store from every folder."""
-    file = _sqlite_file(uri)
+    file = sqlite_file(uri)
     return uri if file is None else f"sqlite:///{file.absolute()}{uri[len('sqlite:///') + len(str(file)) :]}"
 
 
-def _shown(uri: str, text: str = "") -> str:
+def without_login(uri: str, text: str = "") -> str:
     """``text``, or else ``uri`` itself, without the user name and password that ``uri`` may carry."""
     login, at, _ = urlsplit(uri).netloc.rpartition("@")
     return (text or uri).replace(login + at, "") if at else text or uri
 
 
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
     """The one line to show of ``error``: what it began with, since MLflow wraps "connection refused" four times."""
     while inner := error.__cause__ or (None if error.__suppress_context__ else error.__context__):
         error = inner
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """The object in ``path``; empty when there is no such file or it cannot be read."""
     try:
         found = orjson.loads(path.read_bytes())
@@ -103,7 +88,7 @@ def _replace(path: Path, data: bytes) -> None:
     beside.replace(path)
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: dict[str, Any]) -> None:
     _replace(path, orjson.dumps(content, option=orjson.OPT_INDENT_2 | orjson.OPT_SERIALIZE_NUMPY))
 
 
@@ -132,7 +117,7 @@ def git_commit(file: Path = Path(__file__)) -> str:
 # --- lines of metrics.jsonl -------------------------------------------------------------------------------------------
 
 
-class _Point(NamedTuple):
+class Point(NamedTuple):
     """One value of one metric, as MLflow takes it."""
 
     step: int
@@ -168,7 +153,7 @@ def _drop_after(path: Path, resume_step: int) -> None:
         _replace(path, bytes(kept))
 
 
-def _unsent_points(line: bytes, sent_step: int, sent_names: Iterable[str], now_ms: int) -> list[_Point] | None:
+def unsent_points(line: bytes, sent_step: int, sent_names: Iterable[str], now_ms: int) -> list[Point] | None:
     """What MLflow still lacks of one line; None when the line is not a whole record.
 
     Steps redone after a resume are already there, with the same values: they are not sent twice.
@@ -180,7 +165,7 @@ def _unsent_points(line: bytes, sent_step: int, sent_names: Iterable[str], now_m
     at = record.get("time")
     time_ms = int(at * 1000) if isinstance(at, int | float) else now_ms
     return [
-        _Point(step, name, float(value), time_ms)
+        Point(step, name, float(value), time_ms)
         for name, value in record.items()
         if isinstance(value, int | float)
         and name not in NOT_METRICS
@@ -190,15 +175,15 @@ def _unsent_points(line: bytes, sent_step: int, sent_names: Iterable[str], now_m
 
 def unsent_lines(run_dir: Path) -> int:
     """How many lines of ``metrics.jsonl`` have not reached the run's MLflow store; 0 when tracking is off."""
-    order = _read_json(run_dir / "logs" / "tracking.json")
-    state = _read_json(run_dir / "logs" / "mlflow.json")
+    order = read_json(run_dir / "logs" / "tracking.json")
+    state = read_json(run_dir / "logs" / "mlflow.json")
     metrics = run_dir / METRICS
     if not order or not metrics.exists():
         return 0
     same = all(state.get(key) == order["key"][key] for key in order["key"])
     sent_step, sent_names = (state["sent_step"], state["sent_names"]) if same else (-1, [])
     lines = metrics.read_bytes().splitlines()
-    return sum(bool(_unsent_points(line, sent_step, sent_names, 0)) for line in lines)
+    return sum(bool(unsent_points(line, sent_step, sent_names, 0)) for line in lines)
 
 
 # --- in the training process ------------------------------------------------------------------------------------------
@@ -255,7 +240,7 @@ class Tracker:
                 "session": tracker._session,
                 "parent_pid": os.getpid(),
             }
-            _write_json(logs / "tracking.json", order)
+            write_json(logs / "tracking.json", order)
             tracker._start_sender()
         return tracker
 
@@ -273,7 +258,7 @@ class Tracker:
         try:
             with self._log().open("ab") as log:
                 self._sender = subprocess.Popen(
-                    [sys.executable, "-m", "dnt_scale.tracking", str(self.run_dir)],
+                    [sys.executable, "-m", "dnt_scale.mlflow_sender", str(self.run_dir)],
                     stdin=subprocess.PIPE,
                     stdout=log,
                     stderr=log,
@@ -312,15 +297,15 @@ class Tracker:
         if self._sender.poll() is not None:
             error = error or f"its sender ended with exit code {self._sender.returncode}, see {self._log()}"
         if error and not self._warned:
-            _warn(f"MLflow at {_shown(self.uri)} takes nothing now ({error}). Training goes on. {self._kept()}")
+            _warn(f"MLflow at {without_login(self.uri)} takes nothing now ({error}). Training goes on. {self._kept()}")
             self._warned = True
         elif self._warned and state and not error:
-            _warn(f"MLflow at {_shown(self.uri)} answers again; the lines kept meanwhile are being sent.")
+            _warn(f"MLflow at {without_login(self.uri)} answers again; the lines kept meanwhile are being sent.")
             self._warned = False
 
     def _state(self) -> dict[str, Any]:
         """What this start's sender reported last; empty before its first report."""
-        state = _read_json(self.run_dir / "logs" / "mlflow.json")
+        state = read_json(self.run_dir / "logs" / "mlflow.json")
         return state if state.get("session") == self._session else {}
 
     def _kept(self) -> str:
@@ -360,278 +345,9 @@ class Tracker:
         if self._sender.returncode is not None:
             why = self._state().get("error") or f"its sender ended with exit code {self._sender.returncode}"
         _warn(
-            f"{unsent_lines(self.run_dir)} lines of {self.run_dir / METRICS} are not in MLflow at {_shown(self.uri)} "
-            f"yet ({why}). The same `dnt train` command sends them; details in {self._log()}."
+            f"{unsent_lines(self.run_dir)} lines of {self.run_dir / METRICS} are not in MLflow at "
+            f"{without_login(self.uri)} yet ({why}). The same `dnt train` command sends them; details in {self._log()}."
         )
-
-
-# --- in the sender ----------------------------------------------------------------------------------------------------
-
-
-class _Superseded(Exception):
-    """The run folder was started anew: its sender takes over."""
-
-
-class _Parent:
-    """What the training process says: nothing while it runs, then how it ended."""
-
-    def __init__(self, pid: int) -> None:
-        self._pid = pid
-        self._said = ""
-        self._heard = threading.Event()
-        self.ended_at = 0.0  # on the monotonic clock
-        threading.Thread(target=self._listen, daemon=True).start()
-
-    def _listen(self) -> None:
-        self._hear(sys.stdin.readline().strip() or "KILLED")  # an end without a word is a kill
-        # MLflow calls have time limits of their own; should one hang all the same, this process still ends.
-        time.sleep(GIVE_UP_S + 10)
-        os._exit(1)
-
-    def _hear(self, status: str) -> None:
-        self._said = self._said or status
-        self.ended_at = self.ended_at or time.monotonic()
-        self._heard.set()
-
-    def status(self) -> str:
-        """How training ended; "" while it runs."""
-        # A child that training forked may hold the pipe open after training died. A last word still comes first.
-        if not self._said and os.getppid() != self._pid and not self._heard.wait(1):
-            self._hear("KILLED")
-        return self._said
-
-    def wait(self, seconds: float) -> None:
-        """Wait, but not past the end of training; after it, up to 5 seconds."""
-        if self._said:
-            time.sleep(min(seconds, 5))
-        else:
-            self._heard.wait(seconds)
-
-
-class _Sender:
-    """Passes one run folder on to MLflow. A method may raise whatever MLflow raises, and may be called again then."""
-
-    def __init__(self, run_dir: Path, order: dict[str, Any]) -> None:
-        self.run_dir = run_dir
-        self.order = order
-        self.uri: str = order["key"]["uri"]
-        state = _read_json(run_dir / "logs" / "mlflow.json")
-        if state.get("run_id") != order["key"]["run_id"]:
-            state = {}
-        self.mlflow_run_id: str = state.get("mlflow_run_id", "")
-        self.sent_step: int = state.get("sent_step", -1)
-        self.sent_names: list[str] = state.get("sent_names", [])
-        self._client: MlflowClient | None = None
-        self._offset = 0  # the file is read from its start: a resume may have changed what stood at an old offset
-        self._pending: list[_Point] = []
-        self._artifacts_sent: dict[Path, int] = {}
-        self._next_artifacts = 0.0
-        self._reported: dict[str, Any] = {}
-
-    def report(self, error: str | None) -> None:
-        """Write ``logs/mlflow.json`` when it would change, or again for every error. Raises OSError."""
-        state = {
-            **self.order["key"],
-            "mlflow_run_id": self.mlflow_run_id,
-            "sent_step": self.sent_step,
-            "sent_names": self.sent_names,
-            "error": error,
-            "session": self.order["session"],
-        }
-        if error or state != self._reported:
-            _write_json(self.run_dir / "logs" / "mlflow.json", {**state, "time": time.time()})
-            self._reported = state
-
-    def check_order(self) -> None:
-        """Raise :class:`_Superseded` when the run folder was started again since."""
-        if _read_json(self.run_dir / "logs" / "tracking.json").get("session") != self.order["session"]:
-            raise _Superseded
-
-    def send(self) -> bool:
-        """Send what is there, at most one call's worth. True when there is more."""
-        self.check_order()
-        if self._client is None:
-            self._client = self._connect()
-        more = self._read()
-        if self._pending:
-            self._send_points(self._client)
-        if time.monotonic() >= self._next_artifacts:
-            self._send_artifacts(self._client)
-            self._next_artifacts = time.monotonic() + PLOTS_EVERY_S
-        return more or bool(self._pending)
-
-    def end(self, status: str) -> None:
-        """Mark the MLflow run as ended, then send the last plots."""
-        assert self._client is not None
-        self._client.set_terminated(self.mlflow_run_id, status)
-        self._send_artifacts(self._client)
-
-    def _connect(self) -> MlflowClient:
-        from mlflow import MlflowClient
-
-        with _first_use(self.uri):
-            client = MlflowClient(tracking_uri=self.uri)
-            experiment_id = self._experiment(client)
-        run = self._find_run(client, experiment_id)
-        if run.info.run_id != self.mlflow_run_id:
-            self.mlflow_run_id, self.sent_step, self.sent_names = run.info.run_id, -1, []
-        self.report(None)
-        client.update_run(self.mlflow_run_id, status="RUNNING")
-        self._send_params_and_tags(client, run)
-        return client
-
-    def _experiment(self, client: MlflowClient) -> str:
-        """The id of the run's experiment, made when missing."""
-        name = self.order["experiment"]
-        file = _sqlite_file(self.uri)
-        # Without a server in between, MLflow would put artifacts into ./mlruns of whatever folder training ran in.
-        location = (file.parent / "mlartifacts").as_uri() if file else None
-        if (found := client.get_experiment_by_name(name)) is None:
-            try:
-                return str(client.create_experiment(name, artifact_location=location))
-            except Exception:
-                if (found := client.get_experiment_by_name(name)) is None:  # else another run made it just now
-                    raise
-        return str(found.experiment_id)
-
-    def _find_run(self, client: MlflowClient, experiment_id: str) -> Run:
-        """The MLflow run of this run: the one known, else one with its ``dnt.run_id`` tag, else a new one."""
-        from mlflow.exceptions import MlflowException
-
-        if self.mlflow_run_id:
-            try:
-                run = client.get_run(self.mlflow_run_id)
-                if run.info.lifecycle_stage == "active":
-                    return run
-            except MlflowException as error:
-                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                    raise
-        run_id = self.order["key"]["run_id"]
-        for run in client.search_runs([experiment_id], f"tags.`dnt.run_id` = '{run_id}'", max_results=1):
-            return run
-        return client.create_run(experiment_id, tags={"dnt.run_id": run_id}, run_name=self.order["run_name"])
-
-    def _send_params_and_tags(self, client: MlflowClient, run: Run) -> None:
-        from mlflow.entities import Param, RunTag
-
-        tags = {"dnt.run_id": self.order["key"]["run_id"], **self.order["tags"]}
-        params: list[Param] = []
-        for name, value in self.order["params"].items():
-            text = str(value)[:PARAM_CHARS]
-            if name not in run.data.params:
-                params.append(Param(name, text))
-            elif run.data.params[name] != text:
-                tags[f"param.{name}"] = text  # MLflow never changes a param: the new value is kept as a tag
-        for at in range(0, len(params), PARAMS_A_CALL):
-            client.log_batch(self.mlflow_run_id, params=params[at : at + PARAMS_A_CALL])
-        all_tags = [RunTag(name, str(value)[:TAG_CHARS]) for name, value in tags.items()]
-        for at in range(0, len(all_tags), PARAMS_A_CALL):
-            client.log_batch(self.mlflow_run_id, tags=all_tags[at : at + PARAMS_A_CALL])
-
-    def _read(self) -> bool:
-        """Take the next whole lines in, unless enough wait already. True when the file holds more."""
-        path = self.run_dir / METRICS
-        if len(self._pending) >= METRICS_A_CALL or not path.exists():
-            return False
-        with path.open("rb") as file:
-            file.seek(self._offset)
-            data = file.read(READ_BYTES)
-        self.check_order()  # the file read is still the one this sender was started for
-        data = data[: data.rfind(b"\n") + 1]
-        self._offset += len(data)
-        now_ms = int(time.time() * 1000)
-        for line in data.splitlines():
-            points = _unsent_points(line, self.sent_step, self.sent_names, now_ms)
-            if points is None:
-                print(f"skipped a line that is not a record: {line[:200]!r}", flush=True)
-            self._pending += points or []
-        return bool(data)
-
-    def _send_points(self, client: MlflowClient) -> None:
-        from mlflow.entities import Metric
-
-        # Kept until the call succeeds, times included: the very same points sent again are one point to MLflow.
-        batch = self._pending[:METRICS_A_CALL]
-        client.log_batch(self.mlflow_run_id, metrics=[Metric(p.name, p.value, p.time_ms, p.step) for p in batch])
-        del self._pending[: len(batch)]
-        last = batch[-1].step
-        before = self.sent_names if last == self.sent_step else []
-        self.sent_step, self.sent_names = last, before + [p.name for p in batch if p.step == last]
-        self.report(None)
-
-    def _send_artifacts(self, client: MlflowClient) -> None:
-        """Send config.yaml and the plots that changed since they were sent."""
-        plots = (path for path in (self.run_dir / "plots").glob("*") if not path.name.startswith("."))
-        for path in [self.run_dir / "config.yaml", *sorted(plots)]:
-            if path.is_file() and (changed := path.stat().st_mtime_ns) != self._artifacts_sent.get(path):
-                folder = None if path.parent == self.run_dir else path.parent.name
-                client.log_artifact(self.mlflow_run_id, str(path), folder)
-                self._artifacts_sent[path] = changed
-
-
-@contextlib.contextmanager
-def _first_use(uri: str) -> Iterator[None]:
-    """Held while a SQLite store is opened: MLflow processes that create its tables at the same time all fail."""
-    file = _sqlite_file(uri)
-    if file is None:
-        yield
-        return
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.with_name(f".{file.name}.lock").open("wb") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-def main(run_dir: Path) -> int:
-    """Be the sender of ``run_dir`` until training ends. Returns 0 when all was sent, 1 when not, 3 when superseded."""
-    os.nice(10)
-    order = _read_json(run_dir / "logs" / "tracking.json")
-    if not order:
-        return 3
-    parent = _Parent(order["parent_pid"])
-    with (run_dir / "logs" / ".mlflow.lock").open("wb") as lock:
-        if not _alone(lock.fileno(), parent):
-            return 1
-        return _send_all(_Sender(run_dir, order), parent)
-
-
-def _alone(lock: int, parent: _Parent) -> bool:
-    """Wait for an earlier start's sender to leave the run folder. False when it does not in time."""
-    while True:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            if parent.status() and time.monotonic() - parent.ended_at > GIVE_UP_S:
-                return False
-            parent.wait(0.2)
-
-
-def _send_all(sender: _Sender, parent: _Parent) -> int:
-    failures = 0
-    while True:
-        status = parent.status()  # asked before reading: no line written before training ended is missed
-        try:
-            more = sender.send()
-            if status and not more:
-                sender.end(status)
-            sender.report(None)
-            failures = 0
-            if status and not more:
-                return 0
-            pause = 0.0 if more else SEND_EVERY_S
-        except _Superseded:
-            return 3
-        except Exception as error:  # whatever MLflow, a database or the network raises: it is tried again
-            failures += 1
-            pause = min(2.0 ** (failures - 1), LONGEST_PAUSE_S)
-            print(_shown(sender.uri, traceback.format_exc()), flush=True)
-            if failures > 1 or status:  # one failed call in the middle of a run is not worth a warning
-                with contextlib.suppress(OSError):
-                    sender.report(_shown(sender.uri, _reason(error)))
-        if status and time.monotonic() - parent.ended_at > GIVE_UP_S:
-            return 1
-        parent.wait(pause)
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------
@@ -644,10 +360,10 @@ def open_ui(uri: str, port: int) -> int:
     the SQLite file does not exist or the port is taken.
     """
     if uri.startswith(("http://", "https://")):
-        print(f"MLflow's page is served by the tracking server: open {_shown(uri)}")
+        print(f"MLflow's page is served by the tracking server: open {without_login(uri)}")
         return 0
     uri = _absolute_uri(uri)
-    file = _sqlite_file(uri)
+    file = sqlite_file(uri)
     if file is not None and not file.is_file():
         raise ValueError(f"no MLflow store at {file}; train a run first, or name another store with tracking.uri=...")
     with socket.socket() as probe:
@@ -658,10 +374,17 @@ def open_ui(uri: str, port: int) -> int:
             raise ValueError(
                 f"port {port} of 127.0.0.1 cannot be used ({error.strerror}); choose another one"
             ) from None
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri, "--host", "127.0.0.1"]
-    command += ["--port", str(port), "--workers", "1", "--uvicorn-opts", "--log-level warning"]
+    options = {
+        "--backend-store-uri": uri,
+        "--registry-store-uri": uri,
+        "--host": "127.0.0.1",
+        "--port": str(port),
+        "--workers": "1",
+        "--uvicorn-opts": "--log-level warning",
+    }
     if file is not None:
-        command += ["--artifacts-destination", str(file.parent / "mlartifacts")]
+        options["--artifacts-destination"] = str(file.parent / "mlartifacts")
+    command = [sys.executable, "-m", "mlflow", "server", *itertools.chain.from_iterable(options.items())]
     # The job runner is for evaluating prompts and costs seven processes.
     quiet = {
         "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -678,8 +401,10 @@ def open_ui(uri: str, port: int) -> int:
                     break
             time.sleep(0.2)
         else:
-            raise ValueError(f"`mlflow server` on {_shown(uri)} ended with exit code {server.returncode}, see above")
-        print(f"open http://127.0.0.1:{port}  (store: {_shown(uri)}; Ctrl-C stops it)", flush=True)
+            raise ValueError(
+                f"`mlflow server` on {without_login(uri)} ended with exit code {server.returncode}, see above"
+            )
+        print(f"open http://127.0.0.1:{port}  (store: {without_login(uri)}; Ctrl-C stops it)", flush=True)
         return server.wait()
     except KeyboardInterrupt:
         print("stopped", flush=True)
@@ -702,7 +427,3 @@ def _end_group(leader: subprocess.Popen[bytes]) -> None:
                 time.sleep(0.05)
         except ProcessLookupError:
             return
-
-
-if __name__ == "__main__":
-    raise SystemExit(main(Path(sys.argv[1])))

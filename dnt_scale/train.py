@@ -70,12 +70,12 @@ def train(run: RunConfig, me: Ranks) -> int:
     if newest:
         trainer.load(newest)
 
-    tracker = start_tracking(run, state, newest is not None, me) if me.first else None
+    tracker = start_tracking(run, state, me) if me.first else None
     progress = TrainProgress(total_steps, state.step, silent=not me.first)
     progress.say(opening_line(run, manifest, total_steps, newest, me))
 
     def report(metrics: Metrics) -> None:
-        metrics = {"step": state.step, "tokens": state.tokens, **metrics}
+        metrics = {"step": state.step, "tokens": state.tokens, "time": time.time(), **metrics}
         if tracker:
             tracker.log(metrics)
         progress.update(state.step, metrics)
@@ -164,7 +164,7 @@ def check_data(run: RunConfig, manifest: Manifest) -> None:
         )
 
 
-def start_tracking(run: RunConfig, state: State, resumed: bool, me: Ranks) -> Tracker:
+def start_tracking(run: RunConfig, state: State, me: Ranks) -> Tracker:
     """Write ``config.yaml`` and open metrics.jsonl and MLflow, going on where the checkpoint stands."""
     run.run.dir.mkdir(parents=True, exist_ok=True)
     (run.run.dir / "config.yaml").write_text(config.to_yaml(run))
@@ -182,7 +182,7 @@ def start_tracking(run: RunConfig, state: State, resumed: bool, me: Ranks) -> Tr
             "config": config.to_yaml(run),
         },
         enabled=run.tracking.enabled,
-        resume_step=state.step if resumed else -1,
+        resume_step=state.step,
     )
 
 

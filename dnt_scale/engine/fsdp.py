@@ -109,6 +109,9 @@ class FSDPEngine:
         for batch in batches:
             totals[0] += self._loss_sum(batch).item()
             totals[1] += int((batch[:, 1:] != IGNORED).sum())
+        for module in self.model.modules():  # without a backward FSDP2 leaves weights gathered: save() needs shards
+            if isinstance(module, FSDPModule):
+                module.reshard()
         dist.all_reduce(totals)
         return float(totals[0] / totals[1])
 
@@ -130,6 +133,7 @@ class FSDPEngine:
         """The canonical names: model.NAME, and BUFFER.NAME for each optimizer buffer of the parameter's shape."""
         tensors: dict[str, Tensor] = {"counters": torch.tensor([self.step, self.updates])}
         for name, parameter in self.model.named_parameters():
+            assert isinstance(parameter, DTensor)
             tensors[f"model.{name}"] = parameter.detach()
             for buffer, value in self.optimizer.state[parameter].items():
                 if buffer != "step":

@@ -100,7 +100,7 @@ def test_lines_do_not_depend_on_the_chunks(lines: list[bytes], data: st.DataObje
 @pytest.mark.parametrize(
     ("line", "found"),
     [
-        (b'{"text": "cut', "'{\"text\": \"cut'"),
+        (b'{"text": "cut', '\'{"text": "cut\''),
         (b'{"id": 1, "body": "x"}', "the fields 'id', 'body'"),
         (b"{}", "(none)"),
         (b'{"text": null}', '"text" of type NoneType'),
@@ -110,7 +110,7 @@ def test_lines_do_not_depend_on_the_chunks(lines: list[bytes], data: st.DataObje
 def test_a_bad_json_line_is_named(tmp_path: Path, line: bytes, found: str) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(jsonl("good") + line + b"\n")
-    with pytest.raises(ValueError, match="expected a JSON object with a \"text\" string; mend") as caught:
+    with pytest.raises(ValueError, match='expected a JSON object with a "text" string; mend') as caught:
         read(path)
     assert f"{path}: line 2: " in str(caught.value)
     assert found in str(caught.value)
@@ -121,9 +121,9 @@ def test_a_damaged_archive_is_named(tmp_path: Path, suffix: str) -> None:
     raw = jsonl(*(os.urandom(40).hex() for _ in range(100)))
     whole = gzip.compress(raw) if suffix == ".gz" else zstandard.compress(raw)
     path = tmp_path / f"a.jsonl{suffix}"
-    for content in (whole[: len(whole) // 2], whole[:-5], b"not compressed", whole[:50] + b"\xff" * 30 + whole[80:]):
+    for content in (whole[: len(whole) // 2], whole[:-5], b"not compressed", whole + b"rest"):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match="a.jsonl"):
+        with pytest.raises(ValueError, match=r"a\.jsonl"):
             read(path)
 
 

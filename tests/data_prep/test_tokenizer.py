@@ -1,5 +1,6 @@
 import hashlib
 import io
+import re
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,10 @@ def foreign(path: Path, **settings: object) -> Path:
     return path
 
 
+def number_in(error: ValueError, before: str) -> int:
+    return int(re.findall(re.escape(before) + r"(\d+)", str(error))[0])
+
+
 def test_what_it_says_of_itself(tokenizer: Tokenizer, model: Path) -> None:
     assert (tokenizer.vocab_size, tokenizer.eos_id) == (512, 1)
     assert tokenizer.sha256 == hashlib.sha256(model.read_bytes()).hexdigest()
@@ -74,13 +79,16 @@ def test_any_text_comes_back(tokenizer: Tokenizer, text: str) -> None:
     assert all(0 <= i < tokenizer.vocab_size for i in ids)
 
 
-def test_a_long_document_has_the_ids_of_its_lines(tokenizer: Tokenizer, sources: list[str]) -> None:
+def test_a_long_document_goes_in_parts(tokenizer: Tokenizer, model: Path, sources: list[str]) -> None:
     text = "\n".join(sources)
     assert len(text) > 4 * PART_CHARS
-    lines = text.splitlines(keepends=True)
-    assert tokenizer.encode(text) == [i for line in lines for i in tokenizer.encode(line)]
+    whole = sentencepiece.SentencePieceProcessor(model_file=str(model)).Encode(text)
+    ids = tokenizer.encode(text)
+    # Unigram breaks ties by float32 sums, which grow with the length.
+    assert ids == whole if model.stem == "bpe" else abs(len(ids) - len(whole)) <= len(whole) // 1000
     one_line = text.replace("\n", " ")
-    assert tokenizer.decode(tokenizer.encode(one_line)) == one_line
+    for long in (text, one_line):
+        assert tokenizer.decode(tokenizer.encode(long)) == long
 
 
 def test_training_again_gives_the_same_file(model: Path, sources: list[str], tmp_path: Path) -> None:
@@ -89,24 +97,27 @@ def test_training_again_gives_the_same_file(model: Path, sources: list[str], tmp
 
 
 def test_training_text_may_hold_anything(tmp_path: Path) -> None:
-    texts = ["</s> <unk> <0x0A> <s> the cat\n", "a\u2581b \u2585 c\0d\r\n", "x" * 100_000, "\ufeff\u2028"] * 30
-    train(texts, 280, tmp_path / "t.model")
+    texts = ["</s> <unk> <0x0A> <s> the cat\n", "a\u2581b \u2585 c\0d\r\n", "x" * 5000, "\ufeff\u2028"] * 30
+    with pytest.raises(ValueError, match="the largest that this corpus supports") as caught:
+        train(texts, 5000, tmp_path / "t.model")
+    train(texts, number_in(caught.value, "supports is "), tmp_path / "t.model")
     tokenizer = Tokenizer.load(tmp_path / "t.model")
     assert [tokenizer.decode(tokenizer.encode(text)) for text in texts] == texts
+    assert not any(tokenizer.eos_id in tokenizer.encode(text) for text in texts)
 
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
 def test_vocabulary_size_out_of_bounds(tmp_path: Path, kind: str) -> None:
     texts = ["the cat sat on the mat\n" * 20]
-    with pytest.raises(ValueError, match=r"found 5000, but the largest that this corpus supports is (\d+)") as high:
+    with pytest.raises(ValueError, match="found 5000, but the largest that this corpus supports is") as high:
         train(texts, 5000, tmp_path / "t.model", kind)
     with pytest.raises(ValueError, match=r"found 200, but .* need \d+; use --vocab-size \d+ or more") as low:
         train(texts, 200, tmp_path / "t.model", kind)
-    for caught, word in ((high, "is"), (low, "need")):
-        limit = int(str(caught.value).split(f" {word} ")[1].split(";")[0])
-        if word == "is":
-            train(texts, limit, tmp_path / "t.model", kind)
-            assert Tokenizer.load(tmp_path / "t.model").vocab_size == limit
+    most, least = number_in(high.value, "supports is "), number_in(low.value, "need ")
+    assert least <= most
+    for limit in {least, most}:
+        train(texts, limit, tmp_path / "t.model", kind)
+        assert Tokenizer.load(tmp_path / "t.model").vocab_size == limit
     with pytest.raises(ValueError, match="no text to train"):
         train(["\n\n"], 300, tmp_path / "t.model", kind)
 

@@ -1,7 +1,9 @@
 """Real MLflow, real SQLite, one real `mlflow server`; senders run as the processes they are."""
 
+import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,6 +20,8 @@ from dnt_scale.tracking import Tracker, default_uri, git_commit, open_ui, unsent
 
 PARAMS = {"optim.lr": 1.0, "model.name": "dnt_nano", "train.steps": 20, "data.limit": None, "eval.full": True}
 TAGS = {"git_commit": "abc123-dirty", "manifest_sha256": "0" * 64}
+
+PATIENCE_S = 120  # for a machine that is busy with other things
 
 
 def start(run_dir: Path, resume_step: int = 0, **changes: object) -> Tracker:
@@ -43,11 +47,19 @@ def mlflow_runs(uri: str) -> tuple:
     return client, {run.info.run_name: run for run in client.search_runs(experiments)}
 
 
-def until(condition, seconds: float = 40) -> None:
+def until(condition, seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "gave up waiting"
         time.sleep(0.05)
+
+
+def processes_with(argument: int) -> list[str]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # ended meanwhile
+            found += [path.parent.name] if str(argument).encode() in path.read_bytes().split(b"\0") else []
+    return found
 
 
 def free_port() -> int:
@@ -74,8 +86,8 @@ def test_a_run_and_its_resumption_are_one_mlflow_run(tmp_path, capfd, monkeypatc
     for step in range(1, 21):
         tracker.log(line(step) | ({"train/loss": float("nan")} if step == 7 else {}))
     plot_run(run_dir)
-    tracker.finish("FAILED")
-    tracker.finish("FINISHED")  # a second call does nothing
+    tracker.finish("FAILED", PATIENCE_S)
+    tracker.finish("FINISHED", PATIENCE_S)  # a second call does nothing
     client, runs = mlflow_runs(default_uri(run_dir))
     run = runs["one"]
     assert run.info.status == "FAILED"
@@ -96,7 +108,7 @@ def test_a_run_and_its_resumption_are_one_mlflow_run(tmp_path, capfd, monkeypatc
     assert steps_in(run_dir) == list(range(15))
     for step in range(15, 31):
         tracker.log(line(step))
-    tracker.finish("FINISHED")
+    tracker.finish("FINISHED", PATIENCE_S)
     assert steps_in(run_dir) == list(range(31))
     client, runs = mlflow_runs(default_uri(run_dir))
     assert list(runs) == ["one"]
@@ -147,7 +159,7 @@ def test_two_runs_may_create_the_store_at_once(tmp_path):
     for tracker in trackers:
         tracker.log(line(1))
     with ThreadPoolExecutor() as pool:
-        list(pool.map(lambda tracker: tracker.finish("FINISHED"), trackers))
+        list(pool.map(lambda tracker: tracker.finish("FINISHED", PATIENCE_S), trackers))
     _, runs = mlflow_runs(default_uri(tmp_path / "runs" / "a"))
     assert {name: run.info.status for name, run in runs.items()} == {"a": "FINISHED", "b": "FINISHED"}
     assert len({run.info.experiment_id for run in runs.values()}) == 1
@@ -180,15 +192,15 @@ def test_a_server_that_is_down_costs_a_warning_and_gets_everything_later(tmp_pat
     assert "secret" not in warning + (run_dir / "logs" / "mlflow.log").read_text()
     tracker.log(line(201))
     before = time.monotonic()
-    tracker.finish("FINISHED")
-    assert time.monotonic() - before < 20  # it does not sit out its 30 seconds when the store refuses
+    tracker.finish("FINISHED", PATIENCE_S)
+    assert time.monotonic() - before < PATIENCE_S  # it does not wait for its time to run out when the store refuses
     warning = capfd.readouterr().err
     assert warning.count("\n") == 1
     assert f"201 lines of {run_dir / 'metrics.jsonl'} are not in MLflow" in warning
     assert "The same `dnt train` command sends them" in warning
 
     # The server comes up as `dnt ui`; the same command is run again.
-    seed.finish("FINISHED")
+    seed.finish("FINISHED", PATIENCE_S)
     code = f"from dnt_scale.tracking import open_ui; raise SystemExit(open_ui('sqlite:///{store}', {port}))"
     with (tmp_path / "page.log").open("w") as log:
         page = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=log, text=True)
@@ -198,19 +210,19 @@ def test_a_server_that_is_down_costs_a_warning_and_gets_everything_later(tmp_pat
     assert f"http://127.0.0.1:{port}" in said
     try:
         tracker = start(run_dir, resume_step=201, uri=uri)
-        tracker.finish("FINISHED")
+        tracker.finish("FINISHED", PATIENCE_S)
         assert unsent_lines(run_dir) == 0
         assert capfd.readouterr().err == ""
         until(lambda: not warned(patient))
         assert "answers again" in capfd.readouterr().err
-        patient.finish("FINISHED")
+        patient.finish("FINISHED", PATIENCE_S)
         with urllib.request.urlopen(f"http://127.0.0.1:{port}") as answer:
             assert b"MLflow" in answer.read()
     finally:
-        group = int(subprocess.check_output(["pgrep", "-P", str(page.pid)]).split()[0])
+        assert len(processes_with(port)) > 1
         page.send_signal(signal.SIGINT)
-    assert page.wait(20) == 0
-    assert subprocess.run(["pgrep", "-g", str(group)], stdout=subprocess.DEVNULL).returncode == 1  # nobody is left
+    assert page.wait(60) == 0
+    assert processes_with(port) == []  # MLflow's workers are gone too
     client, runs = mlflow_runs(f"sqlite:///{store}")
     assert {name: run.info.status for name, run in runs.items()} == dict.fromkeys(
         ("seed", "offline", "patient"), "FINISHED"
@@ -223,7 +235,7 @@ def test_a_server_that_is_down_costs_a_warning_and_gets_everything_later(tmp_pat
 def test_off_means_a_metrics_file_and_nothing_else(tmp_path):
     tracker = start(tmp_path / "run", enabled=False)
     tracker.log(line(1))
-    tracker.finish("FINISHED")
+    tracker.finish("FINISHED", PATIENCE_S)
     assert steps_in(tmp_path / "run") == [1]
     assert list((tmp_path / "run" / "logs").iterdir()) == []
     assert unsent_lines(tmp_path / "run") == 0
@@ -234,13 +246,13 @@ def test_resuming_leaves_a_whole_file_alone_and_a_start_from_zero_empties_it(tmp
     tracker = start(tmp_path / "run", enabled=False)
     for step in range(4):
         tracker.log({"step": step, "tokens": step})
-    tracker.finish("FINISHED")
+    tracker.finish("FINISHED", PATIENCE_S)
     before = file.stat().st_ino
-    start(tmp_path / "run", resume_step=3, enabled=False).finish("FINISHED")
+    start(tmp_path / "run", resume_step=3, enabled=False).finish("FINISHED", PATIENCE_S)
     assert file.stat().st_ino == before
-    start(tmp_path / "run", resume_step=2, enabled=False).finish("FINISHED")
+    start(tmp_path / "run", resume_step=2, enabled=False).finish("FINISHED", PATIENCE_S)
     assert steps_in(tmp_path / "run") == [0, 1, 2]
-    start(tmp_path / "run", resume_step=0, enabled=False).finish("FINISHED")
+    start(tmp_path / "run", resume_step=0, enabled=False).finish("FINISHED", PATIENCE_S)
     assert file.read_bytes() == b""
 
 
@@ -264,6 +276,7 @@ except OSError as error:
     assert steps_in(tmp_path) == list(range(int(said[1])))
 
 
+@pytest.mark.skipif(not shutil.which("git"), reason="git is not installed")
 def test_git_commit(tmp_path):
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(tmp_path), "-c", "user.name=t", "-c", "user.email=t@t", *arguments]

@@ -1,0 +1,55 @@
+# make demo: from the standard library's source to a trained, tracked language model.  make test: every check.
+# Both set up .venv by themselves. TEXT=path trains the demo on your own text.
+
+PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null && echo $$p && break; done)
+BIN := .venv/bin
+NAME := $(if $(TEXT),demo-$(basename $(notdir $(TEXT))),demo)
+INPUT := $(or $(TEXT),data/stdlib)
+
+.PHONY: demo test lint setup constraints
+
+demo: setup $(if $(TEXT),,data/stdlib)
+	@test -f data/$(NAME)/manifest.json || \
+		$(BIN)/dnt data prepare $(INPUT) --out data/$(NAME) --vocab-size 4096 --seq-len 256 --val-fraction 0.02
+	$(BIN)/dnt train preset=demo run.name=$(NAME) data.path=data/$(NAME)
+	$(BIN)/dnt eval runs/$(NAME)
+	$(BIN)/dnt generate runs/$(NAME) --prompt "def read_file(path" --tokens 120
+	@echo
+	@echo "Made: data/$(NAME)/               the shards and their manifest"
+	@echo "      runs/$(NAME)/               config.yaml, metrics.jsonl, checkpoints/latest, plots/loss.png"
+	@echo "      runs/mlflow.db           the run in MLflow"
+	@echo "Next: $(BIN)/dnt ui                                          # the run's page in MLflow"
+	@echo "      $(BIN)/dnt generate runs/$(NAME) --prompt 'class '        # more text"
+	@echo "      $(BIN)/dnt train preset=demo optim=adamw optim.lr=1.2e-2 run.name=adamw data.path=data/$(NAME)"
+
+# the standard library's own source, without its tests: about 13 MB that every machine has
+data/stdlib: | setup
+	@rm -rf $@.partial && mkdir -p $@.partial
+	@cd "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')" && \
+		find . -name '*.py' -not -path '*/test/*' -not -path '*/tests/*' -not -path '*/idle_test/*' \
+			-not -path '*/site-packages/*' -not -path '*/lib2to3/tests/*' | LC_ALL=C sort | \
+		tar cf - -T - | tar xf - -C "$(CURDIR)/$@.partial"
+	@mv $@.partial $@
+
+test: setup lint
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+setup: .venv/ready
+
+.venv/ready: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or 3.12 found; install one, or make PYTHON=/path/to/python"; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	@touch $@
+
+# renew the pins from what is installed, once the tests pass with it
+constraints:
+	@{ head -1 constraints.txt; $(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu//'; } > constraints.new
+	@mv constraints.new constraints.txt

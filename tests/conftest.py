@@ -1,0 +1,29 @@
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.corpus import small_set
+from tests.helpers.run import tiny, train
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small set of real text, to be read only."""
+    out = tmp_path_factory.mktemp("corpus") / "set"
+    small_set(out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def reference(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an uninterrupted run: 20 steps on 2 ranks, checkpoints at 6, 12, 18 and 20. To be read only."""
+    run_dir = tmp_path_factory.mktemp("reference") / "tiny"
+    train(tiny(corpus, run_dir, "checkpoint.keep=9"), ranks=2).ok()
+    return run_dir
+
+
+@pytest.fixture
+def finished_run(reference: Path, tmp_path: Path) -> Path:
+    """A copy of the reference run, to be resumed or damaged."""
+    return Path(shutil.copytree(reference, tmp_path / "run", symlinks=True))

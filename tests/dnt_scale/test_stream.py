@@ -1,0 +1,226 @@
+import io
+import os
+import random
+import shutil
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import webdataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_prep.shards import Member, Shard, Split, iter_documents, load_manifest
+from dnt_scale.model import IGNORED
+from dnt_scale.stream import WINDOW_BLOCKS, Order, ShardError, Stream, row_at, validation_batches
+
+BLOCK_SIZES = st.lists(st.integers(1, 12), min_size=1, max_size=3 * WINDOW_BLOCKS)
+SEEDS = st.integers(0, 2**64 - 1)
+SIZES_200 = [5 + block % 7 for block in range(200)]  # of the goldens
+
+
+def order_of(block_rows: list[int], seed: int) -> Order:
+    """The order over a split of which only the rows of its blocks are known."""
+    members = tuple(Member.model_construct(rows=rows) for rows in block_rows)
+    middle = len(members) // 2
+    parts = [part for part in (members[:middle], members[middle:]) if part]
+    return Order(Split.model_construct(shards=tuple(Shard.model_construct(members=part) for part in parts)), seed)
+
+
+def epoch(order: Order, number: int) -> list[tuple[int, int]]:
+    return [order.row_at(number * order.rows + inside) for inside in range(order.rows)]
+
+
+@settings(deadline=None, max_examples=40)
+@given(BLOCK_SIZES, SEEDS, st.integers(0, 1000))
+def test_an_epoch_holds_every_row_once(block_rows, seed, number):
+    every_row = [(block, row) for block, rows in enumerate(block_rows) for row in range(rows)]
+    assert sorted(epoch(order_of(block_rows, seed), number)) == every_row
+
+
+@settings(deadline=None, max_examples=40)
+@given(BLOCK_SIZES, SEEDS, st.lists(st.integers(0, 10**6), max_size=20))
+def test_a_position_is_the_same_row_whatever_was_asked_before(block_rows, seed, positions):
+    used = order_of(block_rows, seed)
+    assert [used.row_at(p) for p in positions] == [order_of(block_rows, seed).row_at(p) for p in positions]
+
+
+@settings(deadline=None, max_examples=20)
+@given(BLOCK_SIZES, SEEDS)
+def test_rows_are_shuffled_inside_windows_of_blocks(block_rows, seed):
+    order = order_of(block_rows, seed)
+    blocks_seen: list[int] = []
+    for block, _ in epoch(order, 0):
+        if block not in blocks_seen:
+            blocks_seen.append(block)
+    position = 0
+    for start in range(0, len(block_rows), WINDOW_BLOCKS):
+        window = blocks_seen[start : start + WINDOW_BLOCKS]
+        size = sum(block_rows[block] for block in window)
+        assert {order.row_at(p)[0] for p in range(position, position + size)} == set(window)
+        position += size
+
+
+def test_epochs_and_seeds_differ():
+    order = order_of(SIZES_200, 1)
+    assert epoch(order, 0) != epoch(order, 1)
+    assert epoch(order, 0) != epoch(order_of(SIZES_200, 2), 0)
+    assert epoch(order, 0) != sorted(epoch(order, 0))
+
+
+@pytest.mark.parametrize(
+    ("seed", "position", "row"),
+    [
+        (0, 0, (44, 4)),
+        (1234, 0, (173, 4)),
+        (1234, 1, (120, 1)),
+        (1234, 1000, (144, 6)),
+        (1234, 1599, (118, 3)),
+        (1234, 10**7, (101, 5)),
+        (2**64 - 1, 10**12, (57, 2)),
+    ],
+)
+def test_the_order_never_changes(seed, position, row):
+    """A change here would give every run in progress another order of data when it resumes."""
+    assert order_of(SIZES_200, seed).row_at(position) == row
+
+
+@pytest.fixture(scope="module")
+def manifest(corpus):
+    return load_manifest(corpus)
+
+
+@pytest.fixture(scope="module")
+def plain(corpus):
+    """What `webdataset` alone reads of a split: its blocks, in file order."""
+
+    def read(split):
+        shards = sorted(str(path) for path in corpus.glob(f"{split}-*.tar"))
+        samples = webdataset.WebDataset(shards, shardshuffle=False)
+        return [np.load(io.BytesIO(sample["tokens.npy"])).astype(np.int64) for sample in samples]
+
+    return read
+
+
+def batches(corpus, manifest, count, *, seed=7, consumed_rows=0, rank=0, world_size=1, global_batch=8):
+    """The first ``count`` batches of one rank, and the states that belong to them."""
+    with Stream(
+        corpus,
+        manifest,
+        seed=seed,
+        global_batch=global_batch,
+        rank=rank,
+        world_size=world_size,
+        consumed_rows=consumed_rows,
+    ) as stream:
+        got = [next(stream) for _ in range(count)]
+    return [batch for batch, _ in got], [consumed for _, consumed in got]
+
+
+def test_rows_are_those_that_webdataset_reads(corpus, manifest, plain):
+    blocks = plain("train")
+    got = torch.cat(batches(corpus, manifest, 5)[0])
+    assert got.dtype == torch.int64
+    wanted = [blocks[block][row] for block, row in (row_at(manifest, 7, position) for position in range(40))]
+    assert np.array_equal(got.numpy(), np.stack(wanted))
+
+
+def test_an_epoch_predicts_every_token_once(corpus, manifest):
+    split = manifest.splits["train"]
+    position_of = {row_at(manifest, 7, position): position for position in range(split.rows)}
+    assert len(position_of) == split.rows
+    batch = 128
+    read = torch.cat(batches(corpus, manifest, -(-split.rows // batch), global_batch=batch)[0])[: split.rows]
+    in_file_order = read[[position_of[row] for row in sorted(position_of)]]
+    predicted = in_file_order[:, 1:].flatten().tolist() + list(split.tail[1:])
+    documents = [token for document in iter_documents(corpus, "train") for token in (*document, manifest.eos_id)]
+    assert predicted == documents  # all but the eos in front, which nothing predicts
+    assert len(predicted) == split.tokens
+    assert torch.equal(in_file_order[1:, 0], in_file_order[:-1, -1])
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_slice_the_same_global_batches(corpus, manifest, world_size):
+    alone, consumed_alone = batches(corpus, manifest, 6)
+    parts = [batches(corpus, manifest, 6, rank=rank, world_size=world_size) for rank in range(world_size)]
+    for index, whole in enumerate(alone):
+        assert torch.equal(torch.cat([part[index] for part, _ in parts]), whole)
+    assert all(consumed == consumed_alone for _, consumed in parts)
+    assert consumed_alone == [8, 16, 24, 32, 40, 48]
+
+
+def test_starting_at_consumed_rows_is_skipping_them(corpus, manifest):
+    everything, states = batches(corpus, manifest, 8)
+    later, later_states = batches(corpus, manifest, 5, consumed_rows=24)
+    assert torch.equal(torch.cat(later), torch.cat(everything[3:]))
+    assert later_states == states[3:]
+
+
+def test_a_batch_may_cross_the_end_of_an_epoch(corpus, manifest, plain):
+    rows = manifest.splits["train"].rows
+    blocks = plain("train")
+    got = torch.cat(batches(corpus, manifest, 2, consumed_rows=rows - 5)[0])
+    wanted = [row_at(manifest, 7, position) for position in range(rows - 5, rows + 11)]
+    assert np.array_equal(got.numpy(), np.stack([blocks[block][row] for block, row in wanted]))
+
+
+def test_global_random_states_stay(corpus, manifest):
+    torch.manual_seed(3)
+    before = random.getstate(), np.random.get_state()[1].tobytes(), torch.get_rng_state()
+    batches(corpus, manifest, 3)
+    list(validation_batches(corpus, manifest, rows=8, micro_batch=4, rank=0, world_size=1))
+    after = random.getstate(), np.random.get_state()[1].tobytes(), torch.get_rng_state()
+    assert before[:2] == after[:2] and torch.equal(before[2], after[2])
+
+
+def stream_threads():
+    return [thread for thread in threading.enumerate() if thread.name == "stream"]
+
+
+@pytest.mark.parametrize("taken", [0, 1, 9])
+def test_leaving_stops_the_thread_and_closes_the_files(corpus, manifest, taken):
+    with (
+        pytest.raises(ZeroDivisionError),
+        Stream(corpus, manifest, seed=0, global_batch=8, rank=0, world_size=1) as stream,
+    ):
+        for _ in range(taken):
+            next(stream)
+        assert len(stream_threads()) == 1
+        raise ZeroDivisionError
+    assert not stream_threads()
+    assert not [path for path in Path("/proc/self/fd").iterdir() if path.resolve().parent == corpus]
+
+
+def test_a_batch_that_ranks_cannot_share_is_an_error(corpus, manifest):
+    with pytest.raises(ValueError, match=r"train\.global_batch is 9, not divisible by 2 ranks"):
+        Stream(corpus, manifest, seed=0, global_batch=9, rank=0, world_size=2)
+
+
+def test_a_shard_truncated_in_use_is_named(corpus, manifest, tmp_path):
+    folder = shutil.copytree(corpus, tmp_path / "set")
+    with Stream(folder, manifest, seed=0, global_batch=64, rank=0, world_size=1) as stream:
+        next(stream)
+        for path in folder.glob("train-*.tar"):
+            os.truncate(path, 2048)
+        with pytest.raises(ShardError, match=r"train-00000\d\.tar: ends inside block \d+, row \d+"):
+            while True:
+                next(stream)
+    assert not stream_threads()
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("rows", [30, 32, 10**6])
+def test_validation_deals_every_row_once(corpus, manifest, plain, world_size, rows):
+    wanted = np.concatenate(plain("val"))[:rows]
+    ranks = [
+        list(validation_batches(corpus, manifest, rows=rows, micro_batch=4, rank=rank, world_size=world_size))
+        for rank in range(world_size)
+    ]
+    assert len({len(part) for part in ranks}) == 1
+    assert all(batch.shape == (4, manifest.seq_len + 1) for part in ranks for batch in part)
+    dealt = torch.cat([batch for together in zip(*ranks, strict=True) for batch in together])
+    real = dealt[(dealt != IGNORED).any(dim=1)]
+    assert np.array_equal(real.numpy(), wanted)
+    assert (dealt[len(real) :] == IGNORED).all()

@@ -1,0 +1,163 @@
+"""The loop on real ranks: loss curves, signals, steps that are not finite."""
+
+import json
+import math
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dnt_scale.config import RunConfig
+from tests.helpers.run import STEPS, call, metrics, python, steps_written, stop_midway, tensors, tiny, train
+from tests.helpers.synthetic import synthetic_set
+
+GOLDEN = Path(__file__).parent.parent / "golden" / "loss_curve.txt"
+
+
+def curve(run_dir: Path, field: str) -> list[float]:
+    return [line[field] for line in metrics(run_dir) if field in line]
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_ranks_and_accumulation_do_not_change_the_loss_curve(corpus, reference, tmp_path, ranks):
+    """8 rows a step, 2 a forward: 1 rank accumulates 4 times, 2 ranks (the reference) twice, 4 ranks not at all."""
+    run_dir = tmp_path / "run"
+    train(tiny(corpus, run_dir), ranks).ok()
+    ours, theirs = metrics(run_dir), metrics(reference)
+    assert len(curve(run_dir, "train/loss")) == STEPS and len(curve(run_dir, "val/loss")) == 5
+    for field in ("train/loss", "val/loss", "val/bits_per_byte"):
+        np.testing.assert_allclose(curve(run_dir, field), curve(reference, field), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(curve(run_dir, "grad_norm"), curve(reference, "grad_norm"), rtol=1e-4)
+    exact = ("step", "tokens", "lr", "skipped")
+    assert [{k: line.get(k) for k in exact} for line in ours] == [{k: line.get(k) for k in exact} for line in theirs]
+    states = [json.loads((folder / "checkpoints/latest/state.json").read_text()) for folder in (run_dir, reference)]
+    assert states[0]["consumed_rows"] == states[1]["consumed_rows"] == 8 * STEPS
+    assert states[0]["tokens"] == states[1]["tokens"] == 8 * 64 * STEPS
+
+
+def test_the_reference_learns(reference):
+    losses = curve(reference, "train/loss")
+    assert losses[-1] < losses[0] - 1
+    assert curve(reference, "val/loss")[-1] < curve(reference, "val/loss")[0] - 1
+    assert abs(curve(reference, "val/loss")[0] - math.log(512)) < 0.2
+
+
+def test_torchrun_and_plain_python_are_the_same_ranks(corpus, reference, tmp_path):
+    overrides = ["train.steps=3", "optim.schedule.name=constant", "checkpoint.every=0", "eval.every=0"]
+    started = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "-m", "dnt_scale.train"]
+    done = python(*started, *tiny(corpus, tmp_path / "torchrun", *overrides))
+    assert done.code == 0, done.err
+    train(tiny(corpus, tmp_path / "ours", *overrides), ranks=2).ok()
+    assert metrics(tmp_path / "torchrun") == metrics(tmp_path / "ours")
+    python("-m", "dnt_scale.train", *tiny(corpus, tmp_path / "one", *overrides)).ok()
+    np.testing.assert_allclose(
+        curve(tmp_path / "one", "train/loss"), curve(tmp_path / "ours", "train/loss"), rtol=0, atol=1e-5
+    )
+
+
+def test_the_golden_loss_curve(tmp_path):
+    """Tokens, initial weights, order, model, loss and optimizer together: none of them changed unnoticed."""
+    data = synthetic_set(tmp_path / "set")
+    for optim in ("msgdw_r", "msgdw", "adamw"):
+        lr = {"msgdw_r": 0.1, "msgdw": 0.01, "adamw": 0.001}[optim]
+        overrides = [f"optim={optim}", f"optim.lr={lr}", "train.steps=10", "eval.every=0", "checkpoint.every=0"]
+        train(tiny(data, tmp_path / optim, *overrides)).ok()
+    found = list(zip(*(curve(tmp_path / optim, "train/loss") for optim in ("msgdw_r", "msgdw", "adamw")), strict=True))
+    lines = [line for line in GOLDEN.read_text().splitlines() if not line.startswith("#")]
+    np.testing.assert_allclose(found, [[float(word) for word in line.split()] for line in lines], rtol=0, atol=1e-4)
+
+
+def test_sigterm_to_one_rank_stops_all_with_a_checkpoint(corpus, reference, tmp_path):
+    run_dir = tmp_path / "run"
+    overrides = tiny(corpus, run_dir, "checkpoint.every=0")
+    stopped = stop_midway(overrides, run_dir, lambda group: group.kill(signal.SIGTERM, rank=1))
+    assert stopped.codes == [143, 143], stopped.err
+    step = steps_written(run_dir)
+    latest = run_dir / "checkpoints" / "latest"
+    assert latest.resolve().name == f"step-{step:08d}"
+    assert f"stopped at step {step} with a checkpoint" in stopped.err
+    assert "Traceback" not in stopped.err
+    train(overrides, ranks=2).ok()
+    assert metrics(run_dir) == metrics(reference)
+
+
+def test_ctrl_c_stops_with_a_checkpoint(corpus, reference, tmp_path):
+    run_dir = tmp_path / "run"
+    stopped = stop_midway(tiny(corpus, run_dir), run_dir, lambda group: group.kill(signal.SIGINT))
+    assert stopped.codes == [130, 130], stopped.err
+    assert "Traceback" not in stopped.err
+    step = steps_written(run_dir)
+    assert (run_dir / "checkpoints" / "latest").resolve().name == f"step-{step:08d}"
+    assert metrics(run_dir) == [line for line in metrics(reference) if line["step"] <= step]
+
+
+def test_a_run_that_diverges_skips_its_steps_and_ends(corpus, tmp_path):
+    run_dir = tmp_path / "run"
+    wild = ["optim.lr=1e38", "optim.clip_norm=null", "optim.schedule.warmup_steps=0"]
+    overrides = tiny(corpus, run_dir, *wild, "train.max_skipped=3", "checkpoint.every=1", "checkpoint.keep=99")
+    error = train(overrides, ranks=2).error()
+    lines = [line for line in metrics(run_dir) if line["step"] > 0]
+    last = lines[-1]["step"]
+    assert f"step {last}: 3 steps in a row had a non-finite loss or gradient" in error
+    assert "lower optim.lr" in error
+    assert [line["skipped"] for line in lines] == [0] * (last - 3) + [1] * 3
+    assert all(line["train/loss"] is None or line["grad_norm"] is None for line in lines[-3:])
+    # the checkpoint of the last good step and those of the skipped steps: only the count of steps differs
+    good, *after = [tensors(run_dir / "checkpoints" / f"step-{step:08d}") for step in range(last - 3, last)]
+    for number, later in enumerate(after, start=1):
+        assert later.pop("counters").tolist() == [last - 3 + number, last - 3]
+        assert later.keys() == good.keys() - {"counters"}
+        for name, value in later.items():
+            assert np.array_equal(value.numpy().view(np.uint32), good[name].numpy().view(np.uint32)), name
+    states = [json.loads(path.read_text()) for path in sorted(run_dir.glob("checkpoints/step-*/state.json"))]
+    assert [state["skipped"] for state in states][-3:] == [0, 1, 2]
+    assert [state["consumed_rows"] for state in states] == [8 * state["step"] for state in states]
+
+
+def poison_one_rank(overrides: list[str]) -> None:
+    """One step with a NaN in rank 1's part of a gradient, then the same step without."""
+    import torch
+    import torch.distributed as dist
+
+    from data_prep.shards import load_manifest
+    from dnt_scale import config, engine, ranks
+    from dnt_scale.model import DNT
+    from dnt_scale.optim import local
+    from dnt_scale.stream import Stream
+
+    run: RunConfig = config.load(overrides)
+    me = ranks.start("cpu")
+    manifest = load_manifest(run.data.path)
+    trainer = engine.build(run, lambda: DNT(run.model), me, STEPS)
+    parts = {"seed": 1, "global_batch": 8, "rank": me.rank, "world_size": me.world_size}
+    with Stream(run.data.path, manifest, **parts) as stream:
+        first, second = next(stream)[0], next(stream)[0]
+    trainer.train_step(first)
+
+    def snapshot() -> list[torch.Tensor]:
+        values = trainer._tensors()
+        return [local(value).clone() for name, value in sorted(values.items()) if name != "counters"]
+
+    weight = local(dict(trainer.model.named_parameters())["blocks.1.ffn.w_1.weight"])
+    kept = weight[3, 5].item()
+    before = snapshot()
+    if me.rank == 1:
+        weight[3, 5] = math.nan
+    skipped = trainer.train_step(second)
+    if me.rank == 1:
+        weight[3, 5] = kept
+    unchanged = all(torch.equal(one, other) for one, other in zip(before, snapshot(), strict=True))
+    counters = trainer._tensors()["counters"].tolist()
+    stats = trainer.train_step(second)
+    changed = any(not torch.equal(one, other) for one, other in zip(before, snapshot(), strict=True))
+    dist.barrier()
+    print(json.dumps([me.rank, skipped.skipped, unchanged, counters, stats.skipped, changed, math.isfinite(stats.loss)]))
+    ranks.stop()
+
+
+def test_a_nan_on_one_rank_skips_the_step_on_all(corpus, tmp_path):
+    out = call(poison_one_rank, tiny(corpus, tmp_path / "run"), ranks=2).ok().out
+    assert [json.loads(line) for line in out.splitlines()] == [
+        [rank, True, True, [2, 1], False, True, True] for rank in range(2)
+    ]

@@ -1,0 +1,286 @@
+"""Real training processes for tests, and what they leave on disk.
+
+A rank runs `dnt_scale.train` as `__main__` with torchrun's variables, as `python -m dnt_scale.train` would, and takes
+real signals. It is forked from a server that has torch imported already, which saves seconds of imports a rank;
+`python` and `torchrun` start the same module the long way.
+"""
+
+import json
+import multiprocessing
+import os
+import random
+import resource
+import runpy
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import wait as wait_for
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+# dnt_scale.train and dnt_scale.cli are left out: each rank executes its own as __main__
+PRELOAD = [
+    "torch._dynamo",  # drawing weights on the meta device imports it
+    "dnt_scale.engine.fsdp",
+    "dnt_scale.inference",
+    "dnt_scale.resume",
+    "dnt_scale.tracking",
+    "dnt_scale.plots",
+    "dnt_scale.progress",
+    "matplotlib.backends.backend_agg",
+    "matplotlib.figure",
+]
+multiprocessing.set_forkserver_preload(PRELOAD)
+
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+OTHERS_MAY_TAKE_S = 20.0  # once a rank has failed, before the rest are killed
+
+TINY_MODEL = [
+    "model=dnt_nano",
+    "model.layers=2",
+    "model.width=64",
+    "model.heads=2",
+    "model.vocab_size=512",
+    "model.context=64",
+]
+STEPS = 20
+# 20 steps of 8 rows of 64 tokens: about a second. The learning rate is a tenth of msgdw_r's default, where fp32
+# rounding grows by less than a factor of ten in 20 steps.
+TINY_RUN = [
+    *TINY_MODEL,
+    "run.name=tiny",
+    "run.device=cpu",
+    "optim.lr=0.1",
+    "optim.schedule.warmup_steps=2",
+    f"train.steps={STEPS}",
+    "train.global_batch=8",
+    "train.micro_batch=2",
+    "train.dtype=fp32",
+    "eval.every=5",
+    "eval.rows=30",
+    "checkpoint.every=6",
+    "tracking.enabled=false",
+]
+
+
+def tiny(data: Path, run_dir: Path, *overrides: str) -> list[str]:
+    """Overrides of a tiny run; later ones win."""
+    return [*TINY_RUN, f"data.path={data}", f"run.dir={run_dir}", *overrides]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What the ranks ended with. A code of -n: killed by signal n."""
+
+    codes: list[int | None]
+    out: str
+    err: str
+
+    @property
+    def code(self) -> int | None:
+        """The exit code that all ranks agree on."""
+        assert len(set(self.codes)) == 1, f"ranks ended with {self.codes}\n{self.err}"
+        return self.codes[0]
+
+    def ok(self) -> "Finished":
+        assert self.code == 0, self.err
+        return self
+
+    def error(self) -> str:
+        """The one `error:` line of a command that failed as it should: exit code 2 on every rank, no traceback."""
+        lines = [line for line in self.err.splitlines() if line.startswith("error:")]
+        assert self.code == 2, f"exit code {self.codes}\n{self.err}"
+        assert len(lines) == 1, self.err
+        assert "Traceback" not in self.err, self.err
+        return lines[0]
+
+
+class Ranks:
+    """Processes that run one module together; started by `start`."""
+
+    def __init__(
+        self,
+        target: Callable[..., None],
+        arguments: tuple[Any, ...],
+        ranks: int,
+        env: Mapping[str, str],
+        file_limit: int = resource.RLIM_INFINITY,
+    ):
+        self._logs = tempfile.TemporaryDirectory(prefix="dnt-ranks-")
+        context = multiprocessing.get_context("forkserver")
+        port = free_port()
+        self.processes: list[BaseProcess] = []
+        for rank in range(ranks):
+            group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port}
+            mine = {**ENVIRONMENT, "MASTER_ADDR": "127.0.0.1", **{k: str(v) for k, v in group.items()}, **env}
+            log = Path(self._logs.name, str(rank))
+            process = context.Process(target=_be_rank, args=(log, mine, file_limit, target, arguments), daemon=True)
+            process.start()
+            self.processes.append(process)
+
+    def kill(self, number: int = signal.SIGKILL, rank: int | None = None) -> None:
+        """Send a signal to one rank, or to all that are alive."""
+        for process in self.processes if rank is None else [self.processes[rank]]:
+            if process.is_alive():
+                assert process.pid is not None
+                os.kill(process.pid, number)
+
+    @property
+    def running(self) -> bool:
+        return any(process.is_alive() for process in self.processes)
+
+    def wait(self, timeout: float = 120.0) -> Finished:
+        """Wait for all ranks. When one fails the others get a while to notice, as under torchrun."""
+        deadline = time.monotonic() + timeout
+        while waiting := [process.sentinel for process in self.processes if process.exitcode is None]:
+            wait_for(waiting, timeout=1.0)
+            if any(process.exitcode for process in self.processes):
+                deadline = min(deadline, time.monotonic() + OTHERS_MAY_TAKE_S)
+            if time.monotonic() > deadline:
+                self.kill()
+        for process in self.processes:
+            process.join()
+        out, err = ("".join(self.read(rank, name) for rank in range(len(self.processes))) for name in ("out", "err"))
+        return Finished([process.exitcode for process in self.processes], out, err)
+
+    def read(self, rank: int, name: str) -> str:
+        path = Path(self._logs.name, f"{rank}.{name}")
+        return path.read_text() if path.exists() else ""
+
+
+def _be_rank(
+    log: Path, env: Mapping[str, str], file_limit: int, target: Callable[..., None], arguments: tuple[Any, ...]
+) -> None:
+    for stream, name in ((1, "out"), (2, "err")):
+        with log.with_suffix(f".{name}").open("wb") as file:
+            os.dup2(file.fileno(), stream)
+    os.environ.update(env)
+    torch.set_num_threads(1)  # torch was imported before OMP_NUM_THREADS was set
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, resource.RLIM_INFINITY))
+    target(*arguments)
+
+
+def _run_module(module: str, arguments: Sequence[str]) -> None:
+    sys.argv = [module, *arguments]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def start(
+    overrides: Sequence[str],
+    ranks: int = 1,
+    env: Mapping[str, str] | None = None,
+    file_limit: int = resource.RLIM_INFINITY,
+) -> Ranks:
+    """Start `python -m dnt_scale.train` on `ranks` ranks; no file they write may exceed `file_limit` bytes."""
+    return Ranks(_run_module, ("dnt_scale.train", overrides), ranks, env or {}, file_limit)
+
+
+def train(
+    overrides: Sequence[str],
+    ranks: int = 1,
+    env: Mapping[str, str] | None = None,
+    file_limit: int = resource.RLIM_INFINITY,
+) -> Finished:
+    """`start`, and wait for the end."""
+    return start(overrides, ranks, env, file_limit).wait()
+
+
+def stop_midway(overrides: Sequence[str], run_dir: Path, act: Callable[[Ranks], None], ranks: int = 2) -> Finished:
+    """Start a run of STEPS and `act` on it at a random step; from the start again when it was too quick to be hit."""
+    for _ in range(20):
+        moment = random.randrange(1, STEPS - 6)
+        group = start(overrides, ranks)
+        until(lambda group=group, moment=moment: steps_written(run_dir) >= moment or not group.running)
+        act(group)
+        finished = group.wait()
+        if 0 < steps_written(run_dir) < STEPS:
+            return finished
+        shutil.rmtree(run_dir)
+    raise AssertionError(f"never stopped before its end:\n{finished.err}")
+
+
+def dnt(*arguments: object) -> Finished:
+    """Run the `dnt` command in a process of its own."""
+    return Ranks(_run_module, ("dnt_scale.cli", [str(argument) for argument in arguments]), 1, {}).wait()
+
+
+def call(function: Callable[..., None], *arguments: Any, ranks: int = 1) -> Finished:
+    """Call a module-level function on every rank."""
+    return Ranks(function, arguments, ranks, {}).wait()
+
+
+def python(*arguments: object, env: Mapping[str, str] | None = None) -> Finished:
+    """A fresh interpreter, as a user starts it: `python("-m", "dnt_scale.train", ...)`."""
+    command = [sys.executable, *(str(argument) for argument in arguments)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, **ENVIRONMENT, **(env or {})}, timeout=300
+    )
+    return Finished([done.returncode], done.stdout, done.stderr)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The records of metrics.jsonl without the one field that depends on the clock. JSON keeps every bit of a float."""
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "tokens_per_s"} for line in lines]
+
+
+def steps_written(run_dir: Path) -> int:
+    """The last step of which metrics.jsonl holds a whole line; -1 before the first."""
+    path = run_dir / "metrics.jsonl"
+    whole = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    return int(json.loads(whole[-1])["step"]) if whole else -1
+
+
+def until(condition: Callable[[], Any], seconds: float = 60.0) -> None:
+    """Wait for `condition`, looking often."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "gave up waiting"
+        time.sleep(0.001)
+
+
+def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, whole: the ranks' pieces at the offsets their files record."""
+    pieces: dict[str, list[tuple[list[int], torch.Tensor]]] = {}
+    for path in sorted(checkpoint.glob("*.safetensors")):
+        with path.open("rb") as file:
+            header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
+        offsets = json.loads(header["__metadata__"]["DCP_SHARDING_INFO"])
+        for name, piece in load_file(path).items():
+            pieces.setdefault(name, []).append((offsets[name]["saved_offsets"], piece))
+    whole = {}
+    for name, parts in pieces.items():
+        assert all(offset[1:] == [0] * (len(offset) - 1) for offset, _ in parts), name
+        parts.sort(key=lambda part: part[0])
+        starts = [offset[0] for offset, _ in parts]
+        ends = [offset[0] + len(piece) for offset, piece in parts]
+        assert starts == [0, *ends[:-1]], f"{name}: pieces at {starts} end at {ends}"
+        whole[name] = torch.cat([piece for _, piece in parts])
+    return whole
+
+
+def same_tensors(one: Path, other: Path) -> bool:
+    """Whether two checkpoints hold the same tensors, bit for bit."""
+    a, b = tensors(one), tensors(other)
+    return a.keys() == b.keys() and all(_bits(a[name]) == _bits(b[name]) for name in a)
+
+
+def _bits(tensor: torch.Tensor) -> tuple[torch.dtype, torch.Size, bytes]:
+    return tensor.dtype, tensor.shape, tensor.contiguous().view(torch.uint8).numpy().tobytes()
