@@ -30,6 +30,7 @@ from data_prep import shards
 from data_prep.read import Counts, Source, find_sources, read_documents
 from data_prep.shards import Manifest, Options, SourceInfo, SplitWriter, TokenizerInfo, Tokens
 from data_prep.tokenizer import Kind, Tokenizer, sample, text_hash, train
+from data_prep.verify import verify as verify_set
 
 PARTIAL = ".dnt-partial"
 OUR_FILES = re.compile(r"(train|val)-\d{6,}\.tar|tokenizer\.model")
@@ -101,11 +102,11 @@ def prepare(options: PrepareOptions, console: Console | None = None) -> Manifest
 
 
 def verify(folder: Path, console: Console | None = None) -> list[str]:
-    """`shards.verify` with a progress line on stderr: the problems, a line each, or []."""
+    """`verify.verify` with a progress line on stderr: the problems, a line each, or []."""
     console = console or Console(stderr=True)
     total = sum(path.stat().st_size for path in Path(folder).glob("*.tar"))
     with _stage(console, "verify", total) as advance:
-        return shards.verify(folder, advance)
+        return verify_set(folder, advance)
 
 
 def info(folder: Path, console: Console | None = None) -> None:

@@ -20,8 +20,9 @@ from rich.console import Console
 
 from data_prep import pipeline
 from data_prep.pipeline import PARTIAL, PrepareOptions, held_out, info, prepare
-from data_prep.shards import Manifest, iter_documents, load_manifest, verify
+from data_prep.shards import Manifest, iter_documents, load_manifest
 from data_prep.tokenizer import Tokenizer
+from data_prep.verify import verify
 from tests.helpers.corpus import python_source_files, small_set
 
 TEXT = "Call me Ishmael. Some years ago, never mind how long precisely, having little or no money.\n"

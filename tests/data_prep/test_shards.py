@@ -23,9 +23,9 @@ from data_prep.shards import (
     load_manifest,
     manifest_sha256,
     read_block,
-    verify,
 )
 from data_prep.tokenizer import Tokenizer
+from data_prep.verify import verify
 from tests.helpers.corpus import python_source_files
 
 

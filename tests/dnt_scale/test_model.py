@@ -133,7 +133,7 @@ def test_s1_is_gpt2_in_logits_loss_and_every_gradient() -> None:
 
     output = theirs(tokens, labels=tokens)
     assert output.logits.std() > 1  # not a comparison of zeros
-    torch.testing.assert_close(ours(tokens), output.logits, atol=2e-5, rtol=0)
+    torch.testing.assert_close(ours(tokens), output.logits, atol=1e-5, rtol=0)
 
     loss = ours(tokens[:, :-1], tokens[:, 1:]) / tokens[:, 1:].numel()
     torch.testing.assert_close(loss, output.loss, atol=2e-6, rtol=0)
@@ -142,8 +142,8 @@ def test_s1_is_gpt2_in_logits_loss_and_every_gradient() -> None:
     theirs_by_name = dict(as_ours(lambda name: theirs.get_parameter(name).grad, config))
     assert theirs_by_name.keys() == dict(ours.named_parameters()).keys()
     for name, parameter in ours.named_parameters():
-        error = (parameter.grad - theirs_by_name[name]).norm() / output.loss.detach()
-        assert error <= 1e-5 * (1 + theirs_by_name[name].norm()), name
+        error = (parameter.grad - theirs_by_name[name]).norm() / theirs_by_name[name].norm()
+        assert error <= 1e-5 or name.endswith("w_k.bias"), name  # softmax ignores w_k's bias: its gradient is rounding
 
 
 @torch.no_grad()
@@ -151,7 +151,7 @@ def test_s1_is_gpt2_at_its_real_vocabulary_and_context() -> None:
     config = gpt2_config(layers=2, width=32, heads=2, vocab_size=50304, context=1024)
     ours, theirs = gpt2_twin(config)
     tokens = random_tokens(config, 1, 1024)
-    torch.testing.assert_close(ours(tokens), theirs(tokens).logits, atol=2e-5, rtol=0)
+    torch.testing.assert_close(ours(tokens), theirs(tokens).logits, atol=1e-5, rtol=0)
 
 
 # ---------------------------------------------------------------- a DNT written out from dnt.md
@@ -233,7 +233,8 @@ def test_every_setting_is_the_written_out_one(setting: Setting, variant: str) ->
     expected = torch.stack([written_out(weights, config, row) for row in tokens])
     assert expected.std() > 0.3
     torch.testing.assert_close(model(tokens), expected, atol=1e-12, rtol=1e-12)
-    torch.testing.assert_close(model.float()(tokens), expected.float(), atol=1e-5, rtol=1e-5)
+    error = (model.float()(tokens).double() - expected).abs().max()
+    assert error <= 1e-5 * max(1.0, float(expected.std()))  # without a final norm logits are several times larger
 
 
 @torch.no_grad()
@@ -333,8 +334,8 @@ def test_loss_is_the_fp32_sum_over_counted_targets() -> None:
 
 # ---------------------------------------------------------------- sizes
 
-# name: layers, width, millions with positions as the paper names the size, without them
-SIZES = {"124m": (12, 768, 124, 123.6), "774m": (36, 1280, 774, 772.4), "1.4b": (48, 1536, 1438, 1436.5)}
+# size: layers, width, millions of parameters with the position table, and without it as dnt.md counts
+SIZES = {"124m": (12, 768, 124, 123.6), "774m": (36, 1280, 774, 772.3), "1.4b": (48, 1536, 1438, 1436.5)}
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -468,7 +469,7 @@ def test_at_the_default_eps_and_fp32_the_loss_is_scale_free_to_rounding() -> Non
         with torch.no_grad():
             before = mean_loss(model, tokens, targets)
             rescale(model, everything)
-            moved[setting] = abs(float(mean_loss(model, tokens, targets) - before))
+            moved[setting] = float(abs(mean_loss(model, tokens, targets) - before))
     assert moved["S4"] < 2e-5 and moved["S5"] < 2e-5
     assert min(moved["S1"], moved["S2"], moved["S3"]) > 1e-2  # the control
 
@@ -601,9 +602,7 @@ def test_prop_2_the_jacobian_at_the_normalised_input_ignores_column_norms(scales
         jacobian(attend, norm(s_T1 * x_TD).detach()), jacobian(attend, norm(x_TD).detach()), atol=1e-12, rtol=1e-10
     )
     # through the norm, the block of token j is exactly 1/s_j of what it was
-    torch.testing.assert_close(
-        jacobian(pre_norm, s_T1 * x_TD) * s_T1, jacobian(pre_norm, x_TD), atol=1e-12, rtol=1e-10
-    )
+    torch.testing.assert_close(jacobian(pre_norm, s_T1 * x_TD) * s_T1, jacobian(pre_norm, x_TD), atol=1e-12, rtol=1e-10)
 
 
 def test_without_a_norm_the_jacobian_does_depend_on_column_norms() -> None:
@@ -710,8 +709,12 @@ def test_initial_scales_are_nano_gpts() -> None:
     assert torch.equal(initial_tensor("blocks.0.ffn.w_1.bias", torch.Size((5,)), config, 0), torch.zeros(5))
 
 
-GOLDEN_WEIGHTS: dict[str, list[float]] = {}
-GOLDEN_LOSSES: dict[Setting, float] = {}
+GOLDEN_WEIGHTS = {
+    "tok_emb.weight": [-0.0275689829, -0.000405767671, -0.00744901737, -0.0353306346],
+    "blocks.0.attn.w_q.weight": [0.0269289184, -0.0189475883, -0.00611390639, -0.00985973142],
+    "blocks.2.ffn.w_2.weight": [-0.00654707011, 0.00335020479, 0.00237549772, -0.000904477143],
+}
+GOLDEN_LOSSES: dict[Setting, float] = {"S1": 3.352856, "S2": 3.353352, "S3": 3.352672, "S4": 3.391563, "S5": 3.392473}
 
 
 def test_initial_weights_are_what_they_were() -> None:

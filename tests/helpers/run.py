@@ -5,6 +5,7 @@ real signals. It is forked from a server that has torch imported already, which 
 `python` and `torchrun` start the same module the long way.
 """
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -26,8 +27,20 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
+
+from data_prep.shards import (
+    Manifest,
+    Options,
+    SourceInfo,
+    Split,
+    SplitName,
+    SplitWriter,
+    TokenizerInfo,
+    write_manifest,
+)
 
 # dnt_scale.train and dnt_scale.cli are left out: each rank executes its own as __main__
 PRELOAD = [
@@ -227,6 +240,49 @@ def python(*arguments: object, env: Mapping[str, str] | None = None) -> Finished
         command, capture_output=True, text=True, env={**os.environ, **ENVIRONMENT, **(env or {})}, timeout=300
     )
     return Finished([done.returncode], done.stdout, done.stderr)
+
+
+def synthetic_set(folder: Path, vocab_size: int = 512, val: bool = True) -> Path:
+    """A set of made-up tokens that depend on nothing but this function; its tokenizer is a file of a few bytes.
+
+    A token goes on to one of four others, so that there is something to learn.
+    """
+    folder.mkdir()
+    splits: dict[SplitName, Split] = {}
+    names: tuple[SplitName, ...] = ("train", "val") if val else ("train",)
+    for name, tokens in zip(names, (60_000, 5_000), strict=False):
+        choice = np.random.Philox(key=tokens).random_raw(tokens) % 4
+        ids = np.zeros(tokens, dtype=np.uint16)
+        for place in range(1, tokens):
+            ids[place] = (
+                0 if place % 250 == 249 else 1 + (3 * int(ids[place - 1]) + int(choice[place])) % (vocab_size - 1)
+            )
+        writer = SplitWriter(folder, name, 64, "uint16", 0, shard_bytes=50_000)
+        writer.add(ids, documents=tokens // 250, text_bytes=3 * tokens)
+        splits[name] = writer.finish()
+    tokenizer = f"no tokenizer of {vocab_size} pieces".encode()
+    (folder / "tokenizer.model").write_bytes(tokenizer)
+    documents, text_bytes = (sum(getattr(split, f) for split in splits.values()) for f in ("documents", "text_bytes"))
+    manifest = Manifest(
+        format="dnt-shards",
+        version=1,
+        dtype="uint16",
+        seq_len=64,
+        tokenizer=TokenizerInfo(
+            file="tokenizer.model",
+            sha256=hashlib.sha256(tokenizer).hexdigest(),
+            vocab_size=vocab_size,
+            round_trip=False,
+        ),
+        eos_id=0,
+        options=Options(
+            vocab_size=None, kind=None, sample_bytes=None, val_fraction=0.1 if val else 0.0, shard_bytes=50_000
+        ),
+        sources=(SourceInfo(name="made up", documents=documents, text_bytes=text_bytes, replaced=0, empty=0),),
+        splits=splits,
+    )
+    write_manifest(folder, manifest)
+    return folder
 
 
 def free_port() -> int:

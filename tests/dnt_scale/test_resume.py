@@ -1,0 +1,93 @@
+"""A run that was killed and started again is the run that was never killed."""
+
+import shutil
+import signal
+import sqlite3
+
+import numpy as np
+import pytest
+
+from dnt_scale.tracking import default_uri
+from tests.helpers.run import STEPS, metrics, python, same_tensors, steps_written, stop_midway, tensors, tiny, train
+
+LAST = f"checkpoints/step-{STEPS:08d}"
+
+
+@pytest.fixture(scope="module")
+def killed(corpus, tmp_path_factory):
+    """A 2-rank run killed between its first checkpoint and its end; to be read only."""
+    run_dir = tmp_path_factory.mktemp("killed") / "tiny"
+    overrides = tiny(corpus, run_dir, "checkpoint.every=3")
+    stopped = stop_midway(overrides, run_dir, lambda group: group.kill(signal.SIGKILL))
+    assert set(stopped.codes) == {-signal.SIGKILL}
+    return run_dir
+
+
+def test_what_a_killed_run_wrote_is_true(killed, reference):
+    step = steps_written(killed)
+    assert 0 < step < STEPS
+    assert metrics(killed) == [line for line in metrics(reference) if line["step"] <= step]
+
+
+def test_resuming_on_as_many_ranks_is_bitwise_the_uninterrupted_run(corpus, killed, reference, tmp_path):
+    run_dir = shutil.copytree(killed, tmp_path / "run", symlinks=True)
+    train(tiny(corpus, run_dir, "checkpoint.every=3"), ranks=2).ok()
+    assert metrics(run_dir) == metrics(reference)
+    assert same_tensors(run_dir / LAST, reference / LAST)
+
+
+def test_bf16_resumes_bitwise_too(corpus, tmp_path):
+    bf16 = ["train.dtype=bf16", "optim.lr=1.0", "checkpoint.every=4"]
+    train(tiny(corpus, tmp_path / "whole", *bf16), ranks=2).ok()
+    run_dir = tmp_path / "run"
+    overrides = tiny(corpus, run_dir, *bf16)
+    stop_midway(overrides, run_dir, lambda group: group.kill(signal.SIGKILL))
+    train(overrides, ranks=2).ok()
+    assert metrics(run_dir) == metrics(tmp_path / "whole")
+    assert same_tensors(run_dir / LAST, tmp_path / "whole" / LAST)
+    assert {str(value.dtype) for name, value in tensors(run_dir / LAST).items() if name != "counters"} == {
+        "torch.float32"
+    }
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_resuming_on_other_ranks_goes_on_with_the_same_rows(corpus, killed, reference, tmp_path, ranks):
+    run_dir = shutil.copytree(killed, tmp_path / "run", symlinks=True)
+    train(tiny(corpus, run_dir, "checkpoint.every=3"), ranks).ok()
+    ours, theirs = metrics(run_dir), metrics(reference)
+    assert [(line["step"], line["tokens"]) for line in ours] == [(line["step"], line["tokens"]) for line in theirs]
+    for field in ("train/loss", "val/loss"):
+        pairs = [(a[field], b[field]) for a, b in zip(ours, theirs, strict=True) if field in b]
+        np.testing.assert_allclose(*zip(*pairs, strict=True), rtol=0, atol=1e-4)
+    resumed, whole = tensors(run_dir / LAST), tensors(reference / LAST)
+    assert resumed.keys() == whole.keys()
+    for name, value in whole.items():
+        np.testing.assert_allclose(resumed[name].numpy(), value.numpy(), rtol=0, atol=1e-4, err_msg=name)
+
+
+def test_a_finished_run_has_nothing_to_do(corpus, finished_run):
+    before = (finished_run / "metrics.jsonl").read_bytes()
+    steps = sorted(path.name for path in (finished_run / "checkpoints").iterdir())
+    done = train(tiny(corpus, finished_run, "checkpoint.keep=9"), ranks=2).ok()
+    assert f"done: {STEPS} steps" in done.err
+    assert (finished_run / "metrics.jsonl").read_bytes() == before
+    assert sorted(path.name for path in (finished_run / "checkpoints").iterdir()) == steps
+
+
+def test_more_steps_go_on_from_the_end(corpus, finished_run):
+    before = metrics(finished_run)
+    train(tiny(corpus, finished_run, "train.steps=23"), ranks=2).ok()
+    assert metrics(finished_run)[: len(before)] == before
+    assert [line["step"] for line in metrics(finished_run)][len(before) :] == [21, 22, 23]
+
+
+def test_a_resumed_run_is_one_mlflow_run(corpus, tmp_path):
+    run_dir = tmp_path / "runs" / "tracked"
+    overrides = tiny(corpus, run_dir, "tracking.enabled=true", "run.name=tracked", "eval.every=0")
+    for steps in (3, 6):
+        python("-m", "dnt_scale.train", *overrides, f"train.steps={steps}").ok()
+    store = sqlite3.connect(default_uri(run_dir).removeprefix("sqlite:///"))
+    assert store.execute("select name, status from runs").fetchall() == [("tracked", "FINISHED")]
+    points = store.execute("select step, value from metrics where key = 'train/loss' order by step").fetchall()
+    assert points == [(line["step"], line["train/loss"]) for line in metrics(run_dir)]
+    assert [step for step, _ in points] == [1, 2, 3, 4, 5, 6]
