@@ -27,7 +27,7 @@ class ConfigError(ValueError):
 class Strict(BaseModel):
     """Unknown fields are errors and nothing changes after validation."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ModelConfig(Strict):
@@ -294,7 +294,13 @@ def _explain(error: Exception, overrides: list[str]) -> str:
         return f"{missing}: is not set; add {missing}=VALUE (`dnt train --help` shows an example)"
     for override in overrides:
         key, _, value = override.partition("=")
-        if _is_group(key) and not (config_dir() / key / f"{value}.yaml").is_file():
-            choices = sorted(path.stem for path in (config_dir() / key).glob("*.yaml"))
-            return f"{override}: no such choice{_nearest(value, set(choices))} There are: {', '.join(choices)}"
-    return text.splitlines()[0] + " (write overrides as key=value; `dnt train --help` shows examples)"
+        choices = sorted(path.stem for path in (config_dir() / key).glob("*.yaml")) if _is_group(key) else []
+        if choices and value.removesuffix(".yaml") not in choices:
+            nearest = _nearest(value, set(choices)) or "."
+            return f"{override}: no such choice{nearest} There are: {', '.join(choices)}"
+    field = getattr(error, "full_key", None)  # where an interpolation failed
+    return (
+        (f"{field}: " if field else "")
+        + text.splitlines()[0]
+        + " (write overrides as key=value; `dnt train --help` shows examples)"
+    )

@@ -11,6 +11,7 @@ import pytest
 from tests.helpers.run import (
     STEPS,
     call,
+    free_port,
     metrics,
     python,
     steps_written,
@@ -54,9 +55,8 @@ def test_the_reference_learns(reference):
 
 def test_torchrun_and_plain_python_are_the_same_ranks(corpus, reference, tmp_path):
     overrides = ["train.steps=3", "optim.schedule.name=constant", "checkpoint.every=0", "eval.every=0"]
-    started = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "-m", "dnt_scale.train"]
-    done = python(*started, *tiny(corpus, tmp_path / "torchrun", *overrides))
-    assert done.code == 0, done.err
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
+    python(*torchrun, "-m", "dnt_scale.train", *tiny(corpus, tmp_path / "torchrun", *overrides)).ok()
     train(tiny(corpus, tmp_path / "ours", *overrides), ranks=2).ok()
     assert metrics(tmp_path / "torchrun") == metrics(tmp_path / "ours")
     python("-m", "dnt_scale.train", *tiny(corpus, tmp_path / "one", *overrides)).ok()

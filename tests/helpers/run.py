@@ -236,10 +236,20 @@ def call(function: Callable[..., None], *arguments: Any, ranks: int = 1) -> Fini
 def python(*arguments: object, env: Mapping[str, str] | None = None) -> Finished:
     """A fresh interpreter, as a user starts it: `python("-m", "dnt_scale.train", ...)`."""
     command = [sys.executable, *(str(argument) for argument in arguments)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, **ENVIRONMENT, **(env or {})}, timeout=300
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **ENVIRONMENT, **(env or {})},
+        start_new_session=True,
     )
-    return Finished([done.returncode], done.stdout, done.stderr)
+    try:
+        out, err = process.communicate(timeout=120)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # and what it has started
+        out, err = process.communicate()
+    return Finished([process.returncode], out, err)
 
 
 def synthetic_set(folder: Path, vocab_size: int = 512, val: bool = True) -> Path:

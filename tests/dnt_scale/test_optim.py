@@ -1,0 +1,503 @@
+"""mSGDW against torch.optim.SGD and written-out references; groups, AdamW, and schedules."""
+
+import math
+import re
+from collections.abc import Callable, Iterable
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from dnt_scale.config import AdamWConfig, GroupConfig, ModelConfig, MSGDWConfig, OptimConfig, ScheduleConfig
+from dnt_scale.model import DNT
+from dnt_scale.optim import MSGDW, Schedule, build_optimizer, parameter_groups
+
+SHAPES = [(7,), (3, 5), (1,), (2, 3, 4), (64, 33), (), (1, 9)]
+PROPERTY = settings(max_examples=60, deadline=None, derandomize=True)
+
+
+def tensors(shapes: Iterable[tuple[int, ...]], seed: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+
+
+def parameters(shapes: Iterable[tuple[int, ...]], dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
+    return [nn.Parameter(value) for value in tensors(shapes, 1000, dtype)]
+
+
+def drive(
+    optimizer: torch.optim.Optimizer,
+    params: list[nn.Parameter],
+    steps: int,
+    gradients: Callable[[int], list[Tensor | None]] | None = None,
+) -> None:
+    """``steps`` updates with the gradients of a seed a step."""
+    for step in range(steps):
+        given_grads = gradients(step) if gradients else tensors([p.shape for p in params], step, params[0].dtype)
+        for parameter, gradient in zip(params, given_grads, strict=True):
+            parameter.grad = None if gradient is None else gradient.clone()
+        optimizer.step()
+
+
+# ---------------------------------------------------------------- against torch.optim.SGD
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("momentum", [0.9, 0.5, 0.99])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_plain_msgdw_is_torch_sgd_bitwise(momentum: float, nesterov: bool, foreach: bool, dtype: torch.dtype) -> None:
+    ours, theirs = parameters(SHAPES, dtype), parameters(SHAPES, dtype)
+    sgd = torch.optim.SGD(theirs, lr=0.07, momentum=momentum, nesterov=nesterov, foreach=foreach)
+    msgdw = MSGDW([{"params": ours}], lr=0.07, momentum=momentum, nesterov=nesterov)
+    for step in range(20):
+        drive(msgdw, ours, 1, lambda _, step=step: tensors(SHAPES, step, dtype))
+        drive(sgd, theirs, 1, lambda _, step=step: tensors(SHAPES, step, dtype))
+        for a, b in zip(ours, theirs, strict=True):
+            assert torch.equal(a, b), (step, a.shape)
+            assert torch.equal(msgdw.state[a]["momentum_buffer"], sgd.state[b]["momentum_buffer"])
+
+
+def test_bitwise_also_with_momentum_zero_missing_gradients_and_a_changing_lr() -> None:
+    def gradients(step: int) -> list[Tensor | None]:
+        drawn: list[Tensor | None] = list(tensors(SHAPES, step))
+        drawn[step % len(SHAPES)] = None  # a parameter without a gradient stays, and so does its buffer
+        drawn[0] = None if step < 5 else drawn[0]  # as does one that starts late
+        return drawn
+
+    for momentum in (0.0, 0.9):
+        ours, theirs = parameters(SHAPES), parameters(SHAPES)
+        msgdw = MSGDW([{"params": ours}], lr=1.0, momentum=momentum)
+        sgd = torch.optim.SGD(theirs, lr=1.0, momentum=momentum)
+        for step in range(20):
+            for optimizer, params in ((msgdw, ours), (sgd, theirs)):
+                optimizer.param_groups[0]["lr"] = 0.1 * 0.9**step
+                drive(optimizer, params, 1, lambda _, step=step: gradients(step))
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+# ---------------------------------------------------------------- against the formula, written out
+
+
+def written_out(
+    p: np.ndarray,
+    gradients: list[np.ndarray],
+    *,
+    lr: float,
+    momentum: float,
+    dampening: float,
+    nesterov: bool,
+    weight_decay: float,
+    update: str,
+) -> np.ndarray:
+    v = np.zeros_like(p)
+    for g in gradients:
+        v = momentum * v + (1 - dampening) * g
+        d = (1 - dampening) * g + momentum * v if nesterov else v
+        p = (1 - lr * weight_decay) * p
+        if update == "plain":
+            p = p - lr * d
+        else:
+            for row in range(len(p)):
+                length = math.sqrt(sum(float(x) ** 2 for x in d[row]))
+                if length > 0:
+                    p[row] = p[row] - lr * d[row] / length
+    return p
+
+
+@pytest.mark.parametrize("update", ["plain", "row_normalized"])
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("dampening", [0.0, 0.9, 0.3])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_msgdw_is_the_written_out_formula(update: str, nesterov: bool, dampening: float, weight_decay: float) -> None:
+    options = {"momentum": 0.9, "dampening": dampening, "nesterov": nesterov, "weight_decay": weight_decay}
+    shapes = [(5, 7), (1, 3), (40, 16)]
+    drawn = [[g.double() for g in tensors(shapes, step)] for step in range(20)]  # fp32 holds them exactly
+    for gradients in drawn:
+        gradients[0][2] = 0  # a row that never has a gradient
+    start = [p.detach().double().numpy() for p in parameters(shapes)]
+    # fp32 rounds to 6e-8 a step; fp64 shows that nothing else is lost
+    for dtype, count, tolerance in ((torch.float32, 1, 1e-7), (torch.float32, 20, 6e-7), (torch.float64, 20, 1e-13)):
+        params = [nn.Parameter(p.detach().to(dtype)) for p in parameters(shapes)]
+        optimizer = MSGDW([{"params": params, "update": update}], lr=0.05, **options)
+        drive(optimizer, params, count, lambda step, dtype=dtype: [g.to(dtype) for g in drawn[step]])
+        for i, parameter in enumerate(params):
+            steps = [gradients[i].numpy() for gradients in drawn[:count]]
+            expected = written_out(start[i], steps, lr=0.05, update=update, **options)
+            error = np.linalg.norm(parameter.detach().double().numpy() - expected) / np.linalg.norm(expected)
+            assert error < tolerance, (dtype, count, i)
+
+
+def test_two_groups_follow_their_own_formula() -> None:
+    shapes = [(4, 6), (4, 6)]
+    drawn = [tensors(shapes, step, torch.float64) for step in range(10)]
+    params = parameters(shapes, torch.float64)
+    start = [p.detach().numpy().copy() for p in params]
+    own = {"lr": 0.3, "weight_decay": 0.02, "update": "row_normalized"}
+    optimizer = MSGDW([{"params": params[:1]}, {"params": params[1:], **own}], lr=0.1, dampening=0.9)
+    drive(optimizer, params, 10, lambda step: list(drawn[step]))
+    shared = {"momentum": 0.9, "dampening": 0.9, "nesterov": False}
+    plain = written_out(start[0], [g[0].numpy() for g in drawn], lr=0.1, weight_decay=0, update="plain", **shared)
+    rows = written_out(start[1], [g[1].numpy() for g in drawn], **shared, **own)  # type: ignore[arg-type]
+    np.testing.assert_allclose(params[0].detach().numpy(), plain, rtol=1e-12)
+    np.testing.assert_allclose(params[1].detach().numpy(), rows, rtol=1e-12)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_the_ema_form_is_the_same_after_lr_over_one_minus_mu(nesterov: bool) -> None:
+    mu, lr, decay = 0.9, 0.5, 0.02
+    ema, sgd = parameters(SHAPES, torch.float64), parameters(SHAPES, torch.float64)
+    options = {"momentum": mu, "nesterov": nesterov}
+    drive(MSGDW([{"params": ema}], lr=lr, dampening=mu, weight_decay=decay, **options), ema, 20)
+    plain = MSGDW([{"params": sgd}], lr=lr * (1 - mu), weight_decay=decay / (1 - mu), **options)  # lr * wd is kept
+    drive(plain, sgd, 20)
+    for a, b in zip(ema, sgd, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-13, rtol=1e-13)
+
+
+def test_rows_do_not_feel_dampening_or_the_scale_of_the_gradient() -> None:
+    ends = []
+    for dampening, scale in ((0.0, 1.0), (0.9, 1.0), (0.5, 1e-6), (0.0, 1e6)):
+        params = parameters([(6, 8)], torch.float64)
+        optimizer = MSGDW([{"params": params, "update": "row_normalized"}], lr=0.05, dampening=dampening)
+        drive(optimizer, params, 10, lambda step, scale=scale: [scale * tensors([(6, 8)], step, torch.float64)[0]])
+        ends.append(params[0].detach())
+    for end in ends[1:]:
+        torch.testing.assert_close(end, ends[0], atol=1e-13, rtol=1e-12)
+
+
+# ---------------------------------------------------------------- row-normalised
+
+
+def test_every_row_moves_by_exactly_lr_and_rows_without_gradient_stay() -> None:
+    still = [1, 4]
+    (p,) = params = parameters([(6, 8)], torch.float64)
+    optimizer = MSGDW([{"params": params, "update": "row_normalized"}], lr=0.05, dampening=0.9)
+    for step in range(10):
+        before = p.detach().clone()
+        (gradient,) = tensors([(6, 8)], step, torch.float64)
+        gradient *= 10.0 ** torch.arange(-3, 3)[:, None]  # rows of very different size move alike
+        gradient[still] = 0
+        drive(optimizer, params, 1, lambda _, gradient=gradient: [gradient])
+        moved = (p.detach() - before).norm(dim=1)
+        expected = torch.full((6,), 0.05, dtype=torch.float64)
+        expected[still] = 0
+        torch.testing.assert_close(moved, expected, atol=1e-15, rtol=1e-13)
+        assert torch.equal(p.detach()[still], before[still])
+    assert torch.isfinite(p).all()
+
+
+def test_row_decay_is_decoupled() -> None:
+    """Rows without gradient only shrink; the others shrink and move by lr."""
+    (p,) = params = parameters([(3, 8)], torch.float64)
+    optimizer = MSGDW([{"params": params, "update": "row_normalized"}], lr=0.05, weight_decay=2.0)
+    before = p.detach().clone()
+    (gradient,) = tensors([(3, 8)], 0, torch.float64)
+    gradient[0] = 0
+    drive(optimizer, params, 1, lambda _: [gradient])
+    torch.testing.assert_close(p.detach()[0], 0.9 * before[0], atol=0, rtol=1e-15)
+    step = p.detach() - 0.9 * before
+    torch.testing.assert_close(step[1:], -0.05 * gradient[1:] / gradient[1:].norm(dim=1, keepdim=True))
+
+
+# ---------------------------------------------------------------- the buffer
+
+
+def tiny_model() -> DNT:
+    config = ModelConfig(name="t", layers=2, width=16, heads=2, vocab_size=23, context=8, setting="S5")
+    model = DNT(config)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(generator=generator)
+    return model
+
+
+def state_bytes(optimizer: torch.optim.Optimizer, count: Callable[[str], bool]) -> int:
+    return sum(
+        value.numel() * value.element_size()
+        for state in optimizer.state.values()
+        for key, value in state.items()
+        if count(key)
+    )
+
+
+def test_one_zero_buffer_a_parameter_before_the_first_step_and_nothing_else_ever() -> None:
+    params = parameters(SHAPES)
+    optimizer = MSGDW([{"params": params}], lr=0.1)
+    for _ in range(2):
+        assert set(optimizer.state) == set(params)
+        for p in params:
+            (buffer,) = optimizer.state[p].values()
+            assert list(optimizer.state[p]) == ["momentum_buffer"]
+            assert buffer.shape == p.shape and buffer.dtype == p.dtype and buffer.data_ptr() != p.data_ptr()
+            assert p.grad is not None or torch.count_nonzero(buffer) == 0
+        drive(optimizer, params, 3)
+    addresses = [optimizer.state[p]["momentum_buffer"].data_ptr() for p in params]
+    drive(optimizer, params, 3)
+    assert addresses == [optimizer.state[p]["momentum_buffer"].data_ptr() for p in params]  # updated in place
+
+
+def test_state_is_four_bytes_a_parameter_against_adamws_eight() -> None:
+    model = tiny_model()
+    total = sum(parameter.numel() for parameter in model.parameters())
+    embedding = GroupConfig(pattern=r"^tok_emb\.", update="row_normalized")
+    for groups in ({}, {"embedding": embedding}):
+        msgdw = build_optimizer(model.named_parameters(), MSGDWConfig(algorithm="msgdw", lr=1.0, groups=groups))
+        drive(msgdw, list(model.parameters()), 2)
+        assert state_bytes(msgdw, lambda key: True) == 4 * total
+    adamw = build_optimizer(model.named_parameters(), AdamWConfig(algorithm="adamw", lr=1e-3))
+    drive(adamw, list(model.parameters()), 2)
+    assert state_bytes(adamw, lambda key: key != "step") == 8 * total
+
+
+def test_a_saved_and_loaded_state_continues_bitwise() -> None:
+    whole, first = parameters(SHAPES), parameters(SHAPES)
+    drive(MSGDW([{"params": whole}], lr=0.1, weight_decay=0.01), whole, 10)
+    stopped = MSGDW([{"params": first}], lr=0.1, weight_decay=0.01)
+    drive(stopped, first, 4)
+    second = [nn.Parameter(p.detach().clone()) for p in first]
+    resumed = MSGDW([{"params": second}], lr=0.9)
+    resumed.load_state_dict(stopped.state_dict())
+    drive(resumed, second, 6, lambda step: list(tensors(SHAPES, step + 4)))
+    assert all(torch.equal(a, b) for a, b in zip(whole, second, strict=True))
+
+
+# ---------------------------------------------------------------- steady rotation (dnt.md, [R])
+
+
+@pytest.mark.parametrize(("dampening", "lr"), [(0.0, 1.0), (0.9, 10.0)])
+def test_scale_free_weights_settle_at_the_stated_rotation(dampening: float, lr: float) -> None:
+    """Random gradients orthogonal to the weight and inverse to its norm, as of a scale-invariant loss."""
+    mu, lr_wd = 0.9, 2e-3  # relaxes in 1 / (lr * wd) = 500 steps
+    rows, width = 48, 192
+    (stacked,) = parameters([(rows, width)], torch.float64)
+    optimizer = MSGDW([{"params": [stacked]}], lr=lr, momentum=mu, dampening=dampening, weight_decay=lr_wd / lr)
+    generator = torch.Generator().manual_seed(1)
+    angles = []
+    for step in range(2000):
+        w = stacked.detach().clone()
+        noise = torch.randn(rows, width, generator=generator, dtype=torch.float64)
+        squares = w.square().sum(1, keepdim=True)
+        stacked.grad = (noise - (noise * w).sum(1, keepdim=True) / squares * w) / squares.sqrt()
+        optimizer.step()
+        if step >= 1200:
+            cosine = torch.nn.functional.cosine_similarity(w, stacked.detach(), dim=1)
+            angles.append(torch.arccos(cosine).mean())
+    expected = math.sqrt(2 * lr_wd * (1 - mu) / (1 + mu))
+    assert float(torch.stack(angles).mean()) == pytest.approx(expected, rel=0.05)
+
+
+# ---------------------------------------------------------------- parameter groups
+
+
+def msgdw_config(groups: dict[str, dict[str, object]], **changes: object) -> MSGDWConfig:
+    return MSGDWConfig.model_validate(
+        {"algorithm": "msgdw", "lr": 1.0, "weight_decay": 0.1, "groups": groups, **changes}
+    )
+
+
+def groups_of(config: OptimConfig) -> list[dict]:
+    return parameter_groups(tiny_model().named_parameters(), config)
+
+
+def by_name(groups: list[dict]) -> dict[str, dict]:
+    return {name: group for group in groups for name in group["names"]}
+
+
+BAD_GROUPS = {
+    "no match": ({"head": {"pattern": "lm_head"}}, r"optim\.groups\.head\.pattern.*'lm_head' matches no parameter"),
+    "no regex": ({"bad": {"pattern": "tok_emb("}}, r"optim\.groups\.bad\.pattern.*not a regex"),
+    "overlap": (
+        {"emb": {"pattern": "emb"}, "tok": {"pattern": "^tok_"}},
+        r"tok_emb\.weight is matched by emb and tok",
+    ),
+    "row on a vector": (
+        {"gains": {"pattern": r"norm_in\.gain", "update": "row_normalized"}},
+        r"optim\.groups\.gains.*row_normalized needs matrices.*norm_in\.gain.*\(16,\)",
+    ),
+    "row on a block": (
+        {"block": {"pattern": r"^blocks\.0\.", "update": "row_normalized"}},
+        r"optim\.groups\.block.*needs matrices.*gain",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_GROUPS)
+def test_groups_that_cannot_be_name_the_field(case: str) -> None:
+    groups, message = BAD_GROUPS[case]
+    with pytest.raises(ValueError, match=message):
+        groups_of(msgdw_config(groups))
+    with pytest.raises(ValueError, match=message):
+        build_optimizer(tiny_model().named_parameters(), msgdw_config(groups))
+
+
+def test_without_groups_only_matrices_are_decayed() -> None:
+    groups = groups_of(msgdw_config({}))
+    shapes = {name: p.shape for name, p in tiny_model().named_parameters()}
+    assert by_name(groups).keys() == shapes.keys()
+    for name, group in by_name(groups).items():
+        assert group["weight_decay"] == (0.1 if len(shapes[name]) >= 2 else 0.0), name
+        assert (group["lr"], group["base_lr"], group["update"]) == (1.0, 1.0, "plain")
+
+
+def test_a_groups_own_values_are_used_and_zero_is_a_value() -> None:
+    config = msgdw_config(
+        {
+            "embedding": {"pattern": r"^tok_emb\.", "update": "row_normalized", "lr": 0.05, "weight_decay": 0.0},
+            "first": {"pattern": r"^blocks\.0\.", "lr": 0.0, "weight_decay": 0.3},
+            "mid": {"pattern": r"^blocks\.1.*norm_mid"},
+        }
+    )
+    groups = by_name(groups_of(config))
+    values = {name: (g["lr"], g["base_lr"], g["weight_decay"], g["update"]) for name, g in groups.items()}
+    assert values["tok_emb.weight"] == (0.05, 0.05, 0.0, "row_normalized")
+    assert values["blocks.0.ffn.w_1.weight"] == (0.0, 0.0, 0.3, "plain")
+    assert values["blocks.0.norm_pre1.gain"] == (0.0, 0.0, 0.0, "plain")  # never decayed, whatever the group says
+    assert values["blocks.1.norm_mid1.gain"] == (1.0, 1.0, 0.0, "plain")
+    assert values["blocks.1.ffn.w_1.weight"] == values["pos_emb.weight"] == (1.0, 1.0, 0.1, "plain")
+
+    model = tiny_model()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    drive(build_optimizer(model.named_parameters(), config), list(model.parameters()), 1)
+    moved = {name: p.detach() - before[name] for name, p in model.named_parameters()}
+    assert not any(change.any() for name, change in moved.items() if name.startswith("blocks.0."))
+    torch.testing.assert_close(moved["tok_emb.weight"].norm(dim=1), torch.full((23,), 0.05), rtol=1e-4, atol=0)
+    gradients = dict(zip(moved, tensors([p.shape for p in model.parameters()], 0), strict=True))
+    torch.testing.assert_close(moved["norm_in.gain"], -gradients["norm_in.gain"])
+
+
+PATTERNS = [
+    "emb",
+    "^tok_",
+    r"\.w_[qk]\.",
+    r"w_v",
+    r"^blocks\.0\.",
+    r"^blocks\.1\.ffn",
+    "norm",
+    r"gain$",
+    "nothing",
+    "w_o",
+]
+
+
+@PROPERTY
+@given(chosen=st.lists(st.sampled_from(PATTERNS), max_size=4))
+def test_every_parameter_is_in_exactly_one_group_or_it_raises(chosen: list[str]) -> None:
+    shapes = {name: p.ndim for name, p in tiny_model().named_parameters()}
+    matches = {name: [i for i, pattern in enumerate(chosen) if re.search(pattern, name)] for name in shapes}
+    overlap = any(len(found) > 1 for found in matches.values())
+    unused = set(range(len(chosen))) - {i for found in matches.values() for i in found}
+    config = msgdw_config({f"g{i}": {"pattern": pattern, "lr": 2.0 + i} for i, pattern in enumerate(chosen)})
+    if overlap or unused:
+        with pytest.raises(ValueError, match=r"optim\.groups"):
+            groups_of(config)
+        return
+    groups = groups_of(config)
+    listed = [name for group in groups for name in group["names"]]
+    assert sorted(listed) == sorted(shapes)
+    assert sum(len(group["params"]) for group in groups) == len(shapes)
+    for name, group in by_name(groups).items():
+        assert group["lr"] == (2.0 + matches[name][0] if matches[name] else 1.0)
+        assert (group["weight_decay"] > 0) == (shapes[name] >= 2)
+
+
+def test_names_and_params_stay_in_step() -> None:
+    model = tiny_model()
+    named = dict(model.named_parameters())
+    for group in parameter_groups(named.items(), msgdw_config({"ffn": {"pattern": "ffn"}})):
+        assert all(named[name] is p for name, p in zip(group["names"], group["params"], strict=True))
+
+
+def test_build_optimizer_passes_every_field_on() -> None:
+    config = msgdw_config({}, momentum=0.8, dampening=0.4, nesterov=True)
+    optimizer = build_optimizer(tiny_model().named_parameters(), config)
+    assert isinstance(optimizer, MSGDW)
+    for group in optimizer.param_groups:
+        assert (group["momentum"], group["dampening"], group["nesterov"]) == (0.8, 0.4, True)
+
+
+# ---------------------------------------------------------------- AdamW
+
+
+def test_adamw_with_its_state_allocated_early_is_torch_adamw_bitwise() -> None:
+    config = AdamWConfig(algorithm="adamw", lr=3e-3, weight_decay=0.1, betas=(0.8, 0.95), eps=1e-7)
+    ours, theirs = tiny_model(), tiny_model()
+    shapes = [p.shape for p in ours.parameters()]
+    mine = build_optimizer(ours.named_parameters(), config)
+    for p in ours.parameters():
+        assert all(torch.count_nonzero(value) == 0 for value in mine.state[p].values())
+    plain = torch.optim.AdamW(
+        [
+            {"params": [p for p in theirs.parameters() if p.ndim >= 2], "weight_decay": 0.1},
+            {"params": [p for p in theirs.parameters() if p.ndim < 2], "weight_decay": 0.0},
+        ],
+        lr=3e-3,
+        betas=(0.8, 0.95),
+        eps=1e-7,
+        foreach=True,
+    )
+    for step in range(12):
+        for optimizer, model in ((mine, ours), (plain, theirs)):
+            for group in optimizer.param_groups:
+                group["lr"] = 3e-3 / (1 + step)
+            drive(optimizer, list(model.parameters()), 1, lambda _, step=step: list(tensors(shapes, step)))
+        for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+            assert torch.equal(a, b), step
+            assert mine.state[a].keys() == plain.state[b].keys()
+            assert all(torch.equal(mine.state[a][key], plain.state[b][key]) for key in mine.state[a])
+
+
+# ---------------------------------------------------------------- schedules
+
+
+def factors(total: int, **fields: object) -> list[float]:
+    schedule = Schedule(ScheduleConfig.model_validate(fields), total)
+    return [schedule.factor(step) for step in range(total)]
+
+
+def test_cosine_by_hand() -> None:
+    got = factors(11, name="cosine", warmup_steps=2, final=0.2)
+    cosine = [0.2 + 0.8 * (1 + math.cos(math.pi * i / 8)) / 2 for i in range(9)]
+    assert got == pytest.approx([0.5, 1.0, *cosine], abs=1e-15)
+    assert got[2] == 1.0 and got[6] == pytest.approx(0.6) and got[-1] == pytest.approx(0.2)
+
+
+def test_wsd_by_hand() -> None:
+    got = factors(20, name="wsd", warmup_steps=3, final=0.1, decay_fraction=0.2)
+    assert got == pytest.approx([1 / 3, 2 / 3, *[1.0] * 14, 0.775, 0.55, 0.325, 0.1])
+    assert factors(20, name="wsd", final=0.0, decay_fraction=0.01)[-2:] == [1.0, 0.0]
+
+
+def test_constant_and_warmup() -> None:
+    assert factors(6, name="constant", warmup_steps=4, final=0.0) == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    assert factors(1, name="constant") == [1.0]
+    assert factors(3, name="constant") == [1.0] * 3
+
+
+@PROPERTY
+@given(data=st.data(), total=st.integers(3, 300), final=st.floats(0, 1), fraction=st.floats(0.01, 1))
+@pytest.mark.parametrize("name", ["cosine", "wsd"])
+def test_a_schedule_rises_once_then_never_again(
+    name: str, data: st.DataObject, total: int, final: float, fraction: float
+) -> None:
+    warmup = data.draw(st.integers(0, total - 2))
+    got = factors(total, name=name, warmup_steps=warmup, final=final, decay_fraction=fraction)
+    assert all(0 <= factor <= 1 + 1e-12 for factor in got)
+    assert all(a < b for a, b in pairwise(got[:warmup]))
+    assert warmup == 0 or got[warmup - 1] == 1.0
+    after = got[warmup:]
+    assert all(a >= b - 1e-12 for a, b in pairwise(after))
+    assert got[-1] == pytest.approx(final, abs=1e-9)
+    schedule = Schedule(ScheduleConfig(name=name, warmup_steps=warmup, final=final), total)  # type: ignore[arg-type]
+    assert schedule.factor(total + 5) == pytest.approx(final, abs=1e-9)  # a step too many does not climb again
+
+
+@pytest.mark.parametrize(("warmup", "total"), [(5, 5), (9, 5), (1, 1), (0, 0)])
+def test_warmup_as_long_as_the_run_is_refused(warmup: int, total: int) -> None:
+    with pytest.raises(ValueError, match=rf"optim\.schedule\.warmup_steps is {warmup}.*{total} steps"):
+        Schedule(ScheduleConfig(warmup_steps=warmup), total)

@@ -1,0 +1,127 @@
+"""The house rules of docs/design.md that imports can break: one way only, and heavy things late."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ROOMS = ("cluster", "dnt_scale", "data_prep")
+FILES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
+LATE = {"mlflow", "deepspeed", "submitit", "transformers", "matplotlib"}
+NAMES = [path.relative_to(ROOT).as_posix() for path in FILES]
+
+
+def imports(path: Path, source: str | None = None, *, at_import_only: bool = False) -> Iterator[str]:
+    """Dotted names that a file imports, ``from a import b`` as ``a.b``; optionally only what importing it runs."""
+
+    def walk(node: ast.AST) -> Iterator[str]:
+        if at_import_only and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            return
+        if at_import_only and isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+            for child in node.orelse:
+                yield from walk(child)
+            return
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            here = path.relative_to(ROOT).with_suffix("").parts[: -node.level] if node.level else ()
+            base = ".".join([*here, *([node.module] if node.module else [])])
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
+            assert isinstance(node.args[0], ast.Constant), f"{path}:{node.lineno}: an import that no one can check"
+            yield str(node.args[0].value)
+        for child in ast.iter_child_nodes(node):
+            yield from walk(child)
+
+    return walk(ast.parse(path.read_text() if source is None else source, str(path)))
+
+
+def top(name: str) -> str:
+    return name.partition(".")[0]
+
+
+def test_there_is_something_to_check() -> None:
+    assert {"dnt_scale/train.py", "dnt_scale/engine/fsdp.py", "data_prep/shards.py"} <= set(NAMES)
+    found = set(imports(ROOT / "dnt_scale" / "train.py"))
+    assert "dnt_scale.config.RunConfig" in found and "math" in found
+
+
+def test_the_reader_of_imports_reads_them_all() -> None:
+    path = ROOT / "dnt_scale" / "engine" / "made_up.py"
+    source = """
+import a.b, c as d
+from typing import TYPE_CHECKING
+if TYPE_CHECKING:
+    import only_types
+else:
+    import otherwise
+try:
+    from e import f
+except ImportError:
+    pass
+class Here:
+    import g
+def later():
+    import h
+    importlib.import_module("i.j")
+from . import base
+from ..model import DNT
+"""
+    always = {"a.b", "c", "typing.TYPE_CHECKING", "otherwise", "e.f", "g"}
+    always |= {"dnt_scale.engine.base", "dnt_scale.model.DNT"}
+    assert set(imports(path, source, at_import_only=True)) == always
+    assert set(imports(path, source)) == always | {"only_types", "h", "i.j"}
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("data_prep/")])
+def test_data_prep_knows_no_other_room_and_no_torch(name: str) -> None:
+    assert not {top(found) for found in imports(ROOT / name)} & {"dnt_scale", "cluster", "torch"}
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n.startswith("dnt_scale/") and n != "dnt_scale/cli.py"])
+def test_dnt_scale_takes_only_the_format_from_data_prep_and_nothing_from_cluster(name: str) -> None:
+    found = list(imports(ROOT / name))
+    assert not [module for module in found if top(module) == "cluster"]
+    from_data_prep = [module for module in found if top(module) == "data_prep"]
+    assert all(module.split(".")[1:2] in (["shards"], ["tokenizer"]) for module in from_data_prep), from_data_prep
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("cluster/")])
+def test_cluster_has_no_model_code(name: str) -> None:
+    found = {".".join(module.split(".")[:2]) for module in imports(ROOT / name)}
+    assert not found & {"dnt_scale.model", "dnt_scale.optim", "dnt_scale.engine"}
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith("cluster/")])
+def test_heavy_packages_are_imported_where_they_are_used(name: str) -> None:
+    assert not {top(found) for found in imports(ROOT / name, at_import_only=True)} & LATE
+
+
+def test_the_command_line_is_thin_until_a_command_is_chosen() -> None:
+    found = {top(name) for name in imports(ROOT / "dnt_scale" / "cli.py", at_import_only=True)}
+    assert not found & {"torch", "data_prep", "cluster", *LATE}
+
+
+@pytest.mark.parametrize(
+    ("statement", "absent"),
+    [
+        ("import dnt_scale, data_prep.pipeline, data_prep.shards", {"torch", *LATE}),
+        ("import dnt_scale.cli", {"torch", *LATE}),
+        ("import dnt_scale.config", {"torch", *LATE}),
+        ("import dnt_scale.train", LATE),
+    ],
+)
+def test_importing_leaves_these_out(statement: str, absent: set[str]) -> None:
+    code = f"import sys; {statement}; print(*sorted({{name.partition('.')[0] for name in sys.modules}}))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.split())
+    assert "dnt_scale" in loaded
+    assert not loaded & absent
+
+
+def test_the_loop_reads_in_one_sitting() -> None:
+    assert len((ROOT / "dnt_scale" / "train.py").read_text().splitlines()) < 300
