@@ -302,9 +302,9 @@ def free_port() -> int:
 
 
 def metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The records of metrics.jsonl without the one field that depends on the clock. JSON keeps every bit of a float."""
+    """The records of metrics.jsonl without the fields that tell the time. JSON keeps every bit of a float."""
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "tokens_per_s"} for line in lines]
+    return [{k: v for k, v in json.loads(line).items() if k not in ("time", "tokens_per_s")} for line in lines]
 
 
 def steps_written(run_dir: Path) -> int:
@@ -312,6 +312,29 @@ def steps_written(run_dir: Path) -> int:
     path = run_dir / "metrics.jsonl"
     whole = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
     return int(json.loads(whole[-1])["step"]) if whole else -1
+
+
+def complete_checkpoints(run_dir: Path) -> list[str]:
+    """Names of the checkpoints that are in place, after checking every byte of them against their state.json."""
+    names = []
+    for folder in sorted((run_dir / "checkpoints").glob("step-*")):
+        state = json.loads((folder / "state.json").read_text())
+        assert folder.name == f"step-{state['step']:08d}"
+        assert {path.name for path in folder.iterdir()} == {"state.json", *state["files"]}
+        for name, record in state["files"].items():
+            data = (folder / name).read_bytes()
+            assert (len(data), hashlib.sha256(data).hexdigest()) == (record["bytes"], record["sha256"]), name
+        names.append(folder.name)
+    return names
+
+
+def can_mount() -> bool:
+    """Whether this user may mount a tmpfs; it takes root."""
+    with tempfile.TemporaryDirectory() as folder:
+        if subprocess.run(["mount", "-t", "tmpfs", "dnt", folder], capture_output=True).returncode:
+            return False
+        subprocess.run(["umount", folder], check=True)
+        return True
 
 
 def until(condition: Callable[[], Any], seconds: float = 60.0) -> None:

@@ -1,0 +1,244 @@
+"""What is on disk is a whole checkpoint or is refused, whatever was killed, damaged or full."""
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from tests.helpers.run import (
+    STEPS,
+    call,
+    can_mount,
+    complete_checkpoints,
+    metrics,
+    same_tensors,
+    start,
+    tensors,
+    tiny,
+    train,
+    until,
+)
+
+LAST = f"step-{STEPS:08d}"
+
+
+def in_folder(run_dir: Path) -> list[str]:
+    return sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+
+
+def load_and_save(overrides: list[str], source: Path, target: Path) -> None:
+    """On every rank: read a checkpoint, change nothing, write it to another folder."""
+    from dnt_scale import config, engine, ranks
+    from dnt_scale.model import DNT
+
+    run = config.load(overrides)
+    me = ranks.start("cpu")
+    trainer = engine.build(run, lambda: DNT(run.model), me, STEPS)
+    trainer.load(source)
+    trainer.save(target)
+    ranks.stop()
+
+
+def test_tensors_are_named_fp32_and_safetensors_only(reference):
+    folder = reference / "checkpoints" / LAST
+    whole = tensors(folder)
+    assert whole.pop("counters").tolist() == [STEPS, STEPS]
+    names = {name.removeprefix("model.") for name in whole if name.startswith("model.")}
+    assert {"tok_emb.weight", "pos_emb.weight", "blocks.0.attn.w_q.weight", "norm_out.gain"} < names
+    assert whole.keys() == {f"{kind}.{name}" for kind in ("model", "momentum_buffer") for name in names}
+    assert {tensor.dtype for tensor in whole.values()} == {torch.float32}
+    assert whole["model.tok_emb.weight"].shape == whole["momentum_buffer.tok_emb.weight"].shape == (512, 64)
+    files = sorted(path.name for path in folder.iterdir())
+    assert [Path(name).suffix for name in files] == [".safetensors", ".safetensors", ".json"]
+    for name in files[:-1]:
+        with safe_open(folder / name, "pt") as file:
+            assert file.keys()
+
+
+def test_state_json_says_where_the_run_stands(corpus, reference):
+    state = json.loads((reference / "checkpoints" / LAST / "state.json").read_text())
+    known = {"step": STEPS, "consumed_rows": 8 * STEPS, "tokens": 512 * STEPS, "skipped": 0, "world_size": 2}
+    assert {key: state[key] for key in known} == known
+    assert state["config"]["data"]["path"] == str(corpus)
+
+
+def test_retention_and_latest(corpus, reference, tmp_path):
+    assert complete_checkpoints(reference) == [f"step-{step:08d}" for step in (6, 12, 18, 20)]
+    train(tiny(corpus, tmp_path / "run", "checkpoint.keep=2", "checkpoint.every=1", "train.steps=6")).ok()
+    assert in_folder(tmp_path / "run") == ["latest", "step-00000005", "step-00000006"]
+    assert (tmp_path / "run" / "checkpoints" / "latest").readlink() == Path("step-00000006")
+    assert len(complete_checkpoints(tmp_path / "run")) == 2
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_other_ranks_load_and_write_the_same_tensors(corpus, reference, tmp_path, ranks):
+    source, target = reference / "checkpoints" / LAST, tmp_path / "again"
+    target.mkdir()
+    call(load_and_save, tiny(corpus, tmp_path / "run"), source, target, ranks=ranks).ok()
+    assert len(list(target.glob("*.safetensors"))) == ranks
+    assert same_tensors(source, target)
+
+
+def test_kills_during_saves_lose_nothing(corpus, reference, tmp_path):
+    """A checkpoint every step and, again and again, kill -9 in the middle of one."""
+    run_dir = tmp_path / "run"
+    overrides = tiny(corpus, run_dir, "checkpoint.every=1")
+    folder = run_dir / "checkpoints"
+    partial_seen = False
+    before: list[str] = []
+    for moment in (2, 5, 8, 11, 14):
+        group = start(overrides, ranks=2)
+        final = folder / f"step-{moment:08d}"
+        until(lambda group=group, final=final: final.exists() or not group.running)
+        until(lambda group=group: any(folder.glob(".partial-step-*")) or not group.running)
+        time.sleep(random.random() * 0.01)
+        group.kill(signal.SIGKILL)
+        codes = group.wait().codes
+        assert set(codes) <= {-signal.SIGKILL, 0}, codes
+        partial_seen |= any(folder.glob(".*-step-*"))
+        whole = complete_checkpoints(run_dir)
+        assert whole and whole >= before
+        before = whole
+    assert partial_seen
+    train(overrides, ranks=2).ok()
+    assert in_folder(run_dir) == ["latest", f"step-{STEPS - 1:08d}", LAST]
+    assert metrics(run_dir) == metrics(reference)
+    assert same_tensors(folder / LAST, reference / "checkpoints" / LAST)
+
+
+def test_remains_of_a_killed_save_are_ignored_and_cleaned(corpus, finished_run):
+    folder = finished_run / "checkpoints"
+    shutil.copytree(folder / LAST, folder / ".partial-step-00000022")
+    (folder / ".partial-step-00000022" / "state.json").write_text('{"format": "dnt-ch')
+    shutil.copytree(folder / LAST, folder / ".old-step-00000003")
+    (folder / "step-00000099").mkdir()  # without a state.json it is no checkpoint
+    (folder / "latest").unlink()
+    (folder / ".latest").symlink_to("step-00000099")
+    done = train(tiny(corpus, finished_run, "train.steps=22", "checkpoint.keep=1")).ok()
+    assert f"resuming from {folder / LAST}" in done.err.replace("\n", " ").replace("  ", " ")
+    shutil.rmtree(folder / "step-00000099")
+    assert in_folder(finished_run) == ["latest", "step-00000022"]
+
+
+def truncate(folder: Path) -> str:
+    path = sorted(folder.glob("*.safetensors"))[-1]
+    os.truncate(path, path.stat().st_size // 2)
+    return f"{path}: truncated"
+
+
+def flip_a_byte(folder: Path) -> str:
+    path = sorted(folder.glob("*.safetensors"))[0]
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    return f"{path}: damaged"
+
+
+def remove_a_shard(folder: Path) -> str:
+    path = sorted(folder.glob("*.safetensors"))[-1]
+    path.unlink()
+    return f"{path}: missing"
+
+
+def truncate_state(folder: Path) -> str:
+    path = folder / "state.json"
+    os.truncate(path, path.stat().st_size // 2)
+    return f"{path}: damaged"
+
+
+def other_version(folder: Path) -> str:
+    path = folder / "state.json"
+    path.write_text(path.read_text().replace('"version": 1', '"version": 2'))
+    return f"{path}: is dnt-checkpoint version 2, expected dnt-checkpoint version 1"
+
+
+@pytest.mark.parametrize("damage", [truncate, flip_a_byte, remove_a_shard, truncate_state, other_version])
+def test_a_damaged_checkpoint_is_named_and_refused(corpus, finished_run, damage):
+    message = damage(finished_run / "checkpoints" / LAST)
+    before = (finished_run / "metrics.jsonl").read_bytes()
+    error = train(tiny(corpus, finished_run), ranks=2).error()
+    assert message in error
+    assert f"remove {finished_run / 'checkpoints' / LAST} to go on from an older checkpoint" in error
+    assert (finished_run / "metrics.jsonl").read_bytes() == before
+
+
+def test_after_removing_a_damaged_checkpoint_the_older_one_serves(corpus, reference, finished_run):
+    shutil.rmtree(finished_run / "checkpoints" / LAST)
+    train(tiny(corpus, finished_run), ranks=2).ok()
+    assert metrics(finished_run) == metrics(reference)
+    assert same_tensors(finished_run / "checkpoints" / LAST, reference / "checkpoints" / LAST)
+
+
+class Payload:
+    """Unpickling this makes a file."""
+
+    def __init__(self, marker: Path):
+        self.marker = marker
+
+    def __reduce__(self):
+        return Path.touch, (self.marker,)
+
+
+def test_pickles_lying_in_a_checkpoint_are_not_loaded(corpus, finished_run, tmp_path):
+    marker = tmp_path / "unpickled"
+    for name in (".metadata", "__0_0.distcp", "model.pt", "optimizer.bin"):
+        torch.save(Payload(marker), finished_run / "checkpoints" / LAST / name)
+    train(tiny(corpus, finished_run, "train.steps=21")).ok()
+    assert not marker.exists()
+
+
+@dataclass
+class Disk:
+    """A place with too little room for one more checkpoint, until `make_room` is called."""
+
+    folder: Path
+    file_limit: int
+    message: str
+
+    def make_room(self) -> None:
+        self.file_limit = resource.RLIM_INFINITY
+        if os.path.ismount(self.folder):
+            subprocess.run(["mount", "-o", "remount,size=32m", self.folder], check=True)
+
+
+@pytest.fixture(params=["a limit on file sizes", "a full tmpfs"] if can_mount() else ["a limit on file sizes"])
+def disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Disk]:
+    """Real failing writes: everyone can have the limit, root a small tmpfs as well."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if request.param == "a limit on file sizes":
+        yield Disk(folder, 400_000, "File too large")
+        return
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1900k", "dnt-test", folder], check=True)
+    try:
+        yield Disk(folder, resource.RLIM_INFINITY, "disk full")
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+def test_a_full_disk_stops_the_run_and_the_same_command_goes_on(corpus, reference, disk):
+    run_dir = disk.folder / "run"
+    shutil.copytree(reference, run_dir, ignore=shutil.ignore_patterns("step-*", "latest", "plots"))
+    shutil.copytree(reference / "checkpoints" / "step-00000012", run_dir / "checkpoints" / "step-00000012")
+    overrides = tiny(corpus, run_dir, "checkpoint.keep=1")
+    error = train(overrides, ranks=2, file_limit=disk.file_limit).error()
+    assert disk.message in error
+    assert str(run_dir / "checkpoints" / ".partial-step-00000018") in error
+    assert in_folder(run_dir) == ["step-00000012"]
+    assert complete_checkpoints(run_dir) == ["step-00000012"]
+    disk.make_room()
+    train(overrides, ranks=2, file_limit=disk.file_limit).ok()
+    assert in_folder(run_dir) == ["latest", LAST]
+    assert metrics(run_dir) == metrics(reference)
+    assert same_tensors(run_dir / "checkpoints" / LAST, reference / "checkpoints" / LAST)

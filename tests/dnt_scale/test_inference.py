@@ -1,0 +1,112 @@
+"""`dnt generate` and `dnt eval` on the reference run."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.helpers.run import call, dnt, metrics, synthetic_set
+
+PROMPT = "def main(self, größe):\n"
+
+
+def texts(run_dir: Path, settings: list[dict]) -> None:
+    """Print the text that each of the settings gives."""
+    from dnt_scale.inference import generate
+
+    defaults = {"tokens": 30, "temperature": 0.8, "top_k": 50, "seed": 0}
+    print(json.dumps(["".join(generate(run_dir, PROMPT, **{**defaults, **setting})) for setting in settings]))
+
+
+def losses(run_dir: Path) -> None:
+    """Print the loss on the rows that the run itself used, and on all."""
+    from dnt_scale.inference import evaluate
+
+    print(json.dumps([evaluate(run_dir, None, rows)[0] for rows in (30, None)]))
+
+
+def test_sampling_is_a_function_of_its_settings(reference):
+    settings = [{"seed": 1}, {"seed": 1}, {"seed": 2}]
+    settings += [
+        {"temperature": 0, "seed": 1},
+        {"temperature": 0, "seed": 2},
+        {"top_k": 1},
+        {"top_k": 0},
+        {"tokens": 5},
+    ]
+    found = json.loads(call(texts, reference, settings).ok().out)
+    one, again, other, cold, colder, top_one, any_token, short = found
+    assert one == again != other
+    assert cold == colder == top_one
+    assert all(text.startswith(PROMPT) for text in found)
+    assert len(any_token) > len(PROMPT) and len(PROMPT) < len(short) < len(one) + len(PROMPT)
+
+
+def test_no_token_beyond_the_tokenizer_is_sampled():
+    from dnt_scale.inference import sample
+
+    logits = torch.tensor([0.0, 1.0, 2.0, -torch.inf, -torch.inf])
+    generator = torch.Generator().manual_seed(0)
+    assert {sample(logits, 2.0, 0, generator) for _ in range(200)} == {0, 1, 2}
+    assert {sample(logits, 2.0, 2, generator) for _ in range(200)} == {1, 2}
+    assert {sample(logits, 2.0, 99, generator) for _ in range(200)} == {0, 1, 2}
+    assert {sample(logits, 0.0, 0, generator) for _ in range(9)} == {2}
+
+
+def test_generate_prints_the_prompt_and_goes_on(reference):
+    done = dnt("generate", reference, "--prompt", PROMPT, "--tokens", 10, "--seed", 5).ok()
+    assert done.out.startswith(PROMPT)
+    assert len(done.out.rstrip("\n")) > len(PROMPT.rstrip("\n"))
+
+
+def test_eval_is_the_validation_of_the_run(reference):
+    of_the_run, of_all = json.loads(call(losses, reference).ok().out)
+    assert of_the_run == pytest.approx(metrics(reference)[-1]["val/loss"], abs=1e-6)
+    assert of_all != of_the_run
+    printed = dnt("eval", reference, "--rows", 30).ok().out
+    found = dict(line.split() for line in printed.splitlines())
+    last = metrics(reference)[-1]
+    assert found.keys() == {"val/loss", "val/perplexity", "val/bits_per_byte"}
+    for name, value in found.items():
+        assert float(value) == pytest.approx(last[name], abs=1e-3)
+
+
+def test_a_run_without_a_checkpoint_is_refused(finished_run):
+    shutil.rmtree(finished_run / "checkpoints")
+    error = dnt("generate", finished_run).error()
+    assert f"{finished_run / 'checkpoints'}: no complete checkpoint" in error
+
+
+def test_no_run_there_is_refused(tmp_path):
+    assert f"{tmp_path / 'none' / 'config.yaml'}: no such file" in dnt("generate", tmp_path / "none").error()
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("model: {name: [", "not readable as YAML"),
+        ("model: dnt_nano\n", "model: "),
+        ("", "config.yaml"),
+        ("\udcff\udcfe", "config.yaml"),
+    ],
+)
+def test_a_damaged_config_is_refused(finished_run, text, complaint):
+    path = finished_run / "config.yaml"
+    path.write_bytes(text.encode(errors="surrogateescape"))
+    error = dnt("generate", finished_run).error()
+    assert error.startswith(f"error: {path}: ") and complaint in error
+
+
+def test_another_tokenizer_is_refused(reference, tmp_path):
+    other = synthetic_set(tmp_path / "set")
+    for command in ("generate", "eval"):
+        error = dnt(command, reference, "--data", other).error()
+        assert f"{other}: made with another tokenizer" in error and "step-00000020" in error
+
+
+def test_a_damaged_checkpoint_is_refused(finished_run):
+    shard = next((finished_run / "checkpoints" / "step-00000020").glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-100])
+    assert f"{shard}: truncated" in dnt("eval", finished_run).error()
