@@ -124,7 +124,7 @@ class EngineConfig(Strict):
 class RunSection(Strict):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     dir: Path
-    seed: int = Field(1234, ge=0)
+    seed: int = Field(1234, ge=0, lt=2**64)
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
 

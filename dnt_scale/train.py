@@ -134,7 +134,10 @@ def train(run: RunConfig, me: Ranks) -> int:
             outcome = "FINISHED" if state.step == total_steps else "KILLED"
     finally:
         if tracker:
-            plot_run(run.run.dir)
+            try:
+                plot_run(run.run.dir)
+            except (ValueError, OSError) as error:  # no loss yet, disk full: what ended the run is what counts
+                progress.say(f"no plot: {error}")
             tracker.finish(outcome)
     trainer.close()
     if outcome == "KILLED":

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import random
 import resource
 import shutil
@@ -97,7 +98,7 @@ def test_kills_during_saves_lose_nothing(corpus, reference, tmp_path):
     folder = run_dir / "checkpoints"
     partial_seen = False
     before: list[str] = []
-    for moment in (2, 5, 8, 11, 14):
+    for moment in (2, 5, 9, 13):
         group = start(overrides, ranks=2)
         final = folder / f"step-{moment:08d}"
         until(lambda group=group, final=final: final.exists() or not group.running)
@@ -126,7 +127,7 @@ def test_remains_of_a_killed_save_are_ignored_and_cleaned(corpus, finished_run):
     (folder / "latest").unlink()
     (folder / ".latest").symlink_to("step-00000099")
     done = train(tiny(corpus, finished_run, "train.steps=22", "checkpoint.keep=1")).ok()
-    assert f"resuming from {folder / LAST}" in done.err.replace("\n", " ").replace("  ", " ")
+    assert f"resumingfrom{folder / LAST}" in "".join(done.err.split())  # the console folds lines
     shutil.rmtree(folder / "step-00000099")
     assert in_folder(finished_run) == ["latest", "step-00000022"]
 
@@ -192,8 +193,9 @@ class Payload:
 
 def test_pickles_lying_in_a_checkpoint_are_not_loaded(corpus, finished_run, tmp_path):
     marker = tmp_path / "unpickled"
+    payload = pickle.dumps(Payload(marker))
     for name in (".metadata", "__0_0.distcp", "model.pt", "optimizer.bin"):
-        torch.save(Payload(marker), finished_run / "checkpoints" / LAST / name)
+        (finished_run / "checkpoints" / LAST / name).write_bytes(payload)
     train(tiny(corpus, finished_run, "train.steps=21")).ok()
     assert not marker.exists()
 

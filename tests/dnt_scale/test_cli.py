@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import stat
 from pathlib import Path
 
 import pytest
@@ -44,12 +43,6 @@ def test_no_command_and_an_unknown_one_exit_2():
         assert done.code == 2 and done.err.startswith("usage: ") and "Traceback" not in done.err
 
 
-def test_importing_leaves_heavy_packages_out():
-    heavy = "{'mlflow', 'deepspeed', 'submitit', 'transformers', 'matplotlib'}"
-    code = f"import sys, dnt_scale.train, dnt_scale.cli, dnt_scale.inference; print({heavy} & set(sys.modules))"
-    assert python("-c", code).ok().out == "set()\n"
-
-
 def test_print_config_round_trips(corpus, tmp_path):
     overrides = tiny(
         corpus, tmp_path / "run", "optim=adamw", "train.steps=null", "train.tokens=1_000_000", "run.seed=7"
@@ -79,7 +72,7 @@ def test_data_prepare_verify_info(tmp_path):
     assert f"{out}: already holds a prepared set" in error
 
     shard = out / "train-000000.tar"
-    os.chmod(shard, stat.S_IRUSR | stat.S_IWUSR)
+    shard.chmod(0o644)
     data = bytearray(shard.read_bytes())
     data[len(data) // 2] ^= 8
     shard.write_bytes(data)
@@ -100,7 +93,8 @@ def test_an_error_of_the_installed_module_is_one_line(tmp_path):
         (["data.path=???"], "data.path"),
         (["optim.lrr=1.0"], "did you mean optim.lr?"),
         (["model=dnt_124"], "dnt_124m"),
-        (["optim"], "key=value"),
+        (["optim"], "adamw, msgdw, msgdw_r"),
+        (["steps"], "key=value"),
         (["optim.lr=fast"], "optim.lr"),
         (["optim.lr=-1"], "optim.lr"),
         (["train.steps=null"], "set one of steps and tokens"),
@@ -147,7 +141,7 @@ def test_a_truncated_or_missing_shard_is_refused(corpus, tmp_path):
 
 def test_a_run_folder_that_cannot_be_made_is_refused(corpus, tmp_path):
     (tmp_path / "file").write_text("")
-    error = train(tiny(corpus, tmp_path / "file" / "run"), ranks=2).error()
+    error = train(tiny(corpus, tmp_path / "file" / "run")).error()
     assert str(tmp_path / "file") in error
 
 

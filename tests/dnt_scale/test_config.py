@@ -45,7 +45,8 @@ def refused(*overrides: str, minimal: bool = True) -> str:
 def test_the_demo_preset_needs_nothing_more() -> None:
     config = load(["preset=demo"])
     assert (config.run.name, config.run.dir, config.data.path) == ("demo", Path("runs/demo"), Path("data/demo"))
-    assert (config.model.name, config.model.setting, config.train.steps) == ("dnt_nano", "S4", 400)
+    assert (config.model.name, config.model.setting, config.train.tokens) == ("dnt_nano", "S4", None)
+    assert config.train.steps != run().train.steps  # the preset's own
     assert isinstance(config.optim, MSGDWConfig)
     assert config.optim.groups["embedding"].update == "row_normalized"
     assert config.optim.weight_decay == 0.0 and config.optim.schedule.warmup_steps == 20
@@ -271,7 +272,7 @@ def test_overrides_are_data_and_run_nothing(tmp_path: Path) -> None:
 def test_a_config_file_is_data_and_runs_nothing(tmp_path: Path) -> None:
     witness = tmp_path / "witness"
     path = tmp_path / "config.yaml"
-    path.write_text(f"run: !!python/object/apply:pathlib.Path.touch [!!python/object/apply:pathlib.Path [{witness}]]\n")
+    path.write_text(f"run: !!python/object/apply:os.mkdir ['{witness}']\n")
     with pytest.raises(ConfigError, match="not readable as YAML"):
         from_yaml(path)
     assert not witness.exists()

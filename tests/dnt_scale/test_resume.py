@@ -8,7 +8,18 @@ import numpy as np
 import pytest
 
 from dnt_scale.tracking import default_uri
-from tests.helpers.run import STEPS, metrics, python, same_tensors, steps_written, stop_midway, tensors, tiny, train
+from tests.helpers.run import (
+    STEPS,
+    complete_checkpoints,
+    metrics,
+    python,
+    same_tensors,
+    steps_written,
+    stop_midway,
+    tensors,
+    tiny,
+    train,
+)
 
 LAST = f"checkpoints/step-{STEPS:08d}"
 
@@ -18,8 +29,9 @@ def killed(corpus, tmp_path_factory):
     """A 2-rank run killed between its first checkpoint and its end; to be read only."""
     run_dir = tmp_path_factory.mktemp("killed") / "tiny"
     overrides = tiny(corpus, run_dir, "checkpoint.every=3")
-    stopped = stop_midway(overrides, run_dir, lambda group: group.kill(signal.SIGKILL))
+    stopped = stop_midway(overrides, run_dir, lambda group: group.kill(signal.SIGKILL), after=4)
     assert set(stopped.codes) == {-signal.SIGKILL}
+    assert complete_checkpoints(run_dir)
     return run_dir
 
 
@@ -41,8 +53,8 @@ def test_bf16_resumes_bitwise_too(corpus, tmp_path):
     train(tiny(corpus, tmp_path / "whole", *bf16), ranks=2).ok()
     run_dir = tmp_path / "run"
     overrides = tiny(corpus, run_dir, *bf16)
-    stop_midway(overrides, run_dir, lambda group: group.kill(signal.SIGKILL))
-    train(overrides, ranks=2).ok()
+    stop_midway(overrides, run_dir, lambda group: group.kill(signal.SIGKILL), after=5)
+    assert "resuming from" in " ".join(train(overrides, ranks=2).ok().err.split())
     assert metrics(run_dir) == metrics(tmp_path / "whole")
     assert same_tensors(run_dir / LAST, tmp_path / "whole" / LAST)
     assert {str(value.dtype) for name, value in tensors(run_dir / LAST).items() if name != "counters"} == {

@@ -124,6 +124,12 @@ def test_a_run_that_diverges_skips_its_steps_and_ends(corpus, tmp_path):
     assert [state["consumed_rows"] for state in states] == [8 * state["step"] for state in states]
 
 
+def test_a_run_that_never_has_a_loss_says_why(corpus, tmp_path):
+    overrides = ["model.init_std=1e38", "train.max_skipped=1", "eval.every=0"]
+    error = train(tiny(corpus, tmp_path / "run", *overrides)).error()
+    assert "step 1: 1 steps in a row had a non-finite loss or gradient" in error
+
+
 def poison_one_rank(overrides: list[str]) -> None:
     """One step with a NaN among the weights that rank 1 holds, then the same step without."""
     import torch

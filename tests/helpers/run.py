@@ -209,10 +209,12 @@ def train(
     return start(overrides, ranks, env, file_limit).wait()
 
 
-def stop_midway(overrides: Sequence[str], run_dir: Path, act: Callable[[Ranks], None], ranks: int = 2) -> Finished:
-    """Start a run of STEPS and `act` on it at a random step; from the start again when it was too quick to be hit."""
+def stop_midway(
+    overrides: Sequence[str], run_dir: Path, act: Callable[[Ranks], None], ranks: int = 2, after: int = 1
+) -> Finished:
+    """Start a run of STEPS and `act` on it at a random step from `after` on; again when it was too quick to be hit."""
     for _ in range(20):
-        moment = random.randrange(1, STEPS - 6)
+        moment = random.randrange(after, STEPS - 6)
         group = start(overrides, ranks)
         until(lambda group=group, moment=moment: steps_written(run_dir) >= moment or not group.running)
         act(group)
