@@ -20,6 +20,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 Setting = Literal["S1", "S2", "S3", "S4", "S5"]
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class ConfigError(ValueError):
     """A field of the run's configuration is wrong; the message says which and what to do."""
 
@@ -90,7 +93,7 @@ class MSGDWConfig(_OptimBase):
 
     algorithm: Literal["msgdw"]
     momentum: float = Field(0.9, ge=0, lt=1)
-    dampening: float = Field(0.0, ge=0, le=1)
+    dampening: float = Field(0.0, ge=0, lt=1)
     nesterov: bool = False
 
 
@@ -98,7 +101,7 @@ class AdamWConfig(_OptimBase):
     """The baseline, torch.optim.AdamW."""
 
     algorithm: Literal["adamw"]
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     eps: float = Field(1e-8, gt=0)
 
     @model_validator(mode="after")
@@ -122,6 +125,8 @@ class EngineConfig(Strict):
 
 
 class RunSection(Strict):
+    model_config = ConfigDict(coerce_numbers_to_str=True)  # run.name=1234 is a name
+
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     dir: Path
     seed: int = Field(1234, ge=0, lt=2**64)
@@ -195,6 +200,8 @@ def load(overrides: list[str]) -> RunConfig:
     try:
         parsed = OverridesParser.create().parse_overrides(overrides)
         for override in parsed:
+            if override.key_or_group.partition(".")[0].partition("/")[0] in ("", "hydra"):
+                raise ConfigError(f"{override.input_line}: no such key; `dnt train --print-config` shows every key")
             if override.is_sweep_override():
                 raise ConfigError(f"{override.input_line}: sweeps are not supported; give one value")
         # "++" lets through any key; pydantic then names the unknown ones better than Hydra does

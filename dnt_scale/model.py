@@ -180,15 +180,15 @@ def initial_tensor(name: str, shape: torch.Size, config: ModelConfig, seed: int)
     nanoGPT's scheme: N(0, init_std), W_o and W_2 smaller by 1/sqrt(2 layers); gains at gain_init, biases 0.
     """
     if name.endswith(".gain"):
-        return torch.full(shape, config.gain_init)
+        return torch.full(shape, config.gain_init, dtype=torch.float32, device="cpu")
     if name.endswith(".bias"):
-        return torch.zeros(shape)
+        return torch.zeros(shape, dtype=torch.float32, device="cpu")
     std = config.init_std
     if config.residual_init_scaled and name.endswith((".w_o.weight", ".w_2.weight")):
         std /= math.sqrt(2 * config.layers)
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
-    return torch.empty(shape).normal_(0.0, std, generator=generator)
+    generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little"))
+    return torch.empty(shape, dtype=torch.float32, device="cpu").normal_(0.0, std, generator=generator)
 
 
 @torch.no_grad()

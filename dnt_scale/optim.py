@@ -198,8 +198,8 @@ class Schedule:
         if self.config.name == "constant":
             return 1.0
         if self.config.name == "cosine":
-            progress = (step - warmup) / max(1, last - warmup)
+            progress = (step - warmup) / (last - warmup) if last > warmup else 1.0
             return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-        decay_steps = max(1, round(self.config.decay_fraction * self.total_steps))
+        decay_steps = min(last - warmup, round(self.config.decay_fraction * self.total_steps)) or 1
         progress = max(0.0, (step - (last - decay_steps)) / decay_steps)
         return 1 - (1 - final) * min(1.0, progress)

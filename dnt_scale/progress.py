@@ -63,7 +63,7 @@ class TrainProgress:
 
     def say(self, line: str) -> None:
         """One line that stays."""
-        self.bar.console.print(line)
+        self.bar.console.print(line, soft_wrap=True)
 
     def update(self, step: int, metrics: dict[str, float | int | None]) -> None:
         """Show a step's metrics; a validation leaves a line of its own."""

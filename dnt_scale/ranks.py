@@ -84,6 +84,12 @@ def highest(value: int) -> int:
     return int(values.item())
 
 
+def lost_peer(error: RuntimeError) -> bool:
+    """Whether a collective failed because another rank ended, rather than for a fault of this one."""
+    signs = ("closed by peer", "reset by peer", "Broken pipe", "remote process exited", "Socket Timeout")
+    return isinstance(error, dist.DistError) or any(sign in str(error) for sign in signs)
+
+
 def stop() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()

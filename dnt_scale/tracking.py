@@ -282,9 +282,10 @@ class Tracker:
         try:
             while line:
                 line = line[self._file.write(line) :]
-        except OSError:
+        except OSError as error:
             self._file.truncate(size)
-            raise
+            advice = "free some space and run the same command again"
+            raise OSError(error.errno, f"{error.strerror}; {advice}", str(self.run_dir / METRICS)) from None
         self._look()
 
     def _look(self) -> None:

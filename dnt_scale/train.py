@@ -49,6 +49,11 @@ def main(overrides: list[str]) -> int:
         if rank == 0 or isinstance(error, ShardError):
             print(f"error: {error}", file=sys.stderr)
         status = 2
+    except RuntimeError as error:
+        if not ranks.lost_peer(error):
+            raise
+        print(f"rank {rank}: stopped, another rank ended before it: see that rank's error", file=sys.stderr)
+        status = 2
     ranks.stop()
     return status
 

@@ -95,6 +95,10 @@ def test_an_error_of_the_installed_module_is_one_line(tmp_path):
         (["model=dnt_124"], "dnt_124m"),
         (["optim"], "adamw, msgdw, msgdw_r"),
         (["steps"], "key=value"),
+        (["=1"], "no such key"),
+        (["hydra.verbose=true"], "no such key"),
+        (["optim.dampening=1"], "optim.dampening"),
+        (["optim=adamw", "optim.betas=[2,3]"], "optim.betas"),
         (["optim.lr=fast"], "optim.lr"),
         (["optim.lr=-1"], "optim.lr"),
         (["train.steps=null"], "set one of steps and tokens"),
@@ -139,10 +143,12 @@ def test_a_truncated_or_missing_shard_is_refused(corpus, tmp_path):
     assert f"{shard}: missing" in train(tiny(data, tmp_path / "run")).error()
 
 
-def test_a_run_folder_that_cannot_be_made_is_refused(corpus, tmp_path):
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_run_folder_that_cannot_be_made_is_refused(corpus, tmp_path, ranks):
     (tmp_path / "file").write_text("")
-    error = train(tiny(corpus, tmp_path / "file" / "run")).error()
-    assert str(tmp_path / "file") in error
+    done = train(tiny(corpus, tmp_path / "file" / "run"), ranks=ranks)
+    assert str(tmp_path / "file") in done.error()  # the other ranks lose rank 0 and say that in a line of their own
+    assert done.codes == [2] * ranks
 
 
 @pytest.mark.parametrize(
