@@ -4,14 +4,16 @@
 PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
-NAME := $(if $(TEXT),demo-$(basename $(notdir $(TEXT))),demo)
+# a set and a run of their own for each TEXT: its name and a checksum of where it is
+NAME := $(if $(TEXT),demo-$(shell printf %s-%s "$$(basename '$(TEXT)' | tr -c 'A-Za-z0-9._\n-' _)" \
+	"$$(realpath '$(TEXT)' | cksum | cut -d' ' -f1)"),demo)
 INPUT := $(or $(TEXT),data/stdlib)
 
 .PHONY: demo test lint setup constraints
 
 demo: setup $(if $(TEXT),,data/stdlib)
 	@test -f data/$(NAME)/manifest.json || \
-		$(BIN)/dnt data prepare $(INPUT) --out data/$(NAME) --vocab-size 4096 --seq-len 256 --val-fraction 0.02
+		$(BIN)/dnt data prepare $(INPUT) --out data/$(NAME) --vocab-size 4096 --seq-len 256 --val-fraction 0.05
 	$(BIN)/dnt train preset=demo run.name=$(NAME) data.path=data/$(NAME)
 	$(BIN)/dnt eval runs/$(NAME)
 	$(BIN)/dnt generate runs/$(NAME) --prompt "def read_file(path" --tokens 120

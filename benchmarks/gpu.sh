@@ -9,6 +9,7 @@ PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo pyth
 "$PYTHON" -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "error: torch sees no CUDA device; run this where a GPU is")'
 if [ ! -f data/bench/manifest.json ]; then
     stdlib=$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')
-    "$PYTHON" -m dnt_scale.cli data prepare "$stdlib/*.py" --out data/bench --vocab-size 16384 --seq-len 1024
+    "$PYTHON" -m dnt_scale.cli data prepare "$stdlib/*.py" --out data/bench --vocab-size 16384 --seq-len 1024 --val-fraction 0
 fi
+export PYTHONPATH=$PWD
 "$PYTHON" benchmarks/train_speed.py --models dnt_124m gpt_124m --data data/bench --steps "${STEPS:-40}" "$@"

@@ -383,11 +383,9 @@ def _all_or_nothing(out: Path) -> Iterator[Path]:
     """A folder to write in, whose files move to `out` at the end, the manifest last; after an error all is gone."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out}: is a file, expected a folder or a new name; choose another --out")
-    if (out / shards.MANIFEST).exists():
-        raise ValueError(f"{out}: already holds a prepared set; choose another --out, or delete that one first")
+    _refuse_a_set(out)
     partial = out / PARTIAL
-    ours = [p for p in out.iterdir() if OUR_FILES.fullmatch(p.name)] if out.is_dir() else []
-    if ours and not partial.exists():
+    if (ours := _our_files(out)) and not partial.exists():
         raise ValueError(f"{out}: holds {ours[0].name} but no {shards.MANIFEST}; move it away or choose another --out")
     created = not out.exists()
     moved: list[Path] = []
@@ -402,8 +400,9 @@ def _all_or_nothing(out: Path) -> Iterator[Path]:
             _remove(partial, out if created else None)
             raise
         try:
+            _refuse_a_set(out)  # another run may have ended between the first look and the lock
             # Remains of a run that was killed, even in the middle of its last moves.
-            for path in (*ours, *(p for p in partial.iterdir() if p.name != "lock")):
+            for path in (*_our_files(out), *(p for p in partial.iterdir() if p.name != "lock")):
                 path.unlink()
             yield partial
             names = sorted(p.name for p in partial.iterdir() if p.name not in ("lock", shards.MANIFEST))
@@ -419,6 +418,15 @@ def _all_or_nothing(out: Path) -> Iterator[Path]:
             _remove(partial, out if created else None)
             raise
         _remove(partial, None)
+
+
+def _refuse_a_set(out: Path) -> None:
+    if (out / shards.MANIFEST).exists():
+        raise ValueError(f"{out}: already holds a prepared set; choose another --out, or delete that one first")
+
+
+def _our_files(out: Path) -> list[Path]:
+    return [path for path in out.iterdir() if OUR_FILES.fullmatch(path.name)] if out.is_dir() else []
 
 
 def _remove(partial: Path, empty: Path | None) -> None:

@@ -26,14 +26,14 @@ from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
-from dnt_scale.ranks import Ranks
+from dnt_scale.ranks import AgreedError, Ranks, on_first, together
 
 FORMAT = "dnt-checkpoint"
 VERSION = 1
 
 
-class CheckpointError(ValueError):
-    """A checkpoint cannot be written or read; the message names it and says what to do."""
+class CheckpointError(AgreedError):
+    """A checkpoint cannot be written or read; every rank raises it. The message names it and says what to do."""
 
 
 class FileRecord(BaseModel):
@@ -60,7 +60,7 @@ class State(BaseModel):
     tokenizer_sha256: str
     world_size: int
     config: dict[str, object]
-    files: dict[str, FileRecord] = {}
+    files: dict[str, FileRecord]
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -108,17 +108,19 @@ def write(folder: Path, state: State, save: Callable[[Path], None], ranks: Ranks
     final = folder / f"step-{state.step:08d}"
     partial = folder / f".partial-{final.name}"
     try:
-        _on_first(ranks, lambda: _fresh(partial))
+        on_first(ranks, lambda: _explained(partial, lambda: _fresh(partial)))
         save(partial)
-        mine = sorted(partial.glob("*.safetensors"))[ranks.rank :: ranks.world_size]
+        # a rank's own files: another's may not be in this node's view of a shared folder yet
+        own = f"shard-{ranks.rank + 1:05d}-*.safetensors"
+        mine = together(ranks, lambda: {path.name: _record(path, sync=True) for path in sorted(partial.glob(own))})
         records: list[dict[str, FileRecord]] = [{} for _ in range(ranks.world_size)]
-        dist.all_gather_object(records, {path.name: _record(path) for path in mine})
-        complete = state.model_copy(update={"files": {k: v for part in records for k, v in sorted(part.items())}})
-        _on_first(ranks, lambda: _publish(partial, final, complete, keep))
-    except CheckpointError:
+        dist.all_gather_object(records, mine)
+        complete = state.model_copy(update={"files": {k: v for part in records for k, v in part.items()}})
+        on_first(ranks, lambda: _explained(partial, lambda: _publish(partial, final, complete, keep)))
+    except AgreedError as error:
         if ranks.first:
             shutil.rmtree(partial, ignore_errors=True)
-        raise
+        raise CheckpointError(str(error)) from None
     return final
 
 
@@ -144,6 +146,8 @@ def read_state(path: Path) -> State:
         problem = error.errors()[0]
         where = ".".join(map(str, problem["loc"])) or "JSON"
         raise CheckpointError(f"{file}: damaged ({where}: {problem['msg']}); {advice}") from None
+    if any(Path(name).name != name for name in state.files):
+        raise CheckpointError(f"{file}: names a file outside its folder; {advice}")
     if (state.format, state.version) != (FORMAT, VERSION):
         raise CheckpointError(
             f"{file}: is {state.format} version {state.version}, expected {FORMAT} version {VERSION}; {advice}"
@@ -157,11 +161,19 @@ def check_files(path: Path, state: State, ranks: Ranks) -> None:
     Raises:
         CheckpointError: on every rank, naming the first file that is missing, truncated or changed.
     """
-    problems: list[str | None] = [None] * ranks.world_size
+    found = {file.name for file in path.glob("*.safetensors")}
     mine = sorted(state.files.items())[ranks.rank :: ranks.world_size]
-    dist.all_gather_object(problems, next(filter(None, (_problem(path / name, record) for name, record in mine)), None))
-    for problem in filter(None, problems):
-        raise CheckpointError(f"{problem}; remove {path} to go on from an older checkpoint")
+
+    def check() -> None:
+        for name in sorted(found - state.files.keys()) if ranks.first else []:
+            raise CheckpointError(f"{path / name}: not part of this checkpoint")
+        for problem in filter(None, (_problem(path / name, record) for name, record in mine)):
+            raise CheckpointError(problem)
+
+    try:
+        together(ranks, check)
+    except AgreedError as error:
+        raise CheckpointError(f"{error}; remove {path} to go on from an older checkpoint") from None
 
 
 def _problem(file: Path, record: FileRecord) -> str | None:
@@ -170,13 +182,15 @@ def _problem(file: Path, record: FileRecord) -> str | None:
     size = file.stat().st_size
     if size != record.bytes:
         return f"{file}: truncated or changed: {size} bytes, expected {record.bytes}"
-    if _record(file).sha256 != record.sha256:
+    if _record(file, sync=False).sha256 != record.sha256:
         return f"{file}: damaged: its sha256 is not the recorded one"
     return None
 
 
-def _record(file: Path) -> FileRecord:
+def _record(file: Path, *, sync: bool) -> FileRecord:
     with file.open("rb") as stream:
+        if sync:  # torch's writer calls fsync before its own buffer is flushed
+            os.fsync(stream.fileno())
         return FileRecord(bytes=file.stat().st_size, sha256=hashlib.file_digest(stream, "sha256").hexdigest())
 
 
@@ -216,17 +230,11 @@ def fsync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-def _on_first(ranks: Ranks, action: Callable[[], None]) -> None:
-    """Run ``action`` on rank 0; every rank returns after it, or raises its failure."""
-    failure: list[str | None] = [None]
-    if ranks.first:
-        try:
-            action()
-        except OSError as error:
-            failure[0] = _explain_write(error, Path(error.filename or "."), "")
-    dist.broadcast_object_list(failure)
-    if failure[0] is not None:
-        raise CheckpointError(failure[0])
+def _explained(path: Path, action: Callable[[], None]) -> None:
+    try:
+        action()
+    except OSError as error:
+        raise CheckpointError(_explain_write(error, path, "")) from None
 
 
 def _explain_write(failure: BaseException, path: Path, where: str) -> str:

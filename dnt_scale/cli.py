@@ -154,27 +154,32 @@ def run_train(options: argparse.Namespace) -> int:
 
 
 def run_generate(options: argparse.Namespace) -> int:
+    from dnt_scale import ranks
     from dnt_scale.inference import generate
 
-    for piece in generate(
-        options.folder,
-        options.prompt,
-        tokens=options.tokens,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        seed=options.seed,
-        data=options.data,
-    ):
-        print(piece, end="", flush=True)
+    with ranks.alone() as me:
+        for piece in generate(
+            options.folder,
+            options.prompt,
+            me,
+            tokens=options.tokens,
+            temperature=options.temperature,
+            top_k=options.top_k,
+            seed=options.seed,
+            data=options.data,
+        ):
+            print(piece, end="", flush=True)
     print()
     return 0
 
 
 def run_eval(options: argparse.Namespace) -> int:
+    from dnt_scale import ranks
     from dnt_scale.inference import evaluate
     from dnt_scale.train import validation_metrics
 
-    loss, manifest = evaluate(options.folder, options.data, options.rows)
+    with ranks.alone() as me:
+        loss, manifest = evaluate(options.folder, options.data, options.rows, me)
     for name, value in validation_metrics(loss, manifest).items():
         print(f"{name:18} {value:.4f}")
     return 0

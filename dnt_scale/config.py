@@ -7,6 +7,7 @@ the field, what was found, what was expected, and for a misspelt key its nearest
 import difflib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args, get_origin
+from urllib.parse import urlsplit
 
 import yaml
 from hydra import compose, initialize_config_dir
@@ -15,7 +16,7 @@ from hydra.core.override_parser.types import OverrideType
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 Setting = Literal["S1", "S2", "S3", "S4", "S5"]
 
@@ -116,7 +117,7 @@ OptimConfig = Annotated[MSGDWConfig | AdamWConfig, Field(discriminator="algorith
 
 
 class DataConfig(Strict):
-    path: Path = Field(description="a folder made by `dnt data prepare`")
+    path: Annotated[Path, AfterValidator(Path.absolute)] = Field(description="made by `dnt data prepare`")
 
 
 class EngineConfig(Strict):
@@ -162,6 +163,15 @@ class TrackingSection(Strict):
     enabled: bool = True
     uri: str | None = Field(None, description="null: sqlite:///mlflow.db beside the run folder")
     experiment: str = "dnt-scale"
+
+    @model_validator(mode="after")
+    def _no_login(self) -> Self:
+        if self.uri and "@" in urlsplit(self.uri).netloc:
+            raise ValueError(
+                "uri holds a login, which would be stored with the run; "
+                "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead"
+            )
+        return self
 
 
 class RunConfig(Strict):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from data_prep.shards import Manifest, load_manifest
 from data_prep.tokenizer import Tokenizer
-from dnt_scale import checkpoint, config, ranks
+from dnt_scale import checkpoint, config
 from dnt_scale.config import ConfigError, RunConfig
 from dnt_scale.model import DNT, IGNORED
 from dnt_scale.ranks import Ranks
@@ -45,13 +45,12 @@ def matching_manifest(folder: Path, checkpoint_dir: Path) -> Manifest:
 
 
 @torch.inference_mode()
-def evaluate(run_dir: Path, data: Path | None, rows: int | None) -> tuple[float, Manifest]:
+def evaluate(run_dir: Path, data: Path | None, rows: int | None, me: Ranks) -> tuple[float, Manifest]:
     """Mean loss in nats a token on the first ``rows`` (default: all) validation rows, and the set's manifest.
 
     Args:
         data: another set with the same tokenizer; default the run's own.
     """
-    me = ranks.start()
     run, model, newest = load_run(run_dir, me)
     folder = data or run.data.path
     manifest = matching_manifest(folder, newest)
@@ -65,13 +64,12 @@ def evaluate(run_dir: Path, data: Path | None, rows: int | None) -> tuple[float,
         batch = batch.to(me.device)
         total += model(batch[:, :-1].clamp(min=0), batch[:, 1:]).item()
         tokens += int((batch[:, 1:] != IGNORED).sum())
-    ranks.stop()
     return total / tokens, manifest
 
 
 @torch.inference_mode()
 def generate(
-    run_dir: Path, prompt: str, *, tokens: int, temperature: float, top_k: int, seed: int, data: Path | None = None
+    run_dir: Path, prompt: str, me: Ranks, *, tokens: int, temperature: float, top_k: int, seed: int, data: Path | None
 ) -> Iterator[str]:
     """Yield the prompt and then the text as it is sampled, at most ``tokens`` tokens or to the end of document.
 
@@ -80,26 +78,26 @@ def generate(
         top_k: sample from the k most likely tokens; 0: from all.
         data: where the tokenizer is, if the run's data folder has moved.
     """
-    me = ranks.start()
     run, model, newest = load_run(run_dir, me)
     folder = data or run.data.path
     manifest = matching_manifest(folder, newest)
     tokenizer = Tokenizer.load(folder / manifest.tokenizer.file)
+    if tokenizer.sha256 != manifest.tokenizer.sha256:
+        raise ConfigError(f"{folder / manifest.tokenizer.file}: not the tokenizer that its manifest names; restore it")
     generator = torch.Generator().manual_seed(seed)
     ids = [manifest.eos_id, *tokenizer.encode(prompt)]
     shown = ""
-    for _ in range(tokens + 1):
+    for left in range(tokens, -1, -1):
         text = tokenizer.decode(ids[1:])
         if not text.endswith("�"):  # the rest of a character may still be to come
             yield text[len(shown) :]
             shown = text
+        if not left or (ids[-1] == manifest.eos_id and len(ids) > 1):
+            break
         context_1T = torch.tensor([ids[-run.model.context :]], device=me.device)
         logits_V = model(context_1T)[0, -1].float().cpu()
         logits_V[manifest.tokenizer.vocab_size :] = -torch.inf  # ids that only round the embedding up
         ids.append(sample(logits_V, temperature, top_k, generator))
-        if ids[-1] == manifest.eos_id:
-            break
-    ranks.stop()
 
 
 def sample(logits_V: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> int:

@@ -94,8 +94,3 @@ class TrainProgress:
         minutes, second = divmod(int(seconds * (self.total_steps - self.step)), 60)
         hour, minute = divmod(minutes, 60)
         return f"{hour}:{minute:02d}:{second:02d}"
-
-
-def memory_gb(device: torch.device) -> float | None:
-    """Peak allocated GPU memory of this rank in GB (1e9 bytes), None on CPU."""
-    return torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None

@@ -9,20 +9,19 @@ from data_prep.shards import Manifest, manifest_sha256
 from dnt_scale import checkpoint
 from dnt_scale.checkpoint import State
 from dnt_scale.config import ConfigError, RunConfig, to_yaml
-from dnt_scale.ranks import Ranks
 
 # what a resumed run may not change: its weights, its order of data and its momentum depend on it
 FIXED = ("model", "run.seed", "train.global_batch", "optim.algorithm")
 
 
-def starting_state(run: RunConfig, manifest: Manifest, folder: Path, me: Ranks) -> tuple[State, Path | None]:
-    """The newest checkpoint's state and path, checked against this run and its files; or step 0 and None.
+def starting_state(run: RunConfig, manifest: Manifest, total_steps: int, world_size: int) -> tuple[State, Path | None]:
+    """The newest checkpoint's state and path, checked against this run; or step 0 and None. For one rank to decide.
 
     Raises:
         ValueError: the checkpoint is damaged, or was made with another tokenizer, data or fixed field.
     """
     settings = run.model_dump(mode="json")
-    newest = checkpoint.newest(folder)
+    newest = checkpoint.newest(run.run.dir / "checkpoints")
     fresh = State(
         step=0,
         consumed_rows=0,
@@ -32,8 +31,9 @@ def starting_state(run: RunConfig, manifest: Manifest, folder: Path, me: Ranks) 
         run_id=earlier_run_id(run) or uuid.uuid4().hex,
         manifest_sha256=manifest_sha256(run.data.path),
         tokenizer_sha256=manifest.tokenizer.sha256,
-        world_size=me.world_size,
+        world_size=world_size,
         config=settings,
+        files={},
     )
     if newest is None:
         return fresh, None
@@ -55,14 +55,19 @@ def starting_state(run: RunConfig, manifest: Manifest, folder: Path, me: Ranks) 
                 f"{field}: {newest} was trained with {before}, this run asks for {now}; "
                 "change it back, or take another run.name"
             )
-    checkpoint.check_files(newest, state, me)
-    return state.model_copy(update={"config": settings, "world_size": me.world_size}), newest
+    if state.step > total_steps:
+        raise ConfigError(
+            f"train.steps: this run asks for {total_steps} steps, but {newest} already has {state.step}; "
+            "ask for more, or take another run.name"
+        )
+    return state.model_copy(update={"config": settings, "world_size": world_size}), newest
 
 
 def pick(settings: dict[str, Any], dotted: str) -> Any:
+    """The value at a dotted name, None where there is none."""
     value: Any = settings
     for key in dotted.split("."):
-        value = value[key]
+        value = value.get(key) if isinstance(value, dict) else None
     return value
 
 

@@ -14,7 +14,9 @@ import os
 import queue
 import threading
 from collections.abc import Iterator
+from contextlib import closing
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -207,15 +209,12 @@ def validation_batches(
     Every rank gets the same number of batches of shape (micro_batch, seq_len + 1), int64, as the engines' collectives
     need; places past the end hold ``IGNORED`` and do not count in the loss.
     """
-    reader = RowReader(folder, manifest, "val")
-    order = [
-        (block, row) for block, size in enumerate(Order(manifest.splits["val"], 0).block_rows) for row in range(size)
-    ]
-    order = order[:rows]
-    for start in range(0, len(order), micro_batch * world_size):
-        mine = order[start + rank * micro_batch : start + (rank + 1) * micro_batch]
-        batch = torch.full((micro_batch, reader.row_tokens), IGNORED, dtype=torch.int64)
-        if mine:
-            batch[: len(mine)] = torch.from_numpy(reader.read(mine))
-        yield batch
-    reader.close()
+    blocks = enumerate(Order(manifest.splits["val"], 0).block_rows)
+    order = list(islice(((block, row) for block, size in blocks for row in range(size)), rows))
+    with closing(RowReader(folder, manifest, "val")) as reader:
+        for start in range(0, len(order), micro_batch * world_size):
+            mine = order[start + rank * micro_batch : start + (rank + 1) * micro_batch]
+            batch = torch.full((micro_batch, reader.row_tokens), IGNORED, dtype=torch.int64)
+            if mine:
+                batch[: len(mine)] = torch.from_numpy(reader.read(mine))
+            yield batch

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+import torch
+
 from data_prep.shards import Manifest, load_manifest
 from dnt_scale import checkpoint, config, engine, ranks
 from dnt_scale.checkpoint import State
@@ -20,17 +22,17 @@ from dnt_scale.config import ConfigError, RunConfig
 from dnt_scale.engine.base import Engine
 from dnt_scale.model import DNT, count_parameters, flops_per_token
 from dnt_scale.plots import plot_run
-from dnt_scale.progress import TrainProgress, memory_gb, peak_flops
+from dnt_scale.progress import TrainProgress, peak_flops
 from dnt_scale.ranks import Ranks
 from dnt_scale.resume import starting_state
-from dnt_scale.stream import ShardError, Stream, validation_batches
+from dnt_scale.stream import Stream, validation_batches
 from dnt_scale.tracking import Status, Tracker, git_commit
 
 Metrics = dict[str, float | int | None]
 
 
-class TrainingError(ValueError):
-    """The run cannot go on; the message says why and what to do."""
+class TrainingError(ranks.AgreedError):
+    """The run cannot go on, which every rank finds at once; the message says why and what to do."""
 
 
 def main(overrides: list[str]) -> int:
@@ -39,21 +41,30 @@ def main(overrides: list[str]) -> int:
     Returns:
         0 when the run is complete, 2 after an error the user can mend, 128 + n when signal n stopped the run.
     """
-    rank = ranks.environment()[0]
+    rank, local_rank, _ = ranks.environment()
     try:
         run = config.load(overrides)
-        me = ranks.start(run.run.device)
-        status = train(run, me)
-    except (ValueError, OSError) as error:
-        # every rank finds the same fault, so one reports it; only a shard's end is one rank's own discovery
-        if rank == 0 or isinstance(error, ShardError):
+    except ConfigError as error:
+        if local_rank == 0:  # all of a node find the same
             print(f"error: {error}", file=sys.stderr)
+        return 2
+    try:
+        status = train(run, ranks.start(run.run.device))
+    except ranks.AgreedError as error:
+        if rank == 0:
+            print(f"error: {error}", file=sys.stderr)
+        status = 2
+    except (ValueError, OSError) as error:
+        print(f"error: {error}" if rank == 0 else f"rank {rank}: error: {error}", file=sys.stderr)
         status = 2
     except RuntimeError as error:
         if not ranks.lost_peer(error):
             raise
-        print(f"rank {rank}: stopped, another rank ended before it: see that rank's error", file=sys.stderr)
+        reason = str(error).splitlines()[0]
+        print(f"rank {rank}: stopped, for another rank ended before it ({reason})", file=sys.stderr)
         status = 2
+    except KeyboardInterrupt:
+        status = 128 + signal.SIGINT
     ranks.stop()
     return status
 
@@ -66,11 +77,12 @@ def train(run: RunConfig, me: Ranks) -> int:
             too many steps in a row were not finite.
         OSError: the run folder cannot be written.
     """
-    manifest = load_manifest(run.data.path)
-    check_data(run, manifest)
+    manifest = ranks.together(me, lambda: fitting_manifest(run))
     total_steps = run.total_steps(manifest.seq_len)
-    folder = run.run.dir / "checkpoints"
-    state, newest = starting_state(run, manifest, folder, me)
+    state, newest = ranks.on_first(me, lambda: starting_state(run, manifest, total_steps, me.world_size))
+    if newest:
+        checkpoint.check_files(newest, state, me)
+    stream = ranks.together(me, lambda: training_stream(run, manifest, state, me))
     trainer = engine.build(run, lambda: DNT(run.model), me, total_steps)
     if newest:
         trainer.load(newest)
@@ -85,15 +97,6 @@ def train(run: RunConfig, me: Ranks) -> int:
             tracker.log(metrics)
         progress.update(state.step, metrics)
 
-    stream = Stream(
-        run.data.path,
-        manifest,
-        seed=run.run.seed,
-        global_batch=run.train.global_batch,
-        rank=me.rank,
-        world_size=me.world_size,
-        consumed_rows=state.consumed_rows,
-    )
     outcome: Status = "FAILED"
     stopped_by = skipped_in_a_row = 0
     try:
@@ -135,7 +138,7 @@ def train(run: RunConfig, me: Ranks) -> int:
                 stopped_by = ranks.highest(signals[0] if signals else 0)
                 due = run.checkpoint.every and state.step % run.checkpoint.every == 0
                 if due or last or stopped_by:
-                    checkpoint.write(folder, state, trainer.save, me, keep=run.checkpoint.keep)
+                    checkpoint.write(run.run.dir / "checkpoints", state, trainer.save, me, keep=run.checkpoint.keep)
             outcome = "FINISHED" if state.step == total_steps else "KILLED"
     finally:
         if tracker:
@@ -152,9 +155,10 @@ def train(run: RunConfig, me: Ranks) -> int:
     return 0
 
 
-def check_data(run: RunConfig, manifest: Manifest) -> None:
-    """The shards must fit the model and the run. Raises ConfigError naming the field that does not."""
+def fitting_manifest(run: RunConfig) -> Manifest:
+    """The set's manifest. Raises ValueError when it is damaged, or naming the field that does not fit it."""
     path = run.data.path
+    manifest = load_manifest(path)
     if manifest.tokenizer.vocab_size > run.model.vocab_size:
         raise ConfigError(
             f"model.vocab_size is {run.model.vocab_size}, but the shards in {path} have "
@@ -170,6 +174,19 @@ def check_data(run: RunConfig, manifest: Manifest) -> None:
             f"eval.every is {run.eval.every}, but {path} has no validation split; "
             "set eval.every=0 or prepare with --val-fraction above 0"
         )
+    return manifest
+
+
+def training_stream(run: RunConfig, manifest: Manifest, state: State, me: Ranks) -> Stream:
+    return Stream(
+        run.data.path,
+        manifest,
+        seed=run.run.seed,
+        global_batch=run.train.global_batch,
+        rank=me.rank,
+        world_size=me.world_size,
+        consumed_rows=state.consumed_rows,
+    )
 
 
 def start_tracking(run: RunConfig, state: State, me: Ranks) -> Tracker:
@@ -219,13 +236,15 @@ def validation_metrics(loss: float, manifest: Manifest) -> Metrics:
 
 
 def speed(run: RunConfig, manifest: Manifest, seconds: float, me: Ranks) -> Metrics:
-    """Tokens a second over all ranks; MFU = tokens/s x flops_per_token / (ranks x peak), None if no peak is known."""
+    """Tokens a second over all ranks; MFU = tokens/s x flops_per_token / (ranks x peak), left out if no peak is known;
+    and on CUDA this rank's peak allocated memory in GB (1e9 bytes)."""
     tokens_per_s = run.train.global_batch * manifest.seq_len / seconds
-    peak = peak_flops(me.device)
-    if peak is None:
-        return {"tokens_per_s": tokens_per_s}
-    mfu = tokens_per_s * flops_per_token(run.model, manifest.seq_len) / (me.world_size * peak)
-    return {"tokens_per_s": tokens_per_s, "mfu": mfu, "memory_gb": memory_gb(me.device)}
+    metrics: Metrics = {"tokens_per_s": tokens_per_s}
+    if peak := peak_flops(me.device):
+        metrics["mfu"] = tokens_per_s * flops_per_token(run.model, manifest.seq_len) / (me.world_size * peak)
+    if me.device.type == "cuda":
+        metrics["memory_gb"] = torch.cuda.max_memory_allocated(me.device) / 1e9
+    return metrics
 
 
 def opening_line(run: RunConfig, manifest: Manifest, total_steps: int, newest: Path | None, me: Ranks) -> str:

@@ -44,7 +44,7 @@ def refused(*overrides: str, minimal: bool = True) -> str:
 
 def test_the_demo_preset_needs_nothing_more() -> None:
     config = load(["preset=demo"])
-    assert (config.run.name, config.run.dir, config.data.path) == ("demo", Path("runs/demo"), Path("data/demo"))
+    assert (config.run.name, config.run.dir, config.data.path) == ("demo", Path("runs/demo"), Path("data/demo").absolute())
     assert (config.model.name, config.model.setting, config.train.tokens) == ("dnt_nano", "S4", None)
     assert config.train.steps != run().train.steps  # the preset's own
     assert isinstance(config.optim, MSGDWConfig)

@@ -14,17 +14,21 @@ PROMPT = "def main(self, größe):\n"
 
 def texts(run_dir: Path, settings: list[dict]) -> None:
     """Print the text that each of the settings gives."""
+    from dnt_scale import ranks
     from dnt_scale.inference import generate
 
-    defaults = {"tokens": 30, "temperature": 0.8, "top_k": 50, "seed": 0}
-    print(json.dumps(["".join(generate(run_dir, PROMPT, **{**defaults, **setting})) for setting in settings]))
+    defaults = {"tokens": 30, "temperature": 0.8, "top_k": 50, "seed": 0, "data": None}
+    with ranks.alone() as me:
+        print(json.dumps(["".join(generate(run_dir, PROMPT, me, **{**defaults, **setting})) for setting in settings]))
 
 
 def losses(run_dir: Path) -> None:
     """Print the loss on the rows that the run itself used, and on all."""
+    from dnt_scale import ranks
     from dnt_scale.inference import evaluate
 
-    print(json.dumps([evaluate(run_dir, None, rows)[0] for rows in (30, None)]))
+    with ranks.alone() as me:
+        print(json.dumps([evaluate(run_dir, None, rows, me)[0] for rows in (30, None)]))
 
 
 def test_sampling_is_a_function_of_its_settings(reference):
