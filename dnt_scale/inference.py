@@ -46,7 +46,7 @@ def matching_manifest(folder: Path, checkpoint_dir: Path) -> Manifest:
 
 @torch.inference_mode()
 def evaluate(run_dir: Path, data: Path | None, rows: int | None, me: Ranks) -> tuple[float, Manifest]:
-    """Mean loss in nats a token on the first ``rows`` (default: all) validation rows, and the set's manifest.
+    """Mean loss in nats a token on ``rows`` (default: all) evenly spread validation rows, and the set's manifest.
 
     Args:
         data: another set with the same tokenizer; default the run's own.

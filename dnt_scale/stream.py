@@ -16,7 +16,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import closing
 from functools import lru_cache
-from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -204,13 +203,16 @@ class Stream:
 def validation_batches(
     folder: Path, manifest: Manifest, *, rows: int, micro_batch: int, rank: int, world_size: int
 ) -> Iterator[Tensor]:
-    """The first ``rows`` validation rows in file order, dealt to the ranks micro-batch by micro-batch.
+    """``rows`` validation rows, evenly spread over the split, dealt to the ranks micro-batch by micro-batch.
 
     Every rank gets the same number of batches of shape (micro_batch, seq_len + 1), int64, as the engines' collectives
     need; places past the end hold ``IGNORED`` and do not count in the loss.
     """
-    blocks = enumerate(Order(manifest.splits["val"], 0).block_rows)
-    order = list(islice(((block, row) for block, size in blocks for row in range(size)), rows))
+    block_ends = np.cumsum(Order(manifest.splits["val"], 0).block_rows)
+    chosen = np.arange(min(rows, block_ends[-1])) * block_ends[-1] // min(rows, block_ends[-1])
+    blocks = np.searchsorted(block_ends, chosen, side="right")
+    firsts = np.concatenate(([0], block_ends))[blocks]
+    order = list(zip(blocks.tolist(), (chosen - firsts).tolist(), strict=True))
     with closing(RowReader(folder, manifest, "val")) as reader:
         for start in range(0, len(order), micro_batch * world_size):
             mine = order[start + rank * micro_batch : start + (rank + 1) * micro_batch]

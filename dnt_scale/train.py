@@ -212,7 +212,7 @@ def start_tracking(run: RunConfig, state: State, me: Ranks) -> Tracker:
 
 
 def validation(run: RunConfig, trainer: Engine, manifest: Manifest, me: Ranks) -> Metrics:
-    """Loss in nats a token, perplexity, and bits a byte of UTF-8 text on the first ``eval.rows`` held-out rows."""
+    """Loss in nats a token, perplexity, and bits a byte of UTF-8 text on ``eval.rows`` evenly spread held-out rows."""
     loss = trainer.eval_loss(
         validation_batches(
             run.data.path,

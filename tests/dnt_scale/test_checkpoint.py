@@ -152,6 +152,24 @@ def remove_a_shard(folder: Path) -> str:
     return f"{path}: missing"
 
 
+def add_another_steps_shard(folder: Path) -> str:
+    path = folder / "shard-00009-model-00001-of-00001.safetensors"
+    shutil.copyfile(sorted(folder.glob("*.safetensors"))[0], path)
+    return f"{path}: not part of this checkpoint"
+
+
+def name_no_files(folder: Path) -> str:
+    state = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").write_text(json.dumps({**state, "files": {}}))
+    return "not part of this checkpoint"
+
+
+def name_a_file_elsewhere(folder: Path) -> str:
+    path = folder / "state.json"
+    path.write_text(path.read_text().replace('"shard-00001', '"../shard-00001'))
+    return f"{path}: names a file outside its folder"
+
+
 def truncate_state(folder: Path) -> str:
     path = folder / "state.json"
     os.truncate(path, path.stat().st_size // 2)
@@ -164,7 +182,19 @@ def other_version(folder: Path) -> str:
     return f"{path}: is dnt-checkpoint version 2, expected dnt-checkpoint version 1"
 
 
-@pytest.mark.parametrize("damage", [truncate, flip_a_byte, remove_a_shard, truncate_state, other_version])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        truncate,
+        flip_a_byte,
+        remove_a_shard,
+        add_another_steps_shard,
+        name_no_files,
+        name_a_file_elsewhere,
+        truncate_state,
+        other_version,
+    ],
+)
 def test_a_damaged_checkpoint_is_named_and_refused(corpus, finished_run, damage):
     message = damage(finished_run / "checkpoints" / LAST)
     before = (finished_run / "metrics.jsonl").read_bytes()

@@ -108,6 +108,7 @@ def test_an_error_of_the_installed_module_is_one_line(tmp_path):
         (["optim.schedule.warmup_steps=20"], "optim.schedule.warmup_steps is 20"),
         (["optim.groups.embedding.pattern=nothing"], "matches no parameter"),
         (["run.seed=18446744073709551616"], "run.seed"),
+        (["tracking.uri=http://me:secret@localhost:5000"], "MLFLOW_TRACKING_PASSWORD"),
         (["run.name=a/b"], "run.name"),
     ],
 )
@@ -165,6 +166,19 @@ def test_a_resumed_run_may_not_change_what_it_is(corpus, finished_run, override,
     before = tree(finished_run)
     error = train(tiny(corpus, finished_run, override)).error()
     assert complaint in error and "step-00000020 was trained with" in error
+    assert tree(finished_run) == before
+
+
+def test_a_run_that_is_past_its_budget_is_refused(corpus, finished_run):
+    before = tree(finished_run)
+    error = train(tiny(corpus, finished_run, "train.steps=10")).error()
+    assert "train.steps: this run asks for 10 steps" in error and "step-00000020 already has 20" in error
+    assert tree(finished_run) == before
+
+
+def test_ranks_that_cannot_share_the_batch_leave_the_run_alone(corpus, finished_run):
+    before = tree(finished_run)
+    assert "not divisible by 3 ranks" in train(tiny(corpus, finished_run), ranks=3).error()
     assert tree(finished_run) == before
 
 

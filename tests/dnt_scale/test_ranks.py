@@ -1,3 +1,8 @@
+import os
+import socket
+import subprocess
+import sys
+
 import pytest
 
 from dnt_scale.ranks import environment, first_host
@@ -8,8 +13,6 @@ STEP = {"SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "5", "SLURM_LOCALID": "1", 
 
 @pytest.fixture(autouse=True)
 def bare(monkeypatch):
-    import os
-
     for name in list(os.environ):
         if name in RANK_VARIABLES or name.startswith("SLURM_"):
             monkeypatch.delenv(name)
@@ -75,3 +78,22 @@ def test_srun_step_keeps_a_given_address(monkeypatch):
 def test_a_batch_script_without_srun_is_one_process(monkeypatch):
     set_all(monkeypatch, SLURM_JOB_ID="4123456", SLURM_NTASKS="8", SLURM_PROCID="0", SLURM_LOCALID="0")
     assert environment() == (0, 0, 1)
+
+
+def test_ranks_that_cannot_meet_say_where(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        group = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        done = subprocess.run(
+            [sys.executable, "-m", "dnt_scale.train", "run.name=a", f"data.path={tmp_path}", "run.device=cpu"],
+            env={**os.environ, **group},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+    assert done.returncode == 2
+    errors = [line for line in done.stderr.splitlines() if "error:" in line]
+    assert len(errors) == 1 and errors[0].startswith("error: rank 0 could not meet the other 1"), done.stderr
+    assert f"127.0.0.1:{port}" in errors[0] and "Traceback" not in done.stderr
