@@ -307,6 +307,10 @@ def _explain(error: Exception, overrides: list[str]) -> str:
     """One line out of Hydra's several: which override, and the choices there are."""
     text = str(error).strip()
     if "Missing mandatory value" in text:
+        known = _known_keys(RunConfig)
+        for key in (override.partition("=")[0].lstrip("+") for override in overrides):
+            if key not in known and not key.startswith("optim.groups.") and not _is_group(key):
+                return f"{key}: no such key{_nearest(key, known)} `dnt train --print-config` shows every key"
         missing = getattr(error, "full_key", "a mandatory key")
         return f"{missing}: is not set; add {missing}=VALUE (`dnt train --help` shows an example)"
     for override in overrides:

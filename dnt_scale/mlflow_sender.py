@@ -155,7 +155,9 @@ class _Sender:
         location = (file.parent / "mlartifacts").as_uri() if file else None
         if (found := client.get_experiment_by_name(name)) is None:
             try:
-                return str(client.create_experiment(name, artifact_location=location))
+                # opens the experiment's page in MLflow's model-training view
+                kind = {"mlflow.experimentKind": "custom_model_development"}
+                return str(client.create_experiment(name, artifact_location=location, tags=kind))
             except Exception:
                 if (found := client.get_experiment_by_name(name)) is None:  # else another run made it just now
                     raise

@@ -357,3 +357,8 @@ def test_total_steps_is_the_fewest_that_reach_the_tokens(tokens: int, batch: int
     below, reached = ((steps - i) * batch * seq_len for i in (1, 0))
     assert below < tokens <= reached
     assert all(a <= b for a, b in pairwise(budget(None, t, batch).total_steps(seq_len) for t in (tokens, tokens + 1)))
+
+
+def test_a_misspelt_mandatory_key_is_named_before_it_is_missed() -> None:
+    with pytest.raises(ConfigError, match=r"run\.nme: no such key; did you mean run\.name\?"):
+        load(["run.nme=x", "data.path=d"])
