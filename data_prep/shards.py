@@ -28,6 +28,7 @@ TAR_BLOCK = 512
 
 Tokens = np.ndarray[Any, np.dtype[Any]]
 SplitName = Literal["train", "val"]
+Packing = Literal["concat", "best_fit"]
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -104,6 +105,7 @@ class Manifest(_Part):
     version: Literal[1]
     dtype: Literal["uint16", "uint32"]
     seq_len: Positive
+    packing: Packing = "concat"
     tokenizer: TokenizerInfo
     eos_id: Count
     options: Options
