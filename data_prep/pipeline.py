@@ -1,373 +1,219 @@
-"""From a corpus to a set of shards: survey, train the tokenizer, tokenise over processes, pack, write."""
+"""From a corpus to a set of shards: plan, learn a tokenizer, tokenise in chunks, remove duplicates, pack, publish.
 
-import contextlib
-import errno
-import fcntl
-import multiprocessing
-import multiprocessing.process
+Each stage leaves its result in the work folder under a name that is a hash of all it was made from (data_prep.work). So
+a rerun after kill -9 goes on where it was, and the N tasks of one plan are N processes that fill the same folder.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import heapq
+import itertools
+import json
 import os
-import re
 import shutil
-import signal
-import threading
-import time
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
-from rich.table import Table
-from rich.text import Text
 
 from data_prep import shards
-from data_prep.read import Counts, Source, find_sources, read_documents
-from data_prep.shards import Manifest, Options, SourceInfo, SplitWriter, TokenizerInfo, Tokens
-from data_prep.tokenizer import Kind, Tokenizer, sample, text_hash, train
-from data_prep.verify import verify as verify_set
+from data_prep.chunks import Chunk, Recipe, tokenise
+from data_prep.clean import load_rules
+from data_prep.inputs import find_sources, plan_units, stored_bytes
+from data_prep.learn import SAMPLE_BYTES, Lesson, learn
+from data_prep.pack import Layout, Part, shard_jobs, shard_writer, tail
+from data_prep.pieces import Unit
+from data_prep.pool import cpus, spread
+from data_prep.progress import stage
+from data_prep.report import text_summary, write_report
+from data_prep.shards import (
+    Dedup,
+    Manifest,
+    Options,
+    Packing,
+    Shard,
+    SourceInfo,
+    Split,
+    SplitName,
+    TokenizerInfo,
+    Tokens,
+)
+from data_prep.summary import make_report
+from data_prep.tally import SPLITS, Tally, tally
+from data_prep.tokenizer import Encoder, FastPathDiffers, Kind, Tokenizer
+from data_prep.work import key, publish, spool_stdin, sync, work_folder, write_whole
 
-PARTIAL = ".dnt-partial"
-OUR_FILES = re.compile(r"(train|val)-\d{6,}\.tar|tokenizer\.model")
-BATCH_BYTES = 1_000_000
-ROUND_TRIP_BYTES = 1_000_000
-# What each kind learns from in some 15 seconds on two cores.
-SAMPLE_BYTES = {"bpe": 32_000_000, "unigram": 4_000_000}
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+REJECTS = "rejects.jsonl"
 
 
 @dataclass(frozen=True)
 class PrepareOptions:
     """What `prepare` needs to know.
 
-    `tokenizer` is a SentencePiece model to use; without one, a `kind` model of `vocab_size` pieces is trained on
-    about `sample_bytes` of the corpus (default: SAMPLE_BYTES of the kind). Of the documents, `val_fraction` are held
-    out. `workers` (default: one for each CPU this process may use) changes the time and nothing else.
+    inputs: files, folders, globs, URLs, "-" for stdin.
+    append: a set to go on from, with its tokenizer and options; `out` is a new set, and only `inputs` are prepared.
+    tokenizer: a SentencePiece model to use; without one, a `kind` model of `vocab_size` pieces is trained on about
+        `sample_bytes` of the corpus (default: SAMPLE_BYTES of the kind).
+    val_fraction: share of the documents held out.
+    rules: a YAML file of cleaning rules (data_prep.clean).
+    dedup: "exact" or "near" (MinHash) duplicates are left out; the first copy in reading order stays.
+    encoder: "kitoken" is checked against SentencePiece, and given up at the first difference.
+    strict: the first finding in the input (data_prep.read) is an error.
+    task: (i, n) makes the chunks of the i-th of n parts of the plan, and nothing else.
+    workers (default: one for each CPU this process may use) changes the time and nothing else.
     """
 
     inputs: Sequence[str | Path]
     out: Path
+    append: Path | None = None
     vocab_size: int = 16384
     tokenizer: Path | None = None
     kind: Kind = "bpe"
     seq_len: int = 1024
+    packing: Packing = "concat"
     val_fraction: float = 0.005
+    rules: Path | None = None
+    dedup: Dedup = "none"
+    text_field: str = "text"
+    encoder: Encoder = "sentencepiece"
+    strict: bool = False
     workers: int | None = None
     shard_bytes: int = 256 << 20
     sample_bytes: int | None = None
+    task: tuple[int, int] | None = None
 
 
-class Encoded(NamedTuple):
-    """One split's part of a batch: each document's ids followed by eos (n,), and what they were made of."""
+class Duplicates(NamedTuple):
+    """What the dedup stage left: files with an entry a document, and numbers for the report.
 
-    ids: Tokens
-    documents: int
-    text_bytes: int
+    `original` (int64) is -1 or the number of the document that stays instead, counted from the set appended to on, if
+    any; `keep` and `near` (bool) leave that set out.
+    """
+
+    original: Path
+    keep: Path
+    near: Path
+    facts: dict[str, Any]
 
 
-def prepare(options: PrepareOptions, console: Console | None = None) -> Manifest:
+def prepare(options: PrepareOptions, console: Console | None = None) -> Manifest | None:
     """Make a set of shards in `options.out`, which appears whole or not at all; progress goes to stderr.
+
+    What is finished is kept through Ctrl-C, kill -9 and errors: the same call goes on from there, to the same bytes.
+    Returns the manifest, or None for a task.
 
     Raises ValueError, in one or two lines, for: bad options or input, a folder that already holds a set, a corpus that
     is empty or smaller than one row, a vocabulary that the corpus does not support, a full disk.
     """
     console = console or Console(stderr=True)
-    _check_options(options)
+    base = shards.load_manifest(options.append) if options.append else None
+    options = checked(options, base)
     out = Path(options.out)
-    sources = find_sources(options.inputs)
-    given = Tokenizer.load(options.tokenizer) if options.tokenizer else None
-    try:
-        with _all_or_nothing(out) as partial:
-            manifest = _prepare_into(partial, options, sources, given, console)
-    except OSError as error:
-        if error.errno not in DISK_FULL:
-            raise ValueError(f"{out}: cannot be written: {error.strerror or error}; check the path") from error
-        free = shutil.disk_usage(next(p for p in (out, *out.absolute().parents) if p.exists())).free
-        raise ValueError(
-            f"{out}: the disk is full or a limit is reached ({error.strerror}; {free:,} bytes free "
-            "after cleaning up); free some space or choose another --out. Nothing was left behind."
-        ) from error
-    except BrokenProcessPool as error:
-        raise ValueError(
-            "a tokenising process was killed, perhaps for want of memory; use fewer --workers. Nothing was left behind."
-        ) from error
-    rows = ", ".join(f"{split.rows:,} {name} rows" for name, split in manifest.splits.items())
-    console.print(f"wrote    {escape(str(out))}: {rows} of {options.seq_len} tokens", highlight=False)
-    return manifest
-
-
-def verify(folder: Path, console: Console | None = None) -> list[str]:
-    """`verify.verify` with a progress line on stderr: the problems, a line each, or []."""
-    console = console or Console(stderr=True)
-    total = sum(path.stat().st_size for path in Path(folder).glob("*.tar"))
-    with _stage(console, "verify", total) as advance:
-        return verify_set(folder, advance)
-
-
-def info(folder: Path, console: Console | None = None) -> None:
-    """Print a table of what a set holds, on stdout. Raises ValueError as `load_manifest` does."""
-    folder = Path(folder)
-    manifest = shards.load_manifest(folder)
-    table = Table("split", "documents", "text MB", "tokens", "rows", "shards", "MB", "B/token", title=str(folder))
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for name, split in manifest.splits.items():
-        size = sum(shard.bytes for shard in split.shards)
-        table.add_row(
-            name,
-            f"{split.documents:,}",
-            f"{split.text_bytes / 1e6:,.1f}",
-            f"{split.tokens:,}",
-            f"{split.rows:,}",
-            f"{len(split.shards):,}",
-            f"{size / 1e6:,.1f}",
-            f"{split.text_bytes / split.tokens:.2f}",
+    with work_folder(out, shared=options.task is not None) as work:
+        inputs = [spool_stdin(work) if str(item) == "-" else item for item in options.inputs]
+        units = plan_units(find_sources(inputs))
+        recipe = Recipe(
+            options.tokenizer or learn(work, lesson(options), units, workers(options), console),
+            options.encoder,
+            options.text_field,
+            options.val_fraction,
+            options.rules,
+            options.dedup,
+            options.strict,
         )
-    options, tokenizer = manifest.options, manifest.tokenizer
-    origin = f"{options.kind}, trained on a sample of this corpus" if options.kind else "given"
-    exact = "decodes to exactly the text" if tokenizer.round_trip else "does NOT decode to exactly the text"
-    lines = [
-        f"row        {manifest.seq_len} + 1 tokens of {manifest.dtype}",
-        f"tokenizer  {tokenizer.vocab_size:,} pieces ({origin}); {exact}",
-        f"manifest   sha256 {shards.manifest_sha256(folder)}",
-    ]
-    for source in manifest.sources[:20]:
-        notes = f", {source.replaced:,} with broken UTF-8" if source.replaced else ""
-        notes += f", {source.empty:,} empty left out" if source.empty else ""
-        lines.append(
-            f"source     {source.name}: {source.documents:,} documents, {source.text_bytes / 1e6:,.1f} MB{notes}"
-        )
-    if more := len(manifest.sources) - 20:
-        lines += [f"           and {more:,} more"] if more > 0 else []
-    console = console or Console()
-    console.print(table)
-    console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
-
-
-def held_out(text: str, val_fraction: float) -> bool:
-    """Whether a document belongs to the validation split: a function of its text alone."""
-    return text_hash(text, "split") < val_fraction * 2**64
-
-
-def _prepare_into(
-    folder: Path, options: PrepareOptions, sources: list[Source], given: Tokenizer | None, console: Console
-) -> Manifest:
-    counts, texts = _survey(options, sources, given is not None, console)
-    total = sum(count.text_bytes for count in counts)
-    model = folder / shards.TOKENIZER
-    if given:
-        assert options.tokenizer
-        shutil.copyfile(options.tokenizer, model)
-    else:
-        with _stage(console, "learn", None) as advance:
-            train(texts, options.vocab_size, model, options.kind)
-            advance(sum(len(text.encode()) for text in texts))
-    _sync(model)
-    tokenizer = Tokenizer.load(model)
-    round_trip = _round_trips(tokenizer, texts)
-    if not round_trip:
-        console.print(
-            "warning: this tokenizer does not decode to exactly the text that goes in (it normalises, or lacks "
-            "characters); the manifest records that"
-        )
-
-    dtype = shards.dtype_for(tokenizer.vocab_size)
-    names: tuple[shards.SplitName, ...] = ("train", "val") if options.val_fraction else ("train",)
-    writers = [
-        SplitWriter(folder, name, options.seq_len, dtype, tokenizer.eos_id, options.shard_bytes) for name in names
-    ]
-    try:
-        with _stage(console, "tokenise", total) as advance:
-            batches = _batches(text for source in sources for _, text in read_documents(source))
-            # Closed at once after an error, so that no worker outlives this block.
-            with contextlib.closing(_encode_all(tokenizer, model, options, batches)) as encoded:
-                for parts in encoded:
-                    for writer, part in zip(writers, parts, strict=False):
-                        writer.add(*part)
-                    advance(sum(part.text_bytes for part in parts), sum(len(part.ids) for part in parts))
-            splits = {name: writer.finish() for name, writer in zip(names, writers, strict=True)}
-    finally:
-        for writer in writers:
-            writer.abort()
-    if sum(split.text_bytes for split in splits.values()) != total:
-        raise ValueError("the corpus changed while it was read; run the command again")
-
-    trained = given is None
-    manifest = Manifest(
-        format="dnt-shards",
-        version=1,
-        dtype=dtype,
-        seq_len=options.seq_len,
-        tokenizer=TokenizerInfo(
-            file="tokenizer.model",
-            sha256=tokenizer.sha256,
-            vocab_size=tokenizer.vocab_size,
-            round_trip=round_trip,
-        ),
-        eos_id=tokenizer.eos_id,
-        options=Options(
-            vocab_size=options.vocab_size if trained else None,
-            kind=options.kind if trained else None,
-            sample_bytes=_sample_bytes(options) if trained else None,
-            val_fraction=options.val_fraction,
-            shard_bytes=options.shard_bytes,
-        ),
-        sources=tuple(
-            SourceInfo(
-                name=source.name,
-                documents=count.documents,
-                text_bytes=count.text_bytes,
-                replaced=count.replaced,
-                empty=count.empty,
+        try:
+            chunks = _tokenise(work, options, recipe, units, console)
+        except FastPathDiffers as difference:
+            console.print(f"warning: {difference}; kitoken is given up for SentencePiece", highlight=False)
+            recipe = dataclasses.replace(recipe, encoder="sentencepiece")
+            chunks = _tokenise(work, options, recipe, units, console)
+        if options.task:
+            console.print(
+                f"task {options.task[0]} of {options.task[1]} is done; when all are, the same command without --task "
+                f"makes the set in {escape(str(out))}",
+                highlight=False,
             )
-            for source, count in zip(sources, counts, strict=True)
-        ),
-        splits=splits,
-    )
-    shards.write_manifest(folder, manifest)
+            return None
+        if plan_units(find_sources(inputs)) != units:
+            raise ValueError("the corpus changed while it was read; run the command again")
+        manifest = _finish(work, options, base, recipe, units, chunks, console)
+    rows = ", ".join(f"{split.rows:,} {name} rows" for name, split in manifest.splits.items())
+    console.print(f"wrote     {escape(str(out))}: {rows} of {manifest.seq_len} tokens", highlight=False)
     return manifest
 
 
-def _survey(
-    options: PrepareOptions, sources: list[Source], given: bool, console: Console
-) -> tuple[list[Counts], list[str]]:
-    """Read the corpus once: its counts for each source, and a sample of what is not held out."""
-    counts = [Counts() for _ in sources]
+def train_tokenizer(options: PrepareOptions, model: Path, console: Console | None = None) -> Tokenizer:
+    """Train a tokenizer as `prepare` would with these options, and write it to `model`.
 
-    def texts(advance: Callable[[int], None]) -> Iterator[str]:
-        for source, count in zip(sources, counts, strict=True):
-            for _, text in read_documents(source, count):
-                advance(len(text.encode()))
-                if not held_out(text, options.val_fraction):
-                    yield text
+    Raises ValueError as `prepare` does, and if `model` exists.
+    """
+    console = console or Console(stderr=True)
+    options = checked(options, None)
+    if model.exists():
+        raise ValueError(f"{model}: exists already; choose another name, or delete it first")
+    with work_folder(Path(options.out)) as work:
+        inputs = [spool_stdin(work) if str(item) == "-" else item for item in options.inputs]
+        units = plan_units(find_sources(inputs))
+        made = learn(work, lesson(options), units, workers(options), console)
+        write_whole(model, lambda beside: shutil.copyfile(made, beside))
+        shutil.rmtree(work)
+    return Tokenizer.load(model)
 
-    with _stage(console, "read", None) as advance:
-        chosen = sample(texts(advance), ROUND_TRIP_BYTES if given else _sample_bytes(options))
-    documents, empty = sum(count.documents for count in counts), sum(count.empty for count in counts)
-    if not documents:
-        raise ValueError(f"the corpus is empty: no text in the input ({empty} empty documents); give some text")
-    if not chosen:
-        raise ValueError(
-            f"all {documents} documents are held out, none is left to train on; use a smaller --val-fraction"
-        )
-    replaced = sum(count.replaced for count in counts)
-    notes = f", {replaced:,} with broken UTF-8 (now U+FFFD)" if replaced else ""
-    notes += f", {empty:,} empty left out" if empty else ""
-    console.print(
-        f"         {documents:,} documents from {len(sources):,} {'source' if len(sources) == 1 else 'sources'}{notes}",
-        highlight=False,
+
+def lesson(options: PrepareOptions) -> Lesson:
+    """What decides the tokenizer that is trained."""
+    return Lesson(
+        options.kind,
+        options.vocab_size,
+        options.sample_bytes or SAMPLE_BYTES[options.kind],
+        options.text_field,
+        options.val_fraction,
+        options.rules,
+        options.strict,
     )
-    return counts, chosen
 
 
-def _sample_bytes(options: PrepareOptions) -> int:
-    return options.sample_bytes or SAMPLE_BYTES[options.kind]
+def workers(options: PrepareOptions) -> int:
+    """Processes to use."""
+    return options.workers or cpus()
 
 
-def _round_trips(tokenizer: Tokenizer, texts: list[str]) -> bool:
-    checked = 0
-    for text in texts:
-        if tokenizer.decode(tokenizer.encode(text)) != text:
-            return False
-        checked += len(text)
-        if checked > ROUND_TRIP_BYTES:
-            break
-    return True
+def share(units: Sequence[Unit], task: int, tasks: int) -> list[int]:
+    """Which units are in one of `tasks` parts of about equal size, the same for every task that asks."""
+    parts: list[tuple[int, int, list[int]]] = [(0, number, []) for number in range(tasks)]
+    sizes = [stored_bytes(unit) for unit in units]
+    for number in sorted(range(len(units)), key=lambda number: -sizes[number]):
+        size, part, numbers = heapq.heappop(parts)
+        heapq.heappush(parts, (size + sizes[number], part, [*numbers, number]))
+    [mine] = (numbers for _, part, numbers in parts if part == task)
+    return sorted(mine)
 
 
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    """Lists of texts of about BATCH_BYTES together."""
-    batch: list[str] = []
-    size = 0
-    for text in texts:
-        batch.append(text)
-        size += len(text)
-        if size >= BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+def _tokenise(
+    work: Path, options: PrepareOptions, recipe: Recipe, units: Sequence[Unit], console: Console
+) -> list[list[Path]]:
+    """The chunks of all units, or of the task's."""
+    mine = share(units, *options.task) if options.task else list(range(len(units)))
+    folders = recipe.folders(work, units)
+    return tokenise(recipe, [units[i] for i in mine], [folders[i] for i in mine], workers(options), console)
 
 
-def _encode_all(
-    tokenizer: Tokenizer, model: Path, options: PrepareOptions, batches: Iterable[list[str]]
-) -> Generator[tuple[Encoded, Encoded]]:
-    """The encoded batches, in order, over `options.workers` processes, with a bounded number under way."""
-    workers = options.workers or _cpus()
-    if workers == 1:
-        for batch in batches:
-            yield _encode(tokenizer, options.val_fraction, batch)
-        return
-    # Never a plain fork: the process that forks may hold threads, of rich and perhaps of torch.
-    context = multiprocessing.get_context("forkserver")
-    pool = ProcessPoolExecutor(workers, context, _start_worker, (model, options.val_fraction))
-    try:
-        under_way: deque[Future[tuple[Encoded, Encoded]]] = deque()
-        for batch in batches:
-            under_way.append(pool.submit(_encode_in_worker, batch))
-            if len(under_way) >= 3 * workers:
-                yield under_way.popleft().result()
-        while under_way:
-            yield under_way.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _cpus() -> int:
-    # What SLURM or a container allows may be less than what the machine has.
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-_worker: tuple[Tokenizer, float]
-
-
-def _start_worker(model: Path, val_fraction: float) -> None:
-    global _worker
-    # Ctrl-C reaches the whole group; the main process alone acts on it. If that is killed, its workers go too.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent
-    threading.Thread(target=_die_after, args=(parent,), daemon=True).start()
-    _worker = Tokenizer.load(model), val_fraction
-
-
-def _die_after(parent: multiprocessing.process.BaseProcess) -> None:
-    parent.join()
-    os._exit(1)
-
-
-def _encode_in_worker(texts: list[str]) -> tuple[Encoded, Encoded]:
-    return _encode(*_worker, texts)
-
-
-def _encode(tokenizer: Tokenizer, val_fraction: float, texts: list[str]) -> tuple[Encoded, Encoded]:
-    """The texts' ids, those to train on and those held out."""
-    ids: tuple[list[Tokens], list[Tokens]] = ([], [])
-    documents, text_bytes = [0, 0], [0, 0]
-    dtype = shards.dtype_for(tokenizer.vocab_size)
-    for text in texts:
-        side = int(held_out(text, val_fraction))
-        ids[side].append(np.array([*tokenizer.encode(text), tokenizer.eos_id], dtype))
-        documents[side] += 1
-        text_bytes[side] += len(text.encode())
-    train_part, val_part = (
-        Encoded(np.concatenate([np.empty(0, dtype), *ids[side]]), documents[side], text_bytes[side]) for side in (0, 1)
-    )
-    return train_part, val_part
-
-
-def _check_options(options: PrepareOptions) -> None:
+def checked(options: PrepareOptions, base: Manifest | None) -> PrepareOptions:
+    """The options, with those of the set to append to filled in. Raises ValueError for one that cannot be."""
     limits = [
         ("seq_len", options.seq_len, 1, 1_000_000),
         ("vocab_size", options.vocab_size, 1, 10_000_000),
         ("workers", options.workers, 1, 1024),
         ("shard_bytes", options.shard_bytes, 1, 1 << 40),
         ("sample_bytes", options.sample_bytes, 1, 1 << 40),
+        ("tasks", options.task and options.task[1], 1, 1_000_000),
+        ("task", options.task and options.task[0], 0, options.task[1] - 1 if options.task else 0),
     ]
     for name, value, low, high in limits:
         if value is not None and not low <= value <= high:
@@ -376,118 +222,297 @@ def _check_options(options: PrepareOptions) -> None:
         raise ValueError(f"val_fraction: found {options.val_fraction}, expected 0 (no validation split) to below 1")
     if options.kind not in ("bpe", "unigram"):
         raise ValueError(f"kind: found {options.kind!r}, expected 'bpe' or 'unigram'")
+    if base:
+        options = _as_before(options, base)
+    if options.tokenizer:
+        Tokenizer.load(options.tokenizer, options.encoder)
+    if options.rules:
+        load_rules(options.rules)
+    if options.task and not options.tokenizer:
+        raise ValueError(
+            "task: tasks need a tokenizer that all of them share; train one with `dnt data tokenizer`, "
+            "then give --tokenizer FILE"
+        )
+    if options.task and any(str(item) == "-" for item in options.inputs):
+        raise ValueError("task: stdin cannot be shared by tasks; write it to a file first")
+    return options
 
 
-@contextlib.contextmanager
-def _all_or_nothing(out: Path) -> Iterator[Path]:
-    """A folder to write in, whose files move to `out` at the end, the manifest last; after an error all is gone."""
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out}: is a file, expected a folder or a new name; choose another --out")
-    _refuse_a_set(out)
-    partial = out / PARTIAL
-    if (ours := _our_files(out)) and not partial.exists():
-        raise ValueError(f"{out}: holds {ours[0].name} but no {shards.MANIFEST}; move it away or choose another --out")
-    created = not out.exists()
-    moved: list[Path] = []
-    with contextlib.ExitStack() as stack:
-        try:
-            partial.mkdir(parents=True, exist_ok=True)
-            lock = stack.enter_context((partial / "lock").open("w"))
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(f"{out}: another process is preparing a set here; choose another --out") from error
-        except OSError:
-            _remove(partial, out if created else None)
-            raise
-        try:
-            _refuse_a_set(out)  # another run may have ended between the first look and the lock
-            # Remains of a run that was killed, even in the middle of its last moves.
-            for path in (*_our_files(out), *(p for p in partial.iterdir() if p.name != "lock")):
-                path.unlink()
-            yield partial
-            names = sorted(p.name for p in partial.iterdir() if p.name not in ("lock", shards.MANIFEST))
-            for name in (*names, shards.MANIFEST):
-                if name == shards.MANIFEST:
-                    _sync(out)
-                moved.append(out / name)
-                (partial / name).rename(out / name)
-            _sync(out)
-        except BaseException:
-            for path in reversed(moved):
-                path.unlink(missing_ok=True)
-            _remove(partial, out if created else None)
-            raise
-        _remove(partial, None)
+def _as_before(options: PrepareOptions, base: Manifest) -> PrepareOptions:
+    """The options with what the set to append to was made with. Raises ValueError where another value was asked for."""
+    assert options.append
+    fixed: dict[str, Any] = {
+        "seq_len": base.seq_len,
+        "packing": base.packing,
+        "val_fraction": base.options.val_fraction,
+        "shard_bytes": base.options.shard_bytes,
+        "dedup": base.options.dedup,
+        "tokenizer": options.append / shards.TOKENIZER,
+    }
+    defaults = {field.name: field.default for field in dataclasses.fields(options)}
+    for name, value in fixed.items():
+        asked = getattr(options, name)
+        if asked not in (defaults[name], value):
+            raise ValueError(f"{name}: found {asked}, but {options.append} was made with {value}; leave the option out")
+    return dataclasses.replace(options, **fixed)
 
 
-def _refuse_a_set(out: Path) -> None:
-    if (out / shards.MANIFEST).exists():
-        raise ValueError(f"{out}: already holds a prepared set; choose another --out, or delete that one first")
-
-
-def _our_files(out: Path) -> list[Path]:
-    return [path for path in out.iterdir() if OUR_FILES.fullmatch(path.name)] if out.is_dir() else []
-
-
-def _remove(partial: Path, empty: Path | None) -> None:
-    shutil.rmtree(partial, ignore_errors=True)
-    if empty:
-        with contextlib.suppress(OSError):
-            empty.rmdir()
-
-
-def _sync(path: Path) -> None:
-    """fsync a file or a folder."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-class _Rate(ProgressColumn):
-    """MB/s of text, and tokens/s where they are counted."""
-
-    def render(self, task: Task) -> Text:
-        return Text(_rate(int(task.completed), task.fields["tokens"], task.elapsed or 0.0))
-
-
-class _Advance:
-    """Called with the bytes, and perhaps the tokens, that went through since the last call."""
-
-    def __init__(self, show: Callable[[int, int], None]):
-        self.bytes = self.tokens = 0
-        self._show = show
-
-    def __call__(self, size: int, tokens: int = 0) -> None:
-        self.bytes += size
-        self.tokens += tokens
-        self._show(self.bytes, self.tokens)
-
-
-@contextlib.contextmanager
-def _stage(console: Console, name: str, total: int | None) -> Iterator[_Advance]:
-    """A progress bar on a terminal; a line when the stage ends, anywhere."""
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        _Rate(),
-        TimeRemainingColumn(compact=True),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
+def _finish(
+    work: Path,
+    options: PrepareOptions,
+    base: Manifest | None,
+    recipe: Recipe,
+    units: Sequence[Unit],
+    chunks: list[list[Path]],
+    console: Console,
+) -> Manifest:
+    """From chunks to a published set: duplicates, tally, shards, manifest, report."""
+    out = Path(options.out)
+    paths = list(itertools.chain.from_iterable(chunks))
+    tokenizer = Tokenizer.load(recipe.model)
+    duplicates = _deduplicate(work, options, base, paths, console)
+    layout = Layout(
+        options.packing,
+        options.seq_len,
+        tokenizer.eos_id,
+        shards.dtype_for(tokenizer.vocab_size),
+        options.shard_bytes,
+        duplicates.keep if duplicates else None,
     )
-    task = bar.add_task(f"{name:8}", total=total, tokens=0)
-    advance = _Advance(lambda size, tokens: bar.update(task, completed=size, tokens=tokens))
-    start = time.monotonic()
-    with bar:
-        yield advance
-    seconds = time.monotonic() - start
-    line = f"{name:8} {advance.bytes / 1e6:,.1f} MB in {seconds:.1f} s, {_rate(advance.bytes, advance.tokens, seconds)}"
-    console.print(line, highlight=False)
+    named = key(dataclasses.asdict(layout) | {"keep": None}, _base_key(options, base), [_below(work, p) for p in paths])
+    folder = work / f"set-{named}"
+    folder.mkdir(exist_ok=True)
+    near = np.load(duplicates.near, mmap_mode="r") if duplicates else None
+    names = SPLITS if options.val_fraction else SPLITS[:1]
+    with stage(console, "count", len(paths), "chunks") as advance:
+        counted = tally(units, chunks, layout, near, names, folder / REJECTS, advance)
+    if not any(source.documents for source in counted.sources.values()) and not base:
+        raise ValueError(_nothing_left(counted))
+    splits = _pack(folder, layout, options, base, counted, console)
+    write_whole(folder / shards.TOKENIZER, lambda beside: shutil.copyfile(recipe.model, beside))
+    if duplicates:
+        _write_fingerprints(folder, options, base, layout, paths)
+
+    inexact = counted.checked["inexact"]
+    if inexact:
+        console.print(
+            "warning: this tokenizer does not decode to exactly the text that goes in (it normalises, or lacks "
+            "characters); the manifest records that"
+        )
+    manifest = Manifest(
+        format="dnt-shards",
+        version=1,
+        dtype=shards.dtype_for(tokenizer.vocab_size),
+        seq_len=options.seq_len,
+        packing=options.packing,
+        tokenizer=TokenizerInfo(
+            file="tokenizer.model",
+            sha256=tokenizer.sha256,
+            vocab_size=tokenizer.vocab_size,
+            round_trip=not inexact and (base is None or base.tokenizer.round_trip),
+        ),
+        eos_id=tokenizer.eos_id,
+        options=base.options if base else _manifest_options(options),
+        sources=(*(base.sources if base else ()), *_source_infos(options, counted)),
+        fingerprints=_sha256(folder / shards.FINGERPRINTS) if duplicates else None,
+        splits=splits,
+    )
+    report = make_report(options, recipe, manifest, counted, duplicates, tokenizer)
+    write_report(folder, report)
+    for path in folder.iterdir():
+        if path.suffix not in (".tar", ".json"):
+            sync(path)
+    shards.write_manifest(folder, manifest)
+    files = [folder / shard.file for split in splits.values() for shard in split.shards]
+    extra = [folder / name for name in (shards.TOKENIZER, REJECTS, "report.html", "report.json")]
+    publish(out, files + extra + ([folder / shards.FINGERPRINTS] if duplicates else []), folder / shards.MANIFEST)
+    console.print(text_summary(report), highlight=False, markup=False, soft_wrap=True)
+    return manifest
 
 
-def _rate(size: int, tokens: int, seconds: float) -> str:
-    per_second = 1 / max(seconds, 1e-3)
-    text = f"{size * per_second / 1e6:,.1f} MB/s"
-    return f"{text}, {tokens * per_second:,.0f} tokens/s" if tokens else text
+def _deduplicate(
+    work: Path, options: PrepareOptions, base: Manifest | None, paths: Sequence[Path], console: Console
+) -> Duplicates | None:
+    """Which documents stay, where that is asked for; those of a set that is appended to come first of all."""
+    if options.dedup == "none":
+        return None
+    name = key(options.dedup, _base_key(options, base), [_below(work, path) for path in paths])
+    original, keep, near = (work / f"{what}-{name}.npy" for what in ("original", "keep", "near"))
+    facts = work / f"duplicates-{name}.json"
+    if facts.exists():
+        return Duplicates(original, keep, near, json.loads(facts.read_text()))
+    from data_prep.dedup import find_duplicates
+
+    earlier = np.load(options.append / shards.FINGERPRINTS, mmap_mode="r") if base and options.append else None
+    parts = (Chunk(path)["fingerprints"] for path in paths)
+    scratch = work / "dedup"
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
+    with stage(console, "dedup", None, "comparisons") as advance:
+        found = find_duplicates(
+            itertools.chain([] if earlier is None else [earlier], parts),
+            scratch,
+            near=options.dedup == "near",
+            progress=advance,
+        )
+    before = len(earlier) if earlier is not None else 0
+    write_whole(original, lambda beside: _save(beside, found.original))
+    write_whole(keep, lambda beside: _save(beside, found.original[before:] < 0))
+    write_whole(near, lambda beside: _save(beside, found.is_near[before:]))
+    numbers = {"before": before, "clusters": found.clusters, "largest": found.largest}
+    write_whole(facts, lambda beside: beside.write_text(json.dumps(numbers)))
+    shutil.rmtree(scratch)
+    return Duplicates(original, keep, near, json.loads(facts.read_text()))
+
+
+def _pack(
+    folder: Path, layout: Layout, options: PrepareOptions, base: Manifest | None, counted: Tally, console: Console
+) -> dict[SplitName, Split]:
+    """Write the shards of each split; a set that is appended to gives its own, but for the last of each split."""
+    jobs = {}
+    parts: dict[SplitName, list[Part]] = {}
+    for name, new in counted.parts.items():
+        before = base.splits[name] if base else None
+        lead = _lead(folder, layout, options, base, name)
+        parts[name] = [lead, *new]
+        whole = before.shards[:-1] if before else ()
+        for shard in whole:
+            _link(options.append / shard.file if options.append else Path(), folder / shard.file)
+        blocks = sum(len(shard.members) for shard in whole)
+        jobs[name] = shard_jobs(layout, folder, name, parts[name], len(whole), blocks)
+        if not jobs[name]:
+            totals = counted.splits[name]
+            raise ValueError(
+                f"the {name} split has {totals.tokens} tokens in {totals.documents} documents, "
+                f"but one row needs {layout.seq_len}; give more text, a smaller --seq-len, or "
+                f"{'a smaller' if name == 'train' else 'a larger (or 0)'} --val-fraction"
+            )
+    every = [job for name in jobs for job in jobs[name]]
+    written: dict[SplitName, list[Shard]] = {name: [] for name in jobs}
+    row_bytes = (layout.seq_len + 1) * np.dtype(layout.dtype).itemsize
+    with (
+        stage(console, "pack", sum(job.rows for job in every) * row_bytes) as advance,
+        # A process costs more to start than a small shard to write.
+        closing(spread(functools.partial(shard_writer, layout), every, min(workers(options), len(every)))) as results,
+    ):
+        for job, shard in zip(every, results, strict=True):
+            written[job.split].append(shard)
+            advance(job.rows * row_bytes)
+    splits: dict[SplitName, Split] = {}
+    for name, made in written.items():
+        before = base.splits[name] if base else None
+        totals = counted.splits[name]
+        all_shards = (*(before.shards[:-1] if before else ()), *made)
+        rows = sum(shard.rows for shard in all_shards)
+        left = tuple(tail(layout, name, parts[name]).tolist()) if layout.packing == "concat" else ()
+        splits[name] = Split(
+            documents=totals.documents + (before.documents if before else 0),
+            tokens=totals.tokens + (before.tokens if before else 0),
+            text_bytes=totals.text_bytes + (before.text_bytes if before else 0),
+            rows=rows,
+            tail=left,
+            shards=all_shards,
+        )
+    return splits
+
+
+def _lead(folder: Path, layout: Layout, options: PrepareOptions, base: Manifest | None, name: SplitName) -> Part:
+    """What a split's stream begins with: eos, or the last shard and the tail of the set that is appended to."""
+    dtype = np.dtype(layout.dtype)
+    lead = np.array([layout.eos_id] if layout.packing == "concat" else [], dtype)
+    if base and options.append:
+        before = base.splits[name]
+        tokens = shards.shard_stream(options.append, base, before.shards[-1])
+        lead = np.concatenate([*tokens, np.array(before.tail, dtype)])
+    path = folder / f"lead-{name}.npy"
+    write_whole(path, lambda beside: _save(beside, lead))
+    return Part(path, 0, len(lead))
+
+
+def _write_fingerprints(
+    folder: Path, options: PrepareOptions, base: Manifest | None, layout: Layout, paths: Sequence[Path]
+) -> None:
+    """The fingerprints of all documents of the set, for what may be appended to it."""
+    from data_prep.dedup import FINGERPRINT
+
+    assert layout.keep
+    keep = np.load(layout.keep, mmap_mode="r")
+    earlier = np.load(options.append / shards.FINGERPRINTS, mmap_mode="r") if base and options.append else []
+
+    def write(path: Path) -> None:
+        total = len(earlier) + int(np.count_nonzero(keep))
+        array = np.lib.format.open_memmap(path, mode="w+", dtype=FINGERPRINT, shape=(total,))
+        array[: len(earlier)] = earlier
+        at, first = len(earlier), 0
+        for chunk in paths:
+            new = Chunk(chunk)["fingerprints"]
+            stay = new[keep[first : first + len(new)]]
+            array[at : at + len(stay)] = stay
+            at, first = at + len(stay), first + len(new)
+        array.flush()
+
+    write_whole(folder / shards.FINGERPRINTS, write)
+
+
+def _manifest_options(options: PrepareOptions) -> Options:
+    trained = options.tokenizer is None
+    return Options(
+        vocab_size=options.vocab_size if trained else None,
+        kind=options.kind if trained else None,
+        sample_bytes=lesson(options).sample_bytes if trained else None,
+        val_fraction=options.val_fraction,
+        shard_bytes=options.shard_bytes,
+        dedup=options.dedup,
+        text_field=options.text_field,
+    )
+
+
+def _source_infos(options: PrepareOptions, counted: Tally) -> Iterator[SourceInfo]:
+    rules = load_rules(options.rules).fingerprint() if options.rules else None
+    for name, source in counted.sources.items():
+        yield SourceInfo(
+            name=name,
+            documents=source.documents,
+            text_bytes=source.text_bytes,
+            replaced=source.findings["broken_utf8"] + source.findings["lone_surrogate"],
+            empty=source.findings["empty"],
+            dropped=source.dropped,
+            duplicates=source.exact + source.near,
+            rules=rules,
+        )
+
+
+def _nothing_left(counted: Tally) -> str:
+    read = sum(source.read for source in counted.sources.values())
+    if not read:
+        empty = sum(source.findings["empty"] for source in counted.sources.values())
+        return f"the corpus is empty: no text in the input ({empty} empty documents); give some text"
+    return f"none of the {read:,} documents is left after cleaning; use other --clean rules or more text"
+
+
+def _link(source: Path, target: Path) -> None:
+    """The same file under another name, or a copy where the file system has no links."""
+    if target.exists():
+        return
+    try:
+        os.link(source, target)
+    except OSError:
+        write_whole(target, lambda beside: shutil.copyfile(source, beside))
+
+
+def _base_key(options: PrepareOptions, base: Manifest | None) -> str | None:
+    return shards.manifest_sha256(options.append) if base and options.append else None
+
+
+def _below(work: Path, path: Path) -> str:
+    return path.relative_to(work).as_posix()
+
+
+def _save(path: Path, array: Tokens) -> None:
+    with path.open("wb") as file:
+        np.save(file, array, allow_pickle=False)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,245 +1,195 @@
-"""Documents out of text files and JSON lines, in an order that depends only on the files' names."""
+"""Documents out of pieces, and findings: what was wrong with the input, counted, kept, and never in the way."""
 
 import codecs
-import gzip
-import io
 import json
-import os
 import re
-import zlib
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import NamedTuple
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
 
 import orjson
-import zstandard
 
-TEXT_SUFFIXES = (".txt", ".md", ".py", ".rst")
-JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
-PACKED_SUFFIXES = (".gz", ".zst", ".bz2", ".xz", ".zip", ".tar", ".parquet")
+from data_prep.pieces import RAW_BYTES, Finding, Piece
+
+Action = Literal["kept", "repaired", "dropped", "cut"]
+
+# Of each kind: what is done about it, what was expected instead, and how many records of a piece are kept.
+KINDS: dict[str, tuple[Action, str, int]] = {
+    "broken_utf8": ("repaired", "UTF-8", 1000),
+    "lone_surrogate": ("repaired", "surrogates in pairs", 1000),
+    "nul": ("kept", "text without NUL characters", 20),
+    "byte_order_mark": ("kept", "text without a byte order mark", 20),
+    "crlf": ("kept", "lines that end in \\n alone", 20),
+    "empty": ("dropped", "some text", 20),
+    "empty_line": ("dropped", "no empty lines", 20),
+    "malformed_json": ("dropped", "a JSON object", 1000),
+    "no_text": ("dropped", "a JSON object or a row with a string of text", 1000),
+    "cut": ("cut", "a smaller document", 1000),
+}
 SURROGATE = re.compile("[\ud800-\udfff]")
-CHUNK = 1 << 20
 
 
 class Document(NamedTuple):
-    """One document: `source` is where it came from, relative to the INPUT; `text` has no lone surrogates."""
+    """One document: its file, its line (0 for a text file, the row's number for parquet), and its text, which has no
+    lone surrogates."""
 
-    source: str
+    file: str
+    line: int
     text: str
 
 
-@dataclass(frozen=True)
-class Source:
-    """One INPUT: its name (never an absolute path) and its files as (name below the INPUT, path)."""
-
-    name: str
-    files: tuple[tuple[str, Path], ...]
-
-
 @dataclass
-class Counts:
-    """What `read_documents` saw: `replaced` documents held broken UTF-8, `empty` ones were skipped."""
+class Findings:
+    """What was found in a piece: exact counts by kind, and a record of each up to the kind's limit.
 
-    documents: int = 0
-    text_bytes: int = 0
-    replaced: int = 0
-    empty: int = 0
-
-
-def find_sources(inputs: Sequence[str | Path]) -> list[Source]:
-    """The files behind each INPUT, which is a folder (recursive), a file or a glob such as `docs/**/*.md`.
-
-    In a folder, files ending in .txt .md .py .rst .jsonl .jsonl.gz .jsonl.zst count, sorted by their path;
-    names that start with a dot are skipped. A file named on its own or matched by a glob may have any
-    suffix and is read as text unless it ends in .jsonl(.gz, .zst). Text files named one by one are one source
-    called "files". A file reached twice is read once.
-
-    Raises ValueError where an INPUT does not exist, matches nothing, or is an archive this cannot read.
+    A record is {"kind", "file", "line", "action": "kept" | "repaired" | "dropped" | "cut", "detail", "raw"}; "raw" is
+    what was dropped, up to RAW_BYTES of it, what is no UTF-8 with backslashes.
     """
-    if not inputs:
-        raise ValueError("no input given: name at least one folder, file or glob")
-    seen: set[str] = set()
-    found: list[tuple[str, list[tuple[str, Path]]]] = []
-    lone: list[tuple[str, Path]] = []
-    for item in inputs:
-        name, files = _find(str(item))
-        new = []
-        for below, path in files:
-            real = os.path.realpath(path)
-            if real not in seen:
-                seen.add(real)
-                new.append((below, path))
-        if Path(item).is_file() and not name.endswith(JSONL_SUFFIXES):
-            if new and not lone:
-                found.append(("files", lone))
-            lone += new
-        elif new:
-            found.append((name, new))
-    return [Source(name, tuple(files)) for name, files in found]
+
+    counts: Counter[str] = field(default_factory=Counter)
+    records: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, finding: Finding) -> None:
+        """Count a finding, and keep a record of it if it is within the limit."""
+        action, _, limit = KINDS[finding.kind]
+        self.counts[finding.kind] += 1
+        if self.counts[finding.kind] > limit:
+            return
+        raw, detail = finding.raw, finding.detail
+        if (left_out := max(finding.size, len(raw)) - RAW_BYTES) > 0:
+            detail += f"; {left_out:,} bytes are left out here"
+        record = {"kind": finding.kind, "file": finding.file, "line": finding.line, "action": action, "detail": detail}
+        self.records.append(record | {"raw": raw[:RAW_BYTES].decode("utf-8", "backslashreplace")})
+
+    def to_json(self) -> dict[str, Any]:
+        """{"counts", "records"} of plain values."""
+        return {"counts": dict(self.counts), "records": self.records}
 
 
-def read_documents(source: Source, counts: Counts | None = None) -> Iterator[Document]:
-    """Every document of a source, in order, as a stream; adds what it saw to `counts`.
+def read_documents(piece: Piece, text_field: str, findings: Findings, strict: bool) -> Iterator[Document]:
+    """The documents of a piece, in order; adds what is wrong with them to `findings`.
 
-    A text file is one document; so is the "text" field of one JSON line. Text is left exactly as it is, line ends
-    and byte order marks included, but for broken UTF-8 and lone surrogates, which become U+FFFD. Empty documents
-    are skipped.
+    Text is left exactly as it is, line ends and byte order marks included, but for broken UTF-8 and lone surrogates,
+    which become U+FFFD. Empty documents, and lines and rows without text, are dropped.
 
-    Raises ValueError naming file and line for a JSON line without a string "text", a damaged archive,
-    or a file that cannot be read.
+    Raises ValueError in `strict`, naming file and line, for the first finding but "cut".
     """
-    counts = Counts() if counts is None else counts
-    for below, path in source.files:
-        name = below if source.name == "files" or below == source.name else f"{source.name}/{below}"
+
+    def note(finding: Finding) -> None:
+        if strict and finding.kind != "cut":
+            raise ValueError(_complaint(finding, piece.start))
+        findings.add(finding)
+
+    for finding in piece.findings:
+        note(finding)
+    yield from _of_texts(piece, note) if piece.texts else _of_lines(piece, text_field, note)
+
+
+Note = Callable[[Finding], None]
+
+
+def _of_texts(piece: Piece, note: Note) -> Iterator[Document]:
+    for file, line, raw in piece.texts:
+        if raw is None:
+            note(Finding("no_text", file, line, "a null"))
+            continue
+        text, finding = _decoded(raw, file, line)
+        if finding:
+            note(finding)
+        if _remark(text, file, line, note):
+            yield Document(file, line, text)
+
+
+def _of_lines(piece: Piece, text_field: str, note: Note) -> Iterator[Document]:
+    lines = piece.lines.split(b"\n")
+    if not lines[-1]:
+        lines.pop()
+    for line, raw in enumerate(lines, piece.first_line):
         try:
-            texts = _read_jsonl(path) if path.name.endswith(JSONL_SUFFIXES) else _read_text(path)
-            for text, replaced in texts:
-                counts.replaced += replaced
-                if not text:
-                    counts.empty += 1
-                    continue
-                counts.documents += 1
-                counts.text_bytes += len(text.encode())
-                yield Document(name, text)
-        except OSError as error:
-            raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from error
+            text = orjson.loads(raw)[text_field]
+        except (orjson.JSONDecodeError, LookupError, TypeError):
+            text = None
+        if type(text) is not str:
+            text = _from_odd_line(raw, piece, line, text_field, note)
+        if text is not None and _remark(text, piece.name, line, note):
+            yield Document(piece.name, line, text)
 
 
-def _find(item: str) -> tuple[str, list[tuple[str, Path]]]:
-    """The name of one INPUT and its files as (name below it, path)."""
-    path = Path(item)
-    name = _name(path)
-    if path.is_file():
-        if item.endswith(PACKED_SUFFIXES) and not item.endswith(JSONL_SUFFIXES):
-            raise ValueError(f"{item}: expected text or {', '.join(JSONL_SUFFIXES)}; unpack it first")
-        return name, [(name, path)]
-    if path.is_dir():
-        files = list(_walk(path))
-        if not files:
-            wanted = " ".join(TEXT_SUFFIXES + JSONL_SUFFIXES)
-            raise ValueError(f"{item}: no readable file in this folder, expected some ending in {wanted}")
-        return name, sorted(files)
-    if re.search(r"[*?\[]", item):
-        fixed = next(i for i, part in enumerate(path.parts) if re.search(r"[*?\[]", part))
-        root, pattern = Path(*path.parts[:fixed]), "/".join(path.parts[fixed:])
-        matched = [(p.relative_to(root).as_posix(), p) for p in root.glob(pattern) if p.is_file()]
-        visible = [(below, p) for below, p in matched if not re.search(r"(^|/)\.", below)]
-        if not visible:
-            raise ValueError(f"{item}: no file matches this pattern; check it, and quote it for the shell")
-        for _, p in visible:
-            if p.name.endswith(PACKED_SUFFIXES) and not p.name.endswith(JSONL_SUFFIXES):
-                raise ValueError(f"{p}: expected text or {', '.join(JSONL_SUFFIXES)}; unpack it first")
-        return _name(root), sorted(visible)
-    raise ValueError(f"{item}: no such file or folder; check the path")
-
-
-def _name(path: Path) -> str:
-    """The last part of a path, also of "." and "..", which must be looked up."""
-    return path.name if path.name not in ("", "..") else path.resolve().name or "root"
-
-
-def _walk(folder: Path) -> Iterator[tuple[str, Path]]:
-    """Files to read below a folder as (name below it, path), in no particular order."""
-    for here, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in names:
-            path = Path(here, name)
-            wanted = not name.startswith(".") and name.endswith(TEXT_SUFFIXES + JSONL_SUFFIXES)
-            if wanted and path.is_file():
-                yield path.relative_to(folder).as_posix(), path
-
-
-def _read_text(path: Path) -> Iterator[tuple[str, bool]]:
-    yield _decode(path.read_bytes())
-
-
-def _read_jsonl(path: Path) -> Iterator[tuple[str, bool]]:
-    """(text, whether something was replaced) for each line that is not blank."""
-    number = 0
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(_lines(_unpacked(file, path.suffix)), 1):
-                raw = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-                if raw.strip():
-                    yield _json_text(raw, path, number)
-    except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
-        raise ValueError(
-            f"{path}: damaged after line {number}: {error}; expected a whole {path.suffix} file, make it again"
-        ) from error
-
-
-def _json_text(line: bytes, path: Path, number: int) -> tuple[str, bool]:
-    decoded, replaced = _decode(line)
+def _from_odd_line(raw: bytes, piece: Piece, line: int, text_field: str, note: Note) -> str | None:
+    """The text of a line that is not just a JSON object with a text, if it can be had."""
+    dropped = raw
+    if line == 1 and not piece.start and raw.startswith(codecs.BOM_UTF8):
+        note(Finding("byte_order_mark", piece.name, line, "a byte order mark"))
+        raw = raw.removeprefix(codecs.BOM_UTF8)
+    if not raw.strip():
+        note(Finding("empty_line", piece.name, line, "an empty line", dropped))
+        return None
+    decoded, broken = _decoded(raw, piece.name, line)
     try:
         value = orjson.loads(decoded)
     except orjson.JSONDecodeError:
-        # orjson refuses an escaped lone surrogate, which the standard library reads.
+        # orjson refuses half a surrogate pair, NaN and very large numbers, which the standard library reads.
         try:
-            value = json.loads(decoded)
-        except (ValueError, RecursionError) as error:
+            value = json.loads(decoded, parse_int=str, parse_float=str)
+        except json.JSONDecodeError as error:
             start = decoded[:40] + ("..." if len(decoded) > 40 else "")
-            raise ValueError(
-                f"{path}: line {number}: found {start!r} ({error}), "
-                'expected a JSON object with a "text" string; mend or remove the line'
-            ) from error
-    text = value.get("text") if isinstance(value, dict) else None
+            detail = f"{start!r} ({error.msg} at character {error.pos})"
+            note(Finding("malformed_json", piece.name, line, detail, dropped))
+            return None
+        except RecursionError:
+            note(Finding("malformed_json", piece.name, line, "JSON that is nested too deeply to be read", dropped))
+            return None
+    text = value.get(text_field) if isinstance(value, dict) else None
     if not isinstance(text, str):
-        if not isinstance(value, dict):
-            found = f"a JSON {type(value).__name__}"
-        elif "text" in value:
-            found = f'"text" of type {type(text).__name__}'
-        else:
-            found = f"the fields {', '.join(map(repr, list(value)[:8])) or '(none)'}"
-        raise ValueError(
-            f'{path}: line {number}: found {found}, expected a JSON object with a "text" string; '
-            "mend or remove the line"
-        )
-    clean = SURROGATE.sub("\ufffd", text)
-    return clean, replaced or clean != text
+        note(Finding("no_text", piece.name, line, _instead_of_text(value, text_field), dropped))
+        return None
+    if broken:
+        note(broken)
+    clean, lone = SURROGATE.subn("\ufffd", text)
+    if lone:
+        note(Finding("lone_surrogate", piece.name, line, f"{lone} halves of surrogate pairs"))
+    return clean
 
 
-def _decode(raw: bytes) -> tuple[str, bool]:
+def _instead_of_text(value: Any, text_field: str) -> str:
+    if not isinstance(value, dict):
+        return f"a JSON {type(value).__name__}"
+    if text_field in value:
+        return f"{text_field!r} of type {type(value[text_field]).__name__}"
+    return f"the fields {', '.join(map(repr, list(value)[:8])) or '(none)'}"
+
+
+def _decoded(raw: bytes, file: str, line: int) -> tuple[str, Finding | None]:
     try:
-        return raw.decode("utf-8"), False
-    except UnicodeDecodeError:
-        return raw.decode("utf-8", errors="replace"), True
+        return raw.decode(), None
+    except UnicodeDecodeError as error:
+        text = raw.decode(errors="replace")
+        places = text.count("\ufffd") - raw.count("\ufffd".encode())
+        detail = f"byte 0x{raw[error.start]:02x} at {error.start}, the first of {places} places that are no UTF-8"
+        return text, Finding("broken_utf8", file, line, detail)
 
 
-def _unpacked(file: io.BufferedReader, suffix: str) -> Iterator[bytes]:
-    """A file's bytes after decompression, in chunks."""
-    if suffix == ".gz":
-        with gzip.GzipFile(fileobj=file) as unzipped:
-            yield from iter(lambda: unzipped.read(CHUNK), b"")
-    elif suffix == ".zst":
-        yield from _unpacked_zstd(file)
-    else:
-        yield from iter(lambda: file.read(CHUNK), b"")
+def _remark(text: str, file: str, line: int, note: Note) -> bool:
+    """Note what is odd about a text; whether there is any text."""
+    if not text:
+        note(Finding("empty", file, line, "an empty document"))
+        return False
+    if "\0" in text:
+        note(Finding("nul", file, line, f"{text.count(chr(0))} NUL characters"))
+    if "\r\n" in text:
+        note(Finding("crlf", file, line, f"{text.count(chr(13) + chr(10))} lines that end in \\r\\n"))
+    if text.startswith("\ufeff"):
+        note(Finding("byte_order_mark", file, line, "a byte order mark"))
+    return True
 
 
-def _unpacked_zstd(file: io.BufferedReader) -> Iterator[bytes]:
-    # Frame by frame: the library's own stream_reader takes a truncated file for a short one.
-    frame = None
-    while chunk := file.read(CHUNK):
-        while chunk:
-            frame = frame or zstandard.ZstdDecompressor().decompressobj()
-            yield frame.decompress(chunk)
-            chunk = frame.unused_data if frame.eof else b""
-            if frame.eof:
-                frame = None
-    if frame is not None:
-        raise EOFError("the last zstd frame is cut short")
-
-
-def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    """Lines split at b"\\n" alone, without it; linear in the length of a line."""
-    open_line: list[bytes] = []
-    for chunk in chunks:
-        first, *rest = chunk.split(b"\n")
-        open_line.append(first)
-        if rest:
-            yield b"".join(open_line)
-            yield from rest[:-1]
-            open_line = [rest[-1]]
-    if last := b"".join(open_line):
-        yield last
+def _complaint(finding: Finding, start: int) -> str:
+    place = ""
+    if finding.line:
+        unit = "row" if finding.file.lower().endswith(".parquet") else "line"
+        place = f" {unit} {finding.line}{f' after byte {start}' if start else ''}:"
+    return (
+        f"{finding.file}:{place} found {finding.detail}, expected {KINDS[finding.kind][1]}; "
+        "mend or remove it, or leave out --strict"
+    )

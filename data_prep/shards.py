@@ -1,8 +1,12 @@
 """THE FORMAT: token rows in plain WebDataset tars beside a manifest that can prove them whole.
 
-A split's stream of tokens is `eos doc eos doc eos ... doc eos`. Row i is `stream[i*seq_len : (i+1)*seq_len + 1]`, so
-a row's last token is the next row's first and every token after the first is predicted exactly once. What is left
-after the last whole row is the split's `tail` in the manifest.
+Packing "concat": a split's stream of tokens is `eos doc eos doc eos ... doc eos`. Row i is `stream[i*seq_len :
+(i+1)*seq_len + 1]`, so a row's last token is the next row's first and every token after the first is predicted exactly
+once. What is left after the last whole row is the split's `tail` in the manifest.
+
+Packing "best_fit": a row is `eos`, whole documents each followed by eos, and further eos as padding. A document that is
+longer than a row is cut into pieces of seq_len tokens, of which all but the last fill a row each. So an eos after an
+eos is padding, which is not predicted; every other token after a row's first is predicted exactly once.
 """
 
 import contextlib
@@ -11,8 +15,9 @@ import io
 import json
 import os
 import re
+import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -23,12 +28,15 @@ FORMAT = "dnt-shards"
 VERSION = 1
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.model"
+FINGERPRINTS = "fingerprints.npy"
 BLOCK_ROWS = 512
 TAR_BLOCK = 512
+NPY_HEADER = 128
 
 Tokens = np.ndarray[Any, np.dtype[Any]]
 SplitName = Literal["train", "val"]
 Packing = Literal["concat", "best_fit"]
+Dedup = Literal["none", "exact", "near"]
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -59,7 +67,8 @@ class Shard(_Part):
 
 
 class Split(_Part):
-    """Train or val: `tokens` predicted ones in the stream, of which `rows * seq_len` are in rows."""
+    """Train or val: `tokens` are predicted ones. In "concat", `rows * seq_len` of them are in rows, the rest in `tail`;
+    in "best_fit" all are in rows, beside padding, and `tail` is empty."""
 
     documents: Positive
     tokens: Positive
@@ -79,13 +88,17 @@ class TokenizerInfo(_Part):
 
 
 class SourceInfo(_Part):
-    """One INPUT: its documents, how many of them held broken UTF-8, and how many empty ones were left out."""
+    """One INPUT: the documents that stayed; how many of those read held broken UTF-8 (`replaced`) or were `empty`, were
+    `dropped` by which cleaning rule or finding, or were `duplicates`; and the SHA-256 of the cleaning `rules`."""
 
     name: str
     documents: Count
     text_bytes: Count
     replaced: Count
     empty: Count
+    dropped: dict[str, Count] = {}
+    duplicates: Count = 0
+    rules: Sha256 | None = None
 
 
 class Options(_Part):
@@ -96,6 +109,8 @@ class Options(_Part):
     sample_bytes: Positive | None
     val_fraction: Annotated[float, Field(ge=0, lt=1)]
     shard_bytes: Positive
+    dedup: Dedup = "none"
+    text_field: str = "text"
 
 
 class Manifest(_Part):
@@ -110,6 +125,7 @@ class Manifest(_Part):
     eos_id: Count
     options: Options
     sources: tuple[SourceInfo, ...]
+    fingerprints: Sha256 | None = None
     splits: dict[SplitName, Split]
 
     @property
@@ -157,6 +173,11 @@ class Manifest(_Part):
         _same(f"splits.{name}.rows", split.rows, sum(member.rows for member in members))
         for member in members[:-1]:
             _same(f"splits.{name}: rows of {member.name}", member.rows, BLOCK_ROWS)
+        if self.packing == "best_fit":
+            _same(f"splits.{name}.tail", split.tail, ())
+            if not split.tokens <= split.rows * self.seq_len:
+                raise ValueError(f"splits.{name}.tokens is {split.tokens}, more than its {split.rows} rows hold")
+            return
         _same(f"splits.{name}.tokens", split.tokens, split.rows * self.seq_len + len(split.tail) - 1)
         if not 1 <= len(split.tail) <= self.seq_len:
             raise ValueError(f"splits.{name}.tail has {len(split.tail)} tokens, expected 1 to {self.seq_len}")
@@ -224,12 +245,20 @@ def read_block(folder: Path, manifest: Manifest, split: str, block: int) -> Toke
 
 
 def iter_documents(folder: Path, split: str) -> Iterator[list[int]]:
-    """The token ids of every document of a split, in the order they went in, without eos.
+    """The token ids of every document of a split, without eos: "concat" in the order they went in, "best_fit" in the
+    order of the rows and longer ones than a row in pieces.
 
     Raises ValueError as `load_manifest` and `read_block` do, and for a split that the set does not have.
     """
     manifest = load_manifest(folder)
     part = manifest.splits[_split_name(manifest, split)]
+    if manifest.packing == "best_fit":
+        for shard in part.shards:
+            for member in shard.members:
+                for row in _read_member(folder, manifest, shard, member):
+                    ends = np.flatnonzero(row == manifest.eos_id)
+                    yield from (ids.tolist() for a in np.split(row, ends) if len(ids := a[a != manifest.eos_id]))
+        return
     open_document: list[int] = []
     first = True
     for ids in _stream(folder, manifest, part):
@@ -243,110 +272,43 @@ def iter_documents(folder: Path, split: str) -> Iterator[list[int]]:
         open_document += ids[start:].tolist()
 
 
-class SplitWriter:
-    """Packs a split's documents into rows and writes its tars: `add` as often as you like, then `finish`."""
+def blocks_per_shard(row_bytes: int, shard_bytes: int) -> int:
+    """Whole blocks of BLOCK_ROWS rows that fit a tar of `shard_bytes`; at least one."""
+    member = TAR_BLOCK + _padded(NPY_HEADER + BLOCK_ROWS * row_bytes)
+    return max(1, (shard_bytes - TAR_BLOCK) // member)
 
-    def __init__(self, folder: Path, split: SplitName, seq_len: int, dtype: str, eos_id: int, shard_bytes: int):
-        self._folder, self._split, self._seq_len, self._shard_bytes = folder, split, seq_len, shard_bytes
-        self._dtype = np.dtype("<u2" if dtype == "uint16" else "<u4")
-        self._pending = [np.array([eos_id], self._dtype)]
-        self._held = 1
-        self._documents = self._text_bytes = self._blocks = 0
-        self._shards: list[Shard] = []
-        self._members: list[Member] = []
-        self._file: _HashingFile | None = None
-        self._tar: Any = None
 
-    def add(self, ids: Tokens, documents: int, text_bytes: int) -> None:
-        """Append documents: `ids` (n,) holds each one's tokens followed by eos. Raises OSError if writing fails."""
-        self._pending.append(ids.astype(self._dtype, copy=False))
-        self._held += len(ids)
-        self._documents += documents
-        self._text_bytes += text_bytes
-        step = BLOCK_ROWS * self._seq_len
-        if self._held > step:
-            stream = np.concatenate(self._pending)
-            start = 0
-            while len(stream) - start > step:
-                self._write_block(stream[start : start + step + 1])
-                start += step
-            self._pending = [stream[start:].copy()]
-            self._held = len(stream) - start
+def write_shard(path: Path, name: str, blocks: Iterable[Tokens], first_block: int) -> Shard:
+    """Write the tar `name`, for now at `path`: blocks (rows, seq_len + 1) of uint16 or uint32, numbered from
+    `first_block`; fsynced.
 
-    def finish(self) -> Split:
-        """Write what is pending and close. Raises ValueError if there is not one whole row."""
-        stream = np.concatenate(self._pending)
-        rows = (len(stream) - 1) // self._seq_len
-        if not rows and not self._blocks:
-            raise ValueError(
-                f"the {self._split} split has {len(stream) - 1} tokens in {self._documents} documents, "
-                f"but one row needs {self._seq_len}; give more text, a smaller --seq-len, or "
-                f"{'a smaller' if self._split == 'train' else 'a larger (or 0)'} --val-fraction"
-            )
-        if rows:
-            self._write_block(stream[: rows * self._seq_len + 1])
-        if self._tar:
-            self._close_shard()
-        all_rows = sum(shard.rows for shard in self._shards)
-        tail = stream[rows * self._seq_len :].tolist()
-        return Split(
-            documents=self._documents,
-            tokens=all_rows * self._seq_len + len(tail) - 1,
-            text_bytes=self._text_bytes,
-            rows=all_rows,
-            tail=tuple(tail),
-            shards=tuple(self._shards),
-        )
-
-    def abort(self) -> None:
-        """Close an unfinished tar without writing to it; for use after an error, when nothing more may fail."""
-        if self._file:
-            self._file.discard()
-        if self._tar:
-            self._tar.close()
-
-    def _write_block(self, stream: Tokens) -> None:
-        """Write (rows * seq_len + 1,) tokens as one member of rows that overlap by one token."""
-        rows = (len(stream) - 1) // self._seq_len
-        shape, strides = (rows, self._seq_len + 1), (self._seq_len * stream.itemsize, stream.itemsize)
-        block = np.ascontiguousarray(np.lib.stride_tricks.as_strided(stream, shape, strides, writeable=False))
-        npy = io.BytesIO()
-        np.lib.format.write_array(npy, block, version=(1, 0))
-        header = len(npy.getvalue()) - block.nbytes
-        if self._tar and self._tar.tarstream.offset + 2 * TAR_BLOCK + len(npy.getvalue()) > self._shard_bytes:
-            self._close_shard()
-        if not self._tar:
-            self._open_shard()
-        offset = self._tar.tarstream.offset + TAR_BLOCK + header
-        name = member_name(self._blocks)
-        key, extension = name.split(".", 1)
-        self._tar.write({"__key__": key, extension: npy.getvalue()})
-        self._members.append(Member(name=name, offset=offset, rows=rows, crc32=zlib.crc32(block.data)))
-        self._blocks += 1
-
-    def _open_shard(self) -> None:
-        # Here, because webdataset imports torch where it is installed, and readers have no need of it.
-        from webdataset.writer import TarWriter
-
-        self._file = _HashingFile(self._folder / shard_name(self._split, len(self._shards)))
-        self._tar = TarWriter(self._file, user="dnt", group="dnt", mode=0o444, mtime=0, compress=False, encoder=False)
-
-    def _close_shard(self) -> None:
-        assert self._file
-        self._tar.close()
-        self._file.close()
-        rows = sum(member.rows for member in self._members)
-        self._shards.append(
-            Shard(
-                file=shard_name(self._split, len(self._shards)),
-                rows=rows,
-                tokens=rows * self._seq_len,
-                bytes=self._file.size,
-                sha256=self._file.digest.hexdigest(),
-                members=tuple(self._members),
-            )
-        )
-        self._members, self._tar, self._file = [], None, None
+    The bytes are those that `webdataset.TarWriter` writes (a test compares them), and depend on the arguments alone.
+    Raises OSError if writing fails, FileExistsError if the file is there.
+    """
+    members: list[Member] = []
+    with contextlib.closing(_HashingFile(path)) as file:
+        tar = tarfile.TarFile(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT)  # type: ignore[arg-type]
+        for number, block in enumerate(blocks, first_block):
+            little = np.ascontiguousarray(block, block.dtype.newbyteorder("<"))
+            npy = io.BytesIO()
+            np.lib.format.write_array(npy, little, version=(1, 0))
+            info = tarfile.TarInfo(member_name(number))
+            info.size, info.mode, info.uname, info.gname = npy.tell(), 0o444, "dnt", "dnt"
+            offset = tar.offset + TAR_BLOCK + npy.tell() - little.nbytes
+            tar.addfile(info, io.BytesIO(npy.getbuffer()))
+            crc32 = zlib.crc32(little.data)
+            members.append(Member(name=info.name, offset=offset, rows=len(little), crc32=crc32))
+        tar.close()
+        file.sync()
+    rows = sum(member.rows for member in members)
+    return Shard(
+        file=name,
+        rows=rows,
+        tokens=rows * (little.shape[1] - 1),
+        bytes=file.size,
+        sha256=file.digest.hexdigest(),
+        members=tuple(members),
+    )
 
 
 class _HashingFile:
@@ -358,21 +320,24 @@ class _HashingFile:
         self.size = 0
 
     def write(self, data: bytes) -> int:
-        if not self._file.closed:
-            self._file.write(data)
-            self.digest.update(data)
-            self.size += len(data)
+        self._file.write(data)
+        self.digest.update(data)
+        self.size += len(data)
         return len(data)
 
-    def close(self) -> None:
+    def tell(self) -> int:
+        return self.size
+
+    def sync(self) -> None:
         self._file.flush()
         os.fsync(self._file.fileno())
+
+    def close(self) -> None:
         self._file.close()
 
-    def discard(self) -> None:
-        # What is still buffered may not fit the disk. The tar writer flushes once more, which `write` then ignores.
-        with contextlib.suppress(OSError):
-            self._file.close()
+
+def _padded(size: int) -> int:
+    return size + -size % TAR_BLOCK
 
 
 def size_problem(folder: Path, shard: Shard) -> str | None:
@@ -397,11 +362,17 @@ def _read_member(folder: Path, manifest: Manifest, shard: Shard, member: Member)
 
 
 def _stream(folder: Path, manifest: Manifest, split: Split) -> Iterator[Tokens]:
-    """The split's stream of tokens in parts, each once."""
+    """The stream of tokens of a split of packing "concat" in parts, each once."""
     for shard in split.shards:
-        for member in shard.members:
-            yield _read_member(folder, manifest, shard, member)[:, :-1].ravel()
+        yield from shard_stream(folder, manifest, shard)
     yield np.array(split.tail, manifest.numpy_dtype)
+
+
+def shard_stream(folder: Path, manifest: Manifest, shard: Shard) -> Iterator[Tokens]:
+    """A shard's tokens, a block at a time and each once: "concat" without the last of a row, which is in the next."""
+    for member in shard.members:
+        rows = _read_member(folder, manifest, shard, member)
+        yield (rows[:, :-1] if manifest.packing == "concat" else rows).ravel()
 
 
 def _split_name(manifest: Manifest, split: str) -> SplitName:

@@ -41,29 +41,43 @@ def verify(folder: Path, progress: Callable[[int], object] | None = None) -> lis
         problems += bad
         if bad:
             continue
-        if check.last != split.tail[0]:
+        if split.tail and check.last != split.tail[0]:
             problems.append(f"{MANIFEST}: splits.{name}.tail does not go on from the last row")
         # The stream has one eos in front and one after each document; rows count without their last token.
-        documents = check.eos + split.tail.count(manifest.eos_id) - 1
-        if documents != split.documents:
+        documents = check.documents + split.tail.count(manifest.eos_id) - bool(split.tail)
+        if not split.tail and check.predicted != split.tokens:
+            problems.append(f"{MANIFEST}: splits.{name}.tokens is {split.tokens}, the rows hold {check.predicted}")
+        # In "best_fit" a document that ends with its row has no eos there.
+        if documents > split.documents or (split.tail and documents < split.documents):
             problems.append(f"{MANIFEST}: splits.{name}.documents is {split.documents}, the rows hold {documents}")
     return problems
 
 
 class _StreamCheck:
-    """What `verify` carries from member to member: the last token seen, and the number of eos."""
+    """What `verify` carries from member to member: the last token seen, and the documents, which end in eos; in
+    "best_fit", also the tokens that are predicted."""
 
     def __init__(self, manifest: Manifest):
         self.manifest = manifest
         self.last: int | None = manifest.eos_id
-        self.eos = 0
+        self.documents = self.predicted = 0
 
     def problem(self, rows: Tokens) -> str | None:
         """Take in the next rows (n, seq_len + 1); what is wrong with them, if anything."""
         last, self.last = self.last, int(rows[-1, -1])
-        self.eos += int(np.count_nonzero(rows[:, :-1] == self.manifest.eos_id))
+        eos = rows == self.manifest.eos_id
         if (top := int(rows.max())) >= (size := self.manifest.tokenizer.vocab_size):
             return f"holds token id {top}, expected less than {size}"
+        if self.manifest.packing == "best_fit":
+            padding = eos[:, 1:] & eos[:, :-1]
+            self.documents += int(np.count_nonzero(eos[:, 1:] & ~padding))
+            self.predicted += int(np.count_nonzero(~padding))
+            if not eos[:, 0].all():
+                return f"row {int(np.flatnonzero(~eos[:, 0])[0])} does not begin with eos"
+            if (padding[:, :-1] & ~padding[:, 1:]).any():
+                return "holds a document after the padding"
+            return None
+        self.documents += int(np.count_nonzero(eos[:, :-1]))
         if last is not None and rows[0, 0] != last:
             return "its first row does not begin with the last token before it"
         if (rows[1:, 0] != rows[:-1, -1]).any():

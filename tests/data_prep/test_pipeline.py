@@ -1,14 +1,8 @@
 import fcntl
 import io
 import json
-import os
-import resource
-import shutil
-import signal
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from data_prep import pipeline
-from data_prep.pipeline import PARTIAL, PrepareOptions, held_out, info, prepare
+from data_prep import show
+from data_prep.chunks import held_out
+from data_prep.pipeline import PrepareOptions, prepare, train_tokenizer
 from data_prep.shards import Manifest, iter_documents, load_manifest
-from data_prep.tokenizer import Tokenizer
+from data_prep.show import dry_run, info
+from data_prep.tokenizer import Tokenizer, text_hash
 from data_prep.verify import verify
+from data_prep.work import PARTIAL
 from tests.helpers.corpus import python_source_files, small_set
 
 TEXT = "Call me Ishmael. Some years ago, never mind how long precisely, having little or no money.\n"
@@ -45,13 +42,17 @@ def run(corpus: Path, out: Path, **options: Any) -> tuple[Manifest, str]:
     return manifest, console.file.getvalue()
 
 
+def in_split(text: str, val_fraction: float) -> bool:
+    return held_out(text_hash(text.encode(), "split"), val_fraction)
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def test_any_number_of_workers_gives_the_same_bytes(prepared: Path, tmp_path: Path) -> None:
-    small_set(tmp_path / "two", workers=2)
-    assert contents(tmp_path / "two") == contents(prepared)
+    small_set(tmp_path / "set", workers=2)
+    assert contents(tmp_path / "set") == contents(prepared)
     assert {"manifest.json", "tokenizer.model", "train-000000.tar", "val-000000.tar"} <= set(contents(prepared))
 
 
@@ -66,8 +67,13 @@ def test_the_manifest_tells_what_went_in(corpus: Path, tmp_path: Path) -> None:
     assert load_manifest(tmp_path / "out") == manifest
     assert manifest.tokenizer.round_trip
     assert manifest.dtype == "uint16"
-    for word in ("41 documents from 1 source, 1 with broken UTF-8 (now U+FFFD), 1 empty left out", "MB/s", "tokens/s"):
+    for word in ("sample ", "learn ", "tokenise ", "pack ", "MB/s", "tokens/s", "wrote "):
         assert word in said
+    rejects = [json.loads(line) for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
+    found = {(record["kind"], record["file"]) for record in rejects}
+    assert found == {("broken_utf8", "corpus/broken.txt"), ("empty", "corpus/empty.txt")}
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["sources"][0]["findings"] == {"broken_utf8": 1, "empty": 1}
 
 
 def test_the_same_document_is_always_in_the_same_split(corpus: Path, tmp_path: Path) -> None:
@@ -83,18 +89,18 @@ def test_the_same_document_is_always_in_the_same_split(corpus: Path, tmp_path: P
     second = held(tmp_path / "large")
     old = {path.read_text() for path in corpus.iterdir() if "more" not in path.name}
     assert first <= second & old
-    assert first == {text for text in old if held_out(text, 0.2)}
+    assert first == {text for text in old if in_split(text, 0.2)}
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"])), st.floats(0, 1), st.floats(0, 1))
 def test_a_larger_fraction_only_adds(text: str, a: float, b: float) -> None:
-    assert held_out(text, min(a, b)) <= held_out(text, max(a, b))
-    assert not held_out(text, 0.0)
-    assert held_out(text, 1.0)
+    assert in_split(text, min(a, b)) <= in_split(text, max(a, b))
+    assert not in_split(text, 0.0)
+    assert in_split(text, 1.0)
 
 
 def test_the_fraction_held_out_is_what_was_asked() -> None:
-    assert abs(sum(held_out(str(number), 0.1) for number in range(10_000)) - 1000) < 120
+    assert abs(sum(in_split(str(number), 0.1) for number in range(10_000)) - 1000) < 120
 
 
 def test_no_validation_split(corpus: Path, tmp_path: Path) -> None:
@@ -164,7 +170,7 @@ def test_info_prints_a_table(prepared: Path) -> None:
 
 def test_verify_shows_progress_and_finds_nothing(prepared: Path) -> None:
     console = Console(file=io.StringIO(), width=100)
-    assert pipeline.verify(prepared, console) == []
+    assert show.verify(prepared, console) == []
     assert "verify" in console.file.getvalue()
 
 
@@ -194,7 +200,7 @@ def test_bad_options_and_input(corpus: Path, tmp_path: Path, options: dict[str, 
         run(corpus, tmp_path / "out", **options)
     assert said in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
-    assert not (tmp_path / "out").exists()
+    assert {path.name for path in (tmp_path / "out").glob("*")} <= {PARTIAL}
 
 
 def test_an_empty_corpus(tmp_path: Path) -> None:
@@ -204,11 +210,22 @@ def test_an_empty_corpus(tmp_path: Path) -> None:
         run(tmp_path / "corpus", tmp_path / "out")
 
 
-def test_a_bad_line_far_in_leaves_nothing(corpus: Path, tmp_path: Path) -> None:
-    (corpus / "z.jsonl").write_text('{"text": "good"}\n{"body": 1}\n')
-    with pytest.raises(ValueError, match=r"z\.jsonl: line 2"):
-        run(corpus, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+def test_a_bad_line_is_left_out_and_kept_or_stops_a_strict_run(corpus: Path, tmp_path: Path) -> None:
+    (corpus / "z.jsonl").write_text('{"text": "good"}\n{"body": 1}\n\n{"text": "bad"\n')
+    with pytest.raises(ValueError, match=r"z\.jsonl: line 2") as caught:
+        run(corpus, tmp_path / "strict", strict=True)
+    assert len(str(caught.value).splitlines()) == 1
+    assert not list((tmp_path / "strict").glob("*.*"))
+    manifest, _ = run(corpus, tmp_path / "out")
+    [source] = manifest.sources
+    assert (source.documents, source.dropped) == (41, {"malformed_json": 1, "no_text": 1})
+    rejects = [json.loads(line) for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
+    assert [(r["kind"], r["file"], r["line"]) for r in rejects] == [
+        ("no_text", "corpus/z.jsonl", 2),
+        ("empty_line", "corpus/z.jsonl", 3),
+        ("malformed_json", "corpus/z.jsonl", 4),
+    ]
+    assert rejects[0]["raw"] == '{"body": 1}'
 
 
 def test_out_that_is_taken(corpus: Path, tmp_path: Path) -> None:
@@ -223,7 +240,7 @@ def test_out_that_is_taken(corpus: Path, tmp_path: Path) -> None:
         run(corpus, out)
     with pytest.raises(ValueError, match="is a file, expected a folder"):
         run(corpus, corpus / "00.txt")
-    with pytest.raises(ValueError, match="cannot be written"):
+    with pytest.raises(ValueError, match="Not a directory; check the path"):
         run(corpus, corpus / "00.txt" / "below")
 
 
@@ -235,7 +252,8 @@ def test_a_folder_with_other_files_keeps_them(corpus: Path, tmp_path: Path) -> N
         run(corpus, out, vocab_size=9999)
     assert contents(out) == {"README": b"mine"}
     run(corpus, out)
-    assert set(contents(out)) == {"README", "manifest.json", "tokenizer.model", "train-000000.tar", "val-000000.tar"}
+    made = {"manifest.json", "tokenizer.model", "train-000000.tar", "val-000000.tar"}
+    assert set(contents(out)) == {"README", "report.html", "report.json", "rejects.jsonl", *made}
 
 
 def test_two_at_once_in_one_folder(corpus: Path, tmp_path: Path) -> None:
@@ -249,7 +267,7 @@ def test_two_at_once_in_one_folder(corpus: Path, tmp_path: Path) -> None:
 
 
 def test_remains_of_a_killed_run_are_cleared(corpus: Path, tmp_path: Path) -> None:
-    run(corpus, tmp_path / "whole")
+    run(corpus, tmp_path / "whole" / "out")
     out = tmp_path / "out"
     (out / PARTIAL).mkdir(parents=True)
     # As after a kill between the last moves: some shards in place, the manifest not.
@@ -257,101 +275,7 @@ def test_remains_of_a_killed_run_are_cleared(corpus: Path, tmp_path: Path) -> No
     (out / "train-000009.tar").write_bytes(b"old")
     (out / PARTIAL / "val-000000.tar").write_bytes(b"half")
     run(corpus, out)
-    assert contents(out) == contents(tmp_path / "whole")
-
-
-@pytest.fixture
-def small_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
-    """A folder that holds `request.param` bytes: a tmpfs, or a limit on file size where mounting is not allowed."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = shutil.which("mount")
-    command = [mount or "", "-t", "tmpfs", "-o", f"size={request.param}", "tmpfs", str(folder)]
-    if mount and subprocess.run(command, capture_output=True).returncode == 0:
-        yield folder
-        subprocess.run(["umount", str(folder)], check=True)
-    else:
-        # One file of the set may be smaller than the whole disk would be.
-        with file_size_limit(request.param // 4):
-            yield folder
-
-
-class file_size_limit:
-    def __init__(self, size: int):
-        self.size = size
-
-    def __enter__(self) -> None:
-        self.old = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, self.old[1]))
-
-    def __exit__(self, *_: object) -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, self.old)
-
-
-@pytest.mark.parametrize("small_disk", [8 << 10, 100 << 10, 300 << 10], indirect=True)
-@pytest.mark.parametrize("workers", [1, 2])
-def test_a_full_disk(small_disk: Path, workers: int) -> None:
-    for out in (small_disk, small_disk / "new"):
-        with pytest.raises(ValueError, match=r"the disk is full .* bytes free .* choose another --out") as caught:
-            small_set(out, limit_bytes=500_000, workers=workers)
-        assert str(out) in str(caught.value)
-        assert list(small_disk.iterdir()) == []
-
-
-def test_a_limit_on_file_size(tmp_path: Path) -> None:
-    with file_size_limit(100_000), pytest.raises(ValueError, match="the disk is full or a limit is reached"):
-        small_set(tmp_path / "out", limit_bytes=500_000)
-    assert not (tmp_path / "out").exists()
-
-
-SCRIPT = """
-import sys
-from pathlib import Path
-from tests.helpers.corpus import small_set
-if __name__ == "__main__":
-    small_set(Path(sys.argv[1]), limit_bytes=4_000_000, workers=2, shard_bytes=70_000)
-"""
-
-
-@pytest.mark.parametrize("how", ["kill", "Ctrl-C"])
-def test_a_run_that_is_stopped_leaves_no_set(tmp_path: Path, how: str) -> None:
-    (tmp_path / "script.py").write_text(SCRIPT)
-    root = Path(__file__).parents[2]
-    out = tmp_path / "out"
-    command = [sys.executable, str(tmp_path / "script.py"), str(out)]
-    process = subprocess.Popen(
-        command, env={**os.environ, "PYTHONPATH": str(root)}, start_new_session=True, stderr=subprocess.PIPE
-    )
-    deadline = time.monotonic() + 60
-    while not (out / PARTIAL / "train-000002.tar").exists():
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    if how == "kill":
-        process.kill()
-    else:
-        os.killpg(process.pid, signal.SIGINT)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode != 0
-    assert how == "kill" or said.decode().count("KeyboardInterrupt") == 1
-    assert out.exists() == (how == "kill")
-    with pytest.raises(ValueError, match="manifest"):
-        load_manifest(out) if out.exists() else load_manifest(tmp_path)
-    # No worker lives on.
-    while time.monotonic() < deadline and alive(process.pid):
-        time.sleep(0.05)
-    assert not alive(process.pid)
-    small_set(out, limit_bytes=300_000, val_fraction=0)
-    assert verify(out) == []
-    assert not (out / PARTIAL).exists()
-
-
-def alive(group: int) -> bool:
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    return True
+    assert contents(out) == contents(tmp_path / "whole" / "out")
 
 
 def test_the_sources_of_jsonl_and_text_are_told_apart(corpus: Path, tmp_path: Path) -> None:
@@ -362,3 +286,163 @@ def test_the_sources_of_jsonl_and_text_are_told_apart(corpus: Path, tmp_path: Pa
     )
     assert [source.name for source in manifest.sources] == ["corpus", "extra.jsonl", "files"]
     assert manifest.sources[1].documents == 5
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer for the tests of tasks and appending."""
+    path = tmp_path_factory.mktemp("tokenizer") / "t.model"
+    options = PrepareOptions(python_source_files(400_000), path.with_suffix(".work"), vocab_size=400)
+    train_tokenizer(options, path, Console(quiet=True))
+    assert [entry.name for entry in path.parent.iterdir()] == ["t.model"]
+    with pytest.raises(ValueError, match=r"t\.model: exists already"):
+        train_tokenizer(options, path, Console(quiet=True))
+    return path
+
+
+@pytest.fixture
+def pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Options of a run over many small pieces and units of three sources, with copies within and across them."""
+    monkeypatch.setattr("data_prep.pieces.PIECE_BYTES", 20_000)
+    monkeypatch.setattr("data_prep.inputs.UNIT_BYTES", 60_000)
+    whole = [path.read_bytes().decode("utf-8", "replace") for path in python_source_files(600_000)]
+    texts = [text[at : at + 3000] for text in whole for at in range(0, len(text), 3000)]
+    for name, some in (("a", texts[::2]), ("b", [*texts[1::2], *texts[::6]])):
+        lines = (json.dumps({"text": text}) + "\n" for text in some)
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    (tmp_path / "c").mkdir()
+    for number, text in enumerate(texts[:40:2]):
+        (tmp_path / "c" / f"{number:02}.py").write_text(text.replace("self", "this", 3))
+    return {
+        "inputs": [tmp_path / "a.jsonl", tmp_path / "b.jsonl", tmp_path / "c"],
+        "shard_bytes": 40_000,
+        "dedup": "near",
+        "val_fraction": 0.1,
+        "rules": Path(__file__).parents[2] / "configs" / "clean" / "light.yaml",
+    }
+
+
+@pytest.mark.parametrize("packing", ["concat", "best_fit"])
+def test_tasks_in_any_order_and_a_merge_give_the_bytes_of_one_run(
+    pieces: dict[str, Any], model: Path, tmp_path: Path, packing: str
+) -> None:
+    options = {**pieces, "tokenizer": model, "packing": packing}
+    run(tmp_path, tmp_path / "local", **options)
+    for tasks, made in ((1, [0]), (3, [2, 0, 1]), (4, [3, 1])):  # of four, two never came: the merge does their part
+        out = tmp_path / f"tasks-{tasks}"
+        for task in made:
+            manifest, said = run(tmp_path, out, task=(task, tasks), **options)
+            assert manifest is None
+            assert f"task {task} of {tasks} is done" in said
+            assert not list(out.glob("*.tar"))
+        prepare(PrepareOptions(**{"vocab_size": 300, "seq_len": 32, "workers": 2, **options, "out": out}))
+        same = {name: raw for name, raw in contents(out).items() if not name.startswith("report")}
+        assert same == {name: raw for name, raw in contents(tmp_path / "local").items() if name in same}
+        assert verify(out) == []
+
+
+def test_duplicates_go_within_and_across_sources(pieces: dict[str, Any], model: Path, tmp_path: Path) -> None:
+    manifest, said = run(tmp_path, tmp_path / "out", tokenizer=model, **pieces)
+    a, b, c = manifest.sources
+    assert a.duplicates < 3 and b.duplicates > 5 and c.duplicates > 10
+    assert "near" in said
+    exact, _ = run(tmp_path, tmp_path / "exact", tokenizer=model, **{**pieces, "dedup": "exact"})
+    assert sum(s.duplicates for s in exact.sources) < sum(s.duplicates for s in manifest.sources)
+    plain, _ = run(tmp_path, tmp_path / "plain", tokenizer=model, **{**pieces, "dedup": "none"})
+    for made in (manifest, exact):
+        kept = sum(source.documents + source.duplicates for source in made.sources)
+        assert kept == sum(source.documents for source in plain.sources)
+    tokenizer = Tokenizer.load(model)
+    texts = [tokenizer.decode(ids) for split in ("train", "val") for ids in iter_documents(tmp_path / "exact", split)]
+    assert len({" ".join(text.casefold().split()) for text in texts}) == len(texts)
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["duplicates"]["near"] + report["duplicates"]["exact"] == a.duplicates + b.duplicates + c.duplicates
+    for example in report["duplicates"]["examples"]:
+        assert example["similarity"] >= 0.7
+        assert example["kept"] != example["dropped"]
+
+
+@pytest.mark.parametrize("packing", ["concat", "best_fit"])
+def test_appending_is_preparing_both_at_once(pieces: dict[str, Any], model: Path, tmp_path: Path, packing: str) -> None:
+    options = {**pieces, "packing": packing}
+    first, *more = options.pop("inputs")
+    run(tmp_path, tmp_path / "both", inputs=[first, *more], tokenizer=model, **options)
+    run(tmp_path, tmp_path / "one", inputs=[first], tokenizer=model, **options)
+    before = contents(tmp_path / "one")
+    run(tmp_path, tmp_path / "two", inputs=more, append=tmp_path / "one", rules=options["rules"], val_fraction=0.1)
+    assert contents(tmp_path / "one") == before
+    both, two = contents(tmp_path / "both"), contents(tmp_path / "two")
+    assert len([name for name in both if name.startswith("train")]) > 3
+    assert {n for n in both if not n.startswith("rep")} == {n for n in two if not n.startswith("rep")}
+    for name in both:
+        if name.endswith((".tar", ".npy", ".model", "manifest.json")):
+            assert two[name] == both[name], name
+    shared = [name for name in before if (tmp_path / "two" / name).samefile(tmp_path / "one" / name)]
+    assert "train-000000.tar" in shared  # not written again
+    assert verify(tmp_path / "two") == []
+    with pytest.raises(ValueError, match=r"seq_len: found 64, but .*one was made with 32; leave the option out"):
+        run(tmp_path, tmp_path / "three", inputs=more, append=tmp_path / "one", seq_len=64)
+
+
+def test_kitoken_makes_the_same_set_or_is_given_up(pieces: dict[str, Any], model: Path, tmp_path: Path) -> None:
+    run(tmp_path, tmp_path / "plain", tokenizer=model, **pieces)
+    _, said = run(tmp_path, tmp_path / "fast", tokenizer=model, encoder="kitoken", **pieces)
+    assert "warning" not in said
+    plain, fast = contents(tmp_path / "plain"), contents(tmp_path / "fast")
+    assert {n: raw for n, raw in fast.items() if n[:3] != "rep"} == {n: r for n, r in plain.items() if n[:3] != "rep"}
+    (tmp_path / "c" / "zz.txt").write_text((tmp_path / "c" / "02.py").read_text().replace(" ", "\t"))
+    foreign = tmp_path / "foreign.model"
+    with foreign.open("wb") as file:
+        lines = iter([TEXT.strip()] * 9)
+        sentencepiece.SentencePieceTrainer.Train(
+            sentence_iterator=lines, model_writer=file, vocab_size=60, model_type="bpe", minloglevel=4
+        )
+    run(tmp_path, tmp_path / "slow", tokenizer=foreign, **pieces)
+    manifest, said = run(tmp_path, tmp_path / "given-up", tokenizer=foreign, encoder="kitoken", workers=2, **pieces)
+    said = " ".join(said.split())
+    assert "kitoken and SentencePiece give different ids; kitoken is given up for SentencePiece" in said
+    assert manifest == load_manifest(tmp_path / "slow")
+
+
+def test_a_dry_run_writes_nothing(pieces: dict[str, Any], model: Path, tmp_path: Path) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    console = Console(file=io.StringIO(), width=120)
+    dry_run(PrepareOptions(**pieces, out=tmp_path / "out", tokenizer=model, task=(1, 3)), console)
+    said = console.file.getvalue()
+    for word in ("a.jsonl", "b.jsonl", "near", "task       1 of 3", "0 of", "held out"):
+        assert word in said
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_stdin(model: Path, tmp_path: Path) -> None:
+    files = python_source_files(300_000)
+    lines = "".join(json.dumps({"text": path.read_text()}) + "\n" for path in files)
+    (tmp_path / "in.jsonl").write_text(lines)
+    command = [sys.executable, "-m", "dnt_scale.cli", "data", "prepare", "-", "--out", str(tmp_path / "piped")]
+    command += ["--vocab-size", "400", "--seq-len", "32", "--val-fraction", "0.2", "--workers", "1"]
+    subprocess.run(command, input=lines.encode(), check=True, capture_output=True, cwd=Path(__file__).parents[2])
+    run(tmp_path, tmp_path / "filed", inputs=[tmp_path / "in.jsonl"], vocab_size=400)
+    for name, raw in contents(tmp_path / "filed").items():
+        if name.endswith((".tar", ".model")):
+            assert (tmp_path / "piped" / name).read_bytes() == raw
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"task": (3, 3)}, "task: found 3, expected 0 to 2"),
+        ({"task": (0, 0)}, "tasks: found 0, expected 1 to"),
+        ({"task": (0, 2), "tokenizer": None}, "task: tasks need a tokenizer that all of them share"),
+        ({"task": (0, 2), "inputs": ["-"]}, "task: stdin cannot be shared by tasks"),
+        ({"rules": Path("nowhere.yaml")}, "nowhere.yaml"),
+        ({"append": Path("nowhere")}, "nowhere: no such folder; expected one made by `dnt data prepare`"),
+    ],
+)
+def test_options_that_do_not_go_together(
+    corpus: Path, model: Path, tmp_path: Path, options: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(ValueError) as caught:
+        run(corpus, tmp_path / "out", **{"tokenizer": model, **options})
+    assert said in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+    assert not (tmp_path / "out").exists()

@@ -1,143 +1,216 @@
-import gzip
+"""Nasty input never stops a run that is not strict, and what is good in it comes back exactly.
+
+The folder `nasty` holds, with what becomes of it in NASTY:
+- text: broken UTF-8, UTF-16, a UTF-8 surrogate, overlong UTF-8, NULs, a byte order mark, CRLF, line ends of all kinds,
+  spaces alone, no final newline, an empty file, a file of newlines, control characters, noncharacters, a broken
+  character at the very end
+- JSON lines: good lines, no final newline, a byte order mark, an empty file, a file of newlines, blank lines, CRLF line
+  ends, scalars and arrays, objects without text or with one that is null, a number or a list, malformed and cut lines,
+  raw control characters, deep nesting, huge numbers, NaN, duplicate keys, escaped and lone surrogates, escaped NUL,
+  CRLF and byte order mark, broken UTF-8, a second byte order mark, empty text, odd keys, lines of the separators U+2028
+  and U+0085, binary
+Names, links and pipes are in test_inputs.py; archives, long documents and parquet in test_pieces.py.
+"""
+
 import json
-import os
+import tempfile
 from pathlib import Path
 
 import pytest
-import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_prep.read import Counts, _lines, find_sources, read_documents
+from data_prep import pieces
+from data_prep.pieces import RAW_BYTES, Finding
+from data_prep.read import KINDS, Document, Findings
+from tests.helpers.reading import read, texts_of
+
+DEEP = b"[" * 100_000
+NASTY: dict[str, tuple[bytes, list[str], dict[str, int]]] = {
+    "broken.txt": (b"caf\xe9 \xff!", ["caf\ufffd \ufffd!"], {"broken_utf8": 1}),
+    "utf16.txt": ("hé".encode("utf-16"), ["\ufffd\ufffdh\0\ufffd\0"], {"broken_utf8": 1, "nul": 1}),
+    "surrogate.txt": (b"a\xed\xa0\x80b", ["a\ufffd\ufffd\ufffdb"], {"broken_utf8": 1}),
+    "overlong.txt": (b"\xc0\xaf", ["\ufffd\ufffd"], {"broken_utf8": 1}),
+    "end.txt": (b"ok \xf0\x9f\x98", ["ok \ufffd"], {"broken_utf8": 1}),
+    "nul.txt": (b"a\0b\0", ["a\0b\0"], {"nul": 1}),
+    "mark.txt": (b"\xef\xbb\xbfmarked", ["\ufeffmarked"], {"byte_order_mark": 1}),
+    "crlf.txt": (b"a\r\nb\r\n", ["a\r\nb\r\n"], {"crlf": 1}),
+    "ends.txt": ("\n\ra\r\x0b\x0c\x1c\x85\u2028\u2029".encode(), ["\n\ra\r\x0b\x0c\x1c\x85\u2028\u2029"], {}),
+    "spaces.txt": (b" \t ", [" \t "], {}),
+    "no-end.txt": (b"one\ntwo", ["one\ntwo"], {}),
+    "empty.txt": (b"", [], {"empty": 1}),
+    "newlines.txt": (b"\n\n\n", ["\n\n\n"], {}),
+    "odd.txt": ("\x01\x7f\ufdd0\uffff\U0010ffff".encode(), ["\x01\x7f\ufdd0\uffff\U0010ffff"], {}),
+    "good.jsonl": (b'{"text": "one"}\n {"id": 2, "text": "two"} \n', ["one", "two"], {}),
+    "no-end.jsonl": (b'{"text": "one"}', ["one"], {}),
+    "mark.jsonl": (b'\xef\xbb\xbf{"text": "one"}\n', ["one"], {"byte_order_mark": 1}),
+    "mark-alone.jsonl": (b"\xef\xbb\xbf", [], {"byte_order_mark": 1, "empty_line": 1}),
+    "mark-again.jsonl": (b'{"text": "a"}\n\xef\xbb\xbf{"text": "b"}', ["a"], {"malformed_json": 1}),
+    "empty.jsonl": (b"", [], {}),
+    "newlines.jsonl": (b"\n" * 30, [], {"empty_line": 30}),
+    "blank.jsonl": (b'\n{"text": "a"}\n \t\r\n', ["a"], {"empty_line": 2}),
+    "crlf.jsonl": (b'{"text": "a"}\r\n{"text": "b"}\r\n', ["a", "b"], {}),
+    "scalars.jsonl": (b'1\n"text"\nnull\ntrue\n["text"]\n[]\n1.5e3\nNaN', [], {"no_text": 8}),
+    "no-text.jsonl": (
+        b'{}\n{"body": "x"}\n{"text": null}\n{"text": 1}\n{"text": ["a"]}\n{"Text": "x"}',
+        [],
+        {"no_text": 6},
+    ),
+    "malformed.jsonl": (
+        b'{\n{\'text\': \'a\'}\n{"text": "cut\n{"text": "a"} {"text": "b"}\n{"text": "a\x01b"}\n{"text": "\\x"}\nx',
+        [],
+        {"malformed_json": 7},
+    ),
+    "deep.jsonl": (
+        DEEP + b'\n{"deep": ' + DEEP + b"]" * 100_000 + b', "text": "a"}\n{"text": "b"}',
+        ["b"],
+        {"malformed_json": 2},
+    ),
+    "numbers.jsonl": (
+        b'{"n": 1e999, "text": "a"}\n{"n": %b, "text": "b"}\n{"n": NaN, "text": "c"}\n{"n": -Infinity, "text": "d"}'
+        % (b"9" * 5000),
+        ["a", "b", "c", "d"],
+        {},
+    ),
+    "twice.jsonl": (b'{"text": "first", "text": "last"}', ["last"], {}),
+    "pairs.jsonl": (b'{"text": "\\ud83d\\ude00"}', ["\U0001f600"], {}),
+    "lone.jsonl": (
+        b'{"text": "x\\ud800y\\ud83d\\ude00"}\n{"other": "\\udfff", "text": "a"}\n{"text": "\\ude00\\ud83d"}',
+        ["x\ufffdy\U0001f600", "a", "\ufffd\ufffd"],
+        {"lone_surrogate": 2},
+    ),
+    "escaped.jsonl": (
+        b'{"text": "a\\u0000"}\n{"text": "a\\r\\nb"}\n{"text": "\\ufeffa"}\n{"text": ""}',
+        ["a\0", "a\r\nb", "\ufeffa"],
+        {"nul": 1, "crlf": 1, "byte_order_mark": 1, "empty": 1},
+    ),
+    "broken.jsonl": (
+        b'{"text": "caf\xe9"}\n{"text": "\xff\\ud800"}\n{"text": "\xff',
+        ["caf\ufffd", "\ufffd\ufffd"],
+        {"broken_utf8": 2, "lone_surrogate": 1, "malformed_json": 1},
+    ),
+    "keys.jsonl": (b'{"": 1, "\\u0074ext": "a", "text ": "b", "\\ud800": 0}', ["a"], {}),
+    "separators.jsonl": ('{"text": "a\u2028b\u0085c"}\n'.encode(), ["a\u2028b\u0085c"], {}),
+    "binary.jsonl": (bytes(range(256)), [], {"malformed_json": 2}),
+}
 
 
-def read(*inputs: str | Path) -> list[tuple[str, str]]:
-    return [tuple(document) for source in find_sources(inputs) for document in read_documents(source)]
+@pytest.mark.parametrize("name", NASTY)
+def test_nasty_files_one_by_one(tmp_path: Path, name: str) -> None:
+    raw, texts, counts = NASTY[name]
+    (tmp_path / name).write_bytes(raw)
+    documents, found, records = read(tmp_path / name)
+    assert [document.text for document in documents] == texts
+    assert found == counts
+    assert {record["kind"] for record in records} == set(counts)
+    # A record can be written and read back, and says where the finding is and what was done.
+    assert json.loads(json.dumps(records, ensure_ascii=False).encode()) == records
+    lines = raw.split(b"\n")
+    for record in records:
+        assert record["file"] == name
+        assert record["action"] == KINDS[str(record["kind"])][0]
+        assert record["line"] in (range(1, len(lines) + 1) if name.endswith(".jsonl") else [0])
+        lost = record["kind"] in ("malformed_json", "no_text", "empty_line")
+        line = lines[int(str(record["line"])) - 1][:RAW_BYTES].decode("utf-8", "backslashreplace")
+        assert record["raw"] == (line if lost else "")
 
 
-def jsonl(*texts: str) -> bytes:
-    return b"".join(json.dumps({"text": text}).encode() + b"\n" for text in texts)
+def test_nasty_files_all_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, (raw, _, _) in NASTY.items():
+        (tmp_path / name).write_bytes(raw)
+    expected = [text for name in sorted(NASTY) for text in NASTY[name][1]]
+    assert texts_of(tmp_path) == expected
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 10)
+    assert texts_of(tmp_path) == expected
 
 
-def test_a_folder_is_read_in_order_of_path(tmp_path: Path) -> None:
-    folder = tmp_path / "corpus"
-    for name in ("b.txt", "a/z.md", "a/y.py", "c.rst", "image.png", ".hidden/x.txt", ".x.txt"):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(f"text of {name}")
-    (folder / "d.jsonl").write_bytes(jsonl("one", "two"))
-    (folder / "dangling.txt").symlink_to(folder / "nowhere")
-    names = ["a/y.py", "a/z.md", "b.txt", "c.rst"]
-    expected = [(f"corpus/{name}", f"text of {name}") for name in names]
-    assert read(folder) == [*expected, ("corpus/d.jsonl", "one"), ("corpus/d.jsonl", "two")]
+@given(raw=st.binary(max_size=100) | st.lists(st.sampled_from(list(b'{}[]":,\\ntextu0d8\n \xff\xc3'))).map(bytes))
+def test_any_bytes_are_read(raw: bytes) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "a.txt").write_bytes(raw)
+        Path(folder, "b.jsonl").write_bytes(raw + b'\n{"text": "good"}')
+        documents, _, _ = read(folder)
+        by_name = {Path(document.file).name: document.text for document in documents}
+        assert by_name.get("a.txt", "") == raw.decode("utf-8", "replace")
+        assert by_name["b.jsonl"] == "good"
+        assert all(document.text.encode() for document in documents)
 
 
-def test_names_never_hold_the_way_to_the_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "corpus" / "sub").mkdir(parents=True)
-    (tmp_path / "corpus" / "sub" / "a.txt").write_text("a")
-    expected = [("corpus/sub/a.txt", "a")]
-    monkeypatch.chdir(tmp_path / "corpus")
-    for item in (".", tmp_path / "corpus", str(tmp_path / "corpus") + "/", "../corpus"):
-        assert read(item) == expected
-    assert read("*/a.txt") == expected
-    assert read(str(tmp_path / "corpus" / "**" / "*.txt")) == expected
-    monkeypatch.chdir(tmp_path / "corpus" / "sub")
-    assert read("..") == expected
-
-
-def test_files_named_one_by_one_may_have_any_suffix(tmp_path: Path) -> None:
-    (tmp_path / "main.c").write_text("int main;")
-    (tmp_path / "LICENSE").write_text("free")
-    (tmp_path / "x.jsonl").write_bytes(jsonl("x"))
-    inputs = [tmp_path / "main.c", tmp_path / "x.jsonl", tmp_path / "LICENSE"]
-    assert [(source.name, len(source.files)) for source in find_sources(inputs)] == [("files", 2), ("x.jsonl", 1)]
-    assert read(*inputs) == [("main.c", "int main;"), ("LICENSE", "free"), ("x.jsonl", "x")]
-
-
-def test_a_file_reached_twice_is_read_once(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("a")
-    (tmp_path / "b.txt").write_text("b")
-    assert [text for _, text in read(tmp_path / "b.txt", tmp_path, str(tmp_path / "*.txt"))] == ["b", "a"]
-
-
-@pytest.mark.parametrize("text", ["a\r\nb\rc\n\n", "\ufeffmarked", "\0\x01", "  spaces \t", "\u2028\u0085", "\n"])
-def test_text_is_left_as_it_is(tmp_path: Path, text: str) -> None:
-    (tmp_path / "a.txt").write_bytes(text.encode())
-    (tmp_path / "b.jsonl").write_bytes(jsonl(text))
-    assert [read_text for _, read_text in read(tmp_path)] == [text, text]
-
-
-def test_broken_utf8_is_replaced_and_empty_documents_are_left_out(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_bytes(b"caf\xe9!")
-    (tmp_path / "b.txt").write_bytes(b"")
-    (tmp_path / "c.txt").write_text("café")
-    (tmp_path / "d.jsonl").write_bytes(b'{"text": "caf\xe9!"}\n{"text": ""}\n\n{"text": "x\\ud800y\\ud83d\\ude00"}')
-    [source] = find_sources([tmp_path])
-    counts = Counts()
-    texts = [text for _, text in read_documents(source, counts)]
-    assert texts == ["caf\ufffd!", "café", "caf\ufffd!", "x\ufffdy\U0001f600"]
-    assert counts == Counts(4, sum(len(text.encode()) for text in texts), replaced=3, empty=2)
-
-
-@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
-def test_json_lines(tmp_path: Path, suffix: str) -> None:
-    texts = ["one\nline", "two", "é" * 3_000_000, "last"]
-    raw = b"\xef\xbb\xbf" + jsonl(*texts)
-    path = tmp_path / f"a.jsonl{suffix}"
-    frames = [zstandard.compress(raw[:1000]), zstandard.compress(raw[1000:])]
-    path.write_bytes({"": raw, ".gz": gzip.compress(raw), ".zst": b"".join(frames)}[suffix])
-    assert [text for _, text in read(path)] == texts
-
-
-@given(st.lists(st.binary(max_size=20)), st.data())
-def test_lines_do_not_depend_on_the_chunks(lines: list[bytes], data: st.DataObject) -> None:
-    raw = b"\n".join(lines)
-    cuts = sorted(data.draw(st.lists(st.integers(0, len(raw)))))
-    chunks = [raw[a:b] for a, b in zip([0, *cuts], [*cuts, len(raw)], strict=True)]
-    expected = raw.split(b"\n")
-    assert list(_lines(chunks)) == (expected if expected[-1] else expected[:-1])
+@given(texts=st.lists(st.text(min_size=1, max_size=30)), ascii_only=st.booleans())
+def test_good_text_comes_back_exactly(texts: list[str], ascii_only: bool) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        lines = [json.dumps({"id": 1, "body": text}, ensure_ascii=ascii_only) + "\n" for text in texts]
+        Path(folder, "a.jsonl").write_bytes("".join(lines).encode())
+        documents, counts, _ = read(Path(folder, "a.jsonl"), text_field="body")
+        assert documents == [Document("a.jsonl", line, text) for line, text in enumerate(texts, 1)]
+        assert set(counts) <= {"nul", "crlf", "byte_order_mark"}
 
 
 @pytest.mark.parametrize(
-    ("line", "found"),
+    ("name", "raw", "message"),
     [
-        (b'{"text": "cut', '\'{"text": "cut\''),
-        (b'{"id": 1, "body": "x"}', "the fields 'id', 'body'"),
-        (b"{}", "(none)"),
-        (b'{"text": null}', '"text" of type NoneType'),
-        (b'["text"]', "a JSON list"),
+        (
+            "a.jsonl",
+            b'{"text": "a"}\n{"text": "cut',
+            r"""a\.jsonl: line 2: found '{"text": "cut' \(.*\), expected a JSON""",
+        ),
+        (
+            "a.jsonl",
+            b'{"id": 1, "body": "x"}',
+            r"line 1: found the fields 'id', 'body', expected a JSON object or a row",
+        ),
+        ("a.jsonl", b"{}", r"found the fields \(none\)"),
+        ("a.jsonl", b'{"text": null}', "found 'text' of type NoneType"),
+        ("a.jsonl", b'["text"]', "found a JSON list"),
+        ("a.jsonl", b'{"text": "a"}\n\n', "line 2: found an empty line, expected no empty lines"),
+        ("a.jsonl", DEEP, "line 1: found .*(nested too deeply|recursion)"),
+        ("a.txt", b"caf\xe9", r"a\.txt: found byte 0xe9 at 3, the first of 1 places that are no UTF-8, expected UTF-8"),
+        ("a.txt", b"a\r\n\r\n", r"a\.txt: found 2 lines that end in \\r\\n, expected"),
+        ("a.txt", b"", r"a\.txt: found an empty document, expected some text"),
     ],
 )
-def test_a_bad_json_line_is_named(tmp_path: Path, line: bytes, found: str) -> None:
+def test_strict_stops_at_the_first_finding(tmp_path: Path, name: str, raw: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(raw)
+    with pytest.raises(ValueError, match=message) as caught:
+        read(tmp_path / name, strict=True)
+    assert str(caught.value).endswith("; mend or remove it, or leave out --strict")
+
+
+def test_strict_takes_good_text_and_says_where_a_range_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data_prep.inputs.UNIT_BYTES", 20)
     path = tmp_path / "a.jsonl"
-    path.write_bytes(jsonl("good") + line + b"\n")
-    with pytest.raises(ValueError, match='expected a JSON object with a "text" string; mend') as caught:
-        read(path)
-    assert f"{path}: line 2: " in str(caught.value)
-    assert found in str(caught.value)
+    good = b'{"text": "a"}\n' * 5
+    path.write_bytes(good)
+    assert len(read(path, strict=True)[0]) == 5
+    path.write_bytes(good + b"{")
+    with pytest.raises(ValueError, match=r"a\.jsonl: line 1 after byte 60: found '{'"):
+        read(path, strict=True)
 
 
-@pytest.mark.parametrize("suffix", [".gz", ".zst"])
-def test_a_damaged_archive_is_named(tmp_path: Path, suffix: str) -> None:
-    raw = jsonl(*(os.urandom(40).hex() for _ in range(100)))
-    whole = gzip.compress(raw) if suffix == ".gz" else zstandard.compress(raw)
-    path = tmp_path / f"a.jsonl{suffix}"
-    for content in (whole[: len(whole) // 2], whole[:-5], b"not compressed", whole + b"rest"):
-        path.write_bytes(content)
-        with pytest.raises(ValueError, match=r"a\.jsonl"):
-            read(path)
+def test_a_byte_order_mark_that_begins_a_range_is_malformed_as_on_any_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data_prep.inputs.UNIT_BYTES", 14)
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"text": "a"}\n\xef\xbb\xbf{"text": "b"}\n')
+    assert read(path)[:2] == ([("a.jsonl", 1, "a")], {"byte_order_mark": 1, "malformed_json": 1})
 
 
-def test_input_that_is_not_there_or_cannot_be_read(tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "a.parquet").write_bytes(b"PAR1")
-    with pytest.raises(ValueError, match="no input"):
-        read()
-    with pytest.raises(ValueError, match="nowhere: no such file or folder"):
-        read(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match=r"empty: no readable file in this folder, expected some ending in \.txt"):
-        read(tmp_path / "empty")
-    with pytest.raises(ValueError, match="no file matches"):
-        read(str(tmp_path / "*.nothing"))
-    for item in (tmp_path / "a.parquet", str(tmp_path / "*.parquet")):
-        with pytest.raises(ValueError, match=r"a\.parquet: expected text"):
-            read(item)
+def test_records_are_limited_and_counts_are_not() -> None:
+    findings = Findings()
+    for line in range(1500):
+        findings.add(Finding("nul", "a", line, "a NUL"))
+        findings.add(Finding("malformed_json", "a", line, "x", b"raw"))
+    assert findings.to_json()["counts"] == {"nul": 1500, "malformed_json": 1500}
+    kinds = [record["kind"] for record in findings.records]
+    assert (kinds.count("nul"), kinds.count("malformed_json")) == (20, 1000)
+
+
+def test_what_is_dropped_is_kept_up_to_a_limit() -> None:
+    findings = Findings()
+    findings.add(Finding("malformed_json", "a", 1, "x", b"\xff" + b"y" * 70_000))
+    findings.add(Finding("malformed_json", "a", 2, "x", b"z" * 65_536, 1_000_000))
+    first, second = findings.records
+    assert first["raw"] == "\\xff" + "y" * 65_535
+    assert first["detail"] == "x; 4,465 bytes are left out here"
+    assert second["detail"] == "x; 934,464 bytes are left out here"

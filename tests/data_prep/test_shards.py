@@ -12,13 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import webdataset
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from data_prep.shards import (
-    BLOCK_ROWS,
     Manifest,
-    SplitWriter,
     iter_documents,
     load_manifest,
     manifest_sha256,
@@ -83,47 +79,6 @@ def test_documents_come_back_as_they_went_in(prepared: Path) -> None:
     manifest = load_manifest(prepared)
     assert len(back) == sum(split.documents for split in manifest.splits.values())
     assert sum(len(text.encode()) for text in back) == sum(split.text_bytes for split in manifest.splits.values())
-
-
-@settings(deadline=None, max_examples=40)
-@given(st.lists(st.lists(st.integers(2, 9), min_size=1, max_size=30), min_size=1, max_size=40), st.data())
-def test_the_writer_loses_nothing(
-    tmp_path_factory: pytest.TempPathFactory, documents: list[list[int]], data: st.DataObject
-) -> None:
-    folder = tmp_path_factory.mktemp("writer")
-    seq_len = data.draw(st.integers(1, 5))
-    stream = np.array([1, *(i for ids in documents for i in (*ids, 1))])
-    if len(stream) <= seq_len:
-        return
-    writer = SplitWriter(folder, "val", seq_len, "uint32", 1, data.draw(st.integers(1, 50_000)))
-    cuts = sorted(data.draw(st.lists(st.integers(0, len(documents)))))
-    for a, b in zip([0, *cuts], [*cuts, len(documents)], strict=True):
-        part = [i for ids in documents[a:b] for i in (*ids, 1)]
-        writer.add(np.array(part, np.uint32), b - a, 1)
-    split = writer.finish()
-    arrays = []
-    for shard in split.shards:
-        with tarfile.open(folder / shard.file) as tar:
-            arrays += [np.load(io.BytesIO(tar.extractfile(info).read())) for info in tar]
-    assert [len(array) for array in arrays[:-1]] == [BLOCK_ROWS] * (len(arrays) - 1)
-    rows = np.concatenate(arrays)
-    assert split.documents == len(documents)
-    assert split.tokens == len(stream) - 1
-    assert [*rows[:, :-1].ravel(), *split.tail] == stream.tolist()
-    assert [row.tolist() for row in rows] == [
-        stream[i * seq_len : i * seq_len + seq_len + 1].tolist() for i in range(split.rows)
-    ]
-    shutil.rmtree(folder)
-
-
-@pytest.mark.parametrize("extra", [-1, 0, 1])
-def test_a_block_that_is_just_full(tmp_path: Path, extra: int) -> None:
-    writer = SplitWriter(tmp_path, "train", 4, "uint16", 1, 1 << 20)
-    writer.add(np.full(2 * BLOCK_ROWS * 4 + extra, 5, np.uint16), 1, 1)
-    split = writer.finish()
-    [shard] = split.shards
-    assert [member.rows for member in shard.members] == [BLOCK_ROWS, BLOCK_ROWS - (extra < 0)]
-    assert len(split.tail) == 1 + extra % 4
 
 
 def test_a_whole_set_has_no_problems(prepared: Path) -> None:

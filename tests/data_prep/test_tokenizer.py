@@ -8,7 +8,7 @@ import sentencepiece
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from data_prep.tokenizer import PART_CHARS, Tokenizer, sample, train
+from data_prep.tokenizer import PART_CHARS, FastPathDiffers, Sample, Tokenizer, text_hash, train
 from tests.helpers.corpus import python_source_files
 
 ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]))
@@ -122,15 +122,44 @@ def test_vocabulary_size_out_of_bounds(tmp_path: Path, kind: str) -> None:
         train(["\n\n"], 300, tmp_path / "t.model", kind)
 
 
-def test_a_sample_does_not_depend_on_the_order() -> None:
+def sample(texts: list[str], max_bytes: int, pieces: int = 1) -> list[str]:
+    """The choice, offered in so many pieces with what each may leave out by itself."""
+    whole = Sample(max_bytes)
+    for start in range(pieces):
+        part = Sample(max_bytes, whole.limit)
+        for text in texts[start::pieces]:
+            part.add(text_hash(text.encode(), "sample"), text)
+        for rank, text in part.items():
+            whole.add(rank, text)
+    return [text for _, text in whole.items()]
+
+
+@pytest.mark.parametrize("pieces", [1, 2, 7, 100])
+def test_a_sample_does_not_depend_on_the_order_or_the_pieces(pieces: int) -> None:
     texts = [f"document {number} " * (number % 7 + 1) for number in range(500)]
     chosen = sample(texts, 5000)
-    assert chosen == sample(texts[::-1], 5000)
+    assert chosen == sample(texts[::-1], 5000, pieces)
     assert 5000 <= sum(map(len, chosen)) < 5000 + 100
     assert len(set(chosen)) == len(chosen) < 300
-    assert sorted(sample(texts, 10**9)) == sorted(texts)
+    assert sorted(sample(texts, 10**9, pieces)) == sorted(texts)
     assert sample(["x" * 1000], 10) == ["x" * 10]
     assert sample([], 10) == []
+    assert sample(["twice"] * 9, 10**9) == ["twice"]
+
+
+def test_kitoken_gives_the_ids_of_sentencepiece(sources: list[str], tmp_path: Path) -> None:
+    train(sources, 512, tmp_path / "t.model", "bpe")
+    plain, fast = (Tokenizer.load(tmp_path / "t.model", encoder) for encoder in ("sentencepiece", "kitoken"))
+    for text in [*sources, "a\u2581b \u2585 c\0d\r\n", "\ufeff\u2028 \t\n", "x" * 40_000, "\U0001f600 é\u0301 </s>"]:
+        assert fast.encode(text) == plain.encode(text)
+        fast.compare_with_sentencepiece(text, "here")
+
+
+def test_kitoken_that_differs_is_found(tmp_path: Path) -> None:
+    fast = Tokenizer.load(foreign(tmp_path / "f.model", model_type="bpe"), "kitoken")
+    fast.compare_with_sentencepiece("some words", "here")
+    with pytest.raises(FastPathDiffers, match=r"here: kitoken and SentencePiece give different ids"):
+        fast.compare_with_sentencepiece("some\twords", "here")  # SentencePiece makes it a space
 
 
 def test_a_foreign_model_is_used_as_it_is(tmp_path: Path) -> None:

@@ -32,14 +32,16 @@ import torch
 from safetensors.torch import load_file
 
 from data_prep.shards import (
+    BLOCK_ROWS,
     Manifest,
     Options,
     SourceInfo,
     Split,
     SplitName,
-    SplitWriter,
     TokenizerInfo,
+    shard_name,
     write_manifest,
+    write_shard,
 )
 
 # dnt_scale.train and dnt_scale.cli are left out: each rank executes its own as __main__
@@ -269,9 +271,7 @@ def synthetic_set(folder: Path, vocab_size: int = 512, val: bool = True) -> Path
             ids[place] = (
                 0 if place % 250 == 249 else 1 + (3 * int(ids[place - 1]) + int(choice[place])) % (vocab_size - 1)
             )
-        writer = SplitWriter(folder, name, 64, "uint16", 0, shard_bytes=50_000)
-        writer.add(ids, documents=tokens // 250, text_bytes=3 * tokens)
-        splits[name] = writer.finish()
+        splits[name] = write_split(folder, name, np.concatenate([[0], ids]).astype(np.uint16), 64)
     tokenizer = f"no tokenizer of {vocab_size} pieces".encode()
     (folder / "tokenizer.model").write_bytes(tokenizer)
     documents, text_bytes = (sum(getattr(split, f) for split in splits.values()) for f in ("documents", "text_bytes"))
@@ -295,6 +295,24 @@ def synthetic_set(folder: Path, vocab_size: int = 512, val: bool = True) -> Path
     )
     write_manifest(folder, manifest)
     return folder
+
+
+def write_split(folder: Path, name: SplitName, stream: np.ndarray, seq_len: int) -> Split:
+    """A split of packing "concat" out of a stream of tokens (n,) that begins with eos, 0; each block is a shard."""
+    rows = (len(stream) - 1) // seq_len
+    blocks = np.lib.stride_tricks.sliding_window_view(stream, seq_len + 1)[::seq_len]
+    shards = []
+    for number, start in enumerate(range(0, rows, BLOCK_ROWS)):
+        file = shard_name(name, number)
+        shards.append(write_shard(folder / file, file, [blocks[start : start + BLOCK_ROWS]], number))
+    return Split(
+        documents=int((stream[1:] == 0).sum()),
+        tokens=len(stream) - 1,
+        text_bytes=3 * (len(stream) - 1),
+        rows=rows,
+        tail=tuple(stream[rows * seq_len :].tolist()),
+        shards=tuple(shards),
+    )
 
 
 def free_port() -> int:

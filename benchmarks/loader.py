@@ -1,0 +1,198 @@
+"""Loading speed from the page cache: our stream, as training uses it, beside plain webdataset with one row a member.
+
+    python -m benchmarks.loader
+
+Both give int64 batches of --batch rows of 2049 uint16 tokens in one process: ours in its shuffled order out of blocks
+of 512 rows, webdataset in the order of its tars, without a shuffle. They take turns; the table shows medians.
+
+Starting is the time from a manifest in memory to the first batch of a fresh stream, at position 0 and at random
+positions of the first thousand epochs, in turns.
+"""
+
+import argparse
+import datetime
+import hashlib
+import json
+import os
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import webdataset
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from data_prep import shards
+from data_prep.shards import BLOCK_ROWS, Manifest, Options, SourceInfo, Split, TokenizerInfo, Tokens
+from dnt_scale.sources import Source
+from dnt_scale.stream import Stream
+from dnt_scale.tracking import git_commit
+
+SEQ_LEN = 2048
+VOCABULARY = 50_304
+BLOCKS_A_SHARD = 32  # 64 MiB
+SEED = 1
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--blocks", type=int, default=128, help="blocks of 512 rows in the set")
+    parser.add_argument("--batch", type=int, default=64, help="rows a batch")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--starts", type=int, default=15)
+    parser.add_argument("--out", type=Path, help="JSON to write (default: benchmarks/results/loader-DEVICE.json)")
+    options = parser.parse_args()
+
+    with tempfile.TemporaryDirectory() as folder:
+        source = make_set(Path(folder, "set"), options.blocks)
+        (Path(folder) / "plain").mkdir()
+        tars = make_plain_tars(Path(folder, "plain"), source)
+        ours: list[float] = []
+        plain: list[float] = []
+        for _ in range(options.rounds):
+            ours.append(tokens_per_s(lambda: our_batches(source, options.batch)))
+            plain.append(tokens_per_s(lambda: plain_batches(tars, options.batch)))
+        at_zero, at_random = first_batches(source, options.batch, options.starts)
+
+    result: dict[str, Any] = {
+        "date": datetime.date.today().isoformat(),
+        "commit": git_commit(),
+        "device": f"{os.cpu_count()}-core CPU",
+        "torch": torch.__version__,
+        "webdataset": webdataset.__version__,
+        "rows": source.manifest.splits["train"].rows,
+        "seq_len": SEQ_LEN,
+        "batch": options.batch,
+        "tokens_per_s": {"ours": statistics.median(ours), "webdataset, a row a member": statistics.median(plain)},
+        "tokens_per_s_of_rounds": {"ours": ours, "webdataset, a row a member": plain},
+        "ratio": statistics.median(ours) / statistics.median(plain),
+        "first_batch_s": {"position 0": statistics.median(at_zero), "random position": statistics.median(at_random)},
+        "start_ratio": statistics.median(at_random) / statistics.median(at_zero),
+    }
+    show(result)
+    out = options.out or Path(__file__).parent / "results" / f"loader-{result['device'].replace(' ', '-')}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result, indent=2) + "\n")
+    print(f"wrote {out}")
+
+
+def make_set(folder: Path, blocks: int) -> Source:
+    """A set of random tokens, in our format."""
+    folder.mkdir()
+    made = []
+    for number, first in enumerate(range(0, blocks, BLOCKS_A_SHARD)):
+        name = shards.shard_name("train", number)
+        content = (random_block(block) for block in range(first, min(blocks, first + BLOCKS_A_SHARD)))
+        made.append(shards.write_shard(folder / name, name, content, first))
+    tokenizer = b"none: the tokens are random"
+    (folder / shards.TOKENIZER).write_bytes(tokenizer)
+    rows = blocks * BLOCK_ROWS
+    train = Split(
+        documents=1, tokens=rows * SEQ_LEN, text_bytes=rows * SEQ_LEN, rows=rows, tail=(1,), shards=tuple(made)
+    )
+    manifest = Manifest(
+        format="dnt-shards",
+        version=1,
+        dtype="uint16",
+        seq_len=SEQ_LEN,
+        tokenizer=TokenizerInfo(
+            file="tokenizer.model",
+            sha256=hashlib.sha256(tokenizer).hexdigest(),
+            vocab_size=VOCABULARY,
+            round_trip=False,
+        ),
+        eos_id=0,
+        options=Options(vocab_size=None, kind=None, sample_bytes=None, val_fraction=0, shard_bytes=64 << 20),
+        sources=(SourceInfo(name="random", documents=1, text_bytes=train.text_bytes, replaced=0, empty=0),),
+        splits={"train": train},
+    )
+    shards.write_manifest(folder, manifest)
+    return Source("", folder, shards.load_manifest(folder))
+
+
+def random_block(block: int) -> Tokens:
+    generator = np.random.Generator(np.random.Philox(block))
+    return generator.integers(0, VOCABULARY, (BLOCK_ROWS, SEQ_LEN + 1), dtype=np.uint16)
+
+
+def make_plain_tars(folder: Path, source: Source) -> list[str]:
+    """The same rows, each a member of its own."""
+    paths = []
+    for number, shard in enumerate(source.manifest.splits["train"].shards):
+        paths.append(str(folder / f"{number:06d}.tar"))
+        with webdataset.TarWriter(paths[-1]) as tar:
+            first = number * BLOCKS_A_SHARD
+            for block in range(first, first + len(shard.members)):
+                for row, tokens in enumerate(shards.read_block(source.folder, source.manifest, "train", block)):
+                    tar.write({"__key__": f"{block * BLOCK_ROWS + row:09d}", "tokens.npy": tokens})
+    return paths
+
+
+def our_batches(source: Source, batch: int) -> Iterator[Tensor]:
+    """One epoch."""
+    with Stream((source,), seed=SEED, global_batch=batch, rank=0, world_size=1) as stream:
+        for _ in range(source.manifest.splits["train"].rows // batch):
+            yield next(stream)[0]
+
+
+def plain_batches(tars: list[str], batch: int) -> Iterator[Tensor]:
+    """One epoch. A row's bytes are taken as they are, which is several times faster than webdataset's own decoder."""
+    rows: list[Tokens] = []
+    for sample in webdataset.WebDataset(tars, shardshuffle=False):
+        rows.append(np.frombuffer(sample["tokens.npy"], "<u2", offset=shards.NPY_HEADER))
+        if len(rows) == batch:
+            yield torch.from_numpy(np.stack(rows).astype(np.int64))
+            rows.clear()
+
+
+def tokens_per_s(batches: Callable[[], Iterator[Tensor]]) -> float:
+    """Row tokens, seq_len + 1 a row, a second, over all batches."""
+    started = time.perf_counter()
+    tokens = 0
+    for batch in batches():
+        assert batch.dtype == torch.int64 and batch.shape[1] == SEQ_LEN + 1
+        tokens += batch.numel()
+    return tokens / (time.perf_counter() - started)
+
+
+def first_batches(source: Source, batch: int, starts: int) -> tuple[list[float], list[float]]:
+    """Seconds to the first batch of fresh streams at position 0, and at random positions."""
+    rows = source.manifest.splits["train"].rows
+    generator = random.Random(SEED)
+    found: tuple[list[float], list[float]] = [], []
+    for _ in range(starts):
+        for seconds, position in zip(found, (0, generator.randrange(1000 * rows)), strict=True):
+            started = time.perf_counter()
+            with Stream(
+                (source,), seed=SEED, global_batch=batch, rank=0, world_size=1, consumed_rows=position
+            ) as stream:
+                next(stream)
+                seconds.append(time.perf_counter() - started)
+    return found
+
+
+def show(result: dict[str, Any]) -> None:
+    table = Table(title=f"{result['device']}, {result['date']}, {result['commit'][:12]}")
+    for column in ("one process, from the page cache", "Mtok/s", "against webdataset"):
+        table.add_column(column, justify="right")
+    plain = result["tokens_per_s"]["webdataset, a row a member"]
+    for name, rate in result["tokens_per_s"].items():
+        table.add_row(name, f"{rate / 1e6:,.0f}", f"{rate / plain:.2f}")
+    Console(width=110).print(table)
+    table = Table()
+    for column in ("first batch of a fresh stream at", "ms", "against position 0"):
+        table.add_column(column, justify="right")
+    for name, seconds in result["first_batch_s"].items():
+        table.add_row(name, f"{seconds * 1e3:.1f}", f"{seconds / result['first_batch_s']['position 0']:.2f}")
+    Console(width=110).print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,285 @@
+"""A piece of the corpus becomes a chunk: its documents parsed, cleaned, fingerprinted and tokenised, in one file.
+
+A chunk is a function of the recipe and the piece alone, so it is the same on any number of workers and any machine.
+"""
+
+import functools
+import json
+import zipfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from rich.console import Console
+
+from data_prep import shards
+from data_prep.clean import Cleaner, CleanStats, load_rules
+from data_prep.inputs import stored_bytes
+from data_prep.pieces import Piece, Unit, read_pieces
+from data_prep.pool import spread
+from data_prep.progress import stage
+from data_prep.read import Document, Findings, read_documents
+from data_prep.shards import Dedup, SplitName, Tokens
+from data_prep.tokenizer import Encoder, Tokenizer, text_hash
+from data_prep.work import key, write_whole
+
+VERSION = 1  # raise it when the code makes another chunk of the same piece
+CHECK_CHARS = 1 << 16
+EXAMPLES = 2
+EXCERPT = 500
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What decides a chunk, beside its piece. `model` and `rules` are files, and count by their content."""
+
+    model: Path
+    encoder: Encoder
+    text_field: str
+    val_fraction: float
+    rules: Path | None
+    dedup: Dedup
+    strict: bool
+
+    def folders(self, work: Path, units: Sequence[Unit]) -> list[Path]:
+        """Where each unit's chunks are. Files count by name, size and stamp, wherever they lie."""
+        seen: Counter[str] = Counter()
+        folders = []
+        for unit in units:
+            name = key(VERSION, self._content, unit_parts(unit))
+            # Two INPUTs may hold files of one name, size and time.
+            folders.append(work / "chunks" / (f"{name}-{seen[name]}" if seen[name] else name))
+            seen[name] += 1
+        return folders
+
+    @functools.cached_property
+    def _content(self) -> list[Any]:
+        rules = load_rules(self.rules).fingerprint() if self.rules else None
+        model = Tokenizer.load(self.model).sha256
+        return [model, self.encoder, self.text_field, self.val_fraction, rules, self.dedup != "none", self.strict]
+
+
+class Made(NamedTuple):
+    """What a finished chunk tells the progress bar."""
+
+    unit: int
+    input_bytes: int
+    text_bytes: int
+    tokens: int
+
+
+class ChunkMaker:
+    """Makes chunk files; one a worker process. Called with (unit's number, piece, where to write)."""
+
+    def __init__(self, recipe: Recipe):
+        self._recipe = recipe
+        self._tokenizer = Tokenizer.load(recipe.model, recipe.encoder)
+        self._clean = Cleaner(load_rules(recipe.rules)) if recipe.rules else None
+
+    def __call__(self, item: tuple[int, Piece, Path]) -> Made:
+        unit, piece, path = item
+        recipe, tokenizer = self._recipe, self._tokenizer
+        dtype = np.dtype(shards.dtype_for(tokenizer.vocab_size))
+        findings, stats = Findings(), CleanStats()
+        documents: list[Document] = []
+        ids: tuple[list[Tokens], list[Tokens]] = ([], [])
+        lengths, sizes, held, ranks = [], [], [], []
+        read = read_bytes = wordless = 0
+        for document in read_documents(piece, recipe.text_field, findings, recipe.strict):
+            raw = document.text.encode()
+            read += 1
+            read_bytes += len(raw)
+            if self._clean:
+                verdict = self._clean(document.text, stats)
+                if not verdict.text:
+                    continue
+                if verdict.text != document.text:
+                    document = document._replace(text=verdict.text)
+                    raw = verdict.text.encode()
+            encoded = tokenizer.encode(document.text)
+            if not encoded:  # a tokenizer that drops spaces, say
+                wordless += 1
+                continue
+            encoded.append(tokenizer.eos_id)
+            rank = text_hash(raw, "split")
+            held.append(held_out(rank, recipe.val_fraction))
+            ids[held[-1]].append(np.fromiter(encoded, dtype, len(encoded)))
+            lengths.append(len(encoded))
+            sizes.append(len(raw))
+            ranks.append(rank)
+            documents.append(document)
+        by_rank = [documents[place] for place in np.argsort(np.array(ranks, np.uint64), kind="stable")]
+        files = list(dict.fromkeys(document.file for document in documents))
+        meta = {
+            "read": read,
+            "read_bytes": read_bytes,
+            "lines": piece.line_count,
+            "findings": findings.to_json(),
+            "clean": stats.to_json(),
+            "wordless": wordless,
+            "checked": _check(tokenizer, by_rank),
+            "examples": [_example(document) for document in by_rank[:EXAMPLES]],
+            "files": files,
+        }
+        number_of = {name: number for number, name in enumerate(files)}
+        arrays = {
+            "train_ids": np.concatenate([np.empty(0, dtype), *ids[False]]),
+            "val_ids": np.concatenate([np.empty(0, dtype), *ids[True]]),
+            "lengths": np.array(lengths, np.uint32),
+            "text_bytes": np.array(sizes, np.uint32),
+            "held": np.array(held, bool),
+            "origin": np.array([number_of[document.file] for document in documents], np.uint32),
+            "line": np.array([document.line for document in documents], np.uint64),
+            "meta": np.frombuffer(json.dumps(meta).encode(), np.uint8),
+        }
+        if recipe.dedup != "none":
+            from data_prep.dedup import fingerprints
+
+            arrays["fingerprints"] = fingerprints([document.text for document in documents])
+        write_whole(path, lambda beside: _savez(beside, arrays))
+        return Made(unit, piece.input_bytes, read_bytes, int(arrays["lengths"].sum()))
+
+
+class Chunk:
+    """A chunk file, read a part at a time. Raises ValueError naming the file if it is damaged."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __getitem__(self, name: str) -> Tokens:
+        try:
+            with np.load(self.path, allow_pickle=False) as arrays:
+                array: Tokens = arrays[name]
+                return array
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            raise ValueError(
+                f"{self.path}: damaged ({error}); remove it and run the same command again to make it anew"
+            ) from error
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        meta: dict[str, Any] = json.loads(self["meta"].tobytes())
+        return meta
+
+    def ids(self, split: SplitName) -> Tokens:
+        """The split's documents (n,), each followed by eos, in reading order."""
+        return self[f"{split}_ids"]
+
+    def split_of(self, document: int) -> SplitName:
+        """The split of the document of this number in the chunk."""
+        return "val" if self["held"][document] else "train"
+
+
+def unit_parts(unit: Unit) -> list[Any]:
+    """What a unit is known by: its files by name, size and stamp, wherever they lie, and its range."""
+    return [unit.source, [(file.name, file.kind, file.size, file.stamp) for file in unit.files], unit.start, unit.end]
+
+
+def held_out(split_hash: int, val_fraction: float) -> bool:
+    """Whether a document belongs to the validation split: a function of its `text_hash(..., "split")` alone."""
+    return split_hash < val_fraction * 2**64
+
+
+def tokenise(
+    recipe: Recipe, units: Sequence[Unit], folders: Sequence[Path], workers: int, console: Console
+) -> list[list[Path]]:
+    """The chunk files of each unit, in order, in its folder; those that an earlier run left are not made again.
+
+    Raises ValueError for input that cannot be read or, in `recipe.strict`, has findings; FastPathDiffers.
+    """
+    journal = _Journal(folders)
+    with stage(console, "tokenise", sum(map(stored_bytes, units))) as advance:
+
+        def items() -> Iterator[tuple[int, Piece, Path]]:
+            for number, unit in enumerate(units):
+                if journal.is_whole(number):
+                    advance(stored_bytes(unit))
+                    continue
+                for piece in read_pieces(unit, recipe.text_field):
+                    if path := journal.missing(number, piece.number):
+                        yield number, piece, path
+                    else:
+                        advance(piece.input_bytes)
+                journal.was_read(number)
+
+        with closing(spread(functools.partial(ChunkMaker, recipe), items(), workers)) as results:
+            for made in results:
+                advance(made.input_bytes, made.text_bytes, made.tokens)
+                journal.was_made(made.unit)
+    return journal.paths
+
+
+class _Journal:
+    """Which chunks of which units are there: a unit that is whole says so in a file of its own."""
+
+    def __init__(self, folders: Sequence[Path]):
+        self._folders = folders
+        self._pending = [0] * len(folders)
+        self._read = [False] * len(folders)
+        self.paths: list[list[Path]] = [[] for _ in folders]
+
+    def is_whole(self, unit: int) -> bool:
+        folder = self._folders[unit]
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            names = json.loads((folder / "whole.json").read_text())
+        except (FileNotFoundError, json.JSONDecodeError):
+            return False
+        if not all(zipfile.is_zipfile(folder / name) for name in names):
+            return False
+        self.paths[unit] = [folder / name for name in names]
+        return True
+
+    def missing(self, unit: int, piece: int) -> Path | None:
+        """Where to write a chunk, or None if it is there."""
+        path = self._folders[unit] / f"{piece:06}.npz"
+        self.paths[unit].append(path)
+        if zipfile.is_zipfile(path):
+            return None
+        self._pending[unit] += 1
+        return path
+
+    def was_made(self, unit: int) -> None:
+        self._pending[unit] -= 1
+        self._note(unit)
+
+    def was_read(self, unit: int) -> None:
+        self._read[unit] = True
+        self._note(unit)
+
+    def _note(self, unit: int) -> None:
+        if self._read[unit] and not self._pending[unit]:
+            text = json.dumps([path.name for path in self.paths[unit]])
+            write_whole(self._folders[unit] / "whole.json", lambda beside: beside.write_text(text))
+
+
+def _savez(path: Path, arrays: dict[str, Tokens]) -> None:
+    with path.open("wb") as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]
+
+
+def _check(tokenizer: Tokenizer, documents: list[Document]) -> dict[str, int]:
+    """Try the tokenizer on CHECK_CHARS of the documents: does the text come back, and does a fast encoder agree?
+
+    Raises FastPathDiffers at the first difference from SentencePiece.
+    """
+    result = {"documents": 0, "bytes": 0, "inexact": 0}
+    left = CHECK_CHARS
+    for document in documents:
+        text = document.text[:left]
+        tokenizer.compare_with_sentencepiece(text, f"{document.file}, line {document.line}")
+        result["inexact"] += tokenizer.decode(tokenizer.encode(text)) != text
+        result["documents"] += 1
+        result["bytes"] += len(text.encode())
+        left -= len(text)
+        if left <= 0:
+            break
+    return result
+
+
+def _example(document: Document) -> dict[str, Any]:
+    return {"file": document.file, "line": document.line, "text": document.text[:EXCERPT]}

@@ -1,0 +1,105 @@
+"""A tokenizer for a corpus: a sample of it, chosen by hash over all processes, and SentencePiece's training."""
+
+import functools
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from data_prep.chunks import held_out, unit_parts
+from data_prep.clean import Cleaner, CleanStats, load_rules
+from data_prep.inputs import stored_bytes
+from data_prep.pieces import Piece, Unit, read_pieces
+from data_prep.pool import spread
+from data_prep.progress import stage
+from data_prep.read import Findings, read_documents
+from data_prep.tokenizer import Kind, Sample, text_hash, train
+from data_prep.work import key, write_whole
+
+# What each kind learns from in some 15 seconds on two cores.
+SAMPLE_BYTES = {"bpe": 32_000_000, "unigram": 4_000_000}
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What decides a tokenizer, beside the corpus. `rules` is a file of cleaning rules, and counts by its content."""
+
+    kind: Kind
+    vocab_size: int
+    sample_bytes: int
+    text_field: str
+    val_fraction: float
+    rules: Path | None
+    strict: bool
+
+    def key(self, units: Sequence[Unit]) -> str:
+        """The name of the tokenizer of a corpus."""
+        rules = load_rules(self.rules).fingerprint() if self.rules else None
+        options = [self.kind, self.vocab_size, self.sample_bytes, self.text_field, self.val_fraction, self.strict]
+        return key(rules, options, [unit_parts(unit) for unit in units])
+
+
+class Sampler:
+    """Offers what a tokenizer may learn from; one a worker process. Called with (piece, limit): texts of a hash below
+    `limit` are wanted."""
+
+    def __init__(self, lesson: Lesson):
+        self._lesson = lesson
+        self._clean = Cleaner(load_rules(lesson.rules)) if lesson.rules else None
+
+    def __call__(self, item: tuple[Piece, int]) -> tuple[int, int, list[tuple[int, str]]]:
+        """Bytes of input, documents, and (hash, text) to choose from: hashed as it was read, offered as cleaned."""
+        piece, limit = item
+        documents = 0
+        lesson, chosen, stats = self._lesson, Sample(self._lesson.sample_bytes, limit), CleanStats()
+        for document in read_documents(piece, lesson.text_field, Findings(), lesson.strict):
+            documents += 1
+            rank = text_hash(document.text.encode(), "sample")
+            if not chosen.wants(rank):
+                continue
+            text = self._clean(document.text, stats).text if self._clean else document.text
+            if text and not held_out(text_hash(text.encode(), "split"), lesson.val_fraction):
+                chosen.add(rank, text)
+        return piece.input_bytes, documents, chosen.items()
+
+
+def learn(work: Path, lesson: Lesson, units: Sequence[Unit], workers: int, console: Console) -> Path:
+    """The tokenizer of a corpus, a .model file in the work folder: trained, or found there.
+
+    Raises ValueError for input that cannot be read, and where there is nothing to learn from or a vocabulary of that
+    size does not come of it.
+    """
+    model = work / f"tokenizer-{lesson.key(units)}.model"
+    if model.exists():
+        return model
+    sample = Sample(lesson.sample_bytes)
+    documents = 0
+
+    def items() -> Iterator[tuple[Piece, int]]:
+        for unit in units:
+            for piece in read_pieces(unit, lesson.text_field):
+                yield piece, sample.limit
+
+    with (
+        stage(console, "sample", sum(map(stored_bytes, units))) as advance,
+        closing(spread(functools.partial(Sampler, lesson), items(), workers)) as offers,
+    ):
+        for input_bytes, read, offered in offers:
+            documents += read
+            for rank, text in offered:
+                sample.add(rank, text)
+            advance(input_bytes)
+    texts = [text for _, text in sample.items()]
+    if not documents:
+        raise ValueError("the corpus is empty: no text in the input; give some text")
+    if not texts:
+        raise ValueError(
+            f"all {documents:,} documents are held out or dropped by the rules, none is left to learn from; use a smaller "
+            "--val-fraction or other --clean rules"
+        )
+    with stage(console, "learn", None) as advance:
+        write_whole(model, lambda beside: train(texts, lesson.vocab_size, beside, lesson.kind))
+        advance(sum(len(text.encode()) for text in texts))
+    return model

@@ -1,0 +1,269 @@
+"""report.html and report.json: what a person opens to judge a prepared set, stage by stage and source by source."""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat
+
+from data_prep.markup import many, percent, rate, ratio, size, visible
+from data_prep.shards import Count
+
+EXCERPT_CHARS = 500
+SUMMARY_NOTES = 4
+# findings that leave a record out before it is a document; no cleaning rule has such a name
+UNREADABLE = ("malformed_json", "no_text", "empty")
+
+
+def _shortened(value: object) -> object:
+    """At most EXCERPT_CHARS characters of a text, with lone surrogates, which no file can hold, escaped."""
+    if not isinstance(value, str):
+        return value
+    text = value[: EXCERPT_CHARS + 1].encode("utf-8", "backslashreplace").decode()
+    return text if len(text) <= EXCERPT_CHARS else text[: EXCERPT_CHARS - 1] + "…"
+
+
+Text = Annotated[str, BeforeValidator(_shortened)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Example(_Part):
+    """The beginning of a document that stayed."""
+
+    place: Text
+    text: Text
+
+
+class SourceReport(_Part):
+    """One INPUT. Counts are of documents; `read` and `read_bytes` (UTF-8) before cleaning, `documents` and what follows
+    after it and without duplicates. `findings` are by kind, `dropped` and `changed` by rule.
+
+    `byte_lengths[i]` and `token_lengths[i]` count the kept documents of 2**i to 2**(i+1) - 1 bytes and tokens.
+    """
+
+    name: Text
+    files: Count
+    read: Count
+    read_bytes: Count
+    findings: dict[Text, Count]
+    dropped: dict[Text, Count]
+    changed: dict[Text, Count]
+    exact: Count
+    near: Count
+    documents: Count
+    text_bytes: Count
+    tokens: Count
+    byte_lengths: tuple[Count, ...]
+    token_lengths: tuple[Count, ...]
+    examples: tuple[Example, ...]
+
+
+class Sample(_Part):
+    """The beginning of a document that a rule dropped, and why."""
+
+    text: Text
+    detail: Text
+
+
+class RuleReport(_Part):
+    """Documents that a cleaning rule saw, changed and dropped."""
+
+    seen: Count
+    changed: Count
+    dropped: Count
+    samples: tuple[Sample, ...]
+
+
+class DuplicateExample(_Part):
+    """A kept and a dropped document (places and beginnings) and the estimated Jaccard similarity of their shingles."""
+
+    kept: Text
+    dropped: Text
+    similarity: Annotated[float, Field(ge=0, le=1)]
+    kept_text: Text
+    dropped_text: Text
+
+
+class DuplicateReport(_Part):
+    """Documents left out as copies; `largest` holds (documents in the cluster, place of the kept one)."""
+
+    exact: Count
+    near: Count
+    clusters: Count
+    largest: tuple[tuple[Count, Text], ...]
+    examples: tuple[DuplicateExample, ...]
+
+
+class TokenizerReport(_Part):
+    """`kind` and `sample_bytes` are null for a tokenizer that was given; `round_trip`: all that was checked came back
+    exactly."""
+
+    kind: Text | None
+    vocab_size: Count
+    sample_bytes: Count | None
+    encoder: Text
+    checked_documents: Count
+    checked_bytes: Count
+    round_trip: bool
+
+
+class SplitReport(_Part):
+    """Train or val; `padding` counts token positions of its rows that are not predicted."""
+
+    documents: Count
+    text_bytes: Count
+    tokens: Count
+    rows: Count
+    shards: Count
+    shard_bytes: Count
+    padding: Count
+
+
+class Reject(_Part):
+    """A finding: line 0 is the whole file; `raw` is what stood there."""
+
+    kind: Text
+    file: Text
+    line: Count
+    action: Text
+    detail: Text = ""
+    raw: Text = ""
+
+
+class Report(_Part):
+    """All of report.json. Texts are cut to EXCERPT_CHARS characters; `rules` are in order of application."""
+
+    name: Text
+    options: dict[Text, Text | int | FiniteFloat | bool | None]
+    sources: tuple[SourceReport, ...]
+    rules: dict[Text, RuleReport]
+    duplicates: DuplicateReport | None
+    tokenizer: TokenizerReport
+    splits: dict[Text, SplitReport]
+    rejects: tuple[Reject, ...]
+
+
+Stage = Literal["unreadable", "rules", "exact", "near", "other", "kept"]
+STAGES: dict[Stage, str] = {
+    "kept": "kept",
+    "unreadable": "unreadable",
+    "rules": "dropped by rules",
+    "exact": "exact duplicates",
+    "near": "near duplicates",
+    "other": "left out otherwise",
+}
+
+
+class Step(NamedTuple):
+    """Documents that leave the funnel at one stage, by rule where it has several."""
+
+    stage: Stage
+    label: str
+    lost: int
+
+
+def funnel(report: Report, sources: Sequence[SourceReport]) -> list[Step]:
+    """Where records of the sources went, in the order in which they are left out; what stayed last."""
+    findings: Counter[str] = Counter()
+    dropped: Counter[str] = Counter()
+    for source in sources:
+        findings.update(source.findings)
+        dropped.update(source.dropped)
+    steps = [Step("unreadable", kind, findings[kind]) for kind in UNREADABLE if findings[kind]]
+    names = dict.fromkeys([*report.rules, *dropped])
+    steps += [Step("rules", name, dropped[name]) for name in names if name not in UNREADABLE]
+    if report.duplicates:
+        steps.append(Step("exact", "exact duplicates", sum(source.exact for source in sources)))
+        steps.append(Step("near", "near duplicates", sum(source.near for source in sources)))
+    kept = sum(source.documents for source in sources)
+    lost = sum(step.lost for step in steps if step.stage != "unreadable")
+    if rest := sum(source.read for source in sources) - lost - kept:
+        steps.append(Step("other", "left out otherwise", rest))
+    return [*steps, Step("kept", "kept", kept)]
+
+
+def fate(steps: Sequence[Step]) -> dict[Stage, int]:
+    """Documents a stage of a funnel."""
+    return {stage: sum(step.lost for step in steps if step.stage == stage) for stage in STAGES}
+
+
+def notes(report: Report) -> list[str]:
+    """What somebody who is about to train on the set should look at first, a line each."""
+    lines = []
+    if not report.tokenizer.round_trip:
+        lines.append("The tokenizer does not give back the exact text of every document that was checked")
+    if "val" not in report.splits:
+        lines.append("There is no validation split")
+    for name, rule in report.rules.items():
+        if rule.dropped > 0.5 * rule.seen:
+            lines.append(f"Rule {name} dropped {rule.dropped:,} of the {rule.seen:,} documents it saw")
+    whole = ratio(sum(source.text_bytes for source in report.sources), sum(source.tokens for source in report.sources))
+    for source in report.sources:
+        name = f'"{source.name}"'
+        count = fate(funnel(report, [source]))
+        if not source.documents:
+            lines.append(f"Nothing of {name} is left")
+        elif count["exact"] + count["near"] > 0.5 * source.read:
+            lines.append(f"Most of {name} is duplicates")
+        if count["unreadable"] > 0.01 * sum(count.values()):
+            lines.append(f"{count['unreadable']:,} of {sum(count.values()):,} records of {name} were unreadable")
+        if source.tokens and source.text_bytes < 0.6 * whole * source.tokens:
+            here = rate(source.text_bytes, source.tokens)
+            lines.append(f"Text of {name} takes a token for every {here} bytes, the whole set for {whole:.2f}")
+    for name, split in report.splits.items():
+        if split.padding > 0.1 * (split.tokens + split.padding):
+            lines.append(f"{percent(split.padding, split.tokens + split.padding)} of the {name} rows is padding")
+    return lines
+
+
+def text_summary(report: Report) -> str:
+    """Six to twelve lines for a terminal, without control characters: the funnel, the tokenizer, the splits."""
+    steps = funnel(report, report.sources)
+    count = fate(steps)
+    found, kept = sum(count.values()), count["kept"]
+    read_bytes, text_bytes, tokens, files = (
+        sum(getattr(source, name) for source in report.sources)
+        for name in ("read_bytes", "text_bytes", "tokens", "files")
+    )
+    lines = [("found", f"{many(found, 'document')}, {size(read_bytes)}, in {many(files, 'file')}")]
+    if count["unreadable"]:
+        lines.append(("", f"-{count['unreadable']:,} unreadable: {_losses(steps, 'unreadable')}"))
+    if count["rules"]:
+        lines.append(("rules", f"-{count['rules']:,}: {_losses(steps, 'rules')}"))
+    else:
+        lines.append(("rules", "dropped nothing" if report.rules else "none"))
+    if report.duplicates:
+        clusters = many(report.duplicates.clusters, "cluster")
+        lines.append(("copies", f"-{count['exact']:,} exact, -{count['near']:,} near, in {clusters}"))
+    else:
+        lines.append(("copies", "not looked for"))
+    lines.append(("kept", f"{many(kept, 'document')} ({percent(kept, found)}), {size(text_bytes)}"))
+    tokenizer = report.tokenizer
+    exact = "round trip exact" if tokenizer.round_trip else "round trip NOT exact"
+    model = f"{tokenizer.kind or 'given'}, {tokenizer.vocab_size:,} pieces, {exact}"
+    lines.append(("tokens", f"{tokens:,}, {rate(text_bytes, tokens)} bytes a token ({model})"))
+    for name, split in report.splits.items():
+        line = f"{many(split.documents, 'document')}, {many(split.rows, 'row')}, {many(split.shards, 'shard')}"
+        padding = percent(split.padding, split.tokens + split.padding)
+        lines.append((name, f"{line}, {padding} padding" if split.padding else line))
+    lines += [("note", line) for line in notes(report)[:SUMMARY_NOTES]]
+    return "\n".join(visible(f"{name:9} {line}").replace("\n", " ") for name, line in lines)
+
+
+def write_report(folder: Path, report: Report) -> None:
+    """Write report.json and report.html into the folder; the same report gives the same bytes. Raises OSError."""
+    from data_prep.report_page import page  # which needs the models above
+
+    text = json.dumps(report.model_dump(mode="json"), ensure_ascii=True, indent=1)
+    (folder / "report.json").write_text(text + "\n", encoding="utf-8")
+    (folder / "report.html").write_text(page(report), encoding="utf-8")
+
+
+def _losses(steps: Sequence[Step], stage: Stage) -> str:
+    losses = sorted((step for step in steps if step.stage == stage and step.lost), key=lambda step: -step.lost)
+    return ", ".join(f"{step.label} {step.lost:,}" for step in losses)

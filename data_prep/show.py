@@ -1,0 +1,115 @@
+"""What a person asks of a set or of a plan: `dnt data info`, `verify`, and `prepare --dry-run`."""
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from data_prep import shards
+from data_prep.chunks import Recipe
+from data_prep.clean import load_rules
+from data_prep.inputs import find_sources, plan_units, stored_bytes
+from data_prep.pipeline import PrepareOptions, checked, lesson, share, workers
+from data_prep.progress import stage
+from data_prep.verify import verify as verify_set
+from data_prep.work import PARTIAL
+
+
+def verify(folder: Path, console: Console | None = None) -> list[str]:
+    """`verify.verify` with a progress line on stderr: the problems, a line each, or []."""
+    console = console or Console(stderr=True)
+    total = sum(path.stat().st_size for path in Path(folder).glob("*.tar"))
+    with stage(console, "verify", total) as advance:
+        return verify_set(folder, advance)
+
+
+def info(folder: Path, console: Console | None = None) -> None:
+    """Print a table of what a set holds, on stdout. Raises ValueError as `load_manifest` does."""
+    folder = Path(folder)
+    manifest = shards.load_manifest(folder)
+    table = _table("split", "documents", "text MB", "tokens", "rows", "shards", "MB", "B/token", title=str(folder))
+    for name, split in manifest.splits.items():
+        size = sum(shard.bytes for shard in split.shards)
+        table.add_row(
+            name,
+            f"{split.documents:,}",
+            f"{split.text_bytes / 1e6:,.1f}",
+            f"{split.tokens:,}",
+            f"{split.rows:,}",
+            f"{len(split.shards):,}",
+            f"{size / 1e6:,.1f}",
+            f"{split.text_bytes / split.tokens:.2f}",
+        )
+    options, tokenizer = manifest.options, manifest.tokenizer
+    origin = f"{options.kind}, trained on a sample of this corpus" if options.kind else "given"
+    exact = "decodes to exactly the text" if tokenizer.round_trip else "does NOT decode to exactly the text"
+    lines = [
+        f"row        {manifest.seq_len} + 1 tokens of {manifest.dtype}, packed by {manifest.packing}",
+        f"tokenizer  {tokenizer.vocab_size:,} pieces ({origin}); {exact}",
+        f"manifest   sha256 {shards.manifest_sha256(folder)}",
+    ]
+    for source in manifest.sources[:20]:
+        notes = f", {source.replaced:,} with broken UTF-8" if source.replaced else ""
+        notes += f", {source.empty:,} empty left out" if source.empty else ""
+        notes += "".join(f", {count:,} dropped by {rule}" for rule, count in source.dropped.items())
+        notes += f", {source.duplicates:,} duplicates left out" if source.duplicates else ""
+        lines.append(
+            f"source     {source.name}: {source.documents:,} documents, {source.text_bytes / 1e6:,.1f} MB{notes}"
+        )
+    if more := len(manifest.sources) - 20:
+        lines += [f"           and {more:,} more"] if more > 0 else []
+    console = console or Console()
+    console.print(table)
+    console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+
+
+def dry_run(options: PrepareOptions, console: Console | None = None) -> None:
+    """Print what `prepare` would do, on stdout, and write nothing. Raises ValueError for options and input."""
+    base = shards.load_manifest(options.append) if options.append else None
+    options = checked(options, base)
+    sources = find_sources([item for item in options.inputs if str(item) != "-"])
+    units = plan_units(sources)
+    table = _table("source", "files", "stored MB", "units", title="input")
+    for source in sources:
+        here = [unit for unit in units if unit.source == source.name]
+        stored = sum(map(stored_bytes, here)) / 1e6
+        table.add_row(source.name, f"{len(source.files):,}", f"{stored:,.1f}", f"{len(here):,}")
+    tokenizer = str(options.tokenizer) if options.tokenizer else None
+    learned = f"train {options.kind} of {options.vocab_size:,} pieces on {lesson(options).sample_bytes / 1e6:,.0f} MB"
+    rules = ", ".join(name for name, _ in load_rules(options.rules).rules) if options.rules else "none"
+    lines = [
+        f"tokenizer  {tokenizer or learned}; encoded by {options.encoder}",
+        f"clean      {rules}",
+        f"dedup      {options.dedup}",
+        f"pack       {options.packing}, rows of {options.seq_len} + 1 tokens, {options.val_fraction:.2%} held out",
+        f"work       {workers(options)} processes in {options.out / PARTIAL}",
+    ]
+    if options.tokenizer:
+        recipe = Recipe(
+            options.tokenizer,
+            options.encoder,
+            options.text_field,
+            options.val_fraction,
+            options.rules,
+            options.dedup,
+            options.strict,
+        )
+        folders = recipe.folders(options.out / PARTIAL, units)
+        done = sum((folder / "whole.json").exists() for folder in folders)
+        lines.append(f"done       {done:,} of {len(units):,} units by an earlier run")
+    if options.task:
+        mine = [units[i] for i in share(units, *options.task)]
+        lines.append(
+            f"task       {options.task[0]} of {options.task[1]}: {len(mine):,} units, "
+            f"{sum(map(stored_bytes, mine)) / 1e6:,.1f} MB stored"
+        )
+    console = console or Console()
+    console.print(table)
+    console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+
+
+def _table(*columns: str, title: str) -> Table:
+    table = Table(*columns, title=title)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    return table

@@ -1,0 +1,349 @@
+"""What may happen while a set is made: kill -9, Ctrl-C, a full or read-only disk, input that vanishes or is damaged.
+
+Each ends in one clear line or none, with no set; and the same command then makes the very bytes of an undisturbed run.
+"""
+
+import json
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
+from multiprocessing.synchronize import Event
+from pathlib import Path
+from typing import Any
+
+import pytest
+import zstandard
+from rich.console import Console
+
+from data_prep import inputs, pieces
+from data_prep.pipeline import PrepareOptions, prepare
+from data_prep.shards import load_manifest
+from data_prep.verify import verify
+from data_prep.work import PARTIAL
+from tests.helpers.corpus import python_source_files, small_set
+
+ROOT = Path(__file__).parents[2]
+QUIET = Console(quiet=True)
+KILLS = 20
+
+
+SMALL = {"PIECE_BYTES": (pieces, 30_000), "UNIT_BYTES": (inputs, 200_000)}
+
+
+@pytest.fixture(autouse=True)
+def many_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, (module, value) in SMALL.items():
+        monkeypatch.setattr(module, name, value)
+
+
+def prepare_elsewhere(options: PrepareOptions, started: Event) -> None:
+    """What a process to be killed runs."""
+    for name, (module, value) in SMALL.items():
+        setattr(module, name, value)
+    started.set()
+    prepare(options, QUIET)
+
+
+def begin(options: PrepareOptions) -> BaseProcess:
+    """A process that has just begun to prepare; not forked from this one, whose libraries have threads."""
+    context = multiprocessing.get_context("forkserver")
+    started = context.Event()
+    child = context.Process(target=prepare_elsewhere, args=(options, started))
+    child.start()
+    assert started.wait(60)
+    return child
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def every_stage(folder: Path) -> PrepareOptions:
+    """Options of a run in which every stage has work: three kinds of input, rules, near duplicates, both splits."""
+    whole = [path.read_bytes().decode("utf-8", "replace") for path in python_source_files(900_000)]
+    texts = [text[at : at + 3000] for text in whole for at in range(0, len(text), 3000)]
+    lines = [json.dumps({"text": text}).encode() + b"\n" for text in [*texts, *texts[::5]]]
+    (folder / "plain.jsonl").write_bytes(b"".join(lines[::2]))
+    (folder / "packed.jsonl.zst").write_bytes(
+        zstandard.ZstdCompressor(write_checksum=True).compress(b"".join(lines[1::2]))
+    )
+    (folder / "files").mkdir()
+    for number, text in enumerate(texts[:40]):
+        (folder / "files" / f"{number:02}.py").write_text(text.replace("self", "me", 2))
+    return PrepareOptions(
+        inputs=[folder / "plain.jsonl", folder / "packed.jsonl.zst", folder / "files"],
+        out=folder / "out",
+        vocab_size=500,
+        seq_len=64,
+        val_fraction=0.1,
+        rules=ROOT / "configs" / "clean" / "light.yaml",
+        dedup="near",
+        shard_bytes=60_000,
+        workers=1,
+    )
+
+
+def test_kill_9_at_any_moment_and_a_rerun_make_the_same_bytes(tmp_path: Path) -> None:
+    options = every_stage(tmp_path)
+    start = time.monotonic()
+    prepare(options, QUIET)
+    seconds = time.monotonic() - start
+    whole = contents(options.out)
+    draw = random.Random(0)
+    reached = set()
+    for number in range(KILLS):
+        shutil.rmtree(options.out)
+        child = begin(options)
+        child.join(seconds * (number + draw.random()) / KILLS)
+        child.kill()
+        child.join()
+        left = {path.name[:5] for path in options.out.rglob("*") if path.is_file()}
+        reached.add(frozenset(left))
+        if child.exitcode == -signal.SIGKILL and not (options.out / "manifest.json").exists():
+            with pytest.raises(ValueError, match=r"manifest|no such folder"):
+                load_manifest(options.out)
+            prepare(options, QUIET)
+        assert contents(options.out) == whole, f"kill {number}, which left {sorted(left)}"
+    assert len(reached) >= 4, "the kills did not reach different stages"
+
+
+def test_what_was_done_is_not_done_again(tmp_path: Path) -> None:
+    options = every_stage(tmp_path)
+    child = begin(options)
+    chunks = options.out / PARTIAL / "chunks"
+    while len(list(chunks.rglob("*.npz"))) < 8:
+        assert child.is_alive()
+        time.sleep(0.002)
+    child.kill()
+    child.join()
+    done = {
+        path: path.stat().st_mtime_ns
+        for path in (options.out / PARTIAL).rglob("*")
+        if path.suffix in (".npz", ".model")
+    }
+    keep: dict[Path, int] = {}
+
+    class Watching(Console):
+        def print(self, *args: Any, **settings: Any) -> None:
+            if "tokenise" in str(args[0]):  # the stage has ended
+                keep.update({path: path.stat().st_mtime_ns for path in done if path.exists()})
+
+    prepare(options, Watching(quiet=True))
+    assert len(done) >= 9
+    assert keep == done
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+import data_prep.pieces
+from tests.helpers.corpus import small_set
+if __name__ == "__main__":
+    data_prep.pieces.PIECE_BYTES = 100_000
+    small_set(Path(sys.argv[1]), limit_bytes=4_000_000, workers=2, shard_bytes=70_000)
+"""
+
+
+@pytest.mark.parametrize("how", ["kill", "Ctrl-C"])
+def test_a_run_with_workers_that_is_stopped_leaves_no_set_and_no_process(tmp_path: Path, how: str) -> None:
+    (tmp_path / "script.py").write_text(SCRIPT)
+    out = tmp_path / "out"
+    command = [sys.executable, str(tmp_path / "script.py"), str(out)]
+    process = subprocess.Popen(
+        command, env={**os.environ, "PYTHONPATH": str(ROOT)}, start_new_session=True, stderr=subprocess.PIPE
+    )
+    deadline = time.monotonic() + 60
+    while len(list((out / PARTIAL).glob("chunks/*/*.npz"))) < 3:
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    if how == "kill":
+        process.kill()
+    else:
+        os.killpg(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert how == "kill" or said.decode().count("KeyboardInterrupt") == 1
+    with pytest.raises(ValueError, match="manifest"):
+        load_manifest(out)
+    while time.monotonic() < deadline and alive(process.pid):
+        time.sleep(0.05)
+    assert not alive(process.pid)
+    small_set(out, limit_bytes=300_000, val_fraction=0)
+    assert verify(out) == []
+    assert not (out / PARTIAL).exists()
+
+
+def alive(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+Disk = Callable[..., None]
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[tuple[Path, Disk]]:
+    """A small file system of its own, and a function that mounts it anew with other options; needs root."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = shutil.which("mount") or ""
+    start = [mount, "-t", "tmpfs", "-o", "size=8k", "tmpfs", str(folder)]
+    if not mount or subprocess.run(start, capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs needs root")
+
+    def remount(options: str) -> None:
+        subprocess.run([mount, "-o", f"remount,{options}", str(folder)], check=True)
+
+    yield folder, remount
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    out = tmp_path_factory.mktemp("undisturbed") / "set"
+    with pytest.MonkeyPatch.context() as patch:
+        for name, (module, value) in SMALL.items():
+            patch.setattr(module, name, value)
+        small_set(out, limit_bytes=500_000, val_fraction=0.3)
+    return contents(out)
+
+
+@pytest.mark.parametrize(("kilobytes", "workers"), [(8, 1), (60, 2), (300, 1), (400, 2), (600, 1), (800, 1)])
+def test_a_full_disk(disk: tuple[Path, Disk], undisturbed: dict[str, bytes], kilobytes: int, workers: int) -> None:
+    folder, remount = disk
+    remount(f"size={kilobytes}k")
+    with pytest.raises(ValueError, match=r"the disk is full .* bytes free.* choose another --out") as caught:
+        small_set(folder / "set", limit_bytes=500_000, val_fraction=0.3, workers=workers)
+    assert str(folder / "set") in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+    assert not [path for path in (folder / "set").glob("*") if path.name != PARTIAL]
+    remount("size=50m")
+    small_set(folder / "set", limit_bytes=500_000, val_fraction=0.3, workers=workers)
+    assert contents(folder / "set") == undisturbed
+
+
+def test_a_read_only_disk(disk: tuple[Path, Disk], tmp_path: Path) -> None:
+    folder, remount = disk
+    remount("ro,size=50m")
+    with pytest.raises(ValueError, match=r"cannot be read or written: Read-only file system; check the path") as caught:
+        small_set(folder / "set", limit_bytes=100_000, val_fraction=0.3)
+    assert str(folder / "set") in str(caught.value)
+    remount("rw")
+    assert not list(folder.iterdir())
+    small_set(folder / "set", limit_bytes=100_000, val_fraction=0.3)
+    assert verify(folder / "set") == []
+
+
+def test_a_limit_on_file_size(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(ValueError, match="the disk is full or a limit is reached"):
+            small_set(tmp_path / "out", limit_bytes=500_000, val_fraction=0.3)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    small_set(tmp_path / "out", limit_bytes=500_000, val_fraction=0.3)
+    assert verify(tmp_path / "out") == []
+
+
+def test_input_that_is_damaged_and_then_mended(tmp_path: Path) -> None:
+    options = every_stage(tmp_path)
+    prepare(options, QUIET)
+    whole = contents(options.out)
+    shutil.rmtree(options.out)
+    path = tmp_path / "packed.jsonl.zst"
+    good, stat = path.read_bytes(), path.stat()
+    for bad in (good[: len(good) // 2], good[:3000] + bytes(100) + good[3100:], b"not zstd"):
+        path.write_bytes(bad)
+        with pytest.raises(ValueError, match=r"packed\.jsonl\.zst: ") as caught:
+            prepare(options, QUIET)
+        assert len(str(caught.value).splitlines()) == 1
+        assert not (options.out / "manifest.json").exists()
+    path.write_bytes(good)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    prepare(options, QUIET)
+    assert contents(options.out) == whole
+
+
+def test_input_that_vanishes_and_comes_back(tmp_path: Path) -> None:
+    options = every_stage(tmp_path)
+    prepare(options, QUIET)
+    whole = contents(options.out)
+    shutil.rmtree(options.out)
+    path = tmp_path / "packed.jsonl.zst"
+    aside = tmp_path / "aside"
+
+    class Taking(Console):
+        """Takes a file away once the tokenizer is learnt, while the first units are still to be read again."""
+
+        def print(self, *args: Any, **settings: Any) -> None:
+            if "learn" in str(args[0]) and path.exists():
+                path.rename(aside)
+
+    with pytest.raises(ValueError, match=r"packed\.jsonl\.zst: .*No such file") as caught:
+        prepare(options, Taking(quiet=True))
+    assert len(str(caught.value).splitlines()) == 1
+    with pytest.raises(ValueError, match=r"packed\.jsonl\.zst: no such file or folder"):
+        prepare(options, QUIET)
+    assert not (options.out / "manifest.json").exists()
+    aside.rename(path)
+    prepare(options, QUIET)
+    assert contents(options.out) == whole
+
+
+def test_input_that_grows_while_it_is_read(tmp_path: Path) -> None:
+    options = every_stage(tmp_path)
+    path = tmp_path / "plain.jsonl"
+
+    class Growing(Console):
+        def print(self, *args: Any, **settings: Any) -> None:
+            if "learn" in str(args[0]):
+                with path.open("a") as file:
+                    file.write('{"text": "one more"}\n')
+
+    with pytest.raises(ValueError, match="the corpus changed while it was read; run the command again"):
+        prepare(options, Growing(quiet=True))
+    prepare(options, QUIET)
+    assert verify(options.out) == []
+
+
+def test_a_killed_worker(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(SCRIPT.replace("small_set(", "import os; small_set("))
+    out = tmp_path / "out"
+    process = subprocess.Popen(
+        [sys.executable, str(tmp_path / "script.py"), str(out)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while len(list((out / PARTIAL).glob("chunks/*/*.npz"))) < 3:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    server = next(pid for pid in children(process.pid) if "forkserver" in command_of(pid))
+    os.kill(children(server)[0], signal.SIGKILL)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode
+    assert "a worker process was killed, perhaps for want of memory; use fewer --workers" in said
+    small_set(out, limit_bytes=300_000, val_fraction=0)
+    assert verify(out) == []
+
+
+def children(parent: int) -> list[int]:
+    found = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    return [int(pid) for pid in found]
+
+
+def command_of(pid: int) -> str:
+    return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()

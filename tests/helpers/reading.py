@@ -1,0 +1,31 @@
+"""All documents of some input, read the way the pipeline does it but in this process."""
+
+from pathlib import Path
+
+from data_prep.inputs import find_sources, plan_units
+from data_prep.pieces import Piece, read_pieces
+from data_prep.read import Document, Findings, read_documents
+
+
+def pieces_of(*inputs: str | Path, text_field: str = "text") -> list[Piece]:
+    """The pieces of all units, in order."""
+    return [piece for unit in plan_units(find_sources(inputs)) for piece in read_pieces(unit, text_field)]
+
+
+def read(
+    *inputs: str | Path, text_field: str = "text", strict: bool = False
+) -> tuple[list[Document], dict[str, int], list[dict[str, object]]]:
+    """Documents, counts of findings by kind, and their records."""
+    documents: list[Document] = []
+    every = Findings()
+    for piece in pieces_of(*inputs, text_field=text_field):
+        findings = Findings()
+        documents += read_documents(piece, text_field, findings, strict)
+        every.counts += findings.counts
+        every.records += findings.records
+    return documents, dict(every.counts), every.records
+
+
+def texts_of(*inputs: str | Path, text_field: str = "text") -> list[str]:
+    """The texts alone."""
+    return [document.text for document in read(*inputs, text_field=text_field)[0]]
