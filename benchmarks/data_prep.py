@@ -1,11 +1,11 @@
 """Speed and memory of `dnt data prepare`, as ratios to its peers in the same run.
 
-    python benchmarks/data_prep.py                                     # the standard library's source, 12 MB
-    python benchmarks/data_prep.py --input 'corpus/*.jsonl.zst'        # your own text, all in memory for the bare loops
-    python benchmarks/data_prep.py --parts memory --input ...          # also: encode workers kitoken datatrove
+    python -m benchmarks.data_prep                                     # the standard library's source, 12 MB
+    python -m benchmarks.data_prep --input 'corpus/*.jsonl.zst'        # your own text, all in memory for the bare loops
+    python -m benchmarks.data_prep --parts memory --input ...          # also: encode workers kitoken datatrove
 
-encode      the whole pipeline (read, tokenise, hash, pack, checksum, report; tokenizer given, no cleaning or dedup) in one
-            process, against `for text in texts: processor.encode(text)` on the same texts, already in memory
+encode      the whole pipeline (read, tokenise, hash, pack, checksum, report; a given tokenizer, no cleaning or dedup)
+            in one process, against `for text in texts: processor.encode(text)` on the same texts, already in memory
 workers     the same pipeline on 2 workers against 1
 kitoken     the pipeline with --encoder kitoken against the bare SentencePiece BPE loop
 datatrove   the pipeline's fastest checked path, and its BPE, against datatrove's JsonlReader + DocumentTokenizer with a
@@ -54,7 +54,8 @@ from datatrove.pipeline.readers import JsonlReader
 from datatrove.pipeline.tokens import DocumentTokenizer
 folder, tokenizer, out = sys.argv[1:]
 def run(n):
-    pipeline = [JsonlReader(folder), DocumentTokenizer(f"{out}/tokens{n}", tokenizer, eos_token="<eos>", shuffle_documents=False)]
+    tokens = DocumentTokenizer(f"{out}/tokens{n}", tokenizer, eos_token="<eos>", shuffle_documents=False)
+    pipeline = [JsonlReader(folder), tokens]
     start = time.perf_counter()
     LocalPipelineExecutor(pipeline, tasks=1, workers=1, logging_dir=f"{out}/logs{n}").run()
     return time.perf_counter() - start
@@ -69,7 +70,8 @@ tokenizer = Tokenizer(models.BPE())
 tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
 tokenizer.decoder = decoders.ByteLevel()
 texts = (json.loads(line)["text"] for line in open(sample, encoding="utf-8"))
-tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=int(vocab_size), special_tokens=["<eos>"], show_progress=False))
+trainer = trainers.BpeTrainer(vocab_size=int(vocab_size), special_tokens=["<eos>"], show_progress=False)
+tokenizer.train_from_iterator(texts, trainer)
 tokenizer.save(out)
 """
 

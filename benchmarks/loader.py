@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=128, help="blocks of 512 rows in the set")
     parser.add_argument("--batch", type=int, default=64, help="rows a batch")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--starts", type=int, default=15)
+    parser.add_argument("--starts", type=int, default=100)
     parser.add_argument("--out", type=Path, help="JSON to write (default: benchmarks/results/loader-DEVICE.json)")
     options = parser.parse_args()
 
@@ -167,8 +167,9 @@ def first_batches(source: Source, batch: int, starts: int) -> tuple[list[float],
     rows = source.manifest.splits["train"].rows
     generator = random.Random(SEED)
     found: tuple[list[float], list[float]] = [], []
-    for _ in range(starts):
-        for seconds, position in zip(found, (0, generator.randrange(1000 * rows)), strict=True):
+    for number in range(starts):
+        pair = list(zip(found, (0, generator.randrange(1000 * rows)), strict=True))
+        for seconds, position in pair if number % 2 else reversed(pair):
             started = time.perf_counter()
             with Stream(
                 (source,), seed=SEED, global_batch=batch, rank=0, world_size=1, consumed_rows=position

@@ -4,6 +4,7 @@ A chunk is a function of the recipe and the piece alone, so it is the same on an
 """
 
 import functools
+import hashlib
 import json
 import zipfile
 from collections import Counter
@@ -28,7 +29,7 @@ from data_prep.tokenizer import Encoder, Tokenizer, text_hash
 from data_prep.work import key, write_whole
 
 VERSION = 1  # raise it when the code makes another chunk of the same piece
-CHECK_CHARS = 1 << 16
+CHECK_CHARS = 1 << 15
 EXAMPLES = 2
 EXCERPT = 500
 
@@ -59,7 +60,7 @@ class Recipe:
     @functools.cached_property
     def _content(self) -> list[Any]:
         rules = load_rules(self.rules).fingerprint() if self.rules else None
-        model = Tokenizer.load(self.model).sha256
+        model = hashlib.sha256(self.model.read_bytes()).hexdigest()
         return [model, self.encoder, self.text_field, self.val_fraction, rules, self.dedup != "none", self.strict]
 
 
@@ -86,6 +87,7 @@ class ChunkMaker:
         dtype = np.dtype(shards.dtype_for(tokenizer.vocab_size))
         findings, stats = Findings(), CleanStats()
         documents: list[Document] = []
+        eos = np.array([tokenizer.eos_id], np.int32)
         ids: tuple[list[Tokens], list[Tokens]] = ([], [])
         lengths, sizes, held, ranks = [], [], [], []
         read = read_bytes = wordless = 0
@@ -100,15 +102,14 @@ class ChunkMaker:
                 if verdict.text != document.text:
                     document = document._replace(text=verdict.text)
                     raw = verdict.text.encode()
-            encoded = tokenizer.encode(document.text)
-            if not encoded:  # a tokenizer that drops spaces, say
+            encoded = tokenizer.encode_parts(document.text)
+            if not any(map(len, encoded)):  # a tokenizer that drops spaces, say
                 wordless += 1
                 continue
-            encoded.append(tokenizer.eos_id)
             rank = text_hash(raw, "split")
             held.append(held_out(rank, recipe.val_fraction))
-            ids[held[-1]].append(np.fromiter(encoded, dtype, len(encoded)))
-            lengths.append(len(encoded))
+            ids[held[-1]].extend((*encoded, eos))
+            lengths.append(sum(map(len, encoded)) + 1)
             sizes.append(len(raw))
             ranks.append(rank)
             documents.append(document)
@@ -127,8 +128,8 @@ class ChunkMaker:
         }
         number_of = {name: number for number, name in enumerate(files)}
         arrays = {
-            "train_ids": np.concatenate([np.empty(0, dtype), *ids[False]]),
-            "val_ids": np.concatenate([np.empty(0, dtype), *ids[True]]),
+            "train_ids": np.concatenate([eos[:0], *ids[False]], dtype=dtype, casting="unsafe"),
+            "val_ids": np.concatenate([eos[:0], *ids[True]], dtype=dtype, casting="unsafe"),
             "lengths": np.array(lengths, np.uint32),
             "text_bytes": np.array(sizes, np.uint32),
             "held": np.array(held, bool),

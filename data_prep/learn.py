@@ -96,8 +96,8 @@ def learn(work: Path, lesson: Lesson, units: Sequence[Unit], workers: int, conso
         raise ValueError("the corpus is empty: no text in the input; give some text")
     if not texts:
         raise ValueError(
-            f"all {documents:,} documents are held out or dropped by the rules, none is left to learn from; use a smaller "
-            "--val-fraction or other --clean rules"
+            f"all {documents:,} documents are held out or dropped by the rules, none is left to learn from; "
+            "use a smaller --val-fraction or other --clean rules"
         )
     with stage(console, "learn", None) as advance:
         write_whole(model, lambda beside: train(texts, lesson.vocab_size, beside, lesson.kind))

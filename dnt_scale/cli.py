@@ -212,8 +212,8 @@ def data_prepare(options: argparse.Namespace) -> int:
 def data_tokenizer(options: argparse.Namespace) -> int:
     from data_prep.pipeline import train_tokenizer
 
-    asked = corpus_options(options)
-    tokenizer = train_tokenizer(dataclasses.replace(asked, out=options.out.with_name(options.out.name + ".work")), options.out)
+    work = options.out.with_name(f"{options.out.name}.work")
+    tokenizer = train_tokenizer(dataclasses.replace(corpus_options(options), out=work), options.out)
     print(f"{options.out}: {tokenizer.vocab_size:,} pieces, sha256 {tokenizer.sha256}")
     return 0
 
