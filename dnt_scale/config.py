@@ -116,8 +116,32 @@ class AdamWConfig(_OptimBase):
 OptimConfig = Annotated[MSGDWConfig | AdamWConfig, Field(discriminator="algorithm")]
 
 
+SetPath = Annotated[Path, AfterValidator(Path.absolute)]
+SetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+
+
+class MixtureEntry(Strict):
+    """One set of a mixture."""
+
+    path: SetPath = Field(description="made by `dnt data prepare`")
+    weight: float = Field(gt=0, description="its share of the tokens, relative to the other sets' weights")
+
+
 class DataConfig(Strict):
-    path: Annotated[Path, AfterValidator(Path.absolute)] = Field(description="made by `dnt data prepare`")
+    """What a run reads: the set at ``path``, or the sets of ``mixture`` by name."""
+
+    path: SetPath | None = Field(None, description="made by `dnt data prepare`")
+    mixture: dict[SetName, MixtureEntry] = {}
+    document_mask: bool = Field(False, description="attention stays inside documents, where positions restart")
+
+    @model_validator(mode="after")
+    def _path_or_mixture(self) -> Self:
+        if (self.path is None) != bool(self.mixture):
+            raise ValueError(
+                "set one of path and mixture (with a mixture, path is null); "
+                f"found path={self.path} and {', '.join(self.mixture) or 'no sets'} in mixture"
+            )
+        return self
 
 
 class EngineConfig(Strict):

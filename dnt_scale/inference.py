@@ -6,65 +6,68 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data_prep.shards import Manifest, load_manifest
 from data_prep.tokenizer import Tokenizer
 from dnt_scale import checkpoint, config
-from dnt_scale.config import ConfigError, RunConfig
+from dnt_scale.config import ConfigError, DataConfig, RunConfig
 from dnt_scale.model import DNT, IGNORED
 from dnt_scale.ranks import Ranks
+from dnt_scale.sources import Sources, load_sources
 from dnt_scale.stream import validation_batches
 
 
-def load_run(run_dir: Path, me: Ranks) -> tuple[RunConfig, DNT, Path]:
-    """A run's configuration, its model with the newest weights (compute dtype, on ``me.device``), and the checkpoint.
+def load_run(run_dir: Path, data: Path | None, me: Ranks) -> tuple[RunConfig, DNT, Sources]:
+    """A run's configuration, its model with the newest weights (compute dtype, on ``me.device``), and what it reads.
+
+    Args:
+        data: a set to read instead of the run's own, made with the same tokenizer.
 
     Raises:
-        ValueError: no run or no checkpoint there, or a damaged one.
+        ValueError: no run or no checkpoint there, a damaged one, no such set, or one with another tokenizer.
     """
     run = config.from_yaml(run_dir / "config.yaml")
     newest = checkpoint.newest(run_dir / "checkpoints")
     if newest is None:
         raise ConfigError(f"{run_dir / 'checkpoints'}: no complete checkpoint; train the run until it has saved one")
-    checkpoint.check_files(newest, checkpoint.read_state(newest), me)
-    model = DNT(run.model)
+    state = checkpoint.read_state(newest)
+    checkpoint.check_files(newest, state, me)
+    sources = load_sources(DataConfig(path=data) if data else run.data)
+    manifest = sources[0].manifest
+    if manifest.tokenizer.sha256 != state.tokenizer_sha256:
+        raise ConfigError(
+            f"{sources[0].folder}: made with another tokenizer (sha256 {manifest.tokenizer.sha256[:12]}) than "
+            f"{newest} (sha256 {state.tokenizer_sha256[:12]}); prepare it with --tokenizer"
+        )
+    model = DNT(run.model, manifest.eos_id if run.data.document_mask else None)
     checkpoint.load_tensors(newest, {f"model.{name}": p.detach() for name, p in model.named_parameters()})
     dtype = torch.bfloat16 if run.train.dtype == "bf16" else torch.float32
-    return run, model.to(me.device, dtype), newest
-
-
-def matching_manifest(folder: Path, checkpoint_dir: Path) -> Manifest:
-    """The manifest in ``folder``. Raises ConfigError when its tokenizer is not the checkpoint's."""
-    manifest = load_manifest(folder)
-    trained = checkpoint.read_state(checkpoint_dir).tokenizer_sha256
-    if manifest.tokenizer.sha256 != trained:
-        raise ConfigError(
-            f"{folder}: made with another tokenizer (sha256 {manifest.tokenizer.sha256[:12]}) than "
-            f"{checkpoint_dir} (sha256 {trained[:12]}); prepare it with --tokenizer"
-        )
-    return manifest
+    return run, model.to(me.device, dtype), sources
 
 
 @torch.inference_mode()
-def evaluate(run_dir: Path, data: Path | None, rows: int | None, me: Ranks) -> tuple[float, Manifest]:
-    """Mean loss in nats a token on ``rows`` (default: all) evenly spread validation rows, and the set's manifest.
+def evaluate(run_dir: Path, data: Path | None, rows: int | None, me: Ranks) -> tuple[list[float], Sources]:
+    """Each set's mean loss in nats a token on ``rows`` (default: all) evenly spread validation rows, and the sets.
 
     Args:
         data: another set with the same tokenizer; default the run's own.
     """
-    run, model, newest = load_run(run_dir, me)
-    folder = data or run.data.path
-    manifest = matching_manifest(folder, newest)
-    if "val" not in manifest.splits:
-        raise ConfigError(f"{folder}: has no validation split; prepare it with --val-fraction above 0")
-    rows = rows or manifest.splits["val"].rows
-    total, tokens = 0.0, 0
-    for batch in validation_batches(
-        folder, manifest, rows=rows, micro_batch=run.train.micro_batch, rank=0, world_size=1
-    ):
-        batch = batch.to(me.device)
-        total += model(batch[:, :-1].clamp(min=0), batch[:, 1:]).item()
-        tokens += int((batch[:, 1:] != IGNORED).sum())
-    return total / tokens, manifest
+    run, model, sources = load_run(run_dir, data, me)
+    losses = []
+    for source in sources:
+        if "val" not in source.manifest.splits:
+            raise ConfigError(f"{source.folder}: has no validation split; prepare it with --val-fraction above 0")
+        total, tokens = 0.0, 0
+        for batch in validation_batches(
+            source,
+            rows=rows or source.manifest.splits["val"].rows,
+            micro_batch=run.train.micro_batch,
+            rank=0,
+            world_size=1,
+        ):
+            batch = batch.to(me.device)
+            total += model(batch[:, :-1].clamp(min=0), batch[:, 1:]).item()
+            tokens += int((batch[:, 1:] != IGNORED).sum())
+        losses.append(total / tokens)
+    return losses, sources
 
 
 @torch.inference_mode()
@@ -78,9 +81,8 @@ def generate(
         top_k: sample from the k most likely tokens; 0: from all.
         data: where the tokenizer is, if the run's data folder has moved.
     """
-    run, model, newest = load_run(run_dir, me)
-    folder = data or run.data.path
-    manifest = matching_manifest(folder, newest)
+    run, model, sources = load_run(run_dir, data, me)
+    folder, manifest = sources[0].folder, sources[0].manifest
     tokenizer = Tokenizer.load(folder / manifest.tokenizer.file)
     if tokenizer.sha256 != manifest.tokenizer.sha256:
         raise ConfigError(f"{folder / manifest.tokenizer.file}: not the tokenizer that its manifest names; restore it")

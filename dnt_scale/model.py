@@ -78,7 +78,7 @@ class Attention(nn.Module):
         self.norm_q = norm_if(qk_norm, head_size, config)
         self.norm_k = norm_if(qk_norm, head_size, config)
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
+    def forward(self, x_BTD: Tensor, mask_B1TT: Tensor | None = None) -> Tensor:
         def split_heads(y_BTD: Tensor) -> Tensor:
             return y_BTD.view(*y_BTD.shape[:-1], self.heads, -1)
 
@@ -86,7 +86,11 @@ class Attention(nn.Module):
         k_BTHK = self.norm_k(split_heads(self.w_k(x_BTD)))
         v_BTHK = split_heads(self.w_v(x_BTD))
         y_BHTK = F.scaled_dot_product_attention(
-            q_BTHK.transpose(1, 2), k_BTHK.transpose(1, 2), v_BTHK.transpose(1, 2), is_causal=True
+            q_BTHK.transpose(1, 2),
+            k_BTHK.transpose(1, 2),
+            v_BTHK.transpose(1, 2),
+            attn_mask=mask_B1TT,
+            is_causal=mask_B1TT is None,
         )
         y_BTD: Tensor = self.w_o(y_BHTK.transpose(1, 2).flatten(-2))
         return y_BTD
@@ -121,18 +125,38 @@ class Block(nn.Module):
         self.ffn = FeedForward(config)
         self.norm_mid2 = norm_if(norms.mid, config.width, config)
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        x_BTD = x_BTD + self.norm_mid1(self.attn(self.norm_pre1(x_BTD)))
+    def forward(self, x_BTD: Tensor, mask_B1TT: Tensor | None = None) -> Tensor:
+        x_BTD = x_BTD + self.norm_mid1(self.attn(self.norm_pre1(x_BTD), mask_B1TT))
         out_BTD: Tensor = x_BTD + self.norm_mid2(self.ffn(self.norm_pre2(x_BTD)))
         return out_BTD
 
 
-class DNT(nn.Module):
-    """A decoder-only language model. Parameters are uninitialised until ``init_weights``."""
+def document_layout(tokens_BT: Tensor, eos: int) -> tuple[Tensor, Tensor]:
+    """Where documents lie in rows: each ``eos`` begins one, and what precedes the first is the rest of another.
 
-    def __init__(self, config: ModelConfig) -> None:
+    Returns:
+        positions_BT, int64: the distance from the document's beginning, or from the row's where that comes later.
+        mask_B1TT, bool: whether a token (next to last dimension) attends to another (last): one of its own document,
+            not after it.
+    """
+    index_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
+    begin_BT = torch.where(tokens_BT == eos, index_T, 0).cummax(dim=1).values
+    same_BTT = begin_BT[:, :, None] == begin_BT[:, None, :]
+    return index_T - begin_BT, (same_BTT & (index_T[:, None] >= index_T))[:, None]
+
+
+class DNT(nn.Module):
+    """A decoder-only language model. Parameters are uninitialised until ``init_weights``.
+
+    Args:
+        document_eos: the token that stands before and after documents; attention then stays inside a document, and
+            its positions count from that token. None: a row is one text.
+    """
+
+    def __init__(self, config: ModelConfig, document_eos: int | None = None) -> None:
         super().__init__()
         self.config = config
+        self.document_eos = document_eos
         self.tok_emb = nn.Embedding(config.vocab_size, config.width)
         self.pos_emb = nn.Embedding(config.context, config.width) if config.positions == "learned" else None
         self.norm_in = norm_if(SETTINGS[config.setting].input, config.width, config)
@@ -159,12 +183,15 @@ class DNT(nn.Module):
                 f"row of {length} tokens, but model.context is {self.config.context}; "
                 f"set model.context={length} or prepare shorter rows"
             )
+        positions, mask_B1TT = torch.arange(length, device=tokens_BT.device), None
+        if self.document_eos is not None:
+            positions, mask_B1TT = document_layout(tokens_BT, self.document_eos)
         x_BTD = self.tok_emb(tokens_BT)
         if self.pos_emb is not None:
-            x_BTD = x_BTD + self.pos_emb(torch.arange(length, device=tokens_BT.device))
+            x_BTD = x_BTD + self.pos_emb(positions)
         x_BTD = self.norm_in(x_BTD)
         for block in self.blocks:
-            x_BTD = block(x_BTD)
+            x_BTD = block(x_BTD, mask_B1TT)
         head_VD = self.tok_emb.weight if self.head is None else self.head.weight
         logits_BTV = F.linear(self.norm_out(x_BTD), head_VD)
         if targets_BT is None:

@@ -5,16 +5,16 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from data_prep.shards import Manifest, manifest_sha256
 from dnt_scale import checkpoint
 from dnt_scale.checkpoint import State
-from dnt_scale.config import ConfigError, RunConfig, to_yaml
+from dnt_scale.config import ConfigError, RunConfig, to_yaml, validate
+from dnt_scale.sources import Sources, identity
 
 # what a resumed run may not change: its weights, its order of data and its momentum depend on it
-FIXED = ("model", "run.seed", "train.global_batch", "optim.algorithm")
+FIXED = ("model", "run.seed", "train.global_batch", "optim.algorithm", "data.document_mask")
 
 
-def starting_state(run: RunConfig, manifest: Manifest, total_steps: int, world_size: int) -> tuple[State, Path | None]:
+def starting_state(run: RunConfig, sources: Sources, total_steps: int, world_size: int) -> tuple[State, Path | None]:
     """The newest checkpoint's state and path, checked against this run; or step 0 and None. For one rank to decide.
 
     Raises:
@@ -29,8 +29,8 @@ def starting_state(run: RunConfig, manifest: Manifest, total_steps: int, world_s
         skipped=0,
         seed=run.run.seed,
         run_id=earlier_run_id(run) or uuid.uuid4().hex,
-        manifest_sha256=manifest_sha256(run.data.path),
-        tokenizer_sha256=manifest.tokenizer.sha256,
+        manifest_sha256=identity(sources),
+        tokenizer_sha256=sources[0].manifest.tokenizer.sha256,
         world_size=world_size,
         config=settings,
         files={},
@@ -40,16 +40,23 @@ def starting_state(run: RunConfig, manifest: Manifest, total_steps: int, world_s
     state = checkpoint.read_state(newest)
     if state.tokenizer_sha256 != fresh.tokenizer_sha256:
         raise ConfigError(
-            f"data.path: {run.data.path} was made with another tokenizer (sha256 {fresh.tokenizer_sha256[:12]}) than "
-            f"{newest} (sha256 {state.tokenizer_sha256[:12]}); prepare it with --tokenizer, or take another run.name"
+            f"{sources[0].field}: {sources[0].folder} was made with another tokenizer (sha256 "
+            f"{fresh.tokenizer_sha256[:12]}) than {newest} (sha256 {state.tokenizer_sha256[:12]}); "
+            "prepare it with --tokenizer, or take another run.name"
         )
     if state.manifest_sha256 != fresh.manifest_sha256:
+        if run.data.mixture:
+            raise ConfigError(
+                f"data.mixture: its names, weights or manifests are not those that {newest} was trained on, so the "
+                "order of rows would change; give those sets and weights, or take another run.name"
+            )
         raise ConfigError(
             f"data.path: the manifest of {run.data.path} is not the one that {newest} was trained on, so its order of "
             "rows would change; give that set, or take another run.name"
         )
+    trained = validate(state.config, str(newest / "state.json")).model_dump(mode="json")  # fields newer than it too
     for field in FIXED:
-        before, now = pick(state.config, field), pick(settings, field)
+        before, now = pick(trained, field), pick(settings, field)
         if before != now:
             raise ConfigError(
                 f"{field}: {newest} was trained with {before}, this run asks for {now}; "

@@ -8,14 +8,13 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
 import torch
 
-from data_prep.shards import Manifest, load_manifest
 from dnt_scale import checkpoint, config, engine, ranks
 from dnt_scale.checkpoint import State
 from dnt_scale.config import ConfigError, RunConfig
@@ -25,6 +24,7 @@ from dnt_scale.plots import plot_run
 from dnt_scale.progress import TrainProgress, peak_flops
 from dnt_scale.ranks import Ranks
 from dnt_scale.resume import starting_state
+from dnt_scale.sources import Sources, fitting_sources
 from dnt_scale.stream import Stream, validation_batches
 from dnt_scale.tracking import Status, Tracker, git_commit
 
@@ -77,19 +77,21 @@ def train(run: RunConfig, me: Ranks) -> int:
             too many steps in a row were not finite.
         OSError: the run folder cannot be written.
     """
-    manifest = ranks.together(me, lambda: fitting_manifest(run))
+    sources = ranks.together(me, lambda: fitting_sources(run))
+    manifest = sources[0].manifest  # all have its seq_len, eos_id and tokenizer
     total_steps = run.total_steps(manifest.seq_len)
-    state, newest = ranks.on_first(me, lambda: starting_state(run, manifest, total_steps, me.world_size))
+    state, newest = ranks.on_first(me, lambda: starting_state(run, sources, total_steps, me.world_size))
     if newest:
         checkpoint.check_files(newest, state, me)
-    stream = ranks.together(me, lambda: training_stream(run, manifest, state, me))
-    trainer = engine.build(run, lambda: DNT(run.model), me, total_steps)
+    stream = ranks.together(me, lambda: training_stream(run, sources, state, me))
+    document_eos = manifest.eos_id if run.data.document_mask else None
+    trainer = engine.build(run, lambda: DNT(run.model, document_eos), me, total_steps)
     if newest:
         trainer.load(newest)
 
     tracker = start_tracking(run, state, me) if me.first else None
     progress = TrainProgress(total_steps, state.step, silent=not me.first)
-    progress.say(opening_line(run, manifest, total_steps, newest, me))
+    progress.say(opening_line(run, sources, total_steps, newest, me))
 
     def report(metrics: Metrics) -> None:
         metrics = {"step": state.step, "tokens": state.tokens, "time": time.time(), **metrics}
@@ -102,7 +104,7 @@ def train(run: RunConfig, me: Ranks) -> int:
     try:
         with stop_signals() as signals, progress, stream:
             if newest is None and run.eval.every:
-                report(validation(run, trainer, manifest, me))
+                report(validation(run, trainer, sources, me))
             while state.step < total_steps and not stopped_by:
                 started = time.perf_counter()
                 batch, consumed_rows = next(stream)
@@ -122,10 +124,10 @@ def train(run: RunConfig, me: Ranks) -> int:
                     "lr": stats.lr,
                     "grad_norm": stats.grad_norm,
                     "skipped": int(stats.skipped),
-                    **speed(run, manifest, seconds, me),
+                    **speed(run, manifest.seq_len, seconds, me),
                 }
                 if run.eval.every and (state.step % run.eval.every == 0 or last):
-                    metrics |= validation(run, trainer, manifest, me)
+                    metrics |= validation(run, trainer, sources, me)
                 report(metrics)
 
                 skipped_in_a_row = skipped_in_a_row + 1 if stats.skipped else 0
@@ -155,32 +157,9 @@ def train(run: RunConfig, me: Ranks) -> int:
     return 0
 
 
-def fitting_manifest(run: RunConfig) -> Manifest:
-    """The set's manifest. Raises ValueError when it is damaged, or naming the field that does not fit it."""
-    path = run.data.path
-    manifest = load_manifest(path)
-    if manifest.tokenizer.vocab_size > run.model.vocab_size:
-        raise ConfigError(
-            f"model.vocab_size is {run.model.vocab_size}, but the shards in {path} have "
-            f"{manifest.tokenizer.vocab_size} token ids; set model.vocab_size={manifest.tokenizer.vocab_size} or more"
-        )
-    if manifest.seq_len > run.model.context:
-        raise ConfigError(
-            f"model.context is {run.model.context}, but the rows in {path} have {manifest.seq_len} tokens; "
-            f"set model.context={manifest.seq_len} or prepare with --seq-len {run.model.context}"
-        )
-    if run.eval.every and "val" not in manifest.splits:
-        raise ConfigError(
-            f"eval.every is {run.eval.every}, but {path} has no validation split; "
-            "set eval.every=0 or prepare with --val-fraction above 0"
-        )
-    return manifest
-
-
-def training_stream(run: RunConfig, manifest: Manifest, state: State, me: Ranks) -> Stream:
+def training_stream(run: RunConfig, sources: Sources, state: State, me: Ranks) -> Stream:
     return Stream(
-        run.data.path,
-        manifest,
+        sources,
         seed=run.run.seed,
         global_batch=run.train.global_batch,
         rank=me.rank,
@@ -211,47 +190,71 @@ def start_tracking(run: RunConfig, state: State, me: Ranks) -> Tracker:
     )
 
 
-def validation(run: RunConfig, trainer: Engine, manifest: Manifest, me: Ranks) -> Metrics:
-    """Loss in nats a token, perplexity, and bits a byte of UTF-8 text on ``eval.rows`` evenly spread held-out rows."""
-    loss = trainer.eval_loss(
-        validation_batches(
-            run.data.path,
-            manifest,
-            rows=run.eval.rows,
-            micro_batch=run.train.micro_batch,
-            rank=me.rank,
-            world_size=me.world_size,
+def validation(run: RunConfig, trainer: Engine, sources: Sources, me: Ranks) -> Metrics:
+    """``validation_metrics`` on ``eval.rows`` evenly spread held-out rows of each set."""
+    losses = [
+        trainer.eval_loss(
+            validation_batches(
+                source,
+                rows=run.eval.rows,
+                micro_batch=run.train.micro_batch,
+                rank=me.rank,
+                world_size=me.world_size,
+            )
         )
-    )
-    return validation_metrics(loss, manifest)
+        for source in sources
+    ]
+    return validation_metrics(losses, sources)
 
 
-def validation_metrics(loss: float, manifest: Manifest) -> Metrics:
-    val = manifest.splits["val"]
-    return {
-        "val/loss": loss,
-        "val/perplexity": math.exp(min(loss, 700.0)),
-        "val/bits_per_byte": loss / math.log(2) * val.tokens / val.text_bytes,
-    }
+def validation_metrics(losses: Sequence[float], sources: Sources) -> Metrics:
+    """Loss in nats a token, perplexity, and bits a byte of UTF-8 text, from each set's own loss.
+
+    ``val/loss`` is the mean over the sets, weighted as the mixture weights their tokens; perplexity and bits a byte are
+    of text mixed in these proportions. Of a mixture, ``val/loss/NAME`` and the like are each set's own.
+    """
+
+    def measures(losses: Sequence[float], sources: Sources, suffix: str = "") -> Metrics:
+        shares = [source.share / sum(other.share for other in sources) for source in sources]
+        splits = [source.manifest.splits["val"] for source in sources]
+        loss = math.fsum(share * loss for share, loss in zip(shares, losses, strict=True))
+        bytes_a_token = math.fsum(
+            share * split.text_bytes / split.tokens for share, split in zip(shares, splits, strict=True)
+        )
+        return {
+            f"val/loss{suffix}": loss,
+            f"val/perplexity{suffix}": math.exp(min(loss, 700.0)),
+            f"val/bits_per_byte{suffix}": loss / math.log(2) / bytes_a_token,
+        }
+
+    metrics = measures(losses, sources)
+    for loss, source in zip(losses, sources, strict=True):
+        if source.name:
+            metrics |= measures([loss], (source,), f"/{source.name}")
+    return metrics
 
 
-def speed(run: RunConfig, manifest: Manifest, seconds: float, me: Ranks) -> Metrics:
+def speed(run: RunConfig, seq_len: int, seconds: float, me: Ranks) -> Metrics:
     """Tokens a second over all ranks; MFU = tokens/s x flops_per_token / (ranks x peak), left out if no peak is known;
     and on CUDA this rank's peak allocated memory in GB (1e9 bytes)."""
-    tokens_per_s = run.train.global_batch * manifest.seq_len / seconds
+    tokens_per_s = run.train.global_batch * seq_len / seconds
     metrics: Metrics = {"tokens_per_s": tokens_per_s}
     if peak := peak_flops(me.device):
-        metrics["mfu"] = tokens_per_s * flops_per_token(run.model, manifest.seq_len) / (me.world_size * peak)
+        metrics["mfu"] = tokens_per_s * flops_per_token(run.model, seq_len) / (me.world_size * peak)
     if me.device.type == "cuda":
         metrics["memory_gb"] = torch.cuda.max_memory_allocated(me.device) / 1e9
     return metrics
 
 
-def opening_line(run: RunConfig, manifest: Manifest, total_steps: int, newest: Path | None, me: Ranks) -> str:
-    epochs = total_steps * run.train.global_batch / manifest.splits["train"].rows
+def opening_line(run: RunConfig, sources: Sources, total_steps: int, newest: Path | None, me: Ranks) -> str:
+    rows = total_steps * run.train.global_batch / sum(source.share for source in sources)
+    epochs = ", ".join(
+        f"{rows * source.share / source.manifest.splits['train'].rows:.2f} epochs{source.name and ' of ' + source.name}"
+        for source in sources
+    )
     return (
         f"{run.run.name}: {run.model.name}, {count_parameters(run.model) / 1e6:.1f}M parameters, "
-        f"{total_steps} steps of {run.train.global_batch * manifest.seq_len:,} tokens ({epochs:.2f} epochs) "
+        f"{total_steps} steps of {run.train.global_batch * sources[0].manifest.seq_len:,} tokens ({epochs}) "
         f"on {me.world_size} x {me.device.type}, " + (f"resuming from {newest}" if newest else "from the start")
     )
 

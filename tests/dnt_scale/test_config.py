@@ -86,7 +86,8 @@ def test_every_file_in_configs_loads(choice: str) -> None:
 
 
 def test_no_config_file_is_left_out() -> None:
-    assert {path.name for path in config_dir().iterdir() if path.is_dir()} == set(GROUPS)
+    folders = {path.name for path in config_dir().iterdir() if path.is_dir()}
+    assert folders - {"clean"} == set(GROUPS)  # clean/ holds rules of data_prep
 
 
 def test_keys_that_only_the_models_have_can_be_set() -> None:
@@ -96,6 +97,28 @@ def test_keys_that_only_the_models_have_can_be_set() -> None:
     config = run("model.norm=layernorm", "model.activation=relu", "optim.groups.gains={pattern: gain, lr: 0.1}")
     assert (config.model.norm, config.model.activation) == ("layernorm", "relu")
     assert config.optim.groups["gains"].lr == 0.1 and "embedding" in config.optim.groups
+
+
+MIXTURE = ["data=mixture", "data.mixture.wiki={path: a, weight: 7}", "data.mixture.code={path: /b, weight: 0.3}"]
+
+
+def test_a_mixture() -> None:
+    data = load(["run.name=x", *MIXTURE, "data.document_mask=true"]).data
+    assert (data.path, data.document_mask) == (None, True)
+    assert {name: (entry.path, entry.weight) for name, entry in data.mixture.items()} == {
+        "wiki": (Path("a").absolute(), 7),
+        "code": (Path("/b"), 0.3),
+    }
+    dotted = ["data.path=null", *(f"data.mixture.{k}" for k in ("wiki.path=a", "wiki.weight=7", "code.weight=0.3"))]
+    assert load(["run.name=x", *dotted, "data.mixture.code.path=/b", "data.document_mask=true"]).data == data
+    assert load(["preset=demo", "data.path=null", *MIXTURE[1:]]).data.mixture == data.mixture
+
+
+def test_a_run_from_before_there_were_mixtures_still_reads() -> None:
+    raw = yaml.safe_load(to_yaml(run()))
+    raw["data"] = {"path": "/shards"}
+    data = validate(raw).data
+    assert (data.path, data.mixture, data.document_mask) == (Path("/shards"), {}, False)
 
 
 def test_interpolation_and_numbers() -> None:
@@ -150,6 +173,13 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
         ["optim=adamw", "optim.groups={e: {pattern: emb, update: row_normalized}}"],
         ["groups.e.update", "row_normalized", "only msgdw"],
     ),
+    "a path and a mixture": (MIXTURE[1:], ["data: set one of path and mixture", "shards", "wiki, code in mixture"]),
+    "neither path nor mixture": (["data.path=null"], ["data: set one of path and mixture", "path=None and no sets"]),
+    "no weight": (["data.path=null", "data.mixture.a.path=x"], ["data.mixture.a.weight: Field required"]),
+    "a weight of nothing": ([*MIXTURE, "data.mixture.code.weight=0"], ["mixture.code.weight", "greater than 0"]),
+    "an endless weight": ([*MIXTURE, "data.mixture.code.weight=inf"], ["mixture.code.weight", "finite"]),
+    "a set with a slash": (["data.mixture={a/b: {path: x, weight: 1}}"], ["data.mixture.a/b", "pattern"]),
+    "a misspelt weight": ([*MIXTURE, "data.mixture.code.wieght=1"], ["data.mixture.code.wieght: no such field"]),
     "two mistakes": (["model.layrs=3", "optim.lr=fast"], ["model.layrs", "optim.lr"]),
     "no value": (["train.steps"], ["train.steps", "key=value"]),
     "no key": (["=3"], ["=3", "no such key"]),
@@ -290,6 +320,7 @@ def test_a_config_file_is_data_and_runs_nothing(tmp_path: Path) -> None:
     [
         [],
         ["optim=adamw", "model=gpt_1.4b"],
+        ["data.path=null", *MIXTURE[1:], "data.document_mask=true"],
         ["train.steps=null", "train.tokens=1e9", "optim.clip_norm=null", "tracking.uri=http://localhost:5000"],
         ["optim.groups.x={pattern: 'w_[qk]\\.', lr: 0.3, weight_decay: 0}", "run.dir=/elsewhere", "model.bias=true"],
         ["optim.lr=0.1234567890123456789", "model.norm_eps=1e-12", "run.seed=123456789012345678"],

@@ -23,12 +23,12 @@ def texts(run_dir: Path, settings: list[dict]) -> None:
 
 
 def losses(run_dir: Path) -> None:
-    """Print the loss on the rows that the run itself used, and on all."""
+    """Print the last set's loss on the rows that the run itself used, and on all."""
     from dnt_scale import ranks
     from dnt_scale.inference import evaluate
 
     with ranks.alone() as me:
-        print(json.dumps([evaluate(run_dir, None, rows, me)[0] for rows in (30, None)]))
+        print(json.dumps([evaluate(run_dir, None, rows, me)[0][-1] for rows in (30, None)]))
 
 
 def test_sampling_is_a_function_of_its_settings(reference):
@@ -114,3 +114,26 @@ def test_a_damaged_checkpoint_is_refused(finished_run):
     shard = next((finished_run / "checkpoints" / "step-00000020").glob("*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-100])
     assert f"{shard}: truncated" in dnt("eval", finished_run).error()
+
+
+def test_eval_of_a_mixture_is_by_set_and_with_its_mask(mixed_run):
+    of_the_run, _ = json.loads(call(losses, mixed_run).ok().out)
+    assert of_the_run == pytest.approx(metrics(mixed_run)[-1]["val/loss/packed"], abs=1e-6)
+    printed = dnt("eval", mixed_run, "--rows", 30).ok().out
+    found = {name: float(value) for name, value in (line.split() for line in printed.splitlines())}
+    last = metrics(mixed_run)[-1]
+    assert found.keys() == {key for key in last if key.startswith("val/")}
+    assert {"val/loss", "val/loss/docs", "val/loss/packed"} < found.keys()
+    for name, value in found.items():
+        assert value == pytest.approx(last[name], abs=1e-3)
+
+
+def test_another_set_is_measured_alone(mixed_run, corpus):
+    printed = dnt("eval", mixed_run, "--rows", 30, "--data", corpus).ok().out
+    assert {line.split()[0] for line in printed.splitlines()} == {"val/loss", "val/perplexity", "val/bits_per_byte"}
+    assert float(printed.split()[1]) == pytest.approx(metrics(mixed_run)[-1]["val/loss/docs"], abs=1e-3)
+
+
+def test_generate_with_masked_documents_beyond_the_context(mixed_run):
+    found = json.loads(call(texts, mixed_run, [{"tokens": 90, "seed": 1}, {"tokens": 90, "seed": 1}]).ok().out)
+    assert found[0] == found[1] and len(found[0]) > len(PROMPT)

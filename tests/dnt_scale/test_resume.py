@@ -3,13 +3,19 @@
 import shutil
 import signal
 import sqlite3
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from dnt_scale import config
+from dnt_scale.sources import load_sources
+from dnt_scale.stream import Stream
 from dnt_scale.tracking import default_uri
 from tests.helpers.run import (
     STEPS,
+    Ranks,
     complete_checkpoints,
     metrics,
     python,
@@ -19,6 +25,7 @@ from tests.helpers.run import (
     tensors,
     tiny,
     train,
+    until,
 )
 
 LAST = f"checkpoints/step-{STEPS:08d}"
@@ -103,3 +110,72 @@ def test_a_resumed_run_is_one_mlflow_run(corpus, tmp_path):
     points = store.execute("select step, value from metrics where key = 'train/loss' order by step").fetchall()
     assert points == [(line["step"], line["train/loss"]) for line in metrics(run_dir)]
     assert [step for step, _ in points] == [1, 2, 3, 4, 5, 6]
+
+
+def train_and_keep_batches(overrides: list[str], folder: Path) -> None:
+    """`dnt_scale.train`, leaving each batch that it trains on as a file named by state and rank."""
+    from dnt_scale import train as loop
+
+    class KeptStream(Stream):
+        def __next__(self):
+            batch, consumed = super().__next__()
+            np.save(folder / f"{consumed:06d}-{self.offset:02d}.npy", batch.numpy())
+            return batch, consumed
+
+    loop.Stream = KeptStream
+    sys.exit(loop.main(overrides))
+
+
+@pytest.fixture(scope="module")
+def stopped_mixture(mixed, tmp_path_factory):
+    """A run on a mixture on 4 ranks, stopped by SIGTERM before its end: its folder, overrides and batches."""
+    folder = tmp_path_factory.mktemp("elastic")
+    (folder / "4").mkdir()
+    data = [
+        "train.global_batch=12",
+        "train.micro_batch=3",
+        "eval.every=0",
+        "checkpoint.every=0",
+        "train.steps=40",
+        *mixed,
+    ]
+    overrides = tiny(Path(), folder / "run", *data)
+    group = Ranks(train_and_keep_batches, (overrides, folder / "4"), 4, {})
+    until(lambda: steps_written(folder / "run") >= 3 or not group.running)
+    group.kill(signal.SIGTERM)
+    stopped = group.wait()
+    assert stopped.codes == [143] * 4, stopped.err
+    assert 3 <= steps_written(folder / "run") < 40
+    return folder / "run", overrides, folder / "4"
+
+
+def batches_kept(folder: Path) -> dict[int, list[list[int]]]:
+    """Rows of each global batch, by its state, in the order of the ranks."""
+    found: dict[int, list[list[int]]] = {}
+    for path in sorted(folder.iterdir()):
+        found.setdefault(int(path.stem.partition("-")[0]), []).extend(np.load(path).tolist())
+    return found
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_a_mixture_stopped_on_4_ranks_goes_on_with_the_same_rows_on_fewer(stopped_mixture, tmp_path, ranks):
+    stopped, overrides, before = stopped_mixture
+    run_dir = Path(shutil.copytree(stopped, tmp_path / "run", symlinks=True))
+    (tmp_path / "kept").mkdir()
+    overrides = [*overrides, f"run.dir={run_dir}"]
+    Ranks(train_and_keep_batches, (overrides, tmp_path / "kept"), ranks, {}).wait().ok()
+    first, rest = batches_kept(before), batches_kept(tmp_path / "kept")
+    assert not first.keys() & rest.keys()
+
+    run = config.load(overrides)
+    sources = load_sources(run.data)
+    with Stream(sources, seed=run.run.seed, global_batch=12, rank=0, world_size=1) as stream:
+        undisturbed = {consumed: batch.tolist() for batch, consumed in (next(stream) for _ in range(40))}
+    assert first | rest == undisturbed
+
+
+def test_another_weight_is_refused(stopped_mixture, tmp_path):
+    stopped, overrides, _ = stopped_mixture
+    run_dir = Path(shutil.copytree(stopped, tmp_path / "run", symlinks=True))
+    error = train([*overrides, f"run.dir={run_dir}", "data.mixture.packed.weight=2"], ranks=1).error()
+    assert "data.mixture: its names, weights or manifests are not those that" in error and "run.name" in error

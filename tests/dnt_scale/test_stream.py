@@ -12,9 +12,21 @@ import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.shards import Member, Shard, Split, iter_documents, load_manifest
+from data_prep.shards import Member, Shard, Split, iter_documents, load_manifest, read_block
+from dnt_scale import stream as stream_module
+from dnt_scale.config import DataConfig
 from dnt_scale.model import IGNORED
-from dnt_scale.stream import WINDOW_BLOCKS, Order, ShardError, Stream, row_at, validation_batches
+from dnt_scale.sources import SHARES, Source, load_sources
+from dnt_scale.stream import (
+    WINDOW_BLOCKS,
+    Order,
+    ShardError,
+    Stream,
+    deal,
+    row_at,
+    rows_from,
+    validation_batches,
+)
 
 BLOCK_SIZES = st.lists(st.integers(1, 12), min_size=1, max_size=3 * WINDOW_BLOCKS)
 SEEDS = st.integers(0, 2**64 - 1)
@@ -87,6 +99,103 @@ def test_the_order_never_changes(seed, position, row):
     assert order_of(SIZES_200, seed).row_at(position) == row
 
 
+@settings(deadline=None, max_examples=60)
+@given(BLOCK_SIZES, SEEDS, st.integers(0, 10**9), st.integers(0, 3000))
+def test_many_rows_at_once_are_row_at(block_rows, seed, position, count):
+    order = order_of(block_rows, seed)
+    blocks, rows = order.rows_from(position, count)
+    assert blocks.dtype == rows.dtype == np.int64
+    some = range(0, count, max(1, count // 100))
+    assert [(blocks[i], rows[i]) for i in some] == [order.row_at(position + i) for i in some]
+
+
+# ---------------------------------------------------------------- mixtures
+
+WEIGHTS = st.lists(st.one_of(st.floats(1e-6, 1e6), st.sampled_from([1.0, 2.0])), min_size=1, max_size=8)
+
+
+def shares_of(weights):
+    """What `load_sources` makes of weights."""
+    return sorted((max(1, round(weight / sum(weights) * SHARES)) for weight in weights), reverse=True)
+
+
+def dealt_by_hand(shares, position):
+    """The definition of `deal`, in integers of any size."""
+    for index, share in enumerate(shares):
+        total = sum(shares[index:])
+        before, after = ((2 * share * count + total) // (2 * total) for count in (position, position + 1))
+        if after > before:
+            return index, before
+        position -= before
+    raise AssertionError
+
+
+@settings(deadline=None)
+@given(WEIGHTS, st.integers(0, 10**12), st.integers(1, 300))
+def test_deal_is_right_at_any_position(weights, first, count):
+    shares = shares_of(weights)
+    source, within = deal(shares, np.arange(first, first + count))
+    assert source.dtype == within.dtype == np.int64
+    by_hand = [dealt_by_hand(shares, position) for position in range(first, first + count)]
+    assert list(zip(source.tolist(), within.tolist(), strict=True)) == by_hand
+
+
+@settings(deadline=None)
+@given(WEIGHTS, st.integers(1, 3000))
+def test_each_set_gives_its_rows_in_turn_and_its_part_of_any_prefix(weights, count):
+    shares = shares_of(weights)
+    source, within = deal(shares, np.arange(count))
+    bound = {1: 0, 2: 0.5}.get(len(shares), 0.5 + 0.5 * sum(1 / k for k in range(1, len(shares) - 1)))
+    for index, share in enumerate(shares):
+        mine = source == index
+        assert np.array_equal(within[mine], np.arange(mine.sum()))
+        exact = np.arange(1, count + 1) * (share / sum(shares))
+        assert np.abs(np.cumsum(mine) - exact).max() <= bound + 1e-6
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.lists(st.tuples(BLOCK_SIZES, st.floats(0.01, 1)), min_size=1, max_size=4),
+    SEEDS,
+    st.integers(0, 10**8),
+    st.lists(st.tuples(st.sampled_from([1, 2, 3, 4, 6, 12]), st.integers(1, 3)), min_size=1, max_size=4),
+)
+def test_any_sequence_of_ranks_sees_the_same_rows(sets, seed, first_batch, stages):
+    """Each stage runs some steps of 12 rows on some ranks, each rank with orders of its own."""
+    shares = shares_of([weight for _, weight in sets])
+
+    def new_orders():
+        return [order_of(block_rows, (seed + index) % 2**64) for index, (block_rows, _) in enumerate(sets)]
+
+    start = position = 12 * first_batch
+    seen = []
+    for ranks, steps in stages:
+        orders = [new_orders() for _ in range(ranks)]
+        for _ in range(steps):
+            for rank in range(ranks):
+                parts = rows_from(shares, orders[rank], position + rank * (12 // ranks), 12 // ranks)
+                seen += zip(*(part.tolist() for part in parts), strict=True)
+            position += 12
+    orders = new_orders()
+    wanted = [dealt_by_hand(shares, p) for p in range(start, position)]
+    assert seen == [(source, *orders[source].row_at(within)) for source, within in wanted]
+
+
+def test_the_order_of_a_mixture_never_changes():
+    shares = shares_of([0.7, 0.2, 0.1])
+    assert shares == [751619277, 214748365, 107374182]
+    source, within = deal(shares, np.arange(20))
+    assert "".join(map(str, source)) == "01000200100100020010"
+    source, within = deal(shares, np.arange(10**12, 10**12 + 3))
+    assert source.tolist() == [0, 0, 1]
+    assert within.tolist() == [700000000186, 700000000187, 200000000186]
+    seeds = [Source(name, Path(), None).shuffle_seed(1234) for name in ("", "wiki", "code")]
+    assert seeds == [1234, 8878525314788845825, 2800035312695850502]
+
+
+# ---------------------------------------------------------------- real sets
+
+
 @pytest.fixture(scope="module")
 def manifest(corpus):
     return load_manifest(corpus)
@@ -107,8 +216,7 @@ def plain(corpus):
 def batches(corpus, manifest, count, *, seed=7, consumed_rows=0, rank=0, world_size=1, global_batch=8):
     """The first ``count`` batches of one rank, and the states that belong to them."""
     with Stream(
-        corpus,
-        manifest,
+        (Source("", corpus, manifest),),
         seed=seed,
         global_batch=global_batch,
         rank=rank,
@@ -170,7 +278,7 @@ def test_global_random_states_stay(corpus, manifest):
     torch.manual_seed(3)
     before = random.getstate(), np.random.get_state()[1].tobytes(), torch.get_rng_state()
     batches(corpus, manifest, 3)
-    list(validation_batches(corpus, manifest, rows=8, micro_batch=4, rank=0, world_size=1))
+    list(validation_batches(Source("", corpus, manifest), rows=8, micro_batch=4, rank=0, world_size=1))
     after = random.getstate(), np.random.get_state()[1].tobytes(), torch.get_rng_state()
     assert before[:2] == after[:2] and torch.equal(before[2], after[2])
 
@@ -183,7 +291,7 @@ def stream_threads():
 def test_leaving_stops_the_thread_and_closes_the_files(corpus, manifest, taken):
     with (
         pytest.raises(ZeroDivisionError),
-        Stream(corpus, manifest, seed=0, global_batch=8, rank=0, world_size=1) as stream,
+        Stream((Source("", corpus, manifest),), seed=0, global_batch=8, rank=0, world_size=1) as stream,
     ):
         for _ in range(taken):
             next(stream)
@@ -195,12 +303,12 @@ def test_leaving_stops_the_thread_and_closes_the_files(corpus, manifest, taken):
 
 def test_a_batch_that_ranks_cannot_share_is_an_error(corpus, manifest):
     with pytest.raises(ValueError, match=r"train\.global_batch is 9, not divisible by 2 ranks"):
-        Stream(corpus, manifest, seed=0, global_batch=9, rank=0, world_size=2)
+        Stream((Source("", corpus, manifest),), seed=0, global_batch=9, rank=0, world_size=2)
 
 
 def test_a_shard_truncated_in_use_is_named(corpus, manifest, tmp_path):
     folder = shutil.copytree(corpus, tmp_path / "set")
-    with Stream(folder, manifest, seed=0, global_batch=64, rank=0, world_size=1) as stream:
+    with Stream((Source("", folder, manifest),), seed=0, global_batch=64, rank=0, world_size=1) as stream:
         next(stream)
         for path in folder.glob("train-*.tar"):
             os.truncate(path, 2048)
@@ -217,7 +325,9 @@ def test_validation_deals_every_row_once(corpus, manifest, plain, world_size, ro
     taken = min(rows, len(every_row))
     wanted = every_row[[index * len(every_row) // taken for index in range(taken)]]
     ranks = [
-        list(validation_batches(corpus, manifest, rows=rows, micro_batch=4, rank=rank, world_size=world_size))
+        list(
+            validation_batches(Source("", corpus, manifest), rows=rows, micro_batch=4, rank=rank, world_size=world_size)
+        )
         for rank in range(world_size)
     ]
     assert len({len(part) for part in ranks}) == 1
@@ -226,3 +336,78 @@ def test_validation_deals_every_row_once(corpus, manifest, plain, world_size, ro
     real = dealt[(dealt != IGNORED).any(dim=1)]
     assert np.array_equal(real.numpy(), wanted)
     assert (dealt[len(real) :] == IGNORED).all()
+
+
+# ---------------------------------------------------------------- several real sets, one of them with padding
+
+
+@pytest.fixture(scope="module")
+def mixture(corpus, packed):
+    entries = {"docs": {"path": corpus, "weight": 2}, "packed": {"path": packed, "weight": 1}}
+    return load_sources(DataConfig.model_validate({"mixture": entries}))
+
+
+def ignoring_padding(row, eos):
+    """A row of packing "best_fit" as the loader should give it."""
+    return [
+        IGNORED if place and token == eos == before else token
+        for place, (before, token) in enumerate(zip([-1, *row], row, strict=False))
+    ]
+
+
+def test_a_mixture_reads_each_sets_rows_in_its_own_order(mixture):
+    with Stream(mixture, seed=7, global_batch=30, rank=0, world_size=1) as stream:
+        got = torch.cat([next(stream)[0] for _ in range(20)]).tolist()
+    orders = [Order(source.manifest.splits["train"], source.shuffle_seed(7)) for source in mixture]
+    assert orders[0].seed != orders[1].seed
+    wanted = []
+    for position in range(600):
+        index, within = dealt_by_hand([source.share for source in mixture], position)
+        block, row = orders[index].row_at(within)
+        ids = read_block(mixture[index].folder, mixture[index].manifest, "train", block)[row].tolist()
+        wanted.append(ignoring_padding(ids, mixture[index].manifest.eos_id) if mixture[index].name == "packed" else ids)
+    assert got == wanted
+    assert sum(IGNORED in row for row in got) > 20
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_ranks_slice_the_same_batches_of_a_mixture(mixture, world_size):
+    def read(rank, world_size, consumed_rows=0):
+        with Stream(
+            mixture, seed=7, global_batch=12, rank=rank, world_size=world_size, consumed_rows=consumed_rows
+        ) as stream:
+            return [next(stream)[0] for _ in range(6)]
+
+    alone = read(0, 1)
+    parts = [read(rank, world_size) for rank in range(world_size)]
+    assert all(torch.equal(torch.cat(part), whole) for part, whole in zip(zip(*parts, strict=True), alone, strict=True))
+    assert torch.equal(torch.cat(read(0, 1, consumed_rows=36)[:3]), torch.cat(alone[3:]))
+
+
+def test_padding_is_all_that_is_ignored(packed):
+    """An epoch of a "best_fit" set predicts as many tokens as the manifest says."""
+    [source] = load_sources(DataConfig(path=packed))
+    split = source.manifest.splits["train"]
+    with Stream((source,), seed=0, global_batch=split.rows, rank=0, world_size=1) as stream:
+        tokens = next(stream)[0]
+    assert (tokens[:, 0] == source.manifest.eos_id).all()
+    assert int((tokens[:, 1:] != IGNORED).sum()) == split.tokens < split.rows * source.manifest.seq_len
+    targets, inputs = tokens[:, 1:], tokens[:, :-1]
+    assert not ((targets == source.manifest.eos_id) & (inputs == source.manifest.eos_id)).any()
+    val = source.manifest.splits["val"]
+    held_out = torch.cat(list(validation_batches(source, rows=10**6, micro_batch=4, rank=0, world_size=1)))
+    assert int((held_out[:, 1:] != IGNORED).sum()) == val.tokens
+
+
+def test_many_shards_are_read_through_few_open_files(corpus, manifest, monkeypatch):
+    def open_files():
+        return len([path for path in Path("/proc/self/fd").iterdir() if path.resolve().parent == corpus])
+
+    wanted = torch.cat(batches(corpus, manifest, 6)[0])
+    assert len(manifest.splits["train"].shards) > 2
+    monkeypatch.setattr(stream_module, "OPEN_FILES", 2)
+    with Stream((Source("", corpus, manifest),), seed=7, global_batch=8, rank=0, world_size=1) as stream:
+        got = torch.cat([next(stream)[0] for _ in range(6)])
+        assert open_files() <= 2
+    assert torch.equal(got, wanted)
+    assert open_files() == 0

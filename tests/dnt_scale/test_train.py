@@ -2,18 +2,27 @@
 
 import json
 import math
+import shutil
 import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch.nn.functional as F
 
+from dnt_scale import config
+from dnt_scale.config import DataConfig
+from dnt_scale.model import DNT, IGNORED, init_weights
+from dnt_scale.sources import load_sources
+from dnt_scale.stream import Stream
+from dnt_scale.train import validation_metrics
 from tests.helpers.run import (
     STEPS,
     call,
     free_port,
     metrics,
     python,
+    same_tensors,
     steps_written,
     stop_midway,
     synthetic_set,
@@ -134,18 +143,18 @@ def poison_one_rank(overrides: list[str]) -> None:
     """One step with a NaN among the weights that rank 1 holds, then the same step without."""
     import torch
 
-    from data_prep.shards import load_manifest
     from dnt_scale import config, ranks
     from dnt_scale.engine import fsdp
     from dnt_scale.model import DNT
     from dnt_scale.optim import local
+    from dnt_scale.sources import load_sources
     from dnt_scale.stream import Stream
 
     run = config.load(overrides)
     me = ranks.start("cpu")
     trainer = fsdp.build(run, lambda: DNT(run.model), me, STEPS)
-    manifest = load_manifest(run.data.path)
-    with Stream(run.data.path, manifest, seed=1, global_batch=8, rank=me.rank, world_size=me.world_size) as stream:
+    sources = load_sources(run.data)
+    with Stream(sources, seed=1, global_batch=8, rank=me.rank, world_size=me.world_size) as stream:
         first, second = next(stream)[0], next(stream)[0]
 
     def snapshot() -> list[torch.Tensor]:
@@ -175,3 +184,71 @@ def poison_one_rank(overrides: list[str]) -> None:
 def test_a_nan_on_one_rank_skips_the_step_on_all(corpus, tmp_path):
     out = call(poison_one_rank, tiny(corpus, tmp_path / "run"), ranks=2).ok().out
     assert [json.loads(line) for line in out.splitlines()] == 2 * [[True, True, [2, 1], False, True, False]]
+
+
+def test_validation_of_a_mixture_is_the_weighted_mean(corpus, packed):
+    sources = load_sources(
+        DataConfig.model_validate(
+            {"mixture": {"docs": {"path": corpus, "weight": 3}, "packed": {"path": packed, "weight": 1}}}
+        )
+    )
+    splits = [source.manifest.splits["val"] for source in sources]
+    found = validation_metrics([2.0, 4.0], sources)
+    assert found["val/loss"] == pytest.approx(2.5) and found["val/perplexity"] == pytest.approx(math.exp(2.5))
+    # four tokens, three of them of docs: 3 * 2 + 4 nats, over the bytes that such tokens stand for
+    bytes_of_four = 3 * splits[0].text_bytes / splits[0].tokens + splits[1].text_bytes / splits[1].tokens
+    assert found["val/bits_per_byte"] == pytest.approx(10 / math.log(2) / bytes_of_four)
+    assert (found["val/loss/docs"], found["val/loss/packed"]) == (2, 4)
+    assert found["val/perplexity/packed"] == pytest.approx(math.exp(4))
+    bits = [loss / math.log(2) * split.tokens / split.text_bytes for loss, split in zip((2, 4), splits, strict=True)]
+    assert [found[f"val/bits_per_byte/{name}"] for name in ("docs", "packed")] == pytest.approx(bits)
+    alone = validation_metrics([4.0], load_sources(DataConfig(path=packed)))
+    assert alone == {key.removesuffix("/packed"): value for key, value in found.items() if key.endswith("/packed")}
+
+
+def test_a_run_on_a_mixture_validates_on_each_set(mixed_run):
+    lines = metrics(mixed_run)
+    measured = [line for line in lines if "val/loss" in line]
+    assert [line["step"] for line in measured] == [0, 2, 3, 4, 6]
+    for line in measured:
+        docs, packed = line["val/loss/docs"], line["val/loss/packed"]
+        assert docs != packed and line["val/loss"] == pytest.approx((2 * docs + packed) / 3)
+    assert measured[-1]["val/loss"] < measured[0]["val/loss"]
+
+
+def test_masked_documents_resume_bitwise_and_are_another_model(mixed, mixed_run, tmp_path):
+    """`mixed_run` was stopped at step 3 and went on."""
+    fields = [*mixed, "train.steps=6", "eval.every=2", "optim.schedule.name=constant"]
+    train(tiny(Path(), tmp_path / "whole", *fields, "data.document_mask=true")).ok()
+    whole = metrics(tmp_path / "whole")
+    last = f"checkpoints/step-{6:08d}"
+    assert same_tensors(tmp_path / "whole" / last, mixed_run / last)
+    assert curve(tmp_path / "whole", "train/loss") == curve(mixed_run, "train/loss")
+    assert whole[-1] == metrics(mixed_run)[-1]
+    train(tiny(Path(), tmp_path / "off", *fields)).ok()
+    off = metrics(tmp_path / "off")
+    assert max(abs(a["train/loss"] - b["train/loss"]) for a, b in zip(whole[1:], off[1:], strict=True)) > 1e-4
+
+
+def test_the_mask_of_a_run_stays(mixed, mixed_run, tmp_path):
+    run_dir = shutil.copytree(mixed_run, tmp_path / "run", symlinks=True)
+    error = train(tiny(Path(), run_dir, *mixed, "train.steps=9")).error()
+    assert "data.document_mask: " in error and "was trained with True, this run asks for False" in error
+
+
+def test_padding_counts_in_no_loss(packed, tmp_path):
+    """The first loss, before anything is learnt, is the mean over the rows' tokens that are not padding."""
+    overrides = tiny(packed, tmp_path / "run", "train.steps=3", "eval.every=0", "checkpoint.every=0")
+    train(overrides, ranks=4).ok()
+    run = config.load(overrides)
+    model = DNT(run.model)
+    init_weights(model, run.run.seed)
+    with Stream(load_sources(run.data), seed=run.run.seed, global_batch=8, rank=0, world_size=1) as stream:
+        batch = next(stream)[0]
+    inputs, targets = batch[:, :-1].clamp(min=0), batch[:, 1:]
+    counted = targets != IGNORED
+    assert (~counted).any()
+    losses = F.cross_entropy(model(inputs).flatten(0, 1), targets.clamp(min=0).flatten(), reduction="none")
+    first = metrics(tmp_path / "run")[0]
+    assert first["train/loss"] == pytest.approx(float(losses[counted.flatten()].mean()), abs=1e-5)
+    assert first["tokens"] == 8 * 64  # positions in rows, padding too
