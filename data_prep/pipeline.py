@@ -50,6 +50,7 @@ from data_prep.tokenizer import Encoder, FastPathDiffers, Kind, Tokenizer
 from data_prep.work import key, publish, spool_stdin, sync, work_folder, write_whole
 
 REJECTS = "rejects.jsonl"
+PROCESS_BYTES = 128 << 20
 
 
 @dataclass(frozen=True)
@@ -390,10 +391,11 @@ def _pack(
     every = [job for name in jobs for job in jobs[name]]
     written: dict[SplitName, list[Shard]] = {name: [] for name in jobs}
     row_bytes = (layout.seq_len + 1) * np.dtype(layout.dtype).itemsize
+    # A process takes longer to start than a small set to write.
+    processes = min(workers(options), len(every), 1 + sum(job.rows for job in every) * row_bytes // PROCESS_BYTES)
     with (
         stage(console, "pack", sum(job.rows for job in every) * row_bytes) as advance,
-        # A process costs more to start than a small shard to write.
-        closing(spread(functools.partial(shard_writer, layout), every, min(workers(options), len(every)))) as results,
+        closing(spread(functools.partial(shard_writer, layout), every, processes)) as results,
     ):
         for job, shard in zip(every, results, strict=True):
             written[job.split].append(shard)

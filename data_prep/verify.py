@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.shards import (
+    FINGERPRINTS,
     MANIFEST,
     TAR_BLOCK,
     TOKENIZER,
@@ -34,7 +35,9 @@ def verify(folder: Path, progress: Callable[[int], object] | None = None) -> lis
         manifest = read_manifest(folder)
     except ValueError as error:
         return [str(error)]
-    problems = list(_check_tokenizer(folder, manifest))
+    problems = list(_check_file(folder / TOKENIZER, manifest.tokenizer.sha256))
+    if manifest.fingerprints:
+        problems += _check_file(folder / FINGERPRINTS, manifest.fingerprints)
     for name, split in manifest.splits.items():
         check = _StreamCheck(manifest)
         bad = [p for shard in split.shards for p in _check_shard(folder, manifest, shard, check, progress)]
@@ -86,12 +89,14 @@ class _StreamCheck:
         return None
 
 
-def _check_tokenizer(folder: Path, manifest: Manifest) -> Iterator[str]:
-    path = folder / TOKENIZER
+def _check_file(path: Path, sha256: str) -> Iterator[str]:
     if not path.is_file():
         yield f"{path}: missing"
-    elif (found := hashlib.sha256(path.read_bytes()).hexdigest()) != manifest.tokenizer.sha256:
-        yield f"{path}: SHA-256 is {found[:12]}..., the manifest says {manifest.tokenizer.sha256[:12]}..."
+        return
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != sha256:
+        yield f"{path}: SHA-256 is {found[:12]}..., the manifest says {sha256[:12]}..."
 
 
 def _check_shard(

@@ -68,7 +68,8 @@ def work_folder(out: Path, *, shared: bool = False) -> Iterator[Path]:
             try:
                 yield partial
             finally:
-                if not any(path.is_file() and path.name != "lock" for path in partial.rglob("*")):
+                # Another task may be about to write there.
+                if not shared and not any(path.is_file() and path.name != "lock" for path in partial.rglob("*")):
                     shutil.rmtree(partial, ignore_errors=True)
                     if created:
                         with contextlib.suppress(OSError):
@@ -136,4 +137,5 @@ def sync(path: Path) -> None:
 
 def _refuse_a_set(out: Path) -> None:
     if (out / shards.MANIFEST).exists():
+        shutil.rmtree(out / PARTIAL, ignore_errors=True)  # of a run that was killed right after its manifest
         raise ValueError(f"{out}: already holds a prepared set; choose another --out, or delete that one first")

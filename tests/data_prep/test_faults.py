@@ -111,6 +111,9 @@ def test_kill_9_at_any_moment_and_a_rerun_make_the_same_bytes(tmp_path: Path) ->
             with pytest.raises(ValueError, match=r"manifest|no such folder"):
                 load_manifest(options.out)
             prepare(options, QUIET)
+        else:
+            with pytest.raises(ValueError, match="already holds a prepared set"):
+                prepare(options, QUIET)
         assert contents(options.out) == whole, f"kill {number}, which left {sorted(left)}"
     assert len(reached) >= 4, "the kills did not reach different stages"
 

@@ -14,6 +14,7 @@ import pytest
 import webdataset
 
 from data_prep.shards import (
+    BLOCK_ROWS,
     Manifest,
     iter_documents,
     load_manifest,
@@ -22,7 +23,7 @@ from data_prep.shards import (
 )
 from data_prep.tokenizer import Tokenizer
 from data_prep.verify import verify
-from tests.helpers.corpus import python_source_files
+from tests.helpers.corpus import python_source_files, small_set
 
 
 def all_rows(folder: Path, manifest: Manifest, split: str) -> np.ndarray:
@@ -268,3 +269,36 @@ def test_splits_and_blocks_that_are_not_there(prepared: Path) -> None:
 def test_readers_do_not_import_torch() -> None:
     code = "import sys, data_prep.pipeline; sys.exit('torch' in sys.modules or 'webdataset' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize("name", ["../../evil.npy", "/etc/evil.npy", "000000.tokens.npy\n", "a/../../b.tokens.npy"])
+def test_a_tar_with_other_names_inside_is_named_and_writes_nowhere(copy: Path, name: str) -> None:
+    manifest = load_manifest(copy)
+    path = copy / "train-000000.tar"
+    raw = bytearray(path.read_bytes())
+    header = tarfile.TarInfo.frombuf(raw[:512], "utf-8", "surrogateescape")
+    header.name = name
+    raw[:512] = header.tobuf(tarfile.USTAR_FORMAT)
+    path.write_bytes(raw)
+    before = sorted(copy.parent.rglob("*"))
+    assert verify(copy) == [f"{path}: 000000.tokens.npy: its tar header tells of {name!r}, {header.size} bytes"]
+    assert len(read_block(copy, manifest, "train", 0)) == BLOCK_ROWS  # by its offset; the tar's names play no part
+    assert sorted(copy.parent.rglob("*")) == before
+
+
+def test_best_fit_rows_are_verified(tmp_path: Path) -> None:
+    manifest = small_set(tmp_path / "set", packing="best_fit", dedup="exact")
+    assert verify(tmp_path / "set") == []
+    split = manifest.splits["train"]
+    pieces = list(iter_documents(tmp_path / "set", "train"))
+    tokens = sum(map(len, pieces)) + sum(len(piece) < manifest.seq_len for piece in pieces)
+    assert tokens == split.tokens < split.rows * manifest.seq_len
+    rows = all_rows(tmp_path / "set", manifest, "train")
+    assert (rows[:, 0] == manifest.eos_id).all()
+    path = tmp_path / "set" / "manifest.json"
+    altered = json.loads(path.read_text())
+    altered["splits"]["train"]["tokens"] -= 1
+    path.write_text(json.dumps(altered))
+    assert verify(tmp_path / "set") == [f"manifest.json: splits.train.tokens is {tokens - 1}, the rows hold {tokens}"]
+    (tmp_path / "set" / "fingerprints.npy").write_bytes(b"other")
+    assert verify(tmp_path / "set")[0].startswith(f"{tmp_path / 'set' / 'fingerprints.npy'}: SHA-256 is")

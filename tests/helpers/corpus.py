@@ -2,6 +2,7 @@
 
 import sysconfig
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -31,9 +32,10 @@ def small_set(
     limit_bytes: int = 1_000_000,
     workers: int = 1,
     shard_bytes: int = 200_000,
+    **options: Any,
 ) -> Manifest:
     """Prepare a set of several shards from the standard library in `out`; a second or two for the default size."""
-    options = PrepareOptions(
+    settings = PrepareOptions(
         inputs=python_source_files(limit_bytes),
         out=out,
         seq_len=seq_len,
@@ -41,5 +43,8 @@ def small_set(
         val_fraction=val_fraction,
         workers=workers,
         shard_bytes=shard_bytes,
+        **options,
     )
-    return prepare(options, Console(quiet=True))
+    manifest = prepare(settings, Console(quiet=True))
+    assert manifest
+    return manifest
