@@ -191,7 +191,8 @@ def share(units: Sequence[Unit], task: int, tasks: int) -> list[int]:
     sizes = [stored_bytes(unit) for unit in units]
     for number in sorted(range(len(units)), key=lambda number: -sizes[number]):
         size, part, numbers = heapq.heappop(parts)
-        heapq.heappush(parts, (size + sizes[number], part, [*numbers, number]))
+        numbers.append(number)
+        heapq.heappush(parts, (size + sizes[number], part, numbers))
     [mine] = (numbers for _, part, numbers in parts if part == task)
     return sorted(mine)
 

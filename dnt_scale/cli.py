@@ -21,7 +21,7 @@ Overrides choose files of configs/ (group=name) and change values (key=value), f
   torchrun --nproc-per-node 8 -m dnt_scale.train model=dnt_1.4b run.name=xl data.path=data/mine
 
 Groups: model (dnt_nano, dnt_124m, dnt_774m, dnt_1.4b and gpt_ twins), optim (msgdw, msgdw_r, adamw), engine (fsdp),
-tracking, preset. `dnt train --print-config ...` shows every key with its value. Running the same command again
+data (shards, mixture), tracking, preset. `dnt train --print-config ...` shows every key with its value. Running the same command again
 resumes the run; Ctrl-C writes a checkpoint and stops. Exit status: 0 complete, 2 error, 130/143 stopped.
 """
 
@@ -35,7 +35,7 @@ A set is a folder: manifest.json, tokenizer.model, WebDataset tars {train,val}-0
 """
 
 PREPARE_HELP = """\
-INPUT may be .txt .md and source files, .jsonl, .parquet, each also .gz .zst .bz2 .xz, folders, globs in quotes, URLs.
+INPUT may be .txt .md and source files, .jsonl, each also .gz .zst .bz2 .xz; .parquet; folders; globs in quotes; URLs.
 The set appears whole or not at all. After Ctrl-C, kill -9 or an error the same command goes on where it was, and the
 result is the same to the byte. DIR/report.html tells what was read, dropped and kept; DIR/rejects.jsonl holds findings.
 
@@ -91,7 +91,7 @@ def parser() -> argparse.ArgumentParser:
         help="kitoken: some three times as fast on bpe, checked on this corpus, given up at the first difference",
     )
     prepare.add_argument("--dedup", choices=["none", "exact", "near"], default="none", help="leave out copies")
-    prepare.add_argument("--seq-len", type=int, default=1024, help="predicted tokens in a row (default: 1024)")
+    prepare.add_argument("--seq-len", type=int, default=1024, metavar="N", help="predicted tokens in a row (default: 1024)")
     prepare.add_argument(
         "--packing",
         choices=["concat", "best_fit"],
