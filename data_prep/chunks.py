@@ -18,12 +18,12 @@ import numpy as np
 from rich.console import Console
 
 from data_prep import shards
-from data_prep.clean import Cleaner, CleanStats, load_rules
-from data_prep.inputs import stored_bytes
-from data_prep.pieces import Piece, Unit, read_pieces
+from data_prep.clean.cleaner import Cleaner, CleanStats, load_rules
 from data_prep.pool import spread
 from data_prep.progress import stage
-from data_prep.read import Document, Findings, read_documents
+from data_prep.read.documents import Document, Findings, read_documents
+from data_prep.read.inputs import stored_bytes
+from data_prep.read.pieces import Piece, Unit, read_pieces
 from data_prep.shards import Dedup, SplitName, Tokens
 from data_prep.tokenizer import Encoder, Tokenizer, text_hash
 from data_prep.work import key, write_whole

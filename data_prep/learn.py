@@ -9,12 +9,12 @@ from pathlib import Path
 from rich.console import Console
 
 from data_prep.chunks import held_out, unit_parts
-from data_prep.clean import Cleaner, CleanStats, load_rules
-from data_prep.inputs import stored_bytes
-from data_prep.pieces import Piece, Unit, read_pieces
+from data_prep.clean.cleaner import Cleaner, CleanStats, load_rules
 from data_prep.pool import spread
 from data_prep.progress import stage
-from data_prep.read import Findings, read_documents
+from data_prep.read.documents import Findings, read_documents
+from data_prep.read.inputs import stored_bytes
+from data_prep.read.pieces import Piece, Unit, read_pieces
 from data_prep.tokenizer import Kind, Sample, text_hash, train
 from data_prep.work import key, write_whole
 

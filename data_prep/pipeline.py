@@ -24,14 +24,15 @@ from rich.markup import escape
 
 from data_prep import shards
 from data_prep.chunks import Chunk, Recipe, tokenise
-from data_prep.clean import load_rules
-from data_prep.inputs import find_sources, plan_units, stored_bytes
+from data_prep.clean.cleaner import load_rules
 from data_prep.learn import SAMPLE_BYTES, Lesson, learn
 from data_prep.pack import Layout, Part, shard_jobs, shard_writer, tail
-from data_prep.pieces import Unit
 from data_prep.pool import cpus, spread
 from data_prep.progress import stage
-from data_prep.report import text_summary, write_report
+from data_prep.read.inputs import find_sources, plan_units, stored_bytes
+from data_prep.read.pieces import Unit
+from data_prep.report.models import text_summary, write_report
+from data_prep.report.summary import make_report
 from data_prep.shards import (
     Dedup,
     Manifest,
@@ -44,7 +45,6 @@ from data_prep.shards import (
     TokenizerInfo,
     Tokens,
 )
-from data_prep.summary import make_report
 from data_prep.tally import SPLITS, Tally, tally
 from data_prep.tokenizer import Encoder, FastPathDiffers, Kind, Tokenizer
 from data_prep.work import key, publish, spool_stdin, sync, work_folder, write_whole
@@ -62,10 +62,10 @@ class PrepareOptions:
     tokenizer: a SentencePiece model to use; without one, a `kind` model of `vocab_size` pieces is trained on about
         `sample_bytes` of the corpus (default: SAMPLE_BYTES of the kind).
     val_fraction: share of the documents held out.
-    rules: a YAML file of cleaning rules (data_prep.clean).
+    rules: a YAML file of cleaning rules (data_prep.clean.cleaner).
     dedup: "exact" or "near" (MinHash) duplicates are left out; the first copy in reading order stays.
     encoder: "kitoken" is checked against SentencePiece, and given up at the first difference.
-    strict: the first finding in the input (data_prep.read) is an error.
+    strict: the first finding in the input (data_prep.read.documents) is an error.
     task: (i, n) makes the chunks of the i-th of n parts of the plan, and nothing else.
     workers (default: one for each CPU this process may use) changes the time and nothing else.
     """

@@ -7,10 +7,10 @@ from rich.table import Table
 
 from data_prep import shards
 from data_prep.chunks import Recipe
-from data_prep.clean import load_rules
-from data_prep.inputs import find_sources, plan_units, stored_bytes
+from data_prep.clean.cleaner import load_rules
 from data_prep.pipeline import PrepareOptions, checked, lesson, share, workers
 from data_prep.progress import stage
+from data_prep.read.inputs import find_sources, plan_units, stored_bytes
 from data_prep.verify import verify as verify_set
 from data_prep.work import PARTIAL
 

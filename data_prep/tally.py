@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from data_prep.chunks import Chunk
-from data_prep.clean import CleanStats
+from data_prep.clean.cleaner import CleanStats
 from data_prep.pack import Layout, Part, contribution_size, kept, predicted
-from data_prep.pieces import Unit
+from data_prep.read.pieces import Unit
 from data_prep.shards import SplitName, Tokens
 
 SPLITS: tuple[SplitName, ...] = ("train", "val")

@@ -91,7 +91,9 @@ def parser() -> argparse.ArgumentParser:
         help="kitoken: some three times as fast on bpe, checked on this corpus, given up at the first difference",
     )
     prepare.add_argument("--dedup", choices=["none", "exact", "near"], default="none", help="leave out copies")
-    prepare.add_argument("--seq-len", type=int, default=1024, metavar="N", help="predicted tokens in a row (default: 1024)")
+    prepare.add_argument(
+        "--seq-len", type=int, default=1024, metavar="N", help="predicted tokens in a row (default: 1024)"
+    )
     prepare.add_argument(
         "--packing",
         choices=["concat", "best_fit"],

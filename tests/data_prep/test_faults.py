@@ -23,8 +23,8 @@ import pytest
 import zstandard
 from rich.console import Console
 
-from data_prep import inputs, pieces
 from data_prep.pipeline import PrepareOptions, prepare
+from data_prep.read import inputs, pieces
 from data_prep.shards import load_manifest
 from data_prep.verify import verify
 from data_prep.work import PARTIAL
@@ -147,10 +147,10 @@ def test_what_was_done_is_not_done_again(tmp_path: Path) -> None:
 SCRIPT = """
 import sys
 from pathlib import Path
-import data_prep.pieces
+import data_prep.read.pieces
 from tests.helpers.corpus import small_set
 if __name__ == "__main__":
-    data_prep.pieces.PIECE_BYTES = 100_000
+    data_prep.read.pieces.PIECE_BYTES = 100_000
     small_set(Path(sys.argv[1]), limit_bytes=4_000_000, workers=2, shard_bytes=70_000)
 """
 

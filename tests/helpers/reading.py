@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from data_prep.inputs import find_sources, plan_units
-from data_prep.pieces import Piece, read_pieces
-from data_prep.read import Document, Findings, read_documents
+from data_prep.read.documents import Document, Findings, read_documents
+from data_prep.read.inputs import find_sources, plan_units
+from data_prep.read.pieces import Piece, read_pieces
 
 
 def pieces_of(*inputs: str | Path, text_field: str = "text") -> list[Piece]:

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_prep import page
-from data_prep.contamination import plain_ngrams
-from data_prep.contamination import test_texts as texts_of
+from data_prep.clean import page
+from data_prep.clean.contamination import plain_ngrams
+from data_prep.clean.contamination import test_texts as texts_of
 
 
 def ngrams(text: str, n: int) -> list[tuple[str, ...]]:

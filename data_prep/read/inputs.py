@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote
 
-from data_prep.pieces import Unit
-from data_prep.streams import PACKED, File, Kind, file_system, is_http, is_url, packing
+from data_prep.read.pieces import Unit
+from data_prep.read.streams import PACKED, File, Kind, file_system, is_http, is_url, packing
 
 JSONL_SUFFIXES = (".jsonl", ".ndjson")
 TEXT_SUFFIXES = (

@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 import yaml
 from pydantic import ValidationError
 
-from data_prep.page import Page
-from data_prep.rules import RULES, Decontaminate, Settings
+from data_prep.clean.page import Page
+from data_prep.clean.rules import RULES, Decontaminate, Settings
 from data_prep.tokenizer import text_hash
 
 SAMPLES = 3

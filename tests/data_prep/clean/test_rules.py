@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.page import Page
-from data_prep.rules import RULES, Outcome
+from data_prep.clean.page import Page
+from data_prep.clean.rules import RULES, Outcome
 
 SENTENCE = "the quick brown fox jumped over that lazy dog and went home to sleep."
 GERMAN = "Der schnelle braune Fuchs sprang über den faulen Hund und ging nach Hause, um dort lange zu schlafen."

@@ -9,8 +9,8 @@ from typing import IO, Any, NamedTuple
 
 import orjson
 
-from data_prep import oversize
-from data_prep.streams import File, Stored, seekable, unpacked
+from data_prep.read import oversize
+from data_prep.read.streams import File, Stored, seekable, unpacked
 
 PIECE_BYTES = 4 << 20
 RAW_BYTES = 64 << 10
@@ -31,7 +31,7 @@ class Unit:
 
 
 class Finding(NamedTuple):
-    """Something wrong in the input, of a kind in data_prep.read.
+    """Something wrong in the input, of a kind in data_prep.read.documents.
 
     `raw` is what is dropped, or the beginning of it; then `size` is how many bytes it has.
     """
@@ -74,8 +74,8 @@ class Piece(NamedTuple):
 def read_pieces(unit: Unit, text_field: str = "text") -> Iterator[Piece]:
     """The pieces of a unit, of about PIECE_BYTES, or of one longer document; a function of the unit's content alone.
 
-    Documents above MAX_DOCUMENT bytes are cut (data_prep.oversize); nothing larger is held in memory, but for a row of
-    parquet, which its library reads whole.
+    Documents above MAX_DOCUMENT bytes are cut (data_prep.read.oversize); nothing larger is held in memory, but for a
+    row of parquet, which its library reads whole.
 
     Raises ValueError naming the file if it is missing, cannot be read, is damaged or changed, or is parquet without a
     string column `text_field`.

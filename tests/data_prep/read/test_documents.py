@@ -20,9 +20,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_prep import pieces
-from data_prep.pieces import RAW_BYTES, Finding
-from data_prep.read import KINDS, Document, Findings
+from data_prep.read import pieces
+from data_prep.read.documents import KINDS, Document, Findings
+from data_prep.read.pieces import RAW_BYTES, Finding
 from tests.helpers.reading import read, texts_of
 
 DEEP = b"[" * 100_000
@@ -177,7 +177,7 @@ def test_strict_stops_at_the_first_finding(tmp_path: Path, name: str, raw: bytes
 
 
 def test_strict_takes_good_text_and_says_where_a_range_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data_prep.inputs.UNIT_BYTES", 20)
+    monkeypatch.setattr("data_prep.read.inputs.UNIT_BYTES", 20)
     path = tmp_path / "a.jsonl"
     good = b'{"text": "a"}\n' * 5
     path.write_bytes(good)
@@ -190,7 +190,7 @@ def test_strict_takes_good_text_and_says_where_a_range_begins(tmp_path: Path, mo
 def test_a_byte_order_mark_that_begins_a_range_is_malformed_as_on_any_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("data_prep.inputs.UNIT_BYTES", 14)
+    monkeypatch.setattr("data_prep.read.inputs.UNIT_BYTES", 14)
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"text": "a"}\n\xef\xbb\xbf{"text": "b"}\n')
     assert read(path)[:2] == ([("a.jsonl", 1, "a")], {"byte_order_mark": 1, "malformed_json": 1})

@@ -8,7 +8,7 @@ from typing import Annotated, Literal, NamedTuple
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat
 
-from data_prep.markup import many, percent, rate, ratio, size, visible
+from data_prep.report.markup import many, percent, rate, ratio, size, visible
 from data_prep.shards import Count
 
 EXCERPT_CHARS = 500
@@ -257,7 +257,7 @@ def text_summary(report: Report) -> str:
 
 def write_report(folder: Path, report: Report) -> None:
     """Write report.json and report.html into the folder; the same report gives the same bytes. Raises OSError."""
-    from data_prep.report_page import page  # which needs the models above
+    from data_prep.report.html_page import page  # which needs the models above
 
     text = json.dumps(report.model_dump(mode="json"), ensure_ascii=True, indent=1)
     (folder / "report.json").write_text(text + "\n", encoding="utf-8")

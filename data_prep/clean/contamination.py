@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data_prep.page import ODD, Array, apart_from_marks, blocks, hash_words
+from data_prep.clean.page import ODD, Array, apart_from_marks, blocks, hash_words
 
 
 @functools.cache

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.clean import EXCERPT, SAMPLES, CleanConfig, Cleaner, CleanStats, Verdict, load_rules
+from data_prep.clean.cleaner import EXCERPT, SAMPLES, CleanConfig, Cleaner, CleanStats, Verdict, load_rules
 
-SHIPPED = Path(__file__).parents[2] / "configs" / "clean"
+SHIPPED = Path(__file__).parents[3] / "configs" / "clean"
 ESSAY = """The old harbour lies to the north of the town, and nobody has ever counted the boats that sleep in it.
 In the morning the fishermen come back with baskets of herring, which they sell to whoever is awake by then.
 Later, children run along the quay with bread for the gulls. Their mothers have warned them about the water!

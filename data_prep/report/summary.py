@@ -7,8 +7,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from data_prep.chunks import EXCERPT, Chunk, Recipe
-from data_prep.clean import CleanStats
-from data_prep.report import DuplicateReport, Report, RuleReport, Sample, SourceReport, SplitReport, TokenizerReport
+from data_prep.clean.cleaner import CleanStats
+from data_prep.report.models import (
+    DuplicateReport,
+    Report,
+    RuleReport,
+    Sample,
+    SourceReport,
+    SplitReport,
+    TokenizerReport,
+)
 from data_prep.shards import Manifest, Tokens
 from data_prep.tally import SourceTally, Tally
 from data_prep.tokenizer import Tokenizer

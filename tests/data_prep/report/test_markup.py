@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_prep.markup import bar, histogram, many, node, percent, power, rate, scaled, size, table, visible
+from data_prep.report.markup import bar, histogram, many, node, percent, power, rate, scaled, size, table, visible
 
 
 @given(st.text(st.characters(codec=None, exclude_categories=())))

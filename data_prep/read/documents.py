@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 import orjson
 
-from data_prep.pieces import RAW_BYTES, Finding, Piece
+from data_prep.read.pieces import RAW_BYTES, Finding, Piece
 
 Action = Literal["kept", "repaired", "dropped", "cut"]
 

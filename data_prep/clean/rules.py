@@ -15,9 +15,18 @@ from typing import Annotated, Any, Literal, NamedTuple
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from data_prep.contamination import plain_ngrams, test_texts
-from data_prep.page import Array, Page, apart_from_marks, blocks, covered, duplicate_shares, hash_words, repeated_ngrams
-from data_prep.pii import mask_emails, mask_ips, mask_phones
+from data_prep.clean.contamination import plain_ngrams, test_texts
+from data_prep.clean.page import (
+    Array,
+    Page,
+    apart_from_marks,
+    blocks,
+    covered,
+    duplicate_shares,
+    hash_words,
+    repeated_ngrams,
+)
+from data_prep.clean.pii import mask_emails, mask_ips, mask_phones
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Amount = Annotated[float, Field(ge=0)]

@@ -19,9 +19,9 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_prep import inputs, oversize, pieces
-from data_prep.inputs import find_sources, plan_units
-from data_prep.pieces import read_pieces
+from data_prep.read import inputs, oversize, pieces
+from data_prep.read.inputs import find_sources, plan_units
+from data_prep.read.pieces import read_pieces
 from tests.helpers.reading import pieces_of, read, texts_of
 
 PACKERS: dict[str, Callable[[bytes], bytes]] = {
@@ -317,7 +317,9 @@ def test_long_lines_among_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 MEASURE = """
 import hashlib, re, sys
-from data_prep import inputs, pieces, read
+from data_prep.read import inputs
+from data_prep.read import pieces
+from data_prep.read import documents as read
 text = hashlib.sha256()
 for unit in inputs.plan_units(inputs.find_sources([sys.argv[1]])):
     for piece in pieces.read_pieces(unit):

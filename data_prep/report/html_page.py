@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from xml.etree.ElementTree import Element
 
-from data_prep.markup import (
+from data_prep.report.markup import (
     Cell,
     Child,
     bar,
@@ -26,7 +26,7 @@ from data_prep.markup import (
     scaled,
     table,
 )
-from data_prep.report import STAGES, Report, SourceReport, Stage, fate, funnel, notes
+from data_prep.report.models import STAGES, Report, SourceReport, Stage, fate, funnel, notes
 
 OPEN_SOURCES = 8
 FINDINGS = {

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from data_prep.markup import visible
-from data_prep.report import EXCERPT_CHARS, Report, fate, funnel, notes, text_summary, write_report
-from data_prep.report_page import OPEN_SOURCES, differing, page
+from data_prep.report.html_page import OPEN_SOURCES, differing, page
+from data_prep.report.markup import visible
+from data_prep.report.models import EXCERPT_CHARS, Report, fate, funnel, notes, text_summary, write_report
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 TAGS = {
@@ -396,6 +396,8 @@ def test_a_report_is_checked(change: dict[str, Any]) -> None:
 
 def test_importing_it_is_light() -> None:
     heavy = "{'torch', 'matplotlib', 'pyarrow', 'scipy', 'mlflow', 'ftfy', 'dnt_scale'}"
-    code = f"import sys, data_prep.report, data_prep.report_page; print(sorted({heavy} & sys.modules.keys()))"
+    code = (
+        f"import sys, data_prep.report.models, data_prep.report.html_page; print(sorted({heavy} & sys.modules.keys()))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from data_prep import inputs
-from data_prep.inputs import find_sources, plan_units, stored_bytes
-from data_prep.pieces import read_pieces
+from data_prep.read import inputs
+from data_prep.read.inputs import find_sources, plan_units, stored_bytes
+from data_prep.read.pieces import read_pieces
 from tests.helpers.reading import read, texts_of
 
 

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_prep import page
-from data_prep.page import Page, apart_from_marks, blocks, covered, duplicate_shares, hash_words, repeated_ngrams
+from data_prep.clean import page
+from data_prep.clean.page import Page, apart_from_marks, blocks, covered, duplicate_shares, hash_words, repeated_ngrams
 
 FEW_WORDS = st.lists(st.sampled_from(["a", "bb", "c1", "22", "-", "é"]), max_size=60)
 LAYOUT = st.text("ab1 \t\n", max_size=200)

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from data_prep.pii import mask_emails, mask_ips, mask_phones
+from data_prep.clean.pii import mask_emails, mask_ips, mask_phones
 
 PARTS = [
     "a",

@@ -1,0 +1,1 @@
+"""Rules that a document must pass, each named, configurable and counted."""

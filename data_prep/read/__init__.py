@@ -1,0 +1,1 @@
+"""Files and streams behind an INPUT, cut into pieces, parsed into documents."""
