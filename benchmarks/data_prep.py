@@ -37,7 +37,8 @@ from rich.console import Console
 from rich.table import Table
 
 from data_prep.learn import SAMPLE_BYTES
-from data_prep.pipeline import PrepareOptions, prepare
+from data_prep.options import PrepareOptions
+from data_prep.pipeline import prepare
 from data_prep.read.documents import Findings, read_documents
 from data_prep.read.inputs import find_sources, plan_units
 from data_prep.read.pieces import read_pieces

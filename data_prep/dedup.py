@@ -52,6 +52,8 @@ _MOST_PARTITIONS = 256
 _FAULT_BYTES = 1 << 16
 # Leaders a bucket is compared with before the rest is left to the other bands: keeps boilerplate linear.
 _BUCKET_ROUNDS = 128
+# Of clusters in all, a minute or two. A chain of a hundred thousand documents comes near it, and may stay in part.
+_COMPARISONS = 1 << 30
 
 _DROPPED, _LETTER, _SPACE, _ALONE = range(4)
 _NO_SPACES = [
@@ -395,17 +397,17 @@ def _find_near(folder: Path, original: Array, memory_bytes: int, tell: Callable[
         links = np.column_stack([_bounds(starts, members)[0], members])
         tell(len(original))
     starts, members = _components(links)
-    for pairs in _stars(starts, members, signatures, None):
+    for pairs in _stars(starts, members, signatures, max(_BUCKET_ROUNDS, _COMPARISONS // max(1, len(members)))):
         original[pairs[:, 1]] = pairs[:, 0]
     return signatures.compared
 
 
-def _stars(starts: Array, members: Array, signatures: _Signatures, rounds: int | None) -> Iterator[Array]:
+def _stars(starts: Array, members: Array, signatures: _Signatures, rounds: int) -> Iterator[Array]:
     """Compare each group's members with its first; those unlike it form a group anew, in up to `rounds` rounds.
 
     Yields int64 (m, 2): a first, and a member like it.
     """
-    while len(members) and rounds != 0:
+    while len(members) and rounds:
         leaders, sizes = _bounds(starts, members)
         numbers = np.repeat(np.arange(len(starts)), sizes)
         alike = leaders == members
@@ -415,7 +417,7 @@ def _stars(starts: Array, members: Array, signatures: _Signatures, rounds: int |
         yield np.column_stack([leaders[linked], members[linked]])
         numbers, members = numbers[~alike], members[~alike]
         starts = np.flatnonzero(np.diff(numbers, prepend=-1))
-        rounds = None if rounds is None else rounds - 1
+        rounds -= 1
 
 
 def _components(links: Array) -> tuple[Array, Array]:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from data_prep.chunks import held_out, unit_parts
-from data_prep.clean.cleaner import Cleaner, CleanStats, load_rules
+from data_prep.chunks import held_out, library_versions, unit_parts
+from data_prep.clean.cleaner import CleanConfig, Cleaner, CleanStats
 from data_prep.pool import spread
 from data_prep.progress import stage
 from data_prep.read.documents import Findings, read_documents
@@ -24,21 +24,21 @@ SAMPLE_BYTES = {"bpe": 32_000_000, "unigram": 4_000_000}
 
 @dataclass(frozen=True)
 class Lesson:
-    """What decides a tokenizer, beside the corpus. `rules` is a file of cleaning rules, and counts by its content."""
+    """What decides a tokenizer, beside the corpus."""
 
     kind: Kind
     vocab_size: int
     sample_bytes: int
     text_field: str
     val_fraction: float
-    rules: Path | None
+    rules: CleanConfig | None
     strict: bool
 
     def key(self, units: Sequence[Unit]) -> str:
         """The name of the tokenizer of a corpus."""
-        rules = load_rules(self.rules).fingerprint() if self.rules else None
+        rules = self.rules.fingerprint() if self.rules else None
         options = [self.kind, self.vocab_size, self.sample_bytes, self.text_field, self.val_fraction, self.strict]
-        return key(rules, options, [unit_parts(unit) for unit in units])
+        return key(library_versions(), rules, options, [unit_parts(unit) for unit in units])
 
 
 class Sampler:
@@ -47,7 +47,7 @@ class Sampler:
 
     def __init__(self, lesson: Lesson):
         self._lesson = lesson
-        self._clean = Cleaner(load_rules(lesson.rules)) if lesson.rules else None
+        self._clean = Cleaner(lesson.rules) if lesson.rules else None
 
     def __call__(self, item: tuple[Piece, int]) -> tuple[int, int, list[tuple[int, str]]]:
         """Bytes of input, documents, and (hash, text) to choose from: hashed as it was read, offered as cleaned."""

@@ -149,11 +149,9 @@ def contribution(layout: Layout, split: SplitName, part: Part) -> Tokens:
     if part.path.suffix == ".npy":
         given: Tokens = np.load(part.path, allow_pickle=False)
         return given
-    chunk = Chunk(part.path)
-    ids = chunk.ids(split)
-    held = chunk["held"]
+    ids, held, lengths = Chunk(part.path).load(f"{split}_ids", "held", "lengths")
     here = held == (split == "val")
-    lengths, keep = chunk["lengths"][here], kept(layout, part.first, len(held))[here]
+    lengths, keep = lengths[here], kept(layout, part.first, len(held))[here]
     if not keep.all():
         ids, lengths = ids[np.repeat(keep, lengths)], lengths[keep]
     if layout.packing == "concat":

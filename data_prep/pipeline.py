@@ -4,6 +4,7 @@ Each stage leaves its result in the work folder under a name that is a hash of a
 a rerun after kill -9 goes on where it was, and the N tasks of one plan are N processes that fill the same folder.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -14,7 +15,6 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,20 +24,19 @@ from rich.markup import escape
 
 from data_prep import shards
 from data_prep.chunks import Chunk, Recipe, tokenise
-from data_prep.clean.cleaner import load_rules
-from data_prep.learn import SAMPLE_BYTES, Lesson, learn
+from data_prep.clean.cleaner import CleanConfig, load_rules
+from data_prep.learn import Lesson, learn
+from data_prep.options import PrepareOptions, checked, sample_bytes, workers
 from data_prep.pack import Layout, Part, shard_jobs, shard_writer, tail
-from data_prep.pool import cpus, spread
+from data_prep.pool import spread
 from data_prep.progress import stage
-from data_prep.read.inputs import find_sources, plan_units, stored_bytes
+from data_prep.read.inputs import find_sources, plan_units, stored_bytes, unused
 from data_prep.read.pieces import Unit
 from data_prep.report.models import text_summary, write_report
 from data_prep.report.summary import make_report
 from data_prep.shards import (
-    Dedup,
     Manifest,
     Options,
-    Packing,
     Shard,
     SourceInfo,
     Split,
@@ -46,48 +45,11 @@ from data_prep.shards import (
     Tokens,
 )
 from data_prep.tally import SPLITS, Tally, tally
-from data_prep.tokenizer import Encoder, FastPathDiffers, Kind, Tokenizer
+from data_prep.tokenizer import FastPathDiffers, Tokenizer
 from data_prep.work import key, publish, spool_stdin, sync, work_folder, write_whole
 
 REJECTS = "rejects.jsonl"
 PROCESS_BYTES = 128 << 20
-
-
-@dataclass(frozen=True)
-class PrepareOptions:
-    """What `prepare` needs to know.
-
-    inputs: files, folders, globs, URLs, "-" for stdin.
-    append: a set to go on from, with its tokenizer and options; `out` is a new set, and only `inputs` are prepared.
-    tokenizer: a SentencePiece model to use; without one, a `kind` model of `vocab_size` pieces is trained on about
-        `sample_bytes` of the corpus (default: SAMPLE_BYTES of the kind).
-    val_fraction: share of the documents held out.
-    rules: a YAML file of cleaning rules (data_prep.clean.cleaner).
-    dedup: "exact" or "near" (MinHash) duplicates are left out; the first copy in reading order stays.
-    encoder: "kitoken" is checked against SentencePiece, and given up at the first difference.
-    strict: the first finding in the input (data_prep.read.documents) is an error.
-    task: (i, n) makes the chunks of the i-th of n parts of the plan, and nothing else.
-    workers (default: one for each CPU this process may use) changes the time and nothing else.
-    """
-
-    inputs: Sequence[str | Path]
-    out: Path
-    append: Path | None = None
-    vocab_size: int = 16384
-    tokenizer: Path | None = None
-    kind: Kind = "bpe"
-    seq_len: int = 1024
-    packing: Packing = "concat"
-    val_fraction: float = 0.005
-    rules: Path | None = None
-    dedup: Dedup = "none"
-    text_field: str = "text"
-    encoder: Encoder = "sentencepiece"
-    strict: bool = False
-    workers: int | None = None
-    shard_bytes: int = 256 << 20
-    sample_bytes: int | None = None
-    task: tuple[int, int] | None = None
 
 
 class Duplicates(NamedTuple):
@@ -115,23 +77,25 @@ def prepare(options: PrepareOptions, console: Console | None = None) -> Manifest
     console = console or Console(stderr=True)
     base = shards.load_manifest(options.append) if options.append else None
     options = checked(options, base)
+    rules = load_rules(options.rules) if options.rules else None
     out = Path(options.out)
     with work_folder(out, shared=options.task is not None) as work:
         inputs = [spool_stdin(work) if str(item) == "-" else item for item in options.inputs]
         units = plan_units(find_sources(inputs))
         recipe = Recipe(
-            options.tokenizer or learn(work, lesson(options), units, workers(options), console),
+            _given_tokenizer(work, options) or learn(work, lesson(options, rules), units, workers(options), console),
             options.encoder,
             options.text_field,
             options.val_fraction,
-            options.rules,
+            rules,
             options.dedup,
             options.strict,
         )
         try:
             chunks = _tokenise(work, options, recipe, units, console)
         except FastPathDiffers as difference:
-            console.print(f"warning: {difference}; kitoken is given up for SentencePiece", highlight=False)
+            warning = f"warning: {difference}; kitoken is given up for SentencePiece"
+            console.print(warning, highlight=False, markup=False)
             recipe = dataclasses.replace(recipe, encoder="sentencepiece")
             chunks = _tokenise(work, options, recipe, units, console)
         if options.task:
@@ -156,39 +120,46 @@ def train_tokenizer(options: PrepareOptions, model: Path, console: Console | Non
     """
     console = console or Console(stderr=True)
     options = checked(options, None)
+    rules = load_rules(options.rules) if options.rules else None
     if model.exists():
         raise ValueError(f"{model}: exists already; choose another name, or delete it first")
     with work_folder(Path(options.out)) as work:
         inputs = [spool_stdin(work) if str(item) == "-" else item for item in options.inputs]
         units = plan_units(find_sources(inputs))
-        made = learn(work, lesson(options), units, workers(options), console)
-        write_whole(model, lambda beside: shutil.copyfile(made, beside))
+        shutil.move(learn(work, lesson(options, rules), units, workers(options), console), model)
         shutil.rmtree(work)
+    with contextlib.suppress(OSError):  # of an earlier run that was killed, the folder is not this one's to remove
+        Path(options.out).rmdir()
     return Tokenizer.load(model)
 
 
-def lesson(options: PrepareOptions) -> Lesson:
+def _given_tokenizer(work: Path, options: PrepareOptions) -> Path | None:
+    """A copy of the tokenizer that was given: the file itself may change while the set is made."""
+    if options.tokenizer is None:
+        return None
+    model = options.tokenizer.read_bytes()
+    copy = work / f"given-{key(hashlib.sha256(model).hexdigest())}.model"
+    write_whole(copy, lambda beside: beside.write_bytes(model))
+    return copy
+
+
+def lesson(options: PrepareOptions, rules: CleanConfig | None) -> Lesson:
     """What decides the tokenizer that is trained."""
     return Lesson(
         options.kind,
         options.vocab_size,
-        options.sample_bytes or SAMPLE_BYTES[options.kind],
+        sample_bytes(options),
         options.text_field,
         options.val_fraction,
-        options.rules,
+        rules,
         options.strict,
     )
-
-
-def workers(options: PrepareOptions) -> int:
-    """Processes to use."""
-    return options.workers or cpus()
 
 
 def share(units: Sequence[Unit], task: int, tasks: int) -> list[int]:
     """Which units are in one of `tasks` parts of about equal size, the same for every task that asks."""
     parts: list[tuple[int, int, list[int]]] = [(0, number, []) for number in range(tasks)]
-    sizes = [stored_bytes(unit) for unit in units]
+    sizes = [max(1, stored_bytes(unit)) for unit in units]  # of some web servers' files it is not known
     for number in sorted(range(len(units)), key=lambda number: -sizes[number]):
         size, part, numbers = heapq.heappop(parts)
         numbers.append(number)
@@ -204,59 +175,6 @@ def _tokenise(
     mine = share(units, *options.task) if options.task else list(range(len(units)))
     folders = recipe.folders(work, units)
     return tokenise(recipe, [units[i] for i in mine], [folders[i] for i in mine], workers(options), console)
-
-
-def checked(options: PrepareOptions, base: Manifest | None) -> PrepareOptions:
-    """The options, with those of the set to append to filled in. Raises ValueError for one that cannot be."""
-    limits = [
-        ("seq_len", options.seq_len, 1, 1_000_000),
-        ("vocab_size", options.vocab_size, 1, 10_000_000),
-        ("workers", options.workers, 1, 1024),
-        ("shard_bytes", options.shard_bytes, 1, 1 << 40),
-        ("sample_bytes", options.sample_bytes, 1, 1 << 40),
-        ("tasks", options.task and options.task[1], 1, 1_000_000),
-        ("task", options.task and options.task[0], 0, options.task[1] - 1 if options.task else 0),
-    ]
-    for name, value, low, high in limits:
-        if value is not None and not low <= value <= high:
-            raise ValueError(f"{name}: found {value}, expected {low} to {high}")
-    if not 0 <= options.val_fraction < 1:
-        raise ValueError(f"val_fraction: found {options.val_fraction}, expected 0 (no validation split) to below 1")
-    if options.kind not in ("bpe", "unigram"):
-        raise ValueError(f"kind: found {options.kind!r}, expected 'bpe' or 'unigram'")
-    if base:
-        options = _as_before(options, base)
-    if options.tokenizer:
-        Tokenizer.load(options.tokenizer, options.encoder)
-    if options.rules:
-        load_rules(options.rules)
-    if options.task and not options.tokenizer:
-        raise ValueError(
-            "task: tasks need a tokenizer that all of them share; train one with `dnt data tokenizer`, "
-            "then give --tokenizer FILE"
-        )
-    if options.task and any(str(item) == "-" for item in options.inputs):
-        raise ValueError("task: stdin cannot be shared by tasks; write it to a file first")
-    return options
-
-
-def _as_before(options: PrepareOptions, base: Manifest) -> PrepareOptions:
-    """The options with what the set to append to was made with. Raises ValueError where another value was asked for."""
-    assert options.append
-    fixed: dict[str, Any] = {
-        "seq_len": base.seq_len,
-        "packing": base.packing,
-        "val_fraction": base.options.val_fraction,
-        "shard_bytes": base.options.shard_bytes,
-        "dedup": base.options.dedup,
-        "tokenizer": options.append / shards.TOKENIZER,
-    }
-    defaults = {field.name: field.default for field in dataclasses.fields(options)}
-    for name, value in fixed.items():
-        asked = getattr(options, name)
-        if asked not in (defaults[name], value):
-            raise ValueError(f"{name}: found {asked}, but {options.append} was made with {value}; leave the option out")
-    return dataclasses.replace(options, **fixed)
 
 
 def _finish(
@@ -281,7 +199,8 @@ def _finish(
         options.shard_bytes,
         duplicates.keep if duplicates else None,
     )
-    named = key(dataclasses.asdict(layout) | {"keep": None}, _base_key(options, base), [_below(work, p) for p in paths])
+    decided = dataclasses.asdict(layout) | {"keep": layout.keep and layout.keep.name}
+    named = key(decided, _base_key(options, base), [_below(work, path) for path in paths])
     folder = work / f"set-{named}"
     folder.mkdir(exist_ok=True)
     near = np.load(duplicates.near, mmap_mode="r") if duplicates else None
@@ -315,7 +234,7 @@ def _finish(
         ),
         eos_id=tokenizer.eos_id,
         options=base.options if base else _manifest_options(options),
-        sources=(*(base.sources if base else ()), *_source_infos(options, counted)),
+        sources=(*(base.sources if base else ()), *_source_infos(options, recipe, base, counted)),
         fingerprints=_sha256(folder / shards.FINGERPRINTS) if duplicates else None,
         splits=splits,
     )
@@ -462,19 +381,22 @@ def _manifest_options(options: PrepareOptions) -> Options:
     return Options(
         vocab_size=options.vocab_size if trained else None,
         kind=options.kind if trained else None,
-        sample_bytes=lesson(options).sample_bytes if trained else None,
+        sample_bytes=sample_bytes(options) if trained else None,
         val_fraction=options.val_fraction,
         shard_bytes=options.shard_bytes,
         dedup=options.dedup,
-        text_field=options.text_field,
     )
 
 
-def _source_infos(options: PrepareOptions, counted: Tally) -> Iterator[SourceInfo]:
-    rules = load_rules(options.rules).fingerprint() if options.rules else None
+def _source_infos(
+    options: PrepareOptions, recipe: Recipe, base: Manifest | None, counted: Tally
+) -> Iterator[SourceInfo]:
+    rules = recipe.rules.fingerprint() if recipe.rules else None
+    used = {source.name: 1 for source in base.sources} if base else {}
     for name, source in counted.sources.items():
         yield SourceInfo(
-            name=name,
+            name=unused(name, used),
+            text_field=options.text_field,
             documents=source.documents,
             text_bytes=source.text_bytes,
             replaced=source.findings["broken_utf8"] + source.findings["lone_surrogate"],
@@ -498,7 +420,7 @@ def _link(source: Path, target: Path) -> None:
     if target.exists():
         return
     try:
-        os.link(source, target)
+        os.link(source.resolve(), target)  # of a symbolic link, the file behind it
     except OSError:
         write_whole(target, lambda beside: shutil.copyfile(source, beside))
 

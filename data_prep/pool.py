@@ -28,11 +28,11 @@ def spread(make: Callable[[], Callable[[Item], Result]], items: Iterable[Item], 
     # Never a plain fork: the process that forks may hold threads, of rich and perhaps of torch.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["data_prep.learn", "data_prep.pack", "data_prep.dedup", "rensa", "xxhash"])
-    pool = ProcessPoolExecutor(workers, context, _start_worker, (make,))
+    pool = ProcessPoolExecutor(workers, context, _start_worker)
     under_way: deque[Future[Result]] = deque()
     try:
         for item in items:
-            under_way.append(pool.submit(_call, item))
+            under_way.append(pool.submit(_call, make, item))
             if len(under_way) >= 3 * workers:
                 yield under_way.popleft().result()
         while under_way:
@@ -52,17 +52,15 @@ def cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-_function: Callable[[Any], Any]
+_function: Callable[[Any], Any] | None = None
 
 
-def _start_worker(make: Callable[[], Callable[[Any], Any]]) -> None:
-    global _function
+def _start_worker() -> None:
     # Ctrl-C reaches the whole group; the main process alone acts on it. If that is killed, its workers go too.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent
     threading.Thread(target=_die_after, args=(parent,), daemon=True).start()
-    _function = make()
 
 
 def _die_after(parent: multiprocessing.process.BaseProcess) -> None:
@@ -70,5 +68,8 @@ def _die_after(parent: multiprocessing.process.BaseProcess) -> None:
     os._exit(1)
 
 
-def _call(item: Any) -> Any:
+def _call(make: Callable[[], Callable[[Any], Any]], item: Any) -> Any:
+    global _function
+    # With the first item, so that an error of it is raised like any other.
+    _function = _function or make()
     return _function(item)

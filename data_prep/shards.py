@@ -29,6 +29,7 @@ VERSION = 1
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.model"
 FINGERPRINTS = "fingerprints.npy"
+PARTIAL = ".dnt-partial"  # where a set is made
 BLOCK_ROWS = 512
 TAR_BLOCK = 512
 NPY_HEADER = 128
@@ -96,6 +97,7 @@ class SourceInfo(_Part):
     text_bytes: Count
     replaced: Count
     empty: Count
+    text_field: str = "text"
     dropped: dict[str, Count] = {}
     duplicates: Count = 0
     rules: Sha256 | None = None
@@ -110,7 +112,6 @@ class Options(_Part):
     val_fraction: Annotated[float, Field(ge=0, lt=1)]
     shard_bytes: Positive
     dedup: Dedup = "none"
-    text_field: str = "text"
 
 
 class Manifest(_Part):

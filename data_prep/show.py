@@ -3,16 +3,19 @@
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from data_prep import shards
 from data_prep.chunks import Recipe
 from data_prep.clean.cleaner import load_rules
-from data_prep.pipeline import PrepareOptions, checked, lesson, share, workers
+from data_prep.options import PrepareOptions, checked, sample_bytes, workers
+from data_prep.pipeline import share
 from data_prep.progress import stage
 from data_prep.read.inputs import find_sources, plan_units, stored_bytes
+from data_prep.report.markup import visible
+from data_prep.shards import PARTIAL
 from data_prep.verify import verify as verify_set
-from data_prep.work import PARTIAL
 
 
 def verify(folder: Path, console: Console | None = None) -> list[str]:
@@ -27,7 +30,9 @@ def info(folder: Path, console: Console | None = None) -> None:
     """Print a table of what a set holds, on stdout. Raises ValueError as `load_manifest` does."""
     folder = Path(folder)
     manifest = shards.load_manifest(folder)
-    table = _table("split", "documents", "text MB", "tokens", "rows", "shards", "MB", "B/token", title=str(folder))
+    table = _table(
+        "split", "documents", "text MB", "tokens", "rows", "shards", "MB", "B/token", title=escape(str(folder))
+    )
     for name, split in manifest.splits.items():
         size = sum(shard.bytes for shard in split.shards)
         table.add_row(
@@ -53,9 +58,8 @@ def info(folder: Path, console: Console | None = None) -> None:
         notes += f", {source.empty:,} empty left out" if source.empty else ""
         notes += "".join(f", {count:,} dropped by {rule}" for rule, count in source.dropped.items())
         notes += f", {source.duplicates:,} duplicates left out" if source.duplicates else ""
-        lines.append(
-            f"source     {source.name}: {source.documents:,} documents, {source.text_bytes / 1e6:,.1f} MB{notes}"
-        )
+        kept = f"{source.documents:,} documents, {source.text_bytes / 1e6:,.1f} MB"
+        lines.append(f"source     {visible(source.name)}: {kept}{notes}")
     if more := len(manifest.sources) - 20:
         lines += [f"           and {more:,} more"] if more > 0 else []
     console = console or Console()
@@ -73,13 +77,13 @@ def dry_run(options: PrepareOptions, console: Console | None = None) -> None:
     for source in sources:
         here = [unit for unit in units if unit.source == source.name]
         stored = sum(map(stored_bytes, here)) / 1e6
-        table.add_row(source.name, f"{len(source.files):,}", f"{stored:,.1f}", f"{len(here):,}")
+        table.add_row(escape(source.name), f"{len(source.files):,}", f"{stored:,.1f}", f"{len(here):,}")
     tokenizer = str(options.tokenizer) if options.tokenizer else None
-    learned = f"train {options.kind} of {options.vocab_size:,} pieces on {lesson(options).sample_bytes / 1e6:,.0f} MB"
-    rules = ", ".join(name for name, _ in load_rules(options.rules).rules) if options.rules else "none"
+    learned = f"train {options.kind} of {options.vocab_size:,} pieces on {sample_bytes(options) / 1e6:,.0f} MB"
+    rules = load_rules(options.rules) if options.rules else None
     lines = [
         f"tokenizer  {tokenizer or learned}; encoded by {options.encoder}",
-        f"clean      {rules}",
+        f"clean      {', '.join(name for name, _ in rules.rules) if rules else 'none'}",
         f"dedup      {options.dedup}",
         f"pack       {options.packing}, rows of {options.seq_len} + 1 tokens, {options.val_fraction:.2%} held out",
         f"work       {workers(options)} processes in {options.out / PARTIAL}",
@@ -90,7 +94,7 @@ def dry_run(options: PrepareOptions, console: Console | None = None) -> None:
             options.encoder,
             options.text_field,
             options.val_fraction,
-            options.rules,
+            rules,
             options.dedup,
             options.strict,
         )

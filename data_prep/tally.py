@@ -109,10 +109,9 @@ def tally(
             result.sources[unit.source].files += 0 if unit.start else len(unit.files)
             lines_before = lines
             for path in paths:
-                chunk = Chunk(path)
-                lengths, held = chunk["lengths"], chunk["held"]
+                lengths, held, text_bytes, raw_meta = Chunk(path).load("lengths", "held", "text_bytes", "meta")
                 keep = kept(layout, first, len(lengths))
-                meta = chunk.meta
+                meta = json.loads(raw_meta.tobytes())
                 for entry in (*meta["findings"]["records"], *meta["examples"]):
                     entry["line"] += lines_before if entry["line"] else 0
                 _count_meta(result, unit.source, meta)
@@ -124,14 +123,14 @@ def tally(
                 if near is not None:
                     source.near += int(near[first : first + len(keep)][~keep].sum())
                     source.exact += int((~keep & ~near[first : first + len(keep)]).sum())
-                _count_kept(source, chunk["text_bytes"][keep], lengths[keep])
+                _count_kept(source, text_bytes[keep], lengths[keep])
                 for name in names:
                     here = held == (name == "val")
                     stay = keep & here
                     result.parts[name].append(Part(path, first, contribution_size(layout, lengths[stay])))
                     totals = result.splits[name]
                     totals.documents += int(stay.sum())
-                    totals.text_bytes += int(chunk["text_bytes"][stay].sum(dtype=np.int64))
+                    totals.text_bytes += int(text_bytes[stay].sum(dtype=np.int64))
                     totals.tokens += predicted(layout, lengths[stay])
                 result.places.append((first, path, lines_before))
                 first += len(lengths)

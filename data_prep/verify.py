@@ -35,9 +35,9 @@ def verify(folder: Path, progress: Callable[[int], object] | None = None) -> lis
         manifest = read_manifest(folder)
     except ValueError as error:
         return [str(error)]
-    problems = list(_check_file(folder / TOKENIZER, manifest.tokenizer.sha256))
+    problems = list(check_file(folder / TOKENIZER, manifest.tokenizer.sha256))
     if manifest.fingerprints:
-        problems += _check_file(folder / FINGERPRINTS, manifest.fingerprints)
+        problems += check_file(folder / FINGERPRINTS, manifest.fingerprints)
     for name, split in manifest.splits.items():
         check = _StreamCheck(manifest)
         bad = [p for shard in split.shards for p in _check_shard(folder, manifest, shard, check, progress)]
@@ -89,7 +89,8 @@ class _StreamCheck:
         return None
 
 
-def _check_file(path: Path, sha256: str) -> Iterator[str]:
+def check_file(path: Path, sha256: str) -> Iterator[str]:
+    """What is wrong with a file that should have this SHA-256, if anything."""
     if not path.is_file():
         yield f"{path}: missing"
         return

@@ -4,6 +4,7 @@ Everything in it is named by a key, a hash of all that decides its content, and 
 So there is no log to replay: what exists under the right name is done, and anything else is made.
 """
 
+import codecs
 import contextlib
 import errno
 import fcntl
@@ -11,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -18,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from data_prep import shards
+from data_prep.shards import PARTIAL
 
-PARTIAL = ".dnt-partial"
 OUR_FILES = re.compile(r"(train|val)-\d{6,}\.tar|tokenizer\.model|fingerprints\.npy|report\.(html|json)|rejects\.jsonl")
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -32,7 +34,8 @@ def key(*parts: Any) -> str:
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """`write` a file under another name and rename it: `path` is whole or not there. Raises OSError."""
-    beside = path.with_name(f"{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    # Random, for processes of several machines may make the same file in one folder.
+    beside = path.with_name(f"{path.stem}.{secrets.token_hex(8)}.tmp{path.suffix}")
     try:
         write(beside)
         beside.rename(path)
@@ -63,7 +66,10 @@ def work_folder(out: Path, *, shared: bool = False) -> Iterator[Path]:
                 lock = stack.enter_context((partial / "lock").open("w"))
                 fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                raise ValueError(f"{out}: another process is preparing a set here; choose another --out") from error
+                raise ValueError(
+                    f"{out}: another process is preparing a set here, or a task of it still runs; "
+                    "wait for it, or choose another --out"
+                ) from error
             _refuse_a_set(out)  # another run may have ended between the first look and the lock
             try:
                 yield partial
@@ -112,7 +118,7 @@ def spool_stdin(work: Path) -> Path:
     spool = work / "stdin.tmp"
     with spool.open("wb") as file:
         while block := sys.stdin.buffer.read(1 << 20):
-            first = first or block.lstrip()[:1]
+            first = first or block.removeprefix(codecs.BOM_UTF8).lstrip()[:1]
             digest.update(block)
             file.write(block)
     path = work / f"stdin-{digest.hexdigest()[:12]}.{'jsonl' if first == b'{' else 'txt'}"

@@ -4,13 +4,12 @@ The one file that reaches into every room; everywhere else imports go one way (d
 """
 
 import argparse
-import dataclasses
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from data_prep.pipeline import PrepareOptions
+    from data_prep.options import PrepareOptions
 
 TRAIN_HELP = """\
 Overrides choose files of configs/ (group=name) and change values (key=value), for example:
@@ -91,14 +90,11 @@ def parser() -> argparse.ArgumentParser:
         default="sentencepiece",
         help="kitoken: some three times as fast on bpe, checked on this corpus, given up at the first difference",
     )
-    prepare.add_argument("--dedup", choices=["none", "exact", "near"], default="none", help="leave out copies")
-    prepare.add_argument(
-        "--seq-len", type=int, default=1024, metavar="N", help="predicted tokens in a row (default: 1024)"
-    )
+    prepare.add_argument("--dedup", choices=["none", "exact", "near"], help="leave out copies (default: none)")
+    prepare.add_argument("--seq-len", type=int, metavar="N", help="predicted tokens in a row (default: 1024)")
     prepare.add_argument(
         "--packing",
         choices=["concat", "best_fit"],
-        default="concat",
         help="concat: documents end to end (default); best_fit: whole documents in a row, with padding",
     )
     prepare.add_argument("--tasks", type=int, metavar="N", help="with --task I: make part I (from 0) of N, no more")
@@ -157,27 +153,23 @@ def add_corpus_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--text-field", default="text", metavar="NAME", help="field or column with the text")
     command.add_argument("--clean", metavar="RULES", help="cleaning rules: web, light, or a YAML file")
     command.add_argument("--strict", action="store_true", help="stop at the first finding in the input")
-    command.add_argument("--vocab-size", type=int, default=16384, metavar="N", help="pieces to train (default: 16384)")
-    command.add_argument("--kind", choices=["bpe", "unigram"], default="bpe", help="of the trained tokenizer")
-    command.add_argument(
-        "--val-fraction", type=float, default=0.005, metavar="F", help="share of documents held out (default: 0.005)"
-    )
+    command.add_argument("--vocab-size", type=int, metavar="N", help="pieces to train (default: 16384)")
+    command.add_argument("--kind", choices=["bpe", "unigram"], help="of the trained tokenizer (default: bpe)")
+    command.add_argument("--val-fraction", type=float, metavar="F", help="share of documents held out (default: 0.005)")
     command.add_argument("--workers", type=int, metavar="N", help="processes (default: one a CPU); same result")
 
 
-def corpus_options(options: argparse.Namespace) -> "PrepareOptions":
-    from data_prep.pipeline import PrepareOptions
+def corpus_options(options: argparse.Namespace, **more: object) -> "PrepareOptions":
+    """What was given; what was not has the defaults of PrepareOptions."""
+    from data_prep.options import PrepareOptions
 
+    given = {name: getattr(options, name) for name in ("vocab_size", "kind", "val_fraction", "workers")}
+    given |= {"rules": rules_file(options.clean) if options.clean else None, **more}
     return PrepareOptions(
         inputs=options.inputs,
-        out=options.out,
         text_field=options.text_field,
-        rules=rules_file(options.clean) if options.clean else None,
         strict=options.strict,
-        vocab_size=options.vocab_size,
-        kind=options.kind,
-        val_fraction=options.val_fraction,
-        workers=options.workers,
+        **{name: value for name, value in given.items() if value is not None},
     )
 
 
@@ -195,15 +187,24 @@ def data_prepare(options: argparse.Namespace) -> int:
 
     if (options.tasks is None) != (options.task is None):
         raise ValueError("--tasks N and --task I go together; give both, or neither for the last step")
-    asked = dataclasses.replace(
-        corpus_options(options),
+    settled = {
+        "append": ("seq_len", "packing", "val_fraction", "dedup", "tokenizer", "vocab_size", "kind"),
+        "tokenizer": ("vocab_size", "kind"),
+    }
+    for option, names in settled.items():
+        for name in names if getattr(options, option) else ():
+            if getattr(options, name) is not None:
+                raise ValueError(f"--{name.replace('_', '-')}: --{option} settles it; leave it out")
+    asked = corpus_options(
+        options,
+        out=options.out,
         append=options.append,
         tokenizer=options.tokenizer,
         encoder=options.encoder,
         dedup=options.dedup,
         seq_len=options.seq_len,
         packing=options.packing,
-        task=(options.task, options.tasks) if options.tasks is not None else None,
+        task=None if options.tasks is None else (options.task, options.tasks),
     )
     if options.dry_run:
         dry_run(asked)
@@ -216,7 +217,7 @@ def data_tokenizer(options: argparse.Namespace) -> int:
     from data_prep.pipeline import train_tokenizer
 
     work = options.out.with_name(f"{options.out.name}.work")
-    tokenizer = train_tokenizer(dataclasses.replace(corpus_options(options), out=work), options.out)
+    tokenizer = train_tokenizer(corpus_options(options, out=work), options.out)
     print(f"{options.out}: {tokenizer.vocab_size:,} pieces, sha256 {tokenizer.sha256}")
     return 0
 
@@ -277,9 +278,11 @@ def run_eval(options: argparse.Namespace) -> int:
     from dnt_scale.train import validation_metrics
 
     with ranks.alone() as me:
-        loss, manifest = evaluate(options.folder, options.data, options.rows, me)
-    for name, value in validation_metrics(loss, manifest).items():
-        print(f"{name:18} {value:.4f}")
+        losses, sources = evaluate(options.folder, options.data, options.rows, me)
+    metrics = validation_metrics(losses, sources)
+    width = max(map(len, metrics))
+    for name, value in metrics.items():
+        print(f"{name:{width}} {value:.4f}")
     return 0
 
 

@@ -1,6 +1,5 @@
 """From INPUTs to files, and from files to units, each of which can be read alone."""
 
-import itertools
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -11,6 +10,7 @@ from urllib.parse import unquote
 
 from data_prep.read.pieces import Unit
 from data_prep.read.streams import PACKED, File, Kind, file_system, is_http, is_url, packing
+from data_prep.shards import MANIFEST, PARTIAL, TOKENIZER
 
 JSONL_SUFFIXES = (".jsonl", ".ndjson")
 TEXT_SUFFIXES = (
@@ -69,9 +69,10 @@ def find_sources(inputs: Sequence[str | Path]) -> list[Source]:
     seen: set[str] = set()
     found: list[tuple[str, list[File]]] = []
     lone: list[File] = []
+    used: dict[str, int] = {}
     for item in map(str, inputs):
         given, is_file, files = _find_remote(item) if is_url(item) else _find_local(item)
-        name = _unused(_printable(given), [name for name, _ in found])
+        name = unused(_printable(given), used)
         new = []
         for file in files:
             real = file.path if is_url(file.path) else os.path.realpath(file.path)
@@ -81,10 +82,12 @@ def find_sources(inputs: Sequence[str | Path]) -> list[Source]:
                 new.append(File(_printable(below), file.path, _kind(file.below), file.size, file.stamp))
         if is_file and new and new[0].kind == "text":
             if not lone:
-                found.append((_unused("files", [name for name, _ in found]), lone))
+                found.append((unused("files", used), lone))
+                used[found[-1][0]] = 1
             lone += new
         elif new:
             found.append((name, new))
+            used[name] = 1
     return [Source(name, tuple(files)) for name, files in found]
 
 
@@ -117,9 +120,13 @@ def stored_bytes(unit: Unit) -> int:
     return sum(file.size for file in unit.files) if unit.end is None else unit.end - unit.start
 
 
-def _unused(name: str, used: list[str]) -> str:
-    numbered = (f"{name} ({number})" for number in itertools.count(2))
-    return next(each for each in itertools.chain([name], numbered) if each not in used)
+def unused(name: str, used: dict[str, int]) -> str:
+    """The name, or if it is in `used`, "name (2)" or the next that is free; `used` counts what was tried."""
+    fresh = name
+    while fresh in used:
+        used[name] += 1
+        fresh = f"{name} ({used[name]})"
+    return fresh
 
 
 def _find_local(item: str) -> tuple[str, bool, list[_Found]]:
@@ -140,7 +147,10 @@ def _find_local(item: str) -> tuple[str, bool, list[_Found]]:
                 )
             root, pattern = Path(*path.parts[:fixed]), "/".join(path.parts[fixed:])
             matched = [(file.relative_to(root).as_posix(), file) for file in root.glob(pattern) if file.is_file()]
-            visible = [_stat(below, file) for below, file in matched if not _is_hidden(below)]
+            sets = {parent for parent in {file.parent for _, file in matched} if _in_set(parent, root)}
+            visible = [
+                _stat(below, file) for below, file in matched if not _is_hidden(below) and file.parent not in sets
+            ]
             return _name(root), False, _matching(item, sorted(visible))
         if path.exists():
             raise ValueError(f"{item}: neither a file nor a folder; write it to a file, or pipe it to the input -")
@@ -208,11 +218,20 @@ def _walk(folder: Path) -> Iterator[tuple[str, Path]]:
         raise error
 
     for here, folders, names in os.walk(folder, onerror=refuse):
-        folders[:] = [name for name in folders if not _is_hidden(name)]
+        folders[:] = [name for name in folders if not _is_hidden(name) and not _is_set(Path(here, name))]
         for name in names:
             path = Path(here, name)
             if _is_wanted(name) and not _is_hidden(name) and path.is_file():
                 yield path.relative_to(folder).as_posix(), path
+
+
+def _in_set(folder: Path, root: Path) -> bool:
+    return any(_is_set(parent) for parent in (folder, *folder.parents) if parent.is_relative_to(root))
+
+
+def _is_set(folder: Path) -> bool:
+    """Whether a folder holds a prepared set, or one in the making: its report and rejects are no corpus."""
+    return (folder / PARTIAL).is_dir() or ((folder / MANIFEST).is_file() and (folder / TOKENIZER).is_file())
 
 
 def _stat(below: str, path: Path) -> _Found:

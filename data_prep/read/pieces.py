@@ -15,6 +15,8 @@ from data_prep.read.streams import File, Stored, seekable, unpacked
 PIECE_BYTES = 4 << 20
 RAW_BYTES = 64 << 10
 BATCH_ROWS = 256
+# What a text takes beside its bytes: a column of nulls must end in pieces too.
+TEXT_BYTES = 64
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ def _gathered(items: Iterable[tuple[Text | Finding, int]]) -> Iterator[tuple[Pie
         if isinstance(item, Finding):
             findings.append(item)
             continue
-        length = len(item.raw or b"")
+        length = len(item.raw or b"") + TEXT_BYTES
         if texts and size + length > PIECE_BYTES:
             yield Piece(0, texts[0].file, texts=tuple(texts), findings=tuple(findings)), position
             texts, findings, size = [], [], 0

@@ -22,7 +22,8 @@ from data_prep.tally import SourceTally, Tally
 from data_prep.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from data_prep.pipeline import Duplicates, PrepareOptions
+    from data_prep.options import PrepareOptions
+    from data_prep.pipeline import Duplicates
 
 DUPLICATE_EXAMPLES = 6
 
@@ -158,4 +159,4 @@ def _text(counted: Tally, number: int, tokenizer: Tokenizer) -> str:
     here = chunk["held"] == (split == "val")
     start = int(chunk["lengths"][:inside][here[:inside]].sum(dtype=np.int64))
     length = min(int(chunk["lengths"][inside]) - 1, EXCERPT)
-    return tokenizer.decode(chunk.ids(split)[start : start + length].tolist())[:EXCERPT]
+    return tokenizer.decode(chunk[f"{split}_ids"][start : start + length].tolist())[:EXCERPT]

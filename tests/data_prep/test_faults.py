@@ -3,6 +3,7 @@
 Each ends in one clear line or none, with no set; and the same command then makes the very bytes of an undisturbed run.
 """
 
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -23,16 +24,16 @@ import pytest
 import zstandard
 from rich.console import Console
 
-from data_prep.pipeline import PrepareOptions, prepare
+from data_prep.options import PrepareOptions
+from data_prep.pipeline import prepare
 from data_prep.read import inputs, pieces
-from data_prep.shards import load_manifest
+from data_prep.shards import PARTIAL, Packing, load_manifest
 from data_prep.verify import verify
-from data_prep.work import PARTIAL
 from tests.helpers.corpus import python_source_files, small_set
 
 ROOT = Path(__file__).parents[2]
 QUIET = Console(quiet=True)
-KILLS = 20
+KILLS = 10  # of each packing
 
 
 SMALL = {"PIECE_BYTES": (pieces, 30_000), "UNIT_BYTES": (inputs, 200_000)}
@@ -91,8 +92,9 @@ def every_stage(folder: Path) -> PrepareOptions:
     )
 
 
-def test_kill_9_at_any_moment_and_a_rerun_make_the_same_bytes(tmp_path: Path) -> None:
-    options = every_stage(tmp_path)
+@pytest.mark.parametrize("packing", ["concat", "best_fit"])
+def test_kill_9_at_any_moment_and_a_rerun_make_the_same_bytes(tmp_path: Path, packing: Packing) -> None:
+    options = dataclasses.replace(every_stage(tmp_path), packing=packing)
     start = time.monotonic()
     prepare(options, QUIET)
     seconds = time.monotonic() - start
@@ -144,19 +146,32 @@ def test_what_was_done_is_not_done_again(tmp_path: Path) -> None:
     assert keep == done
 
 
-SCRIPT = """
+SIZES = {"limit_bytes": 2_000_000, "shard_bytes": 70_000, "workers": 2}
+SCRIPT = f"""
 import sys
 from pathlib import Path
 import data_prep.read.pieces
 from tests.helpers.corpus import small_set
 if __name__ == "__main__":
-    data_prep.read.pieces.PIECE_BYTES = 100_000
-    small_set(Path(sys.argv[1]), limit_bytes=4_000_000, workers=2, shard_bytes=70_000)
+    data_prep.read.pieces.PIECE_BYTES = {SMALL["PIECE_BYTES"][1]}
+    small_set(Path(sys.argv[1]), **{SIZES})
 """
 
 
+@pytest.fixture(scope="module")
+def with_workers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What SCRIPT makes if nothing happens to it."""
+    out = tmp_path_factory.mktemp("with-workers") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pieces, "PIECE_BYTES", SMALL["PIECE_BYTES"][1])
+        small_set(out, **SIZES)
+    return contents(out)
+
+
 @pytest.mark.parametrize("how", ["kill", "Ctrl-C"])
-def test_a_run_with_workers_that_is_stopped_leaves_no_set_and_no_process(tmp_path: Path, how: str) -> None:
+def test_a_run_with_workers_that_is_stopped_goes_on_and_leaves_no_process(
+    with_workers: dict[str, bytes], tmp_path: Path, how: str
+) -> None:
     (tmp_path / "script.py").write_text(SCRIPT)
     out = tmp_path / "out"
     command = [sys.executable, str(tmp_path / "script.py"), str(out)]
@@ -180,9 +195,8 @@ def test_a_run_with_workers_that_is_stopped_leaves_no_set_and_no_process(tmp_pat
     while time.monotonic() < deadline and alive(process.pid):
         time.sleep(0.05)
     assert not alive(process.pid)
-    small_set(out, limit_bytes=300_000, val_fraction=0)
-    assert verify(out) == []
-    assert not (out / PARTIAL).exists()
+    small_set(out, **SIZES)
+    assert contents(out) == with_workers
 
 
 def alive(group: int) -> bool:
@@ -322,8 +336,8 @@ def test_input_that_grows_while_it_is_read(tmp_path: Path) -> None:
     assert verify(options.out) == []
 
 
-def test_a_killed_worker(tmp_path: Path) -> None:
-    (tmp_path / "script.py").write_text(SCRIPT.replace("small_set(", "import os; small_set("))
+def test_a_killed_worker(with_workers: dict[str, bytes], tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(SCRIPT)
     out = tmp_path / "out"
     process = subprocess.Popen(
         [sys.executable, str(tmp_path / "script.py"), str(out)],
@@ -339,8 +353,8 @@ def test_a_killed_worker(tmp_path: Path) -> None:
     _, said = process.communicate(timeout=60)
     assert process.returncode
     assert "a worker process was killed, perhaps for want of memory; use fewer --workers" in said
-    small_set(out, limit_bytes=300_000, val_fraction=0)
-    assert verify(out) == []
+    small_set(out, **SIZES)
+    assert contents(out) == with_workers
 
 
 def children(parent: int) -> list[int]:

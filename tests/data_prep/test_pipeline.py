@@ -1,6 +1,9 @@
+import contextlib
 import fcntl
 import io
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,18 +11,18 @@ from typing import Any
 
 import pytest
 import sentencepiece
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
 from data_prep import show
 from data_prep.chunks import held_out
-from data_prep.pipeline import PrepareOptions, prepare, train_tokenizer
-from data_prep.shards import Manifest, iter_documents, load_manifest
+from data_prep.options import PrepareOptions
+from data_prep.pipeline import prepare, train_tokenizer
+from data_prep.shards import PARTIAL, Manifest, iter_documents, load_manifest, write_shard
 from data_prep.show import dry_run, info
 from data_prep.tokenizer import Tokenizer, text_hash
 from data_prep.verify import verify
-from data_prep.work import PARTIAL
 from tests.helpers.corpus import python_source_files, small_set
 
 TEXT = "Call me Ishmael. Some years ago, never mind how long precisely, having little or no money.\n"
@@ -446,3 +449,99 @@ def test_options_that_do_not_go_together(
     assert said in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_another_choice_after_a_stop_makes_what_it_would_have_made(
+    pieces: dict[str, Any], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(tmp_path, tmp_path / "whole" / "out", tokenizer=model, **{**pieces, "dedup": "exact"})
+    written = 0
+
+    def stop_at_the_fifth(*arguments: Any) -> Any:
+        nonlocal written
+        written += 1
+        if written == 5:
+            raise KeyboardInterrupt
+        return write_shard(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("data_prep.shards.write_shard", stop_at_the_fifth)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, tmp_path / "out", tokenizer=model, **pieces)
+    assert len(list((tmp_path / "out" / PARTIAL).rglob("train-*.tar"))) == 4
+    run(tmp_path, tmp_path / "out", tokenizer=model, **{**pieces, "dedup": "exact"})
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole" / "out")
+
+
+def test_a_set_inside_the_input_is_no_corpus(corpus: Path, tmp_path: Path) -> None:
+    first, _ = run(corpus, corpus / "set")
+    second, _ = run(corpus, tmp_path / "second")
+    assert second == first
+    third, _ = run(corpus, tmp_path / "third", inputs=[str(corpus / "**" / "*")])
+    assert third.sources == first.sources
+    (corpus / "set" / "manifest.json").unlink()  # as a kill just before its last move leaves it
+    (corpus / "set" / PARTIAL).mkdir()
+    again, _ = run(corpus, corpus / "set")
+    assert again == first
+
+
+def test_appending_to_a_set_that_is_not_whole(pieces: dict[str, Any], model: Path, tmp_path: Path) -> None:
+    first, *more = pieces.pop("inputs")
+    run(tmp_path, tmp_path / "one", inputs=[first], tokenizer=model, **pieces)
+    rest = {"inputs": more, "append": tmp_path / "one", "rules": pieces["rules"], "val_fraction": 0.1}
+    for name in ("tokenizer.model", "fingerprints.npy"):
+        path = tmp_path / "one" / name
+        good = path.read_bytes()
+        path.unlink()
+        path.write_bytes(good[:-1] + b"?")
+        with pytest.raises(ValueError, match=rf"{name}: SHA-256 is .* the set to append to must be whole"):
+            run(tmp_path, tmp_path / "two", **rest)
+        path.write_bytes(good)
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    for path in (tmp_path / "one").iterdir():
+        (linked / path.name).symlink_to(f"../one/{path.name}")
+    run(tmp_path, tmp_path / "two", **{**rest, "append": linked})
+    assert verify(tmp_path / "two") == []
+    assert not any(path.is_symlink() for path in (tmp_path / "two").iterdir())
+
+
+def test_sources_of_one_name_stay_apart(corpus: Path, tmp_path: Path) -> None:
+    run(corpus, tmp_path / "one")
+    manifest, _ = run(corpus, tmp_path / "two", append=tmp_path / "one", vocab_size=16384, seq_len=32)
+    assert [source.name for source in manifest.sources] == ["corpus", "corpus (2)"]
+
+
+def test_an_error_of_a_rule_is_told_by_any_number_of_workers(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "tests.jsonl").write_text("not json\n")
+    (tmp_path / "rules.yaml").write_text("rules: [decontaminate: {files: [tests.jsonl]}]\n")
+    for workers in (1, 2):
+        with pytest.raises(ValueError, match=r"tests\.jsonl, line 1: not JSON"):
+            run(corpus, tmp_path / "out", rules=tmp_path / "rules.yaml", workers=workers)
+
+
+RAW = st.binary(max_size=60) | st.text(max_size=60).map(lambda text: text.encode("utf-8", "surrogatepass"))
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.lists(RAW, max_size=6), st.lists(RAW | st.text(max_size=40).map(lambda t: json.dumps({"text": t}).encode())))
+def test_whatever_goes_in_what_survives_comes_out(
+    tmp_path_factory: pytest.TempPathFactory, model: Path, files: list[bytes], lines: list[bytes]
+) -> None:
+    folder = tmp_path_factory.mktemp("hostile")
+    for number, raw in enumerate(files):
+        (folder / f"{number}.txt").write_bytes(raw)
+    (folder / "lines.jsonl").write_bytes(b"\n".join(lines))
+    (folder / "plain.txt").write_text(TEXT)
+    run(folder, folder / "out", inputs=[folder], tokenizer=model, seq_len=4, val_fraction=0)
+    tokenizer = Tokenizer.load(folder / "out" / "tokenizer.model")
+    back = [tokenizer.decode(ids) for ids in iter_documents(folder / "out", "train")]
+    wanted = [raw.decode("utf-8", "replace") for raw in files]
+    for line in b"\n".join(lines).split(b"\n"):
+        with contextlib.suppress(ValueError, RecursionError):
+            value = json.loads(line.decode("utf-8", "replace").removeprefix("\ufeff"))
+            if isinstance(value, dict) and isinstance(value.get("text"), str):
+                wanted.append(re.sub("[\ud800-\udfff]", "\ufffd", value["text"]))
+    assert sorted(back) == sorted([*filter(None, wanted), TEXT])
+    assert verify(folder / "out") == []
+    shutil.rmtree(folder)

@@ -6,7 +6,8 @@ from typing import Any
 
 from rich.console import Console
 
-from data_prep.pipeline import PrepareOptions, prepare
+from data_prep.options import PrepareOptions
+from data_prep.pipeline import prepare
 from data_prep.shards import Manifest
 
 

@@ -1,0 +1,119 @@
+"""What `prepare` is asked for, checked before anything is read or written."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_prep import shards
+from data_prep.learn import SAMPLE_BYTES
+from data_prep.pool import cpus
+from data_prep.shards import Dedup, Manifest, Packing
+from data_prep.tokenizer import Encoder, Kind, Tokenizer
+from data_prep.verify import check_file
+
+
+@dataclass(frozen=True)
+class PrepareOptions:
+    """What `prepare` needs to know.
+
+    inputs: files, folders, globs, URLs, "-" for stdin.
+    append: a set to go on from, with its tokenizer and options; `out` is a new set, and only `inputs` are prepared.
+    tokenizer: a SentencePiece model to use; without one, a `kind` model of `vocab_size` pieces is trained on about
+        `sample_bytes` of the corpus (default: SAMPLE_BYTES of the kind).
+    val_fraction: share of the documents held out.
+    rules: a YAML file of cleaning rules (data_prep.clean.cleaner).
+    dedup: "exact" or "near" (MinHash) duplicates are left out; the first copy in reading order stays.
+    encoder: "kitoken" is checked against SentencePiece, and given up at the first difference.
+    strict: the first finding in the input (data_prep.read.documents) is an error.
+    task: (i, n) makes the chunks of the i-th of n parts of the plan, and nothing else.
+    workers (default: one for each CPU this process may use) changes the time and nothing else.
+    """
+
+    inputs: Sequence[str | Path]
+    out: Path
+    append: Path | None = None
+    vocab_size: int = 16384
+    tokenizer: Path | None = None
+    kind: Kind = "bpe"
+    seq_len: int = 1024
+    packing: Packing = "concat"
+    val_fraction: float = 0.005
+    rules: Path | None = None
+    dedup: Dedup = "none"
+    text_field: str = "text"
+    encoder: Encoder = "sentencepiece"
+    strict: bool = False
+    workers: int | None = None
+    shard_bytes: int = 256 << 20
+    sample_bytes: int | None = None
+    task: tuple[int, int] | None = None
+
+
+def checked(options: PrepareOptions, base: Manifest | None) -> PrepareOptions:
+    """The options, with those of the set to append to filled in. Raises ValueError for one that cannot be."""
+    limits = [
+        ("seq_len", options.seq_len, 1, 1_000_000),
+        ("vocab_size", options.vocab_size, 1, 10_000_000),
+        ("workers", options.workers, 1, 1024),
+        ("shard_bytes", options.shard_bytes, 1, 1 << 40),
+        ("sample_bytes", options.sample_bytes, 1, 1 << 40),
+        ("tasks", options.task and options.task[1], 1, 1_000_000),
+        ("task", options.task and options.task[0], 0, options.task[1] - 1 if options.task else 0),
+    ]
+    for name, value, low, high in limits:
+        if value is not None and not low <= value <= high:
+            raise ValueError(f"{name}: found {value}, expected {low} to {high}")
+    if not 0 <= options.val_fraction < 1:
+        raise ValueError(f"val_fraction: found {options.val_fraction}, expected 0 (no validation split) to below 1")
+    if options.kind not in ("bpe", "unigram"):
+        raise ValueError(f"kind: found {options.kind!r}, expected 'bpe' or 'unigram'")
+    if base:
+        options = _as_before(options, base)
+    if options.tokenizer:
+        Tokenizer.load(options.tokenizer, options.encoder)
+    if sum(str(item) == "-" for item in options.inputs) > 1:
+        raise ValueError("-: found more than once, but standard input can be read once; give it once")
+    if options.task and not options.tokenizer:
+        raise ValueError(
+            "task: tasks need a tokenizer that all of them share; train one with `dnt data tokenizer`, "
+            "then give --tokenizer FILE"
+        )
+    if options.task and any(str(item) == "-" for item in options.inputs):
+        raise ValueError("task: stdin cannot be shared by tasks; write it to a file first")
+    return options
+
+
+def _as_before(options: PrepareOptions, base: Manifest) -> PrepareOptions:
+    """The options with what the set to append to was made with. Raises ValueError where another value was asked for, or
+    if the files beside its shards are not those of its manifest."""
+    assert options.append
+    folder = Path(options.append)
+    for name, sha256 in ((shards.TOKENIZER, base.tokenizer.sha256), (shards.FINGERPRINTS, base.fingerprints)):
+        for problem in check_file(folder / name, sha256) if sha256 else ():
+            raise ValueError(f"{problem}; the set to append to must be whole: copy or prepare it again")
+    fixed: dict[str, Any] = {
+        "seq_len": base.seq_len,
+        "packing": base.packing,
+        "val_fraction": base.options.val_fraction,
+        "shard_bytes": base.options.shard_bytes,
+        "dedup": base.options.dedup,
+        "tokenizer": folder / shards.TOKENIZER,
+    }
+    defaults = {field.name: field.default for field in dataclasses.fields(options)}
+    for name, value in fixed.items():
+        asked = getattr(options, name)
+        if asked not in (defaults[name], value):
+            raise ValueError(f"{name}: found {asked}, but {folder} was made with {value}; leave the option out")
+    return dataclasses.replace(options, **fixed)
+
+
+def sample_bytes(options: PrepareOptions) -> int:
+    """How much text a tokenizer is trained on."""
+    return options.sample_bytes or SAMPLE_BYTES[options.kind]
+
+
+def workers(options: PrepareOptions) -> int:
+    """Processes to use."""
+    return options.workers or cpus()
