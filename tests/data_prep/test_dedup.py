@@ -12,6 +12,7 @@ from datasketch import MinHash, MinHashLSH
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_prep import dedup
 from data_prep.dedup import BANDS, FINGERPRINT, PERMUTATIONS, Duplicates, find_duplicates, fingerprints, similarity
 from tests.helpers.corpus import python_source_files
 
@@ -395,3 +396,22 @@ print((small.original == large.original).all(), peak() - before)
     assert (near, same) == ("9900", "True")
     # 300,000 fingerprints are 94 MB; what stays in memory are 2.4 MB of result and 9,900 links.
     assert float(used) < 17 < float(unbounded)
+
+
+def test_a_long_chain_is_not_quadratic(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is like the one before and after it alone, so that one cluster holds all and every second one stays."""
+    count = 600
+    made = synthetic(np.random.default_rng(3), count)
+    numbers, bytes_of = np.arange(count), np.random.default_rng(4).integers(0, 256, (128, count), dtype=np.uint8)
+    for slot in range(PERMUTATIONS):
+        made["signature"][:, slot] = bytes_of[slot, (numbers + slot) // 4 % count]
+    for band in (0, 1):
+        made["bands"][:, band] = (numbers + band) // 2
+    found = find_duplicates([made], scratch, near=True)
+    assert found.original.tolist() == [-1, 0] + [n if odd else -1 for n in range(2, count, 2) for odd in (0, 1)]
+    assert found.compared > count**2 // 5
+    monkeypatch.setattr(dedup, "_COMPARISONS", 20 * count)
+    monkeypatch.setattr(dedup, "_BUCKET_ROUNDS", 4)
+    bounded = find_duplicates([made], scratch, near=True)
+    assert bounded.near == 20
+    assert bounded.compared < 25 * count

@@ -386,3 +386,12 @@ def test_damaged_parquet(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"a\.parquet: damaged after row \d+: ") as caught:
             pieces_of(path)
         assert re.search(r"expected a whole parquet file, make it again$", str(caught.value))
+
+
+def test_a_column_of_nulls_ends_in_pieces_too(tmp_path: Path) -> None:
+    rows = 200_000
+    pq.write_table(pa.table({"text": pa.nulls(rows, pa.string())}), tmp_path / "nulls.parquet")
+    [unit] = plan_units(find_sources([tmp_path / "nulls.parquet"]))
+    sizes = [len(piece.texts) for piece in read_pieces(unit)]
+    assert sum(sizes) == rows
+    assert max(sizes) * 64 <= pieces.PIECE_BYTES
