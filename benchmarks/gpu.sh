@@ -11,5 +11,4 @@ if [ ! -f data/bench/manifest.json ]; then
     stdlib=$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')
     "$PYTHON" -m dnt_scale.cli data prepare "$stdlib/*.py" --out data/bench --vocab-size 16384 --seq-len 1024 --val-fraction 0
 fi
-export PYTHONPATH=$PWD
-"$PYTHON" benchmarks/train_speed.py --models dnt_124m gpt_124m --data data/bench --steps "${STEPS:-40}" "$@"
+"$PYTHON" -m benchmarks.train_speed --models dnt_124m gpt_124m --data data/bench --steps "${STEPS:-40}" "$@"

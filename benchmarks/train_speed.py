@@ -1,7 +1,7 @@
 """Training speed: tokens/s, MFU and memory of each model, beside the machine's own matmul rate in the same run.
 
-    python benchmarks/train_speed.py --models dnt_124m gpt_124m --data data/bench --steps 30
-    python benchmarks/train_speed.py --models dnt_nano gpt_nano --data data/demo --steps 10 \\
+    python -m benchmarks.train_speed --models dnt_124m gpt_124m --data data/bench --steps 30
+    python -m benchmarks.train_speed --models dnt_nano gpt_nano --data data/demo --steps 10 \\
         --global-batch 16 --micro-batch 16
 
 Each model trains for --steps steps through `python -m dnt_scale.train`, as a user's run does. The first half warms up;

@@ -82,15 +82,9 @@ def prepare(options: PrepareOptions, console: Console | None = None) -> Manifest
     with work_folder(out, shared=options.task is not None) as work:
         inputs = [spool_stdin(work) if str(item) == "-" else item for item in options.inputs]
         units = plan_units(find_sources(inputs))
-        recipe = Recipe(
-            _given_tokenizer(work, options) or learn(work, lesson(options, rules), units, workers(options), console),
-            options.encoder,
-            options.text_field,
-            options.val_fraction,
-            rules,
-            options.dedup,
-            options.strict,
-        )
+        model = _given_tokenizer(work, options)
+        model = model or learn(work, lesson(options, rules), units, workers(options), console)
+        recipe = recipe_of(options, rules, model)
         try:
             chunks = _tokenise(work, options, recipe, units, console)
         except FastPathDiffers as difference:
@@ -152,6 +146,19 @@ def lesson(options: PrepareOptions, rules: CleanConfig | None) -> Lesson:
         options.text_field,
         options.val_fraction,
         rules,
+        options.strict,
+    )
+
+
+def recipe_of(options: PrepareOptions, rules: CleanConfig | None, model: Path) -> Recipe:
+    """What decides the chunks."""
+    return Recipe(
+        model,
+        options.encoder,
+        options.text_field,
+        options.val_fraction,
+        rules,
+        options.dedup,
         options.strict,
     )
 

@@ -7,10 +7,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from data_prep import shards
-from data_prep.chunks import Recipe
 from data_prep.clean.cleaner import load_rules
 from data_prep.options import PrepareOptions, checked, sample_bytes, workers
-from data_prep.pipeline import share
+from data_prep.pipeline import recipe_of, share
 from data_prep.progress import stage
 from data_prep.read.inputs import find_sources, plan_units, stored_bytes
 from data_prep.report.markup import visible
@@ -89,15 +88,7 @@ def dry_run(options: PrepareOptions, console: Console | None = None) -> None:
         f"work       {workers(options)} processes in {options.out / PARTIAL}",
     ]
     if options.tokenizer:
-        recipe = Recipe(
-            options.tokenizer,
-            options.encoder,
-            options.text_field,
-            options.val_fraction,
-            rules,
-            options.dedup,
-            options.strict,
-        )
+        recipe = recipe_of(options, rules, options.tokenizer)
         folders = recipe.folders(options.out / PARTIAL, units)
         done = sum((folder / "whole.json").exists() for folder in folders)
         lines.append(f"done       {done:,} of {len(units):,} units by an earlier run")
