@@ -56,7 +56,8 @@ class State(BaseModel):
     skipped: int
     seed: int  # the run's only randomness: initial weights and data order are functions of it
     run_id: str
-    manifest_sha256: str
+    manifest_sha256: str  # of a mixture, of what decides its rows
+    sets: dict[str, str] = {}  # the manifests' sha256 by the sets' names; not in the checkpoints of old
     tokenizer_sha256: str
     world_size: int
     config: dict[str, object]

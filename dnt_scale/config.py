@@ -117,14 +117,24 @@ OptimConfig = Annotated[MSGDWConfig | AdamWConfig, Field(discriminator="algorith
 
 
 SetPath = Annotated[Path, AfterValidator(Path.absolute)]
-SetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+
+
+def _not_a_measure(name: str) -> str:
+    if name in ("loss", "perplexity", "bits_per_byte"):
+        raise ValueError(f"a set named {name} would take the place of the metric val/{name}; give it another name")
+    return name
+
+
+SetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100), AfterValidator(_not_a_measure)]
 
 
 class MixtureEntry(Strict):
     """One set of a mixture."""
 
     path: SetPath = Field(description="made by `dnt data prepare`")
-    weight: float = Field(gt=0, description="its share of the tokens, relative to the other sets' weights")
+    weight: float = Field(
+        gt=0, le=1e12, description="its part of the predicted tokens (padding is none), relative to the other sets'"
+    )
 
 
 class DataConfig(Strict):
@@ -160,7 +170,7 @@ class RunSection(Strict):
 
 class TrainSection(Strict):
     steps: int | None = Field(None, gt=0)
-    tokens: int | None = Field(None, gt=0, description="instead of steps: predicted tokens to train on")
+    tokens: int | None = Field(None, gt=0, description="instead of steps: places in rows, padding too")
     global_batch: int = Field(gt=0, description="rows a step, over all ranks and micro-batches")
     micro_batch: int = Field(gt=0, description="rows a rank a forward")
     dtype: Literal["bf16", "fp32"] = "bf16"
@@ -323,6 +333,15 @@ def _nearest(key: str, known: set[str]) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
+def _is_key(key: str, known: set[str]) -> bool:
+    """Whether a key is one of the known or a section of one; their ``*`` is any name."""
+    parts = key.split(".")
+    return any(
+        len(parts) <= len(other) and all(b in ("*", a) for a, b in zip(parts, other, strict=False))
+        for other in (name.split(".") for name in known)
+    )
+
+
 def _is_group(key: str) -> bool:
     return bool(key) and (config_dir() / key).is_dir()
 
@@ -332,10 +351,14 @@ def _explain(error: Exception, overrides: list[str]) -> str:
     text = str(error).strip()
     if "Missing mandatory value" in text:
         known = _known_keys(RunConfig)
-        for key in (override.partition("=")[0].lstrip("+") for override in overrides):
-            if key not in known and not key.startswith("optim.groups.") and not _is_group(key):
+        for key in (override.partition("=")[0].lstrip("+~") for override in overrides):
+            if not _is_key(key, known) and not _is_group(key):
                 return f"{key}: no such key{_nearest(key, known)} `dnt train --print-config` shows every key"
         missing = getattr(error, "full_key", "a mandatory key")
+        if missing == "data.path" and any(override.lstrip("+").startswith("data.mixture") for override in overrides):
+            return (
+                "data.path: is not set, and data.mixture is read instead of it with data=mixture only; add data=mixture"
+            )
         return f"{missing}: is not set; add {missing}=VALUE (`dnt train --help` shows an example)"
     for override in overrides:
         key, _, value = override.partition("=")

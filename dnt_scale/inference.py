@@ -1,6 +1,6 @@
 """What a trained run is for in one process: load its newest checkpoint, sample text, measure its loss."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -11,15 +11,18 @@ from dnt_scale import checkpoint, config
 from dnt_scale.config import ConfigError, DataConfig, RunConfig
 from dnt_scale.model import DNT, IGNORED
 from dnt_scale.ranks import Ranks
-from dnt_scale.sources import Sources, load_sources
+from dnt_scale.sources import Sources, any_source, load_sources
 from dnt_scale.stream import validation_batches
 
 
-def load_run(run_dir: Path, data: Path | None, me: Ranks) -> tuple[RunConfig, DNT, Sources]:
+def load_run(
+    run_dir: Path, data: Path | None, me: Ranks, sets: Callable[[DataConfig], Sources] = load_sources
+) -> tuple[RunConfig, DNT, Sources]:
     """A run's configuration, its model with the newest weights (compute dtype, on ``me.device``), and what it reads.
 
     Args:
         data: a set to read instead of the run's own, made with the same tokenizer.
+        sets: loads what is needed of those.
 
     Raises:
         ValueError: no run or no checkpoint there, a damaged one, no such set, or one with another tokenizer.
@@ -30,7 +33,7 @@ def load_run(run_dir: Path, data: Path | None, me: Ranks) -> tuple[RunConfig, DN
         raise ConfigError(f"{run_dir / 'checkpoints'}: no complete checkpoint; train the run until it has saved one")
     state = checkpoint.read_state(newest)
     checkpoint.check_files(newest, state, me)
-    sources = load_sources(DataConfig(path=data) if data else run.data)
+    sources = sets(DataConfig(path=data) if data else run.data)
     manifest = sources[0].manifest
     if manifest.tokenizer.sha256 != state.tokenizer_sha256:
         raise ConfigError(
@@ -54,7 +57,10 @@ def evaluate(run_dir: Path, data: Path | None, rows: int | None, me: Ranks) -> t
     losses = []
     for source in sources:
         if "val" not in source.manifest.splits:
-            raise ConfigError(f"{source.folder}: has no validation split; prepare it with --val-fraction above 0")
+            field = "--data" if data else source.field
+            raise ConfigError(
+                f"{field}: {source.folder} has no validation split; prepare it with --val-fraction above 0"
+            )
         total, tokens = 0.0, 0
         for batch in validation_batches(
             source,
@@ -79,9 +85,9 @@ def generate(
     Args:
         temperature: 0 takes the most likely token.
         top_k: sample from the k most likely tokens; 0: from all.
-        data: where the tokenizer is, if the run's data folder has moved.
+        data: where the tokenizer is, if the run's data has moved; of a mixture, one set is enough.
     """
-    run, model, sources = load_run(run_dir, data, me)
+    run, model, sources = load_run(run_dir, data, me, any_source)
     folder, manifest = sources[0].folder, sources[0].manifest
     tokenizer = Tokenizer.load(folder / manifest.tokenizer.file)
     if tokenizer.sha256 != manifest.tokenizer.sha256:

@@ -183,10 +183,12 @@ class DNT(nn.Module):
                 f"row of {length} tokens, but model.context is {self.config.context}; "
                 f"set model.context={length} or prepare shorter rows"
             )
+        x_BTD = self.tok_emb(tokens_BT)
         positions, mask_B1TT = torch.arange(length, device=tokens_BT.device), None
         if self.document_eos is not None:
-            positions, mask_B1TT = document_layout(tokens_BT, self.document_eos)
-        x_BTD = self.tok_emb(tokens_BT)
+            positions, attends_B1TT = document_layout(tokens_BT, self.document_eos)
+            # what is added to the logits; of a bool mask every block would make such a one and keep it for its backward
+            mask_B1TT = x_BTD.new_zeros(attends_B1TT.shape).masked_fill_(~attends_B1TT, -torch.inf)
         if self.pos_emb is not None:
             x_BTD = x_BTD + self.pos_emb(positions)
         x_BTD = self.norm_in(x_BTD)

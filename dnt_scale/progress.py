@@ -70,7 +70,7 @@ class TrainProgress:
         if "val/loss" in metrics:
             self.say(
                 f"step {step}: validation loss {metrics['val/loss']:.4f}, perplexity {metrics['val/perplexity']:.2f}, "
-                f"{metrics['val/bits_per_byte']:.4f} bits per byte"
+                f"{metrics['val/bits_per_byte']:.4f} bits per byte{of_each_set(metrics)}"
             )
         if "train/loss" not in metrics:
             return
@@ -94,3 +94,10 @@ class TrainProgress:
         minutes, second = divmod(int(seconds * (self.total_steps - self.step)), 60)
         hour, minute = divmod(minutes, 60)
         return f"{hour}:{minute:02d}:{second:02d}"
+
+
+def of_each_set(metrics: dict[str, float | int | None]) -> str:
+    """The losses of a mixture's sets, after the mixture's own."""
+    parts = [(key.split("/"), value) for key, value in metrics.items()]
+    sets = [f"{names[1]} {value:.4f}" for names, value in parts if len(names) == 3 and names[2] == "loss"]
+    return f" ({', '.join(sets)})" if sets else ""

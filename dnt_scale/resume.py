@@ -1,14 +1,15 @@
 """Where a run starts: at step 0, or at its newest checkpoint once that is known to fit and to be whole."""
 
 import json
+import math
 import uuid
 from pathlib import Path
 from typing import Any
 
 from dnt_scale import checkpoint
 from dnt_scale.checkpoint import State
-from dnt_scale.config import ConfigError, RunConfig, to_yaml, validate
-from dnt_scale.sources import Sources, identity
+from dnt_scale.config import ConfigError, DataConfig, RunConfig, to_yaml, validate
+from dnt_scale.sources import Sources, identity, manifests_of, weights_of
 
 # what a resumed run may not change: its weights, its order of data and its momentum depend on it
 FIXED = ("model", "run.seed", "train.global_batch", "optim.algorithm", "data.document_mask")
@@ -30,6 +31,7 @@ def starting_state(run: RunConfig, sources: Sources, total_steps: int, world_siz
         seed=run.run.seed,
         run_id=earlier_run_id(run) or uuid.uuid4().hex,
         manifest_sha256=identity(sources),
+        sets=manifests_of(sources),
         tokenizer_sha256=sources[0].manifest.tokenizer.sha256,
         world_size=world_size,
         config=settings,
@@ -44,17 +46,13 @@ def starting_state(run: RunConfig, sources: Sources, total_steps: int, world_siz
             f"{fresh.tokenizer_sha256[:12]}) than {newest} (sha256 {state.tokenizer_sha256[:12]}); "
             "prepare it with --tokenizer, or take another run.name"
         )
+    trained_run = validate(state.config, str(newest / "state.json"))
     if state.manifest_sha256 != fresh.manifest_sha256:
-        if run.data.mixture:
-            raise ConfigError(
-                f"data.mixture: its names, weights or manifests are not those that {newest} was trained on, so the "
-                "order of rows would change; give those sets and weights, or take another run.name"
-            )
         raise ConfigError(
-            f"data.path: the manifest of {run.data.path} is not the one that {newest} was trained on, so its order of "
-            "rows would change; give that set, or take another run.name"
+            f"{difference(state, trained_run.data, run.data, sources, newest)}, so the order of rows would change; "
+            "change it back, or take another run.name"
         )
-    trained = validate(state.config, str(newest / "state.json")).model_dump(mode="json")  # fields newer than it too
+    trained = trained_run.model_dump(mode="json")  # fields newer than it too
     for field in FIXED:
         before, now = pick(trained, field), pick(settings, field)
         if before != now:
@@ -67,7 +65,45 @@ def starting_state(run: RunConfig, sources: Sources, total_steps: int, world_siz
             f"train.steps: this run asks for {total_steps} steps, but {newest} already has {state.step}; "
             "ask for more, or take another run.name"
         )
-    return state.model_copy(update={"config": settings, "world_size": world_size}), newest
+    return state.model_copy(update={"config": settings, "world_size": world_size, "sets": fresh.sets}), newest
+
+
+def difference(state: State, trained: DataConfig, data: DataConfig, sources: Sources, newest: Path) -> str:
+    """What of a run's data is not as its checkpoint has it: names or weights, else a set's manifest."""
+    before, now = weights_of(trained), weights_of(data)
+    if before.keys() != now.keys() or not all(math.isclose(before[name], now[name], rel_tol=1e-6) for name in now):
+        return f"data.mixture: {newest} was trained on {in_words(trained)}, this run asks for {in_words(data)}"
+    found = manifests_of(sources)
+    changed = [s for s in sources if state.sets.get(s.name, found[s.name]) != found[s.name]] or sources
+    return " or ".join(
+        f"{source.field}: the manifest of {source.folder} is not the one that {newest} was trained on"
+        for source in changed
+    )
+
+
+def in_words(data: DataConfig) -> str:
+    weights = weights_of(data)
+    return ", ".join(f"{name} {weights[name]:.6g}" for name in sorted(weights)) or "data.path, one set"
+
+
+def check_sets(sources: Sources, state: State) -> None:
+    """For every rank: that the sets it sees are those that rank 0 decided on.
+
+    Raises:
+        ConfigError: another manifest, name or weight than on rank 0.
+    """
+    if identity(sources) == state.manifest_sha256:
+        return
+    for source, found in zip(sources, manifests_of(sources).values(), strict=True):
+        if found != (wanted := state.sets.get(source.name, found)):
+            raise ConfigError(
+                f"{source.field}: {source.folder} has another manifest here (sha256 {found[:12]}) than on rank 0 "
+                f"(sha256 {wanted[:12]}); copy the set to every node again"
+            )
+    raise ConfigError(
+        f"data: the sets here are {', '.join(str(source.folder) for source in sources)}, with other names or weights "
+        "than on rank 0; give every rank the same command"
+    )
 
 
 def pick(settings: dict[str, Any], dotted: str) -> Any:

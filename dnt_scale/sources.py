@@ -14,12 +14,14 @@ SHARES = 1 << 30  # what the weights of a mixture are scaled to add up to: produ
 
 @dataclass(frozen=True)
 class Source:
-    """A prepared set. Of all rows of a run it gives ``share`` in the sum of all sources' shares."""
+    """A prepared set. It gives the part ``weight`` of a run's tokens, which takes ``share`` of its rows in the sum of
+    all sources' shares."""
 
     name: str  # empty: the one set of data.path
     folder: Path
     manifest: Manifest
     share: int = SHARES
+    weight: float = 1.0
 
     @property
     def field(self) -> str:
@@ -44,9 +46,12 @@ def load_sources(data: DataConfig) -> Sources:
     """
     if data.path is not None:
         return (Source("", data.path, load_manifest(data.path)),)
-    total = math.fsum(entry.weight for entry in data.mixture.values())
+    manifests = {name: load_manifest(entry.path) for name, entry in data.mixture.items()}
+    weights = weights_of(data)
+    rows = {name: weight / tokens_a_place(manifests[name]) for name, weight in weights.items()}
+    total = math.fsum(rows.values())
     sources = [
-        Source(name, entry.path, load_manifest(entry.path), max(1, round(entry.weight / total * SHARES)))
+        Source(name, entry.path, manifests[name], max(1, round(rows[name] / total * SHARES)), weights[name])
         for name, entry in data.mixture.items()
     ]
     first, *others = sources = sorted(sources, key=lambda source: (-source.share, source.name))
@@ -60,6 +65,30 @@ def load_sources(data: DataConfig) -> Sources:
                     f"{expected}; prepare both with the same --tokenizer and --seq-len"
                 )
     return tuple(sources)
+
+
+def any_source(data: DataConfig) -> Sources:
+    """The first of a run's sets that loads, for what all of them share. Raises ValueError: why the first does not, when
+    none does."""
+    failures = []
+    for one in [DataConfig(path=entry.path) for entry in data.mixture.values()] or [data]:
+        try:
+            return load_sources(one)
+        except (ValueError, OSError) as error:
+            failures.append(error)
+    raise failures[0]
+
+
+def weights_of(data: DataConfig) -> dict[str, float]:
+    """The weights of a mixture by name, as parts of 1."""
+    total = math.fsum(entry.weight for entry in data.mixture.values())
+    return {name: entry.weight / total for name, entry in data.mixture.items()}
+
+
+def tokens_a_place(manifest: Manifest) -> float:
+    """The mean number of tokens that a place of a training row predicts, 1 or less: padding predicts none."""
+    split = manifest.splits["train"]
+    return split.tokens / (split.rows * manifest.seq_len) if manifest.packing == "best_fit" else 1.0
 
 
 def _shape(source: Source) -> tuple[str, int, int, str]:
@@ -84,7 +113,7 @@ def fitting_sources(run: RunConfig) -> Sources:
     for source in sources:
         if run.eval.every and "val" not in source.manifest.splits:
             raise ConfigError(
-                f"eval.every is {run.eval.every}, but {source.folder} has no validation split; "
+                f"{source.field}: eval.every is {run.eval.every}, but {source.folder} has no validation split; "
                 "set eval.every=0 or prepare with --val-fraction above 0"
             )
     return sources
@@ -93,8 +122,13 @@ def fitting_sources(run: RunConfig) -> Sources:
 def identity(sources: Sources) -> str:
     """Hex SHA-256 of what decides the rows and their order, but for the seed: of a set alone its manifest's, of a
     mixture that of the sets' names, shares and manifests. Raises ValueError if a manifest is gone."""
-    hashes = [manifest_sha256(source.folder) for source in sources]
+    hashes = manifests_of(sources)
     if not sources[0].name:
-        return hashes[0]
-    parts = [[source.name, source.share, found] for source, found in zip(sources, hashes, strict=True)]
+        return hashes[""]
+    parts = [[source.name, source.share, hashes[source.name]] for source in sources]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def manifests_of(sources: Sources) -> dict[str, str]:
+    """Hex SHA-256 of the sets' manifests, by name. Raises ValueError if one is gone."""
+    return {source.name: manifest_sha256(source.folder) for source in sources}

@@ -13,9 +13,10 @@ raw stream fixed across versions, and no global generator is touched.
 
 import os
 import queue
+import resource
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from functools import lru_cache
 from types import TracebackType
 from typing import Self
@@ -34,7 +35,7 @@ Bytes = npt.NDArray[np.uint8]
 
 WINDOW_BLOCKS = 64
 PREFETCH_BATCHES = 4
-OPEN_FILES = 2 * WINDOW_BLOCKS  # of a set: a window and the one before it; systems often allow 1024 in all
+OPEN_FILES = 2 * WINDOW_BLOCKS  # that a set has use for: a window and the one before it
 
 
 def permutation(size: int, seed: int, epoch: int, part: int) -> Ints:
@@ -159,16 +160,50 @@ def rows_from(shares: Sequence[int], orders: Sequence[Order], position: int, cou
     return source, blocks, rows
 
 
-class RowReader:
-    """Rows of one split by (block, row), with one pread each; keeps the files of OPEN_FILES shards open."""
+class OpenFiles:
+    """Files open for reading, by path, ``most`` at a time: one more, and the one that was opened first is closed."""
 
-    def __init__(self, source: Source, split: SplitName) -> None:
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.descriptors: dict[str, int] = {}
+
+    def open(self, path: str) -> int:
+        """The descriptor of a file. Raises OSError if it cannot be opened."""
+        if (found := self.descriptors.get(path)) is not None:
+            return found
+        if len(self.descriptors) >= self.most:
+            os.close(self.descriptors.pop(next(iter(self.descriptors))))
+        self.descriptors[path] = os.open(path, os.O_RDONLY)
+        return self.descriptors[path]
+
+    def close(self) -> None:
+        for descriptor in self.descriptors.values():
+            os.close(descriptor)
+        self.descriptors.clear()
+
+
+def files_for(sets: int) -> int:
+    """How many shards a stream of so many sets keeps open: what they have use for, within half of what the process may
+    open at all. That limit, often 1024, is raised where the system lets us."""
+    wanted = sets * OPEN_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if 0 <= soft < 2 * wanted:  # -1 is no limit
+        with suppress(ValueError, OSError):  # then it stays as it is
+            resource.setrlimit(resource.RLIMIT_NOFILE, (2 * wanted if hard < 0 else min(2 * wanted, hard), hard))
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return wanted if soft < 0 else max(1, min(wanted, soft // 2))
+
+
+class RowReader:
+    """Rows of one split by (block, row), with one pread each, through ``files``."""
+
+    def __init__(self, source: Source, split: SplitName, files: OpenFiles) -> None:
         shards = source.manifest.splits[split].shards
         self.row_bytes = source.manifest.row_bytes
-        self.paths = [source.folder / shard.file for shard in shards]
+        self.paths = [str(source.folder / shard.file) for shard in shards]
         self.shards: Ints = np.repeat(np.arange(len(shards)), [len(shard.members) for shard in shards])
         self.offsets: Ints = np.array([member.offset for shard in shards for member in shard.members], dtype=np.int64)
-        self.files: dict[int, int] = {}
+        self.files = files
 
     def read(self, blocks: Ints, rows: Ints, places: Iterable[memoryview]) -> None:
         """Read each row into its place, of row_bytes bytes, as it stands in the shard.
@@ -179,25 +214,13 @@ class RowReader:
         positions = self.offsets[blocks] + rows * self.row_bytes
         wanted = zip(self.shards[blocks].tolist(), positions.tolist(), places, strict=True)
         for index, (shard, position, place) in enumerate(wanted):
-            file = self.files.get(shard)
-            got = os.preadv(self._open(shard) if file is None else file, [place], position)
+            got = os.preadv(self.files.open(self.paths[shard]), [place], position)
             if got != self.row_bytes:
                 raise ShardError(
                     f"{self.paths[shard]}: ends inside block {blocks[index]}, row {rows[index]} ({got} of "
                     f"{self.row_bytes} bytes); it was truncated while in use: restore it and check with "
                     "`dnt data verify`"
                 )
-
-    def _open(self, shard: int) -> int:
-        if len(self.files) >= OPEN_FILES:
-            os.close(self.files.pop(next(iter(self.files))))
-        self.files[shard] = os.open(self.paths[shard], os.O_RDONLY)
-        return self.files[shard]
-
-    def close(self) -> None:
-        for descriptor in self.files.values():
-            os.close(descriptor)
-        self.files.clear()
 
 
 class Stream:
@@ -226,7 +249,8 @@ class Stream:
         self.padded = np.array([source.manifest.packing == "best_fit" for source in sources])
         self.shares = [source.share for source in sources]
         self.orders = [Order(source.manifest.splits["train"], source.shuffle_seed(seed)) for source in sources]
-        self.readers = [RowReader(source, "train") for source in sources]
+        self.files = OpenFiles(files_for(len(sources)))
+        self.readers = [RowReader(source, "train", self.files) for source in sources]
         self.global_batch = global_batch
         self.rows_a_rank = global_batch // world_size
         self.offset = rank * self.rows_a_rank
@@ -248,8 +272,7 @@ class Stream:
                 self.queue.get_nowait()
             except queue.Empty:
                 self.thread.join(timeout=0.01)
-        for reader in self.readers:
-            reader.close()
+        self.files.close()
 
     def __iter__(self) -> Self:
         return self
@@ -307,7 +330,8 @@ def validation_batches(source: Source, *, rows: int, micro_batch: int, rank: int
     chosen = np.arange(min(rows, block_ends[-1])) * block_ends[-1] // min(rows, block_ends[-1])
     blocks = np.searchsorted(block_ends, chosen, side="right")
     rows_in = chosen - np.concatenate(([0], block_ends))[blocks]
-    with closing(RowReader(source, "val")) as reader:
+    with closing(OpenFiles(1)) as files:  # a rank reads the shards one after another
+        reader = RowReader(source, "val", files)
         for start in range(0, len(chosen), micro_batch * world_size):
             mine = slice(start + rank * micro_batch, start + (rank + 1) * micro_batch)
             raw = np.empty((len(chosen[mine]), manifest.row_bytes), dtype=np.uint8)

@@ -23,7 +23,7 @@ from dnt_scale.model import DNT, count_parameters, flops_per_token
 from dnt_scale.plots import plot_run
 from dnt_scale.progress import TrainProgress, peak_flops
 from dnt_scale.ranks import Ranks
-from dnt_scale.resume import starting_state
+from dnt_scale.resume import check_sets, starting_state
 from dnt_scale.sources import Sources, fitting_sources
 from dnt_scale.stream import Stream, validation_batches
 from dnt_scale.tracking import Status, Tracker, git_commit
@@ -81,6 +81,7 @@ def train(run: RunConfig, me: Ranks) -> int:
     manifest = sources[0].manifest  # all have its seq_len, eos_id and tokenizer
     total_steps = run.total_steps(manifest.seq_len)
     state, newest = ranks.on_first(me, lambda: starting_state(run, sources, total_steps, me.world_size))
+    ranks.together(me, lambda: check_sets(sources, state))
     if newest:
         checkpoint.check_files(newest, state, me)
     stream = ranks.together(me, lambda: training_stream(run, sources, state, me))
@@ -210,27 +211,25 @@ def validation(run: RunConfig, trainer: Engine, sources: Sources, me: Ranks) -> 
 def validation_metrics(losses: Sequence[float], sources: Sources) -> Metrics:
     """Loss in nats a token, perplexity, and bits a byte of UTF-8 text, from each set's own loss.
 
-    ``val/loss`` is the mean over the sets, weighted as the mixture weights their tokens; perplexity and bits a byte are
-    of text mixed in these proportions. Of a mixture, ``val/loss/NAME`` and the like are each set's own.
+    ``val/loss`` is the mean over the sets by the mixture's weights, which are of tokens; perplexity and bits a byte are
+    of text mixed in these proportions. Of a mixture, ``val/NAME/loss`` and the like are each set's own.
     """
+    bytes_a_token = [split.text_bytes / split.tokens for split in (source.manifest.splits["val"] for source in sources)]
 
-    def measures(losses: Sequence[float], sources: Sources, suffix: str = "") -> Metrics:
-        shares = [source.share / sum(other.share for other in sources) for source in sources]
-        splits = [source.manifest.splits["val"] for source in sources]
-        loss = math.fsum(share * loss for share, loss in zip(shares, losses, strict=True))
-        bytes_a_token = math.fsum(
-            share * split.text_bytes / split.tokens for share, split in zip(shares, splits, strict=True)
-        )
+    def mean(values: Sequence[float]) -> float:
+        return math.fsum(source.weight * value for source, value in zip(sources, values, strict=True))
+
+    def measures(prefix: str, loss: float, bytes_a_token: float) -> Metrics:
         return {
-            f"val/loss{suffix}": loss,
-            f"val/perplexity{suffix}": math.exp(min(loss, 700.0)),
-            f"val/bits_per_byte{suffix}": loss / math.log(2) / bytes_a_token,
+            f"{prefix}/loss": loss,
+            f"{prefix}/perplexity": math.exp(min(loss, 700.0)),
+            f"{prefix}/bits_per_byte": loss / math.log(2) / bytes_a_token,
         }
 
-    metrics = measures(losses, sources)
-    for loss, source in zip(losses, sources, strict=True):
+    metrics = measures("val", mean(losses), mean(bytes_a_token))
+    for source, loss, size in zip(sources, losses, bytes_a_token, strict=True):
         if source.name:
-            metrics |= measures([loss], (source,), f"/{source.name}")
+            metrics |= measures(f"val/{source.name}", loss, size)
     return metrics
 
 

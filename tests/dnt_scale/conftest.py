@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from data_prep.pipeline import PrepareOptions, prepare
+from data_prep.options import PrepareOptions
+from data_prep.pipeline import prepare
 from tests.helpers.corpus import python_source_files
 from tests.helpers.run import tiny, train
 

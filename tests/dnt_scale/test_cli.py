@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from data_prep.pipeline import PrepareOptions, prepare
+from data_prep.options import PrepareOptions
+from data_prep.pipeline import prepare
 from dnt_scale import config
 from tests.helpers.corpus import python_source_files
 from tests.helpers.run import dnt, python, synthetic_set, tiny, train
@@ -125,7 +126,7 @@ def test_a_batch_that_ranks_cannot_share_is_refused(corpus, tmp_path):
 def test_validation_without_a_validation_split_is_refused(tmp_path):
     data = synthetic_set(tmp_path / "set", val=False)
     error = train(tiny(data, tmp_path / "run")).error()
-    assert "eval.every is 5" in error and f"{data} has no validation split" in error
+    assert "data.path: eval.every is 5" in error and f"{data} has no validation split" in error
 
 
 def test_a_truncated_manifest_is_refused(corpus, tmp_path):

@@ -178,8 +178,30 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
     "no weight": (["data.path=null", "data.mixture.a.path=x"], ["data.mixture.a.weight: Field required"]),
     "a weight of nothing": ([*MIXTURE, "data.mixture.code.weight=0"], ["mixture.code.weight", "greater than 0"]),
     "an endless weight": ([*MIXTURE, "data.mixture.code.weight=inf"], ["mixture.code.weight", "finite"]),
+    "too large a weight": ([*MIXTURE, "data.mixture.code.weight=1e13"], ["mixture.code.weight", "1000000000000"]),
+    "a set named as a metric": (
+        [*MIXTURE, "data.mixture.loss={path: x, weight: 1}"],
+        ["data.mixture.loss", "metric val/loss", "another name"],
+    ),
+    "a long name of a set": ([*MIXTURE, f"data.mixture.{'a' * 101}={{path: x, weight: 1}}"], ["aaa", "100 characters"]),
     "a set with a slash": (["data.mixture={a/b: {path: x, weight: 1}}"], ["data.mixture.a/b", "pattern"]),
     "a misspelt weight": ([*MIXTURE, "data.mixture.code.wieght=1"], ["data.mixture.code.wieght: no such field"]),
+    "a mixture without its group": (
+        ["data.path=???", "data.mixture.wiki.path=a", "data.mixture.wiki.weight=1"],
+        ["data.path: is not set", "add data=mixture"],
+    ),
+    "a mixture without a name": (
+        ["run.name=???", *MIXTURE, "data.mixture.wiki.weight=2"],
+        ["run.name: is not set; add run.name=VALUE"],
+    ),
+    "a group without a name": (
+        ["run.name=???", "optim.groups.gains={pattern: gain}", "optim.groups.gains.lr=0.1"],
+        ["run.name: is not set; add run.name=VALUE"],
+    ),
+    "a misspelt weight without a name": (
+        ["run.name=???", *MIXTURE, "data.mixture.code.wieght=1"],
+        ["data.mixture.code.wieght: no such key", "data.mixture.*.weight?"],
+    ),
     "two mistakes": (["model.layrs=3", "optim.lr=fast"], ["model.layrs", "optim.lr"]),
     "no value": (["train.steps"], ["train.steps", "key=value"]),
     "no key": (["=3"], ["=3", "no such key"]),

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from data_prep.shards import load_manifest, write_manifest
 from tests.helpers.run import call, dnt, metrics, synthetic_set
 
 PROMPT = "def main(self, größe):\n"
@@ -118,12 +119,12 @@ def test_a_damaged_checkpoint_is_refused(finished_run):
 
 def test_eval_of_a_mixture_is_by_set_and_with_its_mask(mixed_run):
     of_the_run, _ = json.loads(call(losses, mixed_run).ok().out)
-    assert of_the_run == pytest.approx(metrics(mixed_run)[-1]["val/loss/packed"], abs=1e-6)
+    assert of_the_run == pytest.approx(metrics(mixed_run)[-1]["val/packed/loss"], abs=1e-6)
     printed = dnt("eval", mixed_run, "--rows", 30).ok().out
     found = {name: float(value) for name, value in (line.split() for line in printed.splitlines())}
     last = metrics(mixed_run)[-1]
     assert found.keys() == {key for key in last if key.startswith("val/")}
-    assert {"val/loss", "val/loss/docs", "val/loss/packed"} < found.keys()
+    assert {"val/loss", "val/docs/loss", "val/packed/loss"} < found.keys()
     for name, value in found.items():
         assert value == pytest.approx(last[name], abs=1e-3)
 
@@ -131,9 +132,39 @@ def test_eval_of_a_mixture_is_by_set_and_with_its_mask(mixed_run):
 def test_another_set_is_measured_alone(mixed_run, corpus):
     printed = dnt("eval", mixed_run, "--rows", 30, "--data", corpus).ok().out
     assert {line.split()[0] for line in printed.splitlines()} == {"val/loss", "val/perplexity", "val/bits_per_byte"}
-    assert float(printed.split()[1]) == pytest.approx(metrics(mixed_run)[-1]["val/loss/docs"], abs=1e-3)
+    assert float(printed.split()[1]) == pytest.approx(metrics(mixed_run)[-1]["val/docs/loss"], abs=1e-3)
 
 
-def test_generate_with_masked_documents_beyond_the_context(mixed_run):
-    found = json.loads(call(texts, mixed_run, [{"tokens": 90, "seed": 1}, {"tokens": 90, "seed": 1}]).ok().out)
-    assert found[0] == found[1] and len(found[0]) > len(PROMPT)
+def test_a_text_is_one_document_masked_or_not_beyond_the_context_too(mixed_run, tmp_path):
+    plain = Path(shutil.copytree(mixed_run, tmp_path / "run", symlinks=True))
+    config = (plain / "config.yaml").read_text()
+    assert "document_mask: true" in config
+    (plain / "config.yaml").write_text(config.replace("document_mask: true", "document_mask: false"))
+    settings = [{"tokens": 90, "temperature": 0}, {"tokens": 90, "seed": 1}]
+    masked, unmasked = (json.loads(call(texts, folder, settings).ok().out) for folder in (mixed_run, plain))
+    assert masked == unmasked and len(masked[0]) > 64  # the context, in tokens
+
+
+def test_generate_needs_one_set_of_a_mixture_and_eval_all(mixed_run, corpus, tmp_path):
+    run_dir = Path(shutil.copytree(mixed_run, tmp_path / "run", symlinks=True))
+    config = (run_dir / "config.yaml").read_text()
+    (run_dir / "config.yaml").write_text(config.replace(str(corpus), str(tmp_path / "gone")))
+    settings = ["--prompt", PROMPT, "--tokens", 5]
+    assert dnt("generate", run_dir, *settings).ok().out == dnt("generate", mixed_run, *settings).ok().out
+    assert str(tmp_path / "gone") in dnt("eval", run_dir, "--rows", 30).error()
+
+
+def test_eval_names_the_set_without_a_validation_split(mixed_run, corpus, packed, tmp_path):
+    manifest = load_manifest(corpus)
+    bare = Path(shutil.copytree(corpus, tmp_path / "bare"))
+    train, val = manifest.splits["train"], manifest.splits["val"]
+    [source] = manifest.sources
+    left = {"documents": train.documents, "text_bytes": train.text_bytes}
+    assert source.documents == train.documents + val.documents
+    changes = {"splits": {"train": train}, "sources": (source.model_copy(update=left),)}
+    write_manifest(bare, manifest.model_copy(update=changes))
+    run_dir = Path(shutil.copytree(mixed_run, tmp_path / "run", symlinks=True))
+    config = (run_dir / "config.yaml").read_text()
+    (run_dir / "config.yaml").write_text(config.replace(str(corpus), str(bare)))
+    assert f"data.mixture.docs.path: {bare} has no validation split" in dnt("eval", run_dir).error()
+    assert f"--data: {bare} has no validation split" in dnt("eval", mixed_run, "--data", bare).error()

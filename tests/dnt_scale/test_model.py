@@ -803,6 +803,26 @@ def test_without_an_eos_in_the_row_masking_changes_nothing() -> None:
     torch.testing.assert_close(masked(tokens), plain(tokens), atol=1e-12, rtol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_all_blocks_keep_one_mask(dtype: torch.dtype) -> None:
+    config = tiny(layers=4)
+    masked = busy(config, dtype)
+    masked.document_eos = EOS
+    _, rows = documents_in_a_row(config)
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.shape == (2, 1, 12, 12):
+            kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        masked(rows)
+    assert len(kept) == config.layers  # else this looks for another shape than attention keeps
+    assert {tensor.dtype for tensor in kept} == {dtype}
+    assert len({tensor.untyped_storage().data_ptr() for tensor in kept}) == 1
+
+
 def test_masked_documents_in_bf16() -> None:
     config = tiny()
     masked = busy(config, torch.bfloat16)

@@ -1,5 +1,6 @@
 """A run that was killed and started again is the run that was never killed."""
 
+import json
 import shutil
 import signal
 import sqlite3
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from dnt_scale import config
 from dnt_scale.sources import load_sources
@@ -17,6 +19,7 @@ from tests.helpers.run import (
     STEPS,
     Ranks,
     complete_checkpoints,
+    dnt,
     metrics,
     python,
     same_tensors,
@@ -178,4 +181,52 @@ def test_another_weight_is_refused(stopped_mixture, tmp_path):
     stopped, overrides, _ = stopped_mixture
     run_dir = Path(shutil.copytree(stopped, tmp_path / "run", symlinks=True))
     error = train([*overrides, f"run.dir={run_dir}", "data.mixture.packed.weight=2"], ranks=1).error()
-    assert "data.mixture: its names, weights or manifests are not those that" in error and "run.name" in error
+    assert (
+        "was trained on docs 0.666667, packed 0.333333, this run asks for docs 0.5, packed 0.5, so the order" in error
+    )
+    assert error.startswith("error: data.mixture: ") and "run.name" in error
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (["~data.mixture.packed"], ", this run asks for docs 1, so"),
+        (
+            ["~data.mixture.packed", "~data.mixture.docs", "data.path=DOCS"],
+            ", this run asks for data.path, one set, so",
+        ),
+        (
+            ["data.mixture.docs.weight=4", "data.mixture.packed={path: OTHER, weight: 2}"],
+            "error: data.mixture.packed.path: the manifest of OTHER is not the one that ",
+        ),
+    ],
+)
+def test_what_is_another_in_a_mixture_is_named(stopped_mixture, corpus, packed, tmp_path, change, expected):
+    stopped, overrides, _ = stopped_mixture
+    run_dir = Path(shutil.copytree(stopped, tmp_path / "run", symlinks=True))
+    other = Path(shutil.copytree(packed, tmp_path / "other"))
+    manifest = json.loads((other / "manifest.json").read_text())
+    manifest["options"]["shard_bytes"] += 1
+    (other / "manifest.json").write_text(json.dumps(manifest))
+
+    def filled(line):
+        return line.replace("OTHER", str(other)).replace("DOCS", str(corpus))
+
+    error = train([*overrides, f"run.dir={run_dir}", *map(filled, change)], ranks=1).error()
+    assert filled(expected) in error and str(run_dir) in error
+    assert "data.mixture.docs.path: the manifest" not in error
+
+
+def test_a_run_from_before_there_were_mixtures_goes_on(corpus, finished_run):
+    state_file, config_file = finished_run / LAST / "state.json", finished_run / "config.yaml"
+    state, settings = json.loads(state_file.read_text()), yaml.safe_load(config_file.read_text())
+    assert state.pop("sets")
+    for data in (state["config"]["data"], settings["data"]):
+        del data["mixture"], data["document_mask"]
+    state_file.write_text(json.dumps(state))
+    config_file.write_text(yaml.safe_dump(settings))
+    assert dnt("eval", finished_run, "--rows", 30).ok().out.startswith("val/loss ")
+    assert dnt("generate", finished_run, "--prompt", "def ", "--tokens", 3).ok().out.startswith("def ")
+    train(tiny(corpus, finished_run, "train.steps=22"), ranks=2).ok()
+    assert [line["step"] for line in metrics(finished_run)][-2:] == [21, 22]
+    assert json.loads((finished_run / "checkpoints/latest/state.json").read_text())["sets"]

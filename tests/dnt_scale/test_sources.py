@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from data_prep.shards import load_manifest, manifest_sha256, write_manifest
 from dnt_scale.config import ConfigError, DataConfig
-from dnt_scale.sources import SHARES, Source, identity, load_sources
+from dnt_scale.sources import SHARES, Source, any_source, identity, load_sources, tokens_a_place
 from tests.helpers.corpus import small_set
 from tests.helpers.run import synthetic_set
 
@@ -28,14 +28,25 @@ def test_one_set_is_itself(corpus):
     assert source.field == "data.path"
 
 
-def test_shares_are_the_weights_largest_first(corpus, packed):
-    sources = load_sources(mixture(b=(packed, 0.25), a=(corpus, 0.5), c=(corpus, 0.25)))
+def test_shares_are_the_weights_largest_first(corpus):
+    sources = load_sources(mixture(b=(corpus, 0.25), a=(corpus, 0.5), c=(corpus, 0.25)))
     assert [(source.name, source.share) for source in sources] == [
         ("a", SHARES // 2),
         *((n, SHARES // 4) for n in "bc"),
     ]
-    assert sources[1].folder == packed and sources[1].field == "data.mixture.b.path"
+    assert [source.weight for source in sources] == [0.5, 0.25, 0.25]
+    assert sources[1].field == "data.mixture.b.path"
     assert len({source.shuffle_seed(3) for source in sources} | {3}) == 4
+
+
+def test_shares_are_of_rows_and_weights_of_tokens(corpus, packed):
+    part = tokens_a_place(load_manifest(packed))
+    split = load_manifest(packed).splits["train"]
+    assert part == split.tokens / (split.rows * 64) < 0.97
+    docs, padded = sorted(load_sources(mixture(a=(corpus, 6), b=(packed, 2))), key=lambda source: source.name)
+    assert (docs.weight, padded.weight) == (0.75, 0.25)
+    assert padded.share / docs.share == pytest.approx(1 / 3 / part, rel=1e-8)
+    assert tokens_a_place(docs.manifest) == 1
 
 
 def test_a_tiny_weight_still_gives_rows(corpus, packed):
@@ -88,3 +99,12 @@ def test_an_altered_eos_is_named(corpus, tmp_path):
 def test_a_missing_set_is_named(corpus, tmp_path):
     with pytest.raises(ValueError, match=str(tmp_path / "none")):
         load_sources(mixture(a=(corpus, 1), b=(tmp_path / "none", 1)))
+
+
+def test_any_set_of_a_mixture_will_do_for_what_they_share(corpus, packed, tmp_path):
+    a, b = tmp_path / "a", tmp_path / "b"
+    assert any_source(mixture(a=(a, 1), b=(packed, 1), c=(corpus, 9)))[0].folder == packed
+    assert any_source(DataConfig(path=corpus)) == load_sources(DataConfig(path=corpus))
+    for data in (mixture(a=(a, 1), b=(b, 1)), DataConfig(path=a)):
+        with pytest.raises(ValueError, match=str(a)):
+            any_source(data)

@@ -1,6 +1,8 @@
 import io
+import json
 import os
 import random
+import resource
 import shutil
 import threading
 from pathlib import Path
@@ -12,7 +14,7 @@ import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.shards import Member, Shard, Split, iter_documents, load_manifest, read_block
+from data_prep.shards import Member, Shard, Split, iter_documents, load_manifest, read_block, write_manifest
 from dnt_scale import stream as stream_module
 from dnt_scale.config import DataConfig
 from dnt_scale.model import IGNORED
@@ -27,6 +29,7 @@ from dnt_scale.stream import (
     rows_from,
     validation_batches,
 )
+from tests.helpers.run import call, synthetic_set, write_split
 
 BLOCK_SIZES = st.lists(st.integers(1, 12), min_size=1, max_size=3 * WINDOW_BLOCKS)
 SEEDS = st.integers(0, 2**64 - 1)
@@ -399,6 +402,23 @@ def test_padding_is_all_that_is_ignored(packed):
     assert int((held_out[:, 1:] != IGNORED).sum()) == val.tokens
 
 
+def test_a_mixture_weighs_tokens_not_rows(corpus, packed):
+    entries = {"docs": {"path": corpus, "weight": 1}, "packed": {"path": packed, "weight": 1}}
+    sources = load_sources(DataConfig.model_validate({"mixture": entries}))
+    assert [source.name for source in sources] == [
+        "packed",
+        "docs",
+    ]  # half of the tokens is more rows of the padded one
+    rows = sources[0].manifest.splits["train"].rows  # an epoch of it
+    count = rows * sum(source.share for source in sources) // sources[0].share
+    with Stream(sources, seed=7, global_batch=count, rank=0, world_size=1) as stream:
+        predicted = (next(stream)[0][:, 1:] != IGNORED).sum(1).numpy()
+    source, _ = deal([source.share for source in sources], np.arange(count))
+    by_set = [int(predicted[source == index].sum()) for index in (0, 1)]
+    assert by_set[0] == pytest.approx(by_set[1], rel=0.01)
+    assert by_set[0] < 0.97 * rows * sources[0].manifest.seq_len
+
+
 def test_many_shards_are_read_through_few_open_files(corpus, manifest, monkeypatch):
     def open_files():
         return len([path for path in Path("/proc/self/fd").iterdir() if path.resolve().parent == corpus])
@@ -411,3 +431,46 @@ def test_many_shards_are_read_through_few_open_files(corpus, manifest, monkeypat
         assert open_files() <= 2
     assert torch.equal(got, wanted)
     assert open_files() == 0
+
+
+@pytest.fixture(scope="module")
+def many_shards(tmp_path_factory):
+    """A mixture of five sets of 24 shards each."""
+    folder = tmp_path_factory.mktemp("many")
+    manifest = load_manifest(synthetic_set(folder / "made up", val=False))
+    entries = {}
+    for number in range(5):
+        out = folder / f"set{number}"
+        out.mkdir()
+        shutil.copy(folder / "made up" / "tokenizer.model", out)
+        stream = np.arange(24 * 512 * 4 + 1, dtype=np.uint16) % (500 + number)
+        split = write_split(out, "train", stream, 4)
+        totals = {"documents": split.documents, "text_bytes": split.text_bytes}
+        [source] = manifest.sources
+        update = {"seq_len": 4, "splits": {"train": split}, "sources": (source.model_copy(update=totals),)}
+        write_manifest(out, manifest.model_copy(update=update))
+        entries[f"set{number}"] = {"path": out, "weight": 1}
+    return DataConfig.model_validate({"mixture": entries})
+
+
+def read_with_a_limit_on_files(data, soft, hard):
+    """Print how many shards a stream keeps open, the soft limit that it leaves, and the sum of what it reads."""
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    folders = {entry.path for entry in data.mixture.values()}
+    with Stream(load_sources(data), seed=7, global_batch=600, rank=0, world_size=1) as stream:
+        total = sum(int(next(stream)[0].sum()) for _ in range(5))
+        opened = sum(path.resolve().parent in folders for path in Path("/proc/self/fd").iterdir())
+    print(json.dumps([opened, resource.getrlimit(resource.RLIMIT_NOFILE)[0], total]))
+
+
+def test_all_sets_together_keep_to_the_limit_on_open_files(many_shards):
+    """120 shards are in use at once: more than a soft limit of 64 lets a process open."""
+
+    def read(soft, hard):
+        return json.loads(call(read_with_a_limit_on_files, many_shards, soft, hard).ok().out)
+
+    opened, soft, total = read(64, 64)
+    assert 16 < opened <= 32 and soft == 64
+    assert read(64, 400) == [120, 400, total]
+    assert read(64, 4096) == [120, 1280, total]
+    assert read(2000, 4096) == [120, 2000, total]

@@ -2,8 +2,10 @@
 
 import json
 import math
+import os
 import shutil
 import signal
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ import torch.nn.functional as F
 from dnt_scale import config
 from dnt_scale.config import DataConfig
 from dnt_scale.model import DNT, IGNORED, init_weights
+from dnt_scale.progress import TrainProgress
 from dnt_scale.sources import load_sources
 from dnt_scale.stream import Stream
 from dnt_scale.train import validation_metrics
@@ -198,12 +201,12 @@ def test_validation_of_a_mixture_is_the_weighted_mean(corpus, packed):
     # four tokens, three of them of docs: 3 * 2 + 4 nats, over the bytes that such tokens stand for
     bytes_of_four = 3 * splits[0].text_bytes / splits[0].tokens + splits[1].text_bytes / splits[1].tokens
     assert found["val/bits_per_byte"] == pytest.approx(10 / math.log(2) / bytes_of_four)
-    assert (found["val/loss/docs"], found["val/loss/packed"]) == (2, 4)
-    assert found["val/perplexity/packed"] == pytest.approx(math.exp(4))
+    assert (found["val/docs/loss"], found["val/packed/loss"]) == (2, 4)
+    assert found["val/packed/perplexity"] == pytest.approx(math.exp(4))
     bits = [loss / math.log(2) * split.tokens / split.text_bytes for loss, split in zip((2, 4), splits, strict=True)]
-    assert [found[f"val/bits_per_byte/{name}"] for name in ("docs", "packed")] == pytest.approx(bits)
+    assert [found[f"val/{name}/bits_per_byte"] for name in ("docs", "packed")] == pytest.approx(bits)
     alone = validation_metrics([4.0], load_sources(DataConfig(path=packed)))
-    assert alone == {key.removesuffix("/packed"): value for key, value in found.items() if key.endswith("/packed")}
+    assert alone == {key.replace("/packed", ""): value for key, value in found.items() if "/packed" in key}
 
 
 def test_a_run_on_a_mixture_validates_on_each_set(mixed_run):
@@ -211,9 +214,64 @@ def test_a_run_on_a_mixture_validates_on_each_set(mixed_run):
     measured = [line for line in lines if "val/loss" in line]
     assert [line["step"] for line in measured] == [0, 2, 3, 4, 6]
     for line in measured:
-        docs, packed = line["val/loss/docs"], line["val/loss/packed"]
+        docs, packed = line["val/docs/loss"], line["val/packed/loss"]
         assert docs != packed and line["val/loss"] == pytest.approx((2 * docs + packed) / 3)
     assert measured[-1]["val/loss"] < measured[0]["val/loss"]
+
+
+def test_no_metric_stands_in_the_way_of_another(mixed_run):
+    """A file-backed MLflow store has a file for a metric, and folders for the parts of its name."""
+    names = {name for line in metrics(mixed_run) for name in line}
+    assert "val/docs/loss" in names
+    assert not [(a, b) for a in names for b in names if b.startswith(f"{a}/")]
+
+
+def test_the_line_of_a_validation_has_each_sets_loss(capsys):
+    progress = TrainProgress(10, 0, silent=False)
+    losses = {"val/loss": 2.0, "val/perplexity": 7.4, "val/bits_per_byte": 1.1}
+    progress.update(5, losses)
+    progress.update(5, {**losses, "val/wiki/loss": 1.5, "val/wiki/perplexity": 4.5, "val/code/loss": 2.25})
+    one, several = capsys.readouterr().err.splitlines()
+    assert one == "step 5: validation loss 2.0000, perplexity 7.40, 1.1000 bits per byte"
+    assert several == f"{one} (wiki 1.5000, code 2.2500)"
+
+
+def train_on_a_set_of_its_own(overrides: list[str], folders: list[Path]) -> None:
+    """`dnt_scale.train` with another folder in the place of FOLDER on each rank."""
+    from dnt_scale import train as loop
+
+    folder = folders[int(os.environ["RANK"])]
+    sys.exit(loop.main([override.replace("FOLDER", str(folder)) for override in overrides]))
+
+
+@pytest.mark.parametrize(
+    ("data", "field"),
+    [
+        (["data.path=FOLDER"], "data.path"),
+        (
+            ["data.path=null", "data.mixture.a={path: FOLDER, weight: 1}", "data.mixture.b={path: ONE, weight: 2}"],
+            "data.mixture.a.path",
+        ),
+    ],
+)
+def test_a_rank_that_sees_another_set_is_named(tmp_path, data, field):
+    one, other = synthetic_set(tmp_path / "one"), synthetic_set(tmp_path / "other")
+    manifest = json.loads((other / "manifest.json").read_text())
+    manifest["options"]["shard_bytes"] += 1  # as fitting as the first, and not the same
+    (other / "manifest.json").write_text(json.dumps(manifest))
+    overrides = tiny(Path(), tmp_path / "run", *(line.replace("ONE", str(one)) for line in data))
+    error = call(train_on_a_set_of_its_own, overrides, [one, one, other], ranks=3).error()
+    assert f"rank 2: {field}: {other} has another manifest here" in error
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    call(train_on_a_set_of_its_own, [*overrides, "train.steps=3"], [one, one], ranks=2).ok()
+
+
+def test_a_rank_with_other_weights_is_named(tmp_path):
+    one = synthetic_set(tmp_path / "one")
+    data = [f"data.mixture.{name}={{path: {one}, weight: 1}}" for name in "ab"]
+    overrides = tiny(Path(), tmp_path / "run", "data.path=null", *data, "data.mixture.a.weight=FOLDER")
+    error = call(train_on_a_set_of_its_own, overrides, [Path("1"), Path("2")], ranks=2).error()
+    assert "rank 1: data: the sets here are" in error and "with other names or weights" in error
 
 
 def test_masked_documents_resume_bitwise_and_are_another_model(mixed, mixed_run, tmp_path):
