@@ -1,10 +1,12 @@
 """A tokenizer for a corpus: a sample of it, chosen by hash over all processes, and SentencePiece's training."""
 
 import functools
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from rich.console import Console
 
@@ -18,6 +20,7 @@ from data_prep.read.pieces import Piece, Unit, read_pieces
 from data_prep.tokenizer import Kind, Sample, text_hash, train
 from data_prep.work import key, write_whole
 
+LOSING = ("malformed_json", "no_text")
 # What each kind learns from in some 15 seconds on two cores.
 SAMPLE_BYTES = {"bpe": 32_000_000, "unigram": 4_000_000}
 
@@ -49,12 +52,13 @@ class Sampler:
         self._lesson = lesson
         self._clean = Cleaner(lesson.rules) if lesson.rules else None
 
-    def __call__(self, item: tuple[Piece, int]) -> tuple[int, int, list[tuple[int, str]]]:
-        """Bytes of input, documents, and (hash, text) to choose from: hashed as it was read, offered as cleaned."""
+    def __call__(self, item: tuple[Piece, int]) -> "Offer":
+        """What a piece has to offer: texts hashed as they were read, and as they were cleaned."""
         piece, limit = item
         documents = 0
+        findings = Findings()
         lesson, chosen, stats = self._lesson, Sample(self._lesson.sample_bytes, limit), CleanStats()
-        for document in read_documents(piece, lesson.text_field, Findings(), lesson.strict):
+        for document in read_documents(piece, lesson.text_field, findings, lesson.strict):
             documents += 1
             rank = text_hash(document.text.encode(), "sample")
             if not chosen.wants(rank):
@@ -62,7 +66,20 @@ class Sampler:
             text = self._clean(document.text, stats).text if self._clean else document.text
             if text and not held_out(text_hash(text.encode(), "split"), lesson.val_fraction):
                 chosen.add(rank, text)
-        return piece.input_bytes, documents, chosen.items()
+        lost = next((record for record in findings.records if record["kind"] in LOSING), None)
+        first = f"{lost['file']}, line {lost['line']}: {lost['detail']}" if lost else ""
+        return Offer(piece.input_bytes, documents, first, stats.dropped(), chosen.items())
+
+
+class Offer(NamedTuple):
+    """Of a piece: stored bytes read, documents, the first line or row without a text, documents that the rules dropped
+    (of those that were tried), and (hash, text) to choose from."""
+
+    input_bytes: int
+    documents: int
+    without_text: str
+    dropped: dict[str, int]
+    texts: list[tuple[int, str]]
 
 
 def learn(work: Path, lesson: Lesson, units: Sequence[Unit], workers: int, console: Console) -> Path:
@@ -75,7 +92,7 @@ def learn(work: Path, lesson: Lesson, units: Sequence[Unit], workers: int, conso
     if model.exists():
         return model
     sample = Sample(lesson.sample_bytes)
-    documents = 0
+    documents, without_text, dropped = 0, "", Counter[str]()
 
     def items() -> Iterator[tuple[Piece, int]]:
         for unit in units:
@@ -86,18 +103,22 @@ def learn(work: Path, lesson: Lesson, units: Sequence[Unit], workers: int, conso
         stage(console, "sample", sum(map(stored_bytes, units))) as advance,
         closing(spread(functools.partial(Sampler, lesson), items(), workers)) as offers,
     ):
-        for input_bytes, read, offered in offers:
-            documents += read
-            for rank, text in offered:
+        for offer in offers:
+            documents += offer.documents
+            without_text = without_text or offer.without_text
+            dropped.update(offer.dropped)
+            for rank, text in offer.texts:
                 sample.add(rank, text)
-            advance(input_bytes)
+            advance(offer.input_bytes)
     texts = [text for _, text in sample.items()]
     if not documents:
-        raise ValueError("the corpus is empty: no text in the input; give some text")
+        found = f" ({without_text}); name another --text-field, or" if without_text else ";"
+        raise ValueError(f"the corpus is empty: no text in the input{found} give some text")
     if not texts:
+        by_rule = "".join(f", {count:,} dropped by {rule}" for rule, count in dropped.items() if count)
         raise ValueError(
-            f"all {documents:,} documents are held out or dropped by the rules, none is left to learn from; "
-            "use a smaller --val-fraction or other --clean rules"
+            f"none of the {documents:,} documents is left to learn from: {documents - sum(dropped.values()):,} held out"
+            f"{by_rule}; use a smaller --val-fraction or other --clean rules"
         )
     with stage(console, "learn", None) as advance:
         write_whole(model, lambda beside: train(texts, lesson.vocab_size, beside, lesson.kind))

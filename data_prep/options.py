@@ -75,6 +75,8 @@ def checked(options: PrepareOptions, base: Manifest | None) -> PrepareOptions:
         Tokenizer.load(options.tokenizer, options.encoder)
     if sum(str(item) == "-" for item in options.inputs) > 1:
         raise ValueError("-: found more than once, but standard input can be read once; give it once")
+    if any(str(item) != "-" and Path(item).resolve() == Path(options.out).resolve() for item in options.inputs):
+        raise ValueError(f"{options.out}: is an INPUT, and cannot be --out as well; choose another folder")
     if options.task and not options.tokenizer:
         raise ValueError(
             "task: tasks need a tokenizer that all of them share; train one with `dnt data tokenizer`, "

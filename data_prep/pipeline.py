@@ -13,6 +13,7 @@ import itertools
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -25,7 +26,7 @@ from rich.markup import escape
 from data_prep import shards
 from data_prep.chunks import Chunk, Recipe, tokenise
 from data_prep.clean.cleaner import CleanConfig, load_rules
-from data_prep.learn import Lesson, learn
+from data_prep.learn import LOSING, Lesson, learn
 from data_prep.options import PrepareOptions, checked, sample_bytes, workers
 from data_prep.pack import Layout, Part, shard_jobs, shard_writer, tail
 from data_prep.pool import spread
@@ -78,6 +79,8 @@ def prepare(options: PrepareOptions, console: Console | None = None) -> Manifest
     base = shards.load_manifest(options.append) if options.append else None
     options = checked(options, base)
     rules = load_rules(options.rules) if options.rules else None
+    if base and rules is None and any(source.rules for source in base.sources):
+        raise ValueError(f"clean: {options.append} was cleaned by rules; give them, or others, or --clean none")
     out = Path(options.out)
     with work_folder(out, shared=options.task is not None) as work:
         inputs = [spool_stdin(work) if str(item) == "-" else item for item in options.inputs]
@@ -181,6 +184,17 @@ def _tokenise(
     """The chunks of all units, or of the task's."""
     mine = share(units, *options.task) if options.task else list(range(len(units)))
     folders = recipe.folders(work, units)
+    there = {folder for folder in (work / "chunks").glob("*") if any(folder.glob("*.npz"))}
+    if going_on := sum(len(list(folder.glob("*.npz"))) for folder in there.intersection(folders)):
+        console.print(f"going on with {going_on:,} finished parts of an earlier run or of tasks", highlight=False)
+    if unused_here := there.difference(folders):
+        console.print(
+            f"warning: finished parts of {len(unused_here):,} units in {work} are of another input, other options or "
+            "other library versions, and are not used; if that is not meant, stop and give the same options",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
     return tokenise(recipe, [units[i] for i in mine], [folders[i] for i in mine], workers(options), console)
 
 
@@ -309,11 +323,21 @@ def _pack(
         blocks = sum(len(shard.members) for shard in whole)
         jobs[name] = shard_jobs(layout, folder, name, parts[name], len(whole), blocks)
         if not jobs[name]:
-            totals = counted.splits[name]
+            totals, documents = counted.splits[name], sum(total.documents for total in counted.splits.values())
+            if not totals.documents:
+                raise ValueError(
+                    f"the {name} split has 0 tokens in 0 documents of {documents:,}, but one row needs "
+                    f"{layout.seq_len}; "
+                    f"use {'a smaller' if name == 'train' else 'a larger'} --val-fraction than {options.val_fraction}"
+                    + (f", such as {min(0.5, max(0.01, 4 / max(documents, 1))):.2g}, or 0 for none" * (name == "val"))
+                )
+            advice = (
+                "" if not options.val_fraction else f", or {'a smaller' if name == 'train' else 'a larger (or 0)'} "
+            )
             raise ValueError(
                 f"the {name} split has {totals.tokens} tokens in {totals.documents} documents, "
-                f"but one row needs {layout.seq_len}; give more text, a smaller --seq-len, or "
-                f"{'a smaller' if name == 'train' else 'a larger (or 0)'} --val-fraction"
+                f"but one row needs {layout.seq_len}; give more text, a smaller --seq-len"
+                + (f"{advice}--val-fraction" if advice else "")
             )
     every = [job for name in jobs for job in jobs[name]]
     written: dict[SplitName, list[Shard]] = {name: [] for name in jobs}
@@ -415,11 +439,15 @@ def _source_infos(
 
 
 def _nothing_left(counted: Tally) -> str:
-    read = sum(source.read for source in counted.sources.values())
+    sources = counted.sources.values()
+    read, empty = sum(source.read for source in sources), sum(source.findings["empty"] for source in sources)
+    dropped = sum((Counter(source.dropped) for source in sources), Counter[str]())
     if not read:
-        empty = sum(source.findings["empty"] for source in counted.sources.values())
-        return f"the corpus is empty: no text in the input ({empty} empty documents); give some text"
-    return f"none of the {read:,} documents is left after cleaning; use other --clean rules or more text"
+        lost = next((record for record in counted.rejects if record["kind"] in LOSING), None)
+        found = f"{lost['file']}, line {lost['line']}: {lost['detail']}" if lost else f"{empty} empty documents"
+        return f"the corpus is empty: no text in the input ({found}); name another --text-field, or give some text"
+    by_rule = ", ".join(f"{count:,} dropped by {rule}" for rule, count in dropped.items())
+    return f"none of the {read:,} documents is left ({by_rule}); use other --clean rules or more text"
 
 
 def _link(source: Path, target: Path) -> None:

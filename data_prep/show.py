@@ -68,6 +68,8 @@ def info(folder: Path, console: Console | None = None) -> None:
 
 def dry_run(options: PrepareOptions, console: Console | None = None) -> None:
     """Print what `prepare` would do, on stdout, and write nothing. Raises ValueError for options and input."""
+    if (options.out / shards.MANIFEST).exists():
+        raise ValueError(f"{options.out}: already holds a prepared set; choose another --out, or delete that one first")
     base = shards.load_manifest(options.append) if options.append else None
     options = checked(options, base)
     sources = find_sources([item for item in options.inputs if str(item) != "-"])
@@ -91,7 +93,7 @@ def dry_run(options: PrepareOptions, console: Console | None = None) -> None:
         recipe = recipe_of(options, rules, options.tokenizer)
         folders = recipe.folders(options.out / PARTIAL, units)
         done = sum((folder / "whole.json").exists() for folder in folders)
-        lines.append(f"done       {done:,} of {len(units):,} units by an earlier run")
+        lines += [f"done       {done:,} of {len(units):,} units by an earlier run"] if done else []
     if options.task:
         mine = [units[i] for i in share(units, *options.task)]
         lines.append(
@@ -99,6 +101,7 @@ def dry_run(options: PrepareOptions, console: Console | None = None) -> None:
             f"{sum(map(stored_bytes, mine)) / 1e6:,.1f} MB stored"
         )
     console = console or Console()
+    lines.append("nothing was written")
     console.print(table)
     console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from data_prep.chunks import Chunk
 from data_prep.clean.cleaner import CleanStats
+from data_prep.learn import LOSING
 from data_prep.pack import Layout, Part, contribution_size, kept, predicted
 from data_prep.read.pieces import Unit
 from data_prep.shards import SplitName, Tokens
@@ -18,8 +19,6 @@ from data_prep.shards import SplitName, Tokens
 SPLITS: tuple[SplitName, ...] = ("train", "val")
 EXAMPLES = 3
 FIRST_REJECTS = 20
-# findings that leave a document out; the others repair it or only tell
-DROPPING = ("malformed_json", "no_text")
 
 
 @dataclass
@@ -53,7 +52,7 @@ class SourceTally:
     @property
     def dropped(self) -> dict[str, int]:
         """Documents left out, by finding or rule, before duplicates."""
-        counts = {kind: self.findings[kind] for kind in DROPPING if self.findings[kind]}
+        counts = {kind: self.findings[kind] for kind in LOSING if self.findings[kind]}
         counts |= {rule: count for rule, count in self.stats.dropped().items() if count}
         return counts | ({"no_tokens": self.wordless} if self.wordless else {})
 

@@ -168,8 +168,6 @@ def _check_member(raw: bytes, start: int, manifest: Manifest, member: Member, ch
         return f"its .npy header is damaged ({type(error).__name__})"
     if (shape, fortran, dtype, npy.tell()) != (rows.shape, False, rows.dtype, start - TAR_BLOCK):
         return f"its .npy header tells of {dtype} {shape}, expected {rows.dtype} {rows.shape}"
-    if stream_problem:
-        return stream_problem
     if zlib.crc32(data) != member.crc32:
-        return f"its rows have CRC-32 {zlib.crc32(data)}, the manifest says {member.crc32}"
-    return None
+        return f"its rows are altered: CRC-32 is {zlib.crc32(data)}, the manifest says {member.crc32}"
+    return stream_problem

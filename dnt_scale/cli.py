@@ -151,7 +151,7 @@ def add_corpus_options(command: argparse.ArgumentParser) -> None:
         "inputs", nargs="+", metavar="INPUT", help='files, folders, globs, URLs (s3:// gs:// https://); "-" is stdin'
     )
     command.add_argument("--text-field", default="text", metavar="NAME", help="field or column with the text")
-    command.add_argument("--clean", metavar="RULES", help="cleaning rules: web, light, or a YAML file")
+    command.add_argument("--clean", metavar="RULES", help="cleaning rules: web, light, none, or a YAML file")
     command.add_argument("--strict", action="store_true", help="stop at the first finding in the input")
     command.add_argument("--vocab-size", type=int, metavar="N", help="pieces to train (default: 16384)")
     command.add_argument("--kind", choices=["bpe", "unigram"], help="of the trained tokenizer (default: bpe)")
@@ -178,6 +178,9 @@ def rules_file(name: str) -> Path:
     from dnt_scale.config import config_dir
 
     ours = config_dir() / "clean" / f"{name}.yaml"
+    if not ours.is_file() and not Path(name).exists():
+        names = ", ".join(sorted(path.stem for path in ours.parent.glob("*.yaml")))
+        raise ValueError(f"--clean {name}: no such file, and none of our rules, which are {names}")
     return ours if ours.is_file() else Path(name)
 
 
@@ -187,14 +190,7 @@ def data_prepare(options: argparse.Namespace) -> int:
 
     if (options.tasks is None) != (options.task is None):
         raise ValueError("--tasks N and --task I go together; give both, or neither for the last step")
-    settled = {
-        "append": ("seq_len", "packing", "val_fraction", "dedup", "tokenizer", "vocab_size", "kind"),
-        "tokenizer": ("vocab_size", "kind"),
-    }
-    for option, names in settled.items():
-        for name in names if getattr(options, option) else ():
-            if getattr(options, name) is not None:
-                raise ValueError(f"--{name.replace('_', '-')}: --{option} settles it; leave it out")
+    settle(options)
     asked = corpus_options(
         options,
         out=options.out,
@@ -208,9 +204,38 @@ def data_prepare(options: argparse.Namespace) -> int:
     )
     if options.dry_run:
         dry_run(asked)
-    elif prepare(asked):
+        return 0
+    try:
+        made = prepare(asked)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    if made:
         info(options.out)
     return 0
+
+
+def settle(options: argparse.Namespace) -> None:
+    """Raises ValueError for options of `prepare` that --append or --tokenizer settles, where another value is asked."""
+    for option, names in (("append", ("tokenizer", "vocab_size", "kind")), ("tokenizer", ("vocab_size", "kind"))):
+        for name in names if getattr(options, option) else ():
+            if getattr(options, name) is not None:
+                raise ValueError(f"--{name.replace('_', '-')}: --{option} settles it; leave it out")
+    if options.append:
+        from data_prep.shards import load_manifest
+
+        base = load_manifest(options.append)
+        before = {
+            "seq_len": base.seq_len,
+            "packing": base.packing,
+            "dedup": base.options.dedup,
+            "val_fraction": base.options.val_fraction,
+        }
+        for name, value in before.items():
+            if getattr(options, name) not in (None, value):
+                found = getattr(options, name)
+                option = name.replace("_", "-")
+                raise ValueError(f"--{option}: found {found}, but {options.append} was made with {value}; leave it out")
 
 
 def data_tokenizer(options: argparse.Namespace) -> int:

@@ -174,7 +174,7 @@ def load_rules(path: Path) -> CleanConfig:
     if not isinstance(value, dict) or list(value) != ["rules"]:
         found = f"the fields {', '.join(map(str, value))}" if isinstance(value, dict) else f"{value!r:.60}"
         raise ValueError(f"{path}: found {found}, expected one field, rules, with a list of rules")
-    if not isinstance(value["rules"], list) or not value["rules"]:
+    if not isinstance(value["rules"], list):
         raise ValueError(f"{path}: rules: found {value['rules']!r:.60}, expected a list such as `- normalize: {{}}`")
     rules: dict[str, Settings] = {}
     for number, entry in enumerate(value["rules"]):

@@ -138,6 +138,10 @@ def _find_local(item: str) -> tuple[str, bool, list[_Found]]:
             _refuse_archives(item, name)
             return name, True, [_stat(name, path)]
         if path.is_dir():
+            if (path / MANIFEST).is_file() and (path / TOKENIZER).is_file():
+                raise ValueError(
+                    f"{item}: a prepared set, whose documents are tokens already; give the text it was made of"
+                )
             return name, False, _some(item, sorted(_stat(below, file) for below, file in _walk(path)))
         if re.search(r"[*?\[]", item):
             fixed = next(i for i, part in enumerate(path.parts) if re.search(r"[*?\[]", part))

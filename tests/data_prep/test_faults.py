@@ -168,27 +168,33 @@ def with_workers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     return contents(out)
 
 
+def start_script(folder: Path) -> subprocess.Popen[bytes]:
+    command = [sys.executable, str(folder / "script.py"), str(folder / "out")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(command, env=environment, start_new_session=True, stderr=subprocess.PIPE)
+
+
 @pytest.mark.parametrize("how", ["kill", "Ctrl-C"])
 def test_a_run_with_workers_that_is_stopped_goes_on_and_leaves_no_process(
     with_workers: dict[str, bytes], tmp_path: Path, how: str
 ) -> None:
     (tmp_path / "script.py").write_text(SCRIPT)
     out = tmp_path / "out"
-    command = [sys.executable, str(tmp_path / "script.py"), str(out)]
-    process = subprocess.Popen(
-        command, env={**os.environ, "PYTHONPATH": str(ROOT)}, start_new_session=True, stderr=subprocess.PIPE
-    )
-    deadline = time.monotonic() + 60
-    while len(list((out / PARTIAL).glob("chunks/*/*.npz"))) < 3:
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    if how == "kill":
-        process.kill()
-    else:
-        os.killpg(process.pid, signal.SIGINT)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode != 0
+    deadline = time.monotonic() + 120
+    for _ in range(3):  # on a busy machine the run may end before it can be stopped
+        shutil.rmtree(out, ignore_errors=True)
+        process = start_script(tmp_path)
+        while len(list((out / PARTIAL).glob("chunks/*/*.npz"))) < 3:
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.01)
+        if how == "kill":
+            process.kill()
+        else:
+            os.killpg(process.pid, signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+        if process.returncode:
+            break
+    assert process.returncode
     assert how == "kill" or said.decode().count("KeyboardInterrupt") == 1
     with pytest.raises(ValueError, match="manifest"):
         load_manifest(out)
@@ -339,12 +345,7 @@ def test_input_that_grows_while_it_is_read(tmp_path: Path) -> None:
 def test_a_killed_worker(with_workers: dict[str, bytes], tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(SCRIPT)
     out = tmp_path / "out"
-    process = subprocess.Popen(
-        [sys.executable, str(tmp_path / "script.py"), str(out)],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = start_script(tmp_path)
     while len(list((out / PARTIAL).glob("chunks/*/*.npz"))) < 3:
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.01)
@@ -352,7 +353,7 @@ def test_a_killed_worker(with_workers: dict[str, bytes], tmp_path: Path) -> None
     os.kill(children(server)[0], signal.SIGKILL)
     _, said = process.communicate(timeout=60)
     assert process.returncode
-    assert "a worker process was killed, perhaps for want of memory; use fewer --workers" in said
+    assert b"a worker process was killed, perhaps for want of memory; use fewer --workers" in said
     small_set(out, **SIZES)
     assert contents(out) == with_workers
 

