@@ -17,7 +17,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 from rich.console import Console
@@ -33,7 +32,8 @@ from data_prep.pool import spread
 from data_prep.progress import stage
 from data_prep.read.inputs import find_sources, plan_units, stored_bytes, unused
 from data_prep.read.pieces import Unit
-from data_prep.report.models import text_summary, write_report
+from data_prep.report.html_page import write_report
+from data_prep.report.models import text_summary
 from data_prep.report.summary import make_report
 from data_prep.shards import (
     Manifest,
@@ -45,25 +45,12 @@ from data_prep.shards import (
     TokenizerInfo,
     Tokens,
 )
-from data_prep.tally import SPLITS, Tally, tally
+from data_prep.tally import SPLITS, Duplicates, Tally, tally
 from data_prep.tokenizer import FastPathDiffers, Tokenizer
 from data_prep.work import key, publish, spool_stdin, sync, work_folder, write_whole
 
 REJECTS = "rejects.jsonl"
 PROCESS_BYTES = 128 << 20
-
-
-class Duplicates(NamedTuple):
-    """What the dedup stage left: files with an entry a document, and numbers for the report.
-
-    `original` (int64) is -1 or the number of the document that stays instead, counted from the set appended to on, if
-    any; `keep` and `near` (bool) leave that set out.
-    """
-
-    original: Path
-    keep: Path
-    near: Path
-    facts: dict[str, Any]
 
 
 def prepare(options: PrepareOptions, console: Console | None = None) -> Manifest | None:

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,6 +19,19 @@ from data_prep.shards import SplitName, Tokens
 SPLITS: tuple[SplitName, ...] = ("train", "val")
 EXAMPLES = 3
 FIRST_REJECTS = 20
+
+
+class Duplicates(NamedTuple):
+    """What the dedup stage left: files with an entry a document, and numbers for the report.
+
+    `original` (int64) is -1 or the number of the document that stays instead, counted from the set appended to on, if
+    any; `keep` and `near` (bool) leave that set out.
+    """
+
+    original: Path
+    keep: Path
+    near: Path
+    facts: dict[str, Any]
 
 
 @dataclass

@@ -2,9 +2,11 @@
 
 import difflib
 import itertools
+import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from xml.etree.ElementTree import Element
 
 from data_prep.report.markup import (
@@ -41,6 +43,13 @@ FINDINGS = {
     "no_text": "records without a string in the text field, left out",
     "cut": "documents too large to hold, cut into several",
 }
+
+
+def write_report(folder: Path, report: Report) -> None:
+    """Write report.json and report.html into the folder; the same report gives the same bytes. Raises OSError."""
+    text = json.dumps(report.model_dump(mode="json"), ensure_ascii=True, indent=1)
+    (folder / "report.json").write_text(text + "\n", encoding="utf-8")
+    (folder / "report.html").write_text(page(report), encoding="utf-8")
 
 
 def page(report: Report) -> str:

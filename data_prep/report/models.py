@@ -1,9 +1,7 @@
 """report.html and report.json: what a person opens to judge a prepared set, stage by stage and source by source."""
 
-import json
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat
@@ -253,15 +251,6 @@ def text_summary(report: Report) -> str:
         lines.append((name, f"{line}, {padding} padding" if split.padding else line))
     lines += [("note", line) for line in notes(report)[:SUMMARY_NOTES]]
     return "\n".join(visible(f"{name:9} {line}").replace("\n", " ") for name, line in lines)
-
-
-def write_report(folder: Path, report: Report) -> None:
-    """Write report.json and report.html into the folder; the same report gives the same bytes. Raises OSError."""
-    from data_prep.report.html_page import page  # which needs the models above
-
-    text = json.dumps(report.model_dump(mode="json"), ensure_ascii=True, indent=1)
-    (folder / "report.json").write_text(text + "\n", encoding="utf-8")
-    (folder / "report.html").write_text(page(report), encoding="utf-8")
 
 
 def _losses(steps: Sequence[Step], stage: Stage) -> str:

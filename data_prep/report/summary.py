@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from data_prep.chunks import EXCERPT, Chunk, Recipe
 from data_prep.clean.cleaner import CleanStats
+from data_prep.options import PrepareOptions
 from data_prep.report.models import (
     DuplicateReport,
     Report,
@@ -18,22 +19,18 @@ from data_prep.report.models import (
     TokenizerReport,
 )
 from data_prep.shards import Manifest, Tokens
-from data_prep.tally import SourceTally, Tally
+from data_prep.tally import Duplicates, SourceTally, Tally
 from data_prep.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from data_prep.options import PrepareOptions
-    from data_prep.pipeline import Duplicates
 
 DUPLICATE_EXAMPLES = 6
 
 
 def make_report(
-    options: "PrepareOptions",
+    options: PrepareOptions,
     recipe: Recipe,
     manifest: Manifest,
     counted: Tally,
-    duplicates: "Duplicates | None",
+    duplicates: Duplicates | None,
     tokenizer: Tokenizer,
 ) -> Report:
     """What report.html and report.json tell of a set; of a set that was appended to, what is new in it."""
@@ -113,7 +110,7 @@ def _trimmed(counts: Tokens) -> list[int]:
     return counts[: filled[-1] + 1].tolist() if len(filled) else []
 
 
-def _duplicates(counted: Tally, duplicates: "Duplicates", tokenizer: Tokenizer) -> DuplicateReport:
+def _duplicates(counted: Tally, duplicates: Duplicates, tokenizer: Tokenizer) -> DuplicateReport:
     before = duplicates.facts["before"]
 
     def place(number: int) -> str:
@@ -128,7 +125,7 @@ def _duplicates(counted: Tally, duplicates: "Duplicates", tokenizer: Tokenizer) 
     )
 
 
-def _examples(counted: Tally, duplicates: "Duplicates", tokenizer: Tokenizer, before: int) -> Iterator[dict[str, Any]]:
+def _examples(counted: Tally, duplicates: Duplicates, tokenizer: Tokenizer, before: int) -> Iterator[dict[str, Any]]:
     """Near duplicates beside what they are like, from all over the corpus; exact ones tell nothing."""
     from data_prep.dedup import similarity
 

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from data_prep.report.html_page import OPEN_SOURCES, differing, page
+from data_prep.report.html_page import OPEN_SOURCES, differing, page, write_report
 from data_prep.report.markup import visible
-from data_prep.report.models import EXCERPT_CHARS, Report, fate, funnel, notes, text_summary, write_report
+from data_prep.report.models import EXCERPT_CHARS, Report, fate, funnel, notes, text_summary
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 TAGS = {
