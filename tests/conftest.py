@@ -1,10 +1,14 @@
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
 
 from tests.helpers.corpus import small_set
 from tests.helpers.run import tiny, train
+
+# A shell starts what it runs in the background with SIGINT ignored, which children inherit: Ctrl-C tests need it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
