@@ -75,6 +75,7 @@ def prepare(options: PrepareOptions, console: Console | None = None) -> Manifest
         model = _given_tokenizer(work, options)
         model = model or learn(work, lesson(options, rules), units, workers(options), console)
         recipe = recipe_of(options, rules, model)
+        _tell_what_is_there(work, recipe.folders(work, units), console)
         try:
             chunks = _tokenise(work, options, recipe, units, console)
         except FastPathDiffers as difference:
@@ -171,18 +172,22 @@ def _tokenise(
     """The chunks of all units, or of the task's."""
     mine = share(units, *options.task) if options.task else list(range(len(units)))
     folders = recipe.folders(work, units)
+    return tokenise(recipe, [units[i] for i in mine], [folders[i] for i in mine], workers(options), console)
+
+
+def _tell_what_is_there(work: Path, folders: Sequence[Path], console: Console) -> None:
+    """Of finished parts in the work folder, how many are gone on with, and that others do not fit."""
     there = {folder for folder in (work / "chunks").glob("*") if any(folder.glob("*.npz"))}
     if going_on := sum(len(list(folder.glob("*.npz"))) for folder in there.intersection(folders)):
         console.print(f"going on with {going_on:,} finished parts of an earlier run or of tasks", highlight=False)
-    if unused_here := there.difference(folders):
+    if others := there.difference(folders):
         console.print(
-            f"warning: finished parts of {len(unused_here):,} units in {work} are of another input, other options or "
+            f"warning: finished parts of {len(others):,} units in {work} are of another input, other options or "
             "other library versions, and are not used; if that is not meant, stop and give the same options",
             highlight=False,
             markup=False,
             soft_wrap=True,
         )
-    return tokenise(recipe, [units[i] for i in mine], [folders[i] for i in mine], workers(options), console)
 
 
 def _finish(
@@ -310,22 +315,7 @@ def _pack(
         blocks = sum(len(shard.members) for shard in whole)
         jobs[name] = shard_jobs(layout, folder, name, parts[name], len(whole), blocks)
         if not jobs[name]:
-            totals, documents = counted.splits[name], sum(total.documents for total in counted.splits.values())
-            if not totals.documents:
-                raise ValueError(
-                    f"the {name} split has 0 tokens in 0 documents of {documents:,}, but one row needs "
-                    f"{layout.seq_len}; "
-                    f"use {'a smaller' if name == 'train' else 'a larger'} --val-fraction than {options.val_fraction}"
-                    + (f", such as {min(0.5, max(0.01, 4 / max(documents, 1))):.2g}, or 0 for none" * (name == "val"))
-                )
-            advice = (
-                "" if not options.val_fraction else f", or {'a smaller' if name == 'train' else 'a larger (or 0)'} "
-            )
-            raise ValueError(
-                f"the {name} split has {totals.tokens} tokens in {totals.documents} documents, "
-                f"but one row needs {layout.seq_len}; give more text, a smaller --seq-len"
-                + (f"{advice}--val-fraction" if advice else "")
-            )
+            raise ValueError(_too_short(name, layout, options, counted))
     every = [job for name in jobs for job in jobs[name]]
     written: dict[SplitName, list[Shard]] = {name: [] for name in jobs}
     row_bytes = (layout.seq_len + 1) * np.dtype(layout.dtype).itemsize
@@ -435,6 +425,19 @@ def _nothing_left(counted: Tally) -> str:
         return f"the corpus is empty: no text in the input ({found}); name another --text-field, or give some text"
     by_rule = ", ".join(f"{count:,} dropped by {rule}" for rule, count in dropped.items())
     return f"none of the {read:,} documents is left ({by_rule}); use other --clean rules or more text"
+
+
+def _too_short(name: SplitName, layout: Layout, options: PrepareOptions, counted: Tally) -> str:
+    """That a split has not one whole row, and what may help."""
+    totals, documents = counted.splits[name], sum(total.documents for total in counted.splits.values())
+    found = f"the {name} split has {totals.tokens} tokens in {totals.documents} documents of {documents:,}"
+    another = (
+        "a smaller" if name == "train" else f"a larger (such as {min(0.5, max(0.01, 4 / max(documents, 1))):.2g}, or 0)"
+    )
+    advice = [] if options.val_fraction == 0 else [f"{another} --val-fraction"]
+    if totals.documents:
+        advice = ["more text", "a smaller --seq-len", *advice]
+    return f"{found}, but one row needs {layout.seq_len}; give {', or '.join(advice)}"
 
 
 def _link(source: Path, target: Path) -> None:
