@@ -96,6 +96,21 @@ class MSGDWConfig(_OptimBase):
     momentum: float = Field(0.9, ge=0, lt=1)
     dampening: float = Field(0.0, ge=0, lt=1)
     nesterov: bool = False
+    momentum_dtype: Literal["fp32", "bf16"] = Field("fp32", description="bf16: 2 bytes, stochastically rounded")
+    gradient_buffer: bool = Field(True, description="false: backward adds each gradient to the momentum and frees it")
+    clip: Literal["global", "tensor", "previous"] = Field(
+        "global",
+        description="what clip_norm bounds: the whole gradient; each tensor's; the whole, by the last step's norm",
+    )
+
+    @model_validator(mode="after")
+    def _clipping_needs_the_gradient(self) -> Self:
+        if self.gradient_buffer != (self.clip == "global") and self.clip_norm is not None:
+            expected = "global" if self.gradient_buffer else "tensor or previous (or clip_norm: null)"
+            raise ValueError(f"clip is {self.clip}, but with gradient_buffer {self.gradient_buffer} it is {expected}")
+        if self.nesterov and not self.gradient_buffer:
+            raise ValueError("nesterov needs the gradient after backward; set gradient_buffer: true or nesterov: false")
+        return self
 
 
 class AdamWConfig(_OptimBase):
@@ -115,6 +130,9 @@ class AdamWConfig(_OptimBase):
 
 OptimConfig = Annotated[MSGDWConfig | AdamWConfig, Field(discriminator="algorithm")]
 
+
+# pydantic names the chosen member of a union in an error's place
+TAGS = ("msgdw", "adamw", "ddp", "fsdp", "hsdp", "zero0", "zero1", "zero2", "zero3")
 
 SetPath = Annotated[Path, AfterValidator(Path.absolute)]
 
@@ -154,9 +172,55 @@ class DataConfig(Strict):
         return self
 
 
-class EngineConfig(Strict):
-    name: Literal["fsdp"]
+class _EngineBase(Strict):
+    activation_checkpointing: Literal["none", "full", "selective"] | Annotated[int, Field(ge=2)] = Field(
+        "none", description="recompute in backward: every block, all but matmuls and attention, or every n-th block"
+    )
+    compile: bool = Field(False, description="torch.compile each block")
+
+
+class TorchEngineConfig(_EngineBase):
+    """FSDP2's fully_shard on a mesh of copies by shards: ddp has one shard a copy, fsdp one copy, hsdp both."""
+
+    name: Literal["ddp", "fsdp", "hsdp"]
+    replicas: int | None = Field(None, gt=0, description="hsdp: copies of the model; null: one a node")
     reshard_after_forward: bool = Field(True, description="free a block's full weights after its forward")
+    prefetch: int = Field(1, ge=0, description="blocks gathered ahead of the one that computes")
+    cpu_offload: bool = Field(False, description="weights, gradients and optimizer state live in the host's memory")
+
+    @model_validator(mode="after")
+    def _replicas_are_of_hsdp(self) -> Self:
+        if self.replicas is not None and self.name != "hsdp":
+            raise ValueError(f"replicas is {self.replicas}, which only engine=hsdp has; leave it null")
+        return self
+
+
+class DeepSpeedEngineConfig(_EngineBase):
+    """DeepSpeed ZeRO: stage 1 shards the optimizer's state, 2 the gradients too, 3 the weights too."""
+
+    name: Literal["zero0", "zero1", "zero2", "zero3"]
+    offload_optimizer: bool = Field(False, description="master weights and optimizer state live in the host's memory")
+    offload_parameters: bool = Field(False, description="zero3: the weights too")
+    deepspeed: dict[str, Any] = Field({}, description="DeepSpeed's own JSON, merged over what these fields make")
+
+    @property
+    def stage(self) -> int:
+        return int(self.name[-1])
+
+    @model_validator(mode="after")
+    def _offload_fits_the_stage(self) -> Self:
+        if self.offload_optimizer and self.stage == 0:
+            raise ValueError("offload_optimizer needs a sharded optimizer; use engine=zero1, zero2 or zero3")
+        if self.offload_parameters and self.stage < 3:
+            raise ValueError(f"offload_parameters needs sharded weights, but name is {self.name}; use engine=zero3")
+        if self.compile and self.stage == 3:
+            raise ValueError(
+                "compile does not go with zero3, which swaps weights in under each module; use engine=fsdp"
+            )
+        return self
+
+
+EngineConfig = Annotated[TorchEngineConfig | DeepSpeedEngineConfig, Field(discriminator="name")]
 
 
 class RunSection(Strict):
@@ -191,6 +255,24 @@ class EvalSection(Strict):
 class CheckpointSection(Strict):
     every: int = Field(500, ge=0, description="steps between checkpoints; 0: only at the end")
     keep: int = Field(2, gt=0, description="newest checkpoints kept")
+    keep_every: int | None = Field(None, gt=0, description="checkpoints at multiples of this step are kept for good")
+    dir: str | None = Field(None, description="a folder or an fsspec URL; null: RUN/checkpoints")
+    background: bool = Field(True, description="write while training goes on, from a copy in the host's memory")
+
+
+class HealthSection(Strict):
+    """What a run does about bad steps and bad ranks."""
+
+    spike: Literal["off", "skip", "clip", "rollback"] = Field(
+        "off",
+        description="a loss or gradient norm far above the last ones: skip the step, clip its gradient to their "
+        "mean, or go back to the last snapshot in memory",
+    )
+    spike_window: int = Field(128, ge=8, description="steps whose loss and gradient norm tell what is usual")
+    spike_sigmas: float = Field(6.0, gt=0, description="standard deviations above the window's mean that are a spike")
+    snapshot_every: int = Field(50, gt=0, description="rollback only: steps between snapshots")
+    check_every: int = Field(100, ge=0, description="steps between comparisons of what ranks share; 0: at start only")
+    hang_s: float = Field(600.0, gt=0, description="seconds without a step, after which all ranks end")
 
 
 class TrackingSection(Strict):
@@ -220,6 +302,7 @@ class RunConfig(Strict):
     train: TrainSection
     eval: EvalSection
     checkpoint: CheckpointSection
+    health: HealthSection = HealthSection()
 
     def total_steps(self, seq_len: int) -> int:
         """Optimizer steps of the whole run; rows have ``seq_len`` predicted tokens."""
@@ -274,7 +357,7 @@ def validate(raw: Any, origin: str = "configuration") -> RunConfig:
     except ValidationError as error:
         lines = []
         for item in error.errors():
-            parts = [str(part) for part in item["loc"] if part not in ("msgdw", "adamw")]
+            parts = [str(part) for part in item["loc"] if part not in TAGS]
             message = item["msg"].removeprefix("Value error, ")
             if item["type"] == "extra_forbidden":
                 message = "no such field" + _nearest(".".join(parts), _known_keys(RunConfig))

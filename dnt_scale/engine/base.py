@@ -1,11 +1,16 @@
 """What the training loop asks of an engine. The loop knows nothing of FSDP or ZeRO."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor
+
+from dnt_scale.checkpoint.boxes import Box
+
+# (mean loss, norm of the whole gradient) -> what the gradient is multiplied by; 0.0: skip the step. A pure function of
+# values that all ranks share, so that they decide alike.
+Judge = Callable[[float, float], float]
 
 
 @dataclass(frozen=True)
@@ -15,28 +20,37 @@ class StepStats:
     loss: float  # mean over the global batch's predicted tokens, nats
     grad_norm: float  # of the whole gradient, before clipping
     lr: float  # of the default parameter group
-    skipped: bool  # loss or gradient was not finite: weights and momentum are as before
+    skipped: bool  # the judge said so: weights and momentum are as before (without a gradient buffer: the weights)
 
 
 class Engine(Protocol):
     """A model, its optimizer and its place on the devices."""
 
-    step: int  # train_step calls so far, skipped ones included
+    def train_step(self, batch: Tensor, judge: Judge) -> StepStats:
+        """One optimizer step on this rank's rows of the global batch, int64 of shape (rows, seq_len + 1).
 
-    def train_step(self, batch: Tensor) -> StepStats:
-        """One optimizer step on this rank's rows of the global batch, int64 of shape (rows, seq_len + 1)."""
+        ``judge`` is called once, between the backward pass and the update.
+        """
         ...
 
     def eval_loss(self, batches: Iterable[Tensor]) -> float:
         """Mean loss in nats a token over all ranks' batches; every rank must pass the same number of them."""
         ...
 
-    def save(self, path: Path) -> None:
-        """Write weights, optimizer state and counters into the folder ``path``, every rank its shards."""
+    def boxes(self) -> list[Box]:
+        """This rank's parts of every weight (fp32 master) and optimizer buffer, as views.
+
+        The boxes of all ranks cover each tensor; where several ranks hold the same box, ``replica`` numbers them.
+        """
         ...
 
-    def load(self, path: Path) -> None:
-        """Read what ``save`` wrote, on any number of ranks. Raises ValueError when it does not fit the model."""
+    def scalars(self) -> dict[str, float]:
+        """What a checkpoint holds beside tensors: ``step`` (train_step calls so far), ``updates`` (those that changed
+        the weights), and what else the engine counts. The same on every rank."""
+        ...
+
+    def refresh(self, scalars: Mapping[str, float]) -> None:
+        """Take over new contents of the boxes, which were written in place, and ``scalars`` with them."""
         ...
 
     def close(self) -> None:
