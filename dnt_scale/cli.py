@@ -51,6 +51,45 @@ On several machines that share a folder, or as a job array:
 """
 
 
+CHECKPOINT_HELP = """\
+PATH is a run's folder, a folder of checkpoints, one step-NNNNNNNN, or a URL of these (s3:// gs://). Where it holds
+several checkpoints, verify takes all, the others the newest.
+
+  dnt checkpoint inspect runs/demo
+  dnt checkpoint inspect runs/demo/checkpoints/step-00000500 --tensors
+  dnt checkpoint verify s3://bucket/demo
+  dnt checkpoint diff runs/demo runs/demo-again                          # exit status 0: equal, 1: not, 2: error
+  dnt checkpoint convert runs/demo demo.safetensors
+  dnt checkpoint convert demo.safetensors run.name=more data.path=data/mine
+"""
+
+CONVERT_HELP = """\
+From a checkpoint to one safetensors file, whole or not at all: weights only, by the parameters' names (tok_emb.weight),
+the model's configuration in the metadata; or with --full all tensors, by the checkpoint's names (model.tok_emb.weight,
+momentum_buffer.tok_emb.weight).
+
+  dnt checkpoint convert runs/demo demo.safetensors
+  dnt checkpoint convert runs/demo/checkpoints/step-00000500 everything.safetensors --full
+
+From such a file to the checkpoint of step 0 of a new run, with zero momentum. What follows are the overrides that
+describe the run; `dnt train` with the same ones begins from these weights.
+
+  dnt checkpoint convert demo.safetensors run.name=more model=dnt_nano data.path=data/mine
+  dnt train run.name=more model=dnt_nano data.path=data/mine
+"""
+
+
+VERIFY_RESUME_HELP = """\
+The runs are made in a temporary folder (TMPDIR says where), with tracking and validation off. The same engine on as
+many ranks must go on to the last bit; another within a stated tolerance of loss and weights. Exit status 0: as it
+should be, 1: not, 2: error.
+
+  dnt verify-resume preset=demo
+  dnt verify-resume model=dnt_124m data.path=data/mine --ranks 2 --steps 10
+  dnt verify-resume preset=demo engine=fsdp --ranks 2 --then engine=zero1 --then-ranks 4
+"""
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit status: 2 with one clear line on stderr for what a user can mend."""
     options = parser().parse_args(arguments)
@@ -138,6 +177,47 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--data", type=Path, help="another set with the same tokenizer (default: the run's own)")
     evaluate.add_argument("--rows", type=int, help="validation rows to use, at most (default: all)")
     evaluate.set_defaults(run=run_eval)
+
+    checkpoint = commands.add_parser(
+        "checkpoint", help="look into checkpoints, check and convert them", epilog=CHECKPOINT_HELP, formatter_class=raw
+    )
+    checkpoint_commands = checkpoint.add_subparsers(required=True, metavar="COMMAND")
+    inspect = checkpoint_commands.add_parser("inspect", help="what a checkpoint is: step, tokens, size, who wrote it")
+    inspect.add_argument("path", metavar="PATH", help="run, folder of checkpoints, step-NNNNNNNN, or a URL of these")
+    inspect.add_argument("--tensors", action="store_true", help="read all tensors: shape, dtype, norm, min and max")
+    inspect.set_defaults(run=checkpoint_inspect)
+    check = checkpoint_commands.add_parser(
+        "verify", help="re-read every byte: sha256 of each file, and that the parts make up each tensor"
+    )
+    check.add_argument("path", metavar="PATH", help="a run or folder (all its checkpoints), step-NNNNNNNN, or a URL")
+    check.set_defaults(run=checkpoint_verify)
+    diff = checkpoint_commands.add_parser(
+        "diff", help="compare two checkpoints bit for bit; exit status 0: equal, 1: not, 2: error"
+    )
+    diff.add_argument("one", metavar="A", help="run, folder of checkpoints, step-NNNNNNNN, or a URL of these")
+    diff.add_argument("other", metavar="B")
+    diff.set_defaults(run=checkpoint_diff)
+    convert = checkpoint_commands.add_parser(
+        "convert", help="to and from one safetensors file", epilog=CONVERT_HELP, formatter_class=raw
+    )
+    convert.add_argument("source", metavar="IN", help="run, folder of checkpoints, step-NNNNNNNN, URL; or .safetensors")
+    convert.add_argument("target", nargs="+", metavar="OUT", help="a .safetensors file; or KEY=VALUE ... of a run")
+    convert.add_argument("--full", action="store_true", help="optimizer buffers too (default: weights only)")
+    convert.set_defaults(run=checkpoint_convert)
+
+    resume = commands.add_parser(
+        "verify-resume",
+        help="train, kill and resume, and compare with a run that was not killed",
+        epilog=VERIFY_RESUME_HELP,
+        formatter_class=raw,
+    )
+    resume.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as of `dnt train`")
+    resume.add_argument("--steps", type=int, default=20, metavar="N", help="of each run (default: 20); killed half-way")
+    resume.add_argument("--ranks", type=int, default=1, metavar="K", help="processes, under torchrun (default: 1)")
+    resume.add_argument("--then-ranks", type=int, metavar="K", help="processes of the resumed part (default: as many)")
+    resume.add_argument("--then", nargs="+", default=[], metavar="KEY=VALUE", help="overrides of the resumed part")
+    resume.add_argument("--keep", action="store_true", help="leave the run folders in place")
+    resume.set_defaults(run=run_verify_resume)
 
     ui = commands.add_parser("ui", help="open the MLflow page", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     ui.add_argument("--uri", default="sqlite:///runs/mlflow.db", help="MLflow store")
@@ -300,7 +380,7 @@ def run_generate(options: argparse.Namespace) -> int:
 def run_eval(options: argparse.Namespace) -> int:
     from dnt_scale import ranks
     from dnt_scale.inference import evaluate
-    from dnt_scale.train import validation_metrics
+    from dnt_scale.validation import validation_metrics
 
     with ranks.alone() as me:
         losses, sources = evaluate(options.folder, options.data, options.rows, me)
@@ -309,6 +389,62 @@ def run_eval(options: argparse.Namespace) -> int:
     for name, value in metrics.items():
         print(f"{name:{width}} {value:.4f}")
     return 0
+
+
+def checkpoint_inspect(options: argparse.Namespace) -> int:
+    from dnt_scale.checkpoint.tools import inspect
+
+    inspect(options.path, tensors=options.tensors)
+    return 0
+
+
+def checkpoint_verify(options: argparse.Namespace) -> int:
+    from dnt_scale.checkpoint.tools import verify
+
+    problems = verify(options.path)
+    for problem in problems:
+        print(f"error: {problem}", file=sys.stderr)
+    if problems:
+        return 2
+    print(f"{options.path}: whole")
+    return 0
+
+
+def checkpoint_diff(options: argparse.Namespace) -> int:
+    from dnt_scale.checkpoint.tools import diff
+
+    return 0 if diff(options.one, options.other) else 1
+
+
+def checkpoint_convert(options: argparse.Namespace) -> int:
+    from dnt_scale.checkpoint.convert import from_file, to_file
+
+    source, target = options.source, options.target
+    if Path(source).is_file():
+        if options.full or not all("=" in word for word in target):
+            raise ValueError(
+                f"{source} is a file: after it come KEY=VALUE ... of the run that begins from it, no --full"
+            )
+        print(from_file(Path(source), target))
+        return 0
+    if len(target) > 1 or Path(target[0]).suffix != ".safetensors":
+        raise ValueError(f"{' '.join(target)}: expected one file NAME.safetensors to write (or IN is no file)")
+    print(to_file(source, Path(target[0]), full=options.full))
+    return 0
+
+
+def run_verify_resume(options: argparse.Namespace) -> int:
+    from dnt_scale.verify_resume import verify_resume
+
+    good = verify_resume(
+        options.overrides,
+        steps=options.steps,
+        ranks=options.ranks,
+        then=options.then,
+        then_ranks=options.then_ranks,
+        keep=options.keep,
+    )
+    return 0 if good else 1
 
 
 def run_ui(options: argparse.Namespace) -> int:

@@ -217,6 +217,11 @@ class DeepSpeedEngineConfig(_EngineBase):
             raise ValueError(
                 "compile does not go with zero3, which swaps weights in under each module; use engine=fsdp"
             )
+        if self.activation_checkpointing == "selective" and self.stage == 3:
+            raise ValueError(
+                "activation_checkpointing is selective, but zero3 gathers weights inside of what is recomputed; "
+                "use full, every n-th block, or engine=fsdp"
+            )
         return self
 
 
@@ -303,6 +308,14 @@ class RunConfig(Strict):
     eval: EvalSection
     checkpoint: CheckpointSection
     health: HealthSection = HealthSection()
+
+    @property
+    def checkpoints(self) -> Path | str:
+        """The folder or URL that holds the run's checkpoints."""
+        chosen = self.checkpoint.dir
+        if chosen is None:
+            return self.run.dir / "checkpoints"
+        return chosen if "://" in chosen else Path(chosen)
 
     def total_steps(self, seq_len: int) -> int:
         """Optimizer steps of the whole run; rows have ``seq_len`` predicted tokens."""

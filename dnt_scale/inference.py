@@ -8,6 +8,7 @@ from torch import Tensor
 
 from data_prep.tokenizer import Tokenizer
 from dnt_scale import checkpoint, config
+from dnt_scale.checkpoint.boxes import Box
 from dnt_scale.config import ConfigError, DataConfig, RunConfig
 from dnt_scale.model import DNT, IGNORED
 from dnt_scale.ranks import Ranks
@@ -28,9 +29,10 @@ def load_run(
         ValueError: no run or no checkpoint there, a damaged one, no such set, or one with another tokenizer.
     """
     run = config.from_yaml(run_dir / "config.yaml")
-    newest = checkpoint.newest(run_dir / "checkpoints")
+    folder = run.checkpoints if run.checkpoint.dir else run_dir / "checkpoints"
+    newest = checkpoint.newest(folder)
     if newest is None:
-        raise ConfigError(f"{run_dir / 'checkpoints'}: no complete checkpoint; train the run until it has saved one")
+        raise ConfigError(f"{folder}: no complete checkpoint; train the run until it has saved one")
     state = checkpoint.read_state(newest)
     checkpoint.check_files(newest, state, me)
     sources = sets(DataConfig(path=data) if data else run.data)
@@ -41,7 +43,8 @@ def load_run(
             f"{newest} (sha256 {state.tokenizer_sha256[:12]}); prepare it with --tokenizer"
         )
     model = DNT(run.model, manifest.eos_id if run.data.document_mask else None)
-    checkpoint.load_tensors(newest, {f"model.{name}": p.detach() for name, p in model.named_parameters()})
+    weights = [(f"model.{name}", tuple(p.shape), p.detach()) for name, p in model.named_parameters()]
+    checkpoint.read_tensors(newest, [Box(name, shape, (0,) * len(shape), data) for name, shape, data in weights], me)
     dtype = torch.bfloat16 if run.train.dtype == "bf16" else torch.float32
     return run, model.to(me.device, dtype), sources
 

@@ -1,12 +1,20 @@
 """What a person watching a run sees: one live line on a terminal, a plain line now and then elsewhere. And MFU."""
 
 import time
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from dnt_scale.config import RunConfig
+from dnt_scale.model import count_parameters, flops_per_token
+from dnt_scale.ranks import Ranks
+from dnt_scale.sources import Sources
+
+Metrics = dict[str, float | int | None]
 
 # Dense bf16 peaks without sparsity, FLOP/s, from the vendors' data sheets. Longest matching name wins; a device
 # that is not here has an unknown MFU rather than a wrong one.
@@ -29,6 +37,31 @@ def peak_flops(device: torch.device) -> float | None:
     name = torch.cuda.get_device_name(device)
     matching = [known for known in PEAK_FLOPS if name.startswith(known)]
     return PEAK_FLOPS[max(matching, key=len)] if matching else None
+
+
+def speed(run: RunConfig, seq_len: int, seconds: float, me: Ranks) -> Metrics:
+    """Tokens a second over all ranks; MFU = tokens/s x flops_per_token / (ranks x peak), left out if no peak is known;
+    and on CUDA this rank's peak allocated memory in GB (1e9 bytes)."""
+    tokens_per_s = run.train.global_batch * seq_len / seconds
+    metrics: Metrics = {"tokens_per_s": tokens_per_s}
+    if peak := peak_flops(me.device):
+        metrics["mfu"] = tokens_per_s * flops_per_token(run.model, seq_len) / (me.world_size * peak)
+    if me.device.type == "cuda":
+        metrics["memory_gb"] = torch.cuda.max_memory_allocated(me.device) / 1e9
+    return metrics
+
+
+def opening_line(run: RunConfig, sources: Sources, total_steps: int, newest: Path | str | None, me: Ranks) -> str:
+    rows = total_steps * run.train.global_batch / sum(source.share for source in sources)
+    epochs = ", ".join(
+        f"{rows * source.share / source.manifest.splits['train'].rows:.2f} epochs{source.name and ' of ' + source.name}"
+        for source in sources
+    )
+    return (
+        f"{run.run.name}: {run.model.name}, {count_parameters(run.model) / 1e6:.1f}M parameters, "
+        f"{total_steps} steps of {run.train.global_batch * sources[0].manifest.seq_len:,} tokens ({epochs}) "
+        f"on {me.world_size} x {me.device.type}, " + (f"resuming from {newest}" if newest else "from the start")
+    )
 
 
 class TrainProgress:
@@ -65,7 +98,7 @@ class TrainProgress:
         """One line that stays."""
         self.bar.console.print(line, soft_wrap=True)
 
-    def update(self, step: int, metrics: dict[str, float | int | None]) -> None:
+    def update(self, step: int, metrics: Metrics) -> None:
         """Show a step's metrics; a validation leaves a line of its own."""
         if "val/loss" in metrics:
             self.say(
@@ -96,7 +129,7 @@ class TrainProgress:
         return f"{hour}:{minute:02d}:{second:02d}"
 
 
-def of_each_set(metrics: dict[str, float | int | None]) -> str:
+def of_each_set(metrics: Metrics) -> str:
     """The losses of a mixture's sets, after the mixture's own."""
     parts = [(key.split("/"), value) for key, value in metrics.items()]
     sets = [f"{names[1]} {value:.4f}" for names, value in parts if len(names) == 3 and names[2] == "loss"]

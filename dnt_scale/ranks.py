@@ -4,16 +4,24 @@ A plain process is a world of one. torchrun's variables (RANK, WORLD_SIZE, ...) 
 are both understood; nothing else of SLURM is known here.
 """
 
+import hashlib
 import os
+import platform
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal, TypeVar
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+
+if TYPE_CHECKING:  # the checkpoint package imports this module
+    from dnt_scale.checkpoint.boxes import Box
 
 T = TypeVar("T")
 
@@ -103,11 +111,11 @@ def first_host(nodelist: str) -> str:
     return "".join(part or "" for part in match.groups())
 
 
-def highest(value: int) -> int:
-    """The largest of all ranks' values, on every rank. A collective: all ranks call it together."""
-    values = torch.tensor([value])
-    dist.all_reduce(values, op=dist.ReduceOp.MAX)
-    return int(values.item())
+def highest(*values: int) -> tuple[int, ...]:
+    """The largest of all ranks' values, each by itself, on every rank. A collective: all ranks call it together."""
+    tensor = torch.tensor(values)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return tuple(tensor.tolist())
 
 
 def on_first(me: Ranks, action: Callable[[], T]) -> T:
@@ -145,6 +153,145 @@ def together(me: Ranks, action: Callable[[], T]) -> T:
         if message is not None:
             raise AgreedError(message if rank == 0 else f"rank {rank}: {message}")
     return result  # type: ignore[return-value]
+
+
+# what changes a GPU's arithmetic, or which code runs
+NUMERIC_VARIABLES = (
+    "CUBLAS_WORKSPACE_CONFIG",
+    "DS_ACCELERATOR",
+    "NVIDIA_TF32_OVERRIDE",
+    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
+)
+
+
+def check_settings(me: Ranks, settings: Mapping[str, object]) -> None:
+    """That every rank has the settings, the code, the libraries and the environment that rank 0 has. A collective.
+
+    Args:
+        settings: ``config.flat(run)``.
+
+    Raises:
+        AgreedError: on every rank, as ``same_everywhere``.
+    """
+    same_everywhere(me, {**settings, **surroundings(me)})
+
+
+def surroundings(me: Ranks) -> dict[str, object]:
+    """What beside the configuration a run's numbers depend on: code, versions, environment."""
+    code = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.rglob("*.py")):
+        code.update(file.read_bytes())
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    for package in ("deepspeed", "numpy"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return {
+        **{f"the version of {name}": version for name, version in versions.items()},
+        "the device": me.device.type,
+        "the code of dnt_scale": code.hexdigest()[:12],
+        **{f"the variable {name}": os.environ.get(name, "not set") for name in NUMERIC_VARIABLES},
+    }
+
+
+def same_everywhere(me: Ranks, what: Mapping[str, object]) -> None:
+    """That ``what``, names to plain values, is on every rank as on rank 0. A collective.
+
+    Raises:
+        AgreedError: on every rank; names the first rank and field that differ, and both values.
+    """
+    expected = on_first(me, lambda: dict(what))
+    difference = next(
+        (name for name in sorted({*what, *expected}) if what.get(name) != expected.get(name)),
+        None,
+    )
+    found: list[tuple[str, object] | None] = [None] * me.world_size
+    dist.all_gather_object(found, None if difference is None else (difference, what.get(difference)))
+    for rank, other in enumerate(found):
+        if other is not None:
+            name, value = other
+            raise AgreedError(
+                f"{name} is {value} on rank {rank}, but {expected.get(name)} on rank 0; "
+                "start every rank with the same command, in the same environment, from the same code"
+            )
+
+
+def check_replicas(me: Ranks, boxes: "Sequence[Box]", scalars: Mapping[str, float]) -> None:
+    """That ranks which hold the same boxes hold the same bits in them, and all ranks the same scalars. A collective.
+
+    Args:
+        boxes: ``Engine.boxes()``; each rank sums up its own, on its device, in one pass over them.
+        scalars: ``Engine.scalars()``.
+
+    Raises:
+        AgreedError: on every rank; names the ranks that differ from the rest, and the first tensor that does.
+    """
+    sums = checksums([box.data for box in boxes])
+    places = repr([(box.name, box.offset, tuple(box.data.shape)) for box in boxes])
+    mine = (_digest(places), _digest(repr(sums)), sorted(scalars.items()))
+    found: list[tuple[str, str, list[tuple[str, float]]]] = [mine] * me.world_size
+    dist.all_gather_object(found, mine)
+    for rank, (_, _, other) in enumerate(found):
+        if repr(other) != repr(found[0][2]):
+            raise AgreedError(f"rank {rank} counts {dict(other)}, but rank 0 {dict(found[0][2])}; {_PARTED}")
+    holders: dict[str, list[int]] = {}
+    for rank, (key, _, _) in enumerate(found):
+        holders.setdefault(key, []).append(rank)
+    apart = [held_by for held_by in holders.values() if len({found[rank][1] for rank in held_by}) > 1]
+    if not apart:
+        return
+    every: list[list[int]] = [sums] * me.world_size
+    dist.all_gather_object(every, sums)
+    names: list[list[str]] = [[]] * me.world_size
+    dist.all_gather_object(names, [box.name for box in boxes])
+    held_by = apart[0]
+    first = next(index for index in range(len(every[held_by[0]])) if len({every[rank][index] for rank in held_by}) > 1)
+    values = [every[rank][first] for rank in held_by]
+    usual = max(values, key=values.count)
+    odd, rest = ([rank for rank in held_by if (every[rank][first] == usual) is same] for same in (False, True))
+    raise AgreedError(
+        f"{in_words(odd)} {'has' if len(odd) == 1 else 'have'} other bits in {names[held_by[0]][first]} than "
+        f"{in_words(rest)}, which should hold the same; {_PARTED}"
+    )
+
+
+_PARTED = (
+    "the ranks have parted, which a failing device or a fault of the code does: leave that node out, "
+    "and run again to go on from the newest checkpoint"
+)
+
+
+def in_words(some: Sequence[int]) -> str:
+    """Ranks by their numbers: "rank 2", "ranks 0, 1 and 3"."""
+    *most, last = some
+    return f"ranks {', '.join(map(str, most))} and {last}" if most else f"rank {last}"
+
+
+CHUNK = 1 << 22  # elements that are summed up at once: their int64 copies take 64 MB
+
+
+def checksums(tensors: Sequence[Tensor]) -> list[int]:
+    """Of each tensor's bits: sum of (2 i + 1) times element i as an integer, modulo 2^64; made on the tensor's device.
+
+    The factors are odd, so that no change of one element leaves the sum as it was; neither does an exchange of two.
+    """
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    sums = []
+    for tensor in tensors:
+        bits = tensor.detach().contiguous().view(-1).view(integers[tensor.element_size()])
+        total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+        for start in range(0, bits.numel(), CHUNK):
+            chunk = bits[start : start + CHUNK]
+            places = torch.arange(start, start + chunk.numel(), device=tensor.device)
+            total += places.mul_(2).add_(1).mul_(chunk).sum()
+        sums.append(total)
+    # one transfer, though an engine that offloads holds tensors on both devices
+    return torch.stack([total.to(sums[0].device) for total in sums]).tolist() if sums else []
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def lost_peer(error: RuntimeError) -> bool:

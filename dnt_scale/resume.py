@@ -15,14 +15,16 @@ from dnt_scale.sources import Sources, identity, manifests_of, weights_of
 FIXED = ("model", "run.seed", "train.global_batch", "optim.algorithm", "data.document_mask")
 
 
-def starting_state(run: RunConfig, sources: Sources, total_steps: int, world_size: int) -> tuple[State, Path | None]:
+def starting_state(
+    run: RunConfig, sources: Sources, total_steps: int, world_size: int
+) -> tuple[State, Path | str | None]:
     """The newest checkpoint's state and path, checked against this run; or step 0 and None. For one rank to decide.
 
     Raises:
         ValueError: the checkpoint is damaged, or was made with another tokenizer, data or fixed field.
     """
     settings = run.model_dump(mode="json")
-    newest = checkpoint.newest(run.run.dir / "checkpoints")
+    newest = checkpoint.newest(run.checkpoints)
     fresh = State(
         step=0,
         consumed_rows=0,
@@ -46,7 +48,7 @@ def starting_state(run: RunConfig, sources: Sources, total_steps: int, world_siz
             f"{fresh.tokenizer_sha256[:12]}) than {newest} (sha256 {state.tokenizer_sha256[:12]}); "
             "prepare it with --tokenizer, or take another run.name"
         )
-    trained_run = validate(state.config, str(newest / "state.json"))
+    trained_run = validate(state.config, f"{newest}/state.json")
     if state.manifest_sha256 != fresh.manifest_sha256:
         raise ConfigError(
             f"{difference(state, trained_run.data, run.data, sources, newest)}, so the order of rows would change; "
@@ -68,7 +70,7 @@ def starting_state(run: RunConfig, sources: Sources, total_steps: int, world_siz
     return state.model_copy(update={"config": settings, "world_size": world_size, "sets": fresh.sets}), newest
 
 
-def difference(state: State, trained: DataConfig, data: DataConfig, sources: Sources, newest: Path) -> str:
+def difference(state: State, trained: DataConfig, data: DataConfig, sources: Sources, newest: Path | str) -> str:
     """What of a run's data is not as its checkpoint has it: names or weights, else a set's manifest."""
     before, now = weights_of(trained), weights_of(data)
     if before.keys() != now.keys() or not all(math.isclose(before[name], now[name], rel_tol=1e-6) for name in now):
@@ -87,23 +89,22 @@ def in_words(data: DataConfig) -> str:
 
 
 def check_sets(sources: Sources, state: State) -> None:
-    """For every rank: that the sets it sees are those that rank 0 decided on.
+    """For every rank: that the sets it sees are those that rank 0 decided on, wherever they lie.
 
     Raises:
-        ConfigError: another manifest, name or weight than on rank 0.
+        ConfigError: another manifest than on rank 0.
     """
-    if identity(sources) == state.manifest_sha256:
-        return
     for source, found in zip(sources, manifests_of(sources).values(), strict=True):
         if found != (wanted := state.sets.get(source.name, found)):
             raise ConfigError(
                 f"{source.field}: {source.folder} has another manifest here (sha256 {found[:12]}) than on rank 0 "
                 f"(sha256 {wanted[:12]}); copy the set to every node again"
             )
-    raise ConfigError(
-        f"data: the sets here are {', '.join(str(source.folder) for source in sources)}, with other names or weights "
-        "than on rank 0; give every rank the same command"
-    )
+
+
+def is_set_path(key: str) -> bool:
+    """Whether a flattened configuration's key is the place of a set."""
+    return key == "data.path" or (key.startswith("data.mixture.") and key.endswith(".path"))
 
 
 def pick(settings: dict[str, Any], dotted: str) -> Any:

@@ -4,11 +4,21 @@ Every engine describes its weights and optimizer buffers as rectangular parts of
 are one box each; a run of a flattened tensor, as ZeRO partitions are, is at most three boxes of a matrix.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import NamedTuple
 
 from torch import Tensor
+
+SMALL = 1 << 16  # bytes that are not worth sharing out
+
+
+class Region(NamedTuple):
+    """A rectangular part of a tensor: where it begins and its extent, one number a dimension."""
+
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -25,6 +35,50 @@ class Box:
     data: Tensor
     replica: int = 0
     replicas: int = 1
+
+    @property
+    def region(self) -> Region:
+        return Region(self.offset, tuple(self.data.shape))
+
+
+def owned(box: Box) -> Box | None:
+    """What of ``box`` this replica writes, so that all replicas together write each element once."""
+    rows = box.data.shape[0] if box.data.dim() else 1
+    if box.replicas == 1 or rows < box.replicas or box.data.nbytes <= SMALL:
+        return box if box.replica == 0 and box.data.numel() else None
+    first, last = (rows * number // box.replicas for number in (box.replica, box.replica + 1))
+    return replace(box, offset=(box.offset[0] + first, *box.offset[1:]), data=box.data[first:last])
+
+
+def intersect(one: Region, other: Region) -> Region | None:
+    """What two regions of the same tensor share."""
+    offset = tuple(map(max, one.offset, other.offset))
+    ends = (min(a + n, b + m) for a, n, b, m in zip(one.offset, one.shape, other.offset, other.shape, strict=True))
+    shape = tuple(end - start for start, end in zip(offset, ends, strict=True))
+    return Region(offset, shape) if all(size > 0 for size in shape) else None
+
+
+def miscovered(region: Region, parts: Sequence[Region]) -> tuple[int, ...] | None:
+    """The first place in ``region`` that not exactly one of ``parts``, which lie inside it, covers; None if all are."""
+    if not region.shape:
+        return None if len(parts) == 1 else ()
+    if 0 in region.shape:
+        return None
+    inner = Region(region.offset[1:], region.shape[1:])
+    starts = [
+        (part.offset[0], part.offset[0] + part.shape[0], Region(part.offset[1:], part.shape[1:])) for part in parts
+    ]
+    waiting = sorted(starts, reverse=True)
+    cuts = {region.offset[0], region.offset[0] + region.shape[0]}
+    active: list[tuple[int, int, Region]] = []
+    for first, last in pairwise(sorted(cuts.union(*((start, end) for start, end, _ in starts)))):
+        active = [part for part in active if part[1] >= last]
+        while waiting and waiting[-1][0] == first:
+            active.append(waiting.pop())
+        place = miscovered(inner, [part for _, _, part in active])
+        if place is not None:
+            return (first, *place)
+    return None
 
 
 def flat_boxes(

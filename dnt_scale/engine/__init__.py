@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from dnt_scale.config import RunConfig
+from dnt_scale.config import DeepSpeedEngineConfig, RunConfig
 from dnt_scale.engine.base import Engine
 from dnt_scale.model import DNT
 from dnt_scale.ranks import Ranks
@@ -16,8 +16,12 @@ def build(config: RunConfig, model_fn: Callable[[], DNT], ranks: Ranks, total_st
         total_steps: optimizer steps of the whole run, for the learning-rate schedule.
 
     Raises:
-        ValueError: an optimizer group or schedule that does not fit the model or the run.
+        ValueError: an optimizer group, a schedule or an engine that does not fit the model, the run or the ranks.
     """
+    if isinstance(config.engine, DeepSpeedEngineConfig):
+        from dnt_scale.engine import deepspeed
+
+        return deepspeed.build(config, model_fn, ranks, total_steps)
     from dnt_scale.engine import fsdp
 
     return fsdp.build(config, model_fn, ranks, total_steps)

@@ -4,8 +4,14 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from dnt_scale.ranks import environment, first_host
+from dnt_scale import ranks
+from dnt_scale.checkpoint.boxes import Box
+from dnt_scale.ranks import AgreedError, check_replicas, check_settings, checksums, environment, first_host, highest
+from tests.helpers.run import call
 
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 STEP = {"SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "4123456"}
@@ -97,3 +103,90 @@ def test_ranks_that_cannot_meet_say_where(tmp_path):
     errors = [line for line in done.stderr.splitlines() if "error:" in line]
     assert len(errors) == 1 and errors[0].startswith("error: rank 0 could not meet the other 1"), done.stderr
     assert f"127.0.0.1:{port}" in errors[0] and "Traceback" not in done.stderr
+
+
+def numbers_of_each() -> None:
+    me = ranks.start("cpu")
+    assert highest(me.rank, 7 - me.rank, -5) == (2, 7, -5)
+    assert highest(me.rank == 1) == (1,)
+    ranks.stop()
+
+
+def test_the_highest_of_several_values():
+    call(numbers_of_each, ranks=3).ok()
+
+
+def unequal_settings() -> None:
+    me = ranks.start("cpu")
+    mine = {"optim.lr": 0.1, "train.steps": 10}
+    check_settings(me, mine)
+    with pytest.raises(AgreedError, match=r"^optim.lr is 0.2 on rank 2, but 0.1 on rank 0; start every rank with"):
+        check_settings(me, {**mine, "optim.lr": 0.2} if me.rank == 2 else mine)
+    with pytest.raises(AgreedError, match=r"^optim.nesterov is True on rank 1, but None on rank 0"):
+        check_settings(me, {**mine, "optim.nesterov": True} if me.rank == 1 else mine)
+    if me.rank == 1:
+        os.environ["NVIDIA_TF32_OVERRIDE"] = "0"
+    with pytest.raises(AgreedError, match=r"^the variable NVIDIA_TF32_OVERRIDE is 0 on rank 1, but not set on rank 0"):
+        check_settings(me, mine)
+    ranks.stop()
+
+
+def test_unequal_settings_are_refused_on_every_rank():
+    call(unequal_settings, ranks=3).ok()
+
+
+def boxes_of(me: ranks.Ranks) -> list[Box]:
+    """A weight that ranks 0 and 2 hold the first half of and 1 and 3 the other, and a buffer of all."""
+    half = me.rank % 2
+    weight = torch.arange(6.0).view(2, 3) + half
+    buffer = torch.full((4,), 0.5, dtype=torch.bfloat16)
+    return [Box("model.w", (4, 3), (2 * half, 0), weight), Box("momentum_buffer.b", (4,), (0,), buffer)]
+
+
+def parted_replicas() -> None:
+    me = ranks.start("cpu")
+    counts = {"step": 5.0, "previous_norm": float("nan")}
+    check_replicas(me, boxes_of(me), counts)
+
+    boxes = boxes_of(me)
+    if me.rank == 3:
+        boxes[0].data[1, 2] = -boxes[0].data[1, 2]
+        boxes[1].data[0] = 0
+    with pytest.raises(AgreedError, match=r"^rank [13] has other bits in model.w than rank [13], which should hold"):
+        check_replicas(me, boxes, counts)
+
+    everyone = boxes_of(me)[1:]
+    check_replicas(me, everyone, counts)
+    if me.rank == 1:
+        everyone[0].data[3] = 0.50390625  # the next bf16 number
+    with pytest.raises(AgreedError, match=r"^rank 1 has other bits in momentum_buffer.b than ranks 0, 2 and 3, which"):
+        check_replicas(me, everyone, counts)
+
+    with pytest.raises(AgreedError, match=r"^rank 2 counts \{'previous_norm': nan, 'step': 6.0\}, but rank 0 "):
+        check_replicas(me, boxes_of(me), {**counts, "step": 6.0} if me.rank == 2 else counts)
+    ranks.stop()
+
+
+def test_ranks_that_hold_the_same_must_agree_to_the_bit():
+    call(parted_replicas, ranks=4).ok()
+
+
+@given(st.lists(st.floats(width=32), min_size=2, max_size=20), st.data())
+def test_a_checksum_sees_any_change_and_any_exchange(values, data):
+    one = torch.tensor(values)
+    bits = one.view(torch.int32)
+    place, other = data.draw(st.permutations(range(len(values))))[:2]
+    changed, swapped = bits.clone(), bits.clone()
+    changed[place] ^= 1 << data.draw(st.integers(0, 30))
+    swapped[[place, other]] = swapped[[other, place]]
+    (before,), (after,) = checksums([one]), checksums([changed.view(torch.float32)])
+    assert before != after
+    assert (checksums([swapped.view(torch.float32)]) == [before]) == (bits[place].item() == bits[other].item())
+
+
+def test_a_checksum_does_not_depend_on_its_chunks(monkeypatch):
+    tensors = [torch.randn(5, 7, generator=torch.Generator().manual_seed(1)), torch.zeros(0), torch.ones(3)[1:2]]
+    whole = checksums(tensors)
+    monkeypatch.setattr(ranks, "CHUNK", 4)
+    assert checksums(tensors) == whole
+    assert checksums([]) == []

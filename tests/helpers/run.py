@@ -48,6 +48,7 @@ from data_prep.shards import (
 PRELOAD = [
     "torch._dynamo",  # drawing weights on the meta device imports it
     "dnt_scale.engine.fsdp",
+    "deepspeed",
     "dnt_scale.inference",
     "dnt_scale.resume",
     "dnt_scale.tracking",
@@ -56,6 +57,7 @@ PRELOAD = [
     "matplotlib.backends.backend_agg",
     "matplotlib.figure",
 ]
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed looks for devices when it is imported
 multiprocessing.set_forkserver_preload(PRELOAD)
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -366,7 +368,7 @@ def until(condition: Callable[[], Any], seconds: float = 60.0) -> None:
 
 
 def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint, whole: the ranks' pieces at the offsets their files record."""
+    """Every tensor of a checkpoint, whole: the pieces of all files at the offsets they record, each element once."""
     pieces: dict[str, list[tuple[list[int], torch.Tensor]]] = {}
     for path in sorted(checkpoint.glob("*.safetensors")):
         with path.open("rb") as file:
@@ -376,12 +378,14 @@ def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
             pieces.setdefault(name, []).append((offsets[name]["saved_offsets"], piece))
     whole = {}
     for name, parts in pieces.items():
-        assert all(offset[1:] == [0] * (len(offset) - 1) for offset, _ in parts), name
-        parts.sort(key=lambda part: part[0])
-        starts = [offset[0] for offset, _ in parts]
-        ends = [offset[0] + len(piece) for offset, piece in parts]
-        assert starts == [0, *ends[:-1]], f"{name}: pieces at {starts} end at {ends}"
-        whole[name] = torch.cat([piece for _, piece in parts])
+        ends = [[o + s for o, s in zip(offset, piece.shape, strict=True)] for offset, piece in parts]
+        shape = [max(end) for end in zip(*ends, strict=True)]
+        whole[name], filled = torch.empty(shape, dtype=parts[0][1].dtype), torch.zeros(shape, dtype=torch.int32)
+        for (offset, piece), end in zip(parts, ends, strict=True):
+            place = tuple(slice(*window) for window in zip(offset, end, strict=True))
+            whole[name][place] = piece
+            filled[place] += 1
+        assert (filled == 1).all(), f"{name}: not tiled by its pieces"
     return whole
 
 

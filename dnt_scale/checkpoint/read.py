@@ -1,0 +1,220 @@
+"""Reading: which parts overlap the boxes a rank wants, and only their bytes."""
+
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dnt_scale.checkpoint.boxes import Box, Region, intersect, miscovered
+from dnt_scale.checkpoint.header import Part, read_header
+from dnt_scale.checkpoint.state import FileRecord, State, step_name
+from dnt_scale.checkpoint.storage import CheckpointError, File, Storage, fill
+from dnt_scale.ranks import AgreedError, Ranks, on_first, together
+
+CHUNK = 1 << 25  # bytes read at a time
+
+Parts = dict[str, list[Part]]  # by the tensors' names, in the order of the files
+
+
+def newest(folder: Path | str) -> Path | str | None:
+    """The complete checkpoint with the highest step in ``folder``, if any; partial ones do not count.
+
+    Raises:
+        CheckpointError: a URL that cannot be opened.
+        OSError: the folder cannot be read.
+    """
+    return [None, *(found.path for found in complete(Storage(folder)).values())][-1]
+
+
+def complete(folder: Storage) -> dict[int, Storage]:
+    """The complete checkpoints in a folder by their steps, in order."""
+    numbers = {int(name[5:]): name for name in folder.names() if name[:5] == "step-" and name[5:].isdecimal()}
+    steps = sorted(step for step, name in numbers.items() if name == step_name(step))
+    return {step: found for step in steps if (found := folder / step_name(step)).holds("state.json")}
+
+
+def read_tensors(path: Path | str, boxes: Sequence[Box], me: Ranks) -> None:
+    """Fill ``boxes`` in place from a checkpoint that any engine wrote on any number of ranks. A collective.
+
+    Tensors of another dtype than the box's are converted, rounding to nearest.
+
+    Raises:
+        CheckpointError: on every rank: a tensor is missing, has another shape or a hole, or a file is damaged.
+    """
+    folder = Storage(path)
+    try:
+        files = on_first(me, lambda: tensor_files(folder))
+        mine = together(
+            me, lambda: [part for file in files[me.rank :: me.world_size] for part in read_header(folder, file)]
+        )
+        of_ranks: list[list[Part]] = [[] for _ in range(me.world_size)]
+        dist.all_gather_object(of_ranks, mine)
+        stored = by_name(
+            sorted((part for parts in of_ranks for part in parts), key=lambda part: (part.file, part.begin))
+        )
+        together(me, lambda: fill_boxes(folder, stored, boxes))
+    except AgreedError as error:
+        raise CheckpointError(str(error)) from None
+
+
+def tensor_files(folder: Storage) -> list[str]:
+    return [name for name in folder.names() if name.endswith(".safetensors")]
+
+
+def read_parts(folder: Storage) -> Parts:
+    """Every file's parts, for one process. Raises CheckpointError or OSError as ``read_header`` does."""
+    stored = by_name(part for file in tensor_files(folder) for part in read_header(folder, file))
+    stored.pop("counters", None)  # steps and updates, in the checkpoints of old
+    return stored
+
+
+def by_name(parts: Iterable[Part]) -> Parts:
+    found: Parts = {}
+    for part in parts:
+        found.setdefault(part.name, []).append(part)
+    return found
+
+
+def whole_shape(parts: Sequence[Part]) -> tuple[int, ...]:
+    """A tensor's shape: as far as its parts reach."""
+    ends = ([a + n for a, n in zip(*part.region, strict=True)] for part in parts)
+    return tuple(map(max, zip(*ends, strict=True)))
+
+
+def fill_boxes(folder: Storage, stored: Parts, boxes: Sequence[Box]) -> None:
+    """Fill boxes in place. Raises CheckpointError as ``read_tensors`` does, on this rank only."""
+    wanted: list[tuple[Part, Region, Box]] = []
+    for box in boxes:
+        wanted += [(part, shared, box) for part, shared in overlaps(folder, stored, box.name, box.shape, box.region)]
+    wanted.sort(key=lambda item: (item[0].file, item[0].begin))
+    for name, items in groupby(wanted, key=lambda item: item[0].file):
+        with folder.open(name) as file:
+            for part, shared, box in items:
+                for region, values in read_region(file, folder, part, shared):
+                    box.data.detach()[window(region, box.offset)].copy_(values)
+
+
+def overlaps(
+    folder: Storage, stored: Parts, name: str, shape: tuple[int, ...], wanted: Region
+) -> list[tuple[Part, Region]]:
+    """The parts that cover a region of a tensor, and what of it each has.
+
+    Raises:
+        CheckpointError: the tensor is missing, has another shape, or a place of the region is not there exactly once.
+    """
+    parts = stored.get(name)
+    advice = "resume with the configuration in the run's config.yaml"
+    if parts is None:
+        raise CheckpointError(f"{folder}: does not fit this model and optimizer (it has no {name}); {advice}")
+    try:
+        found = whole_shape(parts)
+    except ValueError:
+        raise CheckpointError(f"{folder}: damaged: the parts of {name} differ in their number of dimensions") from None
+    if found != shape:
+        raise CheckpointError(
+            f"{folder}: does not fit this model and optimizer ({name} has shape {found}, expected {shape}); {advice}"
+        )
+    shared = [(part, both) for part in parts if (both := intersect(part.region, wanted))]
+    hole = miscovered(wanted, [region for _, region in shared])
+    if hole is not None:
+        raise CheckpointError(
+            f"{folder}: damaged: {hole_in(name, hole, shared)}; remove {folder} to go on from an older checkpoint"
+        )
+    return shared
+
+
+def hole_in(name: str, place: tuple[int, ...], shared: Sequence[tuple[Part, Region]]) -> str:
+    """What is wrong at a place that ``miscovered`` found."""
+    element = Region(place, (1,) * len(place))
+    times = sum(intersect(region, element) is not None for _, region in shared)
+    return f"element {list(place)} of {name} is in {times} parts, expected 1"
+
+
+def check_files(path: Path | str, state: State, ranks: Ranks) -> None:
+    """Compare every file with its recorded size and sha256, the files shared out over the ranks. A collective.
+
+    Raises:
+        CheckpointError: on every rank, naming the first file that is missing, truncated or changed.
+    """
+    folder = Storage(path)
+    mine = sorted(state.files)[ranks.rank :: ranks.world_size]
+
+    def check() -> None:
+        for name in sorted(set(tensor_files(folder)) - state.files.keys()) if ranks.first else []:
+            raise CheckpointError(not_part(folder, name))
+        for problem in filter(None, (problem_of(folder, name, state.files[name]) for name in mine)):
+            raise CheckpointError(problem)
+
+    try:
+        together(ranks, check)
+    except AgreedError as error:
+        raise CheckpointError(f"{error}; remove {path} to go on from an older checkpoint") from None
+
+
+def not_part(folder: Storage, name: str) -> str:
+    return f"{folder}/{name}: not part of this checkpoint"
+
+
+def problem_of(
+    folder: Storage, name: str, record: FileRecord, tell: Callable[[int], None] = lambda count: None
+) -> str | None:
+    """What is wrong with a file, or None; ``tell`` gets the bytes read as it goes on."""
+    try:
+        size = folder.size(name)
+        if size != record.bytes:
+            return f"{folder}/{name}: truncated or changed: {size} bytes, expected {record.bytes}"
+        digest, buffer = hashlib.sha256(), memoryview(bytearray(min(CHUNK, size)))
+        with folder.open(name) as file:
+            for begin in range(0, size, CHUNK):
+                chunk = buffer[: min(CHUNK, size - begin)]
+                if not fill(file, chunk):
+                    return f"{folder}/{name}: truncated while it was read"
+                digest.update(chunk)
+                tell(len(chunk))
+    except FileNotFoundError:
+        return f"{folder}/{name}: missing"
+    except OSError as error:
+        return f"{folder}/{name}: cannot be read: {error.strerror or error}"
+    return (
+        None
+        if digest.hexdigest() == record.sha256
+        else (f"{folder}/{name}: damaged: its sha256 is not the recorded one")
+    )
+
+
+def window(region: Region, origin: tuple[int, ...]) -> tuple[slice, ...]:
+    """The slices of a region in what begins at ``origin``."""
+    return tuple(slice(a - o, a - o + n) for a, n, o in zip(*region, origin, strict=True))
+
+
+def read_region(file: File, folder: Storage, part: Part, wanted: Region) -> Iterator[tuple[Region, Tensor]]:
+    """Read a region inside a part, in chunks of whole rows: each one's region and values, in the stored dtype.
+
+    Values are a view of a buffer that the next chunk reuses.
+
+    Raises:
+        CheckpointError: the file ends before.
+    """
+    shape = part.region.shape
+    strides = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
+    rows = max(1, CHUNK // (part.dtype.itemsize * max(1, strides[0]))) if shape else 1
+    buffer = torch.empty(0, dtype=part.dtype)
+    for first in range(0, wanted.shape[0], rows) if shape else [0]:
+        region = wanted
+        if shape:
+            count = min(rows, wanted.shape[0] - first)
+            region = Region((wanted.offset[0] + first, *wanted.offset[1:]), (count, *wanted.shape[1:]))
+        start = sum((a - o) * stride for a, o, stride in zip(region.offset, part.region.offset, strides, strict=True))
+        # columns left out lie between the rows: one read of what is between the first and the last element
+        span = sum((n - 1) * stride for n, stride in zip(region.shape, strides, strict=True)) + 1
+        if len(buffer) < span:
+            buffer = torch.empty(span, dtype=part.dtype)
+        file.seek(part.begin + start * part.dtype.itemsize)
+        if not fill(file, buffer[:span].view(torch.uint8).numpy().data):
+            raise CheckpointError(f"{folder}/{part.file}: truncated: {part.name} is not whole")
+        yield region, buffer.as_strided(region.shape, strides)

@@ -1,0 +1,76 @@
+"""``state.json``: everything a resumed run needs beside the tensors."""
+
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from dnt_scale.checkpoint.storage import CheckpointError, Storage
+
+FORMAT = "dnt-checkpoint"
+VERSION = 1
+
+
+class FileRecord(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    bytes: int
+    sha256: str
+
+
+class State(BaseModel):
+    """Where a run stands. ``files`` is filled by whoever writes it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: str = FORMAT
+    version: int = VERSION
+    step: int
+    consumed_rows: int
+    tokens: int
+    skipped: int
+    seed: int  # the run's only randomness: initial weights and data order are functions of it
+    run_id: str
+    manifest_sha256: str  # of a mixture, of what decides its rows
+    sets: dict[str, str] = {}  # the manifests' sha256 by the sets' names; not in the checkpoints of old
+    tokenizer_sha256: str
+    world_size: int
+    config: dict[str, object]
+    engine: dict[str, float] = {}  # Engine.scalars; not in the checkpoints of old
+    health: dict[str, list[float]] = {}  # the spike guard's window
+    files: dict[str, FileRecord]
+
+    @property
+    def scalars(self) -> dict[str, float]:
+        """What ``Engine.refresh`` takes; a checkpoint of old has it in other fields."""
+        return self.engine or {"step": self.step, "updates": self.step - self.skipped}
+
+
+def step_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def read_state(path: Path | str) -> State:
+    """``state.json`` of a checkpoint's folder, here or at a URL.
+
+    Raises:
+        CheckpointError: it is missing, truncated, or of another format or version.
+    """
+    file = f"{path}/state.json"
+    advice = f"remove {path} to go on from an older checkpoint"
+    try:
+        state = State.model_validate_json(Storage(path).read("state.json"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{file}: no such file; expected a checkpoint folder step-NNNNNNNN") from None
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read: {error.strerror or error}") from None
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(map(str, problem["loc"])) or "JSON"
+        raise CheckpointError(f"{file}: damaged ({where}: {problem['msg']}); {advice}") from None
+    if any(Path(name).name != name or not name.endswith(".safetensors") for name in state.files):
+        raise CheckpointError(f"{file}: names a file outside its folder, or none of a checkpoint's; {advice}")
+    if (state.format, state.version) != (FORMAT, VERSION):
+        raise CheckpointError(
+            f"{file}: is {state.format} version {state.version}, expected {FORMAT} version {VERSION}; {advice}"
+        )
+    return state

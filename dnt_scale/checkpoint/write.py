@@ -1,0 +1,345 @@
+"""Saving: copy what this rank owns, write it while training goes on, then let all ranks agree that it is whole.
+
+    save()    main thread    an earlier save is settled; owned parts are copied into host memory; the thread starts
+    (writer)  this rank's    writes and hashes, fsyncs, reads back what is on disk and compares
+    settle()  main thread    all ranks tell each other how it went; rank 0 writes state.json and renames the folder
+
+At a URL there is no rename: the files come first, and state.json last makes them a checkpoint.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import sys
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dnt_scale.checkpoint.boxes import Box, owned
+from dnt_scale.checkpoint.header import make_header
+from dnt_scale.checkpoint.read import complete
+from dnt_scale.checkpoint.state import FileRecord, State, step_name
+from dnt_scale.checkpoint.storage import CheckpointError, Storage, fill, finish, forget, fsync_folder, write_all
+from dnt_scale.ranks import AgreedError, Ranks, on_first
+
+CHUNK = 1 << 23  # bytes written, hashed or compared at a time
+NICENESS = 10  # of the writer: on a machine whose cores all train, it gets a tenth of one
+
+
+class _Stopped(Exception):
+    """The save is given up."""
+
+
+@dataclass(frozen=True)
+class _File:
+    """A file to be written: its bytes, in two pieces of memory."""
+
+    name: str
+    head: memoryview
+    data: memoryview
+
+    def chunks(self) -> Iterator[memoryview]:
+        for piece in (self.head, self.data):
+            for begin in range(0, len(piece), CHUNK):
+                yield piece[begin : begin + CHUNK]
+
+
+class Saver:
+    """Writes a run's checkpoints into ``folder``, which is here or at a URL.
+
+    All ranks call ``save`` and ``settle`` together, on their main threads; the threads hold no collective.
+
+    Args:
+        keep: newest checkpoints that stay.
+        keep_every: checkpoints whose step is a multiple stay too.
+        background: return from ``save`` when the copy is made, else when the checkpoint is in place.
+    """
+
+    def __init__(
+        self, folder: Path | str, me: Ranks, *, keep: int, keep_every: int | None = None, background: bool = True
+    ) -> None:
+        self.folder = Storage(folder)
+        self.me = me
+        self.keep = keep
+        self.keep_every = keep_every
+        self.background = background
+        self._state: State | None = None  # of the save that is not settled
+        self._buffer = torch.empty(0, dtype=torch.uint8)  # reused: the next save needs as much
+        self._files: list[_File] = []
+        self._writer: threading.Thread | None = None
+        self._cleaner: threading.Thread | None = None
+        self._outcome: dict[str, FileRecord] | str = {}
+        self._hurry = threading.Event()  # leave out reading back
+        self._stop = threading.Event()
+
+    @property
+    def busy(self) -> bool:
+        """This rank's thread is at work."""
+        return self._writer is not None and self._writer.is_alive()
+
+    @property
+    def pending(self) -> bool:
+        """A save is not settled; the same on all ranks."""
+        return self._state is not None
+
+    def save(self, state: State, boxes: Sequence[Box]) -> None:
+        """Begin to write a checkpoint of ``state.step``; with ``background`` False, end it too. A collective.
+
+        Raises:
+            CheckpointError: on every rank, when it or the save before it could not be written.
+        """
+        self.settle(wait=True)
+        self._state = state
+        try:
+            on_first(self.me, self._fresh)
+        except AgreedError as error:
+            self._state = None
+            raise CheckpointError(str(error)) from None
+        self._files = self.stage(boxes)
+        self._hurry.clear()
+        self._writer = threading.Thread(target=self._work, name="checkpoint", daemon=True)
+        self._writer.start()
+        if not self.background:
+            self._writer.join()
+            self.settle()
+
+    def settle(self, *, wait: bool = False) -> Path | str | None:
+        """Agree that all ranks have written, and put the checkpoint in place; its path, or None without one. A
+        collective, to be called when no rank is busy.
+
+        Args:
+            wait: until the threads have written, which then leave out reading back.
+
+        Raises:
+            CheckpointError: on every rank, when any could not write; nothing partial is left.
+        """
+        if self._state is None:
+            return None
+        if wait:
+            self._hurry.set()
+        assert self._writer is not None and (wait or not self.busy)
+        self._writer.join()
+        outcomes: list[dict[str, FileRecord] | str] = [{} for _ in range(self.me.world_size)]
+        dist.all_gather_object(outcomes, self._outcome)
+        state, self._state = self._state, None
+        try:
+            records: dict[str, FileRecord] = {}
+            for outcome in outcomes:
+                if isinstance(outcome, str):
+                    raise CheckpointError(outcome)
+                records |= outcome
+            whole = state.model_copy(update={"files": records})
+            on_first(self.me, lambda: self._publish(whole))
+        except AgreedError as error:
+            with contextlib.suppress(AgreedError):
+                on_first(self.me, self._partial(state).remove_all)
+            raise CheckpointError(str(error)) from None
+        return (self.folder / step_name(state.step)).path
+
+    def close(self) -> None:
+        """Stop the thread and remove what this rank wrote of an unsettled save. No collective: errors end here too."""
+        self._stop.set()
+        if self._writer:
+            self._writer.join()
+        if self._cleaner:
+            self._cleaner.join()
+        if self._state is None:
+            return
+        partial = self._partial(self._state)
+        with contextlib.suppress(OSError):
+            for file in self._files:
+                partial.remove(file.name)
+            if partial.local:
+                partial.local.rmdir()  # the last rank to end finds it empty
+
+    def _partial(self, state: State) -> Storage:
+        name = step_name(state.step)
+        return self.folder / (f".partial-{name}" if self.folder.local else name)
+
+    def _fresh(self) -> None:
+        """Make the folder to write into, and remove what killed saves have left."""
+        if self._cleaner:
+            self._cleaner.join()
+        assert self._state is not None
+        partial = self._partial(self._state)
+        try:
+            if self.folder.local:
+                for leftover in self.folder.local.glob(".*-step-*"):
+                    shutil.rmtree(leftover)
+            else:
+                whole = complete(self.folder).keys() - {self._state.step}
+                for name in self.folder.names():
+                    if name.startswith("step-") and name not in map(step_name, whole):
+                        (self.folder / name).remove_all()
+            partial.make()
+        except OSError as error:
+            raise CheckpointError(_explain(error, partial)) from None
+
+    def stage(self, boxes: Sequence[Box]) -> list[_File]:
+        """What this rank writes, copied into host memory as its files will have it."""
+        parts = [part for part in map(owned, boxes) if part is not None]
+        # the largest box of a tensor goes into the first file, more of them into a second and third; and where
+        # elements have 4 bytes before those of 2, all are aligned
+        parts.sort(key=lambda part: part.data.numel(), reverse=True)
+        numbers: dict[str, Iterator[int]] = {}
+        groups: dict[int, list[Box]] = {}
+        for part in parts:
+            groups.setdefault(next(numbers.setdefault(part.name, count())), []).append(part)
+        order = {box.name: place for place, box in enumerate(boxes)}
+        for group in groups.values():
+            group.sort(key=lambda part: (-part.data.itemsize, order[part.name]))
+
+        sizes = [sum(part.data.nbytes for part in group) for group in groups.values()]
+        starts = [0]
+        for size in sizes:
+            starts.append(starts[-1] + -(-size // 64) * 64)
+        if len(self._buffer) < starts[-1]:
+            self._buffer = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=self.me.device.type == "cuda")
+        files = []
+        for number, (group, start, size) in enumerate(zip(groups.values(), starts, sizes, strict=False), 1):
+            place = start
+            for part in group:
+                target = self._buffer[place : place + part.data.nbytes].view(part.data.dtype).view(part.data.shape)
+                target.copy_(part.data.detach(), non_blocking=True)
+                place += part.data.nbytes
+            head = make_header([(part.name, part.data.dtype, part.region) for part in group])
+            name = f"shard-{self.me.rank + 1:05d}-model-{number:05d}-of-{len(groups):05d}.safetensors"
+            files.append(_File(name, memoryview(head), _bytes(self._buffer[start : start + size])))
+        if self.me.device.type == "cuda":
+            torch.cuda.synchronize(self.me.device)
+        return files
+
+    def _work(self) -> None:
+        """The thread: write, hash, fsync, then compare. ``_outcome`` is the files' records, or what went wrong."""
+        assert self._state is not None
+        partial = self._partial(self._state)
+        if self.background and sys.platform == "linux":
+            os.nice(NICENESS)  # Linux's is of this thread and those it starts
+        try:
+            records = {
+                file.name: write_file(partial, file.name, self._unstopped(file.chunks())) for file in self._files
+            }
+            for file in self._files:
+                self._read_back(partial, file)
+            self._outcome = records
+        except Exception as error:  # told by settle, on the main thread
+            self._outcome = _explain(error, partial, f" on rank {self.me.rank}")
+
+    def _unstopped(self, chunks: Iterable[memoryview]) -> Iterator[memoryview]:
+        for chunk in chunks:
+            if self._stop.is_set():
+                raise _Stopped
+            yield chunk
+
+    def _read_back(self, partial: Storage, file: _File) -> None:
+        found = np.empty(CHUNK, dtype=np.uint8)
+        with partial.open(file.name) as stream:
+            forget(stream)
+            for expected in self._unstopped(file.chunks()):
+                if self._hurry.is_set():
+                    return
+                part = found[: len(expected)]
+                # numpy compares without the interpreter's lock
+                if not fill(stream, part.data) or not np.array_equal(part, np.frombuffer(expected, np.uint8)):
+                    raise OSError(errno.EIO, "what is on disk is not what was written")
+            forget(stream)
+
+    def _publish(self, state: State) -> None:
+        partial = self._partial(state)
+        try:
+            publish(partial, self.folder / step_name(state.step), state)
+            steps = [step for step in complete(self.folder) if step <= state.step]
+            doomed = [step for step in steps[: -self.keep] if not self.keep_every or step % self.keep_every]
+            self._retire([self.folder / step_name(step) for step in doomed])
+        except OSError as error:
+            raise CheckpointError(_explain(error, partial)) from None
+
+    def _retire(self, doomed: list[Storage]) -> None:
+        """Take checkpoints away; their bytes go in a thread, for that takes a file system a while."""
+        for old in doomed:
+            if old.local:
+                old.local.rename(old.local.with_name(f".old-{old.local.name}"))
+        if self.folder.local:
+            doomed = [Storage(path) for path in self.folder.local.glob(".old-step-*")]
+
+        def clean() -> None:
+            for old in doomed:
+                with contextlib.suppress(OSError):  # the next save tries again
+                    old.remove_all()
+
+        self._cleaner = threading.Thread(target=clean, name="retention")
+        self._cleaner.start()
+
+
+def write_file(folder: Storage, name: str, chunks: Iterable[memoryview], *, reused: bool = False) -> FileRecord:
+    """Write a durable file and hash it, the hash in a thread of its own.
+
+    Args:
+        reused: a chunk's memory holds the next one when that is asked for.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    digest, size = hashlib.sha256(), 0
+    hasher = ThreadPoolExecutor(1)
+    try:
+        with folder.create(name) as file:
+            for chunk in chunks:
+                hashed = hasher.submit(digest.update, chunk)
+                write_all(file, chunk)
+                size += len(chunk)
+                if reused:
+                    hashed.result()
+            finish(file)
+        hasher.shutdown()  # waits
+    finally:
+        hasher.shutdown(cancel_futures=True)
+    return FileRecord(bytes=size, sha256=digest.hexdigest())
+
+
+def publish(partial: Storage, final: Storage, state: State) -> None:
+    """Write state.json beside the files it names, and put the folder in place: whole or not at all, crashes included.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    text = json.dumps(state.model_dump(mode="json"), indent=2).encode()
+    with partial.create("state.json") as file:
+        write_all(file, memoryview(text))
+        finish(file)
+    if not (partial.local and final.local):
+        return
+    fsync_folder(partial.local)
+    if final.local.exists():  # a resumed run that lost its newer steps writes them again
+        final.local.rename(final.local.with_name(f".old-{final.local.name}"))
+    partial.local.rename(final.local)
+    link = final.local.with_name(".latest")
+    link.unlink(missing_ok=True)
+    link.symlink_to(final.local.name)
+    link.rename(final.local.with_name("latest"))
+    fsync_folder(final.local.parent)
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.numpy().data
+
+
+def _explain(failure: Exception, path: Storage, where: str = "") -> str:
+    if isinstance(failure, OSError) and failure.errno in (errno.ENOSPC, errno.EDQUOT) and path.local:
+        free = shutil.disk_usage(path.local.parent).free
+        return (
+            f"{path}: disk full while saving{where} ({free / 1e6:.1f} MB free); the previous checkpoint is whole: "
+            "free some space, or set checkpoint.keep=1, and run the same command again"
+        )
+    return f"{path}: could not be written{where}: {type(failure).__name__}: {failure}"

@@ -1,0 +1,119 @@
+"""The whole sharding recipe, in the order in which it is applied.
+
+``parallelize`` is where tensor and context parallelism will come: before the blocks are prepared, for
+checkpointing and compilation then see the split blocks, and with mesh dimensions of their own.
+"""
+
+import socket
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+from dnt_scale.config import RunConfig, TorchEngineConfig
+from dnt_scale.model import DNT
+from dnt_scale.ranks import AgreedError, Ranks
+
+_aten = torch.ops.aten
+# what selective checkpointing keeps: matrix products, and attention under each name it has on CPU and CUDA
+KEPT_OPS = [
+    _aten.mm.default,
+    _aten.addmm.default,
+    _aten.bmm.default,
+    _aten._scaled_dot_product_flash_attention_for_cpu.default,
+    _aten._scaled_dot_product_flash_attention.default,
+    _aten._scaled_dot_product_efficient_attention.default,
+    _aten._scaled_dot_product_cudnn_attention.default,
+    _aten._scaled_dot_product_fused_attention_overrideable.default,
+    _aten._scaled_dot_product_attention_math.default,
+]
+
+
+def parallelize(model: DNT, config: RunConfig, ranks: Ranks) -> None:
+    """Spread ``model``, still on the meta device, over the ranks as ``config.engine`` says, in place. A collective.
+
+    Raises:
+        AgreedError: the copies of hsdp do not share the ranks equally.
+    """
+    assert isinstance(config.engine, TorchEngineConfig)
+    prepare_blocks(model, config)
+    mesh = data_mesh(config.engine, ranks)
+    shard(model, mesh, config)
+    set_prefetch(model, config.engine.prefetch)
+
+
+def prepare_blocks(model: DNT, config: RunConfig) -> None:
+    """Checkpoint the blocks' activations and compile the blocks, as ``config.engine`` says; any engine's.
+
+    ``block.forward`` is replaced in place: parameters keep their names, and hooks stay outside of what is
+    recomputed and compiled. Blocks of equal shapes share one compilation.
+    """
+    chosen = config.engine.activation_checkpointing
+    for index, block in enumerate(model.blocks):
+        forward = block.forward
+        # nothing in a block draws random numbers, so no generator's state need be kept
+        recomputed = partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
+        if chosen == "selective":
+            forward = partial(recomputed, context_fn=partial(create_selective_checkpoint_contexts, KEPT_OPS))
+        elif chosen == "full" or (isinstance(chosen, int) and index % chosen == 0):
+            forward = recomputed
+        if config.engine.compile:
+            forward = torch.compile(forward, fullgraph=True)
+        block.forward = forward
+
+
+def data_mesh(engine: TorchEngineConfig, ranks: Ranks) -> DeviceMesh:
+    """The ranks as copies of the model by shards of a copy; fsdp's mesh has no dimension of copies. A collective.
+
+    Raises:
+        AgreedError: the copies do not share the ranks equally.
+    """
+    device, world = ranks.device.type, ranks.world_size
+    if engine.name == "fsdp":
+        return init_device_mesh(device, (world,), mesh_dim_names=("shard",))
+    copies = world if engine.name == "ddp" else engine.replicas or _hosts(world)
+    if world % copies:
+        found = copies if engine.replicas else f"null, one a node of {copies}"
+        raise AgreedError(
+            f"engine.replicas is {found}, but copies do not share {world} ranks equally; "
+            f"set it to a divisor of {world}, or use engine=fsdp"
+        )
+    return init_device_mesh(device, (copies, world // copies), mesh_dim_names=("replicate", "shard"))
+
+
+def _hosts(world: int) -> int:
+    names: list[str] = [""] * world
+    dist.all_gather_object(names, socket.gethostname())
+    return len(set(names))
+
+
+def shard(model: DNT, mesh: DeviceMesh, config: RunConfig) -> None:
+    """Each block is one all-gather and one reduce-scatter; the embeddings and outer norms are the root's.
+
+    Matrices are multiplied in ``train.dtype``; the shards, and gradients from the reduce-scatter on, are fp32.
+    """
+    assert isinstance(config.engine, TorchEngineConfig)
+    dtype = torch.bfloat16 if config.train.dtype == "bf16" else torch.float32
+    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    pinned = mesh.device_type == "cuda"  # only there does it speed copies up
+    offload = CPUOffloadPolicy(pin_memory=pinned) if config.engine.cpu_offload else OffloadPolicy()
+    reshard = config.engine.reshard_after_forward
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh, mp_policy=precision, offload_policy=offload, reshard_after_forward=reshard)
+    fully_shard(model, mesh=mesh, mp_policy=precision, offload_policy=offload)
+
+
+def set_prefetch(model: DNT, ahead: int) -> None:
+    """Gather the weights of ``ahead`` blocks before the one that computes is done, in both passes."""
+    assert isinstance(model, FSDPModule)
+    blocks: list[FSDPModule] = list(model.blocks)  # type: ignore[arg-type]
+    model.set_modules_to_forward_prefetch(blocks[:ahead])
+    # with an empty list FSDP2 gathers one block ahead in backward; a module that is gathered already does nothing
+    model.set_modules_to_backward_prefetch(blocks[::-1][:ahead] or [model])
+    for index, block in enumerate(blocks):
+        before = blocks[:index][::-1]
+        block.set_modules_to_forward_prefetch(blocks[index + 1 :][:ahead])
+        block.set_modules_to_backward_prefetch(before[:ahead] or [block])

@@ -1,0 +1,466 @@
+"""A hang ends all ranks, with one message that names the rank at fault.
+
+``with watching(me, hang_s):`` runs two threads beside the main one, which says where it is with ``beat("step 118")``:
+
+- the pulse tells the others, through a TCPStore connection of its own (a client that waits, as the main thread's may,
+  lets nobody else in), how far the main thread is and that this process lives, and reads the same of them. There are no
+  collectives in it: these are what hangs;
+- the judge never waits for anything. It blames a process that is gone, one that gives no sign of life (stopped, or its
+  node is down), and else the rank that is furthest behind, once that has not moved for ``hang_s``. Ranks are compared
+  by the collectives they have entered: whoever waits inside one is ahead of whom it waits for.
+
+The first verdict stands in the store and ends everyone with status 2; without a store each rank ends on its own.
+Ages are measured by the judge's own clock, which stands still while its process does, so that a run that was stopped
+and continued (Ctrl-Z, a laptop's lid) blames nobody.
+"""
+
+import os
+import signal
+import socket
+import sys
+import sysconfig
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import orjson
+import torch
+import torch.distributed as dist
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+
+from dnt_scale import ranks
+from dnt_scale.config import MSGDWConfig, RunConfig
+from dnt_scale.ranks import AgreedError, Ranks
+
+STATUS = 2  # that a hang ends with
+TICK_S = 1.0  # longest time between two looks; a tenth of hang_s where that is less
+SUSPECT_S = 10.0  # without a sign of life, once a collective has failed because somebody ended
+SILENT = "gave no sign of life for {:.0f} s (last heard of at {}): stopped, or its node is down"
+GRACE_S = 1.0  # that a fault on another rank than 0 waits for the same one on rank 0
+PRINT_S = 0.3  # that rank 0 has to print something
+FAREWELL_S = 3.0  # that the process with the store stays for the others to read why
+
+
+@dataclass
+class _MainThread:
+    beats: int = 0
+    where: str = "the start"
+
+
+_main = _MainThread()
+
+
+def beat(where: str) -> None:
+    """The main thread moves: it is now at ``where``, for example "step 118". Costs nothing to speak of."""
+    _main.beats += 1
+    _main.where = where
+
+
+@dataclass(frozen=True)
+class Pulse:
+    """What a rank tells of itself."""
+
+    number: int  # of this pulse: grows while the process lives
+    collectives: int  # entered by the process, on all its groups
+    beats: int
+    where: str  # of the last beat
+    line: str  # of our code that the main thread is in
+    left: bool  # on its own accord: no more signs of life are to be expected
+    host: str
+    machine: str  # where process numbers mean the same
+    pid: int
+    started: int  # clock tick since boot, that no stranger with the same pid is meant; 0: not known here
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        return self.collectives, self.beats
+
+
+@dataclass
+class Seen:
+    """The last pulse of a rank, and when on the judge's clock it lived and moved last."""
+
+    pulse: Pulse
+    lived: float
+    moved: float
+
+
+@dataclass(frozen=True)
+class Verdict:
+    message: str
+    lost: Sequence[int]  # ranks at fault that do not end by themselves
+    printer: int  # the rank that prints the message
+    readers: int  # ranks that are there to read it
+
+
+class Watchdog:
+    """See ``watching``, which is the way to have one."""
+
+    def __init__(self, me: Ranks, hang_s: float) -> None:
+        self.me = me
+        self.hang_s = hang_s
+        self.tick = min(TICK_S, hang_s / 10)
+        # all ranks' reading of all ranks is the work of one store: the more there are, the rarer
+        self.read_every = min(hang_s / 10, max(self.tick, me.world_size / 20))
+        self.thread_id = threading.get_ident()
+        self.host, self.machine, self.pid = socket.gethostname(), machine(), os.getpid()
+        self.started = start_time(self.pid) or 0
+        self.number = 0
+        self.clock = 0.0  # the judge's
+        self.contact = self.read = 0.0  # when on that clock the store answered last, and when all were read last
+        self.left = False
+        self.reason: str | None = None  # why this rank ends by itself
+        self.verdict: Verdict | None = None  # the judge's
+        self.died: list[int] = []  # on this machine
+        self.fast = False  # read all at every tick
+        self.suspecting = False
+        self.quiet = False  # judge no more
+        self.told = threading.Event()  # the store holds that this rank left, or why
+        self.wake, self.stopping = threading.Event(), threading.Event()
+        self.ending = threading.Lock()
+        self.seen = {me.rank: Seen(self._pulse(), 0.0, 0.0)}
+        self.store: PrefixStore | None = None
+        if me.world_size > 1:
+            name = ranks.on_first(me, lambda: f"watchdog/{os.getpid()}/{time.time_ns()}")  # a store may outlive a run
+            host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            self.store = store = PrefixStore(name, TCPStore(host, port, is_master=False, wait_for_workers=False))
+            ranks.together(me, lambda: store.set(str(me.rank), encode(self._pulse())))
+            self.seen = {rank: Seen(pulse, 0.0, 0.0) for rank, pulse in enumerate(self._read_all(store))}
+        self.threads = [
+            threading.Thread(target=target, name=target.__name__, daemon=True)
+            for target in (self._judge_on, *([self._pulse_on] if self.store else []))
+        ]
+        for thread in self.threads:
+            thread.start()
+
+    # --- the pulse
+
+    def _pulse(self) -> Pulse:
+        self.number += 1
+        return Pulse(
+            self.number,
+            collectives_entered(),
+            _main.beats,
+            _main.where,
+            line_of(self.thread_id),
+            self.left,
+            self.host,
+            self.machine,
+            self.pid,
+            self.started,
+        )
+
+    def _pulse_on(self) -> None:
+        assert self.store
+        try:
+            while not self.stopping.is_set() and self._exchange(self.store):
+                self.wake.wait(self.tick)
+                self.wake.clear()
+        except (dist.DistError, RuntimeError):  # the process with the store is gone; the judge finds whose that was
+            pass
+        self.told.set()
+
+    def _exchange(self, store: PrefixStore) -> bool:
+        """Tell and read, once; whether there is more to come."""
+        reason, verdict, left = self.reason, self.verdict, self.left
+        if reason is not None:
+            what = f"ended at {_main.where}: {reason}; all ranks end"
+            verdict = Verdict(f"{self._name(self.me.rank)} {what}", [], 0, len(self._present()))
+        if verdict:  # the first one stands
+            store.compare_set("ended", "", encode(verdict))
+        # who is gone is looked at before it is read whether it had left
+        dead = [rank for rank, seen in self.seen.items() if self._gone(seen.pulse)]
+        store.set(str(self.me.rank), encode(self._pulse()))
+        if store.check(["ended"]):
+            self._end(Verdict(**orjson.loads(store.get("ended"))), store)
+            return False
+        if self.fast or self.suspecting or dead or self.clock - self.read >= self.read_every - self.tick / 2:
+            for rank, pulse in enumerate(self._read_all(store)):
+                self._notice(rank, pulse)
+            self.read = self.clock
+            self.died = [rank for rank in dead if not self.seen[rank].pulse.left]
+        self.contact = self.clock
+        if left:
+            self.told.set()
+        return True
+
+    def _read_all(self, store: PrefixStore) -> list[Pulse]:
+        return [Pulse(**orjson.loads(text)) for text in store.multi_get([str(r) for r in range(self.me.world_size)])]
+
+    def _notice(self, rank: int, pulse: Pulse) -> None:
+        before = self.seen[rank]
+        if pulse.progress != before.pulse.progress:
+            self.seen[rank] = Seen(pulse, self.clock, self.clock)
+        elif pulse.number != before.pulse.number:
+            self.seen[rank] = Seen(pulse, self.clock, before.moved)
+
+    def _gone(self, pulse: Pulse) -> bool:
+        here = pulse.machine == self.machine and pulse.started > 0
+        return here and not pulse.left and start_time(pulse.pid) != pulse.started
+
+    # --- the judge
+
+    def _judge_on(self) -> None:
+        before = time.monotonic()
+        while not self.stopping.wait(self.tick):
+            now = time.monotonic()
+            self.clock += min(now - before, 2 * self.tick)
+            before = now
+            if self.store is None:
+                self._notice(self.me.rank, self._pulse())
+                self.read = self.clock
+            if self.verdict is None and not self.quiet and (verdict := self._judge()):
+                self.verdict = verdict
+                self.wake.set()
+                # the pulse tells the others and ends us; it may be stuck in a store that does not answer
+                if self.store is None or not self.stopping.wait(2 * self.tick):
+                    self._end(verdict, None)
+
+    def _judge(self) -> Verdict | None:
+        alive_s = min(SUSPECT_S, self.hang_s) if self.suspecting else self.hang_s
+        alone_s = self.clock - self.contact if self.store else 0.0
+        died = [0] if alone_s >= self.tick and self._gone(self.seen[0].pulse) else self.died
+        if died:
+            return self._verdict(died, f"died (last heard of at {self.seen[died[0]].pulse.where})", died)
+        if alone_s >= alive_s:
+            whose = "or the torchrun of its node " if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else ""
+            return self._verdict([0], f"{whose}{SILENT.format(alone_s, self.seen[0].pulse.where)}", [0])
+        silent = [rank for rank, seen in self.seen.items() if not seen.pulse.left and self.read - seen.lived >= alive_s]
+        if silent:
+            seen = self.seen[silent[0]]
+            return self._verdict(silent, SILENT.format(self.read - seen.lived, seen.pulse.where), silent)
+        return self._furthest_behind()
+
+    def _furthest_behind(self) -> Verdict | None:
+        least = min(seen.pulse.progress for seen in self.seen.values())
+        behind = [rank for rank, seen in self.seen.items() if seen.pulse.progress == least]
+        behind = [rank for rank in behind if not self.seen[rank].pulse.left] or behind
+        age = self.read - max(self.seen[rank].moved for rank in behind)
+        if age < self.hang_s:
+            return None
+        pulse = self.seen[behind[0]].pulse
+        if pulse.left:
+            return self._verdict(behind, f"left {age:.0f} s ago, and the others wait for it")
+        others = "; the others wait for it" if len(behind) < self.me.world_size else ""
+        return self._verdict(
+            behind, f"has not moved since {pulse.where}, {age:.0f} s ago (it is in {pulse.line}){others}"
+        )
+
+    def _verdict(self, culprits: list[int], what: str, lost: Sequence[int] = ()) -> Verdict:
+        names = " and ".join([self._name(rank) for rank in culprits[:4]])
+        names += f" and {len(culprits) - 4} more" if len(culprits) > 4 else ""
+        able = self._present() - set(lost)
+        advice = "all ranks end; the same command goes on from the newest checkpoint"
+        return Verdict(f"{names} {what}; {advice}", lost, min(able, default=self.me.rank), len(able))
+
+    def _present(self) -> set[int]:
+        return {rank for rank, seen in self.seen.items() if not seen.pulse.left and not self._gone(seen.pulse)}
+
+    def _name(self, rank: int) -> str:
+        return f"rank {rank} ({self.seen[rank].pulse.host})"
+
+    # --- the end
+
+    def _end(self, verdict: Verdict, store: PrefixStore | None) -> None:
+        """End this process, unless its main thread is about to do so."""
+        with self.ending:
+            if self.reason is None:
+                for rank in verdict.lost:
+                    self._kill(self.seen[rank].pulse)
+                if self.me.rank == verdict.printer:
+                    os.write(2, f"error: {verdict.message}\n".encode())  # the main thread may hold sys.stderr
+            if store:
+                with suppress(dist.DistError, RuntimeError):
+                    self._take_leave(store, verdict.readers)
+            if self.reason is None:
+                flush()
+                os._exit(STATUS)
+
+    def _take_leave(self, store: PrefixStore, expected: int) -> None:
+        """Rank 0 may hold the store, so it goes last."""
+        readers = store.add("readers", 1)
+        deadline = time.monotonic() + FAREWELL_S
+        while self.me.first and readers < expected and time.monotonic() < deadline:
+            time.sleep(0.02)
+            readers = store.add("readers", 0)
+
+    def _kill(self, pulse: Pulse) -> None:
+        """A stopped process of this machine would outlive the rest: under a plain launch nobody else ends it."""
+        if pulse.machine != self.machine or not pulse.started or pulse.left:
+            return
+        with suppress(OSError):
+            handle = os.pidfd_open(pulse.pid)
+            try:
+                if start_time(pulse.pid) == pulse.started:
+                    signal.pidfd_send_signal(handle, signal.SIGKILL)
+            finally:
+                os.close(handle)
+
+    # --- the main thread
+
+    def ended(self, reason: str) -> None:
+        """Tell why this rank ends by itself. What is wrong on all ranks is for rank 0 to report, as if it were alone:
+        the others let it go first, and end here once it has."""
+        if not self.me.first:
+            time.sleep(GRACE_S)
+        with self.ending:
+            self.reason = reason
+        self._tell()
+
+    def suspect(self) -> None:
+        """Wait for the judge to find whose end made a collective fail; it then ends this process."""
+        self.suspecting = True
+        deadline = time.monotonic() + min(SUSPECT_S, self.hang_s) + 5 * self.tick
+        while time.monotonic() < deadline and not any(seen.pulse.left for seen in self.seen.values()):
+            time.sleep(self.tick / 5)
+
+    def stop(self) -> None:
+        """Leave, all being well; rank 0 stays till all have left, who would take the end of its store for a death."""
+        self.left = self.fast = True
+        self._tell()
+        while self.store and self.me.first and any(not seen.pulse.left for seen in self.seen.values()):
+            self.wake.set()
+            time.sleep(self.tick / 5)
+        self._close()
+
+    def abandon(self, *, for_first: bool = False) -> None:
+        """Leave, whatever the others do. With ``for_first`` the others let rank 0 go first, which prints what all have
+        raised: torchrun sends it SIGTERM as soon as another ends."""
+        self.quiet = True
+        self.left = self.fast = True
+        self._tell()
+        if for_first and not self.me.first:
+            deadline = time.monotonic() + FAREWELL_S
+            while not self._without_first() and time.monotonic() < deadline:
+                self.wake.set()
+                time.sleep(self.tick / 20)
+            time.sleep(PRINT_S)
+        self._close()
+
+    def _without_first(self) -> bool:
+        return self.seen[0].pulse.left or not all(thread.is_alive() for thread in self.threads)
+
+    def _close(self) -> None:
+        self.stopping.set()
+        self.wake.set()
+        for thread in self.threads:
+            thread.join(FAREWELL_S)
+
+    def _tell(self) -> None:
+        if self.store:
+            self.told.clear()
+            self.wake.set()
+            self.told.wait(FAREWELL_S)
+
+
+@contextmanager
+def watching(me: Ranks, hang_s: float) -> Iterator[None]:
+    """Watch over all ranks for the length of a block. A collective at its start; every rank enters and leaves it.
+
+    An exception that leaves the block on one rank only (anything but AgreedError) ends the others at once, who name it.
+
+    Args:
+        hang_s: time without a ``beat`` or a collective, in seconds, after which the process ends with status 2.
+    """
+    watch = Watchdog(me, hang_s)
+    try:
+        yield
+    except AgreedError:
+        watch.abandon(for_first=True)
+        raise
+    except KeyboardInterrupt:  # the others are interrupted too
+        watch.abandon()
+        raise
+    except BaseException as error:
+        if isinstance(error, RuntimeError) and ranks.lost_peer(error):
+            watch.suspect()
+        else:
+            watch.ended(reason_of(error))
+        watch.abandon()
+        raise
+    watch.stop()
+
+
+def reason_of(error: BaseException) -> str:
+    if out_of_memory(error):
+        return "out of memory"
+    return (str(error).splitlines() or [""])[0] or type(error).__name__
+
+
+# --- out of memory
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on the GPU or the host."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    signs = ("can't allocate memory", "Cannot allocate memory", "DefaultCPUAllocator", "out of memory", "bad_alloc")
+    return isinstance(error, RuntimeError | OSError) and any(sign in str(error) for sign in signs)
+
+
+def out_of_memory_message(me: Ranks, run: RunConfig) -> str:
+    """Where memory ran out, and what of ``run`` to change."""
+    advice = [f"a smaller train.micro_batch (it is {run.train.micro_batch})"] if run.train.micro_batch > 1 else []
+    if run.engine.activation_checkpointing != "full":
+        advice.append("engine.activation_checkpointing=full")
+    if run.engine.name in ("ddp", "zero0"):
+        advice.append("engine=fsdp")
+    if isinstance(run.optim, MSGDWConfig) and run.optim.gradient_buffer and run.engine.name in ("ddp", "fsdp", "hsdp"):
+        advice.append("optim.gradient_buffer=false")
+    advice.append("more ranks")
+    return f"out of memory on rank {me.rank} ({socket.gethostname()}) at {_main.where}; try {', '.join(advice)}"
+
+
+# --- this process, and others of this machine
+
+
+def collectives_entered() -> int:
+    """How many collectives this process has begun, on all its groups; backends that do not count give 0."""
+    entered = 0
+    for group in list(dist.distributed_c10d._world.pg_map):
+        for device in ("cpu", "cuda"):
+            with suppress(RuntimeError):
+                entered += group._get_backend(torch.device(device))._get_sequence_number_for_group()  # type: ignore[attr-defined]
+    return entered
+
+
+def line_of(thread_id: int) -> str:
+    """The innermost line of our own code that a thread is in, as "train.py:97 train"."""
+    frame = innermost = sys._current_frames().get(thread_id)
+    libraries = tuple({sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})
+    ours = str(Path(__file__).parent)
+    while frame and not frame.f_code.co_filename.startswith(ours) and frame.f_code.co_filename.startswith(libraries):
+        frame = frame.f_back
+    frame = frame or innermost
+    return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno} {frame.f_code.co_name}" if frame else "no code"
+
+
+def encode(what: Pulse | Verdict) -> str:
+    return orjson.dumps(asdict(what)).decode()
+
+
+def machine() -> str:
+    """A name for this kernel and set of process numbers (containers have their own)."""
+    parts = []
+    with suppress(OSError):
+        parts = [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), str(Path("/proc/self/ns/pid").readlink())]
+    return " ".join([socket.gethostname(), *parts])
+
+
+def start_time(pid: int) -> int | None:
+    """When a process was started, in clock ticks since boot; None where there is none, or only its exit status."""
+    try:
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if state in "ZX" else int(fields[18])
+
+
+def flush() -> None:
+    """Flush what was printed; the main thread may hold a stream's lock for good, so not for longer than a second."""
+    thread = threading.Thread(target=lambda: (sys.stdout.flush(), sys.stderr.flush()), daemon=True)
+    thread.start()
+    thread.join(1.0)

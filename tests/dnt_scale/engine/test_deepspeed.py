@@ -1,0 +1,339 @@
+"""The DeepSpeed engine in every stage, on one rank and two, against FSDP2 on one."""
+
+import json
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from dnt_scale import config, engine, ranks
+from dnt_scale.checkpoint.boxes import Box
+from dnt_scale.config import ConfigError, RunConfig
+from dnt_scale.engine.deepspeed_json import check
+from dnt_scale.model import DNT, init_weights, initial_tensor
+from tests.helpers.run import TINY_MODEL, call
+
+STEPS = 5
+OPTIMIZERS = {
+    "msgdw": ["optim=msgdw", "optim.lr=0.1"],
+    "rows": ["optim=msgdw_r", "optim.lr=0.1"],
+    "adamw": ["optim=adamw", "optim.lr=1e-3"],
+}
+PLAIN = ["zero0", "zero1", "zero2", "zero3"]
+ENGINES = {
+    **{name: [f"engine={name}"] for name in PLAIN},
+    "zero1+offload": ["engine=zero1", "engine.offload_optimizer=true"],
+    "zero2+offload": ["engine=zero2", "engine.offload_optimizer=true"],
+    "zero3+offload": ["engine=zero3_offload"],
+    "zero2, own JSON": [
+        "engine=zero2",
+        "engine.deepspeed={zero_optimization: {round_robin_gradients: true, parameter_alignment: true, "
+        "overlap_comm: true, reduce_bucket_size: 10000, allgather_bucket_size: 10000}}",
+    ],
+    "zero3, own JSON": [
+        "engine=zero3",
+        "engine.deepspeed={zero_optimization: {sub_group_size: 20000, stage3_param_persistence_threshold: 0, "
+        "overlap_comm: false, reduce_bucket_size: 10000}}",
+    ],
+    "zero1, recomputing": ["engine=zero1", "engine.activation_checkpointing=selective"],
+    "zero3, recomputing": [
+        "engine=zero3",
+        "engine.activation_checkpointing=full",
+        "engine.deepspeed={zero_optimization: {stage3_param_persistence_threshold: 0}}",
+    ],
+}
+ROWS = 12  # on two ranks: micro-batches of 4 and 2
+
+
+class Case(NamedTuple):
+    label: str
+    optimizer: str
+    ranks: int
+    dtype: str
+
+    def __str__(self) -> str:
+        return f"{self.label}-{self.optimizer}-{self.ranks}-{self.dtype}"
+
+
+CASES = [
+    *(Case(label, "rows", 2, "fp32") for label in ENGINES),
+    *(Case(label, "rows", 1, "fp32") for label in PLAIN),
+    *(Case(label, "rows", 2, "bf16") for label in [*PLAIN, "zero1+offload", "zero3+offload"]),
+    *(Case(label, optimizer, 2, "fp32") for optimizer in ("msgdw", "adamw") for label in PLAIN),
+]
+
+
+def run_of(*overrides: str) -> RunConfig:
+    """A tiny run of constant learning rate."""
+    return config.load(
+        [
+            *TINY_MODEL,
+            "run.name=deepspeed",
+            "run.device=cpu",
+            "data.path=unused",
+            f"train.steps={STEPS}",
+            f"train.global_batch={ROWS}",
+            "train.micro_batch=4",
+            "train.dtype=fp32",
+            "optim.schedule.name=constant",
+            "optim.schedule.warmup_steps=0",
+            *overrides,
+        ]
+    )
+
+
+def build(run: RunConfig, me: ranks.Ranks):
+    return engine.build(run, lambda: DNT(run.model), me, STEPS)
+
+
+def batch_of(step: int, me: ranks.Ranks) -> torch.Tensor:
+    """This rank's rows of a made-up global batch of few tokens, which can be learnt; some targets do not count."""
+    tokens = torch.randint(0, 16, (ROWS, 65), generator=torch.Generator().manual_seed(step))
+    tokens[0, 40:] = -1
+    return tokens.chunk(me.world_size)[me.rank]
+
+
+def clip(loss: float, norm: float) -> float:
+    assert math.isfinite(loss) and math.isfinite(norm)
+    return min(1.0, 0.5 / norm)
+
+
+def skip(loss: float, norm: float) -> float:
+    return 0.0
+
+
+def step(trainer, number: int, me: ranks.Ranks, judge=clip):
+    return trainer.train_step(batch_of(number, me), judge)
+
+
+def contents(trainer) -> list[torch.Tensor]:
+    return [box.data.clone() for box in trainer.boxes()]
+
+
+def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
+    return len(one) == len(other) and all(map(torch.equal, one, other))
+
+
+def check_start(run: RunConfig, trainer, me: ranks.Ranks) -> None:
+    """The boxes of all ranks tile each tensor; weights are bit for bit as they must be, buffers are zero."""
+    with torch.device("meta"):
+        shapes = {name: tuple(parameter.shape) for name, parameter in DNT(run.model).named_parameters()}
+    buffers = ["exp_avg", "exp_avg_sq"] if run.optim.algorithm == "adamw" else ["momentum_buffer"]
+    mine = []
+    for box in trainer.boxes():
+        kind, _, name = box.name.partition(".")
+        assert box.shape == shapes[name] and box.data.dtype == torch.float32
+        place = window(box)
+        if kind == "model":
+            full = initial_tensor(name, torch.Size(box.shape), run.model, run.run.seed)
+            assert torch.equal(box.data, full[place]), name
+        else:
+            assert not box.data.any(), box.name
+        mine.append((box.name, place, box.replica, box.replicas))
+    everyone: list[list] = [[] for _ in range(me.world_size)]
+    dist.all_gather_object(everyone, mine)
+    copies = me.world_size if run.engine.stage == 0 else 1
+    held = {f"{kind}.{name}": torch.zeros(copies, *shapes[name]) for kind in ["model", *buffers] for name in shapes}
+    elements = [0] * me.world_size
+    for rank, boxes in enumerate(everyone):
+        for name, place, replica, replicas in boxes:
+            assert replicas == copies
+            held[name][replica][place] += 1
+            elements[rank] += held[name][replica][place].numel()
+    assert all((count == 1).all() for count in held.values())
+    total = sum(count.numel() for count in held.values())
+    assert max(elements) < 1.01 * total / me.world_size
+
+
+def record_losses(out: Path, cases: list[Case]) -> None:
+    """The losses of every engine, one after the other in one process."""
+    me = ranks.start("cpu")
+    for case in cases:
+        run = run_of(*OPTIMIZERS[case.optimizer], *ENGINES[case.label], f"train.dtype={case.dtype}")
+        trainer = build(run, me)
+        check_start(run, trainer, me)
+        found = record(trainer, me)
+        assert trainer.scalars() == {"step": STEPS, "updates": STEPS}
+        trainer.close()
+        if me.first:
+            (out / f"{case}.json").write_text(json.dumps(found))
+    ranks.stop()
+
+
+def record(trainer, me: ranks.Ranks) -> dict[str, list[float]]:
+    before = trainer.eval_loss([batch_of(99, me)])
+    stats = [step(trainer, number, me) for number in range(STEPS)]
+    assert not any(s.skipped for s in stats)
+    return {
+        "loss": [s.loss for s in stats],
+        "norm": [s.grad_norm for s in stats],
+        "lr": [s.lr for s in stats],
+        "eval": [before, trainer.eval_loss([batch_of(99, me)])],
+    }
+
+
+def record_reference(out: Path) -> None:
+    me = ranks.start("cpu")
+    for optimizer, chosen in OPTIMIZERS.items():
+        trainer = build(run_of(*chosen, "engine=fsdp"), me)
+        (out / f"{optimizer}.json").write_text(json.dumps(record(trainer, me)))
+        trainer.close()
+    ranks.stop()
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory):
+    out = tmp_path_factory.mktemp("records")
+    call(record_reference, out).ok()
+    call(record_losses, out, [case for case in CASES if case.ranks == 1]).ok()
+    return out, call(record_losses, out, [case for case in CASES if case.ranks == 2], ranks=2).ok()
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_trains_as_fsdp_does_on_one_rank(records, case):
+    found = json.loads((records[0] / f"{case}.json").read_text())
+    expected = json.loads((records[0] / f"{case.optimizer}.json").read_text())
+    assert expected["eval"][0] - expected["eval"][1] > 0.01  # it learns
+    tolerance = {"fp32": 1e-5, "bf16": 1e-2}[case.dtype]
+    assert found.keys() == expected.keys()
+    for key in found:
+        np.testing.assert_allclose(found[key], expected[key], rtol=tolerance, atol=tolerance, err_msg=key)
+
+
+def test_says_nothing(records):
+    assert records[1].out == "" and records[1].err == ""
+
+
+def skip_and_refresh() -> None:
+    me = ranks.start("cpu")
+    for label, dtype in [
+        ("zero0", "fp32"),
+        ("zero1", "fp32"),
+        ("zero1", "bf16"),
+        ("zero2", "bf16"),
+        ("zero2+offload", "fp32"),
+        ("zero2+offload", "bf16"),
+        ("zero3", "bf16"),
+        ("zero3, own JSON", "fp32"),
+        ("zero3+offload", "bf16"),
+    ]:
+        where = f"{label} in {dtype}"
+        run = run_of(*OPTIMIZERS["rows"], *ENGINES[label], f"train.dtype={dtype}")
+        trainer = build(run, me)
+        step(trainer, 0, me)
+        once, scalars = contents(trainer), trainer.scalars()
+        step(trainer, 1, me)
+        twice, loss = contents(trainer), trainer.eval_loss([batch_of(99, me)])
+
+        overwrite(trainer, once)
+        trainer.refresh(scalars)
+        assert trainer.scalars() == {"step": 1, "updates": 1}
+        stats = step(trainer, 7, me, judge=skip)
+        assert stats.skipped and math.isfinite(stats.grad_norm), where
+        assert same(contents(trainer), once), f"{where}: a skipped step changed something"
+        assert trainer.scalars() == {"step": 2, "updates": 1}
+        step(trainer, 1, me)
+        assert same(contents(trainer), twice), f"{where}: the step after going back and skipping one"
+        assert trainer.eval_loss([batch_of(99, me)]) == loss, where
+
+        model = DNT(run.model)
+        init_weights(model, seed=77)
+        overwrite(trainer, [part_of(model, box) for box in trainer.boxes()])
+        trainer.refresh({"step": 0, "updates": 0})
+        tokens = batch_of(99, ranks.Ranks(0, 0, 1, me.device))
+        expected = float(model(tokens[:, :-1].clamp(min=0), tokens[:, 1:])) / int((tokens[:, 1:] != -1).sum())
+        found = trainer.eval_loss([batch_of(99, me)])
+        assert abs(found - expected) < {"fp32": 1e-5, "bf16": 1e-2}[dtype] and found != loss, where
+        trainer.close()
+    ranks.stop()
+
+
+def overwrite(trainer, values: list[torch.Tensor]) -> None:
+    for box, value in zip(trainer.boxes(), values, strict=True):
+        box.data.copy_(value)
+
+
+def part_of(model: DNT, box: Box) -> torch.Tensor:
+    """What ``model`` has in the box's place; zero in that of a buffer."""
+    kind, _, name = box.name.partition(".")
+    if kind != "model":
+        return torch.zeros_like(box.data)
+    return model.get_parameter(name).detach()[window(box)]
+
+
+def window(box: Box) -> tuple[slice, ...]:
+    return tuple(slice(o, o + s) for o, s in zip(box.offset, box.data.shape, strict=True))
+
+
+def test_skipped_steps_change_nothing_and_boxes_can_be_overwritten():
+    call(skip_and_refresh, ranks=2).ok()
+
+
+REFUSED = {
+    "{optimiser: {}}": "engine.deepspeed.optimiser",
+    "{optimizer: {type: Adam}}": "engine.deepspeed.optimizer",
+    "{scheduler: {type: WarmupLR}}": "optim.schedule",
+    "{gradient_clipping: 1.0}": "optim.clip_norm",
+    "{fp16: {enabled: true}}": "train.dtype",
+    "{train_batch_size: 8}": "train.global_batch",
+    "{tensorboard: {enabled: true}}": "tracking",
+    "{hybrid_engine: {enabled: true}}": "engine.deepspeed.hybrid_engine",
+    "{log_level: loud}": "engine.deepspeed.log_level",
+    "{wall_clock_breakdown: 1}": "true or false",
+    "{zero_optimization: true}": "a section",
+    "{zero_optimization: {stage: 3}}": "engine=zero0",
+    "{zero_optimization: {reduce_bucket_sise: 5}}": "did you mean reduce_bucket_size?",
+    "{zero_optimization: {reduce_bucket_size: auto}}": "Hugging Face",
+    "{zero_optimization: {sub_group_size: 5}}": "zero3 only",
+    "{zero_optimization: {stage3_prefetch_bucket_size: 5}}": "zero3 only",
+    "{zero_optimization: {elastic_checkpoint: true}}": "engine.deepspeed.zero_optimization.elastic_checkpoint",
+    "{zero_optimization: {cpu_offload: true}}": "engine.offload_optimizer",
+    "{zero_optimization: {offload_optimizer: {device: nvme}}}": "engine.offload_optimizer",
+    "{zero_optimization: {offload_optimizer: {pin_memory: true}}}": "engine.offload_optimizer=true",
+    "{zero_optimization: {offload_optimizer: {ratio: 0.5}}}": "zero_optimization.offload_optimizer.ratio",
+}
+
+
+@pytest.mark.parametrize("raw", REFUSED)
+def test_json_that_deepspeed_would_ignore_or_that_contradicts_is_refused(raw):
+    with pytest.raises(ConfigError, match=r"^engine\.deepspeed\.\w+") as error:
+        check(run_of("engine=zero2", f"engine.deepspeed={raw}"))
+    assert REFUSED[raw] in str(error.value) and "found" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "refused"),
+    [
+        (["engine=zero0", "engine.deepspeed={zero_optimization: {reduce_bucket_size: 5}}"], True),
+        (["engine=zero1", "engine.deepspeed={zero_optimization: {reduce_bucket_size: 5}}"], False),
+        (["engine=zero1", "engine.deepspeed={zero_optimization: {reduce_bucket_size: 5}}", "train.dtype=bf16"], True),
+        (["engine=zero1", "engine.deepspeed={zero_optimization: {allgather_bucket_size: 6}}"], False),
+        (["engine=zero3", "engine.deepspeed={zero_optimization: {allgather_bucket_size: 6}}"], True),
+        (["engine=zero3_offload", "engine.deepspeed={zero_optimization: {offload_param: {pin_memory: true}}}"], False),
+    ],
+)
+def test_what_acts_depends_on_the_stage(overrides, refused):
+    run = run_of(*overrides)
+    if refused:
+        with pytest.raises(ConfigError, match="expected nothing"):
+            check(run)
+    else:
+        check(run)
+
+
+def refuse_at_build() -> None:
+    me = ranks.start("cpu")
+    with pytest.raises(ConfigError, match=r"engine\.deepspeed\.zero_optimization\.reduce_bucket_size: found -5"):
+        build(run_of("engine=zero2", "engine.deepspeed={zero_optimization: {reduce_bucket_size: -5}}"), me)
+    with pytest.raises(ConfigError, match=r"optim\.gradient_buffer"):
+        build(run_of("engine=zero2", "optim=msgdw", "optim.gradient_buffer=false", "optim.clip=previous"), me)
+    build(run_of("engine=zero2"), me).close()
+    ranks.stop()
+
+
+def test_what_cannot_be_is_refused_when_the_engine_is_built():
+    call(refuse_at_build).ok()

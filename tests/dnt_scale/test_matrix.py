@@ -1,0 +1,117 @@
+"""One line of config chooses the engine and nothing else changes: weights, losses and checkpoints of all of them."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dnt_scale import config
+from tests.helpers import engines
+from tests.helpers.engines import ENGINES, STEPS
+from tests.helpers.run import call, same_tensors, tensors, tiny
+
+RANKS = (1, 2, 4)
+DTYPES = {"fp32": 1e-5, "bf16": 1e-2}
+
+
+def run_all(data: Path, out: Path, dtype: str) -> None:
+    """Each engine in turn on this group of ranks: its first weights, its losses, its last weights."""
+    from dnt_scale import ranks
+
+    me = ranks.start("cpu")
+    for label in ENGINES:
+        with engines.built(label, me, data, f"train.dtype={dtype}") as (run, trainer):
+            folder = out / f"{label}-{me.world_size}-{dtype}"
+            engines.save(trainer, me, folder)
+            found = engines.losses(run, trainer, me, 0, STEPS)
+            engines.save(trainer, me, folder)
+            if me.first:
+                (folder / "losses.json").write_text(json.dumps(found))
+    ranks.stop()
+
+
+@pytest.fixture(scope="module", params=DTYPES)
+def matrix(request, corpus, tmp_path_factory):
+    out = tmp_path_factory.mktemp("matrix")
+    for ranks in RANKS:
+        call(run_all, corpus, out, request.param, ranks=ranks).ok()
+    run = config.load(tiny(corpus, out, f"train.steps={STEPS}", f"train.dtype={request.param}"))
+    return out, request.param, *engines.reference_losses(run)
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+@pytest.mark.parametrize("label", ENGINES)
+def test_every_engine_on_any_ranks_is_plain_pytorch(matrix, label, ranks):
+    out, dtype, losses, weights = matrix
+    folder = out / f"{label}-{ranks}-{dtype}"
+    first = out / f"fsdp-1-{dtype}" / "step-00000000"
+    assert same_tensors(folder / "step-00000000", first), "initial weights"
+    np.testing.assert_allclose(json.loads((folder / "losses.json").read_text()), losses, rtol=0, atol=DTYPES[dtype])
+    last = tensors(folder / f"step-{STEPS:08d}")
+    assert {name for name in last if name.startswith("model.")} == {f"model.{name}" for name in weights}
+    for name, weight in weights.items():
+        np.testing.assert_allclose(last[f"model.{name}"], weight, rtol=0, atol=DTYPES[dtype], err_msg=name)
+        assert last[f"momentum_buffer.{name}"].dtype == torch.float32
+
+
+SAVERS = {"ddp": 2, "fsdp": 2, "hsdp": 4, "zero1": 2, "zero3": 2}
+BEFORE, AFTER = 6, 5
+BATCH = ["train.global_batch=12", "train.micro_batch=3"]  # divides by 1, 2, 3 and 4 ranks
+
+
+def save_each(data: Path, out: Path, labels: list[str]) -> None:
+    from dnt_scale import ranks
+
+    me = ranks.start("cpu")
+    for label in labels:
+        with engines.built(label, me, data, *BATCH) as (run, trainer):
+            engines.losses(run, trainer, me, 0, BEFORE)
+            engines.save(trainer, me, out / label)
+            after = engines.losses(run, trainer, me, BEFORE, AFTER)
+            if me.first:
+                (out / label / "losses.json").write_text(json.dumps(after))
+    ranks.stop()
+
+
+def load_each(data: Path, out: Path, labels: list[str]) -> None:
+    from dnt_scale import ranks
+
+    me = ranks.start("cpu")
+    for label in labels:
+        for saved in SAVERS:
+            folder = out / f"{saved}-{label}-{me.world_size}"
+            with engines.built(label, me, data, *BATCH) as (run, trainer):
+                engines.load(trainer, me, out / saved / f"step-{BEFORE:08d}")
+                engines.save(trainer, me, folder)
+                after = engines.losses(run, trainer, me, BEFORE, AFTER)
+                if me.first:
+                    (folder / "losses.json").write_text(json.dumps(after))
+    ranks.stop()
+
+
+@pytest.fixture(scope="module")
+def exchange(corpus, tmp_path_factory):
+    out = tmp_path_factory.mktemp("exchange")
+    for ranks in sorted(set(SAVERS.values())):
+        call(save_each, corpus, out, [label for label in SAVERS if SAVERS[label] == ranks], ranks=ranks).ok()
+    for ranks in (1, 2, 3):
+        call(load_each, corpus, out, ["ddp", "fsdp", "zero1", "zero3"], ranks=ranks).ok()
+    call(load_each, corpus, out, ["hsdp"], ranks=4).ok()
+    return out
+
+
+LOADERS = [(label, ranks) for ranks in (1, 2, 3) for label in ("ddp", "fsdp", "zero1", "zero3")] + [("hsdp", 4)]
+
+
+@pytest.mark.parametrize(("label", "ranks"), LOADERS)
+@pytest.mark.parametrize("saved", SAVERS)
+def test_a_checkpoint_of_any_engine_goes_on_in_any_other(exchange, saved, label, ranks):
+    folder = exchange / f"{saved}-{label}-{ranks}"
+    step = f"step-{BEFORE:08d}"
+    assert any(name.startswith("momentum_buffer.") for name in tensors(folder / step))
+    assert any(value.abs().max() > 0 for name, value in tensors(folder / step).items() if "momentum" in name)
+    assert same_tensors(folder / step, exchange / saved / step)
+    expected = json.loads((exchange / saved / "losses.json").read_text())
+    np.testing.assert_allclose(json.loads((folder / "losses.json").read_text()), expected, rtol=0, atol=1e-6)

@@ -1,0 +1,217 @@
+import os
+import resource
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from dnt_scale import ranks
+from dnt_scale.watchdog import beat, out_of_memory, watching
+from tests.helpers.run import Ranks
+
+HANG_S = 3.0
+NEVER = 600.0
+
+
+def group(function, folder: Path, *arguments, ranks: int) -> Ranks:
+    return Ranks(function, (folder, *arguments), ranks, {})
+
+
+def run(folder: Path, act=lambda me, step: None, steps=10**9, hang_s=HANG_S, pause_s=0.0) -> None:
+    """Steps of a collective; the file `folder`/RANK says that a rank is at step 3."""
+    me = ranks.start("cpu")
+    try:
+        with watching(me, hang_s):
+            for step in range(1, steps + 1):
+                beat(f"step {step}")
+                act(me, step)
+                time.sleep(pause_s)
+                dist.all_reduce(torch.ones(10))
+                if step == 3:
+                    (folder / str(me.rank)).touch()
+    except RuntimeError as error:
+        assert ranks.lost_peer(error), error
+        print(f"rank {me.rank}: lost a peer")
+        raise SystemExit(3) from None
+    except MemoryError:
+        raise SystemExit(4) from None
+    ranks.stop()
+
+
+def at_step_3(group: Ranks, folder: Path) -> None:
+    deadline = time.monotonic() + 60
+    while len(list(folder.iterdir())) < len(group.processes):
+        assert time.monotonic() < deadline and group.running
+        time.sleep(0.01)
+
+
+def message(finished, *, culprit: int) -> str:
+    """The one line, after checking that all but the culprit ended with 2 and the culprit with 2 or by SIGKILL."""
+    lines = [line for line in finished.err.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1, finished.err
+    for rank, code in enumerate(finished.codes):
+        assert code in ((2, -signal.SIGKILL) if rank == culprit else (2,)), (finished.codes, finished.err)
+    assert lines[0].startswith(f"error: rank {culprit} ("), lines[0]
+    return lines[0]
+
+
+@pytest.mark.parametrize(("ranks", "culprit"), [(2, 1), (2, 0), (4, 2)])
+def test_a_stopped_rank_is_named_and_killed(tmp_path, ranks, culprit):
+    running = group(run, tmp_path, ranks=ranks)
+    at_step_3(running, tmp_path)
+    running.kill(signal.SIGSTOP, culprit)
+    finished = running.wait()
+    assert "no sign of life for" in message(finished, culprit=culprit)
+    assert finished.codes[culprit] == -signal.SIGKILL
+
+
+@pytest.mark.parametrize(("ranks", "culprit"), [(2, 0), (4, 3)])
+def test_a_killed_rank_is_named(tmp_path, ranks, culprit):
+    running = group(run, tmp_path, nothing, 10**9, NEVER, ranks=ranks)
+    at_step_3(running, tmp_path)
+    running.kill(signal.SIGKILL, culprit)
+    assert "died (last heard of at " in message(running.wait(), culprit=culprit)
+
+
+def nothing(me, step) -> None:
+    pass
+
+
+def sleep_on_1(me, step) -> None:
+    if (me.rank, step) == (1, 4):
+        time.sleep(NEVER)
+
+
+def sleep_on_0(me, step) -> None:
+    if (me.rank, step) == (0, 4):
+        time.sleep(NEVER)
+
+
+@pytest.mark.parametrize(("ranks", "act", "culprit"), [(2, sleep_on_0, 0), (4, sleep_on_1, 1)])
+def test_a_rank_that_does_not_come_to_the_collective_is_named(tmp_path, ranks, act, culprit):
+    line = message(group(run, tmp_path, act, ranks=ranks).wait(), culprit=culprit)
+    assert "has not moved since step 4, 3 s ago" in line
+    assert act.__name__ in line and "the others wait for it" in line
+
+
+def test_a_process_alone_that_does_not_move_ends(tmp_path):
+    line = message(group(run, tmp_path, sleep_on_0, ranks=1).wait(), culprit=0)
+    assert "has not moved since step 4, 3 s ago" in line and "others" not in line
+
+
+def test_no_false_alarm_for_a_slow_group(tmp_path):
+    finished = group(run, tmp_path, nothing, 6, 1.0, 0.7, ranks=2).wait()
+    assert finished.codes == [0, 0] and not finished.err
+
+
+def test_no_false_alarm_for_a_group_that_was_stopped_and_goes_on(tmp_path):
+    running = group(run, tmp_path, nothing, 40, 1.0, 0.1, ranks=2)
+    at_step_3(running, tmp_path)
+    running.kill(signal.SIGSTOP)
+    time.sleep(3)
+    running.kill(signal.SIGCONT)
+    finished = running.wait()
+    assert finished.codes == [0, 0] and not finished.err
+
+
+def slow_end(folder: Path) -> None:
+    me = ranks.start("cpu")
+    with watching(me, 2.0):
+        time.sleep(0 if me.first else 1)
+    ranks.stop()
+
+
+def test_a_rank_that_is_done_first_is_no_death(tmp_path):
+    finished = group(slow_end, tmp_path, ranks=3).wait()
+    assert finished.codes == [0, 0, 0] and not finished.err
+
+
+def fail_on_1(me, step) -> None:
+    if (me.rank, step) == (1, 4):
+        raise MemoryError
+
+
+def fail_on_0(me, step) -> None:
+    if (me.rank, step) == (0, 4):
+        raise MemoryError
+    if step == 4:
+        time.sleep(NEVER)  # as in a collective that does not notice
+
+
+def exhaust_on_1(me, step) -> None:
+    if (me.rank, step) == (1, 4):
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+        resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20), resource.RLIM_INFINITY))
+        try:
+            torch.ones(1 << 28)
+        except RuntimeError as error:
+            assert out_of_memory(error)
+            raise MemoryError from error
+    if step == 4:
+        time.sleep(NEVER)
+
+
+@pytest.mark.parametrize("act", [fail_on_1, exhaust_on_1])
+def test_a_rank_that_fails_by_itself_ends_the_others_who_name_it(tmp_path, act):
+    finished = group(run, tmp_path, act, 10**9, NEVER, ranks=4).wait()
+    assert finished.codes == [2, 4, 2, 2], finished.err
+    (line,) = [line for line in finished.err.splitlines() if line.startswith("error:")]
+    assert line.startswith("error: rank 1 (") and "ended at step 4: out of memory" in line
+
+
+def test_rank_0_that_fails_by_itself_reports_it_itself(tmp_path):
+    finished = group(run, tmp_path, fail_on_0, 10**9, NEVER, ranks=2).wait()
+    assert finished.codes == [4, 2] and "error:" not in finished.err
+
+
+def fail_on_all(me, step) -> None:
+    if step == 4:
+        raise MemoryError
+
+
+def test_what_is_wrong_on_all_ranks_is_reported_by_the_first(tmp_path):
+    finished = group(run, tmp_path, fail_on_all, 10**9, NEVER, ranks=3).wait()
+    assert finished.codes[0] == 4 and "error:" not in finished.err  # 4: to be reported by its main thread
+
+
+def agree(folder: Path) -> None:
+    me = ranks.start("cpu")
+    code = 1
+    try:
+        with watching(me, NEVER):
+            raise ranks.AgreedError
+    except ranks.AgreedError:
+        if me.first:
+            time.sleep(0.1)
+            code = len(list(folder.iterdir()))
+        (folder / str(me.rank)).touch()
+    raise SystemExit(code)
+
+
+def test_what_all_ranks_raise_is_printed_before_one_of_them_ends(tmp_path):
+    finished = group(agree, tmp_path, ranks=3).wait()
+    assert finished.codes[0] == 0, finished.err
+    assert "error:" not in finished.err
+
+
+def test_what_is_out_of_memory():
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20), limits[1]))
+    try:
+        with pytest.raises(RuntimeError) as of_torch:
+            torch.ones(1 << 28)
+        with pytest.raises(MemoryError) as of_numpy:
+            np.ones(1 << 28)
+        with pytest.raises(MemoryError) as of_python:
+            bytearray(1 << 30)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+    assert all(out_of_memory(found.value) for found in (of_torch, of_numpy, of_python))
+    assert out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert not out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert not out_of_memory(ValueError("DefaultCPUAllocator"))

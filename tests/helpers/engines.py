@@ -1,0 +1,135 @@
+"""Engines on the ranks of a test, without the loop around them: build, step, save, load."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from dnt_scale import checkpoint, config, engine
+from dnt_scale.checkpoint import State
+from dnt_scale.config import RunConfig
+from dnt_scale.engine.base import Engine
+from dnt_scale.guard import Guard
+from dnt_scale.model import DNT, IGNORED, init_weights
+from dnt_scale.optim import Schedule
+from dnt_scale.ranks import Ranks
+from dnt_scale.sources import load_sources
+from dnt_scale.stream import Stream
+from tests.helpers.run import tiny
+
+STEPS = 20
+ENGINES = {
+    "ddp": ["engine=ddp"],
+    "fsdp": ["engine=fsdp"],
+    "hsdp": ["engine=hsdp", "engine.replicas=2"],
+    "zero0": ["engine=zero0"],
+    "zero1": ["engine=zero1"],
+    "zero2": ["engine=zero2"],
+    "zero3": ["engine=zero3"],
+    "zero3+offload": ["engine=zero3_offload"],
+}
+
+
+def overrides_of(label: str, ranks: int) -> list[str]:
+    """The overrides that choose an engine; a single rank is one copy of the model."""
+    return [*ENGINES[label], *(["engine.replicas=1"] if label == "hsdp" and ranks == 1 else [])]
+
+
+@contextmanager
+def built(label: str, me: Ranks, data: Path, *overrides: str) -> Iterator[tuple[RunConfig, Engine]]:
+    """A tiny run's engine for a block."""
+    chosen = overrides_of(label, me.world_size)
+    run = config.load(tiny(data, Path("unused"), *chosen, f"train.steps={STEPS}", *overrides))
+    trainer = engine.build(run, lambda: DNT(run.model), me, STEPS)
+    try:
+        yield run, trainer
+    finally:
+        trainer.close()
+
+
+def losses(run: RunConfig, trainer: Engine, me: Ranks, first: int, steps: int) -> list[float]:
+    """The losses of ``steps`` steps from step ``first`` on."""
+    judge = Guard(run.health, run.optim.clip_norm, run.train.max_skipped).judge
+    batch = run.train.global_batch
+    sources = load_sources(run.data)
+    with Stream(
+        sources,
+        seed=run.run.seed,
+        global_batch=batch,
+        rank=me.rank,
+        world_size=me.world_size,
+        consumed_rows=first * batch,
+    ) as stream:
+        return [trainer.train_step(next(stream)[0], judge).loss for _ in range(steps)]
+
+
+def save(trainer: Engine, me: Ranks, folder: Path) -> Path:
+    """A checkpoint of what the engine holds, in ``folder``."""
+    scalars = trainer.scalars()
+    state = State(
+        step=int(scalars["step"]),
+        consumed_rows=0,
+        tokens=0,
+        skipped=0,
+        seed=0,
+        run_id="test",
+        manifest_sha256="",
+        tokenizer_sha256="",
+        world_size=me.world_size,
+        config={},
+        engine=scalars,
+        files={},
+    )
+    saver = checkpoint.Saver(folder, me, keep=9, keep_every=None, background=False)
+    saver.save(state, trainer.boxes())
+    saver.close()
+    return folder / f"step-{state.step:08d}"
+
+
+def load(trainer: Engine, me: Ranks, path: Path) -> None:
+    checkpoint.read_tensors(path, trainer.boxes(), me)
+    trainer.refresh(checkpoint.read_state(path).engine)
+
+
+def reference_losses(run: RunConfig) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """The run in plain PyTorch: one process, one batch a step, no engine. Its losses and last fp32 weights.
+
+    The optimizer is written out here: momentum, decoupled decay, row-normalised groups, clipping, cosine schedule.
+    """
+    assert run.optim.algorithm == "msgdw" and run.optim.clip_norm is not None
+    model = DNT(run.model)
+    init_weights(model, run.run.seed)
+    weights = dict(model.named_parameters())
+    momentum = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+    dtype = torch.bfloat16 if run.train.dtype == "bf16" else torch.float32
+    schedule = Schedule(run.optim.schedule, STEPS)
+    found = []
+    with Stream(
+        load_sources(run.data), seed=run.run.seed, global_batch=run.train.global_batch, rank=0, world_size=1
+    ) as stream:
+        for step in range(STEPS):
+            batch = next(stream)[0]
+            compute = {name: weight.to(dtype) for name, weight in weights.items()}
+            loss = torch.func.functional_call(model, compute, (batch[:, :-1].clamp(min=0), batch[:, 1:]))
+            mean = loss / (batch[:, 1:] != IGNORED).sum()
+            grads = torch.autograd.grad(mean, list(weights.values()))
+            norm = float(torch.stack([grad.norm() for grad in grads]).norm())
+            factor = min(1.0, run.optim.clip_norm / norm)
+            found.append(float(mean.detach()))
+            with torch.no_grad():
+                for (name, weight), grad in zip(weights.items(), grads, strict=True):
+                    group = next((g for g in run.optim.groups.values() if re.search(g.pattern, name)), None)
+                    lr = (run.optim.lr if group is None or group.lr is None else group.lr) * schedule.factor(step)
+                    decay = (
+                        run.optim.weight_decay if group is None or group.weight_decay is None else group.weight_decay
+                    )
+                    v = momentum[name].mul_(run.optim.momentum).add_(grad * factor, alpha=1 - run.optim.dampening)
+                    if group is not None and group.update == "row_normalized":
+                        rows = v.norm(dim=1, keepdim=True)
+                        v = v / torch.where(rows > 0, rows, 1.0)
+                    if weight.ndim > 1:
+                        weight.mul_(1 - lr * decay)
+                    weight.sub_(lr * v)
+    return found, {name: weight.detach() for name, weight in weights.items()}
