@@ -47,6 +47,7 @@ def main() -> None:
     parser.add_argument("--mb", type=int, default=800, help="megabytes of a save beside dd")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--model", default="dnt_124m", help="trained on rows of 64 tokens of a small vocabulary")
+    parser.add_argument("--layers", type=int, default=6, help="of that model")
     parser.add_argument("--rows", type=int, default=4, help="rows a step")
     parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--every", type=int, default=16, help="steps between saves")
@@ -66,7 +67,7 @@ def main() -> None:
             "device": device,
             "torch": torch.__version__,
             "mb": options.mb,
-            "model": options.model,
+            "model": f"{options.model}, {options.layers} layers",
             "bandwidth": [bandwidth(Path(name, f"saves-{n}"), n, options) for n in (1, 2)],
             "steps": [steps(Path(name, f"run-{n}"), n, data, options) for n in (1, 2)],
         }
@@ -154,6 +155,7 @@ def steps(run_dir: Path, number: int, data: Path, options: argparse.Namespace) -
     """Seconds of the steps of a training that saves in the background."""
     overrides = [
         f"model={options.model}",
+        f"model.layers={options.layers}",
         "model.vocab_size=512",
         "model.context=64",
         f"data.path={data}",

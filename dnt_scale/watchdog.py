@@ -129,12 +129,11 @@ class Watchdog:
             self.store = store = PrefixStore(name, TCPStore(host, port, is_master=False, wait_for_workers=False))
             ranks.together(me, lambda: store.set(str(me.rank), encode(self._pulse())))
             self.seen = {rank: Seen(pulse, 0.0, 0.0) for rank, pulse in enumerate(self._read_all(store))}
-        self.threads = [
-            threading.Thread(target=target, name=target.__name__, daemon=True)
-            for target in (self._judge_on, *([self._pulse_on] if self.store else []))
-        ]
-        for thread in self.threads:
-            thread.start()
+        self.judge = threading.Thread(target=self._judge_on, name="judge", daemon=True)
+        self.pulse = threading.Thread(target=self._pulse_on, name="pulse", daemon=True)
+        self.judge.start()
+        if self.store:
+            self.pulse.start()
 
     # --- the pulse
 
@@ -319,40 +318,47 @@ class Watchdog:
 
     def stop(self) -> None:
         """Leave, all being well; rank 0 stays till all have left, who would take the end of its store for a death."""
-        self.left = self.fast = True
-        self._tell()
-        while self.store and self.me.first and any(not seen.pulse.left for seen in self.seen.values()):
-            self.wake.set()
-            time.sleep(self.tick / 5)
+        self._leave()
+        while self.me.first and not self._all_left():
+            self._look()
         self._close()
 
     def abandon(self, *, for_first: bool = False) -> None:
-        """Leave, whatever the others do. With ``for_first`` the others let rank 0 go first, which prints what all have
-        raised: torchrun sends it SIGTERM as soon as another ends."""
+        """Leave, whatever the others do. With ``for_first`` they let rank 0 go first, which prints what all have raised:
+        torchrun sends it SIGTERM as soon as another ends."""
         self.quiet = True
-        self.left = self.fast = True
-        self._tell()
+        self._leave()
+        deadline = time.monotonic() + min(FAREWELL_S, 2 * self.read_every)
+        while self.me.first and not for_first and not self._all_left() and time.monotonic() < deadline:
+            self._look()  # that they know it before the store ends
         if for_first and not self.me.first:
-            deadline = time.monotonic() + FAREWELL_S
-            while not self._without_first() and time.monotonic() < deadline:
-                self.wake.set()
-                time.sleep(self.tick / 20)
+            while self.pulse.is_alive() and not self.seen[0].pulse.left and time.monotonic() < deadline:
+                self._look()
             time.sleep(PRINT_S)
         self._close()
 
-    def _without_first(self) -> bool:
-        return self.seen[0].pulse.left or not all(thread.is_alive() for thread in self.threads)
+    def _leave(self) -> None:
+        self.left = self.fast = True
+        self._tell()
+
+    def _all_left(self) -> bool:
+        return not self.pulse.is_alive() or all(seen.pulse.left for seen in self.seen.values())
+
+    def _look(self) -> None:
+        self.wake.set()
+        time.sleep(self.tick / 20)
 
     def _close(self) -> None:
         self.stopping.set()
         self.wake.set()
-        for thread in self.threads:
-            thread.join(FAREWELL_S)
+        for thread in (self.judge, self.pulse):
+            if thread.is_alive():
+                thread.join(FAREWELL_S)
 
     def _tell(self) -> None:
-        if self.store:
-            self.told.clear()
-            self.wake.set()
+        self.told.clear()
+        self.wake.set()
+        if self.pulse.is_alive():
             self.told.wait(FAREWELL_S)
 
 

@@ -230,7 +230,6 @@ class _Zero3(_Sharded):
         "fp32_partitioned_groups_flat",
         "grad_partitions_flat_buffer",
         "offload_optimizer",
-        "persistent_parameters",
         "reset_cpu_buffers",
         "sub_group_to_group_id",
         "_partition_all_parameters",
@@ -264,18 +263,11 @@ class _Zero3(_Sharded):
             self.optimizer.reset_cpu_buffers()
         else:
             self.optimizer.averaged_gradients = {}
-        self._gather_persistent()
 
     def refresh(self) -> None:
         self.optimizer._partition_all_parameters()
         for number in range(len(self.optimizer.fp16_groups)):
             self.optimizer._reassign_or_swap_out_partitioned_parameters(number)
-        self._gather_persistent()
-
-    def _gather_persistent(self) -> None:
-        persistent = self.optimizer.persistent_parameters
-        if persistent:
-            persistent[0].all_gather(persistent)
 
     @contextmanager
     def groups_filled(self) -> Iterator[None]:

@@ -21,9 +21,11 @@ from tests.helpers.run import (
     STEPS,
     can_mount,
     complete_checkpoints,
+    dnt,
     metrics,
     same_tensors,
     start,
+    stop_midway,
     tensors,
     tiny,
     train,
@@ -203,3 +205,27 @@ def test_a_full_disk_stops_the_run_and_the_same_command_goes_on(corpus, referenc
     assert in_folder(run_dir) == ["latest", LAST]
     assert metrics(run_dir) == metrics(reference)
     assert same_tensors(run_dir / "checkpoints" / LAST, reference / "checkpoints" / LAST)
+
+
+def test_a_run_begins_from_converted_weights(corpus, reference, tmp_path):
+    file, run_dir = tmp_path / "w.safetensors", tmp_path / "run"
+    dnt("checkpoint", "convert", reference, file).ok()
+    overrides = tiny(corpus, run_dir, "train.steps=2", "optim.lr=0.0")
+    dnt("checkpoint", "convert", file, *overrides).ok()
+    train(overrides, ranks=2).ok()
+    end = tensors(run_dir / "checkpoints" / "step-00000002")
+    trained = tensors(reference / "checkpoints" / LAST)
+    assert [line["step"] for line in metrics(run_dir) if "train/loss" in line] == [1, 2]
+    weights = [name for name in trained if name.startswith("model.")]
+    assert all(torch.equal(end[name], trained[name]) for name in weights)  # lr 0: just what the file held
+    assert metrics(run_dir)[0]["train/loss"] < metrics(reference)[1]["train/loss"] - 0.1
+
+
+def test_a_runs_checkpoints_may_lie_at_a_url(corpus, reference, tmp_path):
+    overrides = tiny(corpus, tmp_path / "run", f"checkpoint.dir=file://{tmp_path}/bucket/tiny", "checkpoint.keep=1")
+    stop_midway(overrides, tmp_path / "run", lambda group: group.kill(signal.SIGTERM))
+    train(overrides, ranks=2).ok()
+    assert metrics(tmp_path / "run") == metrics(reference)
+    assert [path.name for path in (tmp_path / "bucket" / "tiny").iterdir()] == [LAST]
+    assert same_tensors(tmp_path / "bucket" / "tiny" / LAST, reference / "checkpoints" / LAST)
+    assert not (tmp_path / "run" / "checkpoints").exists()

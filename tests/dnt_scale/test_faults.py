@@ -1,0 +1,194 @@
+"""Whatever befalls one rank of a run, all end soon with a message that names it, and the next start goes on bitwise."""
+
+import os
+import resource
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.run import (
+    STEPS,
+    Finished,
+    Ranks,
+    call,
+    complete_checkpoints,
+    metrics,
+    same_tensors,
+    start,
+    steps_written,
+    tiny,
+    train,
+    until,
+)
+
+LAST = f"checkpoints/step-{STEPS:08d}"
+# a save at every second step; a rank that stands still is noticed within seconds
+FIELDS = ["checkpoint.every=2", "health.hang_s=4"]
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def whole(request, corpus, reference, tmp_path_factory):
+    """The number of ranks and the folder of an undisturbed run on them; to be read only."""
+    if request.param == 2:
+        return 2, reference
+    run_dir = tmp_path_factory.mktemp("whole") / "tiny"
+    train(tiny(corpus, run_dir, "checkpoint.keep=9"), ranks=request.param).ok()
+    return request.param, run_dir
+
+
+def hit(overrides: list[str], run_dir: Path, ranks: int, when: Callable[[], bool], act: Callable[[Ranks], None]):
+    """Start a run, ``act`` on it at a moment, and wait; again when it had ended before."""
+    for _ in range(10):
+        group = start(overrides, ranks)
+        until(lambda group=group: when() or not group.running)
+        act(group)
+        finished = group.wait()
+        if steps_written(run_dir) < STEPS:
+            return finished
+        shutil.rmtree(run_dir)
+    raise AssertionError("never hit before its end")
+
+
+def goes_on_as_if_nothing_had_been(overrides: list[str], run_dir: Path, ranks: int, undisturbed: Path) -> None:
+    assert complete_checkpoints(run_dir)
+    train(overrides, ranks).ok()
+    assert metrics(run_dir) == metrics(undisturbed)
+    assert same_tensors(run_dir / LAST, undisturbed / LAST)
+    assert not list((run_dir / "checkpoints").glob(".*-step-*"))
+
+
+def ended_naming(finished: Finished, rank: int, number: int | None) -> None:
+    """The victim ended by the signal, all others with status 2, and one line names it."""
+    others = [code for index, code in enumerate(finished.codes) if index != rank]
+    assert finished.codes[rank] == (number and -number), finished.err
+    assert set(others) == {2}, finished.err
+    assert "Traceback" not in finished.err, finished.err
+    assert f"rank {rank} (" in finished.err, finished.err
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_killed_in_a_step(corpus, whole, tmp_path, victim):
+    ranks, undisturbed = whole
+    overrides = tiny(corpus, tmp_path / "run", *FIELDS)
+    finished = hit(
+        overrides,
+        tmp_path / "run",
+        ranks,
+        lambda: steps_written(tmp_path / "run") >= 5,
+        lambda group: group.kill(signal.SIGKILL, victim),
+    )
+    ended_naming(finished, victim, signal.SIGKILL)
+    goes_on_as_if_nothing_had_been(overrides, tmp_path / "run", ranks, undisturbed)
+
+
+def test_a_rank_killed_in_a_save(corpus, whole, tmp_path):
+    ranks, undisturbed = whole
+    overrides = tiny(corpus, tmp_path / "run", *FIELDS)
+
+    def saving() -> bool:
+        return steps_written(tmp_path / "run") >= 5 and any((tmp_path / "run").glob("checkpoints/.partial-*"))
+
+    finished = hit(overrides, tmp_path / "run", ranks, saving, lambda group: group.kill(signal.SIGKILL, ranks - 1))
+    ended_naming(finished, ranks - 1, signal.SIGKILL)
+    goes_on_as_if_nothing_had_been(overrides, tmp_path / "run", ranks, undisturbed)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_is_stopped(corpus, whole, tmp_path, victim):
+    ranks, undisturbed = whole
+    overrides = tiny(corpus, tmp_path / "run", *FIELDS)
+    finished = hit(
+        overrides,
+        tmp_path / "run",
+        ranks,
+        lambda: steps_written(tmp_path / "run") >= 5,
+        lambda group: group.kill(signal.SIGSTOP, victim),
+    )
+    ended_naming(finished, victim, signal.SIGKILL)  # by the others, for it cannot end by itself
+    goes_on_as_if_nothing_had_been(overrides, tmp_path / "run", ranks, undisturbed)
+
+
+def train_with_a_nan(overrides: list[str], rank: int, forward: int) -> None:
+    """`dnt_scale.train` whose forward pass number ``forward`` gives NaN on one rank."""
+    from dnt_scale import train as loop
+    from dnt_scale.model import DNT
+
+    class Poisoned(DNT):
+        passes = 0
+
+        def forward(self, tokens_BT, targets_BT=None):
+            loss = super().forward(tokens_BT, targets_BT)
+            if loss.requires_grad:
+                Poisoned.passes += 1
+                if Poisoned.passes == forward and int(os.environ["RANK"]) == rank:
+                    return loss * float("nan")
+            return loss
+
+    loop.DNT = Poisoned
+    sys.exit(loop.main(overrides))
+
+
+@pytest.mark.parametrize("engine", ["fsdp", "zero2"])
+def test_a_nan_on_one_rank(corpus, tmp_path, whole, engine):
+    """With 2 ranks a step is two passes, with 4 it is one; the fifth step is hit."""
+    ranks, _ = whole
+    forward = 10 if ranks == 2 else 5
+    overrides = tiny(corpus, tmp_path / "run", f"engine={engine}", "checkpoint.every=3", "eval.every=0")
+    call(train_with_a_nan, overrides, ranks - 1, forward, ranks=ranks).ok()
+    assert [line["step"] for line in metrics(tmp_path / "run") if line["skipped"]] == [5]
+    bad = (tmp_path / "run" / "logs" / "bad_steps.jsonl").read_text().splitlines()
+    assert len(bad) == 1 and '"positions":[32,40]' in bad[0]
+    # killed before the bad step, the run meets it again and ends as it did
+    run_dir = tmp_path / "again"
+    again = [*overrides, f"run.dir={run_dir}"]
+    group = Ranks(train_with_a_nan, (again, ranks - 1, forward), ranks, {})
+    until(lambda: len(list(run_dir.glob("checkpoints/step-*"))) > 0 or not group.running)
+    group.kill(signal.SIGKILL)
+    group.wait()
+    before = max(int(path.name[5:]) for path in run_dir.glob("checkpoints/step-*"))
+    left = forward - before * (2 if ranks == 2 else 1)
+    call(train_with_a_nan, again, ranks - 1, left, ranks=ranks).ok()
+    assert metrics(run_dir) == metrics(tmp_path / "run")
+    assert same_tensors(run_dir / LAST, tmp_path / "run" / LAST)
+
+
+def train_with(overrides: list[str], rank: int, more: list[str]) -> None:
+    """`dnt_scale.train` with more overrides on one rank."""
+    from dnt_scale import train as loop
+
+    sys.exit(loop.main([*overrides, *(more if int(os.environ["RANK"]) == rank else [])]))
+
+
+@pytest.mark.parametrize(("ranks", "rank"), [(2, 1), (4, 2), (2, 0)])
+def test_a_rank_with_another_configuration(corpus, tmp_path, ranks, rank):
+    overrides = tiny(corpus, tmp_path / "run")
+    error = call(train_with, overrides, rank, ["optim.lr=0.2"], ranks=ranks).error()
+    # on whichever side it is, rank 0 is what the others are compared with
+    here, there = ("0.1", "0.2") if rank == 0 else ("0.2", "0.1")
+    assert f"optim.lr is {here} on rank {rank or 1}, but {there} on rank 0" in error
+    assert not (tmp_path / "run").exists()
+
+
+def train_on_a_small_disk(overrides: list[str], rank: int, room: int) -> None:
+    """`dnt_scale.train`; no file that this rank writes may exceed ``room`` bytes."""
+    from dnt_scale import train as loop
+
+    if int(os.environ["RANK"]) == rank:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
+    sys.exit(loop.main(overrides))
+
+
+def test_a_disk_that_is_full_for_one_rank(corpus, whole, tmp_path):
+    """Its first save fails; the next start, on a disk with room, begins again and is the undisturbed run."""
+    ranks, undisturbed = whole
+    overrides = tiny(corpus, tmp_path / "run", *FIELDS)
+    error = call(train_on_a_small_disk, overrides, ranks - 1, 20_000, ranks=ranks).error()
+    assert "checkpoints" in error and f"on rank {ranks - 1}" in error
+    assert not complete_checkpoints(tmp_path / "run")
+    train(overrides, ranks).ok()
+    assert metrics(tmp_path / "run") == metrics(undisturbed)
+    assert same_tensors(tmp_path / "run" / LAST, undisturbed / LAST)

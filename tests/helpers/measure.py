@@ -1,0 +1,143 @@
+"""What an engine takes, measured on real ranks: bytes of memory, and bytes of the collectives.
+
+The functions at the end run on every rank, through `call`, and print one line of JSON each.
+"""
+
+import ctypes
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dnt_scale import config, engine, ranks
+from dnt_scale.config import RunConfig
+from dnt_scale.engine.base import Engine
+from dnt_scale.model import DNT
+from dnt_scale.ranks import Ranks
+from tests.helpers.run import TINY_RUN, Finished
+
+# which argument is the whole tensor: what a gather makes, what a reduce-scatter is given, what is reduced in place
+COLLECTIVES = {
+    "_allgather_base_": ("all_gather", 0),
+    "_reduce_scatter_base_": ("reduce_scatter", 1),
+    "allreduce_": ("all_reduce", 0),
+}
+
+
+def answers(finished: Finished) -> list[dict[str, Any]]:
+    """What the ranks printed, in the order of ranks."""
+    return [json.loads(line) for line in finished.ok().out.splitlines() if line.startswith("{")]
+
+
+def run_config(overrides: Sequence[str]) -> RunConfig:
+    """A tiny run; of rows of `model.context` random tokens, for there are no data."""
+    return config.load([*TINY_RUN, "data.path=none", "run.dir=none", *overrides])
+
+
+@contextmanager
+def trainer(run: RunConfig, me: Ranks) -> Iterator[Engine]:
+    built = engine.build(run, lambda: DNT(run.model), me, 100)
+    yield built
+    built.close()
+
+
+def batch(run: RunConfig, me: Ranks) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(me.rank)
+    rows = run.train.global_batch // me.world_size
+    return torch.randint(0, run.model.vocab_size, (rows, run.model.context + 1), generator=generator)
+
+
+class _MallInfo(ctypes.Structure):
+    """glibc's struct mallinfo2, of which the fifth field is the bytes of pieces that are mapped for themselves."""
+
+    _fields_ = [("before", ctypes.c_size_t * 4), ("hblkhd", ctypes.c_size_t), ("after", ctypes.c_size_t * 5)]
+
+
+class Meter(TorchDispatchMode):
+    """Bytes in use since it was made, and inside a `with` block the most of them after any operation of torch.
+
+    Counted is what the process has allocated in pieces of LARGE bytes or more, by any thread, and not given back: glibc
+    then maps each such piece for itself and knows their sum. Smaller ones, Python objects mostly, are left out. Unlike
+    the resident set it has no memory that is free but kept, and unlike torch's profiler it sees what other threads
+    free, as gloo's do.
+    """
+
+    LARGE = 1 << 15
+
+    def __init__(self) -> None:
+        super().__init__()
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-3, self.LARGE)  # M_MMAP_THRESHOLD, which otherwise grows
+        self._mallinfo = libc.mallinfo2
+        self._mallinfo.restype = _MallInfo
+        self._before = 0
+        self._before = self.now()
+        self.peak = 0
+
+    def now(self) -> int:
+        return int(self._mallinfo().hblkhd) - self._before
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.peak = max(self.peak, self.now())
+        return result
+
+
+@dataclass
+class Collectives(TorchDispatchMode):
+    """Counts the bytes of all collectives that are called inside a `with` block."""
+
+    found: Counter[str] = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d" and (name := func._schema.name.partition("::")[2]) in COLLECTIVES:
+            kind, place = COLLECTIVES[name]
+            whole = args[place]
+            for tensor in whole if isinstance(whole, list) else [whole]:
+                self.found[kind] += tensor.numel() * tensor.element_size()
+        return func(*args, **(kwargs or {}))
+
+
+def print_memory(overrides: Sequence[str]) -> None:
+    """Bytes `held` between backward and update of the second step, at its `peak`, and in `boxes` of each kind."""
+    me = ranks.start("cpu")
+    run = run_config(overrides)
+    if run.engine.name.startswith("zero"):
+        import deepspeed  # noqa: F401  what it allocates is not the engine's
+    meter, held = Meter(), [0]
+
+    def judge(loss: float, grad_norm: float) -> float:
+        held.append(meter.now())
+        return 1.0
+
+    with trainer(run, me) as built:
+        rows = batch(run, me)
+        built.train_step(rows, judge)
+        with meter:
+            built.train_step(rows, judge)
+        boxes: Counter[str] = Counter()
+        for box in built.boxes():
+            boxes[box.name.partition(".")[0]] += box.data.numel() * box.data.element_size()
+    print(json.dumps({"held": held[-1], "peak": meter.peak, "boxes": boxes}))
+    ranks.stop()
+
+
+def print_traffic(overrides: Sequence[str]) -> None:
+    """Bytes of the second step's collectives, by kind."""
+    me = ranks.start("cpu")
+    run = run_config(overrides)
+    with trainer(run, me) as built:
+        rows = batch(run, me)
+        built.train_step(rows, lambda loss, grad_norm: 1.0)
+        with Collectives() as counted:
+            built.train_step(rows, lambda loss, grad_norm: 1.0)
+    print(json.dumps(counted.found))
+    ranks.stop()
