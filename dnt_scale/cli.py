@@ -19,8 +19,9 @@ Overrides choose files of configs/ (group=name) and change values (key=value), f
   dnt train model=dnt_774m optim=msgdw optim.lr=1.0 train.global_batch=480 run.name=large data.path=data/mine
   torchrun --nproc-per-node 8 -m dnt_scale.train model=dnt_1.4b run.name=xl data.path=data/mine
 
-Groups: model (dnt_nano, dnt_124m, dnt_774m, dnt_1.4b and gpt_ twins), optim (msgdw, msgdw_r, adamw), engine (fsdp),
-data (shards, mixture), tracking, preset. `dnt train --print-config ...` shows every key with its value. Running the
+Groups: model (dnt_nano, dnt_124m, dnt_774m, dnt_1.4b and gpt_ twins), optim (msgdw, msgdw_r, adamw), engine (ddp, fsdp,
+hsdp, zero0 to zero3, zero3_offload), data (shards, mixture), tracking, preset. `dnt train --print-config ...` shows
+every key with its value. Running the
 same command again resumes the run; Ctrl-C writes a checkpoint and stops. Exit status: 0 complete, 2 error, 130/143
 stopped.
 """

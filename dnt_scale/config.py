@@ -309,6 +309,15 @@ class RunConfig(Strict):
     checkpoint: CheckpointSection
     health: HealthSection = HealthSection()
 
+    @model_validator(mode="after")
+    def _a_clipped_spike_needs_the_gradient(self) -> Self:
+        if self.health.spike == "clip" and isinstance(self.optim, MSGDWConfig) and not self.optim.gradient_buffer:
+            raise ValueError(
+                "health.spike is clip, but with optim.gradient_buffer false there is no gradient left to clip; "
+                "use skip or rollback"
+            )
+        return self
+
     @property
     def checkpoints(self) -> Path | str:
         """The folder or URL that holds the run's checkpoints."""

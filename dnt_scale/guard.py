@@ -155,8 +155,8 @@ class Guard:
             self.snapshot.take(engine)
 
     def metrics(self) -> dict[str, int]:
-        """For metrics.jsonl, of the last step: 1 where it was bad and this was done about it."""
-        actions: tuple[Action, ...] = ("clip", "rollback")
+        """For metrics.jsonl, of the last step: 1 where it was bad and this was done about it. A skip is told anyway."""
+        actions: tuple[Action, ...] = ("clip", "rollback") if self.health.spike != "off" else ()
         return {f"health/{action}": int(self.bad is not None and self.bad.action == action) for action in actions}
 
     def state(self) -> dict[str, list[float]]:

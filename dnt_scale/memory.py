@@ -83,6 +83,8 @@ def memory(run: RunConfig, world_size: int, nodes: int = 1) -> Memory:
         1       4 p       c P      4 P         4 p, 2 p, 8 p
         2       4 p       c P      4 p         "
         3       4 p       c p      4 p         "
+
+    With ``offload_optimizer`` gradients are 4 p in stage 1 too; 8 p in stages 1 and 2 if there are micro-batches to sum.
     """
     shapes = shapes_of(run.model)
     buffer = _buffer_bytes(run.optim)
@@ -101,7 +103,11 @@ def memory(run: RunConfig, world_size: int, nodes: int = 1) -> Memory:
     else:
         whole = sum(_flat(group, world_size) for group in _groups(run.optim, shapes))
         held = whole // world_size
-    gradients = FP32 * (whole if engine.stage == 1 and not engine.offload_optimizer else held)
+    if engine.offload_optimizer:  # stages 1 and 2 sum micro-batches in a second buffer
+        sums = 2 if engine.stage < 3 and _micro_batches(run, world_size) > 1 else 1
+        gradients = FP32 * held * sums
+    else:
+        gradients = FP32 * (whole if engine.stage == 1 else held)
     host = frozenset(("weights", "gradients", "buffers") if engine.offload_optimizer else ())
     if engine.offload_parameters:
         host |= {"copies"}
@@ -126,7 +132,7 @@ def traffic(run: RunConfig, world_size: int, nodes: int = 1) -> Traffic:
                         stage3_param_persistence_threshold (1e5) elements once a step
     """
     shapes, compute = shapes_of(run.model), _compute_bytes(run)
-    micro_batches = -(-run.train.global_batch // world_size // run.train.micro_batch)
+    micro_batches = _micro_batches(run, world_size)
     if isinstance(run.engine, TorchEngineConfig):
         copies = copies_of(run.engine, world_size, nodes)
         shards = world_size // copies
@@ -163,6 +169,10 @@ def _buffer_bytes(optim: OptimConfig) -> int:
     if isinstance(optim, MSGDWConfig):
         return BF16 if optim.momentum_dtype == "bf16" else FP32
     return 2 * FP32
+
+
+def _micro_batches(run: RunConfig, world_size: int) -> int:
+    return -(-run.train.global_batch // world_size // run.train.micro_batch)
 
 
 def _compute_bytes(run: RunConfig) -> int:

@@ -39,6 +39,8 @@ def main(overrides: list[str]) -> int:
     except ConfigError as error:
         if local_rank == 0:  # all of a node find the same
             print(f"error: {error}", file=sys.stderr)
+        else:
+            time.sleep(1.0)  # torchrun ends all as soon as one ends: let the first one speak
         return 2
     try:
         me = ranks.start(run.run.device)
@@ -49,10 +51,11 @@ def main(overrides: list[str]) -> int:
             print(f"error: {error}", file=sys.stderr)
         status = 2
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        speaker = "" if rank == 0 else f"rank {rank}: "
         if out_of_memory(error):
-            print(f"error: {out_of_memory_message(me, run)}", file=sys.stderr)
+            print(f"{speaker}error: {out_of_memory_message(me, run)}", file=sys.stderr)
         elif isinstance(error, ValueError | OSError):
-            print(f"error: {error}" if rank == 0 else f"rank {rank}: error: {error}", file=sys.stderr)
+            print(f"{speaker}error: {error}", file=sys.stderr)
         elif isinstance(error, RuntimeError) and ranks.lost_peer(error):
             reason = str(error).splitlines()[0]
             print(f"rank {rank}: stopped, for another rank ended before it ({reason})", file=sys.stderr)

@@ -324,7 +324,7 @@ class Watchdog:
         self._close()
 
     def abandon(self, *, for_first: bool = False) -> None:
-        """Leave, whatever the others do. With ``for_first`` they let rank 0 go first, which prints what all have raised:
+        """Leave, whatever the others do. With ``for_first`` they let rank 0 go first, which prints what all raised:
         torchrun sends it SIGTERM as soon as another ends."""
         self.quiet = True
         self._leave()

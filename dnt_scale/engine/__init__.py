@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dnt_scale.config import DeepSpeedEngineConfig, RunConfig
 from dnt_scale.engine.base import Engine
 from dnt_scale.model import DNT
-from dnt_scale.ranks import Ranks
+from dnt_scale.ranks import AgreedError, Ranks
 
 
 def build(config: RunConfig, model_fn: Callable[[], DNT], ranks: Ranks, total_steps: int) -> Engine:
@@ -16,12 +16,15 @@ def build(config: RunConfig, model_fn: Callable[[], DNT], ranks: Ranks, total_st
         total_steps: optimizer steps of the whole run, for the learning-rate schedule.
 
     Raises:
-        ValueError: an optimizer group, a schedule or an engine that does not fit the model, the run or the ranks.
+        AgreedError: an optimizer group, a schedule or an engine that does not fit the model, the run or the ranks.
     """
-    if isinstance(config.engine, DeepSpeedEngineConfig):
-        from dnt_scale.engine import deepspeed
+    try:
+        if isinstance(config.engine, DeepSpeedEngineConfig):
+            from dnt_scale.engine import deepspeed
 
-        return deepspeed.build(config, model_fn, ranks, total_steps)
-    from dnt_scale.engine import fsdp
+            return deepspeed.build(config, model_fn, ranks, total_steps)
+        from dnt_scale.engine import fsdp
 
-    return fsdp.build(config, model_fn, ranks, total_steps)
+        return fsdp.build(config, model_fn, ranks, total_steps)
+    except ValueError as error:  # of a configuration that all ranks share
+        raise AgreedError(str(error)) from None

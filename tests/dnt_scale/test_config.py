@@ -80,7 +80,7 @@ def test_every_file_in_configs_loads(choice: str) -> None:
     group, _, name = choice.partition("=")
     config = run(choice)
     if group in ("model", "engine"):
-        assert getattr(config, group).name == name
+        assert getattr(config, group).name == name.removesuffix("_offload")
     if group == "optim":
         assert config.optim.algorithm == name.removesuffix("_r")
 
@@ -146,7 +146,10 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
     "key of another choice": (["optim=adamw", "optim.momentum=0.5"], ["optim.momentum", "other choices"]),
     "unknown model": (["model=dnt_12m"], ["model=dnt_12m", "did you mean dnt_124m?", "gpt_774m", "dnt_nano"]),
     "unknown optimizer": (["optim=sgd"], ["optim=sgd", "adamw, msgdw, msgdw_r"]),
-    "unknown engine": (["engine=zero9"], ["engine=zero9: no such choice. There are: fsdp"]),
+    "unknown engine": (
+        ["engine=zero9"],
+        ["engine=zero9: no such choice", "ddp, fsdp, hsdp, zero0, zero1, zero2, zero3, zero3_off"],
+    ),
     "unknown preset": (["preset=dem"], ["did you mean demo?"]),
     "unknown setting": (["model.setting=S6"], ["model.setting", "'S1', 'S2', 'S3', 'S4' or 'S5'", "'S6'"]),
     "unknown norm": (["model.norm=batch"], ["model.norm", "'rmsnorm' or 'layernorm'"]),
@@ -173,6 +176,32 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
         ["optim=adamw", "optim.groups={e: {pattern: emb, update: row_normalized}}"],
         ["groups.e.update", "row_normalized", "only msgdw"],
     ),
+    "a global clip without a gradient": (
+        ["optim.gradient_buffer=false"],
+        ["optim: clip is global", "gradient_buffer False", "tensor or previous"],
+    ),
+    "a clip that needs no gradient": (["optim.clip=tensor"], ["optim: clip is tensor", "gradient_buffer True"]),
+    "nesterov without a gradient": (
+        ["optim.gradient_buffer=false", "optim.clip=tensor", "optim.nesterov=true"],
+        ["optim: nesterov needs the gradient"],
+    ),
+    "a spike clipped without a gradient": (
+        ["optim.gradient_buffer=false", "optim.clip=tensor", "health.spike=clip"],
+        ["health.spike is clip", "use skip or rollback"],
+    ),
+    "copies of fsdp": (["engine=fsdp", "engine.replicas=2"], ["engine: replicas is 2", "engine=hsdp"]),
+    "a key of the other engine": (["engine=zero2", "engine.prefetch=2"], ["engine.prefetch", "other choices"]),
+    "an optimizer that is whole offloaded": (
+        ["engine=zero0", "engine.offload_optimizer=true"],
+        ["engine: offload_optimizer needs a sharded optimizer"],
+    ),
+    "weights that are whole offloaded": (
+        ["engine=zero2", "engine.offload_parameters=true"],
+        ["engine: offload_parameters needs sharded weights", "zero3"],
+    ),
+    "zero3 compiled": (["engine=zero3", "engine.compile=true"], ["engine: compile does not go with zero3"]),
+    "every block twice": (["engine.activation_checkpointing=1"], ["engine.activation_checkpointing"]),
+    "an unknown spike": (["health.spike=ignore"], ["health.spike", "'skip', 'clip' or 'rollback'"]),
     "a path and a mixture": (MIXTURE[1:], ["data: set one of path and mixture", "shards", "wiki, code in mixture"]),
     "neither path nor mixture": (["data.path=null"], ["data: set one of path and mixture", "path=None and no sets"]),
     "no weight": (["data.path=null", "data.mixture.a.path=x"], ["data.mixture.a.weight: Field required"]),

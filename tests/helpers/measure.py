@@ -1,9 +1,10 @@
 """What an engine takes, measured on real ranks: bytes of memory, and bytes of the collectives.
 
-The functions at the end run on every rank, through `call`, and print one line of JSON each.
+`print_costs` runs on every rank, through `call`, and prints one line of JSON.
 """
 
 import ctypes
+import gc
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -29,9 +30,9 @@ COLLECTIVES = {
 }
 
 
-def answers(finished: Finished) -> list[dict[str, Any]]:
+def answers(finished: Finished) -> list[Any]:
     """What the ranks printed, in the order of ranks."""
-    return [json.loads(line) for line in finished.ok().out.splitlines() if line.startswith("{")]
+    return [json.loads(line) for line in finished.ok().out.splitlines() if line[:1] in "[{"]
 
 
 def run_config(overrides: Sequence[str]) -> RunConfig:
@@ -106,38 +107,35 @@ class Collectives(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def print_memory(overrides: Sequence[str]) -> None:
-    """Bytes `held` between backward and update of the second step, at its `peak`, and in `boxes` of each kind."""
+def print_costs(overrides: Sequence[str], depths: Sequence[int]) -> None:
+    """Of the model at each depth: bytes `held` between backward and update of the second step, at the `peak` of that
+    step, in `boxes` of each kind, and of a step's collectives by kind, as `traffic`.
+
+    What does not grow with the model (imports, buckets, a block's gathered weights) is in the differences no more; the
+    first depth is measured twice, for what the first engine of a process leaves behind.
+    """
     me = ranks.start("cpu")
-    run = run_config(overrides)
-    if run.engine.name.startswith("zero"):
-        import deepspeed  # noqa: F401  what it allocates is not the engine's
-    meter, held = Meter(), [0]
+    found: list[dict[str, Any]] = []
+    for depth in (depths[0], *depths):
+        run = run_config([*overrides, f"model.layers={depth}"])
+        meter, held = Meter(), [0]
 
-    def judge(loss: float, grad_norm: float) -> float:
-        held.append(meter.now())
-        return 1.0
+        def judge(loss: float, grad_norm: float, meter: Meter = meter, held: list[int] = held) -> float:
+            held.append(meter.now())
+            return 1.0
 
-    with trainer(run, me) as built:
-        rows = batch(run, me)
-        built.train_step(rows, judge)
-        with meter:
+        with trainer(run, me) as built:
+            rows = batch(run, me)
             built.train_step(rows, judge)
-        boxes: Counter[str] = Counter()
-        for box in built.boxes():
-            boxes[box.name.partition(".")[0]] += box.data.numel() * box.data.element_size()
-    print(json.dumps({"held": held[-1], "peak": meter.peak, "boxes": boxes}))
-    ranks.stop()
-
-
-def print_traffic(overrides: Sequence[str]) -> None:
-    """Bytes of the second step's collectives, by kind."""
-    me = ranks.start("cpu")
-    run = run_config(overrides)
-    with trainer(run, me) as built:
-        rows = batch(run, me)
-        built.train_step(rows, lambda loss, grad_norm: 1.0)
-        with Collectives() as counted:
-            built.train_step(rows, lambda loss, grad_norm: 1.0)
-    print(json.dumps(counted.found))
+            with meter:
+                built.train_step(rows, judge)
+            with Collectives() as counted:
+                built.train_step(rows, lambda loss, grad_norm: 1.0)
+            boxes: Counter[str] = Counter()
+            for box in built.boxes():
+                boxes[box.name.partition(".")[0]] += box.data.numel() * box.data.element_size()
+        found.append({"held": held[2], "peak": meter.peak, "boxes": boxes, "traffic": counted.found})
+        del built
+        gc.collect()
+    print(json.dumps(found[1:]))
     ranks.stop()

@@ -210,15 +210,13 @@ def test_a_full_disk_stops_the_run_and_the_same_command_goes_on(corpus, referenc
 def test_a_run_begins_from_converted_weights(corpus, reference, tmp_path):
     file, run_dir = tmp_path / "w.safetensors", tmp_path / "run"
     dnt("checkpoint", "convert", reference, file).ok()
-    overrides = tiny(corpus, run_dir, "train.steps=2", "optim.lr=0.0")
+    overrides = tiny(corpus, run_dir, "train.steps=3")
     dnt("checkpoint", "convert", file, *overrides).ok()
-    train(overrides, ranks=2).ok()
-    end = tensors(run_dir / "checkpoints" / "step-00000002")
-    trained = tensors(reference / "checkpoints" / LAST)
-    assert [line["step"] for line in metrics(run_dir) if "train/loss" in line] == [1, 2]
-    weights = [name for name in trained if name.startswith("model.")]
-    assert all(torch.equal(end[name], trained[name]) for name in weights)  # lr 0: just what the file held
-    assert metrics(run_dir)[0]["train/loss"] < metrics(reference)[1]["train/loss"] - 0.1
+    done = train(overrides, ranks=2).ok()
+    assert f"resumingfrom{run_dir}/checkpoints/step-00000000" in "".join(done.err.split())
+    losses = [line["train/loss"] for line in metrics(run_dir) if "train/loss" in line]
+    fresh = [line["train/loss"] for line in metrics(reference) if "train/loss" in line]
+    assert len(losses) == 3 and losses[0] == pytest.approx(fresh[-1], abs=0.3) and losses[0] < fresh[0] - 0.5
 
 
 def test_a_runs_checkpoints_may_lie_at_a_url(corpus, reference, tmp_path):
