@@ -84,7 +84,8 @@ def memory(run: RunConfig, world_size: int, nodes: int = 1) -> Memory:
         2       4 p       c P      4 p         "
         3       4 p       c p      4 p         "
 
-    With ``offload_optimizer`` gradients are 4 p in stage 1 too; 8 p in stages 1 and 2 if there are micro-batches to sum.
+    With ``offload_optimizer`` gradients are 4 p in stage 1 too, and DeepSpeed's own staging copies, 4 p to 8 p bytes of
+    the host's memory, are not counted.
     """
     shapes = shapes_of(run.model)
     buffer = _buffer_bytes(run.optim)
@@ -103,11 +104,7 @@ def memory(run: RunConfig, world_size: int, nodes: int = 1) -> Memory:
     else:
         whole = sum(_flat(group, world_size) for group in _groups(run.optim, shapes))
         held = whole // world_size
-    if engine.offload_optimizer:  # stages 1 and 2 sum micro-batches in a second buffer
-        sums = 2 if engine.stage < 3 and _micro_batches(run, world_size) > 1 else 1
-        gradients = FP32 * held * sums
-    else:
-        gradients = FP32 * (whole if engine.stage == 1 else held)
+    gradients = FP32 * (whole if engine.stage == 1 and not engine.offload_optimizer else held)
     host = frozenset(("weights", "gradients", "buffers") if engine.offload_optimizer else ())
     if engine.offload_parameters:
         host |= {"copies"}

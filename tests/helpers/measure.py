@@ -1,24 +1,30 @@
-"""What an engine takes, measured on real ranks: bytes of memory, and bytes of the collectives.
+"""What an engine takes: bytes of memory and of collectives, measured on real ranks, and on ranks that are made up.
 
-`print_costs` runs on every rank, through `call`, and prints one line of JSON.
+The `print_` functions run on every rank, through `call`, and print one line of JSON.
 """
 
 import ctypes
 import gc
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dnt_scale import config, engine, ranks
 from dnt_scale.config import RunConfig
 from dnt_scale.engine.base import Engine
+from dnt_scale.engine.parallelize import parallelize
 from dnt_scale.model import DNT
+from dnt_scale.optim import build_optimizer, local
 from dnt_scale.ranks import Ranks
 from tests.helpers.run import TINY_RUN, Finished
 
@@ -47,7 +53,7 @@ def trainer(run: RunConfig, me: Ranks) -> Iterator[Engine]:
     built.close()
 
 
-def batch(run: RunConfig, me: Ranks) -> torch.Tensor:
+def batch(run: RunConfig, me: Ranks) -> Tensor:
     generator = torch.Generator().manual_seed(me.rank)
     rows = run.train.global_batch // me.world_size
     return torch.randint(0, run.model.vocab_size, (rows, run.model.context + 1), generator=generator)
@@ -139,3 +145,32 @@ def print_costs(overrides: Sequence[str], depths: Sequence[int]) -> None:
         gc.collect()
     print(json.dumps(found[1:]))
     ranks.stop()
+
+
+def print_simulated(overrides: Sequence[str], world_size: int) -> None:
+    """Bytes of storage that rank 0 of `world_size` holds after a backward pass: a simulation, in this one process.
+
+    The sharding is `parallelize`'s own, over a fake process group; tensors are fake and have no storage behind them.
+    """
+    run = run_config(overrides)
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
+    with torch.device("meta"):
+        model = DNT(run.model)
+    parallelize(model, run, Ranks(0, 0, world_size, torch.device("cpu")))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model.to_empty(device="cpu")
+        rows = [(name, nn.Parameter(local(parameter.detach()))) for name, parameter in model.named_parameters()]
+        optimizer = build_optimizer(rows, run.optim, run.run.seed)
+        tokens = torch.zeros(1, 8, dtype=torch.int64)
+        model(tokens, tokens).backward()
+        found = {
+            "weights": storage(parameter for _, parameter in rows),
+            "gradients": storage(local(p.grad) for p in model.parameters() if p.grad is not None),
+            "buffers": storage(v for state in optimizer.state.values() for k, v in state.items() if k != "step"),
+        }
+    print(json.dumps(found))
+
+
+def storage(tensors: Iterable[Tensor]) -> int:
+    """Bytes of all storages; views of one count once, and padding that no view shows counts too."""
+    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
