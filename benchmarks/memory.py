@@ -26,9 +26,10 @@ from dnt_scale import memory
 from dnt_scale.model import count_parameters
 from dnt_scale.tracking import git_commit
 from tests.helpers.measure import answers, print_costs, run_config
-from tests.helpers.run import call
+from tests.helpers.run import Ranks
 
 WIDTH, CONTEXT = 256, 16
+PATIENCE_S = 900.0
 UNBUFFERED = ["optim=msgdw", "optim.gradient_buffer=false", "optim.clip=previous"]
 OPTIMIZERS = {
     "AdamW": ["optim=adamw"],
@@ -43,7 +44,7 @@ SHARDED = ["fsdp", "hsdp", "zero1", "zero2", "zero3"]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=64)
+    parser.add_argument("--layers", type=int, default=80)
     parser.add_argument("--out", type=Path, help="JSON to write (default: benchmarks/results/memory-DEVICE.json)")
     options = parser.parse_args()
 
@@ -52,7 +53,7 @@ def main() -> None:
     def measure(engine: str, ranks: int, optimizer: str) -> list[dict[str, Any]]:
         if (engine, ranks, optimizer) not in measured:
             overrides = overrides_of(engine, ranks, optimizer)
-            found = answers(call(print_costs, overrides, (options.layers,), ranks=ranks))
+            found = answers(Ranks(print_costs, (overrides, (1, options.layers)), ranks, {}).wait(PATIENCE_S))
             measured[engine, ranks, optimizer] = [depths[0] for depths in found]
         return measured[engine, ranks, optimizer]
 
@@ -110,11 +111,11 @@ def overrides_of(engine: str, ranks: int, optimizer: str) -> list[str]:
     """ZeRO's buckets, by default larger than this model, hold one or two blocks."""
     shape = [f"model.width={WIDTH}", "model.heads=4", f"model.context={CONTEXT}", "train.dtype=bf16"]
     batch = [f"train.global_batch={2 * ranks}", "train.micro_batch=1"]
-    buckets = "engine.deepspeed={zero_optimization: {reduce_bucket_size: 1000000, allgather_bucket_size: 1000000}}"
+    buckets = "engine.deepspeed={zero_optimization: {reduce_bucket_size: 1000000}}"
     own = {
         "hsdp": [f"engine.replicas={max(1, ranks // 2)}"],
         "zero2": [buckets],
-        "zero3": ["engine.deepspeed={zero_optimization: {reduce_bucket_size: 1000000}}"],
+        "zero3": [buckets],
     }
     return [*shape, *batch, f"engine={engine}", *own.get(engine, []), *OPTIMIZERS[optimizer]]
 

@@ -26,7 +26,7 @@ from torch import nn
 from dnt_scale import config, kernel
 from dnt_scale.config import AdamWConfig, GroupConfig, ModelConfig, MSGDWConfig, OptimConfig
 from dnt_scale.model import DNT
-from dnt_scale.optim import build_optimizer
+from dnt_scale.optim import allocate, build_optimizer
 from dnt_scale.tracking import git_commit
 
 OURS, ADAMW, SGD, BARE = "mSGDW with weight decay", "torch AdamW, fused", "torch SGD, fused", "bare memory traffic"
@@ -97,7 +97,11 @@ def contestants(shapes: dict[str, torch.Size]) -> dict[str, Step]:
         "mSGDW, embedding by rows": msgdw.model_copy(update={"groups": {"embedding": embedding}}),
         "mSGDW, momentum in bf16": msgdw.model_copy(update={"momentum_dtype": "bf16"}),
     }
-    steps: dict[str, Step] = {name: build_optimizer(named, settings, SEED).step for name, settings in configs.items()}
+    steps: dict[str, Step] = {}
+    for name, settings in configs.items():
+        optimizer = build_optimizer(named, settings, SEED)
+        allocate(optimizer)
+        steps[name] = optimizer.step
     steps[SGD] = torch.optim.SGD([p for _, p in named], lr=1e-4, momentum=0.9, fused=True).step
     count = sum(p.numel() for _, p in named)
     p, v, g = (torch.full((count,), 1e-3) for _ in range(3))

@@ -28,7 +28,7 @@ from tests.helpers.run import call
 
 MODELS = {
     "dnt_1.4b": ["layers=48", "width=1536", "heads=24", "vocab_size=50304", "context=1024"],
-    "70B": ["layers=80", "width=8192", "heads=64", "vocab_size=128256", "context=8192", "ffn_multiple=4"],
+    "70B": ["layers=86", "width=8192", "heads=64", "vocab_size=128256", "context=8192", "ffn_multiple=4"],
 }
 WORLDS = (8, 256, 1024)
 LAYOUTS = {"fsdp": ["engine=fsdp"], "hsdp, 8 copies": ["engine=hsdp", "engine.replicas=8"]}
@@ -43,7 +43,7 @@ REAL = {
     "zero2": ["engine=zero2"],
     "zero3": ["engine=zero3"],
 }
-SMALL = ["model.layers=4", "model.width=512", "model.heads=8", "model.context=16", "optim=msgdw"]
+SMALL = ["model.width=512", "model.heads=8", "model.context=16", "optim=msgdw"]
 BATCH = ["train.global_batch=8", "train.micro_batch=1", "train.dtype=bf16"]  # 4 micro-batches on 2 ranks, 2 on 4
 WITHIN = 0.02
 
@@ -97,8 +97,8 @@ def simulate(model: str, layout: str, world: int) -> dict[str, Any]:
 
 def count(engine: str, ranks: int) -> dict[str, Any]:
     overrides = [*SMALL, *BATCH, *REAL[engine]]
-    traffic = memory.traffic(run_config(overrides), ranks)
-    found = answers(call(print_costs, overrides, (4,), ranks=ranks))[0][0]["traffic"]
+    traffic = memory.traffic(run_config([*overrides, "model.layers=4"]), ranks)
+    found = answers(call(print_costs, overrides, (1, 4), ranks=ranks))[0][0]["traffic"]
     found = {kind: found.get(kind, 0) for kind in KINDS}
     total = sum(found.values())
     return {

@@ -131,7 +131,8 @@ class AdamWConfig(_OptimBase):
 OptimConfig = Annotated[MSGDWConfig | AdamWConfig, Field(discriminator="algorithm")]
 
 
-# pydantic names the chosen member of a union in an error's place
+# pydantic names the chosen member of a union in an error's place, after the union's field
+UNIONS = ("optim", "engine")
 TAGS = ("msgdw", "adamw", "ddp", "fsdp", "hsdp", "zero0", "zero1", "zero2", "zero3")
 
 SetPath = Annotated[Path, AfterValidator(Path.absolute)]
@@ -243,7 +244,7 @@ class TrainSection(Strict):
     global_batch: int = Field(gt=0, description="rows a step, over all ranks and micro-batches")
     micro_batch: int = Field(gt=0, description="rows a rank a forward")
     dtype: Literal["bf16", "fp32"] = "bf16"
-    max_skipped: int = Field(10, gt=0, description="non-finite steps in a row that end the run")
+    max_skipped: int = Field(10, gt=0, description="skipped or undone steps in a row that end the run")
 
     @model_validator(mode="after")
     def _one_budget(self) -> Self:
@@ -261,7 +262,7 @@ class CheckpointSection(Strict):
     every: int = Field(500, ge=0, description="steps between checkpoints; 0: only at the end")
     keep: int = Field(2, gt=0, description="newest checkpoints kept")
     keep_every: int | None = Field(None, gt=0, description="checkpoints at multiples of this step are kept for good")
-    dir: str | None = Field(None, description="a folder or an fsspec URL; null: RUN/checkpoints")
+    dir: str | None = Field(None, min_length=1, description="a folder or an fsspec URL; null: RUN/checkpoints")
     background: bool = Field(True, description="write while training goes on, from a copy in the host's memory")
 
 
@@ -271,13 +272,13 @@ class HealthSection(Strict):
     spike: Literal["off", "skip", "clip", "rollback"] = Field(
         "off",
         description="a loss or gradient norm far above the last ones: skip the step, clip its gradient to their "
-        "mean, or go back to the last snapshot in memory",
+        "mean, or go back to the last snapshot in memory, also from a step that is not finite",
     )
     spike_window: int = Field(128, ge=8, description="steps whose loss and gradient norm tell what is usual")
     spike_sigmas: float = Field(6.0, gt=0, description="standard deviations above the window's mean that are a spike")
     snapshot_every: int = Field(50, gt=0, description="rollback only: steps between snapshots")
     check_every: int = Field(100, ge=0, description="steps between comparisons of what ranks share; 0: at start only")
-    hang_s: float = Field(600.0, gt=0, description="seconds without a step, after which all ranks end")
+    hang_s: float = Field(600.0, gt=0, le=1e9, description="seconds without a step, after which all ranks end")
 
 
 class TrackingSection(Strict):
@@ -310,12 +311,28 @@ class RunConfig(Strict):
     health: HealthSection = HealthSection()
 
     @model_validator(mode="after")
-    def _a_clipped_spike_needs_the_gradient(self) -> Self:
-        if self.health.spike == "clip" and isinstance(self.optim, MSGDWConfig) and not self.optim.gradient_buffer:
+    def _a_spike_in_the_momentum_is_only_undone(self) -> Self:
+        unbuffered = isinstance(self.optim, MSGDWConfig) and not self.optim.gradient_buffer
+        if unbuffered and self.health.spike in ("skip", "clip"):
             raise ValueError(
-                "health.spike is clip, but with optim.gradient_buffer false there is no gradient left to clip; "
-                "use skip or rollback"
+                f"health.spike is {self.health.spike}, but with optim.gradient_buffer false the momentum has taken the "
+                "gradient before the step can be judged; use rollback"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _deepspeed_does_what_is_asked(self) -> Self:
+        if not isinstance(self.engine, DeepSpeedEngineConfig):
+            return self
+        if isinstance(self.optim, MSGDWConfig) and not self.optim.gradient_buffer:
+            raise ValueError(
+                f"optim.gradient_buffer is false, but engine={self.engine.name} sums gradients in buffers of its own; "
+                "use engine=fsdp, ddp or hsdp, or optim.gradient_buffer=true"
+            )
+        if self.engine.deepspeed:
+            from dnt_scale.engine import deepspeed_json
+
+            deepspeed_json.check(self)
         return self
 
     @property
@@ -379,7 +396,9 @@ def validate(raw: Any, origin: str = "configuration") -> RunConfig:
     except ValidationError as error:
         lines = []
         for item in error.errors():
-            parts = [str(part) for part in item["loc"] if part not in TAGS]
+            parts = [str(part) for part in item["loc"]]
+            if len(parts) > 1 and parts[0] in UNIONS and parts[1] in TAGS:
+                del parts[1]
             message = item["msg"].removeprefix("Value error, ")
             if item["type"] == "extra_forbidden":
                 message = "no such field" + _nearest(".".join(parts), _known_keys(RunConfig))

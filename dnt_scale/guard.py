@@ -92,13 +92,15 @@ class Guard:
 
     def _judge(self, loss: float, grad_norm: float, clipped: float) -> BadStep | None:
         spike = self.health.spike
-        limits = self._limits() if spike != "off" else {}
+        limits = {} if spike == "off" else self._limits()
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             # after a rollback the weights that made it are gone; whatever else was asked for, clipping mends nothing
             action: Action = "rollback" if spike == "rollback" else "skip"
             return BadStep(loss, grad_norm, "not finite", action, 0.0, limits, len(self.losses))
+        if spike == "off":
+            return None
         above = [name for name, value in (("loss", loss), ("grad_norm", grad_norm)) if value > limits.get(name, value)]
-        if not above or spike == "off":
+        if not above:
             return None
         why = " and ".join({"loss": "loss", "grad_norm": "gradient"}[name] for name in above) + " spike"
         usual = math.fsum(self.norms) / len(self.norms)
@@ -140,17 +142,33 @@ class Guard:
                 what = f"were lost, this one to a {bad.why}"
             raise HopelessRun(
                 f"step {step}: {self.lost_in_a_row} steps in a row {what} "
-                f"(loss {bad.loss}, gradient norm {bad.grad_norm}); the weights are unchanged since: lower optim.lr "
+                f"(loss {bad.loss}, gradient norm {bad.grad_norm}); {self._left(bad)}: lower optim.lr "
                 "or set optim.clip_norm, and run again to go on from the newest checkpoint"
             )
+
+    def told(self) -> str | None:
+        """Of the step that was judged last, if it was bad: why, and what is done about it, in a sentence."""
+        bad = self.bad
+        if bad is None:
+            return None
+        what = "a loss or gradient that is not finite" if bad.why == "not finite" else f"a {bad.why}"
+        done = f"gradient multiplied by {bad.factor:.3g}" if bad.action == "clip" else f"left out, {self._left(bad)}"
+        return f"{what} (loss {bad.loss:.4g}, gradient norm {bad.grad_norm:.4g}): {done}"
+
+    def _left(self, lost: BadStep) -> str:
+        """What a lost step leaves behind."""
+        if lost.action == "rollback":
+            return f"back to the weights of step {self.snapshot.scalars['step']:.0f}"
+        return "the weights are unchanged"
 
     def keep(self, step: int, engine: Engine, *, at_checkpoint: bool = False) -> None:
         """Take a snapshot where one is due: at the start, every ``snapshot_every`` steps, and at every checkpoint.
 
         A run that resumes takes its first at the checkpoint's step, so the run that wrote it does so too: both then
-        roll back to the same weights.
+        roll back to the same weights. Not so the checkpoint of a run that is stopped (Ctrl-C, SIGTERM): left alone it
+        would have had no snapshot there. A rollback before the next one then goes back less far than it would have.
         """
-        due = at_checkpoint or step % self.health.snapshot_every == 0 or not self.snapshot.taken
+        due = at_checkpoint or step % self.health.snapshot_every == 0 or self.snapshot.copies is None
         if self.health.spike == "rollback" and due:
             self.snapshot.take(engine)
 
@@ -190,26 +208,24 @@ class Snapshot:
     """
 
     def __init__(self) -> None:
-        self.copies: list[Tensor] = []
+        self.copies: list[Tensor] | None = None  # None: not taken yet
         self.scalars: dict[str, float] = {}
-        self.taken = False
 
     @torch.no_grad()
     def take(self, engine: Engine) -> None:
         """Copy the engine's boxes, over the snapshot before."""
         data = [box.data for box in engine.boxes()]
-        if not self.taken:
+        if self.copies is None:
             # page-locked where there is a GPU: several times as fast to copy
             self.copies = [torch.empty_like(part, device="cpu", pin_memory=part.is_cuda) for part in data]
         for copy, part in zip(self.copies, data, strict=True):
             copy.copy_(part)
         self.scalars = engine.scalars()
-        self.taken = True
 
     @torch.no_grad()
     def restore(self, engine: Engine) -> None:
         """Write the copies back; ``step`` stays as it is, ``updates`` is the snapshot's."""
-        assert self.taken, "a rollback before the first snapshot"
+        assert self.copies is not None, "a rollback before the first snapshot"
         for copy, box in zip(self.copies, engine.boxes(), strict=True):
             box.data.copy_(copy)
         engine.refresh({**self.scalars, "step": engine.scalars()["step"]})

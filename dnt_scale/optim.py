@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from dnt_scale import kernel
-from dnt_scale.config import AdamWConfig, GroupConfig, MSGDWConfig, OptimConfig, ScheduleConfig
+from dnt_scale.config import AdamWConfig, ConfigError, GroupConfig, MSGDWConfig, OptimConfig, ScheduleConfig
 
 WORTH_COMPILING = 1 << 20  # elements of a group: compiling takes a quarter of a second
 
@@ -42,8 +42,8 @@ class MSGDW(torch.optim.Optimizer):
         row_normalized:  p_row <- (1 - lr wd) p_row - lr d_row / |d_row|      (rows with d_row = 0 stay)
 
     With dampening 0 and weight decay 0 the plain update is torch.optim.SGD's, bit for bit (on CUDA: with fused=True).
-    The buffer is allocated here, not on the first step: with dampening that changes the first update, and checkpoint
-    loaders need it. Parameters are DTensors, whole tensors or local shards; each rank steps its own elements.
+    ``allocate`` makes the buffers, not the first step: with dampening that changes the first update, and checkpoint
+    loaders need them. Parameters are DTensors, whole tensors or local shards; each rank steps its own elements.
 
     A bf16 buffer is rounded stochastically: to one of the two neighbours, such that the expectation is exact. The
     random bits are a function of (seed, updates, the parameter's place in the groups): a resumed run draws the same.
@@ -59,7 +59,6 @@ class MSGDW(torch.optim.Optimizer):
         lr, momentum, dampening, nesterov, weight_decay: defaults of the groups.
         momentum_dtype: of the buffers; None: each parameter's own.
         seed: of the stochastic rounding.
-        allocate: False when the groups' parameters will be replaced; then call ``allocate`` after that.
     """
 
     def __init__(
@@ -73,7 +72,6 @@ class MSGDW(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         momentum_dtype: torch.dtype | None = None,
         seed: int = 0,
-        allocate: bool = True,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -91,8 +89,6 @@ class MSGDW(torch.optim.Optimizer):
         self._where: dict[Tensor, tuple[dict[str, Any], int]] = {}  # a parameter's group, and its place in all groups
         self._roundings: dict[Tensor, int] = {}  # of a parameter's buffer in this update
         self._generators: dict[torch.device, torch.Generator] = {}
-        if allocate:
-            self.allocate()
 
     def allocate(self) -> None:
         """A buffer of zeros for each parameter of the groups."""
@@ -100,6 +96,10 @@ class MSGDW(torch.optim.Optimizer):
             for parameter in group["params"]:
                 self._where[parameter] = group, len(self._where)
                 self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter, dtype=self.momentum_dtype)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Not for torch's state dicts, which would cast bf16 buffers and replace the groups: see ``Engine.boxes``."""
+        raise NotImplementedError("copy into the momentum buffers in place, then call set_updates")
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -285,7 +285,7 @@ def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], config: OptimCon
     base_lr (what the schedule multiplies), weight_decay and update.
 
     Raises:
-        ValueError: a pattern that is no regex or matches nothing, a parameter that two patterns match, or a
+        ConfigError: a pattern that is no regex or matches nothing, a parameter that two patterns match, or a
             row-normalised update on a tensor without rows.
     """
     rules = {}
@@ -293,12 +293,12 @@ def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], config: OptimCon
         try:
             rules[label] = re.compile(group.pattern)
         except re.error as error:
-            raise ValueError(f"optim.groups.{label}.pattern: {group.pattern!r} is not a regex: {error}") from None
+            raise ConfigError(f"optim.groups.{label}.pattern: {group.pattern!r} is not a regex: {error}") from None
     members: dict[str, list[tuple[str, nn.Parameter]]] = {label: [] for label in [*rules, "default"]}
     for name, parameter in named:
         matching = [label for label, regex in rules.items() if regex.search(name)]
         if len(matching) > 1:
-            raise ValueError(
+            raise ConfigError(
                 f"optim.groups: parameter {name} is matched by {' and '.join(matching)}; narrow one pattern"
             )
         members[matching[0] if matching else "default"].append((name, parameter))
@@ -308,7 +308,7 @@ def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], config: OptimCon
     for label, inside in members.items():
         if not inside and label in rules:
             examples = ", ".join(every_name[:3])
-            raise ValueError(
+            raise ConfigError(
                 f"optim.groups.{label}.pattern: {rules[label].pattern!r} matches no parameter; "
                 f"names look like {examples}"
             )
@@ -318,7 +318,7 @@ def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], config: OptimCon
         if rule.update == "row_normalized":
             for name, parameter in inside:
                 if parameter.ndim != 2:
-                    raise ValueError(
+                    raise ConfigError(
                         f"optim.groups.{label}: row_normalized needs matrices, but {name} has shape "
                         f"{tuple(parameter.shape)}; narrow the pattern"
                     )
@@ -338,16 +338,14 @@ def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], config: OptimCon
     return groups
 
 
-def build_optimizer(
-    named: Iterable[tuple[str, nn.Parameter]], config: OptimConfig, seed: int, *, allocate: bool = True
-) -> torch.optim.Optimizer:
-    """The optimizer with all of its state allocated; see ``allocate`` for when it is not to be.
+def build_optimizer(named: Iterable[tuple[str, nn.Parameter]], config: OptimConfig, seed: int) -> torch.optim.Optimizer:
+    """The optimizer, without its state: call ``allocate`` once its groups hold the tensors that it will step.
 
     Args:
         seed: of the stochastic rounding of bf16 momentum.
 
     Raises:
-        ValueError: as ``parameter_groups`` does.
+        ConfigError: as ``parameter_groups`` does.
     """
     groups = parameter_groups(named, config)
     optimizer: torch.optim.Optimizer
@@ -361,7 +359,6 @@ def build_optimizer(
             weight_decay=config.weight_decay,
             momentum_dtype=torch.bfloat16 if config.momentum_dtype == "bf16" else torch.float32,
             seed=seed,
-            allocate=False,
         )
     else:
         assert isinstance(config, AdamWConfig)
@@ -370,20 +367,11 @@ def build_optimizer(
         optimizer = torch.optim.AdamW(
             groups, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, foreach=True
         )
-    if allocate:
-        _allocate(optimizer)
     return optimizer
 
 
 def allocate(optimizer: torch.optim.Optimizer) -> None:
-    """All of the optimizer's state, as zeros, for the parameters that its groups hold now.
-
-    For after ``build_optimizer(..., allocate=False)``, when what was in the groups has been replaced.
-    """
-    _allocate(optimizer)
-
-
-def _allocate(optimizer: torch.optim.Optimizer) -> None:
+    """All of the optimizer's state, as zeros, for the parameters that its groups hold now."""
     if isinstance(optimizer, MSGDW):
         optimizer.allocate()
         return
@@ -410,14 +398,18 @@ def set_updates(optimizer: torch.optim.Optimizer, updates: int) -> None:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Learning-rate factor of a step: ``config`` spread over ``total_steps``."""
+    """Learning-rate factor of a step: ``config`` spread over ``total_steps``.
+
+    Raises:
+        ConfigError: the warmup is as long as the run.
+    """
 
     config: ScheduleConfig
     total_steps: int
 
     def __post_init__(self) -> None:
         if self.config.warmup_steps >= self.total_steps:
-            raise ValueError(
+            raise ConfigError(
                 f"optim.schedule.warmup_steps is {self.config.warmup_steps}, but the run has {self.total_steps} "
                 "steps; warm up for fewer steps or train for more"
             )

@@ -113,8 +113,6 @@ class TrainProgress:
             f"loss {metrics['train/loss']:.4f}  {metrics['tokens_per_s']:,.0f} tokens/s  "
             f"MFU {'unknown' if mfu is None else f'{mfu:.1%}'}  ETA {self.eta()}"
         )
-        if metrics["skipped"]:
-            self.say(f"step {step}: skipped, the loss or the gradient is not finite; the weights are unchanged")
         if self.live:
             self.bar.update(self.task, completed=step, line=line)
         elif time.monotonic() - self.last_plain > PLAIN_LINE_SECONDS or step == self.total_steps:

@@ -42,8 +42,11 @@ class Ranks:
         return self.rank == 0
 
 
-def start(device: Literal["auto", "cpu", "cuda"] = "auto") -> Ranks:
+def start(device: Literal["auto", "cpu", "cuda"] = "auto", hang_s: float = 0.0) -> Ranks:
     """Join the process group (gloo on CPU; nccl for CUDA tensors) and choose this rank's device.
+
+    Args:
+        hang_s: the watchdog's; collectives wait for twice as long at least, so that a hang is for the watchdog to end.
 
     Raises:
         ValueError: CUDA was asked for and there is none, there are more ranks on this node than GPUs, or the ranks
@@ -67,7 +70,7 @@ def start(device: Literal["auto", "cpu", "cuda"] = "auto") -> Ranks:
         if world_size == 1:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
         else:
-            timeout = timedelta(minutes=30)
+            timeout = max(timedelta(minutes=30), timedelta(seconds=2 * hang_s))
             dist.init_process_group(backend, init_method="env://", rank=rank, world_size=world_size, timeout=timeout)
     except (dist.DistError, RuntimeError, ValueError) as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"

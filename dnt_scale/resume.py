@@ -8,6 +8,7 @@ from typing import Any
 
 from dnt_scale import checkpoint
 from dnt_scale.checkpoint import State
+from dnt_scale.checkpoint.storage import Storage
 from dnt_scale.config import ConfigError, DataConfig, RunConfig, to_yaml, validate
 from dnt_scale.sources import Sources, identity, manifests_of, weights_of
 
@@ -21,7 +22,7 @@ def starting_state(
     """The newest checkpoint's state and path, checked against this run; or step 0 and None. For one rank to decide.
 
     Raises:
-        ValueError: the checkpoint is damaged, or was made with another tokenizer, data or fixed field.
+        ValueError: the checkpoint is damaged, of another run, or made with another tokenizer, data or fixed field.
     """
     settings = run.model_dump(mode="json")
     newest = checkpoint.newest(run.checkpoints)
@@ -42,6 +43,11 @@ def starting_state(
     if newest is None:
         return fresh, None
     state = checkpoint.read_state(newest)
+    if run.checkpoint.dir is not None and (owner := pick(state.config, "run.name")) != run.run.name:
+        raise ConfigError(
+            f"checkpoint.dir: {newest} is of the run {owner}, this one is {run.run.name}; give each run a place of its "
+            f"own, such as checkpoint.dir='{run.checkpoint.dir.rstrip('/')}/${{run.name}}'"
+        )
     if state.tokenizer_sha256 != fresh.tokenizer_sha256:
         raise ConfigError(
             f"{sources[0].field}: {sources[0].folder} was made with another tokenizer (sha256 "
@@ -68,6 +74,21 @@ def starting_state(
             "ask for more, or take another run.name"
         )
     return state.model_copy(update={"config": settings, "world_size": world_size, "sets": fresh.sets}), newest
+
+
+def check_place(run: RunConfig) -> None:
+    """That checkpoints can be written where they are to lie, found now rather than at the first save. For one rank.
+
+    Raises:
+        ConfigError: nothing can be written there.
+    """
+    try:
+        Storage(run.checkpoints).probe()
+    except OSError as error:
+        field = "run.dir" if run.checkpoint.dir is None else "checkpoint.dir"
+        raise ConfigError(
+            f"{field}: nothing can be written to {run.checkpoints} ({error.strerror or error}); give another"
+        ) from None
 
 
 def difference(state: State, trained: DataConfig, data: DataConfig, sources: Sources, newest: Path | str) -> str:

@@ -19,7 +19,7 @@ from dnt_scale.model import DNT, count_parameters
 from dnt_scale.plots import plot_run
 from dnt_scale.progress import Metrics, TrainProgress, opening_line, speed
 from dnt_scale.ranks import Ranks
-from dnt_scale.resume import check_sets, is_set_path, starting_state
+from dnt_scale.resume import check_place, check_sets, is_set_path, starting_state
 from dnt_scale.sources import fitting_sources
 from dnt_scale.stream import Stream
 from dnt_scale.tracking import Status, Tracker, git_commit
@@ -33,17 +33,18 @@ def main(overrides: list[str]) -> int:
     Returns:
         0 when the run is complete, 2 after an error the user can mend, 128 + n when signal n stopped the run.
     """
-    rank, local_rank, _ = ranks.environment()
+    rank, _, _ = ranks.environment()
     try:
         run = config.load(overrides)
     except ConfigError as error:
-        if local_rank == 0:  # all of a node find the same
+        if rank == 0:
             print(f"error: {error}", file=sys.stderr)
-        else:
-            time.sleep(1.0)  # torchrun ends all as soon as one ends: let the first one speak
+        else:  # most often all find the same, and torchrun ends them as soon as the first has spoken and ended
+            time.sleep(1.0)
+            print(f"rank {rank}: error: {error}", file=sys.stderr)
         return 2
     try:
-        me = ranks.start(run.run.device)
+        me = ranks.start(run.run.device, run.health.hang_s)
         with watching(me, run.health.hang_s):
             status = train(run, me)
     except ranks.AgreedError as error:
@@ -84,6 +85,7 @@ def train(run: RunConfig, me: Ranks) -> int:
     total_steps = run.total_steps(manifest.seq_len)
     state, newest = ranks.on_first(me, lambda: starting_state(run, sources, total_steps, me.world_size))
     ranks.together(me, lambda: check_sets(sources, state))
+    ranks.on_first(me, lambda: check_place(run))
     if newest:
         checkpoint.check_files(newest, state, me)
     stream = ranks.together(
@@ -105,15 +107,18 @@ def train(run: RunConfig, me: Ranks) -> int:
         trainer.refresh(state.scalars)
         guard.restore(state.health)
     guard.keep(state.step, trainer, at_checkpoint=True)
-    saver = checkpoint.Saver(
-        run.checkpoints,
+    saver = ranks.together(
         me,
-        keep=run.checkpoint.keep,
-        keep_every=run.checkpoint.keep_every,
-        background=run.checkpoint.background,
+        lambda: checkpoint.Saver(
+            run.checkpoints,
+            me,
+            keep=run.checkpoint.keep,
+            keep_every=run.checkpoint.keep_every,
+            background=run.checkpoint.background,
+        ),
     )
 
-    tracker = start_tracking(run, state, me) if me.first else None
+    tracker = ranks.together(me, lambda: start_tracking(run, state, me) if me.first else None)
     progress = TrainProgress(total_steps, state.step, silent=not me.first)
     progress.say(opening_line(run, sources, total_steps, newest, me))
 
@@ -124,6 +129,8 @@ def train(run: RunConfig, me: Ranks) -> int:
         progress.update(state.step, metrics)
 
     def judged(first_row: int) -> None:
+        if bad := guard.told():
+            progress.say(f"step {state.step}: {bad}")
         log = run.run.dir / "logs" / "bad_steps.jsonl" if me.first else None
         try:
             guard.after(
@@ -197,9 +204,19 @@ def train(run: RunConfig, me: Ranks) -> int:
 
 
 def start_tracking(run: RunConfig, state: State, me: Ranks) -> Tracker:
-    """Write ``config.yaml`` and open metrics.jsonl and MLflow, going on where the checkpoint stands."""
-    run.run.dir.mkdir(parents=True, exist_ok=True)
-    (run.run.dir / "config.yaml").write_text(config.to_yaml(run))
+    """Write ``config.yaml`` and open metrics.jsonl and MLflow, going on where the checkpoint stands.
+
+    Raises:
+        ValueError: the run folder cannot be written.
+        OSError: metrics.jsonl cannot.
+    """
+    try:
+        run.run.dir.mkdir(parents=True, exist_ok=True)
+        (run.run.dir / "config.yaml").write_text(config.to_yaml(run))
+    except OSError as error:
+        raise ConfigError(
+            f"run.dir: nothing can be written to {run.run.dir} ({error.strerror or error}); give another"
+        ) from None
     return Tracker.start(
         run.run.dir,
         uri=run.tracking.uri,

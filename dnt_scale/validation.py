@@ -1,7 +1,9 @@
 """How good the model is on held-out rows."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+
+from torch import Tensor
 
 from dnt_scale.config import RunConfig
 from dnt_scale.engine.base import Engine
@@ -9,23 +11,33 @@ from dnt_scale.progress import Metrics
 from dnt_scale.ranks import Ranks
 from dnt_scale.sources import Sources
 from dnt_scale.stream import validation_batches
+from dnt_scale.watchdog import moving
 
 
 def validation(run: RunConfig, trainer: Engine, sources: Sources, me: Ranks) -> Metrics:
     """``validation_metrics`` on ``eval.rows`` evenly spread held-out rows of each set."""
     losses = [
         trainer.eval_loss(
-            validation_batches(
-                source,
-                rows=run.eval.rows,
-                micro_batch=run.train.micro_batch,
-                rank=me.rank,
-                world_size=me.world_size,
+            watched(
+                validation_batches(
+                    source,
+                    rows=run.eval.rows,
+                    micro_batch=run.train.micro_batch,
+                    rank=me.rank,
+                    world_size=me.world_size,
+                )
             )
         )
         for source in sources
     ]
     return validation_metrics(losses, sources)
+
+
+def watched(batches: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The batches; each tells the watchdog that the validation, however long, gets on."""
+    for batch in batches:
+        moving()
+        yield batch
 
 
 def validation_metrics(losses: Sequence[float], sources: Sources) -> Metrics:

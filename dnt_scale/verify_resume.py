@@ -72,7 +72,7 @@ def verify_resume(
     try:
         once, first = (complete(overrides, place, steps) for place in (straight, resumed))
         second = complete([*overrides, *then], resumed, steps)
-        dtype = load(once).train.dtype
+        dtype = max((load(lines).train.dtype for lines in (once, second)), key=TOLERANCE.__getitem__)
         with Show(steps) as show:
             run(show, "straight", once, ranks, straight)
             kill_at(show, first, ranks, resumed, middle, steps)

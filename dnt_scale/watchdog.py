@@ -38,7 +38,7 @@ from dnt_scale.ranks import AgreedError, Ranks
 STATUS = 2  # that a hang ends with
 TICK_S = 1.0  # longest time between two looks; a tenth of hang_s where that is less
 SUSPECT_S = 10.0  # without a sign of life, once a collective has failed because somebody ended
-SILENT = "gave no sign of life for {:.0f} s (last heard of at {}): stopped, or its node is down"
+SILENT = "gave no sign of life for {:.0f} s (last heard of at {}): stopped, or the node is down"
 GRACE_S = 1.0  # that a fault on another rank than 0 waits for the same one on rank 0
 PRINT_S = 0.3  # that rank 0 has to print something
 FAREWELL_S = 3.0  # that the process with the store stays for the others to read why
@@ -47,6 +47,7 @@ FAREWELL_S = 3.0  # that the process with the store stays for the others to read
 @dataclass
 class _MainThread:
     beats: int = 0
+    moves: int = 0
     where: str = "the start"
 
 
@@ -59,6 +60,14 @@ def beat(where: str) -> None:
     _main.where = where
 
 
+def moving() -> None:
+    """The main thread moves inside of what it told last: bytes are read, another thread it waits for gets on.
+
+    Ranks need not do so equally often, so these do not tell who is behind.
+    """
+    _main.moves += 1
+
+
 @dataclass(frozen=True)
 class Pulse:
     """What a rank tells of itself."""
@@ -66,6 +75,7 @@ class Pulse:
     number: int  # of this pulse: grows while the process lives
     collectives: int  # entered by the process, on all its groups
     beats: int
+    moves: int
     where: str  # of the last beat
     line: str  # of our code that the main thread is in
     left: bool  # on its own accord: no more signs of life are to be expected
@@ -111,6 +121,8 @@ class Watchdog:
         self.number = 0
         self.clock = 0.0  # the judge's
         self.contact = self.read = 0.0  # when on that clock the store answered last, and when all were read last
+        self.behind: list[int] = []  # the ranks that are furthest behind
+        self.since = 0.0  # when on the judge's clock it became these
         self.left = False
         self.reason: str | None = None  # why this rank ends by itself
         self.verdict: Verdict | None = None  # the judge's
@@ -143,6 +155,7 @@ class Watchdog:
             self.number,
             collectives_entered(),
             _main.beats,
+            _main.moves,
             _main.where,
             line_of(self.thread_id),
             self.left,
@@ -191,7 +204,7 @@ class Watchdog:
 
     def _notice(self, rank: int, pulse: Pulse) -> None:
         before = self.seen[rank]
-        if pulse.progress != before.pulse.progress:
+        if (pulse.progress, pulse.moves) != (before.pulse.progress, before.pulse.moves):
             self.seen[rank] = Seen(pulse, self.clock, self.clock)
         elif pulse.number != before.pulse.number:
             self.seen[rank] = Seen(pulse, self.clock, before.moved)
@@ -237,15 +250,18 @@ class Watchdog:
         least = min(seen.pulse.progress for seen in self.seen.values())
         behind = [rank for rank, seen in self.seen.items() if seen.pulse.progress == least]
         behind = [rank for rank in behind if not self.seen[rank].pulse.left] or behind
-        age = self.read - max(self.seen[rank].moved for rank in behind)
+        if behind != self.behind:  # who was ahead has waited till now: its own age says nothing
+            self.behind, self.since = behind, self.read
+        age = self.read - max(self.since, *(self.seen[rank].moved for rank in behind))
         if age < self.hang_s:
             return None
         pulse = self.seen[behind[0]].pulse
+        has, it, first = ("has", "it", "it") if len(behind) == 1 else ("have", "them", "the first")
         if pulse.left:
-            return self._verdict(behind, f"left {age:.0f} s ago, and the others wait for it")
-        others = "; the others wait for it" if len(behind) < self.me.world_size else ""
+            return self._verdict(behind, f"left {age:.0f} s ago, and the others wait for {it}")
+        others = f"; the others wait for {it}" if len(behind) < self.me.world_size else ""
         return self._verdict(
-            behind, f"has not moved since {pulse.where}, {age:.0f} s ago (it is in {pulse.line}){others}"
+            behind, f"{has} not moved since {pulse.where}, {age:.0f} s ago ({first} is in {pulse.line}){others}"
         )
 
     def _verdict(self, culprits: list[int], what: str, lost: Sequence[int] = ()) -> Verdict:
@@ -369,7 +385,7 @@ def watching(me: Ranks, hang_s: float) -> Iterator[None]:
     An exception that leaves the block on one rank only (anything but AgreedError) ends the others at once, who name it.
 
     Args:
-        hang_s: time without a ``beat`` or a collective, in seconds, after which the process ends with status 2.
+        hang_s: time without a ``beat``, a move or a collective, in seconds, after which the process ends with status 2.
     """
     watch = Watchdog(me, hang_s)
     try:

@@ -15,6 +15,7 @@ from dnt_scale.checkpoint.header import Part, read_header
 from dnt_scale.checkpoint.state import FileRecord, State, step_name
 from dnt_scale.checkpoint.storage import CheckpointError, File, Storage, fill
 from dnt_scale.ranks import AgreedError, Ranks, on_first, together
+from dnt_scale.watchdog import moving
 
 CHUNK = 1 << 25  # bytes read at a time
 
@@ -46,8 +47,8 @@ def read_tensors(path: Path | str, boxes: Sequence[Box], me: Ranks) -> None:
     Raises:
         CheckpointError: on every rank: a tensor is missing, has another shape or a hole, or a file is damaged.
     """
-    folder = Storage(path)
     try:
+        folder = together(me, lambda: Storage(path))
         files = on_first(me, lambda: tensor_files(folder))
         mine = together(
             me, lambda: [part for file in files[me.rank :: me.world_size] for part in read_header(folder, file)]
@@ -97,6 +98,7 @@ def fill_boxes(folder: Storage, stored: Parts, boxes: Sequence[Box]) -> None:
             for part, shared, box in items:
                 for region, values in read_region(file, folder, part, shared):
                     box.data.detach()[window(region, box.offset)].copy_(values)
+                    moving()
 
 
 def overlaps(
@@ -141,14 +143,15 @@ def check_files(path: Path | str, state: State, ranks: Ranks) -> None:
     Raises:
         CheckpointError: on every rank, naming the first file that is missing, truncated or changed.
     """
-    folder = Storage(path)
     mine = sorted(state.files)[ranks.rank :: ranks.world_size]
 
     def check() -> None:
+        folder = Storage(path)
         for name in sorted(set(tensor_files(folder)) - state.files.keys()) if ranks.first else []:
             raise CheckpointError(not_part(folder, name))
-        for problem in filter(None, (problem_of(folder, name, state.files[name]) for name in mine)):
-            raise CheckpointError(problem)
+        for name in mine:
+            if problem := problem_of(folder, name, state.files[name], lambda count: moving()):
+                raise CheckpointError(problem)
 
     try:
         together(ranks, check)

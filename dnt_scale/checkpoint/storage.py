@@ -133,6 +133,14 @@ class Storage:
             with _as_os_errors(self):
                 self._fs.makedirs(self._root, exist_ok=True)
 
+    def probe(self) -> None:
+        """Make the folder, and write and remove a file in it, to find whether that can be done."""
+        self.make()
+        with self.create(".probe") as file:
+            write_all(file, memoryview(b"may be removed"))
+            finish(file)
+        self.remove(".probe")
+
     def remove(self, name: str) -> None:
         """Remove a file if it is there."""
         if self._fs is None:
@@ -142,7 +150,7 @@ class Storage:
                 self._fs.rm_file(self._inside(name))
 
     def remove_all(self) -> None:
-        """Remove the folder and what is in it; ``state.json`` first, so that what is left is no checkpoint."""
+        """Remove the folder and what is in it; at a URL ``state.json`` first, so that what is left is no checkpoint."""
         if self._fs is None:
             shutil.rmtree(self._root, ignore_errors=True)
             return

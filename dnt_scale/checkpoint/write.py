@@ -32,8 +32,10 @@ from dnt_scale.checkpoint.read import complete
 from dnt_scale.checkpoint.state import FileRecord, State, step_name
 from dnt_scale.checkpoint.storage import CheckpointError, Storage, fill, finish, forget, fsync_folder, write_all
 from dnt_scale.ranks import AgreedError, Ranks, on_first
+from dnt_scale.watchdog import moving
 
 CHUNK = 1 << 23  # bytes written, hashed or compared at a time
+LOOK_S = 0.1  # between two looks at a writer that is waited for
 NICENESS = 15  # of the writer: where all cores train, it gets some 3 % of one
 
 
@@ -80,7 +82,7 @@ class Saver:
         self._writer: threading.Thread | None = None
         self._cleaner: threading.Thread | None = None
         self._outcome: dict[str, FileRecord] | str = {}
-        self._hurry = threading.Event()  # leave out reading back
+        self._done = 0  # bytes written and read back
         self._stop = threading.Event()
 
     @property
@@ -107,29 +109,26 @@ class Saver:
             self._state = None
             raise CheckpointError(str(error)) from None
         self._files = self.stage(boxes)
-        self._hurry.clear()
         self._writer = threading.Thread(target=self._work, name="checkpoint", daemon=True)
         self._writer.start()
         if not self.background:
-            self._writer.join()
-            self.settle()
+            self.settle(wait=True)
 
     def settle(self, *, wait: bool = False) -> Path | str | None:
         """Agree that all ranks have written, and put the checkpoint in place; its path, or None without one. A
         collective, to be called when no rank is busy.
 
         Args:
-            wait: until the threads have written, which then leave out reading back.
+            wait: until the threads have written and read back.
 
         Raises:
-            CheckpointError: on every rank, when any could not write; nothing partial is left.
+            CheckpointError: on every rank, when any could not write, and nothing partial is left; or the checkpoint
+                is in place, and an older one could not be removed.
         """
         if self._state is None:
             return None
-        if wait:
-            self._hurry.set()
-        assert self._writer is not None and (wait or not self.busy)
-        self._writer.join()
+        assert wait or not self.busy
+        self._wait()
         outcomes: list[dict[str, FileRecord] | str] = [{} for _ in range(self.me.world_size)]
         dist.all_gather_object(outcomes, self._outcome)
         state, self._state = self._state, None
@@ -145,7 +144,21 @@ class Saver:
             with contextlib.suppress(AgreedError):
                 on_first(self.me, self._partial(state).remove_all)
             raise CheckpointError(str(error)) from None
+        try:
+            on_first(self.me, lambda: self._retire(state.step))
+        except AgreedError as error:
+            raise CheckpointError(str(error)) from None
         return (self.folder / step_name(state.step)).path
+
+    def _wait(self) -> None:
+        """For the thread; as long as it gets on, so does the main thread in the watchdog's eyes."""
+        assert self._writer is not None
+        before = self._done
+        while self._writer.is_alive():
+            self._writer.join(LOOK_S)
+            if self._done != before:
+                before = self._done
+                moving()
 
     def close(self) -> None:
         """Stop the thread and remove what this rank wrote of an unsettled save. No collective: errors end here too."""
@@ -241,14 +254,13 @@ class Saver:
             if self._stop.is_set():
                 raise _Stopped
             yield chunk
+            self._done += len(chunk)
 
     def _read_back(self, partial: Storage, file: _File) -> None:
         found = np.empty(CHUNK, dtype=np.uint8)
         with partial.open(file.name) as stream:
             forget(stream)
             for expected in self._unstopped(file.chunks()):
-                if self._hurry.is_set():
-                    return
                 part = found[: len(expected)]
                 # numpy compares without the interpreter's lock
                 if not fill(stream, part.data) or not np.array_equal(part, np.frombuffer(expected, np.uint8)):
@@ -259,17 +271,26 @@ class Saver:
         partial = self._partial(state)
         try:
             publish(partial, self.folder / step_name(state.step), state)
-            steps = [step for step in complete(self.folder) if step <= state.step]
-            doomed = [step for step in steps[: -self.keep] if not self.keep_every or step % self.keep_every]
-            self._retire([self.folder / step_name(step) for step in doomed])
         except OSError as error:
             raise CheckpointError(_explain(error, partial)) from None
 
-    def _retire(self, doomed: list[Storage]) -> None:
-        """Take checkpoints away; their bytes go in a thread, for that takes a file system a while."""
-        for old in doomed:
-            if old.local:
-                old.local.rename(old.local.with_name(f".old-{old.local.name}"))
+    def _retire(self, newest: int) -> None:
+        """Take old checkpoints away; their bytes go in a thread, for that takes a file system a while."""
+        try:
+            steps = [step for step in complete(self.folder) if step <= newest]
+            doomed = [
+                self.folder / step_name(step)
+                for step in steps[: -self.keep]
+                if not self.keep_every or step % self.keep_every
+            ]
+            for old in doomed:
+                if old.local:
+                    old.local.rename(old.local.with_name(f".old-{old.local.name}"))
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.folder / step_name(newest)}: is in place, but older checkpoints could not be removed: {error}; "
+                "mend that, or set checkpoint.keep higher, and run the same command again"
+            ) from None
         if self.folder.local:
             doomed = [Storage(path) for path in self.folder.local.glob(".old-step-*")]
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from dnt_scale.config import DeepSpeedEngineConfig, RunConfig
+from dnt_scale.config import ConfigError, DeepSpeedEngineConfig, RunConfig
 from dnt_scale.engine.base import Engine
 from dnt_scale.model import DNT
 from dnt_scale.ranks import AgreedError, Ranks
@@ -26,5 +26,5 @@ def build(config: RunConfig, model_fn: Callable[[], DNT], ranks: Ranks, total_st
         from dnt_scale.engine import fsdp
 
         return fsdp.build(config, model_fn, ranks, total_steps)
-    except ValueError as error:  # of a configuration that all ranks share
+    except ConfigError as error:  # all ranks have the same configuration
         raise AgreedError(str(error)) from None

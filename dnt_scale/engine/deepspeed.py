@@ -10,16 +10,16 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 
 from dnt_scale.checkpoint.boxes import Box, flat_boxes
-from dnt_scale.config import ConfigError, DeepSpeedEngineConfig, MSGDWConfig, RunConfig
+from dnt_scale.config import DeepSpeedEngineConfig, RunConfig
 from dnt_scale.engine.base import Judge, StepStats
 from dnt_scale.engine.deepspeed_json import JSON, deepspeed_json
 from dnt_scale.engine.parallelize import prepare_blocks
-from dnt_scale.engine.zero import Part, Partitions, join, partitions
+from dnt_scale.engine.sums import over_ranks, squared_norms
+from dnt_scale.engine.zero import Part, Partitions, forget, join, partitions
 from dnt_scale.model import DNT, IGNORED, initial_tensor
 from dnt_scale.optim import MSGDW, Schedule, Segment, allocate, build_optimizer, set_updates
 from dnt_scale.ranks import Ranks
@@ -29,19 +29,14 @@ def build(config: RunConfig, model_fn: Callable[[], DNT], ranks: Ranks, total_st
     """Shard ``model_fn()`` as ``engine.name`` says, fill it, and allocate its optimizer; see ``engine.build``.
 
     Raises:
-        ConfigError: a key of ``engine.deepspeed`` that cannot act (see ``deepspeed_json``), or no gradient buffer.
-        ValueError: as ``engine.build``; or this release of DeepSpeed lacks what we rely on.
+        ConfigError: an optimizer group or a schedule that does not fit the model or the run, a value that DeepSpeed
+            does not take, or a release of DeepSpeed that lacks what we rely on.
     """
     assert isinstance(config.engine, DeepSpeedEngineConfig)
-    if isinstance(config.optim, MSGDWConfig) and not config.optim.gradient_buffer:
-        raise ConfigError(
-            f"optim.gradient_buffer: is false, but engine={config.engine.name} sums gradients in buffers of its own; "
-            "use engine=fsdp, ddp or hsdp, or optim.gradient_buffer=true"
-        )
     schedule = Schedule(config.optim.schedule, total_steps)
     with torch.device("meta"):
         blank = model_fn()
-    optimizer = build_optimizer(blank.named_parameters(), config.optim, config.run.seed, allocate=False)
+    optimizer = build_optimizer(blank.named_parameters(), config.optim, config.run.seed)
     join(ranks)
     import deepspeed
 
@@ -136,8 +131,8 @@ class DeepSpeedEngine:
 
     def train_step(self, batch: Tensor, judge: Judge) -> StepStats:
         micro_batches = batch.split(self.micro_batch)
-        tokens = self._sum_over_ranks((batch[:, 1:] != IGNORED).sum())
-        loss_sum = torch.zeros((), device=self.ranks.device)
+        tokens = float(over_ranks((batch[:, 1:] != IGNORED).sum(), self.ranks.device))
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
         self.engine.train()
         for index, micro in enumerate(micro_batches):
             self.engine.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
@@ -145,9 +140,11 @@ class DeepSpeedEngine:
             # DeepSpeed averages gradients over ranks, the loss is a sum over them
             self.engine.backward(loss * (self.ranks.world_size / tokens), scale_wrt_gas=False)
             loss_sum += loss.detach()
-        mean_loss = self._sum_over_ranks(loss_sum) / tokens
         gradients = self.zero.gradients()
-        grad_norm = self._norm(gradients)
+        # also of a gradient that all ranks have: their sums may differ in the last bit, and all must decide alike
+        squares = squared_norms(gradients).sum() / (self.ranks.world_size if self.zero.replicated else 1)
+        totals = over_ranks(torch.stack([loss_sum, squares.to(self.ranks.device)]), self.ranks.device).tolist()
+        mean_loss, grad_norm = totals[0] / tokens, math.sqrt(totals[1])
 
         lr_factor = self.schedule.factor(self.step)
         factor = judge(mean_loss, grad_norm)
@@ -170,12 +167,12 @@ class DeepSpeedEngine:
     @torch.no_grad()
     def eval_loss(self, batches: Iterable[Tensor]) -> float:
         self.engine.eval()
-        totals = torch.zeros(2, dtype=torch.float64)
+        totals = torch.zeros(2, dtype=torch.float64, device=self.ranks.device)
         for batch in batches:
-            totals[0] += self._loss_sum(batch).item()
-            totals[1] += int((batch[:, 1:] != IGNORED).sum())
-        dist.all_reduce(totals)
-        return float(totals[0] / totals[1])
+            totals[0] += self._loss_sum(batch)
+            totals[1] += (batch[:, 1:] != IGNORED).sum().to(self.ranks.device)
+        loss_sum, tokens = over_ranks(totals, self.ranks.device).tolist()
+        return float(loss_sum / tokens)
 
     def boxes(self) -> list[Box]:
         replica, replicas = (self.ranks.rank, self.ranks.world_size) if self.zero.replicated else (0, 1)
@@ -197,7 +194,7 @@ class DeepSpeedEngine:
         self.zero.refresh()
 
     def close(self) -> None:
-        self.engine.destroy()
+        forget(self.engine)
         self.optimizer.state.clear()
         del self.engine, self.optimizer, self.zero, self.parts
         gc.collect()  # DeepSpeed's objects refer to each other
@@ -206,12 +203,3 @@ class DeepSpeedEngine:
         micro = micro.to(self.ranks.device, non_blocking=True)
         loss: Tensor = self.engine(micro[:, :-1].clamp(min=0), micro[:, 1:])
         return loss
-
-    def _norm(self, gradients: list[Tensor]) -> float:
-        squares = torch.stack(torch._foreach_norm(gradients)).square().sum()
-        return math.sqrt(float(squares) if self.zero.replicated else self._sum_over_ranks(squares))
-
-    def _sum_over_ranks(self, value: Tensor) -> float:
-        total = value.to(self.ranks.device, torch.float64)
-        dist.all_reduce(total)
-        return float(total)

@@ -11,7 +11,7 @@ from dnt_scale.config import ConfigError, DeepSpeedEngineConfig, RunConfig
 JSON = dict[str, Any]
 PATH = "engine.deepspeed"
 
-# what our own fields decide, and which
+# what our own fields decide, and which; what torch decides
 OWNED = {
     "train_batch_size": "use train.global_batch",
     "train_micro_batch_size_per_gpu": "use train.micro_batch",
@@ -34,6 +34,7 @@ OWNED = {
     "wandb": "use tracking",
     "comet": "use tracking",
     "csv_monitor": "use tracking",
+    "zero_optimization.allgather_bucket_size": "DeepSpeed gathers the weights of a parameter group at once",
     "zero_optimization.stage": "use engine=zero0, zero1, zero2 or zero3",
     "zero_optimization.compute_grad_norm": "the gradient norm is always measured",
     "zero_optimization.cpu_offload": "use engine.offload_optimizer",
@@ -45,7 +46,6 @@ TOP_LEVEL = {"log_level", "wall_clock_breakdown", "zero_optimization"}
 LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
 # what acts, and in which stages
 ZERO = {
-    "allgather_bucket_size": (1, 2),
     "contiguous_gradients": (1, 2, 3),
     "enable_sanity_checks": (3,),
     "offload_optimizer": (1, 2, 3),
@@ -76,18 +76,16 @@ def deepspeed_json(run: RunConfig, world_size: int, *, pin_memory: bool) -> JSON
         pin_memory: page-lock what is offloaded to the host, for faster copies from and to a GPU.
 
     Raises:
-        ConfigError: a key of ``engine.deepspeed`` that DeepSpeed does not have, that has no effect in this stage, or
-            that a field of ours decides; or a value that DeepSpeed does not take.
+        ConfigError: a value in ``engine.deepspeed`` that DeepSpeed does not take.
     """
     assert isinstance(run.engine, DeepSpeedEngineConfig)
-    check(run)
     stage, bf16 = run.engine.stage, run.train.dtype == "bf16"
     rows = run.train.global_batch // world_size
     micro_batch = min(run.train.micro_batch, rows)
     zero: JSON = {"stage": stage}
     if stage:
         # DeepSpeed's 5e8 would take 2 GB a rank, however small the model
-        zero |= {"reduce_bucket_size": 20_000_000, "allgather_bucket_size": 20_000_000}
+        zero["reduce_bucket_size"] = 20_000_000
     if stage == 3:
         # the memory-efficient one replaces torch.nn.functional.linear for the whole process, for good
         zero |= {"memory_efficient_linear": False}
@@ -124,7 +122,12 @@ def merge(base: JSON, over: JSON) -> JSON:
 
 
 def check(run: RunConfig) -> None:
-    """Raise ConfigError for the first key of ``engine.deepspeed`` that cannot act; see ``deepspeed_json``."""
+    """What can be judged without DeepSpeed, whose import takes seconds; part of a RunConfig's validation.
+
+    Raises:
+        ConfigError: for the first key of ``engine.deepspeed`` that DeepSpeed does not have, that has no effect in this
+            stage, or that a field of ours decides.
+    """
     assert isinstance(run.engine, DeepSpeedEngineConfig)
     stage, raw = run.engine.stage, run.engine.deepspeed
     _check_keys(raw, TOP_LEVEL, "")
@@ -138,12 +141,7 @@ def check(run: RunConfig) -> None:
         if stage not in ZERO[key]:
             stages = " and ".join(f"zero{number}" for number in ZERO[key])
             raise _error(f"zero_optimization.{key}", value, f"nothing: it acts in {stages} only; remove it")
-        if (
-            stage == 1
-            and run.train.dtype == "bf16"
-            and not run.engine.offload_optimizer
-            and key != "allgather_bucket_size"
-        ):
+        if stage == 1 and run.train.dtype == "bf16" and not run.engine.offload_optimizer:
             message = (
                 "nothing: zero1 in bf16 without offload has its own way of reducing; remove it or use engine=zero2"
             )

@@ -1,5 +1,6 @@
 """FSDP2: weights, gradients and optimizer state sharded over the ranks, block by block; ddp and hsdp keep copies."""
 
+import gc
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,8 +18,9 @@ from dnt_scale.checkpoint.boxes import Box
 from dnt_scale.config import MSGDWConfig, RunConfig, TorchEngineConfig
 from dnt_scale.engine.base import Judge, StepStats
 from dnt_scale.engine.parallelize import parallelize
+from dnt_scale.engine.sums import over_ranks, squared_norms
 from dnt_scale.model import DNT, IGNORED, initial_tensor
-from dnt_scale.optim import MSGDW, Schedule, build_optimizer, local, set_updates
+from dnt_scale.optim import MSGDW, Schedule, allocate, build_optimizer, local, set_updates
 from dnt_scale.ranks import Ranks
 
 
@@ -53,6 +55,7 @@ def build(config: RunConfig, model_fn: Callable[[], DNT], ranks: Ranks, total_st
     parts = [_part(name, parameter) for name, parameter in model.named_parameters()]
     fill(parts, model, config.run.seed)
     optimizer = build_optimizer([(part.name, part.rows) for part in parts], config.optim, config.run.seed)
+    allocate(optimizer)
     return FSDPEngine(model, parts, optimizer, schedule, config, ranks)
 
 
@@ -144,8 +147,8 @@ class FSDPEngine:
         for module in self.model.modules():  # without a backward FSDP2 leaves weights gathered
             if isinstance(module, FSDPModule):
                 module.reshard()
-        dist.all_reduce(totals)
-        return float(totals[0] / totals[1])
+        loss_sum, tokens = over_ranks(totals, self.ranks.device).tolist()
+        return float(loss_sum / tokens)
 
     def boxes(self) -> list[Box]:
         replica = self.mesh.get_local_rank(0) if self.mesh.ndim == 2 else 0
@@ -172,14 +175,15 @@ class FSDPEngine:
 
     def close(self) -> None:
         self.optimizer.state.clear()
+        del self.model, self.optimizer, self.parts, self.unbuffered
+        gc.collect()  # parameters and FSDP2's hooks on them refer to each other
 
     def _backward(self, batch: Tensor) -> tuple[float, float]:
         """The mean loss and the gradient's norm, of all ranks; the host waits for the device once, at the end."""
         assert isinstance(self.model, FSDPModule)
         device = self.ranks.device
         micro_batches = batch.split(self.micro_batch)
-        tokens = (batch[:, 1:] != IGNORED).sum().to(device, torch.float64)
-        dist.all_reduce(tokens)
+        tokens = over_ranks((batch[:, 1:] != IGNORED).sum(), device)
         # FSDP2 averages gradients over ranks, the loss is a sum over them
         scale = (self.ranks.world_size / tokens).float()
         loss_sum = torch.zeros((), dtype=torch.float64, device=device)
@@ -188,15 +192,14 @@ class FSDPEngine:
             self.model.set_requires_all_reduce(self.unbuffered is not None or index == len(micro_batches) - 1)
             if self.unbuffered:
                 self.unbuffered.begin(index, len(micro_batches), squares[index])
-            loss = self._loss_sum(micro)
-            (loss * scale).backward()
-            loss_sum += loss.detach()
+            micro_loss = self._loss_sum(micro)
+            (micro_loss * scale).backward()
+            loss_sum += micro_loss.detach()
         if not self.unbuffered:
-            squares += torch.stack(torch._foreach_norm(self._grads())).to(device, torch.float64).square().sum()
-        totals = torch.cat([(loss_sum / tokens)[None], squares / self.replicas])
-        dist.all_reduce(totals)
-        loss_mean, *squared_norms = totals.tolist()
-        return loss_mean, math.fsum(math.sqrt(square) for square in squared_norms)
+            squares += squared_norms(self._grads()).sum().to(device)
+        totals = over_ranks(torch.cat([(loss_sum / tokens)[None], squares / self.replicas]), device)
+        loss, *whole_squares = totals.tolist()
+        return loss, math.fsum(math.sqrt(square) for square in whole_squares)
 
     @torch.no_grad()
     def _update(self, factor: float) -> None:
@@ -239,6 +242,9 @@ class Unbuffered:
         self.device = device
         self.previous_norm = 0.0  # of the last step that was not skipped; 0: none yet
         self.measure_only = False
+        self.first = True  # micro-batch of the step
+        self.share = 1.0  # of a micro-batch in the step
+        self.squares = torch.zeros((), dtype=torch.float64, device=device)
 
     @property
     def must_measure(self) -> bool:
@@ -248,8 +254,10 @@ class Unbuffered:
     def measuring(self) -> Iterator[None]:
         """Gradients are only measured, and freed."""
         self.measure_only = True
-        yield
-        self.measure_only = False
+        try:
+            yield
+        finally:
+            self.measure_only = False
 
     def begin(self, micro_batch: int, micro_batches: int, squares: Tensor) -> None:
         """``squares``: float64 scalar on the device, to which the gradient's squares on this rank are added."""
@@ -263,29 +271,29 @@ class Unbuffered:
         if any(part.parameter.grad is None for part in members):
             return
         grads = [part.grad for part in members]
-        norms = torch.stack(torch._foreach_norm(grads)).double()
-        self.squares += norms.square().sum().to(self.device)
+        squares = squared_norms(grads)
+        self.squares += squares.sum().to(self.device)
         if not self.measure_only:
-            scales = self._scales(norms)
-            for part, grad, norm, scale in zip(members, grads, norms, scales, strict=True):
+            scales = self._scales(squares)
+            for part, grad, square, scale in zip(members, grads, squares, scales, strict=True):
                 if grad.numel():
-                    grad.masked_fill_(~norm.isfinite(), 0.0)
+                    grad.masked_fill_(~square.isfinite(), 0.0)
                     self.optimizer.add_gradient(part.rows, grad, scale=scale, first=self.first)
         for part, grad in zip(members, grads, strict=True):
             part.parameter.grad = None
             _free(grad)
 
-    def _scales(self, norms: Tensor) -> Sequence[float | Tensor]:
-        """What each gradient is multiplied by, from the norms of this rank's rows, float64 of shape (members,)."""
+    def _scales(self, squares: Tensor) -> Sequence[float | Tensor]:
+        """What each gradient is multiplied by, from the squared norms of this rank's rows, float64 (members,)."""
         if self.clip == "tensor":
-            squares = norms.square().to(self.device)
-            dist.all_reduce(squares, group=self.shards)
-            scales = (self.clip_norm * self.share / squares.sqrt()).clamp(max=1.0)
-            return scales.nan_to_num(nan=0.0).to(norms.device, torch.float32).unbind()
+            whole = squares.to(self.device, copy=True)
+            dist.all_reduce(whole, group=self.shards)
+            scales = (self.clip_norm * self.share / whole.sqrt()).clamp(max=1.0)
+            return scales.nan_to_num(nan=0.0).to(squares.device, torch.float32).unbind()
         if self.clip is None:
-            return [1.0] * len(norms)
+            return [1.0] * len(squares)
         # no norm yet, measured as we are: it was not finite, nor will this gradient be
-        return [min(1.0, self.clip_norm / self.previous_norm) if self.previous_norm else 0.0] * len(norms)
+        return [min(1.0, self.clip_norm / self.previous_norm) if self.previous_norm else 0.0] * len(squares)
 
 
 def _free(grad: Tensor) -> None:

@@ -4,6 +4,7 @@
 checkpointing and compilation then see the split blocks, and with mesh dimensions of their own.
 """
 
+import logging
 import socket
 from functools import partial
 
@@ -13,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from dnt_scale.config import RunConfig, TorchEngineConfig
+from dnt_scale.config import MSGDWConfig, RunConfig, TorchEngineConfig
 from dnt_scale.model import DNT
 from dnt_scale.ranks import AgreedError, Ranks
 
@@ -57,6 +58,7 @@ def prepare_blocks(model: DNT, config: RunConfig) -> None:
         # nothing in a block draws random numbers, so no generator's state need be kept
         recomputed = partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
         if chosen == "selective":
+            logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)  # warns of in-place operations
             forward = partial(recomputed, context_fn=partial(create_selective_checkpoint_contexts, KEPT_OPS))
         elif chosen == "full" or (isinstance(chosen, int) and index % chosen == 0):
             forward = recomputed
@@ -98,7 +100,9 @@ def shard(model: DNT, mesh: DeviceMesh, config: RunConfig) -> None:
     assert isinstance(config.engine, TorchEngineConfig)
     dtype = torch.bfloat16 if config.train.dtype == "bf16" else torch.float32
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    pinned = mesh.device_type == "cuda"  # only there does it speed copies up
+    buffered = not isinstance(config.optim, MSGDWConfig) or config.optim.gradient_buffer
+    # copies of pinned memory are faster on CUDA, and not waited for: torch 2.11's hooks would see them half made
+    pinned = mesh.device_type == "cuda" and buffered
     offload = CPUOffloadPolicy(pin_memory=pinned) if config.engine.cpu_offload else OffloadPolicy()
     reshard = config.engine.reshard_after_forward
     for block in model.blocks:

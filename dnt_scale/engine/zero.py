@@ -23,6 +23,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from dnt_scale.config import ConfigError
 from dnt_scale.ranks import Ranks
 
 
@@ -85,7 +86,7 @@ def join(ranks: Ranks) -> None:
     """Set DeepSpeed up, quietly, on this rank's device and in our process group."""
     if ranks.device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
-    os.environ["LOCAL_RANK"] = str(ranks.device.index or 0)  # where DeepSpeed reads the device's number, now and later
+    os.environ["LOCAL_RANK"] = str(ranks.device.index or 0)  # here DeepSpeed reads the device's number; ZeRO 3 in steps
     from deepspeed import comm
     from deepspeed.runtime import bf16_optimizer
 
@@ -94,6 +95,14 @@ def join(ranks: Ranks) -> None:
     bf16_optimizer.see_memory_usage = lambda *_, **__: None  # prints, collects garbage and resets CUDA's peaks
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     comm.init_distributed(auto_mpi_discovery=False, dist_init_required=False)
+
+
+def forget(engine: Any) -> None:
+    """Let the garbage collector have ``engine``, whose model stays in a global list of ZeRO 3."""
+    from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+
+    FWD_MODULE_STACK[:] = [module for module in FWD_MODULE_STACK if module is not engine.module]
+    engine.destroy()
 
 
 class _Whole:
@@ -132,7 +141,7 @@ class _Sharded:
         if missing:
             import deepspeed
 
-            raise ValueError(
+            raise ConfigError(
                 f"deepspeed {deepspeed.__version__}: its {type(self.optimizer).__name__} has no {', '.join(missing)}, "
                 "which dnt-scale relies on; pip install 'deepspeed>=0.19.8,<0.20'"
             )

@@ -128,6 +128,11 @@ def test_interpolation_and_numbers() -> None:
     assert config.optim.lr == 0.001
 
 
+@pytest.mark.parametrize("spike", ["off", "rollback"])
+def test_without_a_gradient_buffer_a_spike_can_be_undone(spike: str) -> None:
+    assert run("optim.gradient_buffer=false", "optim.clip=tensor", f"health.spike={spike}").health.spike == spike
+
+
 def test_nothing_changes_after_validation() -> None:
     config = run()
     with pytest.raises(ValueError, match="frozen"):
@@ -187,8 +192,26 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
     ),
     "a spike clipped without a gradient": (
         ["optim.gradient_buffer=false", "optim.clip=tensor", "health.spike=clip"],
-        ["health.spike is clip", "use skip or rollback"],
+        ["health.spike is clip", "the momentum has taken the gradient", "use rollback"],
     ),
+    "a spike skipped without a gradient": (
+        ["optim.gradient_buffer=false", "optim.clip=tensor", "health.spike=skip"],
+        ["health.spike is skip", "the momentum has taken the gradient", "use rollback"],
+    ),
+    "zero without a gradient buffer": (
+        ["engine=zero2", "optim.gradient_buffer=false", "optim.clip=tensor"],
+        ["optim.gradient_buffer is false, but engine=zero2", "use engine=fsdp"],
+    ),
+    "a key that DeepSpeed does not have": (
+        ["engine=zero2", "engine.deepspeed={zero_optimization: {reduce_bucket_sise: 5}}"],
+        ["engine.deepspeed.zero_optimization.reduce_bucket_sise: found 5", "did you mean reduce_bucket_size?"],
+    ),
+    "checkpoints nowhere": (["checkpoint.dir=''"], ["checkpoint.dir", "at least 1 character"]),
+    "a weight in a set named as an engine": (
+        ["data.path=null", "data.mixture.fsdp={path: x, weight: -1}"],
+        ["data.mixture.fsdp.weight: "],
+    ),
+    "a group named as an engine": (["optim.groups.ddp={pattern: 3, lr: -1}"], ["optim.groups.ddp.pattern: "]),
     "copies of fsdp": (["engine=fsdp", "engine.replicas=2"], ["engine: replicas is 2", "engine=hsdp"]),
     "a key of the other engine": (["engine=zero2", "engine.prefetch=2"], ["engine.prefetch", "other choices"]),
     "an optimizer that is whole offloaded": (

@@ -1,5 +1,6 @@
 """Whatever befalls one rank of a run, all end soon with a message that names it, and the next start goes on bitwise."""
 
+import json
 import os
 import resource
 import shutil
@@ -192,3 +193,96 @@ def test_a_disk_that_is_full_for_one_rank(corpus, whole, tmp_path):
     train(overrides, ranks).ok()
     assert metrics(tmp_path / "run") == metrics(undisturbed)
     assert same_tensors(tmp_path / "run" / LAST, undisturbed / LAST)
+
+
+def train_without_a_file_system(overrides: list[str], rank: int) -> None:
+    """`dnt_scale.train` on ranks of which one cannot open a URL."""
+    import fsspec.core
+
+    from dnt_scale import train as loop
+
+    def missing(url: str) -> None:
+        raise ImportError
+
+    if int(os.environ["RANK"]) == rank:
+        fsspec.core.url_to_fs = missing
+    sys.exit(loop.main(overrides))
+
+
+def test_a_node_that_cannot_open_the_url(corpus, tmp_path):
+    overrides = tiny(corpus, tmp_path / "run", f"checkpoint.dir=file://{tmp_path}/there")
+    error = call(train_without_a_file_system, overrides, 1, ranks=2).error()
+    assert f"rank 1: file://{tmp_path}/there: file:// needs a package that is not here; pip install" in error
+
+
+def test_a_rank_whose_configuration_is_none_says_so(tmp_path):
+    wrong = tiny(tmp_path, tmp_path / "run", "optim.lrr=1")
+    finished = train(wrong, ranks=2)
+    assert "error: configuration: optim.lrr: no such field" in finished.error()
+    assert "rank 1: error: configuration: optim.lrr: no such field; did you mean optim.lr?" in finished.err
+    alone = train(wrong, env={"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"})
+    assert alone.code == 2 and alone.err.startswith("rank 1: error: configuration: optim.lrr: no such field")
+
+
+def train_with_a_spike(overrides: list[str], step: int, killed_at: int | None = None) -> None:
+    """`dnt_scale.train` whose loss is a thousandfold on rank 1 at ``step``; all ranks die at the step ``killed_at``."""
+    from dnt_scale import train as loop
+    from dnt_scale.model import DNT
+
+    beat, now = loop.beat, [""]
+
+    def marked(where: str) -> None:
+        now[0] = where
+        if where == f"step {killed_at}":
+            os.kill(os.getpid(), signal.SIGKILL)
+        beat(where)
+
+    class Spiked(DNT):
+        def forward(self, tokens_BT, targets_BT=None):
+            loss = super().forward(tokens_BT, targets_BT)
+            return loss * 1000 if now[0] == f"step {step}" and os.environ["RANK"] == "1" else loss
+
+    loop.DNT, loop.beat = Spiked, marked
+    sys.exit(loop.main(overrides))
+
+
+SPIKE = ["health.spike_window=8", "health.spike_sigmas=20", "eval.every=0", "train.steps=16", "checkpoint.keep=99"]
+
+
+@pytest.mark.parametrize(
+    ("spike", "every", "same_as", "updates"), [("skip", 1, 11, 11), ("clip", 1, None, 12), ("rollback", 4, 8, 8)]
+)
+def test_a_spike(corpus, tmp_path, spike, every, same_as, updates):
+    """At step 12; what it leaves is the weights of another step, or a step of the usual length."""
+    run_dir = tmp_path / "run"
+    overrides = tiny(corpus, run_dir, *SPIKE, f"health.spike={spike}", f"checkpoint.every={every}")
+    finished = call(train_with_a_spike, overrides, 12, ranks=2).ok()
+    (said,) = [line for line in finished.err.splitlines() if " spike (" in line]
+    assert said.startswith("step 12: a loss and gradient spike (loss ")
+    lines = metrics(run_dir)
+    assert [line["step"] for line in lines if line["skipped"]] == ([] if spike == "clip" else [12])
+    for action in ("clip", "rollback"):
+        assert [line["step"] for line in lines if line[f"health/{action}"]] == ([12] if spike == action else [])
+    (bad,) = map(json.loads, (run_dir / "logs" / "bad_steps.jsonl").read_text().splitlines())
+    assert (bad["step"], bad["action"], bad["positions"]) == (12, spike, [88, 96])
+    place = run_dir / "checkpoints"
+    assert json.loads((place / "step-00000012/state.json").read_text())["engine"]["updates"] == updates
+    if same_as:
+        assert same_tensors(place / "step-00000012", place / f"step-{same_as:08d}")
+    else:
+        assert not same_tensors(place / "step-00000012", place / "step-00000011")
+        assert lines[-1]["train/loss"] < lines[10]["train/loss"] + 0.3
+
+
+def test_a_rollback_of_a_run_that_was_killed(corpus, tmp_path):
+    """Killed between the checkpoint and the spike, the run goes back to the same weights as one left alone."""
+    fields = [*SPIKE, "health.spike=rollback", "checkpoint.every=4", "checkpoint.background=false"]
+    whole, again = (tiny(corpus, tmp_path / name, *fields) for name in ("whole", "again"))
+    call(train_with_a_spike, whole, 12, ranks=2).ok()
+    assert -signal.SIGKILL in call(train_with_a_spike, again, 12, 11, ranks=2).codes
+    assert complete_checkpoints(tmp_path / "again")[-1] == "step-00000008"
+    call(train_with_a_spike, again, 12, ranks=2).ok()
+    assert metrics(tmp_path / "again") == metrics(tmp_path / "whole")
+    for step in (8, 12, 16):
+        name = f"checkpoints/step-{step:08d}"
+        assert same_tensors(tmp_path / "again" / name, tmp_path / "whole" / name)

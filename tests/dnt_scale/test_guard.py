@@ -1,6 +1,7 @@
 import json
 import math
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ from dnt_scale.config import DataConfig, HealthSection
 from dnt_scale.guard import Guard, HopelessRun, Snapshot, limit, rows_behind
 from dnt_scale.sources import load_sources
 from dnt_scale.stream import Stream
+from tests.helpers import engines
+from tests.helpers.run import call
 
 VALUES = st.floats(0, float(np.finfo(np.float32).max), width=32)
 ANY = st.one_of(VALUES, st.sampled_from([math.nan, math.inf]))
@@ -187,7 +190,7 @@ def test_a_snapshot_is_taken_at_the_start_and_at_checkpoints_and_for_rollback_on
     assert one.snapshot.scalars["updates"] == 1
     other = guard("skip")
     other.keep(0, engine, at_checkpoint=True)
-    assert not other.snapshot.taken
+    assert other.snapshot.copies is None
 
 
 def test_a_snapshot_is_a_copy():
@@ -210,6 +213,33 @@ def test_too_many_lost_steps_in_a_row_end_the_run():
         HopelessRun, match=r"step 7: 3 steps in a row had a non-finite loss or gradient \(loss nan, grad"
     ):
         one.after(7, Line(), nothing, None)
+
+
+def test_what_was_bad_and_what_was_done_is_a_sentence():
+    said = {}
+    for spike in ("off", "skip", "clip", "rollback"):
+        engine, one = Line(), guard(spike, window=8, max_skipped=2)
+        for step, (loss, norm) in enumerate(noisy(8), 1):
+            one.judge(loss, norm)
+            engine.train()
+            one.keep(step, engine)
+            assert one.told() is None
+        one.judge(100.0, 0.5)
+        spiked = one.told()
+        one.judge(100.0, math.inf)
+        said[spike] = spiked, one.told()
+        if spike in ("skip", "rollback"):
+            left = "the weights are unchanged" if spike == "skip" else "back to the weights of step 1"
+            with pytest.raises(HopelessRun, match=rf"^step 9: 2 steps in a row .*; {left}: lower optim.lr"):
+                one.after(9, engine, nothing, None)
+    broken = "a loss or gradient that is not finite (loss 100, gradient norm inf): left out, "
+    spike = "a loss spike (loss 100, gradient norm 0.5): "
+    assert said == {
+        "off": (None, f"{broken}the weights are unchanged"),
+        "skip": (f"{spike}left out, the weights are unchanged", f"{broken}the weights are unchanged"),
+        "clip": (f"{spike}gradient multiplied by 1", f"{broken}the weights are unchanged"),
+        "rollback": (f"{spike}left out, back to the weights of step 1", f"{broken}back to the weights of step 1"),
+    }
 
 
 def test_a_bad_step_is_written_down_with_its_rows(corpus, tmp_path):
@@ -237,3 +267,66 @@ def test_a_bad_step_is_written_down_with_its_rows(corpus, tmp_path):
         block = read_block(corpus, manifest, "train", members.index((place["shard"], place["member"])))
         named += block[place["rows"]].tolist()
     assert sorted(named) == sorted(trained.tolist())
+
+
+ROLLED = {
+    **{
+        label: [label, "train.dtype=bf16"]
+        for label in ("fsdp", "hsdp", "zero0", "zero1", "zero2", "zero3", "zero3+offload")
+    },
+    "no gradient buffer": [
+        "fsdp",
+        "optim.gradient_buffer=false",
+        "optim.clip=previous",
+        "optim.momentum_dtype=bf16",
+    ],
+    "adamw": ["fsdp", "optim=adamw", "optim.lr=0.001"],
+    "adamw on zero1": ["zero1", "optim=adamw", "optim.lr=0.001"],
+}
+
+
+def roll_each(data: Path) -> None:
+    """Engine by engine: a snapshot, three steps of which the last is skipped, back, and the first of them again."""
+    from dnt_scale import ranks
+
+    def judge(loss: float, norm: float) -> float:
+        return min(1.0, 0.7 / norm)
+
+    me = ranks.start("cpu")
+    for name, (label, *overrides) in ROLLED.items():
+        with (
+            engines.built(label, me, data, *overrides) as (run, trainer),
+            Stream(load_sources(run.data), seed=1, global_batch=8, rank=me.rank, world_size=me.world_size) as stream,
+        ):
+            batches = [next(stream)[0] for _ in range(4)]
+            trainer.train_step(batches[0], judge)
+            snapshot = Snapshot()
+            snapshot.take(trainer)
+            before = [box.data.clone() for box in trainer.boxes()]
+            first = trainer.train_step(batches[1], judge).loss
+            trainer.train_step(batches[2], judge)
+            trainer.train_step(batches[3], lambda loss, norm: 0.0)
+            moved = all(not torch.equal(box.data, data) for box, data in zip(trainer.boxes(), before, strict=True))
+            snapshot.restore(trainer)
+            back = all(torch.equal(box.data, data) for box, data in zip(trainer.boxes(), before, strict=True))
+            counts = [trainer.scalars()["step"], trainer.scalars()["updates"]]
+            print(json.dumps([name, moved, back, counts, first, trainer.train_step(batches[1], judge).loss]))
+    ranks.stop()
+
+
+@pytest.fixture(scope="module")
+def rolled(corpus):
+    found: dict[str, list[list]] = {}
+    for line in call(roll_each, corpus, ranks=2).ok().out.splitlines():
+        name, *results = json.loads(line)
+        found.setdefault(name, []).append(results)
+    return found
+
+
+@pytest.mark.parametrize("name", ROLLED)
+def test_every_engine_goes_back_to_a_snapshot_exactly(rolled, name):
+    assert len(rolled[name]) == 2
+    for moved, back, counts, first, again in rolled[name]:
+        assert moved and back
+        assert counts == [4, 1]
+        assert again == first

@@ -1,11 +1,13 @@
 """The compiled update gives the very bits of torch's operations, and does without a compiler."""
 
+import os
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from dnt_scale import kernel, optim
-from dnt_scale.optim import MSGDW
+from tests.helpers.optimizers import new_msgdw
 
 SIZES = [1, 7, 16, 1000, 65_536, 65_537, 1_000_003]
 
@@ -15,7 +17,7 @@ def after_steps(seed: int, *, momentum: float, dampening: float, weight_decay: f
     generator = torch.Generator().manual_seed(seed)
     params = [nn.Parameter(torch.randn(size, generator=generator)) for size in SIZES]
     groups = [{"params": params}]
-    optimizer = MSGDW(groups, lr=0.07, momentum=momentum, dampening=dampening, weight_decay=weight_decay)
+    optimizer = new_msgdw(groups, lr=0.07, momentum=momentum, dampening=dampening, weight_decay=weight_decay)
     for scale in (1e-30, 1e3, 1.0):
         for p in params:
             p.grad = scale * torch.randn(p.shape, generator=generator)
@@ -63,5 +65,15 @@ def test_without_a_compiler_torch_steps(compiler: str, monkeypatch: pytest.Monke
     try:
         assert kernel.load() is None
         assert all(torch.equal(a, b) for a, b in zip(after_steps(5, **options), expected, strict=True))
+    finally:
+        kernel.load.cache_clear()
+
+
+@pytest.mark.skipif(kernel.load() is None, reason="no C compiler here")
+def test_the_compiler_may_have_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", f"{os.environ.get('CC') or 'cc'} -g")
+    kernel.load.cache_clear()
+    try:
+        assert kernel.load() is not None
     finally:
         kernel.load.cache_clear()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dnt_scale.config import AdamWConfig, MSGDWConfig
 from dnt_scale.optim import MSGDW, allocate, build_optimizer, set_updates, stochastic_bf16
+from tests.helpers.optimizers import new_msgdw, new_optimizer
 
 SHAPES = [(7,), (3, 5), (1,), (64, 33), (200, 1000)]
 PROPERTY = settings(max_examples=50, deadline=None, derandomize=True)
@@ -27,7 +28,7 @@ def build(**options: Any) -> tuple[MSGDW, list[nn.Parameter]]:
     matrices = [p for p in params if p.ndim == 2]
     rows = {"params": matrices[:1], "update": "row_normalized", "lr": 0.05}
     groups = [rows, {"params": matrices[1:]}, {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0}]
-    return MSGDW(groups, **{"lr": 0.1, "weight_decay": 0.02, **options}), params
+    return new_msgdw(groups, **{"lr": 0.1, "weight_decay": 0.02, **options}), params
 
 
 def usual_step(optimizer: MSGDW, params: list[nn.Parameter], step: int) -> None:
@@ -159,7 +160,7 @@ def test_bf16_momentum_takes_two_bytes_and_follows_fp32() -> None:
 def test_small_gradients_are_not_lost_in_bf16() -> None:
     """Without decay of the buffer, 400 gradients of 1/1000 of a bf16 spacing each would all round away."""
     parameter = nn.Parameter(torch.zeros(20_000))
-    optimizer = MSGDW([{"params": [parameter]}], lr=0.0, momentum_dtype=torch.bfloat16, seed=3)
+    optimizer = new_msgdw([{"params": [parameter]}], lr=0.0, momentum_dtype=torch.bfloat16, seed=3)
     optimizer.add_gradient(parameter, torch.ones(20_000), scale=1.0, first=True)
     for _ in range(400):
         optimizer.add_gradient(parameter, torch.full((20_000,), 2.0**-17), scale=1.0, first=False)
@@ -192,7 +193,7 @@ def test_the_draws_are_the_optimizers_own_and_a_resumed_run_repeats_them() -> No
 
 def test_updates_parameters_and_micro_batches_draw_differently() -> None:
     params = [nn.Parameter(torch.zeros(1000)) for _ in range(2)]
-    optimizer = MSGDW([{"params": params}], lr=0.0, momentum=0.0, momentum_dtype=torch.bfloat16)
+    optimizer = new_msgdw([{"params": params}], lr=0.0, momentum=0.0, momentum_dtype=torch.bfloat16)
     halfway = torch.full((1000,), 1 + 2**-8)  # between two bf16
     found = []
     for optimizer.updates in range(2):
@@ -213,7 +214,7 @@ def test_updates_parameters_and_micro_batches_draw_differently() -> None:
 
 @pytest.mark.parametrize("config", [MSGDWConfig(algorithm="msgdw", lr=0.1), AdamWConfig(algorithm="adamw", lr=0.1)])
 def test_state_can_be_allocated_for_what_replaces_the_parameters(config: MSGDWConfig | AdamWConfig) -> None:
-    optimizer = build_optimizer([("a", nn.Parameter(torch.ones(4, 3)))], config, 1, allocate=False)
+    optimizer = build_optimizer([("a", nn.Parameter(torch.ones(4, 3)))], config, 1)
     assert not optimizer.state
     flat = torch.ones(6)  # half of it, as on one of two ranks
     optimizer.param_groups[0]["params"] = [flat]
@@ -228,7 +229,7 @@ def test_state_can_be_allocated_for_what_replaces_the_parameters(config: MSGDWCo
 def test_adamw_goes_on_with_its_bias_correction(foreach: bool) -> None:
     def build() -> tuple[torch.optim.Optimizer, nn.Parameter]:
         parameter = nn.Parameter(torch.ones(5))
-        optimizer = build_optimizer([("a", parameter)], AdamWConfig(algorithm="adamw", lr=0.1), 1)
+        optimizer = new_optimizer([("a", parameter)], AdamWConfig(algorithm="adamw", lr=0.1), 1)
         if foreach:  # what DTensors and other devices get
             optimizer.param_groups[0].update(fused=False, foreach=True)
         return optimizer, parameter
@@ -257,6 +258,6 @@ def test_adamw_goes_on_with_its_bias_correction(foreach: bool) -> None:
 def test_momentum_dtype_is_what_the_config_says() -> None:
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         config = MSGDWConfig.model_validate({"algorithm": "msgdw", "lr": 0.1, "momentum_dtype": name})
-        optimizer = build_optimizer([("a", nn.Parameter(torch.ones(4, 3)))], config, 7)
+        optimizer = new_optimizer([("a", nn.Parameter(torch.ones(4, 3)))], config, 7)
         assert isinstance(optimizer, MSGDW) and optimizer.seed == 7
         assert [state["momentum_buffer"].dtype for state in optimizer.state.values()] == [dtype]

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -114,6 +115,21 @@ def numbers_of_each() -> None:
 
 def test_the_highest_of_several_values():
     call(numbers_of_each, ranks=3).ok()
+
+
+def wait_for_two_hangs() -> None:
+    timeouts = []
+    for hang_s in (600.0, 4000.0, 1e9):
+        ranks.start("cpu", hang_s)
+        options = dist.group.WORLD._get_backend(torch.device("cpu")).options
+        timeouts.append(options._timeout.total_seconds())
+        highest(1)
+        ranks.stop()
+    assert timeouts == [1800, 8000, 2e9], timeouts
+
+
+def test_collectives_wait_for_longer_than_the_watchdog():
+    call(wait_for_two_hangs, ranks=2).ok()
 
 
 def unequal_settings() -> None:

@@ -94,6 +94,40 @@ def test_a_finished_run_has_nothing_to_do(corpus, finished_run):
     assert sorted(path.name for path in (finished_run / "checkpoints").iterdir()) == steps
 
 
+def test_another_runs_checkpoints_are_refused(corpus, finished_run, tmp_path):
+    place = finished_run / "checkpoints"
+    names = sorted(path.name for path in place.iterdir())
+    shared = f"checkpoint.dir={place}"
+    error = train(tiny(corpus, tmp_path / "other", "run.name=other", shared), ranks=2).error()
+    assert error.startswith(f"error: checkpoint.dir: {place}/step-{STEPS:08d} is of the run tiny, this one is other; ")
+    assert f"checkpoint.dir='{place}/${{run.name}}'" in error
+    assert sorted(path.name for path in place.iterdir()) == names and not (tmp_path / "other").exists()
+    assert "done: " in train(tiny(corpus, tmp_path / "moved", shared, "checkpoint.keep=9")).ok().err  # the run itself
+
+
+@pytest.mark.parametrize(
+    ("field", "overrides", "place"),
+    [
+        ("run.dir", ["run.dir=FILE"], "FILE/checkpoints"),
+        ("run.dir", ["run.dir=/proc/nowhere"], "/proc/nowhere/checkpoints"),
+        ("run.dir", ["run.dir=FILE", "checkpoint.dir=RUN/checkpoints"], "FILE"),
+        ("checkpoint.dir", ["checkpoint.dir=FILE"], "FILE"),
+        ("checkpoint.dir", ["checkpoint.dir=file:///proc/nowhere"], "file:///proc/nowhere"),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_told_at_the_start(corpus, tmp_path, field, overrides, place):
+    file = tmp_path / "file"
+    file.write_text("in the way")
+
+    def filled(text: str) -> str:
+        return text.replace("FILE", str(file)).replace("RUN", str(tmp_path))
+
+    error = train(tiny(corpus, tmp_path / "run", *map(filled, overrides)), ranks=2).error()
+    assert error.startswith(f"error: {field}: nothing can be written to {filled(place)} ("), error
+    assert error.endswith("); give another") and file.read_text() == "in the way"
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
 def test_more_steps_go_on_from_the_end(corpus, finished_run):
     before = metrics(finished_run)
     train(tiny(corpus, finished_run, "train.steps=23"), ranks=2).ok()

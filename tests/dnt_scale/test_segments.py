@@ -7,7 +7,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dnt_scale import ranks
-from dnt_scale.optim import MSGDW, Segment
+from dnt_scale.optim import Segment
+from tests.helpers.optimizers import new_msgdw
 from tests.helpers.run import call
 
 SHAPES = [(5, 7), (1, 40), (3, 2), (11, 3)]
@@ -42,7 +43,7 @@ def segments_of(first: int, length: int) -> list[Segment]:
 
 def step_whole(**options: float | torch.dtype | None) -> list[Tensor]:
     params = [nn.Parameter(matrix) for matrix in matrices(0)]
-    optimizer = MSGDW([{"params": params, "update": "row_normalized"}], lr=0.05, **options)
+    optimizer = new_msgdw([{"params": params, "update": "row_normalized"}], lr=0.05, **options)
     for step in range(1, STEPS + 1):
         for parameter, gradient in zip(params, matrices(step), strict=True):
             parameter.grad = gradient
@@ -55,7 +56,7 @@ def step_partition(bounds: list[int], options: dict[str, float], without_buffer:
     me = ranks.start("cpu")
     first, length = bounds[me.rank], bounds[me.rank + 1] - bounds[me.rank]
     flat = flat_slice(matrices(0), first, length)
-    optimizer = MSGDW([{"params": [flat], "update": "row_normalized"}], lr=0.05, **options)
+    optimizer = new_msgdw([{"params": [flat], "update": "row_normalized"}], lr=0.05, **options)
     optimizer.segments[flat] = segments_of(first, length)
     for step in range(1, STEPS + 1):
         gradient = flat_slice(matrices(step), first, length)
@@ -93,7 +94,7 @@ def test_nesterov_too() -> None:
 
 def test_a_rank_that_holds_everything_asks_no_other() -> None:
     flat = flat_slice(matrices(0), 0, 120)
-    optimizer = MSGDW([{"params": [flat], "update": "row_normalized"}], lr=0.05, weight_decay=0.1)
+    optimizer = new_msgdw([{"params": [flat], "update": "row_normalized"}], lr=0.05, weight_decay=0.1)
     optimizer.segments[flat] = segments_of(0, 120)
     for step in range(1, STEPS + 1):
         flat.grad = flat_slice(matrices(step), 0, 120)
@@ -109,10 +110,10 @@ def test_large_rows_are_worked_on_in_pieces() -> None:
     values, gradient = (torch.from_numpy(generator.standard_normal(700_000)) for _ in range(2))
     whole = nn.Parameter(values.view(shape).clone())
     whole.grad = gradient.view(shape)
-    MSGDW([{"params": [whole], "update": "row_normalized"}], lr=0.05).step()
+    new_msgdw([{"params": [whole], "update": "row_normalized"}], lr=0.05).step()
     flat = values[start : start + length].clone()
     flat.grad = gradient[start : start + length]
-    optimizer = MSGDW([{"params": [flat], "update": "row_normalized"}], lr=0.05)
+    optimizer = new_msgdw([{"params": [flat], "update": "row_normalized"}], lr=0.05)
     optimizer.segments[flat] = [Segment(shape, start, 0, length)]
     optimizer.step()
     inner = slice(1000 - start, 650_000 // 1000 * 1000 - start)  # rows that are whole here

@@ -14,13 +14,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dnt_scale import config
+from dnt_scale import config, watchdog
 from dnt_scale.config import DataConfig
 from dnt_scale.model import DNT, IGNORED, init_weights
 from dnt_scale.progress import TrainProgress
 from dnt_scale.sources import load_sources
 from dnt_scale.stream import Stream
-from dnt_scale.validation import validation_metrics
+from dnt_scale.validation import validation_metrics, watched
 from tests.helpers.run import (
     STEPS,
     call,
@@ -190,6 +190,11 @@ def poison_one_rank(data: Path, label: str) -> None:
 def test_a_nan_on_one_rank_skips_the_step_on_all(corpus, label):
     out = call(poison_one_rank, corpus, label, ranks=2).ok().out
     assert [json.loads(line) for line in out.splitlines()] == 2 * [[True, True, [2, 1], False, True, False]]
+
+
+def test_each_batch_of_a_validation_moves_the_watchdog():
+    before = watchdog._main.moves
+    assert [watchdog._main.moves - before for _ in watched([torch.zeros(1)] * 3)] == [1, 2, 3]
 
 
 def test_validation_of_a_mixture_is_the_weighted_mean(corpus, packed):

@@ -2,6 +2,7 @@ import os
 import resource
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from dnt_scale import ranks
-from dnt_scale.watchdog import beat, out_of_memory, watching
+from dnt_scale.watchdog import Seen, Watchdog, beat, moving, out_of_memory, watching
 from tests.helpers.run import Ranks
 
 HANG_S = 2.0
@@ -98,6 +99,52 @@ def test_a_rank_that_does_not_come_to_the_collective_is_named(tmp_path, ranks, a
     line = message(group(run, tmp_path, act, ranks=ranks).wait(), culprit=culprit)
     assert "has not moved since step 4, 2 s ago" in line
     assert act.__name__ in line and "the others wait for it" in line
+
+
+def sleep_on_0_and_1(me, step) -> None:
+    if me.rank < 2 and step == 4:
+        time.sleep(NEVER)
+
+
+def test_several_ranks_that_do_not_come_are_named(tmp_path):
+    line = message(group(run, tmp_path, sleep_on_0_and_1, ranks=3).wait(), culprit=0)
+    assert ") and rank 1 (" in line and "have not moved since step 4, 2 s ago (the first is in " in line
+    assert "; the others wait for them" in line
+
+
+def move_on_1(me, step) -> None:
+    for _ in range(30 if (me.rank, step) == (1, 4) else 0):
+        moving()
+        time.sleep(0.1)
+
+
+def test_a_long_step_that_gets_on_is_no_hang(tmp_path):
+    finished = group(run, tmp_path, move_on_1, 6, 1.5, ranks=2).wait()
+    assert finished.codes == [0, 0] and not finished.err
+
+
+def test_who_waited_for_a_slow_rank_is_not_blamed_when_that_goes_on():
+    """Pulses are read at different times: a rank just set free may seem to be behind the one it has waited for."""
+    with ranks.alone() as me:
+        watch = Watchdog(me, 10.0)
+        watch.stop()
+    pulse = watch.seen[0].pulse
+
+    def at(read: float, entered: int, moved: float):
+        watch.read = read
+        watch.seen = {
+            0: Seen(replace(pulse, collectives=5, left=False), read, 0.0),
+            1: Seen(replace(pulse, collectives=entered, moves=7, left=False), read, moved),
+        }
+        return watch._furthest_behind()
+
+    assert at(30.0, 4, 29.0) is None  # it is slow, and gets on
+    assert at(31.0, 7, 31.0) is None
+    assert at(40.0, 7, 31.0) is None
+    assert at(41.0, 7, 31.0).message.startswith("rank 0 (")
+    assert at(50.0, 5, 31.0) is None
+    message = at(60.0, 5, 31.0).message  # in the same collective: who moved more often is not ahead
+    assert " and rank 1 (" in message and "have not moved since " in message
 
 
 def test_a_process_alone_that_does_not_move_ends(tmp_path):

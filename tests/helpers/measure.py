@@ -24,7 +24,7 @@ from dnt_scale.config import RunConfig
 from dnt_scale.engine.base import Engine
 from dnt_scale.engine.parallelize import parallelize
 from dnt_scale.model import DNT
-from dnt_scale.optim import build_optimizer, local
+from dnt_scale.optim import allocate, build_optimizer, local
 from dnt_scale.ranks import Ranks
 from tests.helpers.run import TINY_RUN, Finished
 
@@ -117,12 +117,12 @@ def print_costs(overrides: Sequence[str], depths: Sequence[int]) -> None:
     """Of the model at each depth: bytes `held` between backward and update of the second step, at the `peak` of that
     step, in `boxes` of each kind, and of a step's collectives by kind, as `traffic`.
 
-    What does not grow with the model (imports, buckets, a block's gathered weights) is in the differences no more; the
-    first depth is measured twice, for what the first engine of a process leaves behind.
+    What does not grow with the model (imports, buckets, a block's gathered weights) is in the differences no more. The
+    first depth is not reported: what the first engine of a process leaves behind would be in its numbers.
     """
     me = ranks.start("cpu")
     found: list[dict[str, Any]] = []
-    for depth in (depths[0], *depths):
+    for depth in depths:
         run = run_config([*overrides, f"model.layers={depth}"])
         meter, held = Meter(), [0]
 
@@ -161,6 +161,7 @@ def print_simulated(overrides: Sequence[str], world_size: int) -> None:
         model.to_empty(device="cpu")
         rows = [(name, nn.Parameter(local(parameter.detach()))) for name, parameter in model.named_parameters()]
         optimizer = build_optimizer(rows, run.optim, run.run.seed)
+        allocate(optimizer)
         tokens = torch.zeros(1, 8, dtype=torch.int64)
         model(tokens, tokens).backward()
         found = {

@@ -10,14 +10,26 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import fsspec.core
 import pytest
 import torch
 import torch.distributed as dist
 
 from dnt_scale import ranks
-from dnt_scale.checkpoint import CheckpointError, Saver, newest, read_state, read_tensors, storage
+from dnt_scale.checkpoint import (
+    CheckpointError,
+    Saver,
+    check_files,
+    newest,
+    read,
+    read_state,
+    read_tensors,
+    storage,
+    write,
+)
 from dnt_scale.checkpoint.tools import verify
 from dnt_scale.ranks import Ranks
+from dnt_scale.watchdog import watching
 from tests.helpers import run
 from tests.helpers.boxes import copies, equal, rows, save_made_up, some_state, some_tensors, zeros
 from tests.helpers.run import call, can_mount, tensors, until
@@ -126,7 +138,8 @@ def test_close_gives_an_unsettled_save_up(me, tmp_path):
     assert not saver.busy and names(tmp_path) == ["latest", "step-00000001"]
 
 
-def test_what_is_on_disk_is_read_back(me, tmp_path, monkeypatch):
+@pytest.mark.parametrize("wait", [False, True])
+def test_what_is_on_disk_is_read_back(me, tmp_path, monkeypatch, wait):
     """A disk that stores another byte than it was given: found before the checkpoint is put in place."""
     save_made_up(tmp_path, 1, me)
 
@@ -136,14 +149,26 @@ def test_what_is_on_disk_is_read_back(me, tmp_path, monkeypatch):
             os.pwrite(file.fileno(), b"\xff", 2000)
         file.close()
 
-    from dnt_scale.checkpoint import write
-
     monkeypatch.setattr(write, "finish", spoil)
     with saver_of(tmp_path, me) as saver:
         saver.save(some_state(2), copies(some_tensors(), 0, 1))
         with pytest.raises(CheckpointError, match=r"on rank 0: .*what is on disk is not what was written"):
-            settle(saver)
+            saver.settle(wait=True) if wait else settle(saver)
         assert names(tmp_path) == ["latest", "step-00000001"]
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_is_told(me, tmp_path):
+    save_made_up(tmp_path, 1, me)
+    with saver_of(tmp_path, me, keep=1) as saver:
+        saver.save(some_state(2), copies(some_tensors(), 0, 1))
+        (tmp_path / ".old-step-00000001" / "in the way").mkdir(parents=True)
+        with pytest.raises(
+            CheckpointError,
+            match=r"step-00000002: is in place, but older checkpoints could not be removed: .*not empty",
+        ):
+            saver.settle(wait=True)
+    assert newest(tmp_path) == tmp_path / "step-00000002"
+    assert verify(str(tmp_path)) == []
 
 
 def test_health_and_scalars_survive_whatever_they_are(me, tmp_path):
@@ -213,6 +238,62 @@ def test_a_full_disk_is_told_with_what_is_left(me, tmp_path):
         assert verify(str(tmp_path)) == []
     finally:
         subprocess.run(["umount", tmp_path], check=True)
+
+
+def save_and_check_slowly(folder: Path) -> None:
+    """With a disk on rank 1 that needs more than ``hang_s`` for a save, and for reading it."""
+    me = ranks.start("cpu")
+    with watching(me, 1.0):
+        slow = 0.15 if me.rank == 1 else 0.0
+        for module, name in ((write, "write_all"), (read, "fill")):
+            real = getattr(module, name)
+
+            def slowly(*arguments, real=real):
+                time.sleep(slow)
+                return real(*arguments)
+
+            setattr(module, name, slowly)
+            module.CHUNK = 1 << 19
+        whole = some_tensors(scale=1000)
+        saver = Saver(folder, me, keep=5)
+        started = time.monotonic()
+        saver.save(some_state(1, 2), rows(whole, me.rank, 2))
+        saver.settle(wait=True)
+        saved = time.monotonic()
+        check_files(newest(folder), read_state(newest(folder)), me)
+        read_tensors(newest(folder), rows(zeros(whole), me.rank, 2), me)
+        took = saved - started, time.monotonic() - saved
+        assert not slow or min(took) > 1.2, took
+        saver.close()
+    ranks.stop()
+
+
+def test_a_slow_disk_is_no_hang(tmp_path):
+    finished = call(save_and_check_slowly, tmp_path, ranks=2).ok()
+    assert not finished.err, finished.err
+
+
+def lack_a_file_system(folder: Path) -> None:
+    me = ranks.start("cpu")
+    save_made_up(folder, 1, me)
+    url = f"file://{folder}/step-00000001"
+    if me.rank == 1:
+
+        def missing(url: str) -> None:
+            raise ImportError
+
+        fsspec.core.url_to_fs = missing
+    for act in (
+        lambda: check_files(url, read_state(folder / "step-00000001"), me),
+        lambda: read_tensors(url, [], me),
+    ):
+        with pytest.raises(CheckpointError, match=r"^rank 1: file://.*: file:// needs a package that is not here"):
+            act()
+    ranks.stop()
+
+
+def test_a_rank_that_lacks_a_file_system_is_named_on_all(tmp_path):
+    call(lack_a_file_system, tmp_path, ranks=2).ok()
 
 
 def save_for_ever(folder: Path) -> None:

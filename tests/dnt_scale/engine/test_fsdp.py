@@ -25,6 +25,7 @@ STEPS, ROWS = 5, 12  # 12 rows a step divide by 1, 2, 3 and 4 ranks
 SLOW = ["optim=msgdw", "optim.lr=0.01"]
 NO_CLIP = [*SLOW, "optim.clip_norm=null"]
 UNBUFFERED = [*SLOW, "optim.gradient_buffer=false"]
+ROW_GROUP = ["optim.groups.embedding={pattern: '^tok_emb', update: row_normalized}"]
 ADAMW = ["optim=adamw", "optim.lr=1e-3"]
 FLAT = ["optim.schedule.name=constant", "optim.schedule.warmup_steps=0"]
 
@@ -147,7 +148,8 @@ def run_variants(out: Path) -> None:
 def curves(tmp_path_factory):
     out = tmp_path_factory.mktemp("variants")
     for world in VARIANTS:
-        call(run_variants, out, ranks=world).ok()
+        finished = call(run_variants, out, ranks=world).ok()
+        assert finished.out == "" and finished.err == ""
     return out
 
 
@@ -338,6 +340,9 @@ UNBUFFERED_RUNS = {
     "none": [*UNBUFFERED, "optim.clip_norm=null"],
     "dampened-buffer": [*NO_CLIP, "optim.dampening=0.9"],
     "dampened": [*UNBUFFERED, "optim.clip_norm=null", "optim.dampening=0.9"],
+    "rows-buffer": [*NO_CLIP, *ROW_GROUP],
+    "rows": [*UNBUFFERED, "optim.clip_norm=null", *ROW_GROUP],
+    "bf16": [*UNBUFFERED, "optim.clip_norm=null", "optim.momentum_dtype=bf16"],
     "tensor": [*UNBUFFERED, "optim.clip=tensor", "optim.clip_norm=0.3"],
     "previous": [*UNBUFFERED, "optim.clip=previous", "optim.clip_norm=0.5"],
 }
@@ -405,17 +410,22 @@ def written_out(world: int, *overrides: str) -> tuple[dict[str, torch.Tensor], l
     [
         (1, []),
         (2, ["engine=ddp"]),
-        (3, NARROW),
+        (3, [*NARROW, "engine.cpu_offload=true"]),
         (4, ["engine=hsdp", "engine.replicas=2", "engine.activation_checkpointing=full"]),
     ],
-    ids=["one rank", "ddp", "an empty shard", "hsdp"],
+    ids=["one rank", "ddp", "an empty shard, offloaded", "hsdp"],
 )
 def test_without_a_gradient_buffer(world, overrides, tmp_path):
     call(run_unbuffered, tmp_path, overrides, ranks=world).ok()
-    for label, same_as in {"none": "buffer", "dampened": "dampened-buffer"}.items():
+    for label, same_as in {"none": "buffer", "dampened": "dampened-buffer", "rows": "rows-buffer"}.items():
         found, wanted = whole(tmp_path / label), whole(tmp_path / same_as)
         for name, tensor in wanted.items():
             torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-6, msg=f"{label}: {name}")
+    rounded, exact = whole(tmp_path / "bf16"), whole(tmp_path / "buffer")
+    for name, tensor in exact.items():
+        if name.startswith("momentum_buffer."):
+            assert torch.equal(rounded[name].bfloat16().float(), rounded[name]), name
+            assert 0 < (rounded[name] - tensor).norm() < 0.02 * tensor.norm(), name
     for label in ("tensor", "previous"):
         found, norms = whole(tmp_path / label), json.loads((tmp_path / label / "norms.json").read_text())
         wanted, wanted_norms = written_out(world, *overrides, *UNBUFFERED_RUNS[label])
