@@ -106,8 +106,11 @@ class MSGDWConfig(_OptimBase):
     @model_validator(mode="after")
     def _clipping_needs_the_gradient(self) -> Self:
         if self.gradient_buffer != (self.clip == "global") and self.clip_norm is not None:
-            expected = "global" if self.gradient_buffer else "tensor or previous (or clip_norm: null)"
-            raise ValueError(f"clip is {self.clip}, but with gradient_buffer {self.gradient_buffer} it is {expected}")
+            expected = "optim.clip=global" if self.gradient_buffer else "optim.clip=tensor or previous"
+            raise ValueError(
+                f"clip is {self.clip}, which does not go with gradient_buffer {self.gradient_buffer}; "
+                f"set {expected}, or optim.clip_norm=null"
+            )
         if self.nesterov and not self.gradient_buffer:
             raise ValueError("nesterov needs the gradient after backward; set gradient_buffer: true or nesterov: false")
         return self

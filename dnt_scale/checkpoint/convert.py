@@ -13,7 +13,7 @@ from dnt_scale.checkpoint.meter import Meter
 from dnt_scale.checkpoint.read import by_name, complete, read_parts, whole_shape
 from dnt_scale.checkpoint.state import read_state, step_name
 from dnt_scale.checkpoint.storage import CheckpointError, Storage, fsync_folder
-from dnt_scale.checkpoint.tools import bytes_of, checkpoints_at, row_chunks, values_of
+from dnt_scale.checkpoint.tools import bytes_of, checkpoints_at, problems_of, row_chunks, values_of
 from dnt_scale.checkpoint.write import publish, write_file
 
 BUFFERS = {"msgdw": ("momentum_buffer",), "adamw": ("exp_avg", "exp_avg_sq")}
@@ -32,6 +32,8 @@ def to_file(source: str, out: Path, *, full: bool) -> str:
     """
     folder = checkpoints_at(source)[-1]
     state = read_state(folder.path)
+    if problems := problems_of(folder, state):
+        raise CheckpointError(problems[0])
     stored = read_parts(folder)
     names = [name for name in stored if full or name.startswith("model.")]
     names.sort(key=lambda name: -stored[name][0].dtype.itemsize)  # all aligned, where some have 2 bytes

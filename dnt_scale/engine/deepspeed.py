@@ -19,7 +19,7 @@ from dnt_scale.engine.base import Judge, StepStats
 from dnt_scale.engine.deepspeed_json import JSON, deepspeed_json
 from dnt_scale.engine.parallelize import prepare_blocks
 from dnt_scale.engine.sums import over_ranks, squared_norms
-from dnt_scale.engine.zero import Part, Partitions, forget, join, partitions
+from dnt_scale.engine.zero import Part, Partitions, free, join, partitions
 from dnt_scale.model import DNT, IGNORED, initial_tensor
 from dnt_scale.optim import MSGDW, Schedule, Segment, allocate, build_optimizer, set_updates
 from dnt_scale.ranks import Ranks
@@ -194,8 +194,8 @@ class DeepSpeedEngine:
         self.zero.refresh()
 
     def close(self) -> None:
-        forget(self.engine)
         self.optimizer.state.clear()
+        free(self.engine)
         del self.engine, self.optimizer, self.zero, self.parts
         gc.collect()  # DeepSpeed's objects refer to each other
 

@@ -97,12 +97,11 @@ def join(ranks: Ranks) -> None:
     comm.init_distributed(auto_mpi_discovery=False, dist_init_required=False)
 
 
-def forget(engine: Any) -> None:
-    """Let the garbage collector have ``engine``, whose model stays in a global list of ZeRO 3."""
-    from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
-
-    FWD_MODULE_STACK[:] = [module for module in FWD_MODULE_STACK if module is not engine.module]
+def free(engine: Any) -> None:
+    """End ``engine`` and give up its tensors: ZeRO 3 itself stays, in a list of modules and in a cache of results."""
     engine.destroy()
+    for holder in (*engine.module.parameters(), engine):
+        vars(holder).clear()
 
 
 class _Whole:

@@ -183,7 +183,7 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
     ),
     "a global clip without a gradient": (
         ["optim.gradient_buffer=false"],
-        ["optim: clip is global", "gradient_buffer False", "tensor or previous"],
+        ["optim: clip is global", "gradient_buffer False", "set optim.clip=tensor or previous"],
     ),
     "a clip that needs no gradient": (["optim.clip=tensor"], ["optim: clip is tensor", "gradient_buffer True"]),
     "nesterov without a gradient": (

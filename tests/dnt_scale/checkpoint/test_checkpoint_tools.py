@@ -261,3 +261,25 @@ def test_convert_wants_one_file_or_a_run(me, corpus, tmp_path, capsys):
     shutil.copyfile(sorted((tmp_path / "run").glob("*/*.safetensors"))[0], tmp_path / "w.safetensors")
     assert main(["checkpoint", "convert", str(tmp_path / "w.safetensors"), str(tmp_path / "run")]) == 2
     assert "after it come KEY=VALUE" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["inspect", "diff", "convert"])
+def test_a_missing_file_is_told_by_every_command(me, tmp_path, capsys, command):
+    path = write(tmp_path, some_tensors(), me)
+    file = next(path.glob("*.safetensors"))
+    file.unlink()
+    more = {"inspect": [], "diff": [path], "convert": [tmp_path / "out.safetensors"]}[command]
+    assert main(["checkpoint", command, str(path), *map(str, more)]) == 2
+    assert f"{file}: missing" in capsys.readouterr().err
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_convert_refuses_a_damaged_file(me, tmp_path, capsys):
+    path = write(tmp_path, some_tensors(), me)
+    file = next(path.glob("*.safetensors"))
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    assert main(["checkpoint", "convert", str(path), str(tmp_path / "out.safetensors")]) == 2
+    assert f"{file}: damaged: its sha256 is not the recorded one" in capsys.readouterr().err
+    assert not (tmp_path / "out.safetensors").exists()
