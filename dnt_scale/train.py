@@ -85,7 +85,6 @@ def train(run: RunConfig, me: Ranks) -> int:
     total_steps = run.total_steps(manifest.seq_len)
     state, newest = ranks.on_first(me, lambda: starting_state(run, sources, total_steps, me.world_size))
     ranks.together(me, lambda: check_sets(sources, state))
-    ranks.on_first(me, lambda: check_place(run))
     if newest:
         checkpoint.check_files(newest, state, me)
     stream = ranks.together(
@@ -101,6 +100,7 @@ def train(run: RunConfig, me: Ranks) -> int:
     )
     document_eos = manifest.eos_id if run.data.document_mask else None
     trainer = engine.build(run, lambda: DNT(run.model, document_eos), me, total_steps)
+    ranks.on_first(me, lambda: check_place(run))  # makes the folder, so a run refused above has left none
     guard = Guard(run.health, run.optim.clip_norm, run.train.max_skipped)
     if newest:
         checkpoint.read_tensors(newest, trainer.boxes(), me)
