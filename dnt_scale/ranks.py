@@ -94,6 +94,7 @@ def environment() -> tuple[int, int, int]:
     """(rank, local rank, world size) from torchrun, else from an srun step, else (0, 0, 1).
 
     Under srun, MASTER_ADDR and MASTER_PORT are set from the step's first node and the job id unless given.
+    To be asked before an engine is built: DeepSpeed's takes LOCAL_RANK for the device's number, see ``zero.join``.
     """
     env = os.environ
     if "WORLD_SIZE" in env and "RANK" in env:
