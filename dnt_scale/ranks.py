@@ -30,6 +30,14 @@ class AgreedError(ValueError):
     """A fault that every rank raises, with the same message: rank 0's report is enough."""
 
 
+class Fault(ValueError):
+    """Nothing that the user has to mend in the run: another try, perhaps on other nodes, may go well."""
+
+
+class AgreedFault(Fault, AgreedError):
+    """A fault that every rank raises with the same message."""
+
+
 @dataclass(frozen=True)
 class Ranks:
     rank: int
@@ -74,7 +82,7 @@ def start(device: Literal["auto", "cpu", "cuda"] = "auto", hang_s: float = 0.0) 
             dist.init_process_group(backend, init_method="env://", rank=rank, world_size=world_size, timeout=timeout)
     except (dist.DistError, RuntimeError, ValueError) as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        raise ValueError(
+        raise Fault(
             f"rank {rank} could not meet the other {world_size - 1} at MASTER_ADDR:MASTER_PORT {where} "
             f"({str(error).splitlines()[0]}); is that address this job's first node, and the port free?"
         ) from None
@@ -238,7 +246,7 @@ def check_replicas(me: Ranks, boxes: "Sequence[Box]", scalars: Mapping[str, floa
     dist.all_gather_object(found, mine)
     for rank, (_, _, other) in enumerate(found):
         if repr(other) != repr(found[0][2]):
-            raise AgreedError(f"rank {rank} counts {dict(other)}, but rank 0 {dict(found[0][2])}; {_PARTED}")
+            raise AgreedFault(f"rank {rank} counts {dict(other)}, but rank 0 {dict(found[0][2])}; {_PARTED}")
     holders: dict[str, list[int]] = {}
     for rank, (key, _, _) in enumerate(found):
         holders.setdefault(key, []).append(rank)

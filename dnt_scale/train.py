@@ -1,17 +1,17 @@
 """The training loop: ``dnt train``, ``torchrun ... -m dnt_scale.train``, or ``srun python -m dnt_scale.train``.
 
-Rerunning the same command resumes from the newest checkpoint. Ctrl-C and SIGTERM finish the step, write a
-checkpoint and stop, on all ranks together.
+Rerunning the same command resumes from the newest checkpoint. Ctrl-C, SIGTERM, SIGUSR1 and SIGUSR2 finish the step,
+write a checkpoint and stop, on all ranks together.
 """
 
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from types import FrameType
 
-from dnt_scale import checkpoint, config, engine, ranks
+from dnt_scale import checkpoint, config, engine, ranks, timeline
 from dnt_scale.checkpoint import State
 from dnt_scale.config import ConfigError, RunConfig
 from dnt_scale.guard import Guard, HopelessRun, rows_behind
@@ -22,17 +22,16 @@ from dnt_scale.ranks import Ranks
 from dnt_scale.resume import check_place, check_sets, is_set_path, starting_state
 from dnt_scale.sources import fitting_sources
 from dnt_scale.stream import Stream
+from dnt_scale.timeline import Clock
 from dnt_scale.tracking import Status, Tracker, git_commit
 from dnt_scale.validation import validation
-from dnt_scale.watchdog import beat, out_of_memory, out_of_memory_message, watching
+from dnt_scale.watchdog import Tell, beat, out_of_memory, out_of_memory_message, watching
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def main(overrides: list[str]) -> int:
-    """Compose the configuration, train, and return the exit status.
-
-    Returns:
-        0 when the run is complete, 2 after an error the user can mend, 128 + n when signal n stopped the run.
-    """
+    """Compose the configuration, train, and return the exit status, see ``run_rank``."""
     rank, _, _ = ranks.environment()
     try:
         run = config.load(overrides)
@@ -43,14 +42,30 @@ def main(overrides: list[str]) -> int:
             time.sleep(1.0)
             print(f"rank {rank}: error: {error}", file=sys.stderr)
         return 2
+    return run_rank(run)
+
+
+def run_rank(run: RunConfig, before: Callable[[Ranks], None] | None = None) -> int:
+    """Be one rank of ``run``: meet the others, train, and return the exit status.
+
+    Args:
+        before: called once the ranks have met, before anything else.
+
+    Returns:
+        0 when the run is complete; 1 after a fault that another try may not meet (a lost rank, a hang); 2 after an
+        error that the user has to mend; 128 + n when signal n stopped the run, with a checkpoint.
+    """
+    rank, _, _ = ranks.environment()
     try:
         me = ranks.start(run.run.device, run.health.hang_s)
-        with watching(me, run.health.hang_s):
+        with watching(me, run.health.hang_s, lost(run)):
+            if before:
+                before(me)
             status = train(run, me)
     except ranks.AgreedError as error:
         if rank == 0:
             print(f"error: {error}", file=sys.stderr)
-        status = 2
+        status = 1 if isinstance(error, ranks.Fault) else 2
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         speaker = "" if rank == 0 else f"rank {rank}: "
         if out_of_memory(error):
@@ -60,9 +75,10 @@ def main(overrides: list[str]) -> int:
         elif isinstance(error, RuntimeError) and ranks.lost_peer(error):
             reason = str(error).splitlines()[0]
             print(f"rank {rank}: stopped, for another rank ended before it ({reason})", file=sys.stderr)
+            error = ranks.Fault(reason)
         else:
             raise
-        status = 2
+        status = 1 if isinstance(error, ranks.Fault) else 2
     except KeyboardInterrupt:
         status = 128 + signal.SIGINT
     ranks.stop()
@@ -101,11 +117,15 @@ def train(run: RunConfig, me: Ranks) -> int:
     document_eos = manifest.eos_id if run.data.document_mask else None
     trainer = engine.build(run, lambda: DNT(run.model, document_eos), me, total_steps)
     ranks.on_first(me, lambda: check_place(run))  # makes the folder, so a run refused above has left none
+    clock = Clock(run.run.dir, silent=not me.first)
+    clock.start(me.world_size)
     guard = Guard(run.health, run.optim.clip_norm, run.train.max_skipped)
+    restoring = time.perf_counter()
     if newest:
         checkpoint.read_tensors(newest, trainer.boxes(), me)
         trainer.refresh(state.scalars)
         guard.restore(state.health)
+    restored = time.perf_counter() - restoring
     guard.keep(state.step, trainer, at_checkpoint=True)
     saver = ranks.together(
         me,
@@ -145,13 +165,16 @@ def train(run: RunConfig, me: Ranks) -> int:
     try:
         with stop_signals() as signals, progress, stream, closing(saver):
             ranks.check_replicas(me, trainer.boxes(), trainer.scalars())
+            clock.tell("ready", step=state.step, restored=round(restored, 3))
             if newest is None and run.eval.every:
-                report(validation(run, trainer, sources, me))
+                with clock.spending("eval"):
+                    report(validation(run, trainer, sources, me))
             while state.step < total_steps and not stopped_by:
                 beat(f"step {state.step + 1}")
                 started = time.perf_counter()
-                batch, consumed_rows = next(stream)
-                stats = trainer.train_step(batch, guard.judge)
+                with clock.spending("step"):
+                    batch, consumed_rows = next(stream)
+                    stats = trainer.train_step(batch, guard.judge)
                 seconds = time.perf_counter() - started
                 first_row = state.consumed_rows
                 state = state.model_copy(
@@ -172,21 +195,26 @@ def train(run: RunConfig, me: Ranks) -> int:
                     **speed(run, manifest.seq_len, seconds, me),
                 }
                 if run.eval.every and (state.step % run.eval.every == 0 or last):
-                    metrics |= validation(run, trainer, sources, me)
+                    with clock.spending("eval"):
+                        metrics |= validation(run, trainer, sources, me)
                 report(metrics)
                 judged(first_row)
 
                 stopped_by, writing = ranks.highest(signals[0] if signals else 0, saver.busy)
                 if saver.pending and not writing:
-                    saver.settle()
+                    with clock.spending("save"):
+                        saver.settle()
                 due = bool(run.checkpoint.every and state.step % run.checkpoint.every == 0)
                 if save_now := due or last or bool(stopped_by):
                     numbers = {"engine": trainer.scalars(), "health": guard.state()}
-                    saver.save(state.model_copy(update=numbers), trainer.boxes())
+                    with clock.spending("save"):
+                        saver.save(state.model_copy(update=numbers), trainer.boxes())
                 guard.keep(state.step, trainer, at_checkpoint=save_now)
                 if run.health.check_every and state.step % run.health.check_every == 0:
                     ranks.check_replicas(me, trainer.boxes(), trainer.scalars())
-            saver.settle(wait=True)
+                clock.progress(state.step)
+            with clock.spending("save"):
+                saver.settle(wait=True)
             outcome = "FINISHED" if state.step == total_steps else "KILLED"
     finally:
         if tracker:
@@ -194,6 +222,8 @@ def train(run: RunConfig, me: Ranks) -> int:
                 plot_run(run.run.dir)
             except (ValueError, OSError) as error:  # no loss yet, disk full: what ended the run is what counts
                 progress.say(f"no plot: {error}")
+            clock.progress(state.step, now=True)
+            clock.tell("end", outcome=outcome, step=state.step)
             tracker.finish(outcome)
     trainer.close()
     if outcome == "KILLED":
@@ -235,9 +265,19 @@ def start_tracking(run: RunConfig, state: State, me: Ranks) -> Tracker:
     )
 
 
+def lost(run: RunConfig) -> Tell:
+    """What the watchdog calls when it ends all ranks: the timeline keeps which hosts were at fault."""
+
+    def tell(message: str, hosts: Sequence[str]) -> None:
+        with suppress(OSError):
+            timeline.append(run.run.dir, "lost", attempt=timeline.this_attempt(), message=message, hosts=list(hosts))
+
+    return tell
+
+
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM for the loop to read; a second SIGINT interrupts at once."""
+    """Collects the signals that end a run for the loop to read; a second SIGINT interrupts at once."""
     received: list[int] = []
 
     def receive(number: int, frame: FrameType | None) -> None:
@@ -245,7 +285,7 @@ def stop_signals() -> Iterator[list[int]]:
             raise KeyboardInterrupt
         received.append(number)
 
-    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, receive) for number in STOP_SIGNALS}
     try:
         yield received
     finally:

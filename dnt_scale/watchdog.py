@@ -9,7 +9,7 @@
   node is down), and else the rank that is furthest behind, once that has not moved for ``hang_s``. Ranks are compared
   by the collectives they have entered: whoever waits inside one is ahead of whom it waits for.
 
-The first verdict stands in the store and ends everyone with status 2; without a store each rank ends on its own.
+The first verdict stands in the store and ends everyone with status 1; without a store each rank ends on its own.
 Ages are measured by the judge's own clock, which stands still while its process does, so that a run that was stopped
 and continued (Ctrl-Z, a laptop's lid) blames nobody.
 """
@@ -21,7 +21,7 @@ import sys
 import sysconfig
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,13 +35,15 @@ from dnt_scale import ranks
 from dnt_scale.config import MSGDWConfig, RunConfig
 from dnt_scale.ranks import AgreedError, Ranks
 
-STATUS = 2  # that a hang ends with
+STATUS = 1  # that a hang ends with
 TICK_S = 1.0  # longest time between two looks; a tenth of hang_s where that is less
 SUSPECT_S = 10.0  # without a sign of life, once a collective has failed because somebody ended
 SILENT = "gave no sign of life for {:.0f} s (last heard of at {}): stopped, or the node is down"
 GRACE_S = 1.0  # that a fault on another rank than 0 waits for the same one on rank 0
 PRINT_S = 0.3  # that rank 0 has to print something
 FAREWELL_S = 3.0  # that the process with the store stays for the others to read why
+
+Tell = Callable[[str, Sequence[str]], None]
 
 
 @dataclass
@@ -109,8 +111,9 @@ class Verdict:
 class Watchdog:
     """See ``watching``, which is the way to have one."""
 
-    def __init__(self, me: Ranks, hang_s: float) -> None:
+    def __init__(self, me: Ranks, hang_s: float, tell: Tell | None) -> None:
         self.me = me
+        self.tell = tell
         self.hang_s = hang_s
         self.tick = min(TICK_S, hang_s / 10)
         # all ranks' reading of all ranks is the work of one store: the more there are, the rarer
@@ -287,6 +290,8 @@ class Watchdog:
                     self._kill(self.seen[rank].pulse)
                 if self.me.rank == verdict.printer:
                     os.write(2, f"error: {verdict.message}\n".encode())  # the main thread may hold sys.stderr
+                    if self.tell:
+                        self.tell(verdict.message, sorted({self.seen[rank].pulse.host for rank in verdict.lost}))
             if store:
                 with suppress(dist.DistError, RuntimeError):
                     self._take_leave(store, verdict.readers)
@@ -379,15 +384,16 @@ class Watchdog:
 
 
 @contextmanager
-def watching(me: Ranks, hang_s: float) -> Iterator[None]:
+def watching(me: Ranks, hang_s: float, tell: Tell | None = None) -> Iterator[None]:
     """Watch over all ranks for the length of a block. A collective at its start; every rank enters and leaves it.
 
     An exception that leaves the block on one rank only (anything but AgreedError) ends the others at once, who name it.
 
     Args:
-        hang_s: time without a ``beat``, a move or a collective, in seconds, after which the process ends with status 2.
+        hang_s: time without a ``beat``, a move or a collective, in seconds, after which the process ends with status 1.
+        tell: called once, on one rank, with the message and the hosts of the ranks at fault.
     """
-    watch = Watchdog(me, hang_s)
+    watch = Watchdog(me, hang_s, tell)
     try:
         yield
     except AgreedError:

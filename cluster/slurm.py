@@ -1,0 +1,220 @@
+"""All that is asked of SLURM: its commands, run and read. Works with and without accounting (sacct)."""
+
+import os
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from datetime import datetime
+
+TIMEOUT_S = 60.0
+LIVE = (
+    "PENDING",
+    "RUNNING",
+    "COMPLETING",
+    "CONFIGURING",
+    "SUSPENDED",
+    "STOPPED",
+    "REQUEUED",
+    "REQUEUE_HOLD",
+    "RESIZING",
+)
+
+
+class SlurmError(ValueError):
+    """A SLURM command failed; the message holds its own words."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job, or one task of an array (``id`` is ARRAY_TASK then). Times in seconds since 1970; 0: there is none."""
+
+    id: str
+    state: str  # SLURM's word, such as PENDING, RUNNING, COMPLETED, CANCELLED, NODE_FAIL
+    reason: str = ""
+    nodes: str = ""  # as SLURM writes them: node[1-3]
+    restarts: int = 0
+    submitted: float = 0.0
+    eligible: float = 0.0
+    started: float = 0.0
+    ends: float = 0.0  # when its time is up while it runs, else when it ended
+
+    @property
+    def live(self) -> bool:
+        """In the queue or running: it may still change its run."""
+        return self.state in LIVE
+
+
+def run(*command: str) -> str:
+    """The output of a SLURM command.
+
+    Raises:
+        SlurmError: there is no such command here, it failed, or did not answer within a minute.
+    """
+    if shutil.which(command[0]) is None:
+        raise SlurmError(
+            f"no SLURM here: there is no `{command[0]}` on PATH; run this on a login node, or try `dnt sandbox up`"
+        )
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, stdin=subprocess.DEVNULL)
+    except subprocess.TimeoutExpired:
+        raise SlurmError(f"`{' '.join(command)}` gave no answer within {TIMEOUT_S:.0f} s; is SLURM up?") from None
+    if done.returncode:
+        words = " ".join((done.stderr or done.stdout).split())
+        raise SlurmError(f"`{' '.join(command)}` failed: {words}")
+    return done.stdout
+
+
+def check_here() -> None:
+    """Raises SlurmError where there is no SLURM, or its controller does not answer."""
+    for command in ("sbatch", "srun", "scontrol", "squeue", "scancel", "sinfo"):
+        if shutil.which(command) is None:
+            raise SlurmError(
+                f"no SLURM here: there is no `{command}` on PATH; run this on a login node, or try `dnt sandbox up`"
+            )
+    if "is UP" not in (answer := run("scontrol", "ping")):
+        raise SlurmError(f"SLURM's controller does not answer: {' '.join(answer.split())}; try again when it is back")
+
+
+def job(job_id: str) -> Job | None:
+    """The job as it is now, else as it was, as long as SLURM remembers; None when it does not.
+
+    The controller forgets a job some minutes after its end; accounting (sacct), where there is any, does not.
+    """
+    try:
+        text = run("scontrol", "show", "job", "-o", job_id)
+    except SlurmError as error:
+        if "Invalid job id" not in str(error):
+            raise
+        return _accounted(job_id)
+    return _from_scontrol(job_id, text.splitlines()[0])
+
+
+def _from_scontrol(job_id: str, line: str) -> Job:
+    field = _fields(line)
+    return Job(
+        id=job_id,
+        state=field["JobState"],
+        reason="" if field.get("Reason") == "None" else field.get("Reason", ""),
+        nodes="" if field.get("NodeList") == "(null)" else field.get("NodeList", ""),
+        restarts=int(field.get("Restarts", 0)),
+        submitted=_seconds(field.get("SubmitTime", "")),
+        eligible=_seconds(field.get("EligibleTime", "")),
+        started=_seconds(field.get("StartTime", "")),
+        ends=_seconds(field.get("EndTime", "")),
+    )
+
+
+def _accounted(job_id: str) -> Job | None:
+    """The last run of a job by sacct, None without one."""
+    columns = "JobID,State,NodeList,Submit,Eligible,Start,End"
+    try:
+        rows = run("sacct", "-n", "-P", "-X", "-D", "-j", job_id, "-o", columns).splitlines()
+    except SlurmError:  # no accounting
+        return None
+    rows = [row for row in rows if row.split("|")[0] == job_id]
+    if not rows:
+        return None
+    _, state, nodes, *times = rows[-1].split("|")
+    submitted, eligible, started, ended = map(_seconds, times)
+    nodes = "" if nodes == "None assigned" else nodes
+    return Job(job_id, state.split()[0], "", nodes, len(rows) - 1, submitted, eligible, started, ended)
+
+
+def _fields(line: str) -> dict[str, str]:
+    """``KEY=VALUE KEY=VALUE`` of `scontrol -o`, whose values may hold spaces."""
+    return dict(re.findall(r"([\w/:&]+)=(.*?)(?= [\w/:&]+=|\s*$)", line))
+
+
+def _seconds(time: str) -> float:
+    """SLURM's local time as seconds since 1970, 0 for "Unknown", "N/A" and the like."""
+    try:
+        return datetime.fromisoformat(time).timestamp()
+    except ValueError:
+        return 0.0
+
+
+@dataclass(frozen=True)
+class Node:
+    name: str
+    state: str  # idle, mixed, allocated, down, drained, ... in lower case, without SLURM's flags
+    cpus: int
+    memory_mb: int
+    gpus: int
+
+    @property
+    def able(self) -> bool:
+        return self.state in ("idle", "mixed", "allocated", "completing", "reserved", "planned")
+
+
+@dataclass(frozen=True)
+class Partition:
+    name: str
+    up: bool
+    default: bool
+    max_minutes: int | None  # None: no limit
+    max_nodes: int | None
+    nodes: tuple[Node, ...]
+
+
+def partitions() -> dict[str, Partition]:
+    """What `scontrol show partition` and `sinfo` say. Raises SlurmError."""
+    nodes: dict[str, list[Node]] = {}
+    for row in run("sinfo", "-h", "-N", "-o", "%R|%N|%T|%c|%m|%G").splitlines():
+        partition, name, state, cpus, memory, gres = row.split("|")
+        gpus = sum(int(count) for count in re.findall(r"gpu(?::[^:,(]+)?:(\d+)", gres))
+        node = Node(name, state.rstrip("*~#!%$@^-+"), int(cpus.rstrip("+")), int(memory.rstrip("+")), gpus)
+        nodes.setdefault(partition, []).append(node)
+    found = {}
+    for line in run("scontrol", "show", "partition", "-o").splitlines():
+        field = _fields(line)
+        name = field["PartitionName"]
+        limit, most = field.get("MaxTime", "UNLIMITED"), field.get("MaxNodes", "UNLIMITED")
+        found[name] = Partition(
+            name=name,
+            up=field.get("State") == "UP",
+            default=field.get("Default") == "YES",
+            max_minutes=None if limit in ("UNLIMITED", "INFINITE") else minutes_of(limit),
+            max_nodes=int(most) if most.isdigit() else None,
+            nodes=tuple(nodes.get(name, ())),
+        )
+    return found
+
+
+def minutes_of(time: str) -> int:
+    """SLURM's time formats (M, M:S, H:M:S, D-H, D-H:M, D-H:M:S) in minutes, rounded up. Raises ValueError."""
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time)
+    if match is None:
+        raise ValueError("expected minutes, H:M:S, or D-H:M:S in quotes")
+    days, first, second, third = (int(part or 0) for part in match.groups())
+    if match[1] is not None or match[4] is not None:
+        seconds = ((days * 24 + first) * 60 + second) * 60 + third
+    else:
+        seconds = first * 60 + second
+    return -(-seconds // 60)
+
+
+def hostnames(nodes: str) -> list[str]:
+    """The names behind ``node[1-3,7]``. Raises SlurmError."""
+    return run("scontrol", "show", "hostnames", nodes).split() if nodes else []
+
+
+def requeue(job_id: str) -> None:
+    """Put a running job back into the queue. Raises SlurmError where the site or the job does not permit that."""
+    run("scontrol", "requeue", job_id)
+
+
+def cancel(*job_ids: str) -> None:
+    run("scancel", *job_ids)
+
+
+def this_job() -> str:
+    """The id of the job that this process is part of, ARRAY_TASK in an array."""
+    if array := os.environ.get("SLURM_ARRAY_JOB_ID"):
+        return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    return os.environ["SLURM_JOB_ID"]
+
+
+def this_attempt() -> str:
+    """JOB.RESTART, the name of this start of the job."""
+    return f"{this_job()}.{os.environ.get('SLURM_RESTART_COUNT', '0')}"
