@@ -35,6 +35,7 @@ class ClusterConfig(Strict):
     nodelist: str | None = None
     exclude: list[str] = Field([], description="nodes")
     setup: list[str] = Field([], description="shell lines before Python starts: modules, environment")
+    shared: list[Path] = Field([], description="folders that all nodes see, though their file system looks like a disk")
     python: str = Field(sys.executable, description="on the nodes, and inside the container where there is one")
     container: list[str] = Field([], description="srun's options for it, such as --container-image=... (pyxis)")
     sbatch: dict[str, str | int | bool] = Field({}, description="more options of sbatch, without their dashes")
@@ -46,6 +47,7 @@ class ClusterConfig(Strict):
     max_crashes: int = Field(3, gt=0, description="crashes in a row without a new checkpoint, that end the run")
     exclude_after: int = Field(2, gt=0, description="faults of a node in a day, after which the run avoids it")
     preflight: bool = Field(True, description="check devices, arithmetic, network and disk before training")
+    sweep_parallel: int | None = Field(None, gt=0, description="runs of a sweep at a time; null: no limit")
     min_bandwidth_gb_s: float = Field(0.0, ge=0, description="preflight: of an all-reduce; slower is refused. 0: any")
 
     @model_validator(mode="after")
@@ -103,10 +105,34 @@ def changed(cluster: ClusterConfig, overrides: list[str]) -> ClusterConfig:
 
 def _merged(file: Path, text: str, changes: list[str]) -> Any:
     try:
-        tree = OmegaConf.merge(OmegaConf.create(yaml.safe_load(text) or {}), OmegaConf.from_dotlist(changes))
+        tree = OmegaConf.create(yaml.load(text, _Yaml) or {})
+        for change in changes:
+            key, _, value = change.partition("=")
+            OmegaConf.update(tree, key, _value(f"cluster.{key}", value), force_add=True)
         return OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
+    except ConfigError:
+        raise
     except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"cluster: {file}: {str(error).splitlines()[0]}") from None
+
+
+def _value(field: str, text: str) -> Any:
+    try:
+        return yaml.load(text, _Yaml)
+    except yaml.YAMLError:
+        raise ConfigError(
+            f"{field}: {text} cannot be read; write a list as [a,b], and quote what holds a quote"
+        ) from None
+
+
+class _Yaml(yaml.SafeLoader):
+    """YAML in which 1:00:00 is a time, not the number 3600."""
+
+    def number(self, node: yaml.ScalarNode) -> object:
+        return node.value if ":" in node.value else self.construct_yaml_int(node)
+
+
+_Yaml.add_constructor("tag:yaml.org,2002:int", _Yaml.number)
 
 
 def from_raw(raw: Any, origin: str) -> ClusterConfig:

@@ -1,9 +1,12 @@
 """All that is asked of SLURM: its commands, run and read. Works with and without accounting (sacct)."""
 
 import os
+import pwd
 import re
 import shutil
 import subprocess
+import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -38,6 +41,8 @@ class Job:
     eligible: float = 0.0
     started: float = 0.0
     ends: float = 0.0  # when its time is up while it runs, else when it ended
+    preempted: bool = False  # this start of it
+    output: str = ""  # file of the batch script's output; empty where only accounting knows the job
 
     @property
     def live(self) -> bool:
@@ -51,18 +56,22 @@ def run(*command: str) -> str:
     Raises:
         SlurmError: there is no such command here, it failed, or did not answer within a minute.
     """
+    done = _answer(command)
+    if done.returncode:
+        words = " ".join((done.stderr or done.stdout).split())
+        raise SlurmError(f"`{' '.join(command)}` failed: {words}")
+    return done.stdout
+
+
+def _answer(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
     if shutil.which(command[0]) is None:
         raise SlurmError(
             f"no SLURM here: there is no `{command[0]}` on PATH; run this on a login node, or try `dnt sandbox up`"
         )
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, stdin=subprocess.DEVNULL)
+        return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, stdin=subprocess.DEVNULL)
     except subprocess.TimeoutExpired:
         raise SlurmError(f"`{' '.join(command)}` gave no answer within {TIMEOUT_S:.0f} s; is SLURM up?") from None
-    if done.returncode:
-        words = " ".join((done.stderr or done.stdout).split())
-        raise SlurmError(f"`{' '.join(command)}` failed: {words}")
-    return done.stdout
 
 
 def check_here() -> None:
@@ -72,8 +81,10 @@ def check_here() -> None:
             raise SlurmError(
                 f"no SLURM here: there is no `{command}` on PATH; run this on a login node, or try `dnt sandbox up`"
             )
-    if "is UP" not in (answer := run("scontrol", "ping")):
-        raise SlurmError(f"SLURM's controller does not answer: {' '.join(answer.split())}; try again when it is back")
+    done = _answer(("scontrol", "ping"))  # fails where it is down
+    if "is UP" not in done.stdout:
+        words = " ".join((done.stdout or done.stderr).replace("*", "").split())
+        raise SlurmError(f"SLURM's controller does not answer: {words}; try again when it is back")
 
 
 def job(job_id: str) -> Job | None:
@@ -84,10 +95,19 @@ def job(job_id: str) -> Job | None:
     try:
         text = run("scontrol", "show", "job", "-o", job_id)
     except SlurmError as error:
-        if "Invalid job id" not in str(error):
+        # the second for a task of an array that was cancelled in the queue
+        if "Invalid job id" not in str(error) and "not found" not in str(error):
             raise
         return _accounted(job_id)
     return _from_scontrol(job_id, text.splitlines()[0])
+
+
+def queue() -> dict[str, Job]:
+    """This user's jobs that are in the queue or running, by id, each task of an array by itself. Raises SlurmError."""
+    user = pwd.getpwuid(os.getuid()).pw_name
+    rows = run("squeue", "-h", "-r", "-u", user, "-o", "%i|%T|%r|%N").splitlines()
+    found = (row.split("|") for row in rows)
+    return {job_id: Job(job_id, state, reason, nodes) for job_id, state, reason, nodes in found}
 
 
 def _from_scontrol(job_id: str, line: str) -> Job:
@@ -102,6 +122,8 @@ def _from_scontrol(job_id: str, line: str) -> Job:
         eligible=_seconds(field.get("EligibleTime", "")),
         started=_seconds(field.get("StartTime", "")),
         ends=_seconds(field.get("EndTime", "")),
+        preempted=field.get("PreemptTime", "None") not in ("None", "N/A", "Unknown"),
+        output=field.get("StdOut", ""),
     )
 
 
@@ -141,6 +163,8 @@ class Node:
     cpus: int
     memory_mb: int
     gpus: int
+    gpu: str = ""  # SLURM's type of them, such as h100; empty where the site gives none
+    address: str = ""  # what the controller calls it by
 
     @property
     def able(self) -> bool:
@@ -160,10 +184,18 @@ class Partition:
 def partitions() -> dict[str, Partition]:
     """What `scontrol show partition` and `sinfo` say. Raises SlurmError."""
     nodes: dict[str, list[Node]] = {}
-    for row in run("sinfo", "-h", "-N", "-o", "%R|%N|%T|%c|%m|%G").splitlines():
-        partition, name, state, cpus, memory, gres = row.split("|")
-        gpus = sum(int(count) for count in re.findall(r"gpu(?::[^:,(]+)?:(\d+)", gres))
-        node = Node(name, state.rstrip("*~#!%$@^-+"), int(cpus.rstrip("+")), int(memory.rstrip("+")), gpus)
+    for row in run("sinfo", "-h", "-N", "-o", "%R|%N|%T|%c|%m|%G|%o").splitlines():
+        partition, name, state, cpus, memory, gres, address = row.split("|")
+        gpus = re.findall(r"gpu(?::([^:,(]+))?:(\d+)", gres)
+        node = Node(
+            name=name,
+            state=state.rstrip("*~#!%$@^-+"),
+            cpus=int(cpus.rstrip("+")),
+            memory_mb=int(memory.rstrip("+")),
+            gpus=sum(int(count) for _, count in gpus),
+            gpu=gpus[0][0] if gpus else "",
+            address=address,
+        )
         nodes.setdefault(partition, []).append(node)
     found = {}
     for line in run("scontrol", "show", "partition", "-o").splitlines():
@@ -179,6 +211,34 @@ def partitions() -> dict[str, Partition]:
             nodes=tuple(nodes.get(name, ())),
         )
     return found
+
+
+def accounts() -> tuple[set[str], set[str]]:
+    """The accounts and the QOS that this user may ask for; empty where accounting (sacctmgr) does not say."""
+    user = pwd.getpwuid(os.getuid()).pw_name
+    try:
+        rows = run("sacctmgr", "-n", "-P", "show", "assoc", f"user={user}", "format=account,qos").splitlines()
+    except SlurmError:
+        return set(), set()
+    columns = [row.split("|") for row in rows]
+    return {account for account, _ in columns}, {name for _, qos in columns for name in qos.split(",") if name}
+
+
+def expected_start(script: str) -> str:
+    """SLURM's estimate of when and where a batch script would start if it were submitted now, in words; it is not.
+
+    Raises:
+        SlurmError: SLURM would refuse it; the message holds its own words.
+    """
+    with tempfile.NamedTemporaryFile("w", prefix="dnt-", suffix=".sh") as file:
+        file.write(script)
+        file.flush()
+        done = _answer(("sbatch", "--test-only", file.name))
+    words = " ".join(done.stderr.split()).replace("sbatch: error: ", "").removeprefix("sbatch: ")
+    if done.returncode:
+        raise SlurmError(f"SLURM would refuse the job: {words}")
+    found = re.search(r"to start at (\S+) .*on nodes (\S+)", words)
+    return f"{found[1].replace('T', ' ')} on {found[2]}" if found else ""
 
 
 def minutes_of(time: str) -> int:

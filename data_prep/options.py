@@ -9,7 +9,7 @@ from typing import Any
 from data_prep import shards
 from data_prep.learn import SAMPLE_BYTES
 from data_prep.pool import cpus
-from data_prep.shards import Dedup, Manifest, Packing
+from data_prep.shards import PARTIAL, Dedup, Manifest, Packing
 from data_prep.tokenizer import Encoder, Kind, Tokenizer
 from data_prep.verify import check_file
 
@@ -77,7 +77,7 @@ def checked(options: PrepareOptions, base: Manifest | None) -> PrepareOptions:
         raise ValueError("-: found more than once, but standard input can be read once; give it once")
     if any(str(item) != "-" and Path(item).resolve() == Path(options.out).resolve() for item in options.inputs):
         raise ValueError(f"{options.out}: is an INPUT, and cannot be --out as well; choose another folder")
-    if options.task and not options.tokenizer:
+    if options.task and not options.tokenizer and not any((Path(options.out) / PARTIAL).glob("tokenizer-*.model")):
         raise ValueError(
             "task: tasks need a tokenizer that all of them share; train one with `dnt data tokenizer`, "
             "then give --tokenizer FILE"

@@ -118,6 +118,18 @@ def train_tokenizer(options: PrepareOptions, model: Path, console: Console | Non
     return Tokenizer.load(model)
 
 
+def learn_first(options: PrepareOptions, console: Console | None = None) -> None:
+    """Train the tokenizer in the work folder, where `prepare` and its tasks with the same options then find it.
+
+    Raises ValueError as `prepare` does.
+    """
+    options = checked(options, None)
+    rules = load_rules(options.rules) if options.rules else None
+    with work_folder(Path(options.out)) as work:
+        units = plan_units(find_sources(options.inputs))
+        learn(work, lesson(options, rules), units, workers(options), console or Console(stderr=True))
+
+
 def _given_tokenizer(work: Path, options: PrepareOptions) -> Path | None:
     """A copy of the tokenizer that was given: the file itself may change while the set is made."""
     if options.tokenizer is None:

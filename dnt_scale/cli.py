@@ -49,6 +49,10 @@ On several machines that share a folder, or as a job array:
   dnt data tokenizer books/ --out books.model
   dnt data prepare books/ --out data/mine --tokenizer books.model --tasks 16 --task 0     # and 1 to 15, at any time
   dnt data prepare books/ --out data/mine --tokenizer books.model                         # when all are done
+
+On a SLURM cluster all of that by jobs; asked again, the same command tells how far they are:
+
+  dnt data prepare books/ --out data/mine --cluster gpu cluster.partition=cpu cluster.time=4:00:00 --workers 8
 """
 
 
@@ -73,10 +77,11 @@ momentum_buffer.tok_emb.weight).
   dnt checkpoint convert runs/demo/checkpoints/step-00000500 everything.safetensors --full
 
 From such a file to the checkpoint of step 0 of a new run, with zero momentum. What follows are the overrides that
-describe the run; `dnt train` with the same ones begins from these weights.
+describe the run; the model is the metadata's, but for what they say of it. `dnt train` with the same ones, and those of
+the model that are printed, begins from these weights.
 
-  dnt checkpoint convert demo.safetensors run.name=more model=dnt_nano data.path=data/mine
-  dnt train run.name=more model=dnt_nano data.path=data/mine
+  dnt checkpoint convert demo.safetensors run.name=more data.path=data/mine
+  dnt train run.name=more data.path=data/mine model=dnt_nano
 """
 
 
@@ -139,6 +144,12 @@ def parser() -> argparse.ArgumentParser:
     )
     prepare.add_argument("--tasks", type=int, metavar="N", help="with --task I: make part I (from 0) of N, no more")
     prepare.add_argument("--task", type=int, metavar="I", help="run the same command without --task when all are done")
+    prepare.add_argument(
+        "--cluster",
+        nargs="+",
+        metavar=("NAME", "cluster.KEY=VALUE"),
+        help="make it by SLURM jobs, in --tasks N parts (default: up to 16); the same command tells how far they are",
+    )
     prepare.add_argument("--dry-run", action="store_true", help="show the plan and stop")
     prepare.set_defaults(run=data_prepare)
     tokenizer = data_commands.add_parser(
@@ -224,6 +235,10 @@ def parser() -> argparse.ArgumentParser:
     ui.add_argument("--uri", default="sqlite:///runs/mlflow.db", help="MLflow store")
     ui.add_argument("--port", type=int, default=5000)
     ui.set_defaults(run=run_ui)
+
+    from cluster.commands import add as add_cluster_commands
+
+    add_cluster_commands(commands)
     return root
 
 
@@ -269,7 +284,9 @@ def data_prepare(options: argparse.Namespace) -> int:
     from data_prep.pipeline import prepare
     from data_prep.show import dry_run, info
 
-    if (options.tasks is None) != (options.task is None):
+    if options.cluster and options.task is not None:
+        raise ValueError("--task: with --cluster there is a job for each; give --tasks N alone, or neither")
+    if not options.cluster and (options.tasks is None) != (options.task is None):
         raise ValueError("--tasks N and --task I go together; give both, or neither for the last step")
     settle(options)
     asked = corpus_options(
@@ -281,8 +298,12 @@ def data_prepare(options: argparse.Namespace) -> int:
         dedup=options.dedup,
         seq_len=options.seq_len,
         packing=options.packing,
-        task=None if options.tasks is None else (options.task, options.tasks),
+        task=None if options.task is None else (options.task, options.tasks),
     )
+    if options.cluster:
+        from cluster.prepare import main as prepare_on_cluster
+
+        return prepare_on_cluster(asked, options.cluster, options.tasks, dry_run=options.dry_run)
     if options.dry_run:
         dry_run(asked)
         return 0
@@ -402,13 +423,13 @@ def checkpoint_inspect(options: argparse.Namespace) -> int:
 def checkpoint_verify(options: argparse.Namespace) -> int:
     from dnt_scale.checkpoint.tools import verify
 
-    problems = verify(options.path)
-    for problem in problems:
-        print(f"error: {problem}", file=sys.stderr)
-    if problems:
-        return 2
-    print(f"{options.path}: whole")
-    return 0
+    found = verify(options.path)
+    for path, problems in found.items():
+        for problem in problems:
+            print(f"error: {problem}", file=sys.stderr)
+        if not problems:
+            print(f"{path}: whole")
+    return 2 if any(found.values()) else 0
 
 
 def checkpoint_diff(options: argparse.Namespace) -> int:
@@ -449,7 +470,7 @@ def run_verify_resume(options: argparse.Namespace) -> int:
 
 
 def run_ui(options: argparse.Namespace) -> int:
-    from dnt_scale.tracking import open_ui
+    from dnt_scale.mlflow_page import open_ui
 
     return open_ui(options.uri, options.port)
 

@@ -5,6 +5,7 @@ the field, what was found, what was expected, and for a misspelt key its nearest
 """
 
 import difflib
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args, get_origin
 from urllib.parse import urlsplit
@@ -288,14 +289,15 @@ class TrackingSection(Strict):
     enabled: bool = True
     uri: str | None = Field(None, description="null: sqlite:///mlflow.db beside the run folder")
     experiment: str = "dnt-scale"
+    system_every_s: float = Field(10.0, ge=0, description="between samples of each node's CPU, memory, GPUs; 0: none")
 
     @model_validator(mode="after")
     def _no_login(self) -> Self:
-        if self.uri and "@" in urlsplit(self.uri).netloc:
-            raise ValueError(
-                "uri holds a login, which would be stored with the run; "
-                "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead"
-            )
+        parts = urlsplit(self.uri or "")
+        if "@" in parts.netloc or re.search(r"(?i)(^|&)[^=]*(user|password|token)[^=]*=", parts.query):
+            server = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+            instead = server if parts.scheme.startswith("http") else "PGUSER, and PGPASSWORD or a PGPASSFILE,"
+            raise ValueError(f"uri holds a login, which would be stored with the run; set {instead} instead")
         return self
 
 
@@ -388,6 +390,28 @@ def load(overrides: list[str]) -> RunConfig:
     return validate(raw)
 
 
+def changed(run: RunConfig, overrides: list[str]) -> RunConfig:
+    """``run`` with other values: KEY=VALUE, and engine=NAME of ``configs/engine``.
+
+    Raises:
+        ConfigError: an unknown key, a wrong value, or another name or folder, which would be another run.
+    """
+    tree = OmegaConf.create(run.model_dump(mode="json"))
+    for override in overrides:
+        key, _, value = override.partition("=")
+        file = config_dir() / key / f"{value}.yaml"
+        if key == "engine" and file.exists():
+            tree[key] = OmegaConf.load(file)
+        elif key == "engine":
+            known = ", ".join(sorted(path.stem for path in file.parent.glob("*.yaml")))
+            raise ConfigError(f"{override}: no such engine; there are {known}")
+        elif "." in key and key not in ("run.name", "run.dir"):
+            tree.merge_with_dotlist([override])
+        else:
+            raise ConfigError(f"{override}: a run that goes on keeps its {key}; it takes engine=NAME and KEY.KEY=VALUE")
+    return validate(OmegaConf.to_container(tree, resolve=True))
+
+
 def validate(raw: Any, origin: str = "configuration") -> RunConfig:
     """A RunConfig from plain dicts, for example a run folder's ``config.yaml``.
 
@@ -406,7 +430,8 @@ def validate(raw: Any, origin: str = "configuration") -> RunConfig:
             if item["type"] == "extra_forbidden":
                 message = "no such field" + _nearest(".".join(parts), _known_keys(RunConfig))
             found = "" if isinstance(item["input"], dict) else f" (found {item['input']!r})"
-            lines.append(f"{'.'.join(parts) or 'run'}: {message}{found}")
+            # what the whole run's validators say names its fields itself
+            lines.append(f"{'.'.join(parts)}: {message}{found}" if parts else message)
         raise ConfigError(f"{origin}: " + "; ".join(lines)) from None
 
 

@@ -12,7 +12,15 @@ from dataclasses import dataclass
 
 import torch
 
-from dnt_scale.config import DeepSpeedEngineConfig, ModelConfig, MSGDWConfig, OptimConfig, RunConfig, TorchEngineConfig
+from dnt_scale.config import (
+    ConfigError,
+    DeepSpeedEngineConfig,
+    ModelConfig,
+    MSGDWConfig,
+    OptimConfig,
+    RunConfig,
+    TorchEngineConfig,
+)
 from dnt_scale.model import DNT
 from dnt_scale.optim import parameter_groups
 
@@ -64,8 +72,29 @@ def shapes_of(model: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def copies_of(engine: TorchEngineConfig, world_size: int, nodes: int) -> int:
-    """C: all ranks with ddp, one with fsdp, ``replicas`` or one a node with hsdp."""
-    return {"ddp": world_size, "fsdp": 1, "hsdp": engine.replicas or nodes}[engine.name]
+    """C: all ranks with ddp, one with fsdp, ``replicas`` or one a node with hsdp.
+
+    Raises:
+        ConfigError: the copies do not share the ranks equally.
+    """
+    copies = {"ddp": world_size, "fsdp": 1, "hsdp": engine.replicas or nodes}[engine.name]
+    if world_size % copies:
+        found = copies if engine.replicas else f"null, one a node of {copies}"
+        raise ConfigError(
+            f"engine.replicas is {found}, but copies do not share {world_size} ranks equally; "
+            f"set it to a divisor of {world_size}, or use engine=fsdp"
+        )
+    return copies
+
+
+def parameters_of(model: ModelConfig) -> int:
+    """P."""
+    return sum(map(_elements, shapes_of(model).values()))
+
+
+def checkpoint_bytes(run: RunConfig) -> int:
+    """A checkpoint's tensors: fp32 weights and the optimizer's buffers, whoever shards them; 8 P with a momentum."""
+    return parameters_of(run.model) * (FP32 + _buffer_bytes(run.optim))
 
 
 def memory(run: RunConfig, world_size: int, nodes: int = 1) -> Memory:

@@ -1,32 +1,38 @@
-"""The sender: passes a run folder's metrics.jsonl on to MLflow, in a process of its own.
+"""The sender: passes what a run folder holds on to MLflow, in a process of its own.
 
 ``python -m dnt_scale.mlflow_sender RUN``, started and described by :mod:`dnt_scale.tracking`. It ends when training has
-ended and all is sent, or two minutes later.
+ended and all is sent, or when the store has not answered for two minutes after that.
+
+With ``--settle STATUS`` it does the same for a run that no process works on any more, see :mod:`dnt_scale.settle`.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import fcntl
 import os
-import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
-from dnt_scale.tracking import METRICS, Point, read_json, reason, sqlite_file, unsent_points, without_login, write_json
+from dnt_scale import mlflow_store, system_metrics
+from dnt_scale.settle import is_parent_settled, is_settled, sizes_of
+from dnt_scale.tracking import METRICS, Point, Status, read_json, reason, unsent_points, without_login, write_json
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
 SEND_EVERY_S = 1.5
-PLOTS_EVERY_S = 30.0
+SYSTEM_EVERY_S = 5.0
+PLOTS_EVERY_S = 30.0  # and goodput
 LONGEST_PAUSE_S = 30.0  # between tries while the store does not answer
-GIVE_UP_S = 120.0  # the sender's last tries, counted from the end of training
+GIVE_UP_S = 120.0  # how long the sender tries after the end of training, or after the store's last answer since
+SETTLE_S = 8.0  # how long settling does
+HUNG_S = 45.0  # beyond these: a call to MLflow hangs
 READ_BYTES = 1 << 20
 METRICS_A_CALL = 1000  # MLflow refuses more in one log_batch
 PARAMS_A_CALL = 100
@@ -41,6 +47,8 @@ class _Superseded(Exception):
 class _Parent:
     """What the training process says: nothing while it runs, then how it ended."""
 
+    patience_s = GIVE_UP_S
+
     def __init__(self, pid: int) -> None:
         self._pid = pid
         self._said = ""
@@ -51,9 +59,6 @@ class _Parent:
     def _listen(self) -> None:
         # Not sys.stdin: a thread waiting in it makes the interpreter abort on the way out.
         self._hear(os.read(0, 64).decode().strip() or "KILLED")  # an end without a word is a kill
-        # MLflow calls have time limits of their own; should one hang all the same, this process still ends.
-        time.sleep(GIVE_UP_S + 10)
-        os._exit(1)
 
     def _hear(self, status: str) -> None:
         self._said = self._said or status
@@ -75,12 +80,30 @@ class _Parent:
             self._heard.wait(seconds)
 
 
+class _Gone:
+    """In the parent's place where there is none: a run that ended with ``status``, whoever found out."""
+
+    patience_s = SETTLE_S
+
+    def __init__(self, status: Status) -> None:
+        self._status = status
+        self.ended_at = time.monotonic()
+
+    def status(self) -> str:
+        return self._status
+
+    def wait(self, seconds: float) -> None:
+        time.sleep(min(seconds, 5))
+
+
 class _Sender:
     """Passes one run folder on to MLflow. A method may raise whatever MLflow raises, and may be called again then."""
 
-    def __init__(self, run_dir: Path, order: dict[str, Any]) -> None:
+    def __init__(self, run_dir: Path, order: dict[str, Any], *, live: bool) -> None:
         self.run_dir = run_dir
         self.order = order
+        self.live = live
+        self.answered_at = 0.0  # when MLflow last did, on the monotonic clock
         self.uri: str = order["key"]["uri"]
         state = read_json(run_dir / "logs" / "mlflow.json")
         if state.get("run_id") != order["key"]["run_id"]:
@@ -88,10 +111,13 @@ class _Sender:
         self.mlflow_run_id: str = state.get("mlflow_run_id", "")
         self.sent_step: int = state.get("sent_step", -1)
         self.sent_names: list[str] = state.get("sent_names", [])
+        self.sent_bytes: dict[str, int] = state.get("sent_bytes", {})  # of each node's system metrics
+        self.ended = {name: state[name] for name in ("status", "sizes") if name in state}
         self._client: MlflowClient | None = None
         self._offset = 0  # the file is read from its start: a resume may have changed what stood at an old offset
         self._pending: list[Point] = []
         self._artifacts_sent: dict[Path, int] = {}
+        self._next_system = 0.0
         self._next_artifacts = 0.0
         self._reported: dict[str, Any] = {}
 
@@ -102,8 +128,10 @@ class _Sender:
             "mlflow_run_id": self.mlflow_run_id,
             "sent_step": self.sent_step,
             "sent_names": self.sent_names,
+            "sent_bytes": self.sent_bytes,
             "error": error,
             "session": self.order["session"],
+            **self.ended,
         }
         if error or state != self._reported:
             write_json(self.run_dir / "logs" / "mlflow.json", {**state, "time": time.time()})
@@ -122,68 +150,45 @@ class _Sender:
         more = self._read()
         if self._pending:
             self._send_points(self._client)
+            return True
+        if time.monotonic() >= self._next_system:
+            if self._send_system(self._client):
+                return True
+            self._next_system = time.monotonic() + SYSTEM_EVERY_S
         if time.monotonic() >= self._next_artifacts:
             self._send_artifacts(self._client)
+            self._send_goodput(self._client)
             self._next_artifacts = time.monotonic() + PLOTS_EVERY_S
-        return more or bool(self._pending)
+        return more
 
     def end(self, status: str) -> None:
-        """Mark the MLflow run as ended, then send the last plots."""
+        """Mark the MLflow run as ended, then send the last of all but steps."""
         assert self._client is not None
-        self._client.set_terminated(self.mlflow_run_id, status)
+        sizes = sizes_of(self.run_dir)
+        self._client.set_terminated(self.mlflow_run_id, status, self._ended_ms())
+        while self._send_system(self._client):
+            self.check_order()
         self._send_artifacts(self._client)
+        self._send_goodput(self._client)
+        self.ended = {"status": status, "sizes": sizes}
 
     def _connect(self) -> MlflowClient:
-        from mlflow import MlflowClient
-
-        with _first_use(self.uri):
-            client = MlflowClient(tracking_uri=self.uri)
-            experiment_id = self._experiment(client)
-        run = self._find_run(client, experiment_id)
+        client, experiment_id, parent = mlflow_store.opened(self.run_dir, self.order, "RUNNING" if self.live else "")
+        run_id, name = self.order["key"]["run_id"], self.order["run_name"]
+        run = mlflow_store.run(client, experiment_id, run_id, name, self.mlflow_run_id)
         if run.info.run_id != self.mlflow_run_id:
-            self.mlflow_run_id, self.sent_step, self.sent_names = run.info.run_id, -1, []
+            self.mlflow_run_id, self.sent_step, self.sent_names, self.sent_bytes = run.info.run_id, -1, [], {}
         self.report(None)
-        client.update_run(self.mlflow_run_id, status="RUNNING")
-        self._send_params_and_tags(client, run)
+        if self.live:
+            client.update_run(self.mlflow_run_id, status="RUNNING")
+            self.ended = {"status": "RUNNING"}
+        self._send_params_and_tags(client, run, {"mlflow.parentRunId": parent} if parent else {})
         return client
 
-    def _experiment(self, client: MlflowClient) -> str:
-        """The id of the run's experiment, made when missing."""
-        name = self.order["experiment"]
-        file = sqlite_file(self.uri)
-        # Without a server in between, MLflow would put artifacts into ./mlruns of whatever folder training ran in.
-        location = (file.parent / "mlartifacts").as_uri() if file else None
-        if (found := client.get_experiment_by_name(name)) is None:
-            try:
-                # opens the experiment's page in MLflow's model-training view
-                kind = {"mlflow.experimentKind": "custom_model_development"}
-                return str(client.create_experiment(name, artifact_location=location, tags=kind))
-            except Exception:
-                if (found := client.get_experiment_by_name(name)) is None:  # else another run made it just now
-                    raise
-        return str(found.experiment_id)
-
-    def _find_run(self, client: MlflowClient, experiment_id: str) -> Run:
-        """The MLflow run of this run: the one known, else one with its ``dnt.run_id`` tag, else a new one."""
-        from mlflow.exceptions import MlflowException
-
-        if self.mlflow_run_id:
-            try:
-                run = client.get_run(self.mlflow_run_id)
-                if run.info.lifecycle_stage == "active":
-                    return run
-            except MlflowException as error:
-                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                    raise
-        run_id = self.order["key"]["run_id"]
-        for run in client.search_runs([experiment_id], f"tags.`dnt.run_id` = '{run_id}'", max_results=1):
-            return run
-        return client.create_run(experiment_id, tags={"dnt.run_id": run_id}, run_name=self.order["run_name"])
-
-    def _send_params_and_tags(self, client: MlflowClient, run: Run) -> None:
+    def _send_params_and_tags(self, client: MlflowClient, run: Run, tags: dict[str, str]) -> None:
         from mlflow.entities import Param, RunTag
 
-        tags = {"dnt.run_id": self.order["key"]["run_id"], **self.order["tags"]}
+        tags = {mlflow_store.RUN_ID: self.order["key"]["run_id"], **self.order["tags"], **tags}
         params: list[Param] = []
         for name, value in self.order["params"].items():
             text = str(value)[:PARAM_CHARS]
@@ -216,17 +221,43 @@ class _Sender:
             self._pending += points or []
         return bool(data)
 
-    def _send_points(self, client: MlflowClient) -> None:
+    def _ended_ms(self) -> int | None:
+        """When the run gave its last sign; None: now."""
+        file = self.run_dir / METRICS
+        return int(file.stat().st_mtime * 1000) if not self.live and file.exists() else None
+
+    def _log(self, client: MlflowClient, points: list[Point]) -> None:
         from mlflow.entities import Metric
 
+        client.log_batch(self.mlflow_run_id, metrics=[Metric(p.name, p.value, p.time_ms, p.step) for p in points])
+
+    def _send_points(self, client: MlflowClient) -> None:
         # Kept until the call succeeds, times included: the very same points sent again are one point to MLflow.
         batch = self._pending[:METRICS_A_CALL]
-        client.log_batch(self.mlflow_run_id, metrics=[Metric(p.name, p.value, p.time_ms, p.step) for p in batch])
+        self._log(client, batch)
         del self._pending[: len(batch)]
         last = batch[-1].step
         before = self.sent_names if last == self.sent_step else []
         self.sent_step, self.sent_names = last, before + [p.name for p in batch if p.step == last]
         self.report(None)
+
+    def _send_system(self, client: MlflowClient) -> bool:
+        """Send the next of the nodes' system metrics; False when there are none."""
+        points, sent_bytes = system_metrics.read_new(self.run_dir, self.sent_bytes, METRICS_A_CALL)
+        if sent_bytes == self.sent_bytes:
+            return False
+        for at in range(0, len(points), METRICS_A_CALL):
+            self._log(client, points[at : at + METRICS_A_CALL])
+        self.sent_bytes = sent_bytes
+        self.report(None)
+        return True
+
+    def _send_goodput(self, client: MlflowClient) -> None:
+        from dnt_scale import goodput
+
+        now_ms = int(time.time() * 1000)
+        step = max(0, self.sent_step)
+        self._log(client, [Point(step, *metric, now_ms) for metric in goodput.metrics(self.run_dir).items()])
 
     def _send_artifacts(self, client: MlflowClient) -> None:
         """Send config.yaml and the plots that changed since they were sent."""
@@ -238,30 +269,28 @@ class _Sender:
                 self._artifacts_sent[path] = changed
 
 
-@contextlib.contextmanager
-def _first_use(uri: str) -> Iterator[None]:
-    """Held while a SQLite store is opened: MLflow processes that create its tables at the same time all fail."""
-    file = sqlite_file(uri)
-    if file is None:
-        yield
-        return
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.with_name(f".{file.name}.lock").open("wb") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
 def main(run_dir: Path) -> int:
     """Be the sender of ``run_dir`` until training ends. Returns 0 when all was sent, 1 when not, 3 when superseded."""
-    os.nice(10)
     order = read_json(run_dir / "logs" / "tracking.json")
     if not order:
         return 3
+    _prepare(order)
     parent = _Parent(order["parent_pid"])
     with (run_dir / "logs" / ".mlflow.lock").open("wb") as lock:
         if not _alone(lock.fileno(), parent):
             return 1
-        return _send_all(_Sender(run_dir, order), parent)
+        return _send_all(_Sender(run_dir, order, live=True), parent)
+
+
+def _prepare(order: dict[str, Any]) -> None:
+    """Set MLflow up, before it is imported."""
+    os.nice(10)
+    os.environ["MLFLOW_TRACKING_URI"] = order["key"]["uri"]
+    # The sender has its own retries: MLflow's default holds one call for four minutes.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    os.environ.setdefault("PGCONNECT_TIMEOUT", "10")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 
 def _alone(lock: int, parent: _Parent) -> bool:
@@ -276,7 +305,8 @@ def _alone(lock: int, parent: _Parent) -> bool:
             parent.wait(0.2)
 
 
-def _send_all(sender: _Sender, parent: _Parent) -> int:
+def _send_all(sender: _Sender, parent: _Parent | _Gone) -> int:
+    threading.Thread(target=_end_when_hung, args=(sender, parent), daemon=True).start()
     failures = 0
     while True:
         status = parent.status()  # asked before reading: no line written before training ended is missed
@@ -285,6 +315,7 @@ def _send_all(sender: _Sender, parent: _Parent) -> int:
             if status and not more:
                 sender.end(status)
             sender.report(None)
+            sender.answered_at = time.monotonic()
             failures = 0
             if status and not more:
                 return 0
@@ -298,10 +329,62 @@ def _send_all(sender: _Sender, parent: _Parent) -> int:
             if failures > 1 or status:  # one failed call in the middle of a run is not worth a warning
                 with contextlib.suppress(OSError):
                     sender.report(without_login(sender.uri, reason(error)))
-        if status and time.monotonic() - parent.ended_at > GIVE_UP_S:
+        if status and _silent_s(sender, parent) > parent.patience_s:
             return 1
         parent.wait(pause)
 
 
+def _silent_s(sender: _Sender, parent: _Parent | _Gone) -> float:
+    """Seconds since the end of training, or MLflow's last answer after it."""
+    return time.monotonic() - max(parent.ended_at, sender.answered_at)
+
+
+def _end_when_hung(sender: _Sender, parent: _Parent | _Gone) -> None:
+    """MLflow calls have time limits of their own; should one hang all the same, this process still ends."""
+    while not parent.ended_at or _silent_s(sender, parent) < parent.patience_s + HUNG_S:
+        time.sleep(1)
+    os._exit(1)
+
+
+def settle_here(run_dir: Path, status: Status) -> int:
+    """What :mod:`dnt_scale.settle` has done in a process of its own. Returns as main does, and 4: a sender is alive."""
+    order = read_json(run_dir / "logs" / "tracking.json")
+    if is_settled(run_dir, order, status):
+        return 0
+    _prepare(order)
+    with (run_dir / "logs" / ".mlflow.lock").open("wb") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return 4
+        return _send_all(_Sender(run_dir, order, live=False), _Gone(status))
+
+
+def settle_parent_here(run_dir: Path, status: Status) -> int:
+    """The same for a sweep's parent run."""
+    order = read_json(run_dir / "logs" / "tracking.json")
+    if is_parent_settled(run_dir, order, status):
+        return 0
+    _prepare(order)
+    deadline = threading.Timer(SETTLE_S + HUNG_S, os._exit, (1,))
+    deadline.daemon = True
+    deadline.start()
+    try:
+        mlflow_store.opened(run_dir, order, status)
+    except Exception:
+        print(without_login(order["key"]["uri"], traceback.format_exc()), flush=True)
+        return 1
+    return 0
+
+
 if __name__ == "__main__":
-    raise SystemExit(main(Path(sys.argv[1])))
+    parser = argparse.ArgumentParser(prog="python -m dnt_scale.mlflow_sender", description=__doc__)
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("--settle", choices=get_args(Status), help="the run has ended with this status")
+    parser.add_argument("--settle-parent", choices=get_args(Status), help="the sweep it is part of has")
+    options = parser.parse_args()
+    if options.settle_parent:
+        raise SystemExit(settle_parent_here(options.run_dir, options.settle_parent))
+    if options.settle:
+        raise SystemExit(settle_here(options.run_dir, options.settle))
+    raise SystemExit(main(options.run_dir))

@@ -9,6 +9,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from dnt_scale.checkpoint.read import gone_latest
+from dnt_scale.checkpoint.storage import Storage
 from dnt_scale.config import RunConfig
 from dnt_scale.model import count_parameters, flops_per_token
 from dnt_scale.ranks import Ranks
@@ -51,17 +53,30 @@ def speed(run: RunConfig, seq_len: int, seconds: float, me: Ranks) -> Metrics:
     return metrics
 
 
-def opening_line(run: RunConfig, sources: Sources, total_steps: int, newest: Path | str | None, me: Ranks) -> str:
-    rows = total_steps * run.train.global_batch / sum(source.share for source in sources)
-    epochs = ", ".join(
-        f"{rows * source.share / source.manifest.splits['train'].rows:.2f} epochs{source.name and ' of ' + source.name}"
+def speed_at(mfu: float, peak: float, run: RunConfig, seq_len: int, ranks: int) -> float:
+    """Tokens a second over all ranks when each computes at ``mfu`` of ``peak`` FLOP/s: what ``speed`` reports, turned
+    round."""
+    return mfu * peak * ranks / flops_per_token(run.model, seq_len)
+
+
+def epochs_of(sources: Sources, rows: int) -> str:
+    """How often ``rows`` of a run pass each of its sets."""
+    a_share = rows / sum(source.share for source in sources)
+    return ", ".join(
+        f"{a_share * source.share / source.manifest.splits['train'].rows:.2f} epochs"
+        f"{source.name and ' of ' + source.name}"
         for source in sources
     )
+
+
+def opening_line(run: RunConfig, sources: Sources, total_steps: int, newest: Path | str | None, me: Ranks) -> str:
+    epochs = epochs_of(sources, total_steps * run.train.global_batch)
     return (
         f"{run.run.name}: {run.model.name}, {count_parameters(run.model) / 1e6:.1f}M parameters, "
         f"{total_steps} steps of {run.train.global_batch * sources[0].manifest.seq_len:,} tokens ({epochs}) "
         f"on {me.world_size} x {me.device.type}, engine {run.engine.name}, "
         + (f"resuming from {newest}" if newest else "from the start")
+        + (f" ({gone}, the latest, is gone)" if (gone := gone_latest(Storage(run.checkpoints))) else "")
     )
 
 

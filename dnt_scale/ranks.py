@@ -57,8 +57,8 @@ def start(device: Literal["auto", "cpu", "cuda"] = "auto", hang_s: float = 0.0) 
         hang_s: the watchdog's; collectives wait for twice as long at least, so that a hang is for the watchdog to end.
 
     Raises:
-        ValueError: CUDA was asked for and there is none, there are more ranks on this node than GPUs, or the ranks
-            could not meet.
+        ValueError: CUDA was asked for and there is none, or there are more ranks on this node than GPUs.
+        Fault: the ranks could not meet.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("run.device is cuda, but torch sees no GPU; use run.device=cpu or a CUDA build of torch")
@@ -237,7 +237,7 @@ def check_replicas(me: Ranks, boxes: "Sequence[Box]", scalars: Mapping[str, floa
         scalars: ``Engine.scalars()``.
 
     Raises:
-        AgreedError: on every rank; names the ranks that differ from the rest, and the first tensor that does.
+        AgreedFault: on every rank; names the ranks that differ from the rest, and the first tensor that does.
     """
     sums = checksums([box.data for box in boxes])
     places = repr([(box.name, box.offset, tuple(box.data.shape)) for box in boxes])
@@ -262,7 +262,7 @@ def check_replicas(me: Ranks, boxes: "Sequence[Box]", scalars: Mapping[str, floa
     values = [every[rank][first] for rank in held_by]
     usual = max(values, key=values.count)
     odd, rest = ([rank for rank in held_by if (every[rank][first] == usual) is same] for same in (False, True))
-    raise AgreedError(
+    raise AgreedFault(
         f"{in_words(odd)} {'has' if len(odd) == 1 else 'have'} other bits in {names[held_by[0]][first]} than "
         f"{in_words(rest)}, which should hold the same; {_PARTED}"
     )

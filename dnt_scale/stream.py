@@ -223,6 +223,15 @@ class RowReader:
                 )
 
 
+def rows_a_rank(global_batch: int, world_size: int) -> int:
+    """Raises ValueError when the global batch does not divide by the ranks."""
+    if global_batch % world_size:
+        raise ValueError(
+            f"train.global_batch is {global_batch}, not divisible by {world_size} ranks; use a multiple of {world_size}"
+        )
+    return global_batch // world_size
+
+
 class Stream:
     """This rank's slice of every global batch from ``consumed_rows`` on, read ahead by a thread.
 
@@ -240,11 +249,7 @@ class Stream:
     def __init__(
         self, sources: Sources, *, seed: int, global_batch: int, rank: int, world_size: int, consumed_rows: int = 0
     ) -> None:
-        if global_batch % world_size:
-            raise ValueError(
-                f"train.global_batch is {global_batch}, not divisible by {world_size} ranks; "
-                f"use a multiple of {world_size}"
-            )
+        self.rows_a_rank = rows_a_rank(global_batch, world_size)
         self.manifest = sources[0].manifest
         self.padded = np.array([source.manifest.packing == "best_fit" for source in sources])
         self.shares = [source.share for source in sources]
@@ -252,7 +257,6 @@ class Stream:
         self.files = OpenFiles(files_for(len(sources)))
         self.readers = [RowReader(source, "train", self.files) for source in sources]
         self.global_batch = global_batch
-        self.rows_a_rank = global_batch // world_size
         self.offset = rank * self.rows_a_rank
         self.consumed_rows = consumed_rows
         self.queue: queue.Queue[tuple[Tensor, int] | Exception] = queue.Queue(PREFETCH_BATCHES)

@@ -6,17 +6,16 @@ So a slow import, a busy SQLite file or a server that is down costs training not
 the file for the next start. The two talk through three small files in ``RUN/logs``:
 
     tracking.json   what the sender is told: store, names, params, tags; replaced by every start
-    mlflow.json     what the sender did: its MLflow run, the last step sent, its last error
+    mlflow.json     what the sender did: its MLflow run, the last step sent, its last error, the last status told
     mlflow.log      the sender's own output
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
+import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -50,7 +49,7 @@ def sqlite_file(uri: str) -> Path | None:
     return Path(uri.removeprefix("sqlite:///").partition("?")[0]) if uri.startswith("sqlite:///") else None
 
 
-def _absolute_uri(uri: str) -> str:
+def absolute_uri(uri: str) -> str:
     """``uri`` with a relative SQLite path made absolute, so that it means the same store from every folder."""
     file = sqlite_file(uri)
     return uri if file is None else f"sqlite:///{file.absolute()}{uri[len('sqlite:///') + len(str(file)) :]}"
@@ -92,7 +91,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     _replace(path, orjson.dumps(content, option=orjson.OPT_INDENT_2 | orjson.OPT_SERIALIZE_NUMPY))
 
 
-def _warn(text: str) -> None:
+def warn(text: str) -> None:
     print(f"dnt: {text}", file=sys.stderr, flush=True)
 
 
@@ -189,16 +188,26 @@ def unsent_lines(run_dir: Path) -> int:
 # --- in the training process ------------------------------------------------------------------------------------------
 
 
+def parent_of_sweep() -> dict[str, str] | None:
+    """Id and name of the sweep that a launcher made this run part of, out of DNT_PARENT=ID:NAME. Raises ValueError."""
+    if not (said := os.environ.get("DNT_PARENT")):
+        return None
+    parent_id, colon, name = said.partition(":")
+    if not (colon and name and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", parent_id)):
+        raise ValueError(f"DNT_PARENT is {said!r}, expected ID:NAME with an ID of letters, digits, '.', '_' and '-'")
+    return {"id": parent_id, "name": name}
+
+
 class Tracker:
     """Rank 0's record of a run: appends to ``metrics.jsonl`` and runs the sender. Made by :meth:`start`."""
 
-    def __init__(self, run_dir: Path, uri: str) -> None:
+    def __init__(self, run_dir: Path, uri: str, session: str) -> None:
         self.run_dir = run_dir
         self.uri = uri
         # Unbuffered: a line is in the file, or not at all, when log() returns.
         self._file = (run_dir / METRICS).open("ab", buffering=0)
         self._sender: subprocess.Popen[bytes] | None = None
-        self._session = uuid.uuid4().hex
+        self._session = session
         self._next_look = 0.0
         self._warned = False
 
@@ -221,37 +230,39 @@ class Tracker:
         ``uri`` is any MLflow tracking URI; None means :func:`default_uri`. ``run_id`` is the run's own id: a start with
         the id of an earlier one continues its MLflow run. ``resume_step`` is the number of steps already done; lines
         after it are dropped, since they will be written again, and at 0 all are.
-        Raises OSError when the run folder cannot be written. A sender that cannot be started is only warned of.
+        Raises OSError when the run folder cannot be written, and ValueError for a DNT_PARENT that is not ID:NAME.
+        A sender that cannot be started is only warned of.
         """
         run_dir = run_dir.absolute()
         logs = run_dir / "logs"
         logs.mkdir(parents=True, exist_ok=True)
-        # Withdrawn first: a sender left by an earlier start sees this and stops reading before the file changes.
-        (logs / "tracking.json").unlink(missing_ok=True)
-        _drop_after(run_dir / METRICS, resume_step)
-        tracker = cls(run_dir, _absolute_uri(uri) if uri else default_uri(run_dir))
+        uri = absolute_uri(uri) if uri else default_uri(run_dir)
+        session = uuid.uuid4().hex
+        # Replaced first: a sender left by an earlier start sees this and stops reading before the file changes.
         if enabled:
             order = {
-                "key": {"uri": tracker.uri, "run_id": run_id},
+                "key": {"uri": uri, "run_id": run_id},
                 "experiment": experiment,
                 "run_name": run_name,
+                "parent": parent_of_sweep(),
                 "params": params,
                 "tags": tags,
-                "session": tracker._session,
+                "session": session,
                 "parent_pid": os.getpid(),
             }
             write_json(logs / "tracking.json", order)
+        else:
+            (logs / "tracking.json").unlink(missing_ok=True)
+        _drop_after(run_dir / METRICS, resume_step)
+        tracker = cls(run_dir, uri, session)
+        if enabled:
             tracker._start_sender()
         return tracker
 
     def _start_sender(self) -> None:
         ours = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "NCCL_", "MLFLOW_RUN_ID")
         env = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
-        env |= {"CUDA_VISIBLE_DEVICES": "", "MLFLOW_TRACKING_URI": self.uri}
-        # The sender has its own retries: MLflow's default holds one call for four minutes.
-        env.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-        env.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-        env.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        env["CUDA_VISIBLE_DEVICES"] = ""
         # A scheduler's signals reach every process of a job. The sender inherits this mask and does not see them: it
         # ends by itself, when training has. Training gets what arrives meanwhile when the mask is lifted again.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, JOB_SIGNALS)
@@ -266,7 +277,7 @@ class Tracker:
                     start_new_session=True,  # the Ctrl-C meant for training does not reach it
                 )
         except OSError as error:
-            _warn(f"MLflow is off for this start, its sender cannot run: {error}. {self._kept()}")
+            warn(f"MLflow is off for this start, its sender cannot run: {error}. {self._kept()}")
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
@@ -298,10 +309,10 @@ class Tracker:
         if self._sender.poll() is not None:
             error = error or f"its sender ended with exit code {self._sender.returncode}, see {self._log()}"
         if error and not self._warned:
-            _warn(f"MLflow at {without_login(self.uri)} takes nothing now ({error}). Training goes on. {self._kept()}")
+            warn(f"MLflow at {without_login(self.uri)} takes nothing now ({error}). Training goes on. {self._kept()}")
             self._warned = True
         elif self._warned and state and not error:
-            _warn(f"MLflow at {without_login(self.uri)} answers again; the lines kept meanwhile are being sent.")
+            warn(f"MLflow at {without_login(self.uri)} answers again; the lines kept meanwhile are being sent.")
             self._warned = False
 
     def _state(self) -> dict[str, Any]:
@@ -345,86 +356,7 @@ class Tracker:
             return
         if self._sender.returncode is not None:
             why = self._state().get("error") or f"its sender ended with exit code {self._sender.returncode}"
-        _warn(
+        warn(
             f"{unsent_lines(self.run_dir)} lines of {self.run_dir / METRICS} are not in MLflow at "
             f"{without_login(self.uri)} yet ({why}). The same `dnt train` command sends them; details in {self._log()}."
         )
-
-
-# --- the page ---------------------------------------------------------------------------------------------------------
-
-
-def open_ui(uri: str, port: int) -> int:
-    """Serve MLflow's page on the store ``uri`` at 127.0.0.1:``port`` until Ctrl-C; the exit code of ``dnt ui``.
-
-    For a tracking server (an http URI) only prints the address, since it serves the page itself. Raises ValueError when
-    the SQLite file does not exist or the port is taken.
-    """
-    if uri.startswith(("http://", "https://")):
-        print(f"MLflow's page is served by the tracking server: open {without_login(uri)}")
-        return 0
-    uri = _absolute_uri(uri)
-    file = sqlite_file(uri)
-    if file is not None and not file.is_file():
-        raise ValueError(f"no MLflow store at {file}; train a run first, or name another store with tracking.uri=...")
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError as error:
-            raise ValueError(
-                f"port {port} of 127.0.0.1 cannot be used ({error.strerror}); choose another one"
-            ) from None
-    options = {
-        "--backend-store-uri": uri,
-        "--registry-store-uri": uri,
-        "--host": "127.0.0.1",
-        "--port": str(port),
-        "--workers": "1",
-        "--uvicorn-opts": "--log-level warning",
-    }
-    if file is not None:
-        options["--artifacts-destination"] = str(file.parent / "mlartifacts")
-    command = [sys.executable, "-m", "mlflow", "server", *itertools.chain.from_iterable(options.items())]
-    # The job runner is for evaluating prompts and costs seven processes.
-    quiet = {
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-        "PYTHONWARNINGS": "ignore",
-    }
-    before = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGTERM, signal.SIGHUP)}
-    print("starting MLflow, which takes some seconds ...", flush=True)
-    server = subprocess.Popen(command, env=quiet | dict(os.environ), start_new_session=True)
-    try:
-        while server.poll() is None:
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            time.sleep(0.2)
-        else:
-            raise ValueError(
-                f"`mlflow server` on {without_login(uri)} ended with exit code {server.returncode}, see above"
-            )
-        print(f"open http://127.0.0.1:{port}  (store: {without_login(uri)}; Ctrl-C stops it)", flush=True)
-        return server.wait()
-    except KeyboardInterrupt:
-        print("stopped", flush=True)
-        return 0
-    finally:
-        _end_group(server)
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _end_group(leader: subprocess.Popen[bytes]) -> None:
-    """End every process of ``leader``'s group: MLflow's workers outlive the process that started them."""
-    for number, patience_s in ((signal.SIGTERM, 5.0), (signal.SIGKILL, 2.0)):
-        deadline = time.monotonic() + patience_s
-        try:
-            os.killpg(leader.pid, number)
-            while time.monotonic() < deadline:
-                leader.poll()  # a leader that nobody waited for still counts as one of its group
-                os.killpg(leader.pid, 0)
-                time.sleep(0.05)
-        except ProcessLookupError:
-            return

@@ -22,6 +22,7 @@ from dnt_scale.ranks import Ranks
 from dnt_scale.resume import check_place, check_sets, is_set_path, starting_state
 from dnt_scale.sources import fitting_sources
 from dnt_scale.stream import Stream
+from dnt_scale.system_metrics import sampling
 from dnt_scale.timeline import Clock
 from dnt_scale.tracking import Status, Tracker, git_commit
 from dnt_scale.validation import validation
@@ -163,7 +164,7 @@ def train(run: RunConfig, me: Ranks) -> int:
     outcome: Status = "FAILED"
     stopped_by = 0
     try:
-        with stop_signals() as signals, progress, stream, closing(saver):
+        with stop_signals() as signals, progress, stream, closing(saver), sampling(run, me, lambda: state.step):
             ranks.check_replicas(me, trainer.boxes(), trainer.scalars())
             clock.tell("ready", step=state.step, restored=round(restored, 3))
             if newest is None and run.eval.every:
@@ -218,10 +219,8 @@ def train(run: RunConfig, me: Ranks) -> int:
             outcome = "FINISHED" if state.step == total_steps else "KILLED"
     finally:
         if tracker:
-            try:
+            with suppress(ValueError, OSError):  # no loss to draw, disk full: what ended the run is told anyway
                 plot_run(run.run.dir)
-            except (ValueError, OSError) as error:  # no loss yet, disk full: what ended the run is what counts
-                progress.say(f"no plot: {error}")
             clock.progress(state.step, now=True)
             clock.tell("end", outcome=outcome, step=state.step)
             tracker.finish(outcome)
@@ -229,7 +228,10 @@ def train(run: RunConfig, me: Ranks) -> int:
     if outcome == "KILLED":
         progress.say(f"stopped at step {state.step} with a checkpoint; the same command goes on from there")
         return 128 + stopped_by
-    progress.say(f"done: {state.step} steps, {state.tokens:,} tokens, {state.skipped} skipped; {run.run.dir}")
+    skipped = f"{state.skipped} skipped"
+    if state.skipped == state.step:
+        skipped = "every step was skipped, so the weights are as they were at the start"
+    progress.say(f"done: {state.step} steps, {state.tokens:,} tokens, {skipped}; {run.run.dir}")
     return 0
 
 

@@ -25,6 +25,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from dnt_scale.checkpoint.read import read_parts
 from dnt_scale.checkpoint.state import read_state
 from dnt_scale.checkpoint.storage import Storage
 from dnt_scale.checkpoint.tools import differences, state_differences
@@ -151,7 +152,7 @@ def run(show: Show, name: str, overrides: Sequence[str], ranks: int, folder: Pat
 
 def kill_at(show: Show, overrides: Sequence[str], ranks: int, folder: Path, middle: int, steps: int) -> None:
     """Train, and kill every rank after the checkpoint of step ``middle``, before the last one."""
-    show.say(f"killed: to the checkpoint of step {middle} on {in_words(ranks)}")
+    show.say(f"to be killed: past the checkpoint of step {middle} on {in_words(ranks)}")
     log = folder.parent / "killed.log"
     for _ in range(TRIES):
         with started(overrides, ranks, log) as process:
@@ -161,7 +162,7 @@ def kill_at(show: Show, overrides: Sequence[str], ranks: int, folder: Path, midd
             kill_ranks(process, ranks)
         last = records(folder)[-1]["step"]
         if checkpoint(folder, middle).is_file() and not checkpoint(folder, steps).is_file():
-            show.say(f"killed after step {last}")
+            show.say(f"killed at step {last}; goes on from the checkpoint of step {middle}")
             return
         shutil.rmtree(folder)
     raise Failed(f"the run was done {TRIES} times before it could be killed; give more --steps")
@@ -286,14 +287,17 @@ def near(straight: Path, resumed: Path, middle: int, tolerance: float, dtype: st
     norm, at_norm = furthest(a, b, "grad_norm")
     print(f"largest difference of the loss: {loss:.3g} (step {at_loss})")
     print(f"largest difference of the gradient norm: {norm:.3g} (step {at_norm})")
-    worst: dict[str, tuple[float, str]] = {}
-    for found in differences(last_checkpoint(straight), last_checkpoint(resumed)):
+    one, other = last_checkpoint(straight), last_checkpoint(resumed)
+    worst = {name.partition(".")[0]: (0.0, "bitwise equal") for name in read_parts(one)}
+    for found in differences(one, other):
         kind = found.name.partition(".")[0]
         apart = (math.inf, str(found)) if found.what else (found.largest, found.name)
-        worst[kind] = max(worst.get(kind, apart), apart)
-    for kind, (largest, name) in sorted(worst.items()):
-        print(f"largest difference of {kind}.*: {largest:.3g} ({name})")
-    good = loss <= tolerance and worst.get("model", (0.0, ""))[0] <= tolerance
+        if apart[0] >= worst.get(kind, apart)[0]:
+            worst[kind] = apart
+    for kind, (largest, name) in worst.items():
+        what = "the weights" if kind == "model" else kind
+        print(f"largest difference of {what} in the last checkpoint: {largest:.3g} ({name})")
+    good = loss <= tolerance and worst["model"][0] <= tolerance
     print(f"{'within' if good else 'not within'} {tolerance:g} of loss and weights, the tolerance of {dtype}")
     return good
 

@@ -104,6 +104,7 @@ class Seen:
 class Verdict:
     message: str
     lost: Sequence[int]  # ranks at fault that do not end by themselves
+    hosts: Sequence[str]  # of all ranks at fault; of none, when a rank could say itself why it ended
     printer: int  # the rank that prints the message
     readers: int  # ranks that are there to read it
 
@@ -183,7 +184,7 @@ class Watchdog:
         reason, verdict, left = self.reason, self.verdict, self.left
         if reason is not None:
             what = f"ended at {_main.where}: {reason}; all ranks end"
-            verdict = Verdict(f"{self._name(self.me.rank)} {what}", [], 0, len(self._present()))
+            verdict = Verdict(f"{self._name(self.me.rank)} {what}", [], [], 0, len(self._present()))
         if verdict:  # the first one stands
             store.compare_set("ended", "", encode(verdict))
         # who is gone is looked at before it is read whether it had left
@@ -270,9 +271,10 @@ class Watchdog:
     def _verdict(self, culprits: list[int], what: str, lost: Sequence[int] = ()) -> Verdict:
         names = " and ".join([self._name(rank) for rank in culprits[:4]])
         names += f" and {len(culprits) - 4} more" if len(culprits) > 4 else ""
+        hosts = sorted({self.seen[rank].pulse.host for rank in culprits})
         able = self._present() - set(lost)
         advice = "all ranks end; the same command goes on from the newest checkpoint"
-        return Verdict(f"{names} {what}; {advice}", lost, min(able, default=self.me.rank), len(able))
+        return Verdict(f"{names} {what}; {advice}", lost, hosts, min(able, default=self.me.rank), len(able))
 
     def _present(self) -> set[int]:
         return {rank for rank, seen in self.seen.items() if not seen.pulse.left and not self._gone(seen.pulse)}
@@ -291,7 +293,7 @@ class Watchdog:
                 if self.me.rank == verdict.printer:
                     os.write(2, f"error: {verdict.message}\n".encode())  # the main thread may hold sys.stderr
                     if self.tell:
-                        self.tell(verdict.message, sorted({self.seen[rank].pulse.host for rank in verdict.lost}))
+                        self.tell(verdict.message, verdict.hosts)
             if store:
                 with suppress(dist.DistError, RuntimeError):
                     self._take_leave(store, verdict.readers)
@@ -391,7 +393,7 @@ def watching(me: Ranks, hang_s: float, tell: Tell | None = None) -> Iterator[Non
 
     Args:
         hang_s: time without a ``beat``, a move or a collective, in seconds, after which the process ends with status 1.
-        tell: called once, on one rank, with the message and the hosts of the ranks at fault.
+        tell: called once, on one rank, with the message and the hosts of the ranks that died, hung or went silent.
     """
     watch = Watchdog(me, hang_s, tell)
     try:

@@ -1,14 +1,16 @@
 """``dnt checkpoint convert``: to one safetensors file, and from one; a chunk of a tensor in memory at a time."""
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from dnt_scale.checkpoint.boxes import Region
-from dnt_scale.checkpoint.header import Part, make_header, read_header
+from dnt_scale.checkpoint.header import Part, make_header, read_head, read_header
 from dnt_scale.checkpoint.meter import Meter
 from dnt_scale.checkpoint.read import by_name, complete, read_parts, whole_shape
 from dnt_scale.checkpoint.state import read_state, step_name
@@ -65,7 +67,8 @@ def to_file(source: str, out: Path, *, full: bool) -> str:
 def from_file(weights: Path, overrides: Sequence[str]) -> str:
     """Make the checkpoint of step 0 from which the run that ``overrides`` describe begins; what was written.
 
-    The weights are those of the file, by the parameters' names with or without ``model.``; the momentum is zero.
+    The weights are those of the file, by the parameters' names with or without ``model.``; the momentum is zero. So is
+    the model, where the file's metadata tells it and ``overrides`` do not.
 
     Raises:
         ValueError: the run is not described as `dnt train` wants it, its weights are not those in the file, or it
@@ -77,7 +80,9 @@ def from_file(weights: Path, overrides: Sequence[str]) -> str:
     from dnt_scale.resume import starting_state
     from dnt_scale.sources import fitting_sources
 
-    run = config.load(list(overrides))
+    source = Storage(weights.parent)
+    told = _model_told(source, weights, overrides)
+    run = config.load([*told, *overrides])
     sources = fitting_sources(run)
     folder = Storage(run.checkpoints)
     if complete(folder):
@@ -86,7 +91,6 @@ def from_file(weights: Path, overrides: Sequence[str]) -> str:
     state = state.model_copy(update={"engine": {"step": 0, "updates": 0}})
     with torch.device("meta"):
         wanted = {name: tuple(parameter.shape) for name, parameter in DNT(run.model).named_parameters()}
-    source = Storage(weights.parent)
     stored = _weights(source, weights, wanted)
     buffers = BUFFERS[run.optim.algorithm]
 
@@ -113,7 +117,38 @@ def from_file(weights: Path, overrides: Sequence[str]) -> str:
     except BaseException:
         partial.remove_all()
         raise
-    return f"{final}: {len(wanted)} weights from {weights}; `dnt train` with the same settings begins from it"
+    same = f"the same settings and {' '.join(told)}" if told else "the same settings"
+    return f"{final}: {len(wanted)} weights from {weights}; `dnt train` with {same} begins from it"
+
+
+def _model_told(source: Storage, file: Path, overrides: Sequence[str]) -> list[str]:
+    """Overrides that make the model of ``overrides`` the one in the file's metadata, but for what they say themselves.
+
+    Raises:
+        ValueError: the metadata's model is none, or ``overrides`` describe no run.
+    """
+    from dnt_scale import config
+
+    text = read_head(source, file.name)[1].get("model", "null")
+    keys = [override.lstrip("+").partition("=")[0] for override in overrides]
+    if text == "null" or "model" in keys:
+        return []
+    try:
+        told = config.ModelConfig.model_validate_json(text).model_dump()
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(["model", *map(str, problem["loc"])])
+        raise CheckpointError(
+            f"{file}: {where} in its metadata: {problem['msg']}; give the model= that the weights are of"
+        ) from None
+    # a name from outside is text of Hydra's language
+    name = told["name"] if re.fullmatch(r"[\w.-]+", told["name"]) else "converted"
+    chosen = [f"model={name}"] if (config.config_dir() / "model" / f"{name}.yaml").is_file() else []
+    others = [override for override, key in zip(overrides, keys, strict=True) if not key.startswith("model.")]
+    before = config.load([*chosen, *others]).model.model_dump()
+    told["name"] = name
+    fields = [key for key, value in told.items() if value != before[key] and f"model.{key}" not in keys]
+    return chosen + [f"model.{key}={told[key]}" for key in fields]
 
 
 def _weights(source: Storage, file: Path, wanted: dict[str, tuple[int, ...]]) -> dict[str, list[Part]]:

@@ -84,6 +84,11 @@ def read_header(folder: Storage, file: str) -> list[Part]:
         CheckpointError: it is not safetensors, or it is truncated.
         OSError: it cannot be read.
     """
+    return read_head(folder, file)[0]
+
+
+def read_head(folder: Storage, file: str) -> tuple[list[Part], Mapping[str, str]]:
+    """The parts a file holds, in its order, and its metadata. Raises as ``read_header``."""
 
     def wrong(reason: object) -> CheckpointError:
         return CheckpointError(f"{folder}/{file}: not readable as safetensors: {reason}")
@@ -100,9 +105,9 @@ def read_header(folder: Storage, file: str) -> list[Part]:
         fill(stream, memoryview(text))
     try:
         head = _HEAD.validate_json(text)
-        metadata = head.pop("__metadata__", {})
-        sharding = metadata.get("DCP_SHARDING_INFO", "{}") if isinstance(metadata, dict) else ""
-        offsets = _OFFSETS.validate_json(sharding)
+        found = head.pop("__metadata__", {})
+        metadata = found if isinstance(found, dict) else {"DCP_SHARDING_INFO": ""}
+        offsets = _OFFSETS.validate_json(metadata.get("DCP_SHARDING_INFO", "{}"))
     except ValidationError as error:
         problem = error.errors()[0]
         raise wrong(f"{'.'.join(map(str, problem['loc'])) or 'head'}: {problem['msg']}") from None
@@ -118,4 +123,4 @@ def read_header(folder: Storage, file: str) -> list[Part]:
         if end - begin != part.nbytes or 8 + length + end > size:
             raise wrong(f"{name} lies at bytes {begin} to {end} after the head, the file has {size}")
         parts.append(part)
-    return parts
+    return parts, metadata

@@ -39,6 +39,12 @@ def complete(folder: Storage) -> dict[int, Storage]:
     return {step: found for step in steps if (found := folder / step_name(step)).holds("state.json")}
 
 
+def gone_latest(folder: Storage) -> str | None:
+    """The name of the checkpoint that a local folder's link ``latest`` points to, if that was removed by hand."""
+    link = folder.local / "latest" if folder.local else None
+    return link.readlink().name if link and link.is_symlink() and not link.exists() else None
+
+
 def read_tensors(path: Path | str, boxes: Sequence[Box], me: Ranks) -> None:
     """Fill ``boxes`` in place from a checkpoint that any engine wrote on any number of ranks. A collective.
 

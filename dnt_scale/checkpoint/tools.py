@@ -18,6 +18,7 @@ from dnt_scale.checkpoint.read import (
     CHUNK,
     Parts,
     complete,
+    gone_latest,
     hole_in,
     not_part,
     overlaps,
@@ -37,13 +38,16 @@ WORST = 10  # tensors in the table of a diff
 def checkpoints_at(path: str) -> list[Storage]:
     """The checkpoints a path or URL means, oldest first: a step's folder, a folder of them, or a run.
 
+    Where the link ``latest`` points to a checkpoint that is gone, a line on stderr says so, and it means the newest.
+
     Raises:
         CheckpointError: there is none.
     """
     folder = Storage(path)
     if folder.holds("state.json"):
         return [folder]
-    places = [folder, folder / "checkpoints"]
+    link = folder.local if folder.local and folder.local.name == "latest" and folder.local.is_symlink() else None
+    places = [Storage(link.parent)] if link else [folder, folder / "checkpoints"]
     if folder.local and (folder.local / "config.yaml").is_file():
         from dnt_scale.config import from_yaml
 
@@ -51,7 +55,9 @@ def checkpoints_at(path: str) -> list[Storage]:
         places += [Storage(chosen)] if chosen else []
     for place in places:
         if found := list(complete(place).values()):
-            return found
+            if gone := gone_latest(place):
+                print(f"{place}/latest: {gone} is gone; the newest that is there is {found[-1]}", file=sys.stderr)
+            return found[-1:] if link else found
     raise CheckpointError(f"{path}: no checkpoint there; expected a run's folder, its checkpoints/, or a step-NNNNNNNN")
 
 
@@ -157,19 +163,19 @@ def measures(folder: Storage, stored: Parts, name: str) -> tuple[float, float, f
     return (math.sqrt(square), low, high) if not math.isnan(square) else (math.nan, math.nan, math.nan)
 
 
-def verify(path: str) -> list[str]:
-    """Re-read every byte of the checkpoints at ``path``; what is wrong, in words.
+def verify(path: str) -> dict[str, list[str]]:
+    """Re-read every byte of the checkpoints at ``path``: each one's path, and in words what is wrong with it.
 
     Checks each file's size and sha256, that the parts tile every tensor, and that each optimizer buffer has the
     shape of its weight.
     """
-    problems = []
+    found: dict[str, list[str]] = {}
     for folder in checkpoints_at(path):
         try:
-            problems += problems_of(folder, read_state(folder.path))
+            found[str(folder)] = problems_of(folder, read_state(folder.path))
         except (CheckpointError, OSError) as error:
-            problems.append(str(error))
-    return problems
+            found[str(folder)] = [str(error)]
+    return found
 
 
 def problems_of(folder: Storage, state: State) -> list[str]:

@@ -161,8 +161,8 @@ def _check_keys(section: JSON, known: set[str], prefix: str) -> None:
             raise _error(path, value, f"nothing: {OWNED[path]}")
         if key not in known:
             close = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.6)
-            nearest = f"did you mean {close[0]}?" if close else "remove it"
-            raise _error(path, value, f"one of {', '.join(sorted(known))}; {nearest}")
+            nearest = f"did you mean {close[0]}?" if close else "remove it."
+            raise ConfigError(f"{PATH}.{path}: no such key; {nearest} There are: {', '.join(sorted(known))}")
         if value == "auto":
             raise _error(path, value, "a value; auto is for Hugging Face's Trainer")
 

@@ -14,7 +14,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from dnt_scale.config import MSGDWConfig, RunConfig, TorchEngineConfig
+from dnt_scale.config import ConfigError, MSGDWConfig, RunConfig, TorchEngineConfig
+from dnt_scale.memory import copies_of
 from dnt_scale.model import DNT
 from dnt_scale.ranks import AgreedError, Ranks
 
@@ -76,13 +77,11 @@ def data_mesh(engine: TorchEngineConfig, ranks: Ranks) -> DeviceMesh:
     device, world = ranks.device.type, ranks.world_size
     if engine.name == "fsdp":
         return init_device_mesh(device, (world,), mesh_dim_names=("shard",))
-    copies = world if engine.name == "ddp" else engine.replicas or _hosts(world)
-    if world % copies:
-        found = copies if engine.replicas else f"null, one a node of {copies}"
-        raise AgreedError(
-            f"engine.replicas is {found}, but copies do not share {world} ranks equally; "
-            f"set it to a divisor of {world}, or use engine=fsdp"
-        )
+    nodes = _hosts(world) if engine.name == "hsdp" and engine.replicas is None else 1
+    try:
+        copies = copies_of(engine, world, nodes)
+    except ConfigError as error:  # all ranks have the same configuration
+        raise AgreedError(str(error)) from None
     return init_device_mesh(device, (copies, world // copies), mesh_dim_names=("replicate", "shard"))
 
 

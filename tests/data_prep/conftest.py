@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.corpus import small_set
+from tests.helpers.corpus import TEXT, small_set
 
 
 @pytest.fixture(scope="session")
@@ -18,3 +18,12 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def copy(prepared: Path, tmp_path: Path) -> Path:
     """A copy of the small set, to be damaged."""
     return Path(shutil.copytree(prepared, tmp_path / "set"))
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for number in range(40):
+        (folder / f"{number:02}.txt").write_text(TEXT * (number + 1) + f"{number}\n")
+    return folder

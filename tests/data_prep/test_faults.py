@@ -29,13 +29,10 @@ from data_prep.pipeline import prepare
 from data_prep.read import inputs, pieces
 from data_prep.shards import PARTIAL, Packing, load_manifest
 from data_prep.verify import verify
-from tests.helpers.corpus import python_source_files, small_set
+from tests.helpers.corpus import contents, python_source_files, small_set
 
 ROOT = Path(__file__).parents[2]
 QUIET = Console(quiet=True)
-KILLS = 10  # of each packing
-
-
 SMALL = {"PIECE_BYTES": (pieces, 30_000), "UNIT_BYTES": (inputs, 200_000)}
 
 
@@ -63,13 +60,9 @@ def begin(options: PrepareOptions) -> BaseProcess:
     return child
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
 def every_stage(folder: Path) -> PrepareOptions:
     """Options of a run in which every stage has work: three kinds of input, rules, near duplicates, both splits."""
-    whole = [path.read_bytes().decode("utf-8", "replace") for path in python_source_files(900_000)]
+    whole = [path.read_bytes().decode("utf-8", "replace") for path in python_source_files(400_000)]
     texts = [text[at : at + 3000] for text in whole for at in range(0, len(text), 3000)]
     lines = [json.dumps({"text": text}).encode() + b"\n" for text in [*texts, *texts[::5]]]
     (folder / "plain.jsonl").write_bytes(b"".join(lines[::2]))
@@ -92,8 +85,11 @@ def every_stage(folder: Path) -> PrepareOptions:
     )
 
 
-@pytest.mark.parametrize("packing", ["concat", "best_fit"])
-def test_kill_9_at_any_moment_and_a_rerun_make_the_same_bytes(tmp_path: Path, packing: Packing) -> None:
+@pytest.mark.parametrize(("packing", "kills", "first", "stages"), [("concat", 12, 0.0, 4), ("best_fit", 8, 0.5, 2)])
+def test_kill_9_at_any_moment_and_a_rerun_make_the_same_bytes(
+    tmp_path: Path, packing: Packing, kills: int, first: float, stages: int
+) -> None:
+    """At moments spread over a run from `first` on; up to packing it does the same whatever the packing."""
     options = dataclasses.replace(every_stage(tmp_path), packing=packing)
     start = time.monotonic()
     prepare(options, QUIET)
@@ -101,10 +97,10 @@ def test_kill_9_at_any_moment_and_a_rerun_make_the_same_bytes(tmp_path: Path, pa
     whole = contents(options.out)
     draw = random.Random(0)
     reached = set()
-    for number in range(KILLS):
+    for number in range(kills):
         shutil.rmtree(options.out)
         child = begin(options)
-        child.join(seconds * (number + draw.random()) / KILLS)
+        child.join(seconds * (first + (1 - first) * (number + draw.random()) / kills))
         child.kill()
         child.join()
         left = {path.name[:5] for path in options.out.rglob("*") if path.is_file()}
@@ -117,7 +113,7 @@ def test_kill_9_at_any_moment_and_a_rerun_make_the_same_bytes(tmp_path: Path, pa
             with pytest.raises(ValueError, match="already holds a prepared set"):
                 prepare(options, QUIET)
         assert contents(options.out) == whole, f"kill {number}, which left {sorted(left)}"
-    assert len(reached) >= 4, "the kills did not reach different stages"
+    assert len(reached) >= stages, "the kills did not reach different stages"
 
 
 def test_what_was_done_is_not_done_again(tmp_path: Path) -> None:
@@ -281,11 +277,19 @@ def test_a_limit_on_file_size(tmp_path: Path) -> None:
     assert verify(tmp_path / "out") == []
 
 
-def test_input_that_is_damaged_and_then_mended(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def all_stages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What `every_stage` makes if nothing happens to it."""
+    options = every_stage(tmp_path_factory.mktemp("all-stages"))
+    with pytest.MonkeyPatch.context() as patch:
+        for name, (module, value) in SMALL.items():
+            patch.setattr(module, name, value)
+        prepare(options, QUIET)
+    return contents(options.out)
+
+
+def test_input_that_is_damaged_and_then_mended(all_stages: dict[str, bytes], tmp_path: Path) -> None:
     options = every_stage(tmp_path)
-    prepare(options, QUIET)
-    whole = contents(options.out)
-    shutil.rmtree(options.out)
     path = tmp_path / "packed.jsonl.zst"
     good, stat = path.read_bytes(), path.stat()
     for bad in (good[: len(good) // 2], good[:3000] + bytes(100) + good[3100:], b"not zstd"):
@@ -297,14 +301,11 @@ def test_input_that_is_damaged_and_then_mended(tmp_path: Path) -> None:
     path.write_bytes(good)
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     prepare(options, QUIET)
-    assert contents(options.out) == whole
+    assert contents(options.out) == all_stages
 
 
-def test_input_that_vanishes_and_comes_back(tmp_path: Path) -> None:
+def test_input_that_vanishes_and_comes_back(all_stages: dict[str, bytes], tmp_path: Path) -> None:
     options = every_stage(tmp_path)
-    prepare(options, QUIET)
-    whole = contents(options.out)
-    shutil.rmtree(options.out)
     path = tmp_path / "packed.jsonl.zst"
     aside = tmp_path / "aside"
 
@@ -323,7 +324,7 @@ def test_input_that_vanishes_and_comes_back(tmp_path: Path) -> None:
     assert not (options.out / "manifest.json").exists()
     aside.rename(path)
     prepare(options, QUIET)
-    assert contents(options.out) == whole
+    assert contents(options.out) == all_stages
 
 
 def test_input_that_grows_while_it_is_read(tmp_path: Path) -> None:

@@ -1,13 +1,21 @@
 import json
+import signal
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
 from data_prep.options import PrepareOptions
 from data_prep.pipeline import prepare
 from tests.helpers.corpus import python_source_files
-from tests.helpers.run import tiny, train
+from tests.helpers.run import complete_checkpoints, stop_midway, tiny, train
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    """The tensors are tiny: more threads would only wait for each other."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
@@ -53,4 +61,15 @@ def mixed_run(mixed: list[str], tmp_path_factory: pytest.TempPathFactory) -> Pat
     overrides = tiny(Path(), run_dir, *mixed, "data.document_mask=true", "eval.every=2", "optim.schedule.name=constant")
     for steps in (3, 6):
         train([*overrides, f"train.steps={steps}"]).ok()
+    return run_dir
+
+
+@pytest.fixture(scope="session")
+def killed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run on 2 ranks, killed between its first checkpoint and its end. To be read only."""
+    run_dir = tmp_path_factory.mktemp("killed") / "tiny"
+    overrides = tiny(corpus, run_dir, "checkpoint.every=3")
+    stopped = stop_midway(overrides, run_dir, lambda group: group.kill(signal.SIGKILL), after=4)
+    assert set(stopped.codes) == {-signal.SIGKILL}
+    assert complete_checkpoints(run_dir)
     return run_dir

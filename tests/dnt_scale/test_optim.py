@@ -1,55 +1,21 @@
-"""mSGDW against torch.optim.SGD and written-out references; groups, AdamW, and schedules."""
+"""mSGDW against torch.optim.SGD and written-out references; AdamW."""
 
 import math
-import re
 from collections.abc import Callable, Iterable
-from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from dnt_scale.config import (
-    AdamWConfig,
-    ConfigError,
-    GroupConfig,
-    ModelConfig,
-    MSGDWConfig,
-    OptimConfig,
-    ScheduleConfig,
-)
-from dnt_scale.model import DNT
-from dnt_scale.optim import MSGDW, Schedule, parameter_groups
-from tests.helpers.optimizers import new_msgdw, new_optimizer
+from dnt_scale.config import AdamWConfig, GroupConfig, MSGDWConfig
+from tests.helpers.optimizers import drive, new_msgdw, new_optimizer, tensors, tiny_model
 
 SHAPES = [(7,), (3, 5), (1,), (2, 3, 4), (64, 33), (), (1, 9)]
-PROPERTY = settings(max_examples=60, deadline=None, derandomize=True)
-
-
-def tensors(shapes: Iterable[tuple[int, ...]], seed: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
 
 
 def parameters(shapes: Iterable[tuple[int, ...]], dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
     return [nn.Parameter(value) for value in tensors(shapes, 1000, dtype)]
-
-
-def drive(
-    optimizer: torch.optim.Optimizer,
-    params: list[nn.Parameter],
-    steps: int,
-    gradients: Callable[[int], list[Tensor | None]] | None = None,
-) -> None:
-    """``steps`` updates with the gradients of a seed a step."""
-    for step in range(steps):
-        given_grads = gradients(step) if gradients else tensors([p.shape for p in params], step, params[0].dtype)
-        for parameter, gradient in zip(params, given_grads, strict=True):
-            parameter.grad = None if gradient is None else gradient.clone()
-        optimizer.step()
 
 
 # ---------------------------------------------------------------- against torch.optim.SGD
@@ -216,16 +182,6 @@ def test_row_decay_is_decoupled() -> None:
 # ---------------------------------------------------------------- the buffer
 
 
-def tiny_model() -> DNT:
-    config = ModelConfig(name="t", layers=2, width=16, heads=2, vocab_size=23, context=8, setting="S5")
-    model = DNT(config)
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(generator=generator)
-    return model
-
-
 def state_bytes(optimizer: torch.optim.Optimizer, count: Callable[[str], bool]) -> int:
     return sum(
         value.numel() * value.element_size()
@@ -296,135 +252,6 @@ def test_scale_free_weights_settle_at_the_stated_rotation(dampening: float, lr: 
     assert float(torch.stack(angles).mean()) == pytest.approx(expected, rel=0.05)
 
 
-# ---------------------------------------------------------------- parameter groups
-
-
-def msgdw_config(groups: dict[str, dict[str, object]], **changes: object) -> MSGDWConfig:
-    return MSGDWConfig.model_validate(
-        {"algorithm": "msgdw", "lr": 1.0, "weight_decay": 0.1, "groups": groups, **changes}
-    )
-
-
-def groups_of(config: OptimConfig) -> list[dict]:
-    return parameter_groups(tiny_model().named_parameters(), config)
-
-
-def by_name(groups: list[dict]) -> dict[str, dict]:
-    return {name: group for group in groups for name in group["names"]}
-
-
-BAD_GROUPS = {
-    "no match": ({"head": {"pattern": "lm_head"}}, r"optim\.groups\.head\.pattern.*'lm_head' matches no parameter"),
-    "no regex": ({"bad": {"pattern": "tok_emb("}}, r"optim\.groups\.bad\.pattern.*not a regex"),
-    "overlap": (
-        {"emb": {"pattern": "emb"}, "tok": {"pattern": "^tok_"}},
-        r"tok_emb\.weight is matched by emb and tok",
-    ),
-    "row on a vector": (
-        {"gains": {"pattern": r"norm_in\.gain", "update": "row_normalized"}},
-        r"optim\.groups\.gains.*row_normalized needs matrices.*norm_in\.gain.*\(16,\)",
-    ),
-    "row on a block": (
-        {"block": {"pattern": r"^blocks\.0\.", "update": "row_normalized"}},
-        r"optim\.groups\.block.*needs matrices.*gain",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", BAD_GROUPS)
-def test_groups_that_cannot_be_name_the_field(case: str) -> None:
-    groups, message = BAD_GROUPS[case]
-    with pytest.raises(ConfigError, match=message):
-        groups_of(msgdw_config(groups))
-    with pytest.raises(ConfigError, match=message):
-        new_optimizer(tiny_model().named_parameters(), msgdw_config(groups), seed=1)
-
-
-def test_without_groups_only_matrices_are_decayed() -> None:
-    groups = groups_of(msgdw_config({}))
-    shapes = {name: p.shape for name, p in tiny_model().named_parameters()}
-    assert by_name(groups).keys() == shapes.keys()
-    for name, group in by_name(groups).items():
-        assert group["weight_decay"] == (0.1 if len(shapes[name]) >= 2 else 0.0), name
-        assert (group["lr"], group["base_lr"], group["update"]) == (1.0, 1.0, "plain")
-
-
-def test_a_groups_own_values_are_used_and_zero_is_a_value() -> None:
-    config = msgdw_config(
-        {
-            "embedding": {"pattern": r"^tok_emb\.", "update": "row_normalized", "lr": 0.05, "weight_decay": 0.0},
-            "first": {"pattern": r"^blocks\.0\.", "lr": 0.0, "weight_decay": 0.3},
-            "mid": {"pattern": r"^blocks\.1.*norm_mid"},
-        }
-    )
-    groups = by_name(groups_of(config))
-    values = {name: (g["lr"], g["base_lr"], g["weight_decay"], g["update"]) for name, g in groups.items()}
-    assert values["tok_emb.weight"] == (0.05, 0.05, 0.0, "row_normalized")
-    assert values["blocks.0.ffn.w_1.weight"] == (0.0, 0.0, 0.3, "plain")
-    assert values["blocks.0.norm_pre1.gain"] == (0.0, 0.0, 0.0, "plain")  # never decayed, whatever the group says
-    assert values["blocks.1.norm_mid1.gain"] == (1.0, 1.0, 0.0, "plain")
-    assert values["blocks.1.ffn.w_1.weight"] == values["pos_emb.weight"] == (1.0, 1.0, 0.1, "plain")
-
-    model = tiny_model()
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    drive(new_optimizer(model.named_parameters(), config, seed=1), list(model.parameters()), 1)
-    moved = {name: p.detach() - before[name] for name, p in model.named_parameters()}
-    assert not any(change.any() for name, change in moved.items() if name.startswith("blocks.0."))
-    torch.testing.assert_close(moved["tok_emb.weight"].norm(dim=1), torch.full((23,), 0.05), rtol=1e-4, atol=0)
-    gradients = dict(zip(moved, tensors([p.shape for p in model.parameters()], 0), strict=True))
-    torch.testing.assert_close(moved["norm_in.gain"], -gradients["norm_in.gain"])
-
-
-PATTERNS = [
-    "emb",
-    "^tok_",
-    r"\.w_[qk]\.",
-    r"w_v",
-    r"^blocks\.0\.",
-    r"^blocks\.1\.ffn",
-    "norm",
-    r"gain$",
-    "nothing",
-    "w_o",
-]
-
-
-@PROPERTY
-@given(chosen=st.lists(st.sampled_from(PATTERNS), max_size=4))
-def test_every_parameter_is_in_exactly_one_group_or_it_raises(chosen: list[str]) -> None:
-    shapes = {name: p.ndim for name, p in tiny_model().named_parameters()}
-    matches = {name: [i for i, pattern in enumerate(chosen) if re.search(pattern, name)] for name in shapes}
-    overlap = any(len(found) > 1 for found in matches.values())
-    unused = set(range(len(chosen))) - {i for found in matches.values() for i in found}
-    config = msgdw_config({f"g{i}": {"pattern": pattern, "lr": 2.0 + i} for i, pattern in enumerate(chosen)})
-    if overlap or unused:
-        with pytest.raises(ConfigError, match=r"optim\.groups"):
-            groups_of(config)
-        return
-    groups = groups_of(config)
-    listed = [name for group in groups for name in group["names"]]
-    assert sorted(listed) == sorted(shapes)
-    assert sum(len(group["params"]) for group in groups) == len(shapes)
-    for name, group in by_name(groups).items():
-        assert group["lr"] == (2.0 + matches[name][0] if matches[name] else 1.0)
-        assert (group["weight_decay"] > 0) == (shapes[name] >= 2)
-
-
-def test_names_and_params_stay_in_step() -> None:
-    model = tiny_model()
-    named = dict(model.named_parameters())
-    for group in parameter_groups(named.items(), msgdw_config({"ffn": {"pattern": "ffn"}})):
-        assert all(named[name] is p for name, p in zip(group["names"], group["params"], strict=True))
-
-
-def test_build_optimizer_passes_every_field_on() -> None:
-    config = msgdw_config({}, momentum=0.8, dampening=0.4, nesterov=True)
-    optimizer = new_optimizer(tiny_model().named_parameters(), config, seed=1)
-    assert isinstance(optimizer, MSGDW)
-    for group in optimizer.param_groups:
-        assert (group["momentum"], group["dampening"], group["nesterov"]) == (0.8, 0.4, True)
-
-
 # ---------------------------------------------------------------- AdamW
 
 
@@ -454,55 +281,3 @@ def test_adamw_with_its_state_allocated_early_is_torch_adamw_bitwise() -> None:
             assert torch.equal(a, b), step
             assert mine.state[a].keys() == plain.state[b].keys()
             assert all(torch.equal(mine.state[a][key], plain.state[b][key]) for key in mine.state[a])
-
-
-# ---------------------------------------------------------------- schedules
-
-
-def factors(total: int, **fields: object) -> list[float]:
-    schedule = Schedule(ScheduleConfig.model_validate(fields), total)
-    return [schedule.factor(step) for step in range(total)]
-
-
-def test_cosine_by_hand() -> None:
-    got = factors(11, name="cosine", warmup_steps=2, final=0.2)
-    cosine = [0.2 + 0.8 * (1 + math.cos(math.pi * i / 8)) / 2 for i in range(9)]
-    assert got == pytest.approx([0.5, 1.0, *cosine], abs=1e-15)
-    assert got[2] == 1.0 and got[6] == pytest.approx(0.6) and got[-1] == pytest.approx(0.2)
-
-
-def test_wsd_by_hand() -> None:
-    got = factors(20, name="wsd", warmup_steps=3, final=0.1, decay_fraction=0.2)
-    assert got == pytest.approx([1 / 3, 2 / 3, *[1.0] * 14, 0.775, 0.55, 0.325, 0.1])
-    assert factors(20, name="wsd", final=0.0, decay_fraction=0.01)[-2:] == [1.0, 0.0]
-
-
-def test_constant_and_warmup() -> None:
-    assert factors(6, name="constant", warmup_steps=4, final=0.0) == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
-    assert factors(1, name="constant") == [1.0]
-    assert factors(3, name="constant") == [1.0] * 3
-
-
-@PROPERTY
-@given(data=st.data(), total=st.integers(3, 300), final=st.floats(0, 1), fraction=st.floats(0.01, 1))
-@pytest.mark.parametrize("name", ["cosine", "wsd"])
-def test_a_schedule_rises_once_then_never_again(
-    name: str, data: st.DataObject, total: int, final: float, fraction: float
-) -> None:
-    warmup = data.draw(st.integers(0, total - 1))
-    got = factors(total, name=name, warmup_steps=warmup, final=final, decay_fraction=fraction)
-    assert all(0 <= factor <= 1 + 1e-12 for factor in got)
-    assert all(a < b for a, b in pairwise(got[:warmup]))
-    assert warmup == 0 or got[warmup - 1] == 1.0
-    after = got[warmup:]
-    assert after[0] == 1.0 or len(after) == 1  # the decay never starts inside the warmup
-    assert all(a >= b - 1e-12 for a, b in pairwise(after))
-    assert got[-1] == pytest.approx(final, abs=1e-9)
-    schedule = Schedule(ScheduleConfig(name=name, warmup_steps=warmup, final=final), total)  # type: ignore[arg-type]
-    assert schedule.factor(total + 5) == pytest.approx(final, abs=1e-9)  # a step too many does not climb again
-
-
-@pytest.mark.parametrize(("warmup", "total"), [(5, 5), (9, 5), (1, 1), (0, 0)])
-def test_warmup_as_long_as_the_run_is_refused(warmup: int, total: int) -> None:
-    with pytest.raises(ConfigError, match=rf"optim\.schedule\.warmup_steps is {warmup}.*{total} steps"):
-        Schedule(ScheduleConfig(warmup_steps=warmup), total)

@@ -18,7 +18,6 @@ from dnt_scale.tracking import default_uri
 from tests.helpers.run import (
     STEPS,
     Ranks,
-    complete_checkpoints,
     dnt,
     metrics,
     python,
@@ -32,17 +31,6 @@ from tests.helpers.run import (
 )
 
 LAST = f"checkpoints/step-{STEPS:08d}"
-
-
-@pytest.fixture(scope="module")
-def killed(corpus, tmp_path_factory):
-    """A 2-rank run killed between its first checkpoint and its end; to be read only."""
-    run_dir = tmp_path_factory.mktemp("killed") / "tiny"
-    overrides = tiny(corpus, run_dir, "checkpoint.every=3")
-    stopped = stop_midway(overrides, run_dir, lambda group: group.kill(signal.SIGKILL), after=4)
-    assert set(stopped.codes) == {-signal.SIGKILL}
-    assert complete_checkpoints(run_dir)
-    return run_dir
 
 
 def test_what_a_killed_run_wrote_is_true(killed, reference):

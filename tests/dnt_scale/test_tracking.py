@@ -15,8 +15,11 @@ from pathlib import Path
 
 import pytest
 
+from dnt_scale import config
+from dnt_scale.mlflow_page import open_ui
 from dnt_scale.plots import plot_run
-from dnt_scale.tracking import Tracker, default_uri, git_commit, open_ui, unsent_lines
+from dnt_scale.tracking import Tracker, default_uri, git_commit, unsent_lines
+from tests.helpers.stores import free_port, mlflow_server, until
 
 PARAMS = {"optim.lr": 1.0, "model.name": "dnt_nano", "train.steps": 20, "data.limit": None, "eval.full": True}
 TAGS = {"git_commit": "abc123-dirty", "manifest_sha256": "0" * 64}
@@ -47,25 +50,12 @@ def mlflow_runs(uri: str) -> tuple:
     return client, {run.info.run_name: run for run in client.search_runs(experiments)}
 
 
-def until(condition, seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "gave up waiting"
-        time.sleep(0.05)
-
-
 def processes_with(argument: int) -> list[str]:
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):  # ended meanwhile
             found += [path.parent.name] if str(argument).encode() in path.read_bytes().split(b"\0") else []
     return found
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def test_importing_loads_neither_mlflow_nor_matplotlib():
@@ -165,7 +155,7 @@ def test_two_runs_may_create_the_store_at_once(tmp_path):
     assert len({run.info.experiment_id for run in runs.values()}) == 1
 
 
-def test_a_server_that_is_down_costs_a_warning_and_gets_everything_later(tmp_path, capfd):
+def test_a_server_that_is_down_costs_a_warning_and_gets_everything_later_once(tmp_path, capfd):
     run_dir = tmp_path / "runs" / "offline"
     store = tmp_path / "server" / "mlflow.db"
     seed = start(tmp_path / "server" / "seed")  # makes the server's store
@@ -201,7 +191,7 @@ def test_a_server_that_is_down_costs_a_warning_and_gets_everything_later(tmp_pat
 
     # The server comes up as `dnt ui`; the same command is run again.
     seed.finish("FINISHED", PATIENCE_S)
-    code = f"from dnt_scale.tracking import open_ui; raise SystemExit(open_ui('sqlite:///{store}', {port}))"
+    code = f"from dnt_scale.mlflow_page import open_ui; raise SystemExit(open_ui('sqlite:///{store}', {port}))"
     with (tmp_path / "page.log").open("w") as log:
         page = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=log, text=True)
     assert page.stdout is not None
@@ -215,7 +205,6 @@ def test_a_server_that_is_down_costs_a_warning_and_gets_everything_later(tmp_pat
         assert capfd.readouterr().err == ""
         until(lambda: not warned(patient))
         assert "answers again" in capfd.readouterr().err
-        patient.finish("FINISHED", PATIENCE_S)
         with urllib.request.urlopen(f"http://127.0.0.1:{port}") as answer:
             assert b"MLflow" in answer.read()
     finally:
@@ -223,12 +212,25 @@ def test_a_server_that_is_down_costs_a_warning_and_gets_everything_later(tmp_pat
         page.send_signal(signal.SIGINT)
     assert page.wait(60) == 0
     assert processes_with(port) == []  # MLflow's workers are gone too
+
+    # It went away in the middle of a run, and comes back.
+    for step in range(2, 152):
+        patient.log(line(step))
+    until(lambda: warned(patient))
+    assert "takes nothing now" in capfd.readouterr().err
+    with mlflow_server(f"sqlite:///{store}", tmp_path / "server" / "mlartifacts", port):
+        until(lambda: not warned(patient))
+        assert "answers again" in capfd.readouterr().err
+        for step in range(152, 202):
+            patient.log(line(step))
+        patient.finish("FINISHED", PATIENCE_S)
     client, runs = mlflow_runs(f"sqlite:///{store}")
     assert {name: run.info.status for name, run in runs.items()} == dict.fromkeys(
         ("seed", "offline", "patient"), "FINISHED"
     )
-    points = client.get_metric_history(runs["offline"].info.run_id, "train/loss")
-    assert [point.step for point in points] == list(range(1, 202))
+    for name in ("offline", "patient"):
+        points = client.get_metric_history(runs[name].info.run_id, "train/loss")
+        assert [(point.step, point.value) for point in points] == [(step, 9 / step) for step in range(1, 202)]
     assert capfd.readouterr().err == ""
 
 
@@ -293,6 +295,28 @@ def test_git_commit(tmp_path):
     assert git_commit(file) == head
     file.write_text("2\n")
     assert git_commit(file) == head + "-dirty"
+
+
+@pytest.mark.parametrize(
+    ("uri", "instead"),
+    [
+        ("https://me:hush@mlflow.example.org", "MLFLOW_TRACKING_PASSWORD"),
+        ("postgresql://me:hush@db/mlflow", "PGPASSWORD or a PGPASSFILE"),
+        ("postgresql://me@db/mlflow", "PGUSER"),
+        ("postgresql+psycopg://db/mlflow?sslmode=require&password=hush", "PGPASSWORD"),
+    ],
+)
+def test_a_login_in_the_uri_is_refused(uri, instead):
+    with pytest.raises(
+        config.ConfigError, match=rf"tracking: uri holds a login.*; set .*{instead}.* instead"
+    ) as raised:
+        config.load(["data.path=x", "run.name=r", f"tracking.uri='{uri}'"])
+    assert "hush" not in str(raised.value)
+
+
+@pytest.mark.parametrize("uri", ["postgresql://db:5433/mlflow?sslmode=require", "https://mlflow.example.org/a?b=c"])
+def test_a_uri_without_one_is_not(uri):
+    assert config.load(["data.path=x", "run.name=r", f"tracking.uri='{uri}'"]).tracking.uri == uri
 
 
 def test_the_page_needs_a_store_and_a_port(tmp_path, capsys):

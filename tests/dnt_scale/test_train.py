@@ -36,6 +36,7 @@ from tests.helpers.run import (
     train,
 )
 
+LAST = f"checkpoints/step-{STEPS:08d}"
 GOLDEN = Path(__file__).parent.parent / "golden" / "loss_curve.txt"
 
 
@@ -91,11 +92,12 @@ def test_the_golden_loss_curve(tmp_path):
     np.testing.assert_allclose(found, [[float(word) for word in line.split()] for line in lines], rtol=0, atol=1e-4)
 
 
-def test_sigterm_to_one_rank_stops_all_with_a_checkpoint(corpus, reference, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(corpus, reference, tmp_path, number):
     run_dir = tmp_path / "run"
     overrides = tiny(corpus, run_dir, "checkpoint.every=0")
-    stopped = stop_midway(overrides, run_dir, lambda group: group.kill(signal.SIGTERM, rank=1))
-    assert stopped.codes == [143, 143], stopped.err
+    stopped = stop_midway(overrides, run_dir, lambda group: group.kill(number, rank=1))
+    assert stopped.codes == [128 + number] * 2, stopped.err
     step = steps_written(run_dir)
     latest = run_dir / "checkpoints" / "latest"
     assert latest.resolve().name == f"step-{step:08d}"
@@ -103,12 +105,14 @@ def test_sigterm_to_one_rank_stops_all_with_a_checkpoint(corpus, reference, tmp_
     assert "Traceback" not in stopped.err
     train(overrides, ranks=2).ok()
     assert metrics(run_dir) == metrics(reference)
+    assert same_tensors(run_dir / LAST, reference / LAST)
 
 
-def test_ctrl_c_stops_with_a_checkpoint(corpus, reference, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR2])
+def test_a_signal_to_all_ranks_stops_them_with_a_checkpoint(corpus, reference, tmp_path, number):
     run_dir = tmp_path / "run"
-    stopped = stop_midway(tiny(corpus, run_dir), run_dir, lambda group: group.kill(signal.SIGINT))
-    assert stopped.codes == [130, 130], stopped.err
+    stopped = stop_midway(tiny(corpus, run_dir), run_dir, lambda group: group.kill(number))
+    assert stopped.codes == [128 + number] * 2, stopped.err
     assert "Traceback" not in stopped.err
     step = steps_written(run_dir)
     assert (run_dir / "checkpoints" / "latest").resolve().name == f"step-{step:08d}"
@@ -140,6 +144,13 @@ def test_a_run_that_diverges_skips_its_steps_and_ends(corpus, tmp_path):
         (last - 1, last - 3),
     ]
     assert [state["consumed_rows"] for state in states] == [8 * state["step"] for state in states]
+
+
+def test_a_run_whose_every_step_was_skipped_says_so(corpus, tmp_path):
+    overrides = ["model.init_std=1e38", "train.steps=3", "eval.every=0"]
+    said = train(tiny(corpus, tmp_path / "run", *overrides)).ok().err
+    assert "done: 3 steps, 1,536 tokens, every step was skipped, so the weights are as they were at the start; " in said
+    assert "no plot" not in said
 
 
 def test_a_run_that_never_has_a_loss_says_why(corpus, tmp_path):

@@ -55,8 +55,12 @@ def test_the_same_run_goes_on_to_the_last_bit(kept, capsys):
 def test_other_ranks_and_another_engine_go_on_within_rounding(overrides, capsys, tmp_path):
     assert verify_resume(overrides, steps=STEPS, then_ranks=2, then=["engine=ddp"])
     out, err = capsys.readouterr()
-    assert "killed after step" in err and not list(tmp_path.iterdir())
-    assert "largest difference of momentum_buffer.*" in out
+    assert re.search(r"killed at step \d; goes on from the checkpoint of step 3$", err, re.MULTILINE)
+    assert not list(tmp_path.iterdir())
+    assert re.search(
+        r"^largest difference of the weights in the last checkpoint: \S+ \(model\.\S+\)$", out, re.MULTILINE
+    )
+    assert "\nlargest difference of momentum_buffer in the last checkpoint: " in out
     assert out.endswith("within 1e-05 of loss and weights, the tolerance of fp32\n")
 
 
@@ -111,6 +115,10 @@ def test_a_tensor_that_differs_in_its_last_bit_is_named(kept, other, capsys):
         r"first divergence .*: the last checkpoint: (model|momentum_buffer)\.\S+\[.*\]: \S+ and \S+, ", found
     )
     assert near(kept / "straight", other, 3, 1e-5, "fp32")
+    capsys.readouterr()
+    assert near(kept / "straight", kept / "resumed", 3, 1e-5, "fp32")
+    lines = capsys.readouterr().out.splitlines()
+    assert "largest difference of the weights in the last checkpoint: 0 (bitwise equal)" in lines
 
 
 def test_steps_before_the_kill_must_be_equal_on_any_engine(kept, other, capsys):

@@ -1,6 +1,7 @@
 import os
 import resource
 import signal
+import socket
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -22,11 +23,15 @@ def group(function, folder: Path, *arguments, ranks: int) -> Ranks:
     return Ranks(function, (folder, *arguments), ranks, {})
 
 
+def told(message: str, hosts) -> None:
+    print(f"told {message} of {list(hosts)}")
+
+
 def run(folder: Path, act=lambda me, step: None, steps=10**9, hang_s=HANG_S, pause_s=0.0) -> None:
     """Steps of a collective; the file `folder`/RANK says that a rank is at step 3."""
     me = ranks.start("cpu")
     try:
-        with watching(me, hang_s):
+        with watching(me, hang_s, told):
             for step in range(1, steps + 1):
                 beat(f"step {step}")
                 act(me, step)
@@ -53,12 +58,13 @@ def at_step_3(group: Ranks, folder: Path) -> None:
 
 
 def message(finished, *, culprit: int) -> str:
-    """The one line, after checking that all but the culprit ended with 2 and the culprit with 2 or by SIGKILL."""
+    """The one line, after checking that all but the culprit ended with 1 and the culprit with 1 or by SIGKILL."""
     lines = [line for line in finished.err.splitlines() if line.startswith("error:")]
     assert len(lines) == 1, finished.err
     for rank, code in enumerate(finished.codes):
-        assert code in ((2, -signal.SIGKILL) if rank == culprit else (2,)), (finished.codes, finished.err)
+        assert code in ((1, -signal.SIGKILL) if rank == culprit else (1,)), (finished.codes, finished.err)
     assert lines[0].startswith(f"error: rank {culprit} ("), lines[0]
+    assert finished.out == f"told {lines[0].removeprefix('error: ')} of {[socket.gethostname()]}\n"
     return lines[0]
 
 
@@ -126,7 +132,7 @@ def test_a_long_step_that_gets_on_is_no_hang(tmp_path):
 def test_who_waited_for_a_slow_rank_is_not_blamed_when_that_goes_on():
     """Pulses are read at different times: a rank just set free may seem to be behind the one it has waited for."""
     with ranks.alone() as me:
-        watch = Watchdog(me, 10.0)
+        watch = Watchdog(me, 10.0, None)
         watch.stop()
     pulse = watch.seen[0].pulse
 
@@ -207,14 +213,15 @@ def exhaust_on_1(me, step) -> None:
 @pytest.mark.parametrize("act", [fail_on_1, exhaust_on_1])
 def test_a_rank_that_fails_by_itself_ends_the_others_who_name_it(tmp_path, act):
     finished = group(run, tmp_path, act, 10**9, NEVER, ranks=4).wait()
-    assert finished.codes == [2, 4, 2, 2], finished.err
+    assert finished.codes == [1, 4, 1, 1], finished.err
     (line,) = [line for line in finished.err.splitlines() if line.startswith("error:")]
     assert line.startswith("error: rank 1 (") and "ended at step 4: out of memory" in line
+    assert finished.out == f"told {line.removeprefix('error: ')} of []\n"  # no host is at fault
 
 
 def test_rank_0_that_fails_by_itself_reports_it_itself(tmp_path):
     finished = group(run, tmp_path, fail_on_0, 10**9, NEVER, ranks=2).wait()
-    assert finished.codes == [4, 2] and "error:" not in finished.err
+    assert finished.codes == [4, 1] and "error:" not in finished.err
 
 
 def interrupt_0(me, step) -> None:

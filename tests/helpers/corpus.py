@@ -1,5 +1,6 @@
 """Real text that is on every machine, the interpreter's own library, and small sets made of it."""
 
+import io
 import sysconfig
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from rich.console import Console
 from data_prep.options import PrepareOptions
 from data_prep.pipeline import prepare
 from data_prep.shards import Manifest
+
+TEXT = "Call me Ishmael. Some years ago, never mind how long precisely, having little or no money.\n"
 
 
 def python_source_files(limit_bytes: int) -> list[Path]:
@@ -49,3 +52,15 @@ def small_set(
     manifest = prepare(settings, Console(quiet=True))
     assert manifest
     return manifest
+
+
+def run(corpus: Path, out: Path, **options: Any) -> tuple[Manifest, str]:
+    """The manifest, and what was said on the way."""
+    console = Console(file=io.StringIO(), width=200)
+    settings = {"vocab_size": 300, "seq_len": 32, "val_fraction": 0.2, "workers": 1, **options}
+    manifest = prepare(PrepareOptions(**{"inputs": [corpus], "out": out, **settings}), console)
+    return manifest, console.file.getvalue()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}

@@ -1,12 +1,13 @@
-"""Optimizers with their state allocated, as the engines have them."""
+"""Optimizers with their state allocated, as the engines have them, and what to try them on."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from dnt_scale.config import OptimConfig
+from dnt_scale.config import ModelConfig, OptimConfig
+from dnt_scale.model import DNT
 from dnt_scale.optim import MSGDW, allocate, build_optimizer
 
 
@@ -20,3 +21,32 @@ def new_optimizer(named: Iterable[tuple[str, nn.Parameter]], config: OptimConfig
     optimizer = build_optimizer(named, config, seed)
     allocate(optimizer)
     return optimizer
+
+
+def tiny_model() -> DNT:
+    config = ModelConfig(name="t", layers=2, width=16, heads=2, vocab_size=23, context=8, setting="S5")
+    model = DNT(config)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(generator=generator)
+    return model
+
+
+def tensors(shapes: Iterable[tuple[int, ...]], seed: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+
+
+def drive(
+    optimizer: torch.optim.Optimizer,
+    params: list[nn.Parameter],
+    steps: int,
+    gradients: Callable[[int], list[Tensor | None]] | None = None,
+) -> None:
+    """``steps`` updates with the gradients of a seed a step."""
+    for step in range(steps):
+        given_grads = gradients(step) if gradients else tensors([p.shape for p in params], step, params[0].dtype)
+        for parameter, gradient in zip(params, given_grads, strict=True):
+            parameter.grad = None if gradient is None else gradient.clone()
+        optimizer.step()

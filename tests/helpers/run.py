@@ -47,8 +47,10 @@ from data_prep.shards import (
 # dnt_scale.train and dnt_scale.cli are left out: each rank executes its own as __main__
 PRELOAD = [
     "torch._dynamo",  # drawing weights on the meta device imports it
+    "torch._inductor.compile_fx",  # and this one DeepSpeed's ZeRO does, with what follows
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "dnt_scale.engine.deepspeed",
     "dnt_scale.engine.fsdp",
-    "deepspeed",
     "dnt_scale.inference",
     "dnt_scale.resume",
     "dnt_scale.tracking",
@@ -115,9 +117,16 @@ class Finished:
         return self
 
     def error(self) -> str:
-        """The one `error:` line of a command that failed as it should: exit code 2 on every rank, no traceback."""
+        """The one `error:` line about what the user has to mend: exit code 2 on every rank, no traceback."""
+        return self._line(2)
+
+    def fault(self) -> str:
+        """The one `error:` line about what another try may not meet: exit code 1 on every rank, no traceback."""
+        return self._line(1)
+
+    def _line(self, code: int) -> str:
         lines = [line for line in self.err.splitlines() if line.startswith("error:")]
-        assert self.code == 2, f"exit code {self.codes}\n{self.err}"
+        assert self.code == code, f"exit code {self.codes}\n{self.err}"
         assert len(lines) == 1, self.err
         assert "Traceback" not in self.err, self.err
         return lines[0]
@@ -157,7 +166,7 @@ class Ranks:
     def running(self) -> bool:
         return any(process.is_alive() for process in self.processes)
 
-    def wait(self, timeout: float = 120.0) -> Finished:
+    def wait(self, timeout: float = 300.0) -> Finished:
         """Wait for all ranks. When one fails the others get a while to notice, as under torchrun."""
         deadline = time.monotonic() + timeout
         while waiting := [process.sentinel for process in self.processes if process.exitcode is None]:
@@ -251,7 +260,7 @@ def python(*arguments: object, env: Mapping[str, str] | None = None) -> Finished
         start_new_session=True,
     )
     try:
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=300)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)  # and what it has started
         out, err = process.communicate()

@@ -19,6 +19,7 @@ from safetensors import safe_open
 
 from tests.helpers.run import (
     STEPS,
+    TINY_MODEL,
     can_mount,
     complete_checkpoints,
     dnt,
@@ -137,7 +138,11 @@ def test_a_damaged_checkpoint_is_named_and_refused(corpus, finished_run, damage)
 
 def test_after_removing_a_damaged_checkpoint_the_older_one_serves(corpus, reference, finished_run):
     shutil.rmtree(finished_run / "checkpoints" / LAST)
-    train(tiny(corpus, finished_run), ranks=2).ok()
+    done = train(tiny(corpus, finished_run), ranks=2).ok()
+    folder = finished_run / "checkpoints"
+    said = f"resuming from {folder}/step-00000018 ({LAST}, the latest, is gone)"
+    assert "".join(said.split()) in "".join(done.err.split())
+    assert (folder / "latest").readlink() == Path(LAST)
     assert metrics(finished_run) == metrics(reference)
     assert same_tensors(finished_run / "checkpoints" / LAST, reference / "checkpoints" / LAST)
 
@@ -210,9 +215,11 @@ def test_a_full_disk_stops_the_run_and_the_same_command_goes_on(corpus, referenc
 def test_a_run_begins_from_converted_weights(corpus, reference, tmp_path):
     file, run_dir = tmp_path / "w.safetensors", tmp_path / "run"
     dnt("checkpoint", "convert", reference, file).ok()
-    overrides = tiny(corpus, run_dir, "train.steps=3")
-    dnt("checkpoint", "convert", file, *overrides).ok()
-    done = train(overrides, ranks=2).ok()
+    given = [line for line in tiny(corpus, run_dir, "train.steps=3") if not line.startswith("model")]
+    told = dnt("checkpoint", "convert", file, *given).ok().out
+    model = told.partition(" the same settings and ")[2].partition(" begins from it")[0].split()
+    assert model == TINY_MODEL  # as the file's metadata has it
+    done = train([*given, *model], ranks=2).ok()
     assert f"resumingfrom{run_dir}/checkpoints/step-00000000" in "".join(done.err.split())
     losses = [line["train/loss"] for line in metrics(run_dir) if "train/loss" in line]
     fresh = [line["train/loss"] for line in metrics(reference) if "train/loss" in line]

@@ -98,7 +98,7 @@ def test_verify_says_whole_or_what_is_not(me, tmp_path, capsys):
     save_made_up(tmp_path, 1, me)
     step = write(tmp_path, some_tensors(), me)
     assert main(["checkpoint", "verify", str(tmp_path)]) == 0
-    assert capsys.readouterr().out == f"{tmp_path}: whole\n"
+    assert capsys.readouterr().out == f"{tmp_path}/step-00000001: whole\n{step}: whole\n"
     # each file is what state.json says, but they do not make up the tensors
     lost = sorted(step.glob("*.safetensors"))[-1]
     state = json.loads((step / "state.json").read_text())
@@ -106,10 +106,30 @@ def test_verify_says_whole_or_what_is_not(me, tmp_path, capsys):
     del state["files"][lost.name]
     (step / "state.json").write_text(json.dumps(state))
     assert main(["checkpoint", "verify", str(tmp_path)]) == 2
-    err = capsys.readouterr().err
+    out, err = capsys.readouterr()
+    assert out == f"{tmp_path}/step-00000001: whole\n"
     assert f"error: {step}: no momentum_buffer.temperature" in err.splitlines()
     assert "momentum_buffer.emb.weight has shape" in err
     assert main(["checkpoint", "verify", str(tmp_path / "step-00000001")]) == 0
+
+
+@pytest.mark.parametrize("path", ["", "/latest"])
+def test_a_latest_that_was_removed_by_hand_means_the_newest_that_is_there(me, tmp_path, capsys, path):
+    save_made_up(tmp_path, 1, me)
+    save_made_up(tmp_path, 2, me)
+    shutil.rmtree(write(tmp_path, some_tensors(), me))
+    for command, said in (
+        ("inspect", f"checkpoint     {tmp_path}/step-00000002\n"),
+        ("verify", "step-00000002: whole\n"),
+    ):
+        assert main(["checkpoint", command, f"{tmp_path}{path}"]) == 0
+        out, err = capsys.readouterr()
+        assert said in out
+        gone = f"{tmp_path}/latest: step-00000007 is gone; the newest that is there is {tmp_path}/step-00000002\n"
+        assert err == gone
+    assert ("step-00000001" in out) == (path == "")
+    save_made_up(tmp_path, 3, me)
+    assert (tmp_path / "latest").resolve().name == "step-00000003"
 
 
 def test_diff_of_the_same_tensors_cut_otherwise_is_none(me, tmp_path, capsys):
@@ -222,6 +242,25 @@ def test_convert_makes_the_first_checkpoint_of_a_run(corpus, tmp_path, capsys, n
     capsys.readouterr()
     assert main(["checkpoint", "convert", str(file), *overrides]) == 2
     assert "holds checkpoints already; take another run.name" in capsys.readouterr().err
+
+
+def test_convert_takes_the_model_from_the_file_but_for_what_is_given(corpus, tmp_path, capsys, nano_weights):
+    from dnt_scale import config
+
+    file = tmp_path / "w.safetensors"
+    model = config.load(tiny(corpus, tmp_path)).model.model_copy(
+        update={"name": "${oc.env:HOME}", "activation": "relu"}
+    )
+    save_file(nano_weights, file, {"model": model.model_dump_json()})
+    given = [line for line in tiny(corpus, tmp_path / "new") if not line.startswith("model")]
+    assert main(["checkpoint", "convert", str(file), *given, "model.width=128"]) == 2
+    assert "tok_emb.weight has shape (512, 64)" in capsys.readouterr().err
+    assert main(["checkpoint", "convert", str(file), *given, "model.activation=gelu_tanh"]) == 0
+    found = read_state(tmp_path / "new" / "checkpoints" / "step-00000000").config["model"]
+    assert found == {**model.model_dump(), "name": "converted", "activation": "gelu_tanh"}
+    save_file(nano_weights, file, {"model": '{"name": "a", "layers": "many"}'})
+    assert main(["checkpoint", "convert", str(file), *given, f"run.dir={tmp_path}/b"]) == 2
+    assert f"error: {file}: model.layers in its metadata: Input should be a valid integer" in capsys.readouterr().err
 
 
 def lose(weights: dict[str, torch.Tensor]) -> str:

@@ -114,15 +114,16 @@ def test_a_damaged_checkpoint_is_named_and_refused(me, step, damage, at_url):
         check_files(path, read_state(path), me)
     assert str(caught.value).removeprefix("file://").startswith(message)
     assert f"remove {path} to go on from an older checkpoint" in str(caught.value)
-    problems = verify(str(step.parent))
-    assert len(problems) == 1 and problems[0].startswith(message)
+    before, (problem,) = verify(str(step.parent)).values()
+    assert before == [] and problem.startswith(message)
 
 
 def test_verify_names_every_file(me, step):
     flip_a_bit(step)
     flip_a_bit(step.parent / "step-00000001")
     add_a_shard(step)
-    assert len(verify(str(step.parent))) == 3
+    found = verify(str(step.parent))
+    assert [len(problems) for problems in found.values()] == [1, 2]
 
 
 def test_a_folder_without_state_json_is_no_checkpoint(me, step):

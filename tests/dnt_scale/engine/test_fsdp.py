@@ -32,7 +32,7 @@ FLAT = ["optim.schedule.name=constant", "optim.schedule.warmup_steps=0"]
 
 def chosen(*overrides: str) -> RunConfig:
     """A tiny run of 2 layers, never trained by the loop: data and folder are not looked at."""
-    given = ["train.global_batch=12", "train.steps=20", *overrides]
+    given = ["train.global_batch=12", "train.micro_batch=3", "train.steps=20", *overrides]
     return config.load(tiny(Path("no-data"), Path("no-folder"), *given))
 
 
@@ -137,7 +137,7 @@ def run_variants(out: Path) -> None:
             folder = out / f"{me.world_size}-{label}"
             write(engine, folder, me)
             losses = [engine.train_step(rows_of(step, me), clip).loss for step in range(STEPS)]
-            losses.append(engine.eval_loss(rows_of(99, me).split(2)))
+            losses.append(engine.eval_loss(rows_of(99, me).split(3)))
             losses.append(engine.train_step(rows_of(STEPS, me), clip).loss)
             if me.first:
                 (folder / "losses.json").write_text(json.dumps(losses))
@@ -262,7 +262,7 @@ def run_counts(me: Ranks, *overrides: str) -> None:
     with built(me, *overrides) as engine:
         engine.train_step(rows_of(0, me), clip)
         before = specs()
-        for step in range(1, 20):
+        for step in range(1, 6):
             engine.train_step(rows_of(step, me), clip)
         assert 0 < specs() == before
         assert all(not isinstance(p, type(engine.parts[0].parameter)) for p in engine.optimizer.state)
@@ -386,7 +386,8 @@ def written_out(world: int, *overrides: str) -> tuple[dict[str, torch.Tensor], l
         rows = global_batch(step)
         tokens = int((rows[:, 1:] != -1).sum())
         # the i-th micro-batch is every rank's i-th
-        micros = [torch.cat(parts) for parts in zip(*(r.split(2) for r in rows.chunk(world)), strict=True)]
+        each = [part.split(run.train.micro_batch) for part in rows.chunk(world)]
+        micros = [torch.cat(parts) for parts in zip(*each, strict=True)]
         grads = []
         for micro in micros:
             loss = model(micro[:, :-1].clamp(min=0), micro[:, 1:]) / tokens

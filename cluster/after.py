@@ -1,0 +1,181 @@
+"""``python -m cluster.after FOLDER STATUS``: what the batch script runs once its srun has ended with STATUS.
+
+Decides whether the run is finished, goes on in this job (requeued) or a new one, or ends here; and writes that down.
+SLURM may be about to kill the job, KillWait seconds (30 by default) after it began to: nothing slow is imported here.
+"""
+
+import os
+import re
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from cluster import ledger, slurm, sweep
+from cluster.ledger import EndStatus, Next
+from dnt_scale import timeline
+from dnt_scale.settle import settle
+
+TAIL_BYTES = 1 << 20  # of a log
+SIGNALLED = "Killed|Segmentation fault|Bus error|Aborted"
+DIED = rf"^srun: error: (?:(\S+): tasks? \S+: (?:{SIGNALLED}).*|Node failure on (\S+).*)$"
+STOPS = {128 + number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """All that the decision depends on."""
+
+    outcome: str | None  # training's last word: FINISHED, FAILED, KILLED
+    exits: frozenset[int]  # of the ranks that ended by themselves
+    all_ended: bool  # every rank did
+    srun: int  # srun's exit status
+    cancelled: bool  # by `dnt cancel`
+    slurm_ends_it: bool  # SLURM is ending the job: a requeue, a cancellation, the time limit
+    slurm_requeues_it: bool
+    out_of_time: bool
+    preempted: bool
+    crashes: int  # in a row without a new checkpoint, this one included if it is one
+    max_crashes: int
+
+
+@dataclass(frozen=True)
+class Decision:
+    status: EndStatus
+    goes_on: bool
+    reason: str
+
+
+def decide(facts: Facts) -> Decision:
+    """What became of an attempt, and whether the run goes on."""
+    if facts.outcome == "FINISHED":
+        return Decision("finished", False, "the token budget is spent")
+    if facts.cancelled:
+        return Decision("cancelled", False, "dnt cancel")
+    stopped = facts.outcome == "KILLED" or (facts.all_ended and bool(facts.exits & STOPS))
+    if facts.slurm_requeues_it:
+        return Decision("stopped" if stopped else "killed", True, "SLURM requeued the job")
+    if facts.slurm_ends_it and not facts.out_of_time and not facts.preempted:
+        return Decision("cancelled", False, "the job was cancelled")
+    if 2 in facts.exits:
+        return Decision("refused", False, "an error that has to be mended first; see `dnt logs`, then `dnt resubmit`")
+    if stopped:
+        why = "preempted" if facts.preempted else "out of time" if facts.out_of_time else "stopped by a signal"
+        return Decision("stopped", True, why)
+    if facts.crashes >= facts.max_crashes:
+        return Decision(
+            "crashed", False, f"{facts.crashes} crashes in a row without a new checkpoint (cluster.max_crashes)"
+        )
+    return Decision("crashed", True, f"exit status {facts.srun}")
+
+
+def gather(run_dir: Path, submission: ledger.Submission, attempt: str, srun_status: int) -> Facts:
+    events = timeline.read(run_dir)
+    end = ledger.last(events, "end", attempt)
+    begun = ledger.last(events, "allocated", attempt)
+    exits = ledger.read_exits(run_dir, attempt)
+    now = slurm.job(slurm.this_job())
+    ends_it = now is not None and now.state != "RUNNING"
+    return Facts(
+        outcome=end["outcome"] if end else None,
+        exits=frozenset(exits.values()),
+        all_ended=begun is not None and len(exits) == begun["ranks"],
+        srun=srun_status,
+        cancelled=submission.cancelled,
+        slurm_ends_it=ends_it,
+        slurm_requeues_it=now is not None and now.restarts > int(os.environ.get("SLURM_RESTART_COUNT", "0")),
+        out_of_time=now is not None and now.ends - time.time() < submission.cluster.signal_s + 60,
+        preempted=now is not None and now.preempted,
+        crashes=ledger.crashes_in_a_row([*events, {"event": "ended", "attempt": attempt, "status": "crashed"}]),
+        max_crashes=submission.cluster.max_crashes,
+    )
+
+
+def main(run_dir: Path, srun_status: int) -> int:
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)  # SLURM's, on its way to ending the job
+    attempt = slurm.this_attempt()
+    submission = ledger.load(run_dir)
+    facts = gather(run_dir, submission, attempt, srun_status)
+    decision = decide(facts)
+    blamed: list[str] = []
+    reason = decision.reason
+    if decision.status in ("crashed", "killed"):  # ranks that stop for a signal may miss each other too
+        blamed, why = ledger.blamed_hosts(timeline.read(run_dir), attempt)
+        if not why:
+            blamed, why = killed_by_srun(submission.logs / f"{slurm.this_job()}_0_log.out")
+        reason = f"{decision.reason}: {why}" if why else reason
+
+    def told(then: Next) -> None:
+        ledger.ended(run_dir, attempt, decision.status, then, reason, blamed)
+        print(f"dnt: attempt {attempt} {decision.status} ({reason}); {_IN_WORDS[then]}", flush=True)
+
+    if not decision.goes_on:
+        told("none")
+        settle(run_dir, ledger.MLFLOW_STATUS[decision.status])
+        if submission.parent:
+            sweep.settle(run_dir.parent)
+        return 0
+    if facts.slurm_requeues_it:
+        told("requeued")
+        return 0
+    excluded = avoided(run_dir, submission, blamed)
+    if submission.cluster.requeue and excluded == submission.excluded:
+        told("requeued")  # before: what requeues a job also ends it
+        try:
+            slurm.requeue(slurm.this_job())
+            return 0
+        except slurm.SlurmError as error:
+            print(f"dnt: {error}; submitting a new job instead", flush=True)
+    else:
+        told("resubmitted")
+    from cluster.submit import enqueue, without_job_variables  # imports submitit
+
+    without_job_variables()
+    submission = enqueue(run_dir, submission.model_copy(update={"excluded": excluded}), by_user=False)
+    print(
+        f"dnt: job {submission.job} goes on with it" + (f", without {', '.join(excluded)}" if excluded else ""),
+        flush=True,
+    )
+    return 0
+
+
+def killed_by_srun(log: Path) -> tuple[list[str], str]:
+    """The host of the first rank that a signal ended in the newest attempt, and srun's words for it, from the log.
+
+    srun then ends the other ranks, often before they can say which one they miss.
+    """
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - TAIL_BYTES))
+            text = file.read().decode(errors="replace")
+    except OSError:
+        return [], ""
+    attempt = text[text.rfind("Starting with JobEnvironment") :]
+    found = re.search(DIED, attempt, re.MULTILINE)
+    return ([found[1] or found[2]], found[0].removeprefix("srun: error: ")) if found else ([], "")
+
+
+_IN_WORDS: dict[Next, str] = {
+    "requeued": "this job is requeued",
+    "resubmitted": "a new job goes on",
+    "none": "nothing goes on by itself",
+}
+
+
+def avoided(run_dir: Path, submission: ledger.Submission, blamed: list[str]) -> list[str]:
+    """The nodes that the run's next job leaves out: those that failed too often in a day, while enough are left."""
+    events = [*timeline.read(run_dir), {"event": "ended", "time": time.time(), "attempt": "", "blamed": blamed}]
+    found = ledger.unreliable(events, time.time(), submission.cluster.exclude_after)
+    site = submission.cluster
+    partition = next(
+        (p for p in slurm.partitions().values() if p.name == site.partition or (site.partition is None and p.default)),
+        None,
+    )
+    left = {node.name for node in partition.nodes if node.able} - {*found, *site.exclude} if partition else set()
+    return found if len(left) >= site.nodes else submission.excluded
+
+
+if __name__ == "__main__":
+    sys.exit(main(sweep.run_of_task(Path(sys.argv[1])), int(sys.argv[2])))

@@ -1,0 +1,103 @@
+"""`dnt cancel`: end a run's job, and let nothing go on with it until `dnt resubmit`."""
+
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from rich.console import Console
+
+from cluster import jobs, ledger, slurm, state, sweep
+from cluster.ledger import Submission
+from cluster.plan import counted
+from cluster.slurm import SlurmError
+from cluster.state import Asking, Standing
+from dnt_scale import timeline
+from dnt_scale.tracking import METRICS
+
+POLL_S = 1.0
+KILLED_WITHIN_S = 120.0  # SLURM kills a cancelled job's processes KillWait after their SIGTERM, 30 s by default
+
+
+def cancel(run_dirs: list[Path]) -> Iterator[str]:
+    """Cancel runs that are queued or running, all at once, and wait until their jobs are gone; a line to say of each.
+
+    Raises:
+        LedgerError: a run was never submitted, or is another user's.
+        SlurmError: there is no SLURM here, it refuses, or a job did not go.
+    """
+    submissions = {run_dir: ledger.load(run_dir) for run_dir in run_dirs}
+    asking = Asking()
+    found = {run_dir: state.look(run_dir, submissions[run_dir], asking)[0] for run_dir in run_dirs}
+    left = [run_dir for run_dir in run_dirs if found[run_dir].live]
+    if left and asking.problem:
+        raise SlurmError(f"{submissions[left[0]].name} cannot be cancelled from here: {asking.problem}")
+    ended: dict[Path, Standing] = {}
+    asked: dict[str, float] = {}  # when each job was asked to end
+    with Console(stderr=True).status("") as status:
+        while left:
+            status.update(f"waiting for the end of job {submissions[left[0]].job}, {counted(len(left), 'run')} to go")
+            ended |= {run_dir: over for run_dir in left if (over := end_job(run_dir, asked))}
+            left = [run_dir for run_dir in left if run_dir not in ended]
+            time.sleep(POLL_S if left else 0.0)
+    for run_dir, submission in submissions.items():
+        if run_dir not in ended:
+            yield f"{submission.name} is not live: {found[run_dir].in_words}"
+            continue
+        state.mend_mlflow(run_dir, ended[run_dir])
+        if ended[run_dir].state == "finished":
+            yield f"{submission.name} had finished by then"
+        else:
+            again = f"`dnt resubmit {jobs.handle(run_dir)}` goes on with it"
+            yield f"{submission.name} is cancelled; {kept(run_dir)}; {again}"
+    for folder in sweep.folders(ended):
+        sweep.settle(folder)
+
+
+def end_job(run_dir: Path, asked: dict[str, float]) -> Standing | None:
+    """Bring the run's job, or the one that follows it, nearer to its end; how it ended, once it is gone.
+
+    Ranks get the signal that comes before a time limit, and as long as then to write a checkpoint; then scancel.
+
+    Args:
+        asked: when each job got the signal; filled in here.
+
+    Raises:
+        SlurmError: it did not go.
+    """
+    submission = ledger.load(run_dir)
+    if not submission.cancelled:  # also after a new job's, which had been on its way
+        submission = submission.model_copy(update={"cancelled": True})
+        ledger.save(run_dir, submission)
+    job = state.newest_job(submission)
+    if job is None or not job.live:
+        return last_word(run_dir, submission, job)
+    waited = time.monotonic() - asked.get(job.id, math.inf)
+    if job.state == "RUNNING" and job.id not in asked:
+        slurm.run("scancel", f"--signal={submission.cluster.signal}", job.id)
+        asked[job.id] = time.monotonic()
+    elif job.state != "COMPLETING" and (job.state != "RUNNING" or waited > submission.cluster.signal_s):
+        slurm.cancel(job.id)
+    if waited > submission.cluster.signal_s + KILLED_WITHIN_S:
+        raise SlurmError(
+            f"job {job.id} of {submission.name} did not end in {waited:.0f} s; it is marked cancelled and will "
+            f"not go on; `scontrol show job {job.id}` may tell why"
+        )
+    return None
+
+
+def last_word(run_dir: Path, submission: Submission, job: slurm.Job | None) -> Standing:
+    """How it ended, by the job's own word or, where it could give none, ours."""
+    events = timeline.read(run_dir)
+    found = state.standing(submission, events, job, time.time(), asked=True)
+    if found.untold:
+        state.write_end(run_dir, found, events, job)
+    return found
+
+
+def kept(run_dir: Path) -> str:
+    lines, step = jobs.last_lines(run_dir / METRICS), jobs.newest_checkpoint(run_dir, jobs.config_of(run_dir))
+    if not lines:
+        return "it had not begun"
+    reached = f"it reached step {lines[-1]['step']:,}"
+    return f"{reached}, its newest checkpoint is of step {step:,}" if step is not None else f"{reached}"

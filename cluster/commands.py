@@ -1,0 +1,230 @@
+"""The cluster room's commands of `dnt`. Each imports what it uses."""
+
+import argparse
+import os
+import signal
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cluster.settings import ClusterConfig
+
+SUBMIT_HELP = """\
+Overrides are those of `dnt train`, and of the cluster: cluster=NAME is a file of configs/cluster or a path to your own,
+cluster.KEY=VALUE changes it. What jobs run is kept in the run's folder, so later edits change nothing.
+
+  dnt submit preset=demo cluster=sandbox --dry-run
+  dnt submit model=dnt_1.4b data.path=data/mine run.name=big cluster=./site.yaml cluster.nodes=8
+  dnt submit --multirun optim.lr=0.3,1,3 optim=msgdw_r,adamw data.path=data/mine run.name=lrs cluster=gpu
+
+Shown and checked first: how the run spreads over ranks, its data, the disks, the cluster's limits. The run goes on over
+time limits, preemption, lost nodes and crashes until its token budget is spent, as one run in MLflow. Then:
+
+  dnt jobs             what all runs are doing
+  dnt logs big -f      what it prints
+  dnt cancel big       end it, with a checkpoint
+"""
+
+RESUBMIT_HELP = """\
+For a run that was cancelled, crashed too often, was refused for something you have mended, or that should go on with
+other nodes or longer. It goes on from its newest checkpoint, on any number of ranks.
+
+  dnt resubmit big
+  dnt resubmit big cluster.nodes=4 cluster.time=12:00:00
+  dnt resubmit big train.tokens=40e9
+"""
+
+JOBS_HELP = """\
+RUN is a run's folder or its name in runs/; FOLDER holds runs. Without any: all in runs/. One RUN alone is shown with
+the chain of its attempts and where their time went.
+
+  dnt jobs
+  dnt jobs big
+  dnt jobs --watch
+  dnt jobs --json | jq '.runs[] | select(.live) | .name'
+
+States: queued (SLURM's reason), starting, running, requeued (it goes on by itself), cancelling; then finished (its
+token budget is spent), crashed (too often in a row), refused (an error to mend first), cancelled, killed (without a
+word). Where SLURM has forgotten a job, or there is no SLURM, the run folder counts.
+"""
+
+LOGS_HELP = """\
+All jobs of the run, oldest first, with a line at each start of one.
+
+  dnt logs big
+  dnt logs big -f               # on, over requeues and new jobs, until the run is over or Ctrl-C
+  dnt logs big -f --rank 8
+"""
+
+CANCEL_HELP = """\
+Ranks get the signal that comes before a time limit, write a checkpoint and end; where they have not after
+cluster.signal_s seconds, SLURM ends them. Nothing goes on with the run by itself; `dnt resubmit RUN` does.
+
+  dnt cancel big
+  dnt cancel lrs lrs-2                   # all runs of two sweeps
+"""
+
+SANDBOX_HELP = """\
+As root, on Debian or Ubuntu. The first `up` installs SLURM with apt-get, later ones take seconds. All of it listens on
+127.0.0.1 only and lies in /var/lib/dnt-sandbox and /etc/slurm. Where there is another SLURM, nothing is touched. Nodes
+are node1, node2 ..., each with its hostname. Partitions: main; short (2 hours, 2 nodes); high; and low and spot, whose
+jobs the others preempt: low's go back into the queue, spot's end.
+
+  sudo dnt sandbox up
+  dnt sandbox status
+  dnt submit preset=demo cluster=sandbox
+  sudo dnt sandbox kill-node node2           # lose a node: SLURM sees it in half a minute
+  sudo dnt sandbox start-node node2
+  sudo dnt sandbox up --no-accounting        # the same SLURM, as a site without sacct; jobs live on
+  sudo dnt sandbox down
+"""
+
+
+def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    raw = argparse.RawDescriptionHelpFormatter
+
+    submit = commands.add_parser("submit", help="train a run as SLURM jobs", epilog=SUBMIT_HELP, formatter_class=raw)
+    submit.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    submit.add_argument("--dry-run", action="store_true", help="check, show the plan and the batch script, and stop")
+    submit.add_argument("--multirun", action="store_true", help="a run for each combination of values KEY=A,B,C")
+    submit.set_defaults(run=run_submit)
+
+    resubmit = commands.add_parser(
+        "resubmit", help="go on with a submitted run", epilog=RESUBMIT_HELP, formatter_class=raw
+    )
+    resubmit.add_argument("folder", metavar="RUN", help="its folder, or its name in runs/")
+    resubmit.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="changes of the run or the cluster")
+    resubmit.add_argument("--update-code", action="store_true", help="run dnt as it is now, not as it was submitted")
+    resubmit.set_defaults(run=run_resubmit)
+
+    jobs = commands.add_parser("jobs", help="what submitted runs are doing", epilog=JOBS_HELP, formatter_class=raw)
+    jobs.add_argument("runs", nargs="*", metavar="RUN|FOLDER", help="default: all in runs/")
+    form = jobs.add_mutually_exclusive_group()
+    form.add_argument("--watch", action="store_true", help="show it anew every two seconds; Ctrl-C ends that")
+    form.add_argument("--json", action="store_true", help="the same as data")
+    jobs.set_defaults(run=run_jobs)
+
+    logs = commands.add_parser("logs", help="what a submitted run wrote", epilog=LOGS_HELP, formatter_class=raw)
+    logs.add_argument("folder", metavar="RUN", help="its folder, or its name in runs/")
+    logs.add_argument("-f", "--follow", action="store_true", help="go on until the run is over")
+    logs.add_argument("--rank", type=int, default=0, metavar="K", help="of which rank (default: 0)")
+    logs.set_defaults(run=run_logs)
+
+    cancel = commands.add_parser(
+        "cancel", help="end a run's job, and let none follow", epilog=CANCEL_HELP, formatter_class=raw
+    )
+    cancel.add_argument("runs", nargs="+", metavar="RUN", help="its folder or name in runs/; a sweep's: all its runs")
+    cancel.set_defaults(run=run_cancel)
+
+    sandbox = commands.add_parser(
+        "sandbox", help="a real SLURM on this one machine, to try jobs on", epilog=SANDBOX_HELP, formatter_class=raw
+    )
+    add_sandbox_commands(sandbox.add_subparsers(required=True, metavar="COMMAND"))
+
+
+def add_sandbox_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    up = commands.add_parser("up", help="start it, or change it to these options; running jobs live on")
+    up.add_argument("--nodes", type=int, default=3, metavar="N", help="node1 to nodeN (default: 3)")
+    up.add_argument("--cpus", type=int, default=8, metavar="N", help="a node, whatever the machine has (default: 8)")
+    up.add_argument(
+        "--gpus", type=int, default=8, metavar="N", help="a node; stand-ins for SLURM to hand out (default: 8)"
+    )
+    up.add_argument("--no-accounting", dest="accounting", action="store_false", help="no slurmdbd, so no sacct")
+    up.add_argument(
+        "--no-preempt-signal",
+        dest="preempt_signal",
+        action="store_false",
+        help="preempted jobs get SIGTERM only, as at most sites (default: first the signal that they asked for)",
+    )
+    up.set_defaults(run=run_sandbox, action="up")
+    down = commands.add_parser("down", help="cancel its jobs and stop it; the packages stay")
+    down.add_argument(
+        "--wipe", action="store_true", help="remove its files and configuration, and what jobs there were"
+    )
+    down.set_defaults(run=run_sandbox, action="down")
+    status = commands.add_parser("status", help="what runs; exit status 0: it runs, 1: not, 2: another SLURM is here")
+    status.set_defaults(run=run_sandbox, action="status")
+    kill = commands.add_parser("kill-node", help="lose a node: kill -9 of all its processes")
+    kill.add_argument("node", metavar="NODE", help="for example node2")
+    kill.set_defaults(run=run_sandbox, action="kill_node")
+    start = commands.add_parser("start-node", help="bring a lost node back")
+    start.add_argument("node", metavar="NODE")
+    start.set_defaults(run=run_sandbox, action="start_node")
+
+
+def run_submit(options: argparse.Namespace) -> int:
+    from cluster import checks, plan, settings, submit
+    from dnt_scale import config
+
+    site, overrides = settings.load(options.overrides)
+    if options.multirun:
+        return submit_sweep(overrides, site, dry_run=options.dry_run)
+    run = config.load(overrides)
+    submit.check_new(run)
+    planned = checks.before_queue(run, site)
+    print(plan.describe(planned))
+    if options.dry_run:
+        print(f"\n{checks.batch_script(run, site)}")
+        return 0
+    os.umask(0o077)
+    job = submit.submit(run, site).job
+    print(f"\nsubmitted as job {job}; `dnt jobs` shows it, `dnt logs {run.run.dir} -f` what it prints")
+    return 0
+
+
+def submit_sweep(overrides: list[str], site: "ClusterConfig", *, dry_run: bool) -> int:
+    from cluster import multirun, plan
+
+    sweep, runs = multirun.load(overrides)
+    print(plan.describe(multirun.before_queue(runs, site)))
+    print(multirun.describe(sweep, site))
+    sweep_dir = runs[0].run.dir.parent
+    if dry_run:
+        print(f"\n{multirun.batch_script(sweep, sweep_dir.absolute(), site)}")
+        return 0
+    os.umask(0o077)
+    array = multirun.queue(sweep, runs, site)
+    print(f"\nsubmitted as array {array}; `dnt jobs {sweep_dir}` shows it, `dnt logs {runs[0].run.dir} -f` a run of it")
+    return 0
+
+
+def run_resubmit(options: argparse.Namespace) -> int:
+    from cluster import checks, plan, submit
+    from cluster.jobs import find_run
+
+    run_dir = find_run(options.folder)
+    run, site = submit.changed(run_dir, options.overrides)
+    print(plan.describe(checks.before_queue(run, site)))
+    os.umask(0o077)
+    job = submit.resubmit(run_dir, run, site, update_code=options.update_code).job
+    print(f"\nsubmitted as job {job}; `dnt jobs {run_dir}` shows the chain")
+    return 0
+
+
+def run_jobs(options: argparse.Namespace) -> int:
+    from cluster.jobs import main
+
+    return main(options.runs, watch=options.watch, as_json=options.json)
+
+
+def run_logs(options: argparse.Namespace) -> int:
+    from cluster.jobs import find_run
+    from cluster.logs import main
+
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `dnt logs RUN | head` is no error
+    return main(find_run(options.folder), options.rank, follow=options.follow)
+
+
+def run_cancel(options: argparse.Namespace) -> int:
+    from cluster.cancel import cancel
+    from cluster.jobs import find_runs
+
+    for line in cancel(find_runs(options.runs)):
+        print(line, flush=True)
+    return 0
+
+
+def run_sandbox(options: argparse.Namespace) -> int:
+    from cluster import sandbox
+
+    arguments = {name: value for name, value in vars(options).items() if name not in ("run", "action")}
+    return int(getattr(sandbox, options.action)(**arguments))

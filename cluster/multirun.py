@@ -1,0 +1,216 @@
+"""`dnt submit --multirun`: every combination of the values that overrides list, as one SLURM array (a sweep)."""
+
+import itertools
+import re
+import tempfile
+import uuid
+from collections import Counter
+from pathlib import Path
+
+import submitit
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from rich.console import Console
+
+from cluster import checks, job, ledger, slurm, submit, sweep
+from cluster.ledger import LedgerError, Submission
+from cluster.plan import Plan, counted
+from cluster.settings import ClusterConfig
+from cluster.sweep import Sweep, SweepRun
+from dnt_scale import config, timeline
+from dnt_scale.config import ConfigError, RunConfig
+from dnt_scale.sources import fitting_sources
+from dnt_scale.tracking import default_uri
+
+MOST = 1000  # runs: one less than the largest array that SLURM permits by default
+NAME_LENGTH = 100
+
+
+def combinations(overrides: list[str]) -> list[tuple[dict[str, str], list[str]]]:
+    """Each combination of the values that ``overrides`` list in Hydra's grammar (``KEY=A,B``, choice(), range()).
+
+    Returns:
+        For each its values by key, and all overrides with these in place.
+
+    Raises:
+        ConfigError: an override cannot be read, none has several values, or there are too many combinations.
+    """
+    choices: list[list[tuple[str, str]]] = []  # of each override: key and value, the key "" where it is not swept
+    for line in overrides:
+        try:
+            override = OverridesParser.create().parse_override(line)
+            if not override.is_sweep_override():
+                choices.append([("", line)])
+            elif override.is_discrete_sweep():
+                choices.append([(override.get_key_element(), value) for value in override.sweep_string_iterator()])
+            else:
+                raise ConfigError(f"{line}: a sweep needs single values; write them out, or as range(from,to,step)")
+        except HydraException as error:
+            raise ConfigError(f"{line}: {str(error).splitlines()[0]}; write several values as KEY=A,B,C") from None
+    count = 1
+    for options in choices:
+        count *= len(options)
+    if all(len(options) == 1 for options in choices):
+        raise ConfigError("--multirun: no override has several values; write them as KEY=A,B,C, or leave it out")
+    if count > MOST:
+        raise ConfigError(f"--multirun: {count:,} combinations of values, at most {MOST:,} are possible; give fewer")
+    found = []
+    for chosen in itertools.product(*choices):
+        lines = [f"{key}={value}" if key else value for key, value in chosen]
+        found.append(({key.lstrip("+"): value for key, value in chosen if key}, lines))
+    return found
+
+
+def names(values: list[dict[str, str]]) -> list[str]:
+    """A name for each run: its number and its values."""
+    last = Counter(key.rpartition(".")[2] for key in values[0])
+    width = len(str(len(values) - 1))
+    found = []
+    for number, own in enumerate(values):
+        words = [f"{number:0{width}}"]
+        for key, value in own.items():
+            short = key.rpartition(".")[2]
+            words.append(f"{short if last[short] == 1 else key}_{value}")
+        found.append(re.sub(r"[^A-Za-z0-9._-]+", "_", "-".join(words))[:NAME_LENGTH])
+    return found
+
+
+def load(overrides: list[str]) -> tuple[Sweep, list[RunConfig]]:
+    """The sweep that ``overrides`` describe, whose folder is the ``run.dir`` they give, and its runs.
+
+    Raises:
+        ConfigError: see :func:`combinations`; a combination that is no valid run; or run.name or run.dir differ.
+    """
+    found = combinations(overrides)
+    runs = []
+    with Console(stderr=True).status("") as status:
+        for number, (_, lines) in enumerate(found, 1):
+            status.update(f"reading combination {number} of {len(found)}")
+            runs.append(config.load(lines))
+    own = runs[0].run
+    if any((run.run.name, run.run.dir) != (own.name, own.dir) for run in runs):
+        raise ConfigError("run.name and run.dir are the sweep's; give one of each, the runs get names of their own")
+    chosen = names([values for values, _ in found])
+    made = [SweepRun(name=name, values=values) for name, (values, _) in zip(chosen, found, strict=True)]
+    return (
+        Sweep(name=own.name, id=uuid.uuid4().hex, runs=made),
+        [part_of(run, name) for run, name in zip(runs, chosen, strict=True)],
+    )
+
+
+def part_of(run: RunConfig, name: str) -> RunConfig:
+    """The run with a name and folders of its own inside the sweep's, and the sweep's MLflow store."""
+    kept = run.checkpoint.dir
+    return run.model_copy(
+        update={
+            "run": run.run.model_copy(update={"name": name, "dir": run.run.dir / name}),
+            "tracking": run.tracking.model_copy(update={"uri": run.tracking.uri or default_uri(run.run.dir)}),
+            "checkpoint": run.checkpoint.model_copy(update={"dir": kept and f"{kept.rstrip('/')}/{name}"}),
+        }
+    )
+
+
+def check_new(sweep_dir: Path) -> None:
+    """Raises LedgerError when a sweep or a run was submitted from there."""
+    if sweep.is_sweep(sweep_dir) or ledger.submitted(sweep_dir):
+        raise LedgerError(
+            f"run.name: {sweep_dir.name} was submitted before; `dnt jobs {sweep_dir}` shows it; take another run.name"
+        )
+
+
+def before_queue(runs: list[RunConfig], site: ClusterConfig) -> Plan:
+    """The plan of the first run, once nothing speaks against any of them.
+
+    Raises:
+        ValueError, OSError: as :func:`cluster.checks.before_queue`.
+    """
+    check_new(runs[0].run.dir.parent)
+    plan = checks.before_queue(runs[0], site)
+    checks.check_room(runs[0], plan.steps, runs=len(runs))
+    fitting = set()
+    for run in runs:
+        checks.check_ranks(run, site)
+        reads = (run.data.model_dump_json(), run.model.model_dump_json())
+        if reads not in fitting:
+            fitting_sources(run)
+            fitting.add(reads)
+    return plan
+
+
+def describe(found: Sweep, site: ClusterConfig) -> str:
+    """The sweep's runs and their values, in lines below those of the plan."""
+    at_once = "all at once" if not site.sweep_parallel else f"{site.sweep_parallel} at a time (cluster.sweep_parallel)"
+    lines = [f"sweep        {counted(len(found.runs), 'run')} as one array, {at_once}; above is the first of them"]
+    width = max(len(run.name) for run in found.runs)
+    for run in found.runs:
+        values = " ".join(f"{key}={value}" for key, value in run.values.items())
+        lines.append(f"{run.name:{width}}  {values}")
+    return "\n             ".join(lines)
+
+
+def whole(found: Sweep, logs: Path, site: ClusterConfig) -> Submission:
+    """What the array's batch script is made from, as a run's."""
+    return Submission(name=found.name, cluster=site, jobs=[], logs=logs, excluded=[], cancelled=False, parent=None)
+
+
+def executor_for(found: Sweep, sweep_dir: Path, array: Submission) -> submitit.SlurmExecutor:
+    executor = submit.executor_for(sweep_dir, array)
+    executor.update_parameters(array_parallelism=array.cluster.sweep_parallel or len(found.runs))
+    return executor
+
+
+def queue(found: Sweep, runs: list[RunConfig], site: ClusterConfig) -> str:
+    """Make the folders of the sweep and its runs, and queue them; returns the array job's id.
+
+    Raises:
+        LedgerError: it was submitted before.
+        SlurmError: SLURM refuses the job.
+        OSError: a folder cannot be written.
+    """
+    sweep_dir = runs[0].run.dir.absolute().parent
+    check_new(sweep_dir)
+    submit.private(sweep_dir)
+    with submit.locked(sweep_dir):
+        check_new(sweep_dir)
+        submit.snapshot(sweep_dir)
+        array = whole(found, ledger.folder(sweep_dir) / "slurm", site)
+        waiting = array.model_copy(update={"parent": f"{found.id}:{found.name}"})
+        places = []
+        try:
+            for run in runs:
+                places.append(place := run.run.dir.absolute())
+                submit.private(place)
+                ledger.config_file(place).write_text(config.to_yaml(run))
+                (ledger.folder(place) / "code").symlink_to(Path("../../jobs/code"))
+                ledger.save(place, waiting.model_copy(update={"name": run.run.name}))
+            sweep.save(sweep_dir, found)
+            job_id = _queue(executor_for(found, sweep_dir, array), places)
+        except BaseException:  # so that it can be submitted again
+            (sweep_dir / sweep.FILE).unlink(missing_ok=True)
+            for place in places:
+                (ledger.folder(place) / "run.json").unlink(missing_ok=True)
+                (ledger.folder(place) / "code").unlink(missing_ok=True)
+            raise
+        for number, place in enumerate(places):
+            submission, task = ledger.load(place), f"{job_id}_{number}"
+            ledger.save(place, submission.model_copy(update={"jobs": [task]}))
+            counts = {"nodes": site.nodes, "ranks": site.ranks}
+            timeline.append(place, "submitted", attempt=task, job=task, **counts, by_user=True)
+    return job_id
+
+
+def _queue(executor: submitit.SlurmExecutor, places: list[Path]) -> str:
+    try:
+        with executor.batch():
+            queued = [executor.submit(job.rank, str(place)) for place in places]
+    except submitit.core.utils.FailedJobError as error:
+        raise slurm.SlurmError(f"SLURM refuses the array: {submit.refusal(str(error))}") from None
+    return str(queued[0].job_id.partition("_")[0])
+
+
+def batch_script(found: Sweep, sweep_dir: Path, site: ClusterConfig) -> str:
+    """The array's script, made without its folder. Raises SlurmError."""
+    with tempfile.TemporaryDirectory(prefix="dnt-") as logs:
+        executor = executor_for(found, sweep_dir, whole(found, Path(logs), site))
+        executor.parameters["map_count"] = len(found.runs)
+        return executor._make_submission_file_text(executor._submitit_command_str, "dry-run")

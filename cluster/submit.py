@@ -1,0 +1,264 @@
+"""`dnt submit` and `dnt resubmit`: a run folder with all that its jobs need, then a job that trains it."""
+
+import fcntl
+import os
+import shlex
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import submitit
+
+import cluster
+import data_prep
+import dnt_scale
+from cluster import job, ledger, settings, slurm, sweep
+from cluster.ledger import LedgerError, Submission
+from cluster.settings import ClusterConfig
+from dnt_scale import config, timeline
+from dnt_scale.config import RunConfig, config_dir
+from dnt_scale.tracking import git_commit
+
+
+def submit(run: RunConfig, site: ClusterConfig) -> Submission:
+    """Make the run folder and queue the run's first job.
+
+    Raises:
+        LedgerError: the run was submitted before.
+        SlurmError: SLURM refuses the job.
+        OSError: the run folder cannot be written.
+    """
+    run_dir = run.run.dir.absolute()
+    check_new(run)
+    private(run_dir)
+    with locked(run_dir):
+        check_new(run)
+        snapshot(run_dir)
+        ledger.config_file(run_dir).write_text(config.to_yaml(run))
+        fresh = Submission(
+            name=run.run.name,
+            cluster=site,
+            jobs=[],
+            logs=ledger.folder(run_dir) / "slurm",
+            excluded=[],
+            cancelled=False,
+            parent=None,
+        )
+        try:
+            return enqueue(run_dir, fresh, by_user=True)
+        except BaseException:
+            (ledger.folder(run_dir) / "run.json").unlink(missing_ok=True)  # so that it can be submitted again
+            raise
+
+
+def check_new(run: RunConfig) -> None:
+    """Raises LedgerError when the run, or a sweep of its name, was submitted before."""
+    if sweep.is_sweep(run.run.dir):
+        raise LedgerError(f"run.name: {run.run.name} is a sweep, see `dnt jobs {run.run.dir}`; take another run.name")
+    if ledger.submitted(run.run.dir):
+        jobs = ledger.load(run.run.dir).jobs
+        raise LedgerError(
+            f"run.name: {run.run.name} was submitted before{f' (job {jobs[-1]})' if jobs else ''}; "
+            f"`dnt resubmit {run.run.dir}` goes on with it, or take another run.name"
+        )
+
+
+def changed(run_dir: Path, overrides: list[str]) -> tuple[RunConfig, ClusterConfig]:
+    """A submitted run and its cluster, changed by ``overrides``, for :func:`resubmit`.
+
+    Raises:
+        LedgerError: it was never submitted, is another user's, or its job is in the queue or running.
+        ConfigError: a wrong override.
+        SlurmError: there is no SLURM here.
+    """
+    submission = ledger.load(run_dir)
+    check_over(run_dir, submission)
+    ours = [override for override in overrides if override.startswith("cluster.")]
+    site = settings.changed(submission.cluster, ours) if ours else submission.cluster
+    file = ledger.config_file(run_dir)
+    return config.changed(config.from_yaml(file), [override for override in overrides if override not in ours]), site
+
+
+def check_over(run_dir: Path, submission: Submission) -> None:
+    """Raises LedgerError while a job of the run is in the queue or running."""
+    if submission.jobs and (last := slurm.job(submission.job)) and last.live:
+        raise LedgerError(
+            f"{run_dir}: job {last.id} of it is {last.state.lower()}; `dnt cancel {run_dir}` ends it first"
+        )
+
+
+def resubmit(run_dir: Path, run: RunConfig, site: ClusterConfig, *, update_code: bool) -> Submission:
+    """Queue a job that goes on with a run whose last job is over, as ``run`` and on ``site``: see :func:`changed`.
+
+    Raises:
+        LedgerError: as :func:`changed`, or another command submits it just now.
+        SlurmError: SLURM refuses the job.
+    """
+    run_dir = run_dir.absolute()
+    with locked(run_dir):
+        submission = ledger.load(run_dir)
+        check_over(run_dir, submission)
+        for attempt in ledger.open_attempts(timeline.read(run_dir)):
+            ledger.found_ended(run_dir, timeline.read(run_dir), attempt, then="resubmitted")
+        if update_code:
+            snapshot(run_dir)
+        ledger.config_file(run_dir).write_text(config.to_yaml(run))
+        excluded = ledger.unreliable(timeline.read(run_dir), time.time(), site.exclude_after)
+        changes = {"cluster": site, "cancelled": False, "excluded": excluded}
+        return enqueue(run_dir, submission.model_copy(update=changes), by_user=True)
+
+
+def enqueue(run_dir: Path, submission: Submission, *, by_user: bool) -> Submission:
+    """Queue a job that goes on with the run; returns the submission with its id.
+
+    Raises:
+        SlurmError: SLURM refuses the job.
+    """
+    ledger.save(run_dir, submission)  # before the job: it may start at once
+    executor = executor_for(run_dir, submission)
+    try:
+        queued = executor.submit(job.rank, str(run_dir))
+    except submitit.core.utils.FailedJobError as error:
+        raise slurm.SlurmError(f"SLURM refuses the job: {refusal(str(error))}") from None
+    submission = submission.model_copy(update={"jobs": [*submission.jobs, queued.job_id]})
+    ledger.save(run_dir, submission)
+    timeline.append(
+        run_dir,
+        "submitted",
+        attempt=queued.job_id,
+        job=queued.job_id,
+        nodes=submission.cluster.nodes,
+        ranks=submission.cluster.ranks,
+        by_user=by_user,
+    )
+    return submission
+
+
+def refusal(words: str) -> str:
+    """sbatch's own complaint out of submitit's report."""
+    lines = [line.strip() for line in words.splitlines() if "error:" in line and "Command" not in line]
+    return "; ".join(line.removeprefix("sbatch: error: ") for line in lines) or words.splitlines()[-1]
+
+
+def executor_for(run_dir: Path, submission: Submission) -> submitit.SlurmExecutor:
+    """submitit's executor with every option of the submission.
+
+    Raises:
+        SlurmError: there is no SLURM here.
+    """
+    site = submission.cluster
+    slurm.check_here()
+    executor = submitit.SlurmExecutor(submission.logs, python=shlex.quote(site.python))
+    options = {
+        "partition": site.partition,
+        "account": site.account,
+        "qos": site.qos,
+        "gpus_per_node": site.gpus_per_node or None,
+        "cpus_per_task": site.cpus_per_rank,
+        "mem": None if site.mem_gb is None else f"{round(site.mem_gb * 1024)}M",
+        "constraint": site.constraint,
+        "nodelist": site.nodelist,
+        "exclude": ",".join(sorted({*site.exclude, *submission.excluded})) or None,
+    }
+    executor.update_parameters(
+        **{name: value for name, value in options.items() if value is not None},
+        job_name=f"dnt-{submission.name}",
+        nodes=site.nodes,
+        ntasks_per_node=site.tasks_per_node,
+        time=site.time,
+        wckey=None,
+        stderr_to_stdout=True,
+        setup=setup_lines(run_dir, site),
+        teardown=teardown_lines(run_dir, site),
+        srun_args=srun_options(site),
+        additional_parameters={
+            "signal": f"{site.signal}@{site.signal_s}",
+            "requeue" if site.requeue else "no-requeue": True,
+            **site.sbatch,
+        },
+    )
+    return executor
+
+
+def setup_lines(run_dir: Path, site: ClusterConfig) -> list[str]:
+    """What the batch script does before the ranks start."""
+    code = shlex.quote(str(ledger.folder(run_dir) / "code"))
+    return [
+        "umask 077",
+        "trap : TERM USR1 USR2  # the ranks see to these; what comes after them decides what is next",
+        f"export PYTHONPATH={code}${{PYTHONPATH:+:$PYTHONPATH}}",
+        'export OMP_NUM_THREADS="${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}"',
+        *site.setup,
+    ]
+
+
+def teardown_lines(run_dir: Path, site: ClusterConfig) -> list[str]:
+    """What it does when they have ended."""
+    return [
+        "status=$?",
+        f'{shlex.quote(site.python)} -m cluster.after {shlex.quote(str(run_dir))} "$status"',
+        'exit "$status"',
+    ]
+
+
+def srun_options(site: ClusterConfig) -> list[str]:
+    per_rank = (
+        [] if site.cpus_per_rank is None else [f"--cpus-per-task={site.cpus_per_rank}"]
+    )  # not passed on since 22.05
+    return ["--kill-on-bad-exit=1", *per_rank, *site.container, *site.srun]
+
+
+def script(run_dir: Path, submission: Submission) -> str:
+    """The batch script that would be submitted. Raises SlurmError."""
+    executor = executor_for(run_dir, submission)
+    return executor._make_submission_file_text(executor._submitit_command_str, "dry-run")
+
+
+# --- the run folder ---------------------------------------------------------------------------------------------------
+
+
+def private(run_dir: Path) -> None:
+    """Make the folder, for its owner only. Raises OSError."""
+    for place in (run_dir, ledger.folder(run_dir)):
+        place.mkdir(parents=True, exist_ok=True)
+        place.chmod(0o700)
+
+
+@contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """One submission of a run at a time. Raises LedgerError when another goes on."""
+    with (ledger.folder(run_dir) / ".lock").open("wb") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise LedgerError(f"{run_dir}: another command submits it just now; wait for that") from None
+        yield
+
+
+def snapshot(run_dir: Path) -> None:
+    """Copy our packages and configs into the run folder, so that edits do not reach its jobs. Raises OSError."""
+    code = ledger.folder(run_dir) / "code"
+    partial = code.with_name("code.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    for package in (dnt_scale, data_prep, cluster):
+        assert package.__file__
+        source = Path(package.__file__).parent
+        shutil.copytree(source, partial / source.name, ignore=shutil.ignore_patterns("__pycache__"))
+    if not (partial / "dnt_scale" / "configs").is_dir():  # a checkout has them beside the packages
+        shutil.copytree(config_dir(), partial / "configs")
+    (partial / "COMMIT").write_text(git_commit() + "\n")
+    if code.is_symlink():  # to a sweep's
+        code.unlink()
+    shutil.rmtree(code, ignore_errors=True)
+    partial.rename(code)
+
+
+def without_job_variables() -> None:
+    """Take this job's variables out of the environment, which sbatch hands on to the next job."""
+    for name in [name for name in os.environ if name.startswith("SLURM_") and name != "SLURM_CONF"]:
+        del os.environ[name]
+    code = str(Path(cluster.__file__).parents[1])
+    paths = os.environ.get("PYTHONPATH", "").split(":")
+    os.environ["PYTHONPATH"] = ":".join(path for path in paths if path and path != code)

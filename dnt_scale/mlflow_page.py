@@ -1,0 +1,87 @@
+"""MLflow's page, served from here: ``dnt ui``."""
+
+import itertools
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+from dnt_scale.tracking import absolute_uri, sqlite_file, without_login
+
+
+def open_ui(uri: str, port: int) -> int:
+    """Serve MLflow's page on the store ``uri`` at 127.0.0.1:``port`` until Ctrl-C; the exit code of ``dnt ui``.
+
+    For a tracking server (an http URI) only prints the address, since it serves the page itself. Raises ValueError when
+    the SQLite file does not exist or the port is taken.
+    """
+    if uri.startswith(("http://", "https://")):
+        print(f"MLflow's page is served by the tracking server: open {without_login(uri)}")
+        return 0
+    uri = absolute_uri(uri)
+    file = sqlite_file(uri)
+    if file is not None and not file.is_file():
+        raise ValueError(f"no MLflow store at {file}; train a run first, or name another store with tracking.uri=...")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise ValueError(
+                f"port {port} of 127.0.0.1 cannot be used ({error.strerror}); choose another one"
+            ) from None
+    options = {
+        "--backend-store-uri": uri,
+        "--registry-store-uri": uri,
+        "--host": "127.0.0.1",
+        "--port": str(port),
+        "--workers": "1",
+        "--uvicorn-opts": "--log-level warning",
+    }
+    if file is not None:
+        options["--artifacts-destination"] = str(file.parent / "mlartifacts")
+    command = [sys.executable, "-m", "mlflow", "server", *itertools.chain.from_iterable(options.items())]
+    # The job runner is for evaluating prompts and costs seven processes.
+    quiet = {
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        "PYTHONWARNINGS": "ignore",
+    }
+    before = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGTERM, signal.SIGHUP)}
+    print("starting MLflow, which takes some seconds ...", flush=True)
+    server = subprocess.Popen(command, env=quiet | dict(os.environ), start_new_session=True)
+    try:
+        while server.poll() is None:
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.2)
+        else:
+            raise ValueError(
+                f"`mlflow server` on {without_login(uri)} ended with exit code {server.returncode}, see above"
+            )
+        print(f"open http://127.0.0.1:{port}  (store: {without_login(uri)}; Ctrl-C stops it)", flush=True)
+        return server.wait()
+    except KeyboardInterrupt:
+        print("stopped", flush=True)
+        return 0
+    finally:
+        _end_group(server)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _end_group(leader: subprocess.Popen[bytes]) -> None:
+    """End every process of ``leader``'s group: MLflow's workers outlive the process that started them."""
+    for number, patience_s in ((signal.SIGTERM, 5.0), (signal.SIGKILL, 2.0)):
+        deadline = time.monotonic() + patience_s
+        try:
+            os.killpg(leader.pid, number)
+            while time.monotonic() < deadline:
+                leader.poll()  # a leader that nobody waited for still counts as one of its group
+                os.killpg(leader.pid, 0)
+                time.sleep(0.05)
+        except ProcessLookupError:
+            return

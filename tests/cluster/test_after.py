@@ -1,0 +1,174 @@
+"""What is decided when a job's ranks have ended: every case as a row, and what is read to decide it."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from cluster import ledger
+from cluster.after import Decision, Facts, decide, killed_by_srun
+from dnt_scale import timeline
+
+QUIET = Facts(
+    outcome=None,
+    exits=frozenset(),
+    all_ended=False,
+    srun=0,
+    cancelled=False,
+    slurm_ends_it=False,
+    slurm_requeues_it=False,
+    out_of_time=False,
+    preempted=False,
+    crashes=1,
+    max_crashes=3,
+)
+TERM = 128 + signal.SIGTERM
+USR1 = 128 + signal.SIGUSR1
+
+
+def decided(**facts: object) -> Decision:
+    return decide(Facts(**{**QUIET.__dict__, **facts}))
+
+
+@pytest.mark.parametrize(
+    ("facts", "status", "goes_on"),
+    [
+        ({"outcome": "FINISHED", "exits": frozenset({0}), "all_ended": True}, "finished", False),
+        # a signal that comes after the last step changes nothing
+        ({"outcome": "FINISHED", "exits": frozenset({TERM}), "slurm_ends_it": True}, "finished", False),
+        ({"outcome": "KILLED", "exits": frozenset({USR1}), "all_ended": True}, "stopped", True),
+        # a signal before the first step: no last word of training, but all ranks ended by themselves
+        ({"exits": frozenset({TERM}), "all_ended": True}, "stopped", True),
+        # one rank was killed, srun sent SIGTERM to the other
+        ({"exits": frozenset({TERM}), "all_ended": False, "srun": 137}, "crashed", True),
+        ({"exits": frozenset({1}), "all_ended": True, "srun": 1}, "crashed", True),
+        ({"srun": 137}, "crashed", True),
+        ({"srun": 137, "crashes": 3}, "crashed", False),
+        ({"outcome": "FAILED", "exits": frozenset({2}), "all_ended": True, "srun": 2}, "refused", False),
+        # the first rank refused, the others miss it
+        ({"exits": frozenset({1, 2}), "all_ended": True, "srun": 2}, "refused", False),
+        ({"outcome": "KILLED", "exits": frozenset({TERM}), "cancelled": True}, "cancelled", False),
+        # scancel by hand: SLURM ends the job and says nothing more
+        ({"outcome": "KILLED", "exits": frozenset({TERM}), "slurm_ends_it": True}, "cancelled", False),
+        # scontrol requeue by hand, or preemption that requeues
+        (
+            {"outcome": "KILLED", "exits": frozenset({TERM}), "slurm_ends_it": True, "slurm_requeues_it": True},
+            "stopped",
+            True,
+        ),
+        ({"slurm_ends_it": True, "slurm_requeues_it": True}, "killed", True),
+        # the time is up, or a partition whose preemption cancels: a new job goes on
+        (
+            {"outcome": "KILLED", "exits": frozenset({TERM}), "slurm_ends_it": True, "out_of_time": True},
+            "stopped",
+            True,
+        ),
+        ({"outcome": "KILLED", "exits": frozenset({TERM}), "slurm_ends_it": True, "preempted": True}, "stopped", True),
+    ],
+)
+def test_decision(facts: dict[str, object], status: str, goes_on: bool) -> None:
+    decision = decided(**facts)
+    assert (decision.status, decision.goes_on) == (status, goes_on), decision
+
+
+LOG = """\
+submitit INFO (2026-11-26 17:57:36,837) - Starting with JobEnvironment(job_id=11, hostname=node1)
+srun: error: node3: task 1: Killed
+dnt: attempt 11.0 crashed (exit status 137); this job is requeued
+submitit INFO (2026-11-26 17:58:41,415) - Starting with JobEnvironment(job_id=11, hostname=node1)
+step 3/9  loss 5.1
+"""
+
+
+@pytest.mark.parametrize(
+    ("line", "hosts"),
+    [
+        ("srun: error: node2: task 1: Killed", ["node2"]),
+        ("srun: error: gpu-07: tasks 8-15: Segmentation fault (core dumped)", ["gpu-07"]),
+        ("srun: error: Node failure on node4", ["node4"]),
+        ("srun: error: node2: task 1: Exited with exit code 1", []),
+        ("", []),
+    ],
+)
+def test_srun_tells_whose_rank_was_killed_first(tmp_path: Path, line: str, hosts: list[str]) -> None:
+    log = tmp_path / "11_0_log.out"
+    log.write_text(f"{LOG}{line}\nsrun: error: node1: task 0: Killed\n" if line else LOG)
+    found, words = killed_by_srun(log)
+    if line and not hosts:
+        assert found == ["node1"]
+    else:
+        assert found == hosts and words == line.removeprefix("srun: error: ")
+
+
+def ended(
+    run_dir: Path, attempt: str, status: ledger.EndStatus, began: int | None, blamed: tuple[str, ...] = ()
+) -> None:
+    timeline.append(run_dir, "allocated", attempt=attempt, ranks=2)
+    if began is not None:
+        timeline.append(run_dir, "ready", attempt=attempt, step=began)
+    ledger.ended(run_dir, attempt, status, "requeued", "", blamed)
+
+
+def test_crashes_count_while_no_checkpoint_moves_on(tmp_path: Path) -> None:
+    def crashes() -> int:
+        return ledger.crashes_in_a_row(timeline.read(tmp_path))
+
+    assert crashes() == 0
+    ended(tmp_path, "7.0", "crashed", 0)
+    ended(tmp_path, "7.1", "crashed", 0)
+    assert crashes() == 2
+    ended(tmp_path, "7.2", "killed", 200)  # 7.1 had come to a checkpoint
+    assert crashes() == 1
+    ended(tmp_path, "7.3", "crashed", None)  # before its first step
+    assert crashes() == 2
+    ended(tmp_path, "7.4", "stopped", 200)
+    assert crashes() == 0
+    ended(tmp_path, "7.5", "crashed", 200)
+    timeline.append(tmp_path, "submitted", attempt="8", by_user=True)
+    assert crashes() == 0
+
+
+def test_nodes_that_fail_repeatedly_within_a_day(tmp_path: Path) -> None:
+    for number, host in enumerate(["node1", "node2", "node2"]):
+        ended(tmp_path, f"7.{number}", "crashed", 0, (host,))
+    events = timeline.read(tmp_path)
+    assert ledger.unreliable(events, time.time(), 2) == ["node2"]
+    assert ledger.unreliable(events, time.time(), 1) == ["node1", "node2"]
+    assert ledger.unreliable(events, time.time() + ledger.DAY_S + 1, 1) == []
+
+
+def test_an_attempt_that_could_not_say_how_it_ended(tmp_path: Path) -> None:
+    timeline.append(tmp_path, "allocated", attempt="7.0", ranks=2)
+    timeline.append(tmp_path, "lost", attempt="7.0", message="rank 1 (node2) died", hosts=["node2"])
+    timeline.append(tmp_path, "allocated", attempt="7.1", ranks=2)
+    timeline.append(tmp_path, "end", attempt="7.1", outcome="KILLED", step=5)
+    assert ledger.open_attempts(timeline.read(tmp_path)) == ["7.0", "7.1"]
+    for attempt in ("7.0", "7.1"):
+        ledger.found_ended(tmp_path, timeline.read(tmp_path), attempt, then="requeued")
+    killed, stopped = timeline.read(tmp_path)[-2:]
+    assert (killed["status"], killed["blamed"], killed["reason"]) == ("killed", ["node2"], "rank 1 (node2) died")
+    assert killed["until"] == timeline.read(tmp_path)[1]["time"]  # its last sign, not when it was found out
+    assert (stopped["status"], stopped["blamed"]) == ("stopped", [])
+    assert ledger.open_attempts(timeline.read(tmp_path)) == []
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o720])
+def test_a_folder_that_others_may_write_to_is_not_run(tmp_path: Path, mode: int) -> None:
+    jobs = tmp_path / "jobs"
+    jobs.mkdir(mode=0o700)
+    (jobs / "run.json").write_text("{}")
+    jobs.chmod(mode)
+    with pytest.raises(ledger.LedgerError, match="may be written by others"):
+        ledger.load(tmp_path)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file to another user")
+def test_a_folder_of_another_user_is_not_run(tmp_path: Path) -> None:
+    jobs = tmp_path / "jobs"
+    jobs.mkdir(mode=0o700)
+    (jobs / "run.json").write_text("{}")
+    os.chown(jobs, 65534, 65534)
+    with pytest.raises(ledger.LedgerError, match="belongs to another user"):
+        ledger.load(tmp_path)

@@ -1,0 +1,260 @@
+"""`dnt submit --multirun`: combinations and names; a sweep on a real SLURM, preempted, cancelled, gone on with."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cluster import ledger, multirun, sweep
+from cluster.jobs import Run
+from cluster.ledger import LedgerError, Submission
+from cluster.sweep import Sweep, SweepRun
+from dnt_scale import timeline
+from dnt_scale.cli import main as dnt
+from dnt_scale.config import ConfigError
+from tests.helpers.run import metrics, start, steps_written, synthetic_set, tiny
+from tests.helpers.slurm import command, free, state, submit, wait_for
+from tests.helpers.stores import runs as mlflow_runs
+
+# --- what the overrides mean ------------------------------------------------------------------------------------------
+
+
+def test_combinations_are_the_product_in_the_order_given() -> None:
+    found = multirun.combinations(["model=dnt_nano", "optim.lr=0.3,1", "run.seed=range(1,3)", "+optim.groups={}"])
+    assert [values for values, _ in found] == [
+        {"optim.lr": "0.3", "run.seed": "1"},
+        {"optim.lr": "0.3", "run.seed": "2"},
+        {"optim.lr": "1", "run.seed": "1"},
+        {"optim.lr": "1", "run.seed": "2"},
+    ]
+    assert found[1][1] == ["model=dnt_nano", "optim.lr=0.3", "run.seed=2", "+optim.groups={}"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["optim.lr=1"], "--multirun: no override has several values"),
+        (["optim.lr=interval(0,1)"], "optim.lr=interval(0,1): a sweep needs single values"),
+        (["optim.lr=1,2", "--x"], "--x: "),
+        (["run.seed=range(0,40)", "optim.lr=range(0,40)"], "1,600 combinations of values, at most 1,000"),
+    ],
+)
+def test_what_is_no_sweep(overrides: list[str], says: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        multirun.combinations(overrides)
+    assert says in str(error.value)
+
+
+def test_names_are_valid_unique_and_tell_the_values() -> None:
+    values = [{"optim.lr": lr, "data.path": "/sets/a b"} for lr in ("0.3", "0.3")]
+    assert multirun.names(values) == ["0-lr_0.3-path__sets_a_b", "1-lr_0.3-path__sets_a_b"]
+    assert multirun.names([{"a.lr": "1", "b.lr": "2"}] * 11)[10] == "10-a.lr_1-b.lr_2"
+
+
+def test_runs_have_their_own_folders_and_one_store(tmp_path: Path) -> None:
+    overrides = tiny(tmp_path / "set", Path("runs/lrs"), "optim.lr=1,3", "checkpoint.dir=s3://bucket/lrs/")
+    found, runs = multirun.load(overrides)
+    names = ["0-lr_1", "1-lr_3"]
+    assert found.name == "tiny"
+    assert [run.name for run in found.runs] == [run.run.name for run in runs] == names
+    assert [run.run.dir for run in runs] == [Path("runs/lrs") / name for name in names]
+    assert [run.checkpoint.dir for run in runs] == [f"s3://bucket/lrs/{name}" for name in names]
+    assert {run.tracking.uri for run in runs} == {f"sqlite:///{Path('runs').absolute()}/mlflow.db"}
+    assert [run.optim.lr for run in runs] == [1.0, 3.0]
+
+
+def test_the_name_is_the_sweeps(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"run\.name and run\.dir are the sweep's"):
+        multirun.load(tiny(tmp_path / "set", tmp_path / "run", "run.name=a,b"))
+
+
+# --- what is on disk --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> Path:
+    """A sweep of two, which nothing was told of yet."""
+    folder = tmp_path / "lrs"
+    for name in ("0-lr_1", "1-lr_3"):
+        (folder / name).mkdir(parents=True)
+    runs = [SweepRun(name="0-lr_1", values={"optim.lr": "1"}), SweepRun(name="1-lr_3", values={"optim.lr": "3"})]
+    sweep.save(folder, Sweep(name="lrs", id="abc", runs=runs))
+    return folder
+
+
+def test_a_task_finds_its_run(two: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
+    assert sweep.run_of_task(two) == two / "1-lr_3"
+    assert sweep.run_of_task(two / "0-lr_1") == two / "0-lr_1"  # gone on with by a job of its own
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "whole"),
+    [
+        ("finished", "finished", "FINISHED"),
+        ("finished", "refused", "FAILED"),
+        ("finished", "cancelled", "KILLED"),
+        ("finished", None, None),
+    ],
+)
+def test_the_end_of_a_sweep_is_that_of_all_its_runs(two: Path, one: str, other: str | None, whole: str | None) -> None:
+    for name, status in (("0-lr_1", one), ("1-lr_3", other)):
+        ledger.ended(two / name, "7_0.0", "stopped", "requeued", "preempted")
+        if status:
+            ledger.ended(two / name, "7_0.1", status, "none", "")  # type: ignore[arg-type]
+    assert sweep.outcome(two) == whole
+
+
+def test_a_damaged_sweep_is_named(two: Path) -> None:
+    (two / sweep.FILE).write_text("{")
+    with pytest.raises(LedgerError, match=r"sweep\.json: cannot be read"):
+        sweep.load(two)
+
+
+def test_results_begin_with_the_lowest_validation_loss(two: Path) -> None:
+    runs = [
+        Run(two / name, name, "running", "", "", True, step=1000, loss=loss, val_loss=val)
+        for name, loss, val in (("0-lr_1", 2.0, None), ("1-lr_3", 3.0, 2.5))
+    ]
+    [table] = sweep.results(runs)
+    assert [column.header for column in table.columns] == ["run", "optim.lr", "step", "train/loss", "val/loss", "state"]
+    rows = list(zip(*(column.cells for column in table.columns), strict=True))
+    assert rows == [
+        ("1-lr_3", "3", "1,000", "3.0000", "2.5000", "running"),
+        ("0-lr_1", "1", "1,000", "2.0000", "-", "running"),
+    ]
+
+
+# --- on SLURM ---------------------------------------------------------------------------------------------------------
+
+LRS = ("0.03", "0.1", "0.2", "0.3")
+SITE = ("cluster=sandbox", "cluster.partition=low", "cluster.nodes=1", "cluster.nodelist=node1")
+SITE += ("cluster.cpus_per_rank=2", "cluster.mem_gb=null", "cluster.preflight=false")
+
+
+def small(data: Path, run_dir: Path, *more: str) -> list[str]:
+    """Some seconds of training in quick steps."""
+    quick = ("train.steps=300", "train.global_batch=2", "eval.every=100", "checkpoint.every=100")
+    return tiny(data, run_dir, *quick, *more)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return synthetic_set(tmp_path / "set")
+
+
+def submissions(folder: Path) -> list[Submission]:
+    return [ledger.load(folder / run.name) for run in sweep.load(folder).runs]
+
+
+@pytest.fixture
+def lrs(tmp_path: Path) -> Iterator[Path]:
+    """The folder of a sweep; its jobs end with the test."""
+    folder = tmp_path / "runs" / "lrs"
+    yield folder
+    if sweep.is_sweep(folder):
+        free(*(job.partition("_")[0] for submission in submissions(folder) for job in submission.jobs))
+
+
+@pytest.mark.usefixtures("slurm")
+def test_a_sweep_of_which_two_are_preempted(lrs: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It ends with the table and the metrics of the same runs without SLURM, and as one family in MLflow."""
+    overrides = small(data, lrs, "run.name=lrs", f"optim.lr={','.join(LRS)}", "tracking.enabled=true")
+    assert dnt(["submit", "--multirun", *overrides, *SITE]) == 0
+    array = submissions(lrs)[0].job.partition("_")[0]
+    assert [submission.jobs for submission in submissions(lrs)] == [[f"{array}_{task}"] for task in range(4)]
+    places = [lrs / submission.name for submission in submissions(lrs)]
+    assert {place.stat().st_mode & 0o777 for place in (lrs, *places)} == {0o700}
+    assert {(place / "jobs" / "code").readlink() for place in places} == {Path("../../jobs/code")}
+
+    wait_for(lambda: all(steps_written(place) > 0 for place in places), "the first steps")
+    greedy = submit("sleep 3600", "--partition=high", "--nodelist=node1", "--cpus-per-task=4")
+    alone = [lrs.parent / "alone" / lr for lr in LRS]
+    try:
+        wait_for(lambda: state(greedy) == "RUNNING", "two of four to make room")
+        others = [start(small(data, folder, f"optim.lr={lr}")) for folder, lr in zip(alone, LRS, strict=True)]
+    finally:
+        free(greedy)
+    wait_for(lambda: sweep.outcome(lrs), "the end of the sweep", timeout=300.0)
+    assert [other.wait().code for other in others] == [0] * 4
+    assert [metrics(place) for place in places] == [metrics(folder) for folder in alone]
+    assert sorted(starts(place) for place in places) == [1, 1, 2, 2]
+    ends = [event for place in places for event in timeline.read(place) if event["event"] == "ended"]
+    assert sorted((end["status"], end["next"]) for end in ends) == [
+        *[("finished", "none")] * 4,
+        *[("stopped", "requeued")] * 2,
+    ]
+
+    capsys.readouterr()
+    assert dnt(["jobs", str(lrs)]) == 0
+    table = capsys.readouterr().out.partition("lowest val/loss first")[2].splitlines()[2:]
+    best = [(row["val/loss"], lr) for folder, lr in zip(alone, LRS, strict=True) for row in metrics(folder)[-1:]]
+    rows = [line.split() for line in table]
+    assert [(row[1], row[4], row[5]) for row in rows] == [(lr, f"{loss:.4f}", "finished") for loss, lr in sorted(best)]
+
+    family = mlflow_runs(f"sqlite:///{lrs.parent}/mlflow.db")
+    assert set(family) == {"lrs", *(place.name for place in places)}
+    wait_for(
+        lambda: mlflow_runs(f"sqlite:///{lrs.parent}/mlflow.db")["lrs"].info.status == "FINISHED", "the parent's end"
+    )
+    parent = family.pop("lrs").info.run_id
+    assert {child.data.tags["mlflow.parentRunId"] for child in family.values()} == {parent}
+    assert {child.info.status for child in family.values()} == {"FINISHED"}
+
+
+def starts(run_dir: Path) -> int:
+    return sum(event["event"] == "allocated" for event in timeline.read(run_dir))
+
+
+@pytest.mark.usefixtures("slurm")
+def test_a_sweep_is_cancelled_and_one_of_it_goes_on(lrs: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    overrides = small(data, lrs, "run.name=lrs", "optim.lr=0.1,0.3", "train.steps=2", "cluster.sbatch.begin=now+5hours")
+    assert dnt(["submit", "--multirun", *overrides, *SITE]) == 0
+    for again in (["--multirun", *overrides], small(data, lrs, "run.name=lrs")):
+        assert dnt(["submit", *again, *SITE]) == 2
+    refused = capsys.readouterr().err.splitlines()
+    assert "run.name: lrs was submitted before; `dnt jobs" in refused[0]
+    assert "run.name: lrs is a sweep, see `dnt jobs" in refused[1]
+
+    assert dnt(["cancel", str(lrs)]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert [line.partition(";")[0] for line in told] == ["0-lr_0.1 is cancelled", "1-lr_0.3 is cancelled"]
+    assert sweep.outcome(lrs) == "KILLED"
+    assert command("squeue", "--noheader", "--name=dnt-lrs").out == ""
+
+    run_dir = lrs / "1-lr_0.3"
+    assert dnt(["resubmit", str(run_dir), "cluster.sbatch.begin=now"]) == 0
+    wait_for(lambda: sweep.outcome(lrs) is None or steps_written(run_dir) == 2, "the new job")
+    wait_for(lambda: sweep.outcome(lrs), "its end")
+    assert steps_written(run_dir) == 2
+    first, second = ledger.load(run_dir).jobs
+    assert first.endswith("_1")
+    assert "_" not in second
+
+
+@pytest.mark.usefixtures("slurm")
+def test_nothing_is_queued_when_one_combination_is_wrong(
+    lrs: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overrides = small(data, lrs, "run.name=lrs", "train.global_batch=4,5", "cluster.ranks_per_node=2")
+    assert dnt(["submit", "--multirun", *overrides, *SITE]) == 2
+    said = capsys.readouterr().err
+    assert "train.global_batch" in said
+    assert len(said.splitlines()) == 1
+    assert dnt(["submit", "--multirun", *overrides, *SITE[1:]]) == 2
+    assert "cluster: say which" in capsys.readouterr().err
+    assert not lrs.exists()
+
+
+@pytest.mark.usefixtures("slurm")
+def test_a_dry_run_shows_the_array_and_leaves_nothing(
+    lrs: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overrides = small(data, lrs, "run.name=lrs", "optim.lr=0.1,0.3", "cluster.sweep_parallel=1", "--dry-run")
+    assert dnt(["submit", "--multirun", *overrides, *SITE]) == 0
+    shown = capsys.readouterr().out
+    assert "sweep        2 runs as one array, 1 at a time" in shown
+    assert "1-lr_0.3  optim.lr=0.3" in shown
+    assert "#SBATCH --array=0-1%1" in shown
+    assert f'-m cluster.after {lrs} "$status"' in shown
+    assert not lrs.exists()
