@@ -4,6 +4,7 @@ Decides whether the run is finished, goes on in this job (requeued) or a new one
 SLURM may be about to kill the job, KillWait seconds (30 by default) after it began to: nothing slow is imported here.
 """
 
+import math
 import os
 import re
 import signal
@@ -85,7 +86,8 @@ def gather(run_dir: Path, submission: ledger.Submission, attempt: str, srun_stat
         cancelled=submission.cancelled,
         slurm_ends_it=ends_it,
         slurm_requeues_it=now is not None and now.restarts > int(os.environ.get("SLURM_RESTART_COUNT", "0")),
-        out_of_time=now is not None and now.ends - time.time() < submission.cluster.signal_s + 60,
+        # not by when the job ends: of one that is cancelled that is now
+        out_of_time=now is not None and time_left(now) < submission.cluster.signal_s + 60,
         preempted=now is not None and now.preempted,
         crashes=ledger.crashes_in_a_row([*events, {"event": "ended", "attempt": attempt, "status": "crashed"}]),
         max_crashes=submission.cluster.max_crashes,
@@ -139,6 +141,11 @@ def main(run_dir: Path, srun_status: int) -> int:
         flush=True,
     )
     return 0
+
+
+def time_left(job: slurm.Job) -> float:
+    """Seconds until the job's time limit."""
+    return math.inf if job.minutes is None else job.started + 60 * job.minutes - time.time()
 
 
 def killed_by_srun(log: Path) -> tuple[list[str], str]:

@@ -103,7 +103,7 @@ def part_of(run: RunConfig, name: str) -> RunConfig:
     kept = run.checkpoint.dir
     return run.model_copy(
         update={
-            "run": run.run.model_copy(update={"name": name, "dir": run.run.dir / name}),
+            "run": run.run.model_copy(update={"name": name, "dir": run.run.dir.absolute() / name}),
             "tracking": run.tracking.model_copy(update={"uri": run.tracking.uri or default_uri(run.run.dir)}),
             "checkpoint": run.checkpoint.model_copy(update={"dir": kept and f"{kept.rstrip('/')}/{name}"}),
         }

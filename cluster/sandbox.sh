@@ -348,7 +348,6 @@ running() { [ -s "$BASE/run/options" ] && alive "$BASE/run/slurmctld.pid" slurmc
 # --- status ---------------------------------------------------------------------------------------------------------
 
 status() {
-  running || { echo "not running; start it with: dnt sandbox up"; exit 1; }
   local options
   mapfile -t options <"$BASE/run/options"
   echo "SLURM $(sinfo --version | cut -d' ' -f2), started by dnt sandbox up; logs in $BASE/log"
@@ -374,7 +373,11 @@ fi
 case $command in
   up) up "$@" ;;
   down) down "$@" ;;
-  status) status ;;
+  status)
+    running || { echo "not running; start it with: dnt sandbox up"; exit 1; }
+    shown=$(status)
+    echo "$shown"
+    ;;
   kill-node) check_node "$1"; kill_node "$1" ;;
   start-node) check_node "$1"; start_slurmd "$1"; wait_node "$1"; say "$1 ready" ;;
 esac

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 TIMEOUT_S = 60.0
+UNLIMITED = ("UNLIMITED", "INFINITE", "Partition_Limit")
 LIVE = (
     "PENDING",
     "RUNNING",
@@ -42,6 +43,7 @@ class Job:
     started: float = 0.0
     ends: float = 0.0  # when its time is up while it runs, else when it ended
     preempted: bool = False  # this start of it
+    minutes: int | None = None  # its time limit now; None: there is none, or it is not known
     output: str = ""  # file of the batch script's output; empty where only accounting knows the job
 
     @property
@@ -123,6 +125,7 @@ def _from_scontrol(job_id: str, line: str) -> Job:
         started=_seconds(field.get("StartTime", "")),
         ends=_seconds(field.get("EndTime", "")),
         preempted=field.get("PreemptTime", "None") not in ("None", "N/A", "Unknown"),
+        minutes=None if (limit := field.get("TimeLimit", "UNLIMITED")) in UNLIMITED else minutes_of(limit),
         output=field.get("StdOut", ""),
     )
 
@@ -206,7 +209,7 @@ def partitions() -> dict[str, Partition]:
             name=name,
             up=field.get("State") == "UP",
             default=field.get("Default") == "YES",
-            max_minutes=None if limit in ("UNLIMITED", "INFINITE") else minutes_of(limit),
+            max_minutes=None if limit in UNLIMITED else minutes_of(limit),
             max_nodes=int(most) if most.isdigit() else None,
             nodes=tuple(nodes.get(name, ())),
         )

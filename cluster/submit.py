@@ -31,6 +31,7 @@ def submit(run: RunConfig, site: ClusterConfig) -> Submission:
         OSError: the run folder cannot be written.
     """
     run_dir = run.run.dir.absolute()
+    run = run.model_copy(update={"run": run.run.model_copy(update={"dir": run_dir})})  # from whatever folder it goes on
     check_new(run)
     private(run_dir)
     with locked(run_dir):

@@ -4,6 +4,7 @@ The one file that reaches into every room; everywhere else imports go one way (d
 """
 
 import argparse
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -98,7 +99,11 @@ should be, 1: not, 2: error.
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit status: 2 with one clear line on stderr for what a user can mend."""
-    options = parser().parse_args(arguments)
+    options, more = parser().parse_known_args(arguments)
+    if more and not (hasattr(options, "overrides") and all(re.match(r"[\w.+~/@]+=", word) for word in more)):
+        parser().error(f"unrecognized arguments: {' '.join(more)}")
+    if more:  # argparse takes no more words after an option
+        options.overrides += more
     try:
         return int(options.run(options))
     except (ValueError, OSError) as error:

@@ -1,8 +1,8 @@
 """Where the time that a run was given went, out of its timeline (:mod:`dnt_scale.timeline`).
 
-An attempt's allocated time begins when SLURM starts its job (without a launcher: when its process began) and ends with
-``ended``. One that was killed without a word ended when its job was queued again, else with its last sign of life; one
-that has its nodes still lasts until now, or until its last sign if that was a moment ago. All of it is one of
+An attempt's allocated time begins when SLURM starts its job (without a launcher: when its process began). It lasts
+until the time that ``ended`` gives, else until its last sign of life; where it still has its nodes, until now, or until
+its last sign if that was a moment ago. All of it is one of
 
     training    steps that count
     start_up    until the first step may begin, without
@@ -118,16 +118,11 @@ class _Story:
 
     def end(self, after: "_Story | None", now: float) -> float:
         """When it gave its nodes back, as far as is known."""
-        end: float
-        ended = self.said.get("ended")
-        if ended and ended["status"] != "killed":  # by itself: its time is right
-            end = ended["time"]
-        elif after:
-            end = max(self.last_sign, after.said.get("allocated", {}).get("queued", self.last_sign))
-        elif "allocated" in self.said and not ended and now >= self.last_sign + RECENT_S:
+        end = self.last_sign
+        if "ended" in self.said:
+            end = float(self.said["ended"]["until"])
+        elif "allocated" in self.said and not after and now >= self.last_sign + RECENT_S:
             end = now
-        else:
-            end = self.last_sign
         return min(end, after.begin) if after else end
 
     def status(self, after: "_Story | None", now: float) -> str:

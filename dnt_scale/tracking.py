@@ -99,8 +99,11 @@ def git_commit(file: Path = Path(__file__)) -> str:
     """The commit hash of the checkout that ``file`` belongs to, with ``-dirty`` when tracked files differ from it.
 
     "unknown" when ``file`` is not tracked by git (an installed package, even inside somebody's checkout) or git is
-    absent.
+    absent. A copy made for SLURM jobs has it in a file COMMIT.
     """
+    noted = file.parents[1] / "COMMIT"
+    if noted.exists():
+        return noted.read_text().strip()
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(file.parent), *arguments]

@@ -1,6 +1,7 @@
 import shutil
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,14 +13,19 @@ from tests.helpers.slurm import LEFT_OUT
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Under xdist the tests of a file share its fixtures, on one worker; all that are on SLURM take turns."""
-    for item in items:
-        group = "cluster" if "cluster" in item.path.parts else item.path.name
-        item.add_marker(pytest.mark.xdist_group(group))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With `-n 2` the tests of a file stay on one worker, where they share its fixtures; so do all that share SLURM."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByFile(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "cluster" if nodeid.startswith("tests/cluster/") else str(super()._split_scope(nodeid))
+
+    return ByFile(config, log)
 
 
+@pytest.hookimpl(trylast=True)  # at the end, where it is seen
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     reasons = [str(report.longrepr[2]) for report in terminalreporter.stats.get("skipped", ())]
     if left_out := [reason.partition(LEFT_OUT)[2] for reason in reasons if LEFT_OUT in reason]:

@@ -1,5 +1,6 @@
 """What `dnt submit` refuses before the queue: on the real SLURM what depends on it, the rest on plain data."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -13,9 +14,10 @@ from cluster import checks, ledger, slurm
 from cluster.settings import ClusterConfig, load
 from cluster.slurm import Node, Partition, SlurmError
 from dnt_scale import config
+from dnt_scale.cli import main
 from dnt_scale.config import ConfigError, RunConfig
 from dnt_scale.sources import load_sources
-from tests.helpers.run import dnt, synthetic_set, tiny
+from tests.helpers.run import synthetic_set, tiny
 
 on_slurm = pytest.mark.usefixtures("slurm")
 
@@ -130,34 +132,48 @@ def test_the_controller_is_down(data: Path, tmp_path: Path, monkeypatch: pytest.
         checks.before_queue(*asked(data, tmp_path / "one"))
 
 
-def refused(*arguments: str) -> str:
-    """The one line that `dnt` ends with, which the user has to mend."""
-    return dnt(*arguments).error()
+@pytest.fixture
+def same_umask() -> Iterator[None]:
+    """`dnt submit` makes its files private."""
+    before = os.umask(0o022)
+    os.umask(before)
+    yield
+    os.umask(before)
 
 
 @on_slurm
-def test_a_run_is_submitted_once_and_not_again_while_its_job_lives(data: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("same_umask")
+def test_a_run_is_submitted_once_and_not_again_while_its_job_lives(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run_dir = tmp_path / "runs" / "once"
     submit = ["submit", "cluster=sandbox", "cluster.sbatch.hold=true", *tiny(data, run_dir, "run.name=once")]
-    shown = dnt(*submit, "--dry-run").ok().out
+
+    def refused(*arguments: str) -> str:
+        assert main([*arguments]) == 2
+        return capsys.readouterr().err
+
+    assert main([*submit, "--dry-run"]) == 0
+    shown = capsys.readouterr().out
     assert shown.startswith(f"run          once in {run_dir}\n")
     assert (
         "\n#SBATCH --partition=main\n" in shown and f"\n#SBATCH --output={run_dir}/jobs/slurm/%j_0_log.out\n" in shown
     )
-    assert refused(*submit, "cluster.time=1", "--dry-run") == (
+    assert refused(*submit, "cluster.time=1") == (
         "error: cluster.signal_s is 120, more than half of a job of 60 s (cluster.time is 1 min), which would hardly "
-        "train; ask for less, or for longer jobs"
+        "train; ask for less, or for longer jobs\n"
     )
     assert not list(tmp_path.iterdir())
-    dnt(*submit).ok()
+    assert main(submit) == 0
+    capsys.readouterr()
     job = ledger.load(run_dir).job
     try:
         assert refused(*submit) == (
             f"error: run.name: once was submitted before (job {job}); `dnt resubmit {run_dir}` goes on with it, "
-            "or take another run.name"
+            "or take another run.name\n"
         )
         assert refused("resubmit", str(run_dir)) == (
-            f"error: {run_dir}: job {job} of it is pending; `dnt cancel {run_dir}` ends it first"
+            f"error: {run_dir}: job {job} of it is pending; `dnt cancel {run_dir}` ends it first\n"
         )
     finally:
         slurm.cancel(job)

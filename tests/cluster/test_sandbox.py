@@ -130,7 +130,7 @@ def test_accounting_is_switched_off_and_on_under_a_running_job() -> None:
 
 
 @on_slurm
-@pytest.mark.parametrize("node", ["node4", "node01", "localhost"])
+@pytest.mark.parametrize("node", ["node4", "localhost"])
 def test_no_such_node(node: str) -> None:
     assert f"{node}: no such node; there are node1 node2 node3" in dnt_sandbox("kill-node", node).error()
 

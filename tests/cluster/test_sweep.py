@@ -57,7 +57,7 @@ def test_runs_have_their_own_folders_and_one_store(tmp_path: Path) -> None:
     names = ["0-lr_1", "1-lr_3"]
     assert found.name == "tiny"
     assert [run.name for run in found.runs] == [run.run.name for run in runs] == names
-    assert [run.run.dir for run in runs] == [Path("runs/lrs") / name for name in names]
+    assert [run.run.dir for run in runs] == [Path("runs/lrs").absolute() / name for name in names]
     assert [run.checkpoint.dir for run in runs] == [f"s3://bucket/lrs/{name}" for name in names]
     assert {run.tracking.uri for run in runs} == {f"sqlite:///{Path('runs').absolute()}/mlflow.db"}
     assert [run.optim.lr for run in runs] == [1.0, 3.0]
@@ -134,7 +134,7 @@ SITE += ("cluster.cpus_per_rank=2", "cluster.mem_gb=null", "cluster.preflight=fa
 
 def small(data: Path, run_dir: Path, *more: str) -> list[str]:
     """Some seconds of training in quick steps."""
-    quick = ("train.steps=300", "train.global_batch=2", "eval.every=100", "checkpoint.every=100")
+    quick = ("train.steps=200", "train.global_batch=2", "eval.every=100", "checkpoint.every=100")
     return tiny(data, run_dir, *quick, *more)
 
 
@@ -148,8 +148,9 @@ def submissions(folder: Path) -> list[Submission]:
 
 
 @pytest.fixture
-def lrs(tmp_path: Path) -> Iterator[Path]:
+def lrs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The folder of a sweep; its jobs end with the test."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # for the jobs, which have two CPUs each only to fill a node
     folder = tmp_path / "runs" / "lrs"
     yield folder
     if sweep.is_sweep(folder):
@@ -167,7 +168,7 @@ def test_a_sweep_of_which_two_are_preempted(lrs: Path, data: Path, capsys: pytes
     assert {place.stat().st_mode & 0o777 for place in (lrs, *places)} == {0o700}
     assert {(place / "jobs" / "code").readlink() for place in places} == {Path("../../jobs/code")}
 
-    wait_for(lambda: all(steps_written(place) > 0 for place in places), "the first steps")
+    wait_for(lambda: all(steps_written(place) > 0 for place in places), "the first steps", timeout=300.0)
     greedy = submit("sleep 3600", "--partition=high", "--nodelist=node1", "--cpus-per-task=4")
     alone = [lrs.parent / "alone" / lr for lr in LRS]
     try:
@@ -175,15 +176,13 @@ def test_a_sweep_of_which_two_are_preempted(lrs: Path, data: Path, capsys: pytes
         others = [start(small(data, folder, f"optim.lr={lr}")) for folder, lr in zip(alone, LRS, strict=True)]
     finally:
         free(greedy)
-    wait_for(lambda: sweep.outcome(lrs), "the end of the sweep", timeout=300.0)
+    wait_for(lambda: sweep.outcome(lrs), "the end of the sweep", timeout=900.0)
     assert [other.wait().code for other in others] == [0] * 4
     assert [metrics(place) for place in places] == [metrics(folder) for folder in alone]
-    assert sorted(starts(place) for place in places) == [1, 1, 2, 2]
-    ends = [event for place in places for event in timeline.read(place) if event["event"] == "ended"]
-    assert sorted((end["status"], end["next"]) for end in ends) == [
-        *[("finished", "none")] * 4,
-        *[("stopped", "requeued")] * 2,
-    ]
+    assert sum(starts(place) > 1 for place in places) >= 2
+    for place in places:
+        ends = [(event["status"], event["next"]) for event in timeline.read(place) if event["event"] == "ended"]
+        assert ends == [*[("stopped", "requeued")] * (starts(place) - 1), ("finished", "none")]
 
     capsys.readouterr()
     assert dnt(["jobs", str(lrs)]) == 0
@@ -208,7 +207,7 @@ def starts(run_dir: Path) -> int:
 
 @pytest.mark.usefixtures("slurm")
 def test_a_sweep_is_cancelled_and_one_of_it_goes_on(lrs: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    overrides = small(data, lrs, "run.name=lrs", "optim.lr=0.1,0.3", "train.steps=2", "cluster.sbatch.begin=now+5hours")
+    overrides = small(data, lrs, "run.name=lrs", "optim.lr=0.1,0.3", "train.steps=3", "cluster.sbatch.begin=now+5hours")
     assert dnt(["submit", "--multirun", *overrides, *SITE]) == 0
     for again in (["--multirun", *overrides], small(data, lrs, "run.name=lrs")):
         assert dnt(["submit", *again, *SITE]) == 2
@@ -224,9 +223,9 @@ def test_a_sweep_is_cancelled_and_one_of_it_goes_on(lrs: Path, data: Path, capsy
 
     run_dir = lrs / "1-lr_0.3"
     assert dnt(["resubmit", str(run_dir), "cluster.sbatch.begin=now"]) == 0
-    wait_for(lambda: sweep.outcome(lrs) is None or steps_written(run_dir) == 2, "the new job")
+    wait_for(lambda: sweep.outcome(lrs) is None or steps_written(run_dir) == 3, "the new job")
     wait_for(lambda: sweep.outcome(lrs), "its end")
-    assert steps_written(run_dir) == 2
+    assert steps_written(run_dir) == 3
     first, second = ledger.load(run_dir).jobs
     assert first.endswith("_1")
     assert "_" not in second

@@ -326,8 +326,8 @@ def run_unbuffered_poisoned(me: Ranks) -> None:
 def run_unbuffered(out: Path, overrides: list[str]) -> None:
     """Five steps with a buffer and without, with either clipping and none."""
     me = ranks.start("cpu")
-    for label, more in UNBUFFERED_RUNS.items():
-        with built(me, *overrides, *more) as engine:
+    for label in runs_on(me.world_size):
+        with built(me, *overrides, *UNBUFFERED_RUNS[label]) as engine:
             norms = [step_freeing_gradients(engine, rows_of(step, me)) for step in range(STEPS)]
             write(engine, out / label, me)
             (out / label / "norms.json").write_text(json.dumps(norms))
@@ -346,6 +346,11 @@ UNBUFFERED_RUNS = {
     "tensor": [*UNBUFFERED, "optim.clip=tensor", "optim.clip_norm=0.3"],
     "previous": [*UNBUFFERED, "optim.clip=previous", "optim.clip_norm=0.5"],
 }
+
+
+def runs_on(world: int) -> list[str]:
+    """All on 1 and 4 ranks; on 2 and 3 those in which a rank computes with more than its own elements."""
+    return [label for label in UNBUFFERED_RUNS if world in (1, 4) or not label.startswith(("dampened", "bf16"))]
 
 
 def step_freeing_gradients(engine: FSDPEngine, rows: torch.Tensor) -> float:
@@ -418,13 +423,15 @@ def written_out(world: int, *overrides: str) -> tuple[dict[str, torch.Tensor], l
 )
 def test_without_a_gradient_buffer(world, overrides, tmp_path):
     call(run_unbuffered, tmp_path, overrides, ranks=world).ok()
-    for label, same_as in {"none": "buffer", "dampened": "dampened-buffer", "rows": "rows-buffer"}.items():
+    pairs = {"none": "buffer", "dampened": "dampened-buffer", "rows": "rows-buffer"}
+    for label, same_as in [(label, pairs[label]) for label in runs_on(world) if label in pairs]:
         found, wanted = whole(tmp_path / label), whole(tmp_path / same_as)
         for name, tensor in wanted.items():
             torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-6, msg=f"{label}: {name}")
-    rounded, exact = whole(tmp_path / "bf16"), whole(tmp_path / "buffer")
+    exact = whole(tmp_path / "buffer")
+    rounded = whole(tmp_path / "bf16") if "bf16" in runs_on(world) else {}
     for name, tensor in exact.items():
-        if name.startswith("momentum_buffer."):
+        if name in rounded and name.startswith("momentum_buffer."):
             assert torch.equal(rounded[name].bfloat16().float(), rounded[name]), name
             assert 0 < (rounded[name] - tensor).norm() < 0.02 * tensor.norm(), name
     for label in ("tensor", "previous"):
