@@ -83,11 +83,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = options.folder or Path(name)
         folder.mkdir(parents=True, exist_ok=True)
-        result = soak(folder.absolute(), options.events, options.steps or APART * (len(options.events) + 2))
+        result = soak(folder.absolute(), options.events, options.steps or steps_for(options.events))
     show(result)
     options.out.write_text(json.dumps(result, indent=2) + "\n")
     print(f"wrote {options.out}")
     sys.exit(not all(result["checks"].values()))
+
+
+def steps_for(events: list[str]) -> int:
+    return APART * (len(events) + 2)
 
 
 def soak(folder: Path, events: list[str], steps: int) -> dict[str, Any]:

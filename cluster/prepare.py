@@ -82,7 +82,8 @@ def main(options: PrepareOptions, overrides: list[str], tasks: int | None, *, dr
     if not dry_run and already(order, folder, tasks):
         return 0
     units = before_queue(order, site)
-    order = order.model_copy(update={"tasks": tasks or min(MOST_TASKS, units)})
+    begun = load(folder).tasks if (folder / "prepare.json").exists() else None
+    order = order.model_copy(update={"tasks": tasks or begun or min(MOST_TASKS, units)})
     if dry_run:
         show.dry_run(order.options)
         print(f"\n{batch_script(order, folder, site)}")
@@ -146,6 +147,10 @@ def ended_file(folder: Path, part: str) -> Path:
     return folder / "ended" / f"{part}.json"
 
 
+def is_done(folder: Path, part: str) -> bool:
+    return read_json(ended_file(folder, part)).get("status") == 0
+
+
 def is_made(order: Order) -> bool:
     return (order.asked.out / shards.MANIFEST).exists()
 
@@ -180,11 +185,12 @@ def already(order: Order, folder: Path, tasks: int | None) -> bool:
         return True
     if is_made(order):
         raise ValueError(f"{order.asked.out}: already holds a prepared set; choose another --out, or delete it first")
-    begun = (order.asked.out / shards.PARTIAL).exists()
-    if before and same and begun and tasks in (None, before.tasks):
+    kept = (order.asked.out / shards.PARTIAL).exists() or not (before and any(is_done(folder, p) for p in before.parts))
+    if before and same and kept and tasks in (None, before.tasks):
         print(describe(before, folder, queue) + "\n\nqueued again, what is not finished:\n")
     else:
         shutil.rmtree(folder / "ended", ignore_errors=True)
+        (folder / "prepare.json").unlink(missing_ok=True)
     return False
 
 
@@ -208,19 +214,18 @@ def describe(order: Order, folder: Path, queue: dict[str, Job]) -> str:
 
 def standing(order: Order, folder: Path, queue: dict[str, Job], part: str) -> tuple[str, str]:
     """What a part is doing, and why where it failed."""
-    end = read_json(ended_file(folder, part))
     job_id = order.jobs.get(part, "")
-    if end.get("status") == 0:
+    if is_done(folder, part):
         return "finished", ""
     if job := queue.get(job_id):
         waits = "queued" + (f" ({job.reason})" if job.reason != "None" else "")
         return (waits if job.state == "PENDING" else job.state.lower()), ""
-    if end:
+    if end := read_json(ended_file(folder, part)):
         return "failed", str(end["message"])
     last = slurm.job(job_id) if job_id else None
     if last and last.state not in ("CANCELLED", "PENDING"):
         return "failed", f"it ended without a word, SLURM says {last.state}"
-    return "not run", ""
+    return "not finished", ""
 
 
 def ids(jobs: list[str]) -> str:
@@ -252,10 +257,10 @@ def before_queue(order: Order, site: ClusterConfig) -> int:
     checked(options, shards.load_manifest(options.append) if options.append else None)
     if options.rules:
         load_rules(options.rules)
-    units = len(plan_units(find_sources(options.inputs)))
     places = [("INPUT", Path(item).absolute()) for item in inputs if not is_url(item)]
     places += [(name, path.absolute()) for name in ("out", "append", "tokenizer") if (path := getattr(options, name))]
     checks.check_seen(places, site, partition.nodes)
+    units = len(plan_units(find_sources(options.inputs)))
     slurm.expected_start(batch_script(order, state_folder(options.out), site))
     return units
 
@@ -282,7 +287,7 @@ def enqueue(order: Order, folder: Path, site: ClusterConfig) -> Order:
     with submit.locked(folder):
         submit.snapshot(folder)
         before = load(folder).jobs if (folder / "prepare.json").exists() else {}
-        missing = [part for part in order.parts if read_json(ended_file(folder, part)).get("status") != 0]
+        missing = [part for part in order.parts if not is_done(folder, part)]
         jobs = {part: job for part, job in before.items() if part in order.parts and part not in missing}
         save(folder, order.model_copy(update={"jobs": jobs}))  # before the jobs: they may start at once
         queued: list[str] = []
@@ -370,7 +375,8 @@ def work(folder: str, part: str) -> None:
         print(f"error: {error}", file=sys.stderr, flush=True)
     finally:
         if caught:  # worker processes get the signal too, and may fail first
-            status, message = 128 + caught[0], f"{signal.Signals(caught[0]).name} ended it"
+            name = signal.Signals(caught[0]).name
+            status, message = 128 + caught[0], f"ended by {name}: its time was up, or it was preempted or cancelled"
         write_json(ended_file(place, part), {"status": status, "message": message})
     if status:
         sys.exit(status)

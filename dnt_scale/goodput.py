@@ -189,7 +189,7 @@ def table(goodput: Goodput) -> Table:
     for attempt in goodput.attempts:
         steps = "no step" if attempt.first is None else f"steps {attempt.first}-{attempt.last}"
         row = _cells(attempt.queue, attempt.parts, parts)
-        if attempt.lost_steps:
+        if attempt.lost_steps and "lost" in parts:
             row[2 + parts.index("lost")] += f"\n{attempt.lost_steps} steps"
         shown.add_row(f"{attempt.name} {attempt.status}\n{steps}", *row)
     if len(goodput.attempts) > 1:
