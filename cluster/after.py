@@ -4,13 +4,13 @@ Decides whether the run is finished, goes on in this job (requeued) or a new one
 SLURM may be about to kill the job, KillWait seconds (30 by default) after it began to: nothing slow is imported here.
 """
 
-import math
 import os
 import re
 import signal
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from cluster import ledger, slurm, sweep
@@ -20,7 +20,7 @@ from dnt_scale.settle import settle
 
 TAIL_BYTES = 1 << 20  # of a log
 SIGNALLED = "Killed|Segmentation fault|Bus error|Aborted"
-DIED = rf"^srun: error: (?:(\S+): tasks? \S+: (?:{SIGNALLED}).*|Node failure on (\S+).*)$"
+FIRST_END = r"^srun: error: (?:(\S+): tasks? \S+: (.*)|Node failure on (\S+).*)$"
 STOPS = {128 + number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)}
 
 
@@ -33,9 +33,10 @@ class Facts:
     all_ended: bool  # every rank did
     srun: int  # srun's exit status
     cancelled: bool  # by `dnt cancel`
-    slurm_ends_it: bool  # SLURM is ending the job: a requeue, a cancellation, the time limit
+    slurm_ends_it: bool  # SLURM is ending the job: a requeue, a cancellation, the time limit, a lost node
     slurm_requeues_it: bool
     out_of_time: bool
+    node_down: bool
     preempted: bool
     crashes: int  # in a row without a new checkpoint, this one included if it is one
     max_crashes: int
@@ -54,10 +55,10 @@ def decide(facts: Facts) -> Decision:
         return Decision("finished", False, "the token budget is spent")
     if facts.cancelled:
         return Decision("cancelled", False, "dnt cancel")
-    stopped = facts.outcome == "KILLED" or (facts.all_ended and bool(facts.exits & STOPS))
+    stopped = facts.outcome == "KILLED" or (facts.all_ended and bool(facts.exits & STOPS) and 1 not in facts.exits)
     if facts.slurm_requeues_it:
         return Decision("stopped" if stopped else "killed", True, "SLURM requeued the job")
-    if facts.slurm_ends_it and not facts.out_of_time and not facts.preempted:
+    if facts.slurm_ends_it and not (facts.out_of_time or facts.node_down or facts.preempted):
         return Decision("cancelled", False, "the job was cancelled")
     if 2 in facts.exits:
         return Decision("refused", False, "an error that has to be mended first; see `dnt logs`, then `dnt resubmit`")
@@ -75,21 +76,22 @@ def gather(run_dir: Path, submission: ledger.Submission, attempt: str, srun_stat
     events = timeline.read(run_dir)
     end = ledger.last(events, "end", attempt)
     begun = ledger.last(events, "allocated", attempt)
-    exits = ledger.read_exits(run_dir, attempt)
-    now = slurm.job(slurm.this_job())
+    exits = {status for _, status in ledger.read_exits(run_dir, attempt).values()}
+    now = slurm_says()
     ends_it = now is not None and now.state != "RUNNING"
+    this_crash = {"event": "ended", "time": time.time(), "attempt": attempt, "status": "crashed"}
     return Facts(
         outcome=end["outcome"] if end else None,
-        exits=frozenset(exits.values()),
-        all_ended=begun is not None and len(exits) == begun["ranks"],
+        exits=frozenset(exits),
+        all_ended=begun is not None and len(ledger.read_exits(run_dir, attempt)) == begun["ranks"],
         srun=srun_status,
         cancelled=submission.cancelled,
         slurm_ends_it=ends_it,
+        node_down=now is not None and now.reason.startswith("Node"),
         slurm_requeues_it=now is not None and now.restarts > int(os.environ.get("SLURM_RESTART_COUNT", "0")),
-        # not by when the job ends: of one that is cancelled that is now
-        out_of_time=now is not None and time_left(now) < submission.cluster.signal_s + 60,
+        out_of_time=now is not None and now.reason == "TimeLimit",
         preempted=now is not None and now.preempted,
-        crashes=ledger.crashes_in_a_row([*events, {"event": "ended", "attempt": attempt, "status": "crashed"}]),
+        crashes=ledger.crashes_in_a_row([*events, this_crash], ledger.newest_checkpoint(run_dir)),
         max_crashes=submission.cluster.max_crashes,
     )
 
@@ -107,6 +109,8 @@ def main(run_dir: Path, srun_status: int) -> int:
         blamed, why = ledger.blamed_hosts(timeline.read(run_dir), attempt)
         if not why:
             blamed, why = killed_by_srun(submission.logs / f"{slurm.this_job()}_0_log.out")
+        if not why:
+            blamed, why = failed_alone(ledger.read_exits(run_dir, attempt))
         reason = f"{decision.reason}: {why}" if why else reason
 
     def told(then: Next) -> None:
@@ -122,30 +126,59 @@ def main(run_dir: Path, srun_status: int) -> int:
     if facts.slurm_requeues_it:
         told("requeued")
         return 0
-    excluded = avoided(run_dir, submission, blamed)
-    if submission.cluster.requeue and excluded == submission.excluded:
-        told("requeued")  # before: what requeues a job also ends it
-        try:
-            slurm.requeue(slurm.this_job())
-            return 0
-        except slurm.SlurmError as error:
-            print(f"dnt: {error}; submitting a new job instead", flush=True)
-    else:
-        told("resubmitted")
-    from cluster.submit import enqueue, without_job_variables  # imports submitit
-
-    without_job_variables()
-    submission = enqueue(run_dir, submission.model_copy(update={"excluded": excluded}), by_user=False)
-    print(
-        f"dnt: job {submission.job} goes on with it" + (f", without {', '.join(excluded)}" if excluded else ""),
-        flush=True,
-    )
+    then, words = go_on(run_dir, submission, avoided(run_dir, submission, blamed))
+    reason = f"{reason}; {words}" if then == "none" else reason
+    told(then)
+    if then == "none":
+        settle(run_dir, ledger.MLFLOW_STATUS[decision.status])
+    elif words:
+        print(f"dnt: {words}", flush=True)
     return 0
 
 
-def time_left(job: slurm.Job) -> float:
-    """Seconds until the job's time limit."""
-    return math.inf if job.minutes is None else job.started + 60 * job.minutes - time.time()
+def slurm_says() -> slurm.Job | None:
+    """SLURM's word on this job; None where it does not answer in a minute, and the run goes on without it."""
+    for pause in (2, 5, 10, 20, 0):
+        try:
+            return slurm.job(slurm.this_job())
+        except slurm.SlurmError as error:
+            print(f"dnt: {error}", flush=True)
+            time.sleep(pause)
+    return None
+
+
+def go_on(run_dir: Path, submission: ledger.Submission, excluded: list[str]) -> tuple[Next, str]:
+    """Requeue this job or, where that is not permitted or other nodes are wanted, submit another one.
+
+    A busy or restarting controller is asked again, over some minutes.
+
+    Returns:
+        What goes on, and what there is to say about it: a new job's number, or why nothing does.
+    """
+    this, words = slurm.this_job(), ""
+    for pause in (0, 5, 15, 30, 60, 120):
+        time.sleep(pause)
+        try:
+            if submission.cluster.requeue and excluded == submission.excluded:
+                slurm.requeue(this)
+                return "requeued", ""
+        except slurm.SlurmError as error:
+            print(f"dnt: {error}; submitting a new job instead", flush=True)
+        from cluster.submit import enqueue  # imports submitit, for which a job that is being killed may have no time
+
+        ledger.update(run_dir, partial(avoiding, nodes=excluded))
+        try:
+            job = enqueue(run_dir, by_user=False).job
+            return "resubmitted", f"job {job} goes on" + (f", without {', '.join(excluded)}" if excluded else "")
+        except slurm.SlurmError as error:
+            words = str(error)
+            print(f"dnt: {words}", flush=True)
+        excluded = submission.excluded  # it may be these that SLURM refuses
+    return "none", words
+
+
+def avoiding(submission: ledger.Submission, nodes: list[str]) -> ledger.Submission:
+    return submission.model_copy(update={"excluded": nodes})
 
 
 def killed_by_srun(log: Path) -> tuple[list[str], str]:
@@ -159,9 +192,19 @@ def killed_by_srun(log: Path) -> tuple[list[str], str]:
             text = file.read().decode(errors="replace")
     except OSError:
         return [], ""
-    attempt = text[text.rfind("Starting with JobEnvironment") :]
-    found = re.search(DIED, attempt, re.MULTILINE)
-    return ([found[1] or found[2]], found[0].removeprefix("srun: error: ")) if found else ([], "")
+    attempt = text[max(0, text.rfind("Starting with JobEnvironment")) :]
+    found = re.search(FIRST_END, attempt, re.MULTILINE)  # srun kills the others after it
+    if found is None or not re.match(f"{SIGNALLED}|$", found[2] or ""):
+        return [], ""
+    return [found[1] or found[3]], found[0].removeprefix("srun: error: ")
+
+
+def failed_alone(exits: dict[int, tuple[str, int]]) -> tuple[list[str], str]:
+    """The host whose ranks alone failed by themselves, as those of a dead GPU do; srun ended the others."""
+    hosts = {host for host, status in exits.values() if status == 1}
+    if len(hosts) != 1 or hosts == {host for host, _ in exits.values()}:
+        return [], ""
+    return list(hosts), f"a rank on {min(hosts)} failed"
 
 
 _IN_WORDS: dict[Next, str] = {
@@ -176,6 +219,8 @@ def avoided(run_dir: Path, submission: ledger.Submission, blamed: list[str]) -> 
     events = [*timeline.read(run_dir), {"event": "ended", "time": time.time(), "attempt": "", "blamed": blamed}]
     found = ledger.unreliable(events, time.time(), submission.cluster.exclude_after)
     site = submission.cluster
+    if site.nodelist:  # these very nodes were asked for
+        return submission.excluded
     partition = next(
         (p for p in slurm.partitions().values() if p.name == site.partition or (site.partition is None and p.default)),
         None,

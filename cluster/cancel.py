@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from rich.console import Console
@@ -67,14 +68,14 @@ def end_job(run_dir: Path, asked: dict[str, float]) -> Standing | None:
     """
     submission = ledger.load(run_dir)
     if not submission.cancelled:  # also after a new job's, which had been on its way
-        submission = submission.model_copy(update={"cancelled": True})
-        ledger.save(run_dir, submission)
+        submission = ledger.update(run_dir, lambda now: now.model_copy(update={"cancelled": True}))
     job = state.newest_job(submission)
     if job is None or not job.live:
         return last_word(run_dir, submission, job)
     waited = time.monotonic() - asked.get(job.id, math.inf)
     if job.state == "RUNNING" and job.id not in asked:
-        slurm.run("scancel", f"--signal={submission.cluster.signal}", job.id)
+        with suppress(SlurmError):  # it ended just now
+            slurm.run("scancel", f"--signal={submission.cluster.signal}", job.id)
         asked[job.id] = time.monotonic()
     elif job.state != "COMPLETING" and (job.state != "RUNNING" or waited > submission.cluster.signal_s):
         slurm.cancel(job.id)

@@ -13,7 +13,9 @@ from pathlib import Path
 from types import FrameType
 
 from cluster import ledger, slurm
+from cluster.ledger import LedgerError, Submission
 from dnt_scale import config, timeline
+from dnt_scale.config import ConfigError, RunConfig
 
 
 def rank(run_dir: str) -> None:
@@ -38,21 +40,23 @@ def rank(run_dir: str) -> None:
         signal.signal(stop, leave)
     status = 1
     try:
+        run, submission = config.from_yaml(ledger.config_file(place)), ledger.load(place)
         if number == 0:
-            begin(place, attempt)
-        status = train(place)
+            begin(place, attempt, submission)
+        status = train(run, submission)
+    except (ConfigError, LedgerError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        status = 2
     finally:
         status = told(status)
     sys.exit(status)
 
 
-def train(run_dir: Path) -> int:
+def train(run: RunConfig, submission: Submission) -> int:
     from dnt_scale.train import run_rank
 
-    submission = ledger.load(run_dir)
     if submission.parent:
         os.environ["DNT_PARENT"] = submission.parent
-    run = config.from_yaml(ledger.config_file(run_dir))
     if not submission.cluster.preflight:
         return run_rank(run)
     from cluster.preflight import check
@@ -60,21 +64,31 @@ def train(run_dir: Path) -> int:
     return run_rank(run, lambda me: check(me, run, submission.cluster))
 
 
-def begin(run_dir: Path, attempt: str) -> None:
+def begin(run_dir: Path, attempt: str, submission: Submission) -> None:
     """Rank 0 tells the timeline that the run has its nodes, and how earlier attempts ended that could not say so."""
+    this = slurm.this_job()
+    now = None
+    with suppress(slurm.SlurmError):  # a container may lack SLURM's commands
+        now = slurm.job(this)
     events = timeline.read(run_dir)
     for earlier in ledger.open_attempts(events):
-        ledger.found_ended(run_dir, events, earlier, then="requeued")
+        requeued = now.submitted if now and earlier.partition(".")[0] == this else 0.0  # SLURM counts from the requeue
+        ledger.found_ended(run_dir, events, earlier, then="requeued", until=requeued)
+    if why := objection(run_dir, submission, this):
+        ledger.ended(run_dir, attempt, "cancelled", "none", why)
+        print(f"error: {why}; this job ends", file=sys.stderr, flush=True)
+        slurm.cancel(this)
+        time.sleep(60)  # until SLURM has ended it
+        raise SystemExit(0)
+    ledger.update(run_dir, lambda current: current.with_job(this))
     waits: list[float] = [
         event.get("until") or event["time"]
         for event in timeline.read(run_dir)
         if event["event"] in ("ended", "submitted")
     ]
-    started, nodes = time.time(), [os.environ.get("SLURM_JOB_NODELIST", "")]
-    with suppress(slurm.SlurmError):  # a container may lack SLURM's commands
+    started, nodes = now.started if now and now.started else time.time(), [os.environ.get("SLURM_JOB_NODELIST", "")]
+    with suppress(slurm.SlurmError):
         nodes = slurm.hostnames(nodes[0])
-        if (job := slurm.job(slurm.this_job())) and job.started:
-            started = job.started
     timeline.append(
         run_dir,
         "allocated",
@@ -84,3 +98,17 @@ def begin(run_dir: Path, attempt: str) -> None:
         queued=min(max(waits, default=started), started),
         started=started,
     )
+
+
+def objection(run_dir: Path, submission: Submission, this: str) -> str:
+    """Why this job may not train the run, empty where it may: SLURM starts what a person or another job has ended."""
+    if submission.cancelled:
+        return "the run was cancelled"
+    crashes = ledger.crashes_in_a_row(timeline.read(run_dir), ledger.newest_checkpoint(run_dir))
+    if crashes >= submission.cluster.max_crashes:
+        return f"{crashes} crashes in a row without a new checkpoint (cluster.max_crashes)"
+    with suppress(slurm.SlurmError):
+        for other in submission.jobs:
+            if other != this and (found := slurm.job(other)) and found.state == "RUNNING":
+                return f"job {other} of this run is running"
+    return ""

@@ -13,21 +13,22 @@ And events in ``RUN/logs/timeline.jsonl`` beside those of training (:mod:`dnt_sc
     ended       status, next, reason, blamed (hosts), until (when): an attempt is over, see :data:`EndStatus`
 """
 
+import fcntl
 import os
-import socket
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import orjson
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from cluster.settings import ClusterConfig
 from dnt_scale import timeline
 from dnt_scale.config import Strict
-from dnt_scale.timeline import Event
+from dnt_scale.timeline import Event, host
 from dnt_scale.tracking import Status, write_json
 
 EndStatus = Literal[
@@ -61,15 +62,20 @@ class Submission(Strict):
 
     name: str
     cluster: ClusterConfig
-    jobs: list[str]  # ids, oldest first; of an array's task ARRAY_TASK
+    slurm: str = ""  # the name of the SLURM that has them
+    jobs: list[str] = Field([], description="ids, oldest first; of an array's task ARRAY_TASK")
     logs: Path  # submitit's folder
-    excluded: list[str]  # nodes that failed too often
-    cancelled: bool  # by `dnt cancel`; nothing goes on with it until `dnt resubmit`
-    parent: str | None  # of a sweep: ID:NAME
+    excluded: list[str] = Field([], description="nodes that failed too often")
+    cancelled: bool = False  # by `dnt cancel`; nothing goes on with it until `dnt resubmit`
+    parent: str | None = None  # of a sweep: ID:NAME
+
+    def with_job(self, job_id: str) -> Self:
+        return self if job_id in self.jobs else self.model_copy(update={"jobs": [*self.jobs, job_id]})
 
     @property
     def job(self) -> str:
-        return self.jobs[-1]
+        """The newest; empty before there is one."""
+        return self.jobs[-1] if self.jobs else ""
 
 
 def folder(run_dir: Path) -> Path:
@@ -125,6 +131,21 @@ def save(run_dir: Path, submission: Submission) -> None:
     write_json(folder(run_dir) / "run.json", submission.model_dump(mode="json"))
 
 
+def update(run_dir: Path, change: Callable[[Submission], Submission]) -> Submission:
+    """Change ``run.json``, one process after another, and return what it holds then.
+
+    Raises:
+        LedgerError: as :func:`load`.
+        OSError: it cannot be written.
+    """
+    with (folder(run_dir) / ".run.lock").open("wb") as lock:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        submission = change(load(run_dir))
+        save(run_dir, submission)
+    return submission
+
+
 # --- attempts ---------------------------------------------------------------------------------------------------------
 
 
@@ -136,14 +157,15 @@ def write_exit(run_dir: Path, attempt: str, rank: int, status: int) -> None:
     """Called by a rank that ends by itself. Raises OSError."""
     place = exits_folder(run_dir, attempt)
     place.mkdir(parents=True, exist_ok=True)
-    write_json(place / f"{rank}.json", {"host": socket.gethostname(), "status": status})
+    write_json(place / f"{rank}.json", {"host": host(), "status": status})
 
 
-def read_exits(run_dir: Path, attempt: str) -> dict[int, int]:
-    """The exit status of each rank that ended by itself."""
+def read_exits(run_dir: Path, attempt: str) -> dict[int, tuple[str, int]]:
+    """Host and exit status of each rank that ended by itself."""
     found = {}
     for file in exits_folder(run_dir, attempt).glob("*.json"):
-        found[int(file.stem)] = int(orjson.loads(file.read_bytes())["status"])
+        end = orjson.loads(file.read_bytes())
+        found[int(file.stem)] = (str(end["host"]), int(end["status"]))
     return found
 
 
@@ -161,17 +183,23 @@ def ended(
     timeline.append(run_dir, "ended", attempt=attempt, **fields)
 
 
-def found_ended(run_dir: Path, events: list[Event], attempt: str, then: Next, slurm_says: str = "") -> None:
-    """The same of an attempt that ended without saying so, found out later. Raises OSError."""
-    signs = [event["time"] for event in events if event["attempt"] == attempt]
+def found_ended(
+    run_dir: Path, events: list[Event], attempt: str, then: Next, slurm_says: str = "", until: float = 0.0
+) -> None:
+    """The same of an attempt that ended without saying so, found out later. Raises OSError.
+
+    Args:
+        until: when SLURM took its nodes back, where that is known; its last sign of life counts if it is later.
+    """
+    until = max([until, *(event["time"] for event in events if event["attempt"] == attempt)])
     end = last(events, "end", attempt)
     if end and end["outcome"] != "FAILED":
         status: EndStatus = "finished" if end["outcome"] == "FINISHED" else "stopped"
-        ended(run_dir, attempt, status, then, slurm_says or "SLURM ended the job", until=max(signs))
+        ended(run_dir, attempt, status, then, slurm_says or "SLURM ended the job", until=until)
         return
     blamed, why = blamed_hosts(events, attempt)
     reason = why or slurm_says or "no last word, as after the loss of a node"
-    ended(run_dir, attempt, "killed", then, reason, blamed, max(signs))
+    ended(run_dir, attempt, "killed", then, reason, blamed, until)
 
 
 def open_attempts(events: list[Event]) -> list[str]:
@@ -187,16 +215,26 @@ def last(events: list[Event], kind: str, attempt: str | None = None) -> Event | 
     )
 
 
-def crashes_in_a_row(events: list[Event]) -> int:
-    """Attempts at the end that crashed or were killed, since the last one that ended well or a checkpoint moved on."""
+def ends(events: list[Event]) -> list[Event]:
+    """The ``ended`` of each attempt, oldest first. Two lookers may both find an end out: the first to say so counts."""
+    found: dict[str, Event] = {}
+    for event in events:
+        if event["event"] == "ended":
+            found.setdefault(event["attempt"], event)
+    return list(found.values())
+
+
+def crashes_in_a_row(events: list[Event], newest: int | None = None) -> int:
+    """Attempts at the end that crashed or were killed, since the last one that ended well or a checkpoint moved on.
+
+    Args:
+        newest: the step of the newest checkpoint, where that is known.
+    """
     ready = {event["attempt"]: event["step"] for event in events if event["event"] == "ready"}
-    count, step = 0, None
-    for event in reversed(events):
-        if event["event"] == "submitted" and event.get("by_user"):
-            break
-        if event["event"] != "ended":
-            continue
-        if event["status"] not in ("crashed", "killed"):
+    asked = max((event["time"] for event in events if event["event"] == "submitted" and event["by_user"]), default=0.0)
+    count, step = 0, newest
+    for event in reversed(ends(events)):
+        if event["status"] not in ("crashed", "killed") or event["time"] < asked:
             break
         began = ready.get(event["attempt"])  # None: it crashed before its first step
         if began is not None:
@@ -210,10 +248,16 @@ def crashes_in_a_row(events: list[Event]) -> int:
 def unreliable(events: list[Event], now: float, faults: int) -> list[str]:
     """Hosts that were to blame for ``faults`` ends at least in the last day."""
     blamed: Counter[str] = Counter()
-    for event in events:
-        if event["event"] == "ended" and now - event["time"] < DAY_S:
+    for event in ends(events):
+        if now - event["time"] < DAY_S:
             blamed.update(set(event.get("blamed", [])))
     return sorted(host for host, count in blamed.items() if count >= faults)
+
+
+def newest_checkpoint(run_dir: Path) -> int | None:
+    """The step of the newest checkpoint in the run folder; None without one, or where they lie elsewhere."""
+    steps = [int(place.name.removeprefix("step-")) for place in (run_dir / "checkpoints").glob("step-*[0-9]")]
+    return max(steps, default=None)
 
 
 def blamed_hosts(events: list[Event], attempt: str) -> tuple[list[str], str]:

@@ -5,6 +5,7 @@ import re
 import tempfile
 import uuid
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import submitit
@@ -192,8 +193,8 @@ def queue(found: Sweep, runs: list[RunConfig], site: ClusterConfig) -> str:
                 (ledger.folder(place) / "code").unlink(missing_ok=True)
             raise
         for number, place in enumerate(places):
-            submission, task = ledger.load(place), f"{job_id}_{number}"
-            ledger.save(place, submission.model_copy(update={"jobs": [task]}))
+            task = f"{job_id}_{number}"
+            ledger.update(place, partial(Submission.with_job, job_id=task))
             counts = {"nodes": site.nodes, "ranks": site.ranks}
             timeline.append(place, "submitted", attempt=task, job=task, **counts, by_user=True)
     return job_id

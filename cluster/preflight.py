@@ -9,7 +9,6 @@ import os
 import platform
 import re
 import shutil
-import socket
 import statistics
 import sys
 import tempfile
@@ -32,6 +31,7 @@ from dnt_scale import checkpoint, ranks, timeline
 from dnt_scale.config import ConfigError, RunConfig
 from dnt_scale.memory import checkpoint_bytes
 from dnt_scale.ranks import AgreedError, AgreedFault, Ranks
+from dnt_scale.timeline import host
 from dnt_scale.watchdog import beat
 
 T = TypeVar("T")
@@ -175,8 +175,7 @@ def leave_mark(run: RunConfig) -> Path:
         mark.write_text(mark.name)
     except OSError as error:
         raise ConfigError(
-            f"run.dir: nothing can be written to {logs} on {socket.gethostname()} ({error.strerror or error}); "
-            "give another"
+            f"run.dir: nothing can be written to {logs} on {host()} ({error.strerror or error}); give another"
         ) from None
     return mark
 
@@ -240,7 +239,7 @@ def look(me: Ranks, mark: Path, multiply: Multiply) -> Found:
         faults += wrong
     except RuntimeError as error:  # torch's word for whatever a device reports
         faults.append(f"has a device that fails: {str(error).splitlines()[0]}")
-    return Found(socket.gethostname(), device, faults, blindness(me, mark), tflops, checksum)
+    return Found(host(), device, faults, blindness(me, mark), tflops, checksum)
 
 
 def device_name(device: torch.device) -> str:

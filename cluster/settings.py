@@ -52,7 +52,19 @@ class ClusterConfig(Strict):
 
     @model_validator(mode="after")
     def _ours(self) -> Self:
-        ours = {"signal", "requeue", "no-requeue", "job-name", "output", "error", "open-mode", "array", "time", "nodes"}
+        ours = {
+            "exclude",
+            "signal",
+            "requeue",
+            "no-requeue",
+            "job-name",
+            "output",
+            "error",
+            "open-mode",
+            "array",
+            "time",
+            "nodes",
+        }
         if taken := sorted(ours & {name.replace("_", "-") for name in self.sbatch}):
             raise ValueError(f"sbatch holds {', '.join(taken)}, which dnt sets itself; leave it out")
         return self

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 TIMEOUT_S = 60.0
-UNLIMITED = ("UNLIMITED", "INFINITE", "Partition_Limit")
+UNLIMITED = ("UNLIMITED", "INFINITE")
 LIVE = (
     "PENDING",
     "RUNNING",
@@ -43,7 +43,6 @@ class Job:
     started: float = 0.0
     ends: float = 0.0  # when its time is up while it runs, else when it ended
     preempted: bool = False  # this start of it
-    minutes: int | None = None  # its time limit now; None: there is none, or it is not known
     output: str = ""  # file of the batch script's output; empty where only accounting knows the job
 
     @property
@@ -71,7 +70,14 @@ def _answer(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
             f"no SLURM here: there is no `{command[0]}` on PATH; run this on a login node, or try `dnt sandbox up`"
         )
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, stdin=subprocess.DEVNULL)
+        return subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_S,
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, "SLURM_TIME_FORMAT": "standard"},  # which a user may have set otherwise
+        )
     except subprocess.TimeoutExpired:
         raise SlurmError(f"`{' '.join(command)}` gave no answer within {TIMEOUT_S:.0f} s; is SLURM up?") from None
 
@@ -125,7 +131,6 @@ def _from_scontrol(job_id: str, line: str) -> Job:
         started=_seconds(field.get("StartTime", "")),
         ends=_seconds(field.get("EndTime", "")),
         preempted=field.get("PreemptTime", "None") not in ("None", "N/A", "Unknown"),
-        minutes=None if (limit := field.get("TimeLimit", "UNLIMITED")) in UNLIMITED else minutes_of(limit),
         output=field.get("StdOut", ""),
     )
 
@@ -269,6 +274,12 @@ def requeue(job_id: str) -> None:
 
 def cancel(*job_ids: str) -> None:
     run("scancel", *job_ids)
+
+
+def cluster_name() -> str:
+    """The name of the SLURM that answers here; two may see the same folder. Raises SlurmError."""
+    found = re.search(r"^ClusterName\s*=\s*(\S+)", run("scontrol", "show", "config"), re.MULTILINE)
+    return found[1] if found else ""
 
 
 def this_job() -> str:

@@ -133,16 +133,23 @@ class Asking:
     """SLURM, asked about one job after another until it does not answer."""
 
     def __init__(self) -> None:
-        self.problem = ""  # why it cannot be asked
+        self.name = ""  # of the SLURM here
+        self.down = ""  # why it cannot be asked at all
+        self.problem = ""  # why it could not be asked about the last job
 
     def job(self, submission: Submission) -> slurm.Job | None:
-        if self.problem:
-            return None
-        try:
-            return newest_job(submission)
-        except slurm.SlurmError as error:
-            self.problem = str(error)
-            return None
+        if not self.down:
+            try:
+                self.name = self.name or slurm.cluster_name()
+                self.problem = ""
+                if submission.slurm in ("", self.name):
+                    return newest_job(submission)
+                self.problem = f"its jobs are with the SLURM {submission.slurm}, this one is {self.name}"
+                return None
+            except slurm.SlurmError as error:
+                self.down = str(error)
+        self.problem = self.down
+        return None
 
 
 def newest_job(submission: Submission) -> slurm.Job | None:

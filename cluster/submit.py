@@ -14,7 +14,7 @@ import submitit
 import cluster
 import data_prep
 import dnt_scale
-from cluster import job, ledger, settings, slurm, sweep
+from cluster import job, ledger, settings, slurm, state, sweep
 from cluster.ledger import LedgerError, Submission
 from cluster.settings import ClusterConfig
 from dnt_scale import config, timeline
@@ -38,17 +38,10 @@ def submit(run: RunConfig, site: ClusterConfig) -> Submission:
         check_new(run)
         snapshot(run_dir)
         ledger.config_file(run_dir).write_text(config.to_yaml(run))
-        fresh = Submission(
-            name=run.run.name,
-            cluster=site,
-            jobs=[],
-            logs=ledger.folder(run_dir) / "slurm",
-            excluded=[],
-            cancelled=False,
-            parent=None,
-        )
+        logs = ledger.folder(run_dir) / "slurm"
         try:
-            return enqueue(run_dir, fresh, by_user=True)
+            ledger.save(run_dir, Submission(name=run.run.name, cluster=site, logs=logs, slurm=slurm.cluster_name()))
+            return enqueue(run_dir, by_user=True)
         except BaseException:
             (ledger.folder(run_dir) / "run.json").unlink(missing_ok=True)  # so that it can be submitted again
             raise
@@ -84,7 +77,7 @@ def changed(run_dir: Path, overrides: list[str]) -> tuple[RunConfig, ClusterConf
 
 def check_over(run_dir: Path, submission: Submission) -> None:
     """Raises LedgerError while a job of the run is in the queue or running."""
-    if submission.jobs and (last := slurm.job(submission.job)) and last.live:
+    if submission.jobs and (last := state.newest_job(submission)) and last.live:
         raise LedgerError(
             f"{run_dir}: job {last.id} of it is {last.state.lower()}; `dnt cancel {run_dir}` ends it first"
         )
@@ -107,24 +100,23 @@ def resubmit(run_dir: Path, run: RunConfig, site: ClusterConfig, *, update_code:
             snapshot(run_dir)
         ledger.config_file(run_dir).write_text(config.to_yaml(run))
         excluded = ledger.unreliable(timeline.read(run_dir), time.time(), site.exclude_after)
-        changes = {"cluster": site, "cancelled": False, "excluded": excluded}
-        return enqueue(run_dir, submission.model_copy(update=changes), by_user=True)
+        changes = {"cluster": site, "cancelled": False, "excluded": excluded, "slurm": slurm.cluster_name()}
+        ledger.update(run_dir, lambda now: now.model_copy(update=changes))
+        return enqueue(run_dir, by_user=True)
 
 
-def enqueue(run_dir: Path, submission: Submission, *, by_user: bool) -> Submission:
-    """Queue a job that goes on with the run; returns the submission with its id.
+def enqueue(run_dir: Path, *, by_user: bool) -> Submission:
+    """Queue a job that goes on with the run, as run.json has it; returns the submission with its id.
 
     Raises:
         SlurmError: SLURM refuses the job.
     """
-    ledger.save(run_dir, submission)  # before the job: it may start at once
-    executor = executor_for(run_dir, submission)
+    executor = executor_for(run_dir, ledger.load(run_dir))
     try:
         queued = executor.submit(job.rank, str(run_dir))
     except submitit.core.utils.FailedJobError as error:
         raise slurm.SlurmError(f"SLURM refuses the job: {refusal(str(error))}") from None
-    submission = submission.model_copy(update={"jobs": [*submission.jobs, queued.job_id]})
-    ledger.save(run_dir, submission)
+    submission = ledger.update(run_dir, lambda now: now.with_job(queued.job_id))
     timeline.append(
         run_dir,
         "submitted",
@@ -134,6 +126,8 @@ def enqueue(run_dir: Path, submission: Submission, *, by_user: bool) -> Submissi
         ranks=submission.cluster.ranks,
         by_user=by_user,
     )
+    if submission.cancelled:  # meanwhile
+        slurm.cancel(queued.job_id)
     return submission
 
 
@@ -151,6 +145,7 @@ def executor_for(run_dir: Path, submission: Submission) -> submitit.SlurmExecuto
     """
     site = submission.cluster
     slurm.check_here()
+    without_job_variables()
     executor = submitit.SlurmExecutor(submission.logs, python=shlex.quote(site.python))
     options = {
         "partition": site.partition,
@@ -192,6 +187,7 @@ def setup_lines(run_dir: Path, site: ClusterConfig) -> list[str]:
         f"export PYTHONPATH={code}${{PYTHONPATH:+:$PYTHONPATH}}",
         'export OMP_NUM_THREADS="${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}"',
         *site.setup,
+        "set +e  # whatever the lines above asked for: what comes after the ranks always runs",
     ]
 
 
@@ -257,7 +253,7 @@ def snapshot(run_dir: Path) -> None:
 
 
 def without_job_variables() -> None:
-    """Take this job's variables out of the environment, which sbatch hands on to the next job."""
+    """Take the variables of a job that this process is in out of the environment, which sbatch hands on to the next."""
     for name in [name for name in os.environ if name.startswith("SLURM_") and name != "SLURM_CONF"]:
         del os.environ[name]
     code = str(Path(cluster.__file__).parents[1])

@@ -60,15 +60,16 @@ def start(device: Literal["auto", "cpu", "cuda"] = "auto", hang_s: float = 0.0) 
         ValueError: CUDA was asked for and there is none, or there are more ranks on this node than GPUs.
         Fault: the ranks could not meet.
     """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("run.device is cuda, but torch sees no GPU; use run.device=cpu or a CUDA build of torch")
-    cuda = device != "cpu" and torch.cuda.is_available()
     rank, local_rank, world_size = environment()
+    trouble = ValueError if world_size == 1 else Fault  # of one among several, a dead GPU is its node's
+    if device == "cuda" and not torch.cuda.is_available():
+        raise trouble("run.device is cuda, but torch sees no GPU; use run.device=cpu or a CUDA build of torch")
+    cuda = device != "cpu" and torch.cuda.is_available()
     if cuda:
         gpus = torch.cuda.device_count()
         gpu = 0 if gpus == 1 else local_rank  # a scheduler that binds one GPU a task shows each task only its own
         if gpu >= gpus:
-            raise ValueError(
+            raise trouble(
                 f"local rank {local_rank} has no GPU: this node shows {gpus}; "
                 "start one rank a GPU, or use run.device=cpu"
             )

@@ -33,8 +33,13 @@ def path(run_dir: Path) -> Path:
     return run_dir / "logs" / "timeline.jsonl"
 
 
+def host() -> str:
+    """This machine as its scheduler calls it, which may be shorter than its hostname."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
 def this_attempt() -> str:
-    return os.environ.get("DNT_ATTEMPT") or f"{socket.gethostname()}-{os.getpid()}"
+    return os.environ.get("DNT_ATTEMPT") or f"{host()}-{os.getpid()}"
 
 
 def append(run_dir: Path, event: str, *, attempt: str, **fields: Any) -> None:

@@ -31,7 +31,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
-from dnt_scale import ranks
+from dnt_scale import ranks, timeline
 from dnt_scale.config import MSGDWConfig, RunConfig
 from dnt_scale.ranks import AgreedError, Ranks
 
@@ -120,7 +120,7 @@ class Watchdog:
         # all ranks' reading of all ranks is the work of one store: the more there are, the rarer
         self.read_every = min(hang_s / 10, max(self.tick, me.world_size / 20))
         self.thread_id = threading.get_ident()
-        self.host, self.machine, self.pid = socket.gethostname(), machine(), os.getpid()
+        self.host, self.machine, self.pid = timeline.host(), machine(), os.getpid()
         self.started = start_time(self.pid) or 0
         self.number = 0
         self.clock = 0.0  # the judge's
@@ -441,7 +441,7 @@ def out_of_memory_message(me: Ranks, run: RunConfig) -> str:
     if isinstance(run.optim, MSGDWConfig) and run.optim.gradient_buffer and run.engine.name in ("ddp", "fsdp", "hsdp"):
         advice.append("optim.gradient_buffer=false")
     advice.append("more ranks")
-    return f"out of memory on rank {me.rank} ({socket.gethostname()}) at {_main.where}; try {', '.join(advice)}"
+    return f"out of memory on rank {me.rank} ({timeline.host()}) at {_main.where}; try {', '.join(advice)}"
 
 
 # --- this process, and others of this machine

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cluster import ledger
-from cluster.after import Decision, Facts, decide, killed_by_srun
+from cluster.after import Decision, Facts, decide, failed_alone, killed_by_srun
 from dnt_scale import timeline
 
 QUIET = Facts(
@@ -20,6 +20,7 @@ QUIET = Facts(
     slurm_ends_it=False,
     slurm_requeues_it=False,
     out_of_time=False,
+    node_down=False,
     preempted=False,
     crashes=1,
     max_crashes=3,
@@ -44,6 +45,10 @@ def decided(**facts: object) -> Decision:
         # one rank was killed, srun sent SIGTERM to the other
         ({"exits": frozenset({TERM}), "all_ended": False, "srun": 137}, "crashed", True),
         ({"exits": frozenset({1}), "all_ended": True, "srun": 1}, "crashed", True),
+        # a rank failed, and srun ended the other with SIGTERM
+        ({"exits": frozenset({1, TERM}), "all_ended": True, "srun": 1}, "crashed", True),
+        # a node is down, at a site that does not requeue
+        ({"exits": frozenset({1}), "slurm_ends_it": True, "node_down": True, "srun": 1}, "crashed", True),
         ({"srun": 137}, "crashed", True),
         ({"srun": 137, "crashes": 3}, "crashed", False),
         ({"outcome": "FAILED", "exits": frozenset({2}), "all_ended": True, "srun": 2}, "refused", False),
@@ -96,10 +101,21 @@ def test_srun_tells_whose_rank_was_killed_first(tmp_path: Path, line: str, hosts
     log = tmp_path / "11_0_log.out"
     log.write_text(f"{LOG}{line}\nsrun: error: node1: task 0: Killed\n" if line else LOG)
     found, words = killed_by_srun(log)
-    if line and not hosts:
-        assert found == ["node1"]
-    else:
-        assert found == hosts and words == line.removeprefix("srun: error: ")
+    assert found == hosts
+    assert words == (line.removeprefix("srun: error: ") if hosts else "")
+
+
+def test_a_long_log_is_read_from_its_end(tmp_path: Path) -> None:
+    log = tmp_path / "11_0_log.out"
+    log.write_text(LOG + "step 4/9  loss 5.0\n" * 100_000 + "srun: error: node2: task 1: Killed\n")
+    assert killed_by_srun(log)[0] == ["node2"]
+
+
+def test_a_node_whose_rank_alone_failed_is_blamed() -> None:
+    assert failed_alone({0: ("node1", 143), 1: ("node2", 1)})[0] == ["node2"]
+    assert failed_alone({0: ("node1", 1), 1: ("node2", 1)})[0] == []  # a fault of the code, or of the network
+    assert failed_alone({0: ("node1", 1), 1: ("node1", 1)})[0] == []
+    assert failed_alone({0: ("node1", 143), 1: ("node2", 143)})[0] == []
 
 
 def ended(
@@ -128,6 +144,22 @@ def test_crashes_count_while_no_checkpoint_moves_on(tmp_path: Path) -> None:
     ended(tmp_path, "7.5", "crashed", 200)
     timeline.append(tmp_path, "submitted", attempt="8", by_user=True)
     assert crashes() == 0
+
+
+def test_a_crash_after_a_new_checkpoint_does_not_count(tmp_path: Path) -> None:
+    for attempt in ("7.0", "7.1", "7.2"):
+        ended(tmp_path, attempt, "crashed", 0)
+    events = timeline.read(tmp_path)
+    assert ledger.crashes_in_a_row(events, newest=0) == 3
+    assert ledger.crashes_in_a_row(events, newest=100) == 0
+
+
+def test_an_end_that_two_found_out_counts_once(tmp_path: Path) -> None:
+    ended(tmp_path, "7.0", "killed", 0, ("node1",))
+    ledger.ended(tmp_path, "7.0", "killed", "none", "", ["node1"])
+    events = timeline.read(tmp_path)
+    assert ledger.crashes_in_a_row(events) == 1
+    assert ledger.unreliable(events, time.time(), 2) == []
 
 
 def test_nodes_that_fail_repeatedly_within_a_day(tmp_path: Path) -> None:

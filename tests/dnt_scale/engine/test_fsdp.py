@@ -137,7 +137,7 @@ def run_variants(out: Path) -> None:
             folder = out / f"{me.world_size}-{label}"
             write(engine, folder, me)
             losses = [engine.train_step(rows_of(step, me), clip).loss for step in range(STEPS)]
-            losses.append(engine.eval_loss(rows_of(99, me).split(3)))
+            losses.append(engine.eval_loss(rows_of(99, me).split(6)))
             losses.append(engine.train_step(rows_of(STEPS, me), clip).loss)
             if me.first:
                 (folder / "losses.json").write_text(json.dumps(losses))
