@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from pydantic import ValidationError
 from rich.table import Table
 
+from cluster import ledger
 from cluster.ledger import LedgerError
 from dnt_scale import timeline
 from dnt_scale.config import Strict
@@ -80,9 +81,9 @@ def outcome(folder: Path) -> Status | None:
     ends = [_end(folder / run.name) for run in load(folder).runs]
     if None in ends:
         return None
-    if {"crashed", "refused", "killed"} & set(ends):
-        return "FAILED"
-    return "FINISHED" if set(ends) == {"finished"} else "KILLED"
+    found = {ledger.MLFLOW_STATUS.get(end, "KILLED") for end in ends if end}
+    order: list[Status] = ["FAILED", "KILLED", "FINISHED"]  # what ended worst counts
+    return next(status for status in order if status in found)
 
 
 def settle(folder: Path) -> None:

@@ -64,6 +64,7 @@ class _Parent:
         self._said = self._said or status
         self.ended_at = self.ended_at or time.monotonic()
         self._heard.set()
+        _weigh_session(0)  # nothing is disturbed any more
 
     def status(self) -> str:
         """How training ended; "" while it runs."""
@@ -275,8 +276,7 @@ def main(run_dir: Path) -> int:
     if not order:
         return 3
     _prepare(order)
-    with contextlib.suppress(OSError):  # Linux may weigh sessions, of which this process is one, rather than processes
-        Path("/proc/self/autogroup").write_text("10")
+    _weigh_session(10)
     parent = _Parent(order["parent_pid"])
     with (run_dir / "logs" / ".mlflow.lock").open("wb") as lock:
         if not _alone(lock.fileno(), parent):
@@ -293,6 +293,12 @@ def _prepare(order: dict[str, Any]) -> None:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     os.environ.setdefault("PGCONNECT_TIMEOUT", "10")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+
+
+def _weigh_session(nice: int) -> None:
+    """Linux may weigh sessions against each other, whatever their processes' priorities; this process is one."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/autogroup").write_text(str(nice))
 
 
 def _alone(lock: int, parent: _Parent) -> bool:
