@@ -52,6 +52,8 @@ def find_run(word: str) -> Path:
     for place in (Path(word), RUNS / word):
         if ledger.submitted(place):
             return place
+        if sweep.is_sweep(place):
+            raise LedgerError(f"{place} is a sweep; name one of its runs, which `dnt jobs {word}` shows")
     names = ", ".join(str(run.relative_to(RUNS)) for run in runs_under(RUNS)) or "none"
     raise LedgerError(
         f"{word}: no job was submitted for a run in {word} or {RUNS / word}; runs in {RUNS.absolute()}: {names}"

@@ -94,6 +94,9 @@ def resubmit(run_dir: Path, run: RunConfig, site: ClusterConfig, *, update_code:
     with locked(run_dir):
         submission = ledger.load(run_dir)
         check_over(run_dir, submission)
+        events, last = timeline.read(run_dir), state.newest_job(submission) if submission.jobs else None
+        if (found := state.standing(submission, events, last, time.time(), asked=True)).untold:
+            state.write_end(run_dir, found, events, last)
         for attempt in ledger.open_attempts(timeline.read(run_dir)):
             ledger.found_ended(run_dir, timeline.read(run_dir), attempt, then="resubmitted")
         if update_code:
@@ -217,7 +220,10 @@ def script(run_dir: Path, submission: Submission) -> str:
 
 
 def private(run_dir: Path) -> None:
-    """Make the folder, for its owner only. Raises OSError."""
+    """Make the folder, for its owner only; others may see the one that it is in. Raises OSError."""
+    before = os.umask(0o022)
+    run_dir.parent.mkdir(parents=True, exist_ok=True)
+    os.umask(before)
     for place in (run_dir, ledger.folder(run_dir)):
         place.mkdir(parents=True, exist_ok=True)
         place.chmod(0o700)

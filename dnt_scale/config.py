@@ -5,6 +5,7 @@ the field, what was found, what was expected, and for a misspelt key its nearest
 """
 
 import difflib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -87,6 +88,7 @@ def load(overrides: list[str]) -> RunConfig:
             line if override.type is not OverrideType.CHANGE or _is_group(override.key_or_group) else f"++{line}"
             for line, override in zip(overrides, parsed, strict=True)
         ]
+        forced += budget(override.key_or_group for override in parsed)
         with initialize_config_dir(str(config_dir().resolve()), version_base="1.3"):
             tree = compose("train", overrides=forced)
         raw = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
@@ -97,6 +99,14 @@ def load(overrides: list[str]) -> RunConfig:
     return validate(raw)
 
 
+def budget(given: Iterable[str]) -> list[str]:
+    """The override that lets a given train.tokens take the place of a train.steps that nobody gave, and the reverse."""
+    asked = {"train.steps", "train.tokens"} & {key.lstrip("+") for key in given}
+    if len(asked) != 1:
+        return []
+    return ["train.steps=null" if "train.tokens" in asked else "train.tokens=null"]
+
+
 def changed(run: RunConfig, overrides: list[str]) -> RunConfig:
     """``run`` with other values: KEY=VALUE, and engine=NAME of ``configs/engine``.
 
@@ -104,7 +114,7 @@ def changed(run: RunConfig, overrides: list[str]) -> RunConfig:
         ConfigError: an unknown key, a wrong value, or another name or folder, which would be another run.
     """
     tree = OmegaConf.create(run.model_dump(mode="json"))
-    for override in overrides:
+    for override in [*overrides, *budget(override.partition("=")[0] for override in overrides)]:
         key, _, value = override.partition("=")
         file = config_dir() / key / f"{value}.yaml"
         if key == "engine" and file.exists():

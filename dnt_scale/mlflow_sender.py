@@ -276,7 +276,6 @@ def main(run_dir: Path) -> int:
     if not order:
         return 3
     _prepare(order)
-    _weigh_session(10)
     parent = _Parent(order["parent_pid"])
     with (run_dir / "logs" / ".mlflow.lock").open("wb") as lock:
         if not _alone(lock.fileno(), parent):
@@ -323,6 +322,8 @@ def _send_all(sender: _Sender, parent: _Parent | _Gone) -> int:
             if status and not more:
                 sender.end(status)
             sender.report(None)
+            if not sender.answered_at and not status:
+                _weigh_session(10)  # not before: the page should say soon that it runs
             sender.answered_at = time.monotonic()
             failures = 0
             if status and not more:

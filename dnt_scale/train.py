@@ -226,7 +226,7 @@ def train(run: RunConfig, me: Ranks) -> int:
             tracker.finish(outcome)
     trainer.close()
     if outcome == "KILLED":
-        progress.say(f"stopped at step {state.step} with a checkpoint; the same command goes on from there")
+        progress.say(f"stopped at step {state.step} with a checkpoint, from which the run can go on")
         return 128 + stopped_by
     skipped = f"{state.skipped} skipped"
     if state.skipped == state.step:

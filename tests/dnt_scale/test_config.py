@@ -15,6 +15,7 @@ from dnt_scale.config import (
     ConfigError,
     MSGDWConfig,
     RunConfig,
+    changed,
     config_dir,
     flat,
     from_yaml,
@@ -88,6 +89,13 @@ def test_every_file_in_configs_loads(choice: str) -> None:
 def test_no_config_file_is_left_out() -> None:
     folders = {path.name for path in config_dir().iterdir() if path.is_dir()}
     assert folders - {"clean", "cluster"} == set(GROUPS)  # which others read: data_prep, and cluster.settings
+
+
+def test_a_budget_in_tokens_takes_the_place_of_one_in_steps_and_the_reverse() -> None:
+    tokens = run("train.tokens=1000")
+    assert (tokens.train.steps, tokens.train.tokens) == (None, 1000)
+    steps = changed(tokens, ["train.steps=7"])
+    assert (steps.train.steps, steps.train.tokens) == (7, None)
 
 
 def test_keys_that_only_the_models_have_can_be_set() -> None:
@@ -175,7 +183,10 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
     "a folder as the name": (["run.name=a/b"], ["run.name", "'a/b'"]),
     "a hidden name": (["run.name=.."], ["run.name", "'..'"]),
     "heads and width": (["model.heads=5"], ["model", "width 768", "heads 5", "change one"]),
-    "steps and tokens": (["train.tokens=1000"], ["train", "one of steps and tokens", "steps=10000", "tokens=1000"]),
+    "steps and tokens": (
+        ["train.tokens=1000", "train.steps=10000"],
+        ["train", "one of steps and tokens", "steps=10000", "tokens=1000"],
+    ),
     "neither steps nor tokens": (["train.steps=null"], ["train", "one of steps and tokens", "None"]),
     "rows for adamw": (
         ["optim=adamw", "optim.groups={e: {pattern: emb, update: row_normalized}}"],
