@@ -155,7 +155,7 @@ def test_a_run_is_submitted_once_and_not_again_while_its_job_lives(
 
     assert main([*submit, "--dry-run"]) == 0
     shown = capsys.readouterr().out
-    assert shown.startswith(f"run          once in {run_dir}\n")
+    assert " ".join(shown.split()).startswith(f"run once in {run_dir} cluster ")
     assert (
         "\n#SBATCH --partition=main\n" in shown and f"\n#SBATCH --output={run_dir}/jobs/slurm/%j_0_log.out\n" in shown
     )

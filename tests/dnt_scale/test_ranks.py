@@ -126,19 +126,17 @@ def test_the_highest_of_several_values():
     call(numbers_of_each, ranks=3).ok()
 
 
-def wait_for_two_hangs() -> None:
-    timeouts = []
-    for hang_s in (600.0, 4000.0, 1e9):
-        ranks.start("cpu", hang_s)
-        options = dist.group.WORLD._get_backend(torch.device("cpu")).options
-        timeouts.append(options._timeout.total_seconds())
-        highest(1)
-        ranks.stop()
-    assert timeouts == [1800, 8000, 2e9], timeouts
+def longest_wait(hang_s: float, expected: float) -> None:
+    ranks.start("cpu", hang_s)
+    options = dist.group.WORLD._get_backend(torch.device("cpu")).options
+    assert options._timeout.total_seconds() == expected
+    highest(1)
+    ranks.stop()
 
 
-def test_collectives_wait_for_longer_than_the_watchdog():
-    call(wait_for_two_hangs, ranks=2).ok()
+@pytest.mark.parametrize(("hang_s", "expected"), [(600.0, 1800), (4000.0, 8000), (1e9, 2e9)])
+def test_collectives_wait_for_longer_than_the_watchdog(hang_s: float, expected: float) -> None:
+    call(longest_wait, hang_s, expected, ranks=2).ok()
 
 
 def unequal_settings() -> None:
