@@ -24,7 +24,7 @@ def run_all(data: Path, out: Path, dtype: str) -> None:
 
     me = ranks.start("cpu")
     for label in ENGINES:
-        with engines.built(label, me, data, f"train.dtype={dtype}") as (run, trainer):
+        with engines.built(label, me, data, f"train.dtype={dtype}", "train.micro_batch=4") as (run, trainer):
             folder = out / f"{label}-{me.world_size}-{dtype}"
             engines.save(trainer, me, folder)
             found = engines.losses(run, trainer, me, 0, STEPS)
@@ -75,8 +75,8 @@ EXCHANGES = [
     for ranks in (1, 2, 3)
     if (number + place + ranks) % 3
 ] + [(saved, "hsdp", 4) for saved in SAVERS]
-BEFORE, AFTER = 6, 5
-BATCH = ["train.global_batch=12", "train.micro_batch=3"]  # divides by 1, 2, 3 and 4 ranks
+BEFORE, AFTER = 4, 5
+BATCH = ["train.global_batch=12", "train.micro_batch=6"]  # divides by 1, 2, 3 and 4 ranks
 
 
 def save_each(data: Path, out: Path, labels: list[str]) -> None:

@@ -5,6 +5,7 @@ real signals. It is forked from a server that has torch imported already, which 
 `python` and `torchrun` start the same module the long way.
 """
 
+import gc
 import hashlib
 import json
 import multiprocessing
@@ -192,6 +193,7 @@ def _be_rank(
         with log.with_suffix(f".{name}").open("wb") as file:
             os.dup2(file.fileno(), stream)
     os.environ.update(env)
+    gc.freeze()  # all that was imported stays: no collection need look at it
     torch.set_num_threads(1)  # torch was imported before OMP_NUM_THREADS was set
     resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, resource.RLIM_INFINITY))
     target(*arguments)
