@@ -117,11 +117,13 @@ def soak(folder: Path, events: list[str], steps: int) -> dict[str, Any]:
     server = Server(folder)
     server.start()
     try:
+        server.wait()
         run = Disturbed(folder / "runs" / "soaked", server)
         run.submit([*overrides, "tracking.enabled=true", f"tracking.uri={server.uri}"])
         rows = [run.meet(event) for event in events]
         run.wait(lambda: run.status() == "finished", "the run to finish", PATIENCE_S + steps)
         run.wait(lambda: slurm_over(run.run_dir), "its job to end")
+        server.wait()
         history = metrics_of(server.uri, run.run_dir)
     finally:
         server.stop()
@@ -158,6 +160,8 @@ class Server:
                 stderr=log,
                 start_new_session=True,
             )
+
+    def wait(self) -> None:
         for _ in range(600):
             with socket.socket() as probe:
                 if probe.connect_ex(("127.0.0.1", self.port)) == 0:

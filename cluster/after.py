@@ -19,6 +19,7 @@ from dnt_scale import timeline
 from dnt_scale.settle import settle
 
 TAIL_BYTES = 1 << 20  # of a log
+SIGNAL_EARLY_S = 60.0  # by which SLURM may send --signal before its time
 SIGNALLED = "Killed|Segmentation fault|Bus error|Aborted"
 FIRST_END = r"^srun: error: (?:(\S+): tasks? \S+: (.*)|Node failure on (\S+).*)$"
 STOPS = {128 + number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)}
@@ -36,6 +37,7 @@ class Facts:
     slurm_ends_it: bool  # SLURM is ending the job: a requeue, a cancellation, the time limit, a lost node
     slurm_requeues_it: bool
     out_of_time: bool
+    too_short: bool  # its time is nearly up, and it has not come to its first step
     node_down: bool
     preempted: bool
     crashes: int  # in a row without a new checkpoint, this one included if it is one
@@ -62,13 +64,15 @@ def decide(facts: Facts) -> Decision:
         return Decision("cancelled", False, "the job was cancelled")
     if 2 in facts.exits:
         return Decision("refused", False, "an error that has to be mended first; see `dnt logs`, then `dnt resubmit`")
-    if stopped:
+    if stopped and (facts.preempted or not facts.too_short):
         why = "preempted" if facts.preempted else "out of time" if facts.out_of_time else "stopped by a signal"
         return Decision("stopped", True, why)
     if facts.crashes >= facts.max_crashes:
         return Decision(
             "crashed", False, f"{facts.crashes} crashes in a row without a new checkpoint (cluster.max_crashes)"
         )
+    if facts.too_short:
+        return Decision("crashed", True, "its time was up before the first step (cluster.time)")
     return Decision("crashed", True, f"exit status {facts.srun}")
 
 
@@ -79,6 +83,7 @@ def gather(run_dir: Path, submission: ledger.Submission, attempt: str, srun_stat
     exits = {status for _, status in ledger.read_exits(run_dir, attempt).values()}
     now = slurm_says()
     ends_it = now is not None and now.state != "RUNNING"
+    warned = time.time() + submission.cluster.signal_s + SIGNAL_EARLY_S
     this_crash = {"event": "ended", "time": time.time(), "attempt": attempt, "status": "crashed"}
     return Facts(
         outcome=end["outcome"] if end else None,
@@ -90,6 +95,7 @@ def gather(run_dir: Path, submission: ledger.Submission, attempt: str, srun_stat
         node_down=now is not None and now.reason.startswith("Node"),
         slurm_requeues_it=now is not None and now.restarts > int(os.environ.get("SLURM_RESTART_COUNT", "0")),
         out_of_time=now is not None and now.reason == "TimeLimit",
+        too_short=now is not None and 0 < now.ends < warned and ledger.last(events, "ready", attempt) is None,
         preempted=now is not None and now.preempted,
         crashes=ledger.crashes_in_a_row([*events, this_crash], ledger.newest_checkpoint(run_dir)),
         max_crashes=submission.cluster.max_crashes,
@@ -105,7 +111,8 @@ def main(run_dir: Path, srun_status: int) -> int:
     decision = decide(facts)
     blamed: list[str] = []
     reason = decision.reason
-    if decision.status in ("crashed", "killed"):  # ranks that stop for a signal may miss each other too
+    # ranks that stop for a signal may miss each other too
+    if decision.status in ("crashed", "killed") and not facts.too_short:
         blamed, why = ledger.blamed_hosts(timeline.read(run_dir), attempt)
         if not why:
             blamed, why = killed_by_srun(submission.logs / f"{slurm.this_job()}_0_log.out")

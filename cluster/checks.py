@@ -19,6 +19,7 @@ from cluster.settings import ClusterConfig
 from cluster.slurm import Node, Partition
 from dnt_scale.config import ConfigError, RunConfig, TorchEngineConfig
 from dnt_scale.memory import checkpoint_bytes, copies_of
+from dnt_scale.optim import Schedule
 from dnt_scale.resume import check_place, starting_state
 from dnt_scale.sources import Sources, fitting_sources
 from dnt_scale.stream import rows_a_rank
@@ -51,6 +52,7 @@ def before_queue(run: RunConfig, site: ClusterConfig) -> Plan:
     sources = fitting_sources(run)
     check_ranks(run, site)
     steps = run.total_steps(sources[0].manifest.seq_len)
+    Schedule(run.optim.schedule, steps)  # refuses a warmup that is as long as the run
     state, _ = starting_state(run, sources, steps, site.ranks)
     check_writable(run)
     check_shared(run, site, sources, partition.nodes)
@@ -66,7 +68,7 @@ def batch_script(run: RunConfig, site: ClusterConfig) -> str:
     run_dir = run.run.dir.absolute()
     logs = ledger.folder(run_dir) / "slurm"
     first = Submission(name=run.run.name, cluster=site, jobs=[], logs=logs, excluded=[], cancelled=False, parent=None)
-    return submit.script(run_dir, first)
+    return submit.script(submit.executor_for(run_dir, first))
 
 
 # --- what SLURM has --------------------------------------------------------------------------------------------------

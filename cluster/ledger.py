@@ -6,7 +6,7 @@
     slurm/                submitit's folder: JOB_submission.sh, JOB_submitted.pkl, JOB_RANK_log.out
     exits/JOB.RESTART/N.json    how rank N ended: host, status. None after a kill
 
-And events in ``RUN/logs/timeline.jsonl`` beside those of training (:mod:`dnt_scale.timeline`):
+And events in ``RUN/logs/timeline-HOST.jsonl`` beside those of training (:mod:`dnt_scale.timeline`):
 
     submitted   job, nodes, ranks; attempt is the job's id
     allocated   nodes, ranks, queued (since when it waited), started: rank 0 runs

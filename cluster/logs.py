@@ -91,12 +91,14 @@ def check_rank(submission: Submission, rank: int) -> None:
 
 def following(run_dir: Path, reader: Reader) -> None:
     """Show new lines until the run is over; say what it waits for when there are none."""
-    told, heard = "", -math.inf
+    told, heard, events, sizes = "", -math.inf, [], None
     while True:
         submission = ledger.load(run_dir, to_look=True)
         if reader.show(submission, to_the_end=False):
             told, heard = "", time.monotonic()
-        found = state.standing(submission, timeline.read(run_dir), None, time.time(), asked=False)
+        if sizes != (sizes := [file.stat().st_size for file in timeline.files(run_dir)]):
+            events = timeline.read(run_dir)
+        found = state.standing(submission, events, None, time.time(), asked=False)
         if found.live and time.monotonic() - heard > QUIET_S:
             asking, heard = Asking(), time.monotonic()
             found, _ = state.look(run_dir, submission, asking)

@@ -2,7 +2,6 @@
 
 import itertools
 import re
-import tempfile
 import uuid
 from collections import Counter
 from functools import partial
@@ -211,7 +210,5 @@ def _queue(executor: submitit.SlurmExecutor, places: list[Path]) -> str:
 
 def batch_script(found: Sweep, sweep_dir: Path, site: ClusterConfig) -> str:
     """The array's script, made without its folder. Raises SlurmError."""
-    with tempfile.TemporaryDirectory(prefix="dnt-") as logs:
-        executor = executor_for(found, sweep_dir, whole(found, Path(logs), site))
-        executor.parameters["map_count"] = len(found.runs)
-        return executor._make_submission_file_text(executor._submitit_command_str, "dry-run")
+    array = whole(found, ledger.folder(sweep_dir) / "slurm", site)
+    return submit.script(executor_for(found, sweep_dir, array), len(found.runs))

@@ -12,7 +12,6 @@ import os
 import shutil
 import signal
 import sys
-import tempfile
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -87,6 +86,8 @@ def main(options: PrepareOptions, overrides: list[str], tasks: int | None, *, dr
     if dry_run:
         show.dry_run(order.options)
         print(f"\n{batch_script(order, folder, site)}")
+        others = [f"{part} job" for part in order.parts if part in (TOKENIZER, MERGE)]
+        print(f"\n# above: the array of {counted(order.tasks, 'task')}; like it, each once: {', '.join(others)}")
         return 0
     order = enqueue(order, folder, site)
     print(describe(order, folder, slurm.queue()))
@@ -218,7 +219,7 @@ def standing(order: Order, folder: Path, queue: dict[str, Job], part: str) -> tu
     if is_done(folder, part):
         return "finished", ""
     if job := queue.get(job_id):
-        waits = "queued" + (f" ({job.reason})" if job.reason != "None" else "")
+        waits = "queued" + (f" ({job.reason})" if job.reason else "")
         return (waits if job.state == "PENDING" else job.state.lower()), ""
     if end := read_json(ended_file(folder, part)):
         return "failed", str(end["message"])
@@ -267,11 +268,9 @@ def before_queue(order: Order, site: ClusterConfig) -> int:
 
 def batch_script(order: Order, folder: Path, site: ClusterConfig) -> str:
     """The script of the array of tasks, made without its folder; those of the other jobs ask for the same."""
-    with tempfile.TemporaryDirectory(prefix="dnt-") as logs:
-        executor = executor_for(order, folder, site, "task", Path(logs))
-        executor.parameters["map_count"] = order.tasks
-        executor.parameters["array_parallelism"] = order.tasks
-        return executor._make_submission_file_text(executor._submitit_command_str, "dry-run")
+    executor = executor_for(order, folder, site, "task")
+    executor.update_parameters(array_parallelism=order.tasks)
+    return submit.script(executor, order.tasks)
 
 
 def enqueue(order: Order, folder: Path, site: ClusterConfig) -> Order:
@@ -314,7 +313,7 @@ def put(
         return {}
     for part in parts:
         ended_file(folder, part).unlink(missing_ok=True)
-    executor = executor_for(order, folder, site, stage, ledger.folder(folder) / "slurm", after)
+    executor = executor_for(order, folder, site, stage, after)
     executor.update_parameters(array_parallelism=len(parts))
     try:
         with executor.batch():
@@ -325,13 +324,13 @@ def put(
 
 
 def executor_for(
-    order: Order, folder: Path, site: ClusterConfig, stage: str, logs: Path, after: list[str] | None = None
+    order: Order, folder: Path, site: ClusterConfig, stage: str, after: list[str] | None = None
 ) -> submitit.SlurmExecutor:
     job = Submission(
         name=f"{order.asked.out.name}-{stage}",
         cluster=site,
         jobs=[],
-        logs=logs,
+        logs=ledger.folder(folder) / "slurm",
         excluded=[],
         cancelled=False,
         parent=None,

@@ -113,9 +113,32 @@ def job(job_id: str) -> Job | None:
 def queue() -> dict[str, Job]:
     """This user's jobs that are in the queue or running, by id, each task of an array by itself. Raises SlurmError."""
     user = pwd.getpwuid(os.getuid()).pw_name
-    rows = run("squeue", "-h", "-r", "-u", user, "-o", "%i|%T|%r|%N").splitlines()
-    found = (row.split("|") for row in rows)
-    return {job_id: Job(job_id, state, reason, nodes) for job_id, state, reason, nodes in found}
+    columns = ",".join(f"{name}:{width}" for name, width in _QUEUE.items())
+    found = {}
+    for row in run("squeue", "-h", "-r", "-u", user, "-O", columns).splitlines():
+        field, at = {}, 0
+        for name, width in _QUEUE.items():
+            field[name], at = row[at : at + width].strip(), at + width
+        found[field["JobArrayID"]] = Job(
+            id=field["JobArrayID"],
+            state=field["State"],
+            reason="" if field["Reason"] == "None" else field["Reason"],
+            nodes=field["NodeList"],
+            restarts=int(field["RestartCnt"]),
+            submitted=_seconds(field["SubmitTime"]),
+            eligible=_seconds(field["EligibleTime"]),
+            started=_seconds(field["StartTime"]),
+            ends=_seconds(field["EndTime"]),
+            preempted=_seconds(field["PreemptTime"]) > 0,
+            output=field["STDOUT"],
+        )
+    return found
+
+
+_TIMES = ("SubmitTime", "EligibleTime", "StartTime", "EndTime", "PreemptTime")
+# squeue's columns and their widths; no separator is safe in all of them
+_QUEUE = {"JobArrayID": 64, "State": 32, "Reason": 128, "NodeList": 4096, "RestartCnt": 16}
+_QUEUE |= {**dict.fromkeys(_TIMES, 24), "STDOUT": 4096}
 
 
 def _from_scontrol(job_id: str, line: str) -> Job:

@@ -1,8 +1,10 @@
 """What a run is doing now: found out from its folder and from SLURM, and written down where nobody else did."""
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import cast
 
 from cluster import ledger, slurm
@@ -130,20 +132,22 @@ def ago(seconds: float) -> str:
 
 
 class Asking:
-    """SLURM, asked about one job after another until it does not answer."""
+    """SLURM, asked about the queue once, and about one job after another that is not in it until it does not answer."""
 
     def __init__(self) -> None:
         self.name = ""  # of the SLURM here
+        self.queue: dict[str, slurm.Job] = {}
         self.down = ""  # why it cannot be asked at all
         self.problem = ""  # why it could not be asked about the last job
 
     def job(self, submission: Submission) -> slurm.Job | None:
         if not self.down:
             try:
-                self.name = self.name or slurm.cluster_name()
+                if not self.name:
+                    self.name, self.queue = slurm.cluster_name(), slurm.queue()
                 self.problem = ""
                 if submission.slurm in ("", self.name):
-                    return newest_job(submission)
+                    return newest_job(submission, self.queue)
                 self.problem = f"its jobs are with the SLURM {submission.slurm}, this one is {self.name}"
                 return None
             except slurm.SlurmError as error:
@@ -152,13 +156,24 @@ class Asking:
         return None
 
 
-def newest_job(submission: Submission) -> slurm.Job | None:
-    """The newest of a run's jobs; None when SLURM does not know it. Raises SlurmError.
+def newest_job(submission: Submission, queue: Mapping[str, slurm.Job] = MappingProxyType({})) -> slurm.Job | None:
+    """The newest of a run's jobs, from the ``queue`` or by asking; None when SLURM does not know it. Raises SlurmError.
 
     Where SLURM was set up anew its numbers begin anew: another job may have this one's.
     """
-    job = slurm.job(submission.job)
+    job = queue.get(submission.job) or slurm.job(submission.job)
     return None if job and job.output and Path(job.output).parent != submission.logs else job
+
+
+def check_idle(run_dir: Path) -> None:
+    """Raises LedgerError while jobs work on the run folder, or wait to."""
+    if ledger.submitted(run_dir):
+        found, _ = look(run_dir, ledger.load(run_dir, to_look=True), Asking())
+        if found.live:
+            raise LedgerError(
+                f"run.dir: {run_dir} is in use by its job: {found.in_words}; `dnt cancel {run_dir}` ends that, or take "
+                "another run.name"
+            )
 
 
 def look(run_dir: Path, submission: Submission, asking: Asking) -> tuple[Standing, list[Event]]:

@@ -210,9 +210,9 @@ def srun_options(site: ClusterConfig) -> list[str]:
     return ["--kill-on-bad-exit=1", *per_rank, *site.container, *site.srun]
 
 
-def script(run_dir: Path, submission: Submission) -> str:
-    """The batch script that would be submitted. Raises SlurmError."""
-    executor = executor_for(run_dir, submission)
+def script(executor: submitit.SlurmExecutor, tasks: int | None = None) -> str:
+    """The batch script of a job, or of an array of ``tasks``, that an executor would submit."""
+    executor.parameters["map_count"] = tasks
     return executor._make_submission_file_text(executor._submitit_command_str, "dry-run")
 
 

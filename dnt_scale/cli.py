@@ -374,11 +374,15 @@ def data_info(options: argparse.Namespace) -> int:
 
 
 def run_train(options: argparse.Namespace) -> int:
-    if options.print_config:
-        from dnt_scale import config
+    from dnt_scale import config
 
-        print(config.to_yaml(config.load(options.overrides)), end="")
+    run = config.load(options.overrides)
+    if options.print_config:
+        print(config.to_yaml(run), end="")
         return 0
+    from cluster.state import check_idle
+
+    check_idle(run.run.dir)
     from dnt_scale.train import main as train
 
     return train(options.overrides)

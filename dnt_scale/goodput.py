@@ -30,7 +30,7 @@ from rich.table import Table
 from dnt_scale import timeline
 from dnt_scale.timeline import PROGRESS_EVERY_S, Event
 
-RECENT_S = 3 * PROGRESS_EVERY_S
+RECENT_S = 2 * PROGRESS_EVERY_S
 OUTCOMES = {"FINISHED": "finished", "FAILED": "failed", "KILLED": "stopped"}
 
 

@@ -4,6 +4,7 @@ A plain process is a world of one. torchrun's variables (RANK, WORLD_SIZE, ...) 
 are both understood; nothing else of SLURM is known here.
 """
 
+import errno
 import hashlib
 import os
 import platform
@@ -36,6 +37,15 @@ class Fault(ValueError):
 
 class AgreedFault(Fault, AgreedError):
     """A fault that every rank raises with the same message."""
+
+
+# what a disk or a file server says that fails, not one that is asked for what it cannot do
+FAILING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN, errno.ENODEV, errno.EREMOTEIO}
+
+
+def is_fault(error: BaseException) -> bool:
+    """Whether another try may go well without anybody mending anything in the run."""
+    return isinstance(error, Fault) or (isinstance(error, OSError) and error.errno in FAILING)
 
 
 @dataclass(frozen=True)
@@ -135,17 +145,17 @@ def on_first(me: Ranks, action: Callable[[], T]) -> T:
     """What ``action`` returns on rank 0, on every rank. A collective; the result travels pickled between our ranks.
 
     Raises:
-        AgreedError: on every rank, when it raised ValueError or OSError.
+        AgreedError: on every rank, when it raised ValueError or OSError; AgreedFault for one that :func:`is_fault`.
     """
-    outcome: list[T | str | None] = [None, None]
+    outcome: list[T | AgreedError | None] = [None, None]
     if me.first:
         try:
             outcome[0] = action()
         except (ValueError, OSError) as error:
-            outcome[1] = str(error)
+            outcome[1] = agreed(error)
     dist.broadcast_object_list(outcome)
-    if outcome[1] is not None:
-        raise AgreedError(outcome[1])
+    if isinstance(outcome[1], AgreedError):
+        raise outcome[1]
     return outcome[0]  # type: ignore[return-value]
 
 
@@ -153,19 +163,25 @@ def together(me: Ranks, action: Callable[[], T]) -> T:
     """Run ``action`` on every rank and give each its own result. A collective, so ``action`` must not hold one.
 
     Raises:
-        AgreedError: on every rank, when any raised ValueError or OSError, with the first such message.
+        AgreedError: on every rank, when any raised ValueError or OSError, with the first such message; AgreedFault for
+            one that :func:`is_fault`.
     """
     result, failure = None, None
     try:
         result = action()
     except (ValueError, OSError) as error:
-        failure = str(error)
-    failures: list[str | None] = [None] * me.world_size
+        failure = agreed(error, "" if me.first else f"rank {me.rank}: ")
+    failures: list[AgreedError | None] = [None] * me.world_size
     dist.all_gather_object(failures, failure)
-    for rank, message in enumerate(failures):
-        if message is not None:
-            raise AgreedError(message if rank == 0 else f"rank {rank}: {message}")
+    for found in failures:
+        if found is not None:
+            raise found
     return result  # type: ignore[return-value]
+
+
+def agreed(error: Exception, speaker: str = "") -> AgreedError:
+    """The error as all ranks are going to raise it."""
+    return (AgreedFault if is_fault(error) else AgreedError)(f"{speaker}{error}")
 
 
 # what changes a GPU's arithmetic, or which code runs

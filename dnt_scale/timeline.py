@@ -1,12 +1,13 @@
-"""``RUN/logs/timeline.jsonl``: what happened to a run and when, over all its attempts.
+"""``RUN/logs/timeline-HOST.jsonl``: what happened to a run and when, over all its attempts.
 
-One JSON object a line, only ever appended, each with ``event``, ``time`` (seconds since 1970) and ``attempt``: the
+A file for each machine that has something to say, for over NFS two must not append to one. One JSON object a line, only
+ever appended, each with ``event``, ``time`` (seconds since 1970) and ``attempt``: the
 launcher's name for it (the variable DNT_ATTEMPT, under SLURM JOB.RESTART), else HOST-PID. Rank 0 of training writes
 
     start     launched (when its process began), ranks
     ready     step: the first step begins after this one; restored (seconds spent reading a checkpoint)
     progress  step; seconds of this attempt so far: {step, eval, save}, as long as training waited for each. Every ten
-              seconds, and at the end
+              seconds, later every minute, and at the end
     end       outcome (FINISHED, FAILED, KILLED), step. Missing after a kill
     lost      message, hosts at fault: a rank died or hung. By whichever rank says so
 
@@ -24,13 +25,20 @@ from typing import Any
 import orjson
 import psutil
 
-PROGRESS_EVERY_S = 10.0
+PROGRESS_EVERY_S = 60.0
+PROGRESS_EVERY_FIRST_S = 10.0
+FIRST_S = 1800.0  # of an attempt: most ends come early, and months of a run should not make this long to read
 
 Event = dict[str, Any]
 
 
 def path(run_dir: Path) -> Path:
-    return run_dir / "logs" / "timeline.jsonl"
+    """The file that this machine writes."""
+    return run_dir / "logs" / f"timeline-{host()}.jsonl"
+
+
+def files(run_dir: Path) -> list[Path]:
+    return sorted((run_dir / "logs").glob("timeline-*.jsonl"))
 
 
 def host() -> str:
@@ -57,18 +65,20 @@ def append(run_dir: Path, event: str, *, attempt: str, **fields: Any) -> None:
 
 
 def read(run_dir: Path) -> list[Event]:
-    """All events, oldest first; lines that are not whole are left out. Empty where there is no file."""
-    try:
-        lines = path(run_dir).read_bytes().splitlines()
-    except OSError:
-        return []
+    """All events, oldest first by the clocks of those who wrote them; lines that are not whole are left out."""
     events = []
-    for line in lines:
-        with suppress(ValueError):
-            found = orjson.loads(line)
-            if isinstance(found, dict) and {"event", "time", "attempt"} <= found.keys():
-                events.append(found)
-    return events
+    for file in files(run_dir):
+        with suppress(OSError):
+            events += [event for line in file.read_bytes().splitlines() if (event := _event(line))]
+    return sorted(events, key=lambda event: float(event["time"]))
+
+
+def _event(line: bytes) -> Event | None:
+    with suppress(ValueError):
+        found = orjson.loads(line)
+        if isinstance(found, dict) and isinstance(found.get("time"), int | float) and {"event", "attempt"} <= {*found}:
+            return found
+    return None
 
 
 def _ends_a_line(file: Path, end: int) -> bool:
@@ -88,6 +98,7 @@ class Clock:
         self._silent = silent
         self._seconds = {"step": 0.0, "eval": 0.0, "save": 0.0}
         self._next = 0.0
+        self._began = time.monotonic()
 
     @contextmanager
     def spending(self, on: str) -> Iterator[None]:
@@ -108,6 +119,7 @@ class Clock:
 
     def progress(self, step: int, *, now: bool = False) -> None:
         """Tell the seconds so far, when it is time to or ``now``."""
-        if now or time.monotonic() >= self._next:
-            self._next = time.monotonic() + PROGRESS_EVERY_S
+        at = time.monotonic()
+        if now or at >= self._next:
+            self._next = at + (PROGRESS_EVERY_FIRST_S if at < self._began + FIRST_S else PROGRESS_EVERY_S)
             self.tell("progress", step=step, seconds={name: round(spent, 3) for name, spent in self._seconds.items()})

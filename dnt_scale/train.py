@@ -66,7 +66,7 @@ def run_rank(run: RunConfig, before: Callable[[Ranks], None] | None = None) -> i
     except ranks.AgreedError as error:
         if rank == 0:
             print(f"error: {error}", file=sys.stderr)
-        status = 1 if isinstance(error, ranks.Fault) else 2
+        status = 1 if ranks.is_fault(error) else 2
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         speaker = "" if rank == 0 else f"rank {rank}: "
         if out_of_memory(error):
@@ -79,7 +79,7 @@ def run_rank(run: RunConfig, before: Callable[[Ranks], None] | None = None) -> i
             error = ranks.Fault(reason)
         else:
             raise
-        status = 1 if isinstance(error, ranks.Fault) else 2
+        status = 1 if ranks.is_fault(error) else 2
     except KeyboardInterrupt:
         status = 128 + signal.SIGINT
     ranks.stop()

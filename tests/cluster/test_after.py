@@ -20,6 +20,7 @@ QUIET = Facts(
     slurm_ends_it=False,
     slurm_requeues_it=False,
     out_of_time=False,
+    too_short=False,
     node_down=False,
     preempted=False,
     crashes=1,
@@ -42,6 +43,10 @@ def decided(**facts: object) -> Decision:
         ({"outcome": "KILLED", "exits": frozenset({USR1}), "all_ended": True}, "stopped", True),
         # a signal before the first step: no last word of training, but all ranks ended by themselves
         ({"exits": frozenset({TERM}), "all_ended": True}, "stopped", True),
+        # again and again it would be stopped before its first step: that is bounded, unless others preempt it
+        ({"exits": frozenset({USR1}), "all_ended": True, "too_short": True}, "crashed", True),
+        ({"exits": frozenset({USR1}), "all_ended": True, "too_short": True, "crashes": 3}, "crashed", False),
+        ({"exits": frozenset({USR1}), "all_ended": True, "too_short": True, "preempted": True}, "stopped", True),
         # one rank was killed, srun sent SIGTERM to the other
         ({"exits": frozenset({TERM}), "all_ended": False, "srun": 137}, "crashed", True),
         ({"exits": frozenset({1}), "all_ended": True, "srun": 1}, "crashed", True),

@@ -221,6 +221,15 @@ def test_runs_are_found_by_name_folder_and_folder_of_runs(runs: Path) -> None:
     assert len(jobs.find_runs([])) == 3
 
 
+def test_a_run_with_jobs_at_work_is_not_trained_by_hand(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    here = ["model=dnt_nano", "data.path=set", "run.name=big", f"run.dir={runs}/big"]
+    assert dnt(["train", *here]) == 2
+    told = capsys.readouterr().err
+    assert "is in use by its job: running on node1 node3" in told and "`dnt cancel" in told
+    assert dnt(["train", *here, f"run.dir={runs}/sweep/done"]) == 2
+    assert "set: no such folder" in capsys.readouterr().err
+
+
 def test_steps_of_a_run_that_is_given_tokens(runs: Path) -> None:
     file = ledger.config_file(runs / "big")
     file.write_text(file.read_text().replace("steps: 100", "steps: null").replace("tokens: null", "tokens: 10000"))

@@ -164,7 +164,7 @@ def test_whatever_the_timeline_lacks_the_parts_add_up(tmp_path_factory, data, at
 def train_telling_every_step(overrides: list[str]) -> None:
     from dnt_scale import train as loop
 
-    timeline.PROGRESS_EVERY_S = 0.0
+    timeline.PROGRESS_EVERY_FIRST_S = 0.0
     sys.exit(loop.main(overrides))
 
 

@@ -1,3 +1,4 @@
+import errno
 import os
 import socket
 import subprocess
@@ -124,6 +125,25 @@ def numbers_of_each() -> None:
 
 def test_the_highest_of_several_values():
     call(numbers_of_each, ranks=3).ok()
+
+
+def failing_disk() -> None:
+    me = ranks.start("cpu")
+
+    def read(number: int) -> None:
+        if me.rank == me.world_size - 1 or number == errno.EACCES:
+            raise OSError(number, os.strerror(number), "shard-000001.tar")
+
+    with pytest.raises(AgreedFault, match=r"^rank 1: .*Stale file handle: 'shard-000001.tar'$"):
+        ranks.together(me, lambda: read(errno.ESTALE))
+    with pytest.raises(AgreedError, match="Permission denied") as refused:
+        ranks.on_first(me, lambda: read(errno.EACCES))
+    assert not ranks.is_fault(refused.value)
+    ranks.stop()
+
+
+def test_a_disk_that_fails_is_worth_another_try_and_one_that_refuses_is_not():
+    call(failing_disk, ranks=2).ok()
 
 
 def longest_wait(hang_s: float, expected: float) -> None:

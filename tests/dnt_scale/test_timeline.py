@@ -1,4 +1,4 @@
-"""`logs/timeline.jsonl`: what it tells of a run that ended well, was stopped, or was killed."""
+"""`logs/timeline-HOST.jsonl`: what it tells of a run that ended well, was stopped, or was killed."""
 
 import pytest
 

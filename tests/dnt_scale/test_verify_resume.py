@@ -65,7 +65,7 @@ def test_other_ranks_and_another_engine_go_on_within_rounding(overrides, capsys,
 
 
 def test_another_learning_rate_is_no_rounding_in_the_dtype_that_rounds_most(overrides):
-    more = ["optim.lr=0.5", "train.dtype=bf16"]
+    more = ["optim.lr=5", "train.dtype=bf16"]
     finished = dnt("verify-resume", *overrides, "--steps", STEPS, "--then", *more)
     assert finished.code == 1, finished.err
     assert finished.out.endswith("\nnot within 0.01 of loss and weights, the tolerance of bf16\n")
