@@ -4,10 +4,11 @@
     python -m benchmarks.tracking --stores sqlite --steps 2000
 
 A step is --step-ms milliseconds of matrix products on one thread, so another core is free, as on any node with GPUs. A
-real MLflow store takes --metrics metrics of each. Blocks of steps that are logged take turns with blocks of the same
-steps that are not, during which the sender is stopped (SIGSTOP): --steps of either. The cost is the median over pairs
-of blocks of logged / not logged - 1, once by the clock and once by the loop's own CPU time, which a machine that is
-busy with other things disturbs less. Beside it, the seconds spent in Tracker.log as a share of steps of 50 ms.
+real MLflow store takes --metrics metrics of each. Every tenth of a second, steps that are logged take turns with the
+same steps that are not, during which the sender is stopped (SIGSTOP): --steps of either. The cost is the median over
+blocks of four seconds of logged / not logged - 1, with its standard error, once by the clock and once by the loop's own
+CPU time, which a machine that is busy with other things disturbs less. Beside it, the seconds spent in Tracker.log as a
+share of steps of 50 ms.
 
 A sample of system metrics, which another thread takes every ten seconds, is measured on its own.
 """
@@ -16,6 +17,7 @@ import argparse
 import contextlib
 import datetime
 import json
+import math
 import os
 import signal
 import statistics
@@ -37,7 +39,8 @@ from tests.helpers.stores import free_port, mlflow_server, no_postgres, points, 
 
 STORES = ("sqlite", "postgresql", "server")
 STEP_S = 0.05  # of a small model on one GPU
-BLOCK_S = 2.0
+TURN_S = 0.1
+BLOCK_S = 2.0  # of either kind: some rounds of the sender
 WANTED = 0.01  # of the loop, at most
 ARRIVES_IN_S = 1800.0
 
@@ -46,7 +49,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument("--metrics", type=int, default=20)
-    parser.add_argument("--step-ms", type=float, default=10.0)
+    parser.add_argument("--step-ms", type=float, default=25.0)
     parser.add_argument("--stores", nargs="+", choices=STORES, default=STORES)
     parser.add_argument("--out", type=Path, help="JSON to write (default: benchmarks/results/tracking-DEVICE.json)")
     options = parser.parse_args()
@@ -123,12 +126,15 @@ def measured(run_dir: Path, uri: str, options: argparse.Namespace) -> dict[str, 
         resume_step=0,
     )
     assert tracker._sender is not None
-    block = max(1, round(BLOCK_S / (options.step_ms / 1000)))
-    spent: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
+    turn, block = (max(1, round(length / (options.step_ms / 1000))) for length in (TURN_S, BLOCK_S))
+    spent: dict[bool, list[list[float]]] = {True: [], False: []}  # wall and CPU seconds of each block
     in_log: list[float] = []
     order = [True, False]
-    for first in range(1, options.steps + 1, block):
-        steps = range(first, min(first + block, options.steps + 1))
+    for first in range(1, options.steps + 1, turn):
+        steps = range(first, min(first + turn, options.steps + 1))
+        if (first - 1) // turn % (block // turn) == 0:
+            spent[True].append([0.0, 0.0])
+            spent[False].append([0.0, 0.0])
         for logged in order:
             tracker._sender.send_signal(signal.SIGCONT if logged else signal.SIGSTOP)
             wall, cpu = time.perf_counter(), time.thread_time()
@@ -138,7 +144,8 @@ def measured(run_dir: Path, uri: str, options: argparse.Namespace) -> dict[str, 
                     before = time.perf_counter()
                     tracker.log({"step": step, "time": time.time(), **values})
                     in_log.append(time.perf_counter() - before)
-            spent[logged].append((time.perf_counter() - wall, time.thread_time() - cpu))
+            spent[logged][-1][0] += time.perf_counter() - wall
+            spent[logged][-1][1] += time.thread_time() - cpu
         order.reverse()  # whoever went second goes first
     tracker._sender.send_signal(signal.SIGCONT)
     behind = unsent_lines(run_dir)
@@ -152,9 +159,10 @@ def measured(run_dir: Path, uri: str, options: argparse.Namespace) -> dict[str, 
     return {
         "step_ms": 1000 * sum(wall for wall, _ in spent[False]) / options.steps,
         "cost_by_clock": statistics.median(wall_ratios) - 1,
+        "cost_by_clock_error": error_of_median(wall_ratios),
         "cost_by_cpu_time": statistics.median(cpu_ratios) - 1,
+        "cost_by_cpu_time_error": error_of_median(cpu_ratios),
         "blocks": len(wall_ratios),
-        "block_ratios_quartiles": statistics.quantiles(wall_ratios, n=4) if len(wall_ratios) > 1 else wall_ratios,
         "log_us_median": 1e6 * statistics.median(in_log),
         "log_us_mean": 1e6 * statistics.mean(in_log),
         "log_us_longest": 1e6 * max(in_log),
@@ -162,6 +170,14 @@ def measured(run_dir: Path, uri: str, options: argparse.Namespace) -> dict[str, 
         "steps_behind_at_the_end": behind,
         "all_arrived_after_s": arrived,
     }
+
+
+def error_of_median(values: list[float]) -> float:
+    """The standard error of the median of values that scatter normally but for a few; NaN of fewer than two."""
+    if len(values) < 2:
+        return math.nan
+    low, _, high = statistics.quantiles(values, n=4)
+    return 1.253 * (high - low) / 1.349 / math.sqrt(len(values))
 
 
 def check(uri: str, run: str, values: dict[str, float], steps: int) -> None:
@@ -204,8 +220,8 @@ def show(result: dict[str, Any]) -> None:
         table.add_row(
             row["store"],
             f"{row['step_ms']:.1f}",
-            f"{row['cost_by_clock']:+.2%}",
-            f"{row['cost_by_cpu_time']:+.2%}",
+            f"{row['cost_by_clock']:+.2%} ± {row['cost_by_clock_error']:.2%}",
+            f"{row['cost_by_cpu_time']:+.2%} ± {row['cost_by_cpu_time_error']:.2%}",
             f"< {WANTED:.0%}",
             f"{row['log_us_median']:.1f}",
             f"{row['log_of_a_50_ms_step']:.3%}",

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from cluster import ledger, slurm, sweep
+from cluster import ledger, slurm, state, sweep
 from cluster.ledger import EndStatus, Next
 from dnt_scale import timeline
 from dnt_scale.settle import settle
@@ -79,7 +79,6 @@ def decide(facts: Facts) -> Decision:
 def gather(run_dir: Path, submission: ledger.Submission, attempt: str, srun_status: int) -> Facts:
     events = timeline.read(run_dir)
     end = ledger.last(events, "end", attempt)
-    begun = ledger.last(events, "allocated", attempt)
     exits = {status for _, status in ledger.read_exits(run_dir, attempt).values()}
     now = slurm_says()
     ends_it = now is not None and now.state != "RUNNING"
@@ -88,16 +87,18 @@ def gather(run_dir: Path, submission: ledger.Submission, attempt: str, srun_stat
     return Facts(
         outcome=end["outcome"] if end else None,
         exits=frozenset(exits),
-        all_ended=begun is not None and len(ledger.read_exits(run_dir, attempt)) == begun["ranks"],
+        all_ended=len(ledger.read_exits(run_dir, attempt)) == submission.cluster.ranks,
         srun=srun_status,
         cancelled=submission.cancelled,
         slurm_ends_it=ends_it,
         node_down=now is not None and now.reason.startswith("Node"),
         slurm_requeues_it=now is not None and now.restarts > int(os.environ.get("SLURM_RESTART_COUNT", "0")),
         out_of_time=now is not None and now.reason == "TimeLimit",
-        too_short=now is not None and 0 < now.ends < warned and ledger.last(events, "ready", attempt) is None,
+        too_short=now is not None
+        and (now.reason == "TimeLimit" or (not ends_it and 0 < now.ends < warned))
+        and ledger.last(events, "ready", attempt) is None,
         preempted=now is not None and now.preempted,
-        crashes=ledger.crashes_in_a_row([*events, this_crash], ledger.newest_checkpoint(run_dir)),
+        crashes=ledger.crashes_in_a_row([*events, this_crash], ledger.newest_checkpoint(submission)),
         max_crashes=submission.cluster.max_crashes,
     )
 
@@ -107,6 +108,10 @@ def main(run_dir: Path, srun_status: int) -> int:
         signal.signal(number, signal.SIG_IGN)  # SLURM's, on its way to ending the job
     attempt = slurm.this_attempt()
     submission = ledger.load(run_dir)
+    end = ledger.last(timeline.read(run_dir), "ended", attempt)
+    if end and end["next"] == "none":  # it did not begin, see cluster.job
+        over(run_dir, submission, end["status"])
+        return 0
     facts = gather(run_dir, submission, attempt, srun_status)
     decision = decide(facts)
     blamed: list[str] = []
@@ -121,26 +126,36 @@ def main(run_dir: Path, srun_status: int) -> int:
         reason = f"{decision.reason}: {why}" if why else reason
 
     def told(then: Next) -> None:
-        ledger.ended(run_dir, attempt, decision.status, then, reason, blamed)
+        try:
+            ledger.ended(run_dir, attempt, decision.status, then, reason, blamed)
+        except OSError as error:  # a full disk: `dnt jobs` finds the end out
+            print(f"dnt: {error}", flush=True)
         print(f"dnt: attempt {attempt} {decision.status} ({reason}); {_IN_WORDS[then]}", flush=True)
 
     if not decision.goes_on:
         told("none")
-        settle(run_dir, ledger.MLFLOW_STATUS[decision.status])
-        if submission.parent:
-            sweep.settle(run_dir.parent)
+        over(run_dir, submission, decision.status)
         return 0
     if facts.slurm_requeues_it:
         told("requeued")
         return 0
-    then, words = go_on(run_dir, submission, avoided(run_dir, submission, blamed))
+    now_blamed = {"event": "ended", "time": time.time(), "attempt": "", "blamed": blamed}
+    excluded = state.left_out(submission.cluster, [*timeline.read(run_dir), now_blamed], submission.excluded)
+    then, words = go_on(run_dir, submission, excluded)
     reason = f"{reason}; {words}" if then == "none" else reason
     told(then)
     if then == "none":
-        settle(run_dir, ledger.MLFLOW_STATUS[decision.status])
+        over(run_dir, submission, decision.status)
     elif words:
         print(f"dnt: {words}", flush=True)
     return 0
+
+
+def over(run_dir: Path, submission: ledger.Submission, status: EndStatus) -> None:
+    """Let MLflow have the true end of a run with which nothing goes on, and of its sweep."""
+    settle(run_dir, ledger.MLFLOW_STATUS[status])
+    if submission.parent:
+        sweep.settle(run_dir.parent)
 
 
 def slurm_says() -> slurm.Job | None:
@@ -181,6 +196,7 @@ def go_on(run_dir: Path, submission: ledger.Submission, excluded: list[str]) -> 
             words = str(error)
             print(f"dnt: {words}", flush=True)
         excluded = submission.excluded  # it may be these that SLURM refuses
+        ledger.update(run_dir, partial(avoiding, nodes=excluded))
     return "none", words
 
 
@@ -219,21 +235,6 @@ _IN_WORDS: dict[Next, str] = {
     "resubmitted": "a new job goes on",
     "none": "nothing goes on by itself",
 }
-
-
-def avoided(run_dir: Path, submission: ledger.Submission, blamed: list[str]) -> list[str]:
-    """The nodes that the run's next job leaves out: those that failed too often in a day, while enough are left."""
-    events = [*timeline.read(run_dir), {"event": "ended", "time": time.time(), "attempt": "", "blamed": blamed}]
-    found = ledger.unreliable(events, time.time(), submission.cluster.exclude_after)
-    site = submission.cluster
-    if site.nodelist:  # these very nodes were asked for
-        return submission.excluded
-    partition = next(
-        (p for p in slurm.partitions().values() if p.name == site.partition or (site.partition is None and p.default)),
-        None,
-    )
-    left = {node.name for node in partition.nodes if node.able} - {*found, *site.exclude} if partition else set()
-    return found if len(left) >= site.nodes else submission.excluded
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from cluster.plan import counted
 from cluster.slurm import SlurmError
 from cluster.state import Asking, Standing
 from dnt_scale import timeline
-from dnt_scale.tracking import METRICS
+from dnt_scale.tracking import last_metrics
 
 POLL_S = 1.0
 KILLED_WITHIN_S = 120.0  # SLURM kills a cancelled job's processes KillWait after their SIGTERM, 30 s by default
@@ -29,10 +29,12 @@ def cancel(run_dirs: list[Path]) -> Iterator[str]:
     """
     submissions = {run_dir: ledger.load(run_dir) for run_dir in run_dirs}
     asking = Asking()
-    found = {run_dir: state.look(run_dir, submissions[run_dir], asking)[0] for run_dir in run_dirs}
+    found: dict[Path, Standing] = {}
+    for run_dir, submission in submissions.items():
+        found[run_dir], _ = state.look(run_dir, submission, asking)
+        if found[run_dir].live and asking.problem:
+            raise SlurmError(f"{submission.name} cannot be cancelled from here: {asking.problem}")
     left = [run_dir for run_dir in run_dirs if found[run_dir].live]
-    if left and asking.problem:
-        raise SlurmError(f"{submissions[left[0]].name} cannot be cancelled from here: {asking.problem}")
     ended: dict[Path, Standing] = {}
     asked: dict[str, float] = {}  # when each job was asked to end
     with Console(stderr=True).status("") as status:
@@ -97,7 +99,7 @@ def last_word(run_dir: Path, submission: Submission, job: slurm.Job | None) -> S
 
 
 def kept(run_dir: Path) -> str:
-    lines, step = jobs.last_lines(run_dir / METRICS), jobs.newest_checkpoint(run_dir, jobs.config_of(run_dir))
+    lines, step = last_metrics(run_dir), ledger.newest_checkpoint(ledger.load(run_dir))
     if not lines:
         return "it had not begun"
     reached = f"it reached step {lines[-1]['step']:,}"

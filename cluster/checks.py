@@ -67,7 +67,7 @@ def batch_script(run: RunConfig, site: ClusterConfig) -> str:
     """The script of the run's first job; its folder is not made. Raises SlurmError."""
     run_dir = run.run.dir.absolute()
     logs = ledger.folder(run_dir) / "slurm"
-    first = Submission(name=run.run.name, cluster=site, jobs=[], logs=logs, excluded=[], cancelled=False, parent=None)
+    first = Submission(name=run.run.name, cluster=site, logs=logs)
     return submit.script(submit.executor_for(run_dir, first))
 
 

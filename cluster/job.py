@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 
 from cluster import ledger, slurm
-from cluster.ledger import LedgerError, Submission
+from cluster.ledger import EndStatus, LedgerError, Submission
 from dnt_scale import config, timeline
 from dnt_scale.config import ConfigError, RunConfig
 
@@ -74,11 +74,13 @@ def begin(run_dir: Path, attempt: str, submission: Submission) -> None:
     for earlier in ledger.open_attempts(events):
         requeued = now.submitted if now and earlier.partition(".")[0] == this else 0.0  # SLURM counts from the requeue
         ledger.found_ended(run_dir, events, earlier, then="requeued", until=requeued)
-    if why := objection(run_dir, submission, this):
-        ledger.ended(run_dir, attempt, "cancelled", "none", why)
+    if found := objection(run_dir, submission, this):
+        status, why = found
+        ledger.ended(run_dir, attempt, status, "none", why)
         print(f"error: {why}; this job ends", file=sys.stderr, flush=True)
-        slurm.cancel(this)
-        time.sleep(60)  # until SLURM has ended it
+        with suppress(slurm.SlurmError):
+            slurm.cancel(this)
+            time.sleep(60)  # until SLURM has ended it
         raise SystemExit(0)
     ledger.update(run_dir, lambda current: current.with_job(this))
     waits: list[float] = [
@@ -100,15 +102,15 @@ def begin(run_dir: Path, attempt: str, submission: Submission) -> None:
     )
 
 
-def objection(run_dir: Path, submission: Submission, this: str) -> str:
-    """Why this job may not train the run, empty where it may: SLURM starts what a person or another job has ended."""
+def objection(run_dir: Path, submission: Submission, this: str) -> tuple[EndStatus, str] | None:
+    """How the run ends if this job may not train it, and why: SLURM starts what a person or another job has ended."""
     if submission.cancelled:
-        return "the run was cancelled"
-    crashes = ledger.crashes_in_a_row(timeline.read(run_dir), ledger.newest_checkpoint(run_dir))
+        return "cancelled", "the run was cancelled"
+    crashes = ledger.crashes_in_a_row(timeline.read(run_dir), ledger.newest_checkpoint(submission))
     if crashes >= submission.cluster.max_crashes:
-        return f"{crashes} crashes in a row without a new checkpoint (cluster.max_crashes)"
+        return "crashed", f"{crashes} crashes in a row without a new checkpoint (cluster.max_crashes)"
     with suppress(slurm.SlurmError):
         for other in submission.jobs:
             if other != this and (found := slurm.job(other)) and found.state == "RUNNING":
-                return f"job {other} of this run is running"
-    return ""
+                return "cancelled", f"job {other} of this run is running"
+    return None

@@ -23,11 +23,10 @@ from dnt_scale import config
 from dnt_scale.config import ConfigError, RunConfig
 from dnt_scale.goodput import Goodput, breakdown, table
 from dnt_scale.timeline import Event
-from dnt_scale.tracking import METRICS
+from dnt_scale.tracking import last_metrics
 
 RUNS = Path("runs")
 WATCH_EVERY_S = 2.0
-TAIL_BYTES = 1 << 16  # of metrics.jsonl: some hundred steps
 SPEED_STEPS = 20
 QUIET_S = 60.0  # until then a job's own last processes may still be telling MLflow
 COLOURS = {"running": "green", "finished": "cyan", "crashed": "red", "refused": "red", "killed": "red"}
@@ -141,7 +140,7 @@ def look(run_dir: Path, asking: Asking) -> Seen:
     submission = ledger.load(run_dir, to_look=True)
     found, events = state.look(run_dir, submission, asking)
     spent = breakdown(events, time.time())
-    lines = last_lines(run_dir / METRICS)
+    lines = last_metrics(run_dir)
     steps = [line for line in lines if "train/loss" in line]
     speeds = [line["tokens_per_s"] for line in steps[-SPEED_STEPS:]]
     resolved = config_of(run_dir)
@@ -157,7 +156,7 @@ def look(run_dir: Path, asking: Asking) -> Seen:
         jobs=submission.jobs,
         step=lines[-1]["step"] if lines else None,
         total_steps=total,
-        checkpoint=newest_checkpoint(run_dir, resolved),
+        checkpoint=ledger.newest_checkpoint(submission),
         loss=steps[-1]["train/loss"] if steps else None,
         val_loss=next((line["val/loss"] for line in reversed(lines) if "val/loss" in line), None),
         tokens_per_s=median(speeds) if speeds else None,
@@ -191,23 +190,6 @@ def attempts(events: list[Event], found: Standing, jobs: list[str]) -> list[Atte
     return list(chain.values())
 
 
-def last_lines(metrics: Path) -> list[dict[str, Any]]:
-    """The last whole lines of metrics.jsonl; empty where there is none."""
-    try:
-        with metrics.open("rb") as file:
-            size = file.seek(0, 2)
-            file.seek(max(0, size - TAIL_BYTES))
-            data = file.read()
-    except OSError:
-        return []
-    lines = data.split(b"\n")[size > TAIL_BYTES : -1]
-    found = []
-    for line in lines:
-        with suppress(ValueError):
-            found.append(orjson.loads(line))
-    return [line for line in found if isinstance(line, dict) and "step" in line]
-
-
 def config_of(run_dir: Path) -> RunConfig | None:
     """The run's configuration; None where this version of dnt, or this user, cannot read it."""
     try:
@@ -224,16 +206,6 @@ def total_steps(run: RunConfig | None, lines: list[dict[str, Any]]) -> int | Non
         return run.train.steps
     tokens_a_step = next((line["tokens"] / line["step"] for line in reversed(lines) if line["step"]), None)
     return tokens_a_step and run.total_steps(round(tokens_a_step / run.train.global_batch))
-
-
-def newest_checkpoint(run_dir: Path, run: RunConfig | None) -> int | None:
-    """The step of the newest one; None where there is none, or they are at a URL."""
-    chosen = run.checkpoint.dir if run else None
-    if chosen and "://" in chosen:
-        return None
-    folder = Path(chosen) if chosen else run_dir / "checkpoints"
-    names = [place.name.removeprefix("step-") for place in folder.glob("step-*")]
-    return max((int(name) for name in names if name.isdigit()), default=None)
 
 
 def left_s(steps: list[dict[str, Any]], total: int | None, events: list[Event]) -> float | None:

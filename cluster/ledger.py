@@ -63,14 +63,15 @@ class Submission(Strict):
     name: str
     cluster: ClusterConfig
     slurm: str = ""  # the name of the SLURM that has them
-    jobs: list[str] = Field([], description="ids, oldest first; of an array's task ARRAY_TASK")
+    jobs: list[str] = Field([], description="ids, the last one to be queued or to begin last; of a task ARRAY_TASK")
     logs: Path  # submitit's folder
+    checkpoints: str = ""  # their folder or URL
     excluded: list[str] = Field([], description="nodes that failed too often")
     cancelled: bool = False  # by `dnt cancel`; nothing goes on with it until `dnt resubmit`
     parent: str | None = None  # of a sweep: ID:NAME
 
     def with_job(self, job_id: str) -> Self:
-        return self if job_id in self.jobs else self.model_copy(update={"jobs": [*self.jobs, job_id]})
+        return self.model_copy(update={"jobs": [*(job for job in self.jobs if job != job_id), job_id]})
 
     @property
     def job(self) -> str:
@@ -183,9 +184,7 @@ def ended(
     timeline.append(run_dir, "ended", attempt=attempt, **fields)
 
 
-def found_ended(
-    run_dir: Path, events: list[Event], attempt: str, then: Next, slurm_says: str = "", until: float = 0.0
-) -> None:
+def found_ended(run_dir: Path, events: list[Event], attempt: str, then: Next, until: float = 0.0) -> None:
     """The same of an attempt that ended without saying so, found out later. Raises OSError.
 
     Args:
@@ -195,10 +194,10 @@ def found_ended(
     end = last(events, "end", attempt)
     if end and end["outcome"] != "FAILED":
         status: EndStatus = "finished" if end["outcome"] == "FINISHED" else "stopped"
-        ended(run_dir, attempt, status, then, slurm_says or "SLURM ended the job", until=until)
+        ended(run_dir, attempt, status, then, "SLURM ended the job", until=until)
         return
     blamed, why = blamed_hosts(events, attempt)
-    reason = why or slurm_says or "no last word, as after the loss of a node"
+    reason = why or "no last word, as after the loss of a node"
     ended(run_dir, attempt, "killed", then, reason, blamed, until)
 
 
@@ -254,9 +253,11 @@ def unreliable(events: list[Event], now: float, faults: int) -> list[str]:
     return sorted(host for host, count in blamed.items() if count >= faults)
 
 
-def newest_checkpoint(run_dir: Path) -> int | None:
-    """The step of the newest checkpoint in the run folder; None without one, or where they lie elsewhere."""
-    steps = [int(place.name.removeprefix("step-")) for place in (run_dir / "checkpoints").glob("step-*[0-9]")]
+def newest_checkpoint(submission: Submission) -> int | None:
+    """The step of the run's newest checkpoint; None without one, or where they are at a URL."""
+    if not submission.checkpoints or "://" in submission.checkpoints:
+        return None
+    steps = [int(place.name.removeprefix("step-")) for place in Path(submission.checkpoints).glob("step-*[0-9]")]
     return max(steps, default=None)
 
 

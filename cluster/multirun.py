@@ -2,6 +2,7 @@
 
 import itertools
 import re
+import time
 import uuid
 from collections import Counter
 from functools import partial
@@ -150,7 +151,7 @@ def describe(found: Sweep, site: ClusterConfig) -> str:
 
 def whole(found: Sweep, logs: Path, site: ClusterConfig) -> Submission:
     """What the array's batch script is made from, as a run's."""
-    return Submission(name=found.name, cluster=site, jobs=[], logs=logs, excluded=[], cancelled=False, parent=None)
+    return Submission(name=found.name, cluster=site, logs=logs)
 
 
 def executor_for(found: Sweep, sweep_dir: Path, array: Submission) -> submitit.SlurmExecutor:
@@ -182,8 +183,10 @@ def queue(found: Sweep, runs: list[RunConfig], site: ClusterConfig) -> str:
                 submit.private(place)
                 ledger.config_file(place).write_text(config.to_yaml(run))
                 (ledger.folder(place) / "code").symlink_to(Path("../../jobs/code"))
-                ledger.save(place, waiting.model_copy(update={"name": run.run.name}))
+                own = {"name": run.run.name, "checkpoints": submit.checkpoints_of(run)}
+                ledger.save(place, waiting.model_copy(update=own))
             sweep.save(sweep_dir, found)
+            asked = time.time()  # they may begin before the last is told of
             job_id = _queue(executor_for(found, sweep_dir, array), places)
         except BaseException:  # so that it can be submitted again
             (sweep_dir / sweep.FILE).unlink(missing_ok=True)
@@ -195,7 +198,7 @@ def queue(found: Sweep, runs: list[RunConfig], site: ClusterConfig) -> str:
             task = f"{job_id}_{number}"
             ledger.update(place, partial(Submission.with_job, job_id=task))
             counts = {"nodes": site.nodes, "ranks": site.ranks}
-            timeline.append(place, "submitted", attempt=task, job=task, **counts, by_user=True)
+            timeline.append(place, "submitted", attempt=task, job=task, **counts, by_user=True, time=asked)
     return job_id
 
 

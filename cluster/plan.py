@@ -4,12 +4,9 @@ import math
 import statistics
 import textwrap
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import orjson
 
 from cluster import ledger
 from cluster.settings import ClusterConfig
@@ -19,11 +16,10 @@ from dnt_scale.config import AdamWConfig, RunConfig
 from dnt_scale.memory import FIELDS, Memory, checkpoint_bytes, memory, parameters_of
 from dnt_scale.progress import PEAK_FLOPS, epochs_of, speed_at
 from dnt_scale.sources import Sources
-from dnt_scale.tracking import METRICS
+from dnt_scale.tracking import last_metrics
 
 ASSUMED_MFU = 0.4
 RECENT = 50  # steps whose median tells a run's speed
-TAIL = 1 << 20  # bytes of metrics.jsonl that are read
 COLUMNS = 100
 
 
@@ -99,7 +95,7 @@ def make(run: RunConfig, site: ClusterConfig, partition: Partition, sources: Sou
 
 def past(run: RunConfig, seq_len: int) -> Past | None:
     """The pace of a run that has trained before, from its metrics.jsonl; None where there are no steps."""
-    rows = [row for row in _last_rows(run.run.dir / METRICS) if row.get("tokens_per_s")]
+    rows = [row for row in last_metrics(run.run.dir) if row.get("tokens_per_s")]
     if not rows:
         return None
     recent = [float(row["tokens_per_s"]) for row in rows[-RECENT:]]
@@ -112,20 +108,6 @@ def past(run: RunConfig, seq_len: int) -> Past | None:
         step_s=run.train.global_batch * seq_len / median,
         save_s=_save_seconds(run, rows),
     )
-
-
-def _last_rows(file: Path) -> list[dict[str, Any]]:
-    try:
-        with file.open("rb") as lines:
-            lines.seek(max(0, file.stat().st_size - TAIL))
-            text = lines.read()
-    except OSError:
-        return []
-    rows = []
-    for line in text.splitlines():
-        with suppress(ValueError):  # the first and the last may be cut
-            rows.append(orjson.loads(line))
-    return [row for row in rows if isinstance(row, dict)]
 
 
 def _save_seconds(run: RunConfig, rows: Sequence[dict[str, Any]]) -> float | None:

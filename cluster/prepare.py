@@ -329,11 +329,7 @@ def executor_for(
     job = Submission(
         name=f"{order.asked.out.name}-{stage}",
         cluster=site,
-        jobs=[],
         logs=ledger.folder(folder) / "slurm",
-        excluded=[],
-        cancelled=False,
-        parent=None,
     )
     executor = submit.executor_for(folder, job)
     more = {**executor.parameters["additional_parameters"], "kill-on-invalid-dep": "yes"}

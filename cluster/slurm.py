@@ -65,10 +65,7 @@ def run(*command: str) -> str:
 
 
 def _answer(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    if shutil.which(command[0]) is None:
-        raise SlurmError(
-            f"no SLURM here: there is no `{command[0]}` on PATH; run this on a login node, or try `dnt sandbox up`"
-        )
+    _check_command(command[0])
     try:
         return subprocess.run(
             command,
@@ -85,14 +82,18 @@ def _answer(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
 def check_here() -> None:
     """Raises SlurmError where there is no SLURM, or its controller does not answer."""
     for command in ("sbatch", "srun", "scontrol", "squeue", "scancel", "sinfo"):
-        if shutil.which(command) is None:
-            raise SlurmError(
-                f"no SLURM here: there is no `{command}` on PATH; run this on a login node, or try `dnt sandbox up`"
-            )
+        _check_command(command)
     done = _answer(("scontrol", "ping"))  # fails where it is down
     if "is UP" not in done.stdout:
         words = " ".join((done.stdout or done.stderr).replace("*", "").split())
         raise SlurmError(f"SLURM's controller does not answer: {words}; try again when it is back")
+
+
+def _check_command(name: str) -> None:
+    if shutil.which(name) is None:
+        raise SlurmError(
+            f"no SLURM here: there is no `{name}` on PATH; run this on a login node, or try `dnt sandbox up`"
+        )
 
 
 def job(job_id: str) -> Job | None:

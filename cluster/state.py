@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -9,6 +10,7 @@ from typing import cast
 
 from cluster import ledger, slurm
 from cluster.ledger import EndStatus, LedgerError, Submission
+from cluster.settings import ClusterConfig
 from dnt_scale import timeline
 from dnt_scale.settle import settle
 from dnt_scale.timeline import Event
@@ -168,11 +170,14 @@ def newest_job(submission: Submission, queue: Mapping[str, slurm.Job] = MappingP
 def check_idle(run_dir: Path) -> None:
     """Raises LedgerError while jobs work on the run folder, or wait to."""
     if ledger.submitted(run_dir):
-        found, _ = look(run_dir, ledger.load(run_dir, to_look=True), Asking())
+        asking = Asking()
+        found, _ = look(run_dir, ledger.load(run_dir, to_look=True), asking)
         if found.live:
+            ends = f"`dnt cancel {run_dir}` ends that"
+            if asking.problem:
+                ends = f"{asking.problem}; if that job is surely over, delete {ledger.folder(run_dir) / 'run.json'}"
             raise LedgerError(
-                f"run.dir: {run_dir} is in use by its job: {found.in_words}; `dnt cancel {run_dir}` ends that, or take "
-                "another run.name"
+                f"run.dir: {run_dir} is in use by its job: {found.in_words}; {ends}, or take another run.name"
             )
 
 
@@ -190,9 +195,34 @@ def look(run_dir: Path, submission: Submission, asking: Asking) -> tuple[Standin
     now = time.time()
     found = standing(submission, events, job, now, asked=not asking.problem)
     if found.untold and (job is None or now - job.ends > SETTLED_S) and ours(run_dir):
-        write_end(run_dir, found, events, job)
+        with suppress(OSError):  # a full disk: it is found out again
+            write_end(run_dir, found, events, job)
         events = timeline.read(run_dir)
     return found, events
+
+
+def left_out(site: ClusterConfig, events: list[Event], before: list[str]) -> list[str]:
+    """The nodes that a run's next job leaves out: those that failed too often in a day, while enough are left.
+
+    Args:
+        before: what it left out so far, and goes on to where SLURM does not tell, or certain nodes were asked for.
+    """
+    found = ledger.unreliable(events, time.time(), site.exclude_after)
+    if site.nodelist or found == before:
+        return before
+    try:
+        partitions = slurm.partitions().values()
+    except slurm.SlurmError as error:
+        print(f"dnt: {error}", flush=True)
+        return before
+    nodes = [
+        node.name
+        for partition in partitions
+        if partition.name == site.partition or (site.partition is None and partition.default)
+        for node in partition.nodes
+        if node.able and node.name not in (*found, *site.exclude)
+    ]
+    return found if len(nodes) >= site.nodes else before
 
 
 def write_end(run_dir: Path, found: Standing, events: list[Event], job: slurm.Job | None) -> None:

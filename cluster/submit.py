@@ -17,6 +17,7 @@ import dnt_scale
 from cluster import job, ledger, settings, slurm, state, sweep
 from cluster.ledger import LedgerError, Submission
 from cluster.settings import ClusterConfig
+from cluster.state import Asking
 from dnt_scale import config, timeline
 from dnt_scale.config import RunConfig, config_dir
 from dnt_scale.tracking import git_commit
@@ -40,11 +41,18 @@ def submit(run: RunConfig, site: ClusterConfig) -> Submission:
         ledger.config_file(run_dir).write_text(config.to_yaml(run))
         logs = ledger.folder(run_dir) / "slurm"
         try:
-            ledger.save(run_dir, Submission(name=run.run.name, cluster=site, logs=logs, slurm=slurm.cluster_name()))
+            here = {"slurm": slurm.cluster_name(), "checkpoints": checkpoints_of(run)}
+            ledger.save(run_dir, Submission(name=run.run.name, cluster=site, logs=logs, **here))
             return enqueue(run_dir, by_user=True)
         except BaseException:
             (ledger.folder(run_dir) / "run.json").unlink(missing_ok=True)  # so that it can be submitted again
             raise
+
+
+def checkpoints_of(run: RunConfig) -> str:
+    """Where they are to lie, from whatever folder that is asked."""
+    place = run.checkpoints
+    return str(place.absolute()) if isinstance(place, Path) else place
 
 
 def check_new(run: RunConfig) -> None:
@@ -65,7 +73,7 @@ def changed(run_dir: Path, overrides: list[str]) -> tuple[RunConfig, ClusterConf
     Raises:
         LedgerError: it was never submitted, is another user's, or its job is in the queue or running.
         ConfigError: a wrong override.
-        SlurmError: there is no SLURM here.
+        SlurmError: there is no SLURM here, or not the one that has its jobs.
     """
     submission = ledger.load(run_dir)
     check_over(run_dir, submission)
@@ -76,11 +84,16 @@ def changed(run_dir: Path, overrides: list[str]) -> tuple[RunConfig, ClusterConf
 
 
 def check_over(run_dir: Path, submission: Submission) -> None:
-    """Raises LedgerError while a job of the run is in the queue or running."""
-    if submission.jobs and (last := state.newest_job(submission)) and last.live:
-        raise LedgerError(
-            f"{run_dir}: job {last.id} of it is {last.state.lower()}; `dnt cancel {run_dir}` ends it first"
-        )
+    """Raises LedgerError while a job of the run is in the queue or running, SlurmError where SLURM cannot tell."""
+    if submission.jobs:
+        asking = Asking()
+        last = asking.job(submission)
+        if asking.problem:
+            raise slurm.SlurmError(f"{run_dir}: {asking.problem}")
+        if last and last.live:
+            raise LedgerError(
+                f"{run_dir}: job {last.id} of it is {last.state.lower()}; `dnt cancel {run_dir}` ends it first"
+            )
 
 
 def resubmit(run_dir: Path, run: RunConfig, site: ClusterConfig, *, update_code: bool) -> Submission:
@@ -102,8 +115,8 @@ def resubmit(run_dir: Path, run: RunConfig, site: ClusterConfig, *, update_code:
         if update_code:
             snapshot(run_dir)
         ledger.config_file(run_dir).write_text(config.to_yaml(run))
-        excluded = ledger.unreliable(timeline.read(run_dir), time.time(), site.exclude_after)
-        changes = {"cluster": site, "cancelled": False, "excluded": excluded, "slurm": slurm.cluster_name()}
+        excluded = state.left_out(site, timeline.read(run_dir), [])
+        changes = {"cluster": site, "cancelled": False, "excluded": excluded, "checkpoints": checkpoints_of(run)}
         ledger.update(run_dir, lambda now: now.model_copy(update=changes))
         return enqueue(run_dir, by_user=True)
 
@@ -115,6 +128,7 @@ def enqueue(run_dir: Path, *, by_user: bool) -> Submission:
         SlurmError: SLURM refuses the job.
     """
     executor = executor_for(run_dir, ledger.load(run_dir))
+    asked = time.time()  # it may begin before the next line
     try:
         queued = executor.submit(job.rank, str(run_dir))
     except submitit.core.utils.FailedJobError as error:
@@ -128,6 +142,7 @@ def enqueue(run_dir: Path, *, by_user: bool) -> Submission:
         nodes=submission.cluster.nodes,
         ranks=submission.cluster.ranks,
         by_user=by_user,
+        time=asked,
     )
     if submission.cancelled:  # meanwhile
         slurm.cancel(queued.job_id)

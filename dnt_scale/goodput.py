@@ -14,8 +14,8 @@ its last sign if that was a moment ago. All of it is one of
 
 Goodput is training over allocated time. Waiting in the queue lies outside, and counts once it is over.
 
-A step's seconds are known as often as training tells its progress, every ten seconds: between two such lines they are
-interpolated, and steps after the last line that survived in a checkpoint take their attempt's mean.
+A step's seconds are known as often as training tells its progress: between two such lines they are interpolated, and
+steps after the last line, of which the next attempt found a checkpoint or a line in metrics.jsonl, take the mean.
 """
 
 import math
@@ -31,6 +31,7 @@ from dnt_scale import timeline
 from dnt_scale.timeline import PROGRESS_EVERY_S, Event
 
 RECENT_S = 2 * PROGRESS_EVERY_S
+SHORT = {"allocated": "alloc", "training": "train", "start_up": "start", "checkpoint": "save"}  # all fit 80 columns
 OUTCOMES = {"FINISHED": "finished", "FAILED": "failed", "KILLED": "stopped"}
 
 
@@ -97,6 +98,8 @@ class _Story:
     steps: list[int] = field(default_factory=list)  # of its progress, and the seconds spent on steps until then
     seconds: list[float] = field(default_factory=list)
     last_sign: float = -math.inf
+    logged: int = 0  # the last step in metrics.jsonl that the next attempt found, and its time
+    logged_at: float = math.inf
 
     def hear(self, event: Event) -> None:
         self.said[event["event"]] = event
@@ -182,16 +185,22 @@ def table(goodput: Goodput) -> Table:
     which no attempt spent any time are left out."""
     total = asdict(goodput.total)
     parts = [part for part in total if total[part] or part == "training"]
-    shown = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), caption="times in seconds", caption_justify="left")
+    shown = Table(
+        box=None,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+        caption="times in seconds; shares of alloc, the time with nodes",
+        caption_justify="left",
+    )
     shown.add_column("attempt")
     for name in ("queued", "allocated", *parts):
-        shown.add_column(name.replace("_", "\n"), justify="right", vertical="top")
+        shown.add_column(SHORT.get(name, name), justify="right", vertical="top")
     for attempt in goodput.attempts:
-        steps = "no step" if attempt.first is None else f"steps {attempt.first}-{attempt.last}"
+        steps = "no step" if attempt.first is None else f"{attempt.first}-{attempt.last}"
         row = _cells(attempt.queue, attempt.parts, parts)
         if attempt.lost_steps and "lost" in parts:
             row[2 + parts.index("lost")] += f"\n{attempt.lost_steps} steps"
-        shown.add_row(f"{attempt.name} {attempt.status}\n{steps}", *row)
+        shown.add_row(f"{attempt.name}\n{attempt.status}\n{steps}", *row)
     if len(goodput.attempts) > 1:
         shown.add_row("total", *_cells(goodput.queue, goodput.total, parts), style="bold")
     return shown
@@ -220,6 +229,11 @@ def _stories(events: Sequence[Event]) -> list[_Story]:
             stories.append(story)
         if story is None and kind == "lost" and stories:  # without a launcher each rank has a name of its own
             story = stories[-1]
+        if kind == "ready" and event.get("logged"):
+            trained = [other for other in stories if other is not story and other.first is not None]
+            for before in trained[-1:]:
+                before.logged, before.logged_at = event["logged"]["step"], event["logged"]["time"]
+                before.last_sign = max(before.last_sign, before.logged_at)
         if story:
             story.hear(event)
     return stories
@@ -241,10 +255,10 @@ def _attempt(
     ready, told = story.said["ready"], story.said.get("progress")
     steps, seconds = [story.first, *story.steps], [0.0, *story.seconds]
     last, spent = steps[-1], seconds[-1]
-    if resumed is not None and resumed > last:  # it did more than it could tell
-        pace = spent / (last - story.first) if last > story.first else 0.0
-        spent += min(pace * (resumed - last), max(0.0, end - (told or ready)["time"]))
-        last = resumed
+    if (reached := max(resumed or 0, story.logged)) > last:  # it did more than it could tell
+        pace = spent / (last - story.first) if last > story.first else math.inf
+        spent += min(pace * (reached - last), max(0.0, min(end, story.logged_at) - (told or ready)["time"]))
+        last = reached
         steps, seconds = [*steps, last], [*seconds, spent]
     good = float(np.interp(min(kept, last), steps, seconds))
     take("restore", ready["restored"])

@@ -175,8 +175,7 @@ class MSGDW(torch.optim.Optimizer):
             return
         large = ps[0].dtype == torch.float32 and sum(p.numel() for p in ps) >= WORTH_COMPILING
         if large and (update := kernel.load()):
-            for p, v, g in zip(ps, vs, gs, strict=True):
-                update(p, v, g, mu, 1.0 - dampening, shrink, lr)
+            update(ps, vs, gs, mu, 1.0 - dampening, shrink, lr)
             return
         torch._foreach_mul_(vs, mu)
         torch._foreach_add_(vs, gs, alpha=1.0 - dampening)

@@ -44,8 +44,11 @@ FAILING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOST
 
 
 def is_fault(error: BaseException) -> bool:
-    """Whether another try may go well without anybody mending anything in the run."""
-    return isinstance(error, Fault) or (isinstance(error, OSError) and error.errno in FAILING)
+    """Whether another try may go well without anybody mending anything in the run; what it was raised from counts."""
+    if isinstance(error, Fault) or (isinstance(error, OSError) and error.errno in FAILING):
+        return True
+    behind = error.__cause__ or error.__context__
+    return behind is not None and is_fault(behind)
 
 
 @dataclass(frozen=True)

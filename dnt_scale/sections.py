@@ -10,6 +10,8 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+_LOGIN = re.compile(r"(?i)(^|&)[^=]*(user|password|token)[^=]*=")  # in a URL's query
+
 Setting = Literal["S1", "S2", "S3", "S4", "S5"]
 
 
@@ -256,6 +258,16 @@ class CheckpointSection(Strict):
     dir: str | None = Field(None, min_length=1, description="a folder or an fsspec URL; null: RUN/checkpoints")
     background: bool = Field(True, description="write while training goes on, from a copy in the host's memory")
 
+    @model_validator(mode="after")
+    def _no_password(self) -> Self:
+        parts = urlsplit(self.dir or "")
+        if parts.password or _LOGIN.search(parts.query):
+            raise ValueError(
+                "dir holds a login, which would be stored with the run; put it into the environment or into fsspec's "
+                "configuration (~/.config/fsspec) instead"
+            )
+        return self
+
 
 class HealthSection(Strict):
     """What a run does about bad steps and bad ranks."""
@@ -281,7 +293,7 @@ class TrackingSection(Strict):
     @model_validator(mode="after")
     def _no_login(self) -> Self:
         parts = urlsplit(self.uri or "")
-        if "@" in parts.netloc or re.search(r"(?i)(^|&)[^=]*(user|password|token)[^=]*=", parts.query):
+        if "@" in parts.netloc or _LOGIN.search(parts.query):
             server = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
             instead = server if parts.scheme.startswith("http") else "PGUSER, and PGPASSWORD or a PGPASSFILE,"
             raise ValueError(f"uri holds a login, which would be stored with the run; set {instead} instead")

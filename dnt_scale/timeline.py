@@ -5,7 +5,8 @@ ever appended, each with ``event``, ``time`` (seconds since 1970) and ``attempt`
 launcher's name for it (the variable DNT_ATTEMPT, under SLURM JOB.RESTART), else HOST-PID. Rank 0 of training writes
 
     start     launched (when its process began), ranks
-    ready     step: the first step begins after this one; restored (seconds spent reading a checkpoint)
+    ready     step: the first step begins after this one; restored (seconds spent reading a checkpoint); logged (step,
+              time) is what metrics.jsonl ended with, {} where it held nothing
     progress  step; seconds of this attempt so far: {step, eval, save}, as long as training waited for each. Every ten
               seconds, later every minute, and at the end
     end       outcome (FINISHED, FAILED, KILLED), step. Missing after a kill

@@ -30,6 +30,7 @@ import orjson
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 METRICS = "metrics.jsonl"
+TAIL_BYTES = 1 << 20  # of it, for those who want the last lines
 NOT_METRICS = ("step", "time")
 
 LOOK_EVERY_S = 2.0  # how often training looks at what the sender reports
@@ -153,6 +154,22 @@ def _drop_after(path: Path, resume_step: int) -> None:
             kept += line + b"\n"
     if kept != data:
         _replace(path, bytes(kept))
+
+
+def last_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The last whole lines of metrics.jsonl, some thousands; empty where there is none."""
+    try:
+        with (run_dir / METRICS).open("rb") as file:
+            size = file.seek(0, 2)
+            file.seek(max(0, size - TAIL_BYTES))
+            data = file.read()
+    except OSError:
+        return []
+    found = []
+    for line in data.split(b"\n")[size > TAIL_BYTES : -1]:
+        with contextlib.suppress(ValueError):
+            found.append(orjson.loads(line))
+    return [line for line in found if isinstance(line, dict) and {"step", "time"} <= line.keys()]
 
 
 def unsent_points(line: bytes, sent_step: int, sent_names: Iterable[str], now_ms: int) -> list[Point] | None:

@@ -24,7 +24,7 @@ from dnt_scale.sources import fitting_sources
 from dnt_scale.stream import Stream
 from dnt_scale.system_metrics import sampling
 from dnt_scale.timeline import Clock
-from dnt_scale.tracking import Status, Tracker, git_commit
+from dnt_scale.tracking import Status, Tracker, git_commit, last_metrics
 from dnt_scale.validation import validation
 from dnt_scale.watchdog import Tell, beat, out_of_memory, out_of_memory_message, watching
 
@@ -139,6 +139,8 @@ def train(run: RunConfig, me: Ranks) -> int:
         ),
     )
 
+    last_line = last_metrics(run.run.dir)[-1:] if me.first else []
+    logged = {name: line[name] for line in last_line for name in ("step", "time")}
     tracker = ranks.together(me, lambda: start_tracking(run, state, me) if me.first else None)
     progress = TrainProgress(total_steps, state.step, silent=not me.first)
     progress.say(opening_line(run, sources, total_steps, newest, me))
@@ -166,7 +168,7 @@ def train(run: RunConfig, me: Ranks) -> int:
     try:
         with stop_signals() as signals, progress, stream, closing(saver), sampling(run, me, lambda: state.step):
             ranks.check_replicas(me, trainer.boxes(), trainer.scalars())
-            clock.tell("ready", step=state.step, restored=round(restored, 3))
+            clock.tell("ready", step=state.step, restored=round(restored, 3), logged=logged)
             if newest is None and run.eval.every:
                 with clock.spending("eval"):
                     report(validation(run, trainer, sources, me))
@@ -219,10 +221,10 @@ def train(run: RunConfig, me: Ranks) -> int:
             outcome = "FINISHED" if state.step == total_steps else "KILLED"
     finally:
         if tracker:
-            with suppress(ValueError, OSError):  # no loss to draw, disk full: what ended the run is told anyway
-                plot_run(run.run.dir)
             clock.progress(state.step, now=True)
             clock.tell("end", outcome=outcome, step=state.step)
+            with suppress(ValueError, OSError):  # no loss to draw, disk full: what ended the run is told anyway
+                plot_run(run.run.dir)
             tracker.finish(outcome)
     trainer.close()
     if outcome == "KILLED":

@@ -183,7 +183,7 @@ class Watchdog:
         """Tell and read, once; whether there is more to come."""
         reason, verdict, left = self.reason, self.verdict, self.left
         if reason is not None:
-            what = f"ended at {_main.where}: {reason}; all ranks end"
+            what = f"ended at {_main.where}: {reason}"
             verdict = Verdict(f"{self._name(self.me.rank)} {what}", [], [], 0, len(self._present()))
         if verdict:  # the first one stands
             store.compare_set("ended", "", encode(verdict))
@@ -273,8 +273,7 @@ class Watchdog:
         names += f" and {len(culprits) - 4} more" if len(culprits) > 4 else ""
         hosts = sorted({self.seen[rank].pulse.host for rank in culprits})
         able = self._present() - set(lost)
-        advice = "all ranks end; the same command goes on from the newest checkpoint"
-        return Verdict(f"{names} {what}; {advice}", lost, hosts, min(able, default=self.me.rank), len(able))
+        return Verdict(f"{names} {what}", lost, hosts, min(able, default=self.me.rank), len(able))
 
     def _present(self) -> set[int]:
         return {rank for rank, seen in self.seen.items() if not seen.pulse.left and not self._gone(seen.pulse)}
@@ -291,7 +290,9 @@ class Watchdog:
                 for rank in verdict.lost:
                     self._kill(self.seen[rank].pulse)
                 if self.me.rank == verdict.printer:
-                    os.write(2, f"error: {verdict.message}\n".encode())  # the main thread may hold sys.stderr
+                    advice = "; the same command goes on from the newest checkpoint" if verdict.hosts else ""
+                    line = f"error: {verdict.message}; all ranks end{advice}\n"
+                    os.write(2, line.encode())  # the main thread may hold sys.stderr
                     if self.tell:
                         self.tell(verdict.message, verdict.hosts)
             if store:

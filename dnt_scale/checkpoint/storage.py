@@ -1,6 +1,7 @@
 """Where checkpoints lie: a local folder, or an fsspec URL such as s3://bucket/run."""
 
 import contextlib
+import errno
 import io
 import os
 import shutil
@@ -9,11 +10,15 @@ from pathlib import Path
 from typing import Any, Self
 from urllib.parse import urlsplit
 
-from dnt_scale.ranks import AgreedError
+from dnt_scale.ranks import AgreedError, AgreedFault
 
 
 class CheckpointError(AgreedError):
     """A checkpoint cannot be written or read; every rank raises it. The message names it and says what to do."""
+
+
+class CheckpointFault(AgreedFault, CheckpointError):
+    """The same of a disk or a file server that fails: another try may go well."""
 
 
 def is_url(path: Path | str) -> bool:
@@ -49,7 +54,9 @@ def _as_os_errors(folder: object) -> Iterator[None]:
     except OSError:
         raise
     except Exception as error:  # every remote file system has its own classes
-        raise OSError(f"{folder}: {type(error).__name__} {error}".strip()) from error
+        found = OSError(f"{folder}: {type(error).__name__} {error}".strip())
+        found.errno = errno.EREMOTEIO
+        raise found from error
 
 
 File = io.FileIO | _Remote

@@ -30,8 +30,17 @@ from dnt_scale.checkpoint.boxes import Box, owned
 from dnt_scale.checkpoint.header import make_header
 from dnt_scale.checkpoint.read import complete
 from dnt_scale.checkpoint.state import FileRecord, State, step_name
-from dnt_scale.checkpoint.storage import CheckpointError, Storage, fill, finish, forget, fsync_folder, write_all
-from dnt_scale.ranks import AgreedError, Ranks, on_first
+from dnt_scale.checkpoint.storage import (
+    CheckpointError,
+    CheckpointFault,
+    Storage,
+    fill,
+    finish,
+    forget,
+    fsync_folder,
+    write_all,
+)
+from dnt_scale.ranks import AgreedError, Ranks, is_fault, on_first
 from dnt_scale.watchdog import moving
 
 CHUNK = 1 << 23  # bytes written, hashed or compared at a time
@@ -81,7 +90,7 @@ class Saver:
         self._files: list[_File] = []
         self._writer: threading.Thread | None = None
         self._cleaner: threading.Thread | None = None
-        self._outcome: dict[str, FileRecord] | str = {}
+        self._outcome: dict[str, FileRecord] | CheckpointError = {}
         self._done = 0  # bytes written and read back
         self._stop = threading.Event()
 
@@ -129,14 +138,14 @@ class Saver:
             return None
         assert wait or not self.busy
         self._wait()
-        outcomes: list[dict[str, FileRecord] | str] = [{} for _ in range(self.me.world_size)]
+        outcomes: list[dict[str, FileRecord] | CheckpointError] = [{} for _ in range(self.me.world_size)]
         dist.all_gather_object(outcomes, self._outcome)
         state, self._state = self._state, None
         try:
             records: dict[str, FileRecord] = {}
             for outcome in outcomes:
-                if isinstance(outcome, str):
-                    raise CheckpointError(outcome)
+                if isinstance(outcome, CheckpointError):
+                    raise outcome
                 records |= outcome
             whole = state.model_copy(update={"files": records})
             on_first(self.me, lambda: self._publish(whole))
@@ -247,7 +256,8 @@ class Saver:
                 self._read_back(partial, file)
             self._outcome = records
         except Exception as error:  # told by settle, on the main thread
-            self._outcome = _explain(error, partial, f" on rank {self.me.rank}")
+            kind = CheckpointFault if is_fault(error) else CheckpointError
+            self._outcome = kind(_explain(error, partial, f" on rank {self.me.rank}"))
 
     def _unstopped(self, chunks: Iterable[memoryview]) -> Iterator[memoryview]:
         for chunk in chunks:

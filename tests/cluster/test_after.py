@@ -2,14 +2,18 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from cluster import ledger
+from cluster import ledger, state
 from cluster.after import Decision, Facts, decide, failed_alone, killed_by_srun
+from cluster.job import objection
 from dnt_scale import timeline
+from tests.helpers.folders import submission, submitted_run
 
 QUIET = Facts(
     outcome=None,
@@ -174,6 +178,48 @@ def test_nodes_that_fail_repeatedly_within_a_day(tmp_path: Path) -> None:
     assert ledger.unreliable(events, time.time(), 2) == ["node2"]
     assert ledger.unreliable(events, time.time(), 1) == ["node1", "node2"]
     assert ledger.unreliable(events, time.time() + ledger.DAY_S + 1, 1) == []
+
+
+def test_nodes_are_left_out_only_where_slurm_says_that_enough_remain(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))  # no SLURM answers
+    ended(tmp_path, "7.0", "crashed", 0, ("node2",))
+    events = timeline.read(tmp_path)
+    site = submission(tmp_path).cluster.model_copy(update={"exclude_after": 1})
+    assert state.left_out(site, events, ["node9"]) == ["node9"]
+    assert state.left_out(site.model_copy(update={"nodelist": "node[1-2]"}), events, []) == []
+    assert state.left_out(site, events, ["node2"]) == ["node2"]
+
+
+def test_a_job_that_slurm_starts_after_too_many_crashes_says_so(tmp_path: Path) -> None:
+    run_dir = submitted_run(tmp_path / "run", [], "7")
+    assert objection(run_dir, ledger.load(run_dir), "7") is None
+    for number in range(3):
+        ended(run_dir, f"7.{number}", "killed", 0)
+    found = objection(run_dir, ledger.load(run_dir), "7")
+    assert found == ("crashed", "3 crashes in a row without a new checkpoint (cluster.max_crashes)")
+
+    ledger.ended(run_dir, "7.3", found[0], "none", found[1])
+    before = timeline.read(run_dir)
+    job = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "3", "PATH": str(tmp_path)}
+    after = subprocess.run([sys.executable, "-m", "cluster.after", str(run_dir), "0"], env={**os.environ, **job})
+    assert after.returncode == 0
+    assert timeline.read(run_dir) == before  # what it said stands
+
+
+def test_the_job_that_began_last_is_the_newest(tmp_path: Path) -> None:
+    """A requeue that took effect though its answer was lost: the new job came first into run.json."""
+    assert submission(tmp_path, "7", "8").with_job("7").jobs == ["8", "7"]
+
+
+def test_the_newest_checkpoint_wherever_they_lie(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere/step-00000040").mkdir(parents=True)
+    (tmp_path / "checkpoints/step-00000020").mkdir(parents=True)
+    run = submission(tmp_path)
+    assert ledger.newest_checkpoint(run) == 20
+    assert ledger.newest_checkpoint(run.model_copy(update={"checkpoints": str(tmp_path / "elsewhere")})) == 40
+    assert ledger.newest_checkpoint(run.model_copy(update={"checkpoints": "s3://bucket/run"})) is None
 
 
 def test_an_attempt_that_could_not_say_how_it_ended(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from cluster.ledger import LedgerError
 from cluster.slurm import Job
 from dnt_scale import timeline
 from dnt_scale.cli import main as dnt
+from dnt_scale.tracking import last_metrics
 from tests.helpers.folders import Event, allocated, end, ended, queued, ready, submission, submitted_run
 from tests.helpers.run import start, synthetic_set, tiny, until
 
@@ -235,7 +236,7 @@ def test_steps_of_a_run_that_is_given_tokens(runs: Path) -> None:
     file.write_text(file.read_text().replace("steps: 100", "steps: null").replace("tokens: null", "tokens: 10000"))
     run = jobs.config_of(runs / "big")
     assert jobs.total_steps(run, []) is None  # the length of a row is not known yet
-    assert jobs.total_steps(run, jobs.last_lines(runs / "big/metrics.jsonl")) == 20  # of 512 tokens
+    assert jobs.total_steps(run, last_metrics(runs / "big")) == 20  # of 512 tokens
 
 
 def test_a_cancel_where_there_is_no_slurm_changes_nothing(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:

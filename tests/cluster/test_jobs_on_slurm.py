@@ -105,6 +105,18 @@ def test_a_job_that_waits_is_cancelled(submitted: Submit, tmp_path: Path, capsys
     assert timeline.read(tmp_path / "waits")[-1]["reason"] == "dnt cancel"
 
 
+def test_a_run_of_another_cluster_is_left_alone(
+    submitted: Submit, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = tmp_path / "elsewhere"
+    submitted(run_dir, "cluster.sbatch.begin=now+5hours")
+    ledger.update(run_dir, lambda now: now.model_copy(update={"slurm": "elsewhere"}))
+    for what in ("resubmit", "cancel"):
+        assert dnt([what, str(run_dir)]) == 2
+        assert "its jobs are with the SLURM elsewhere, this one is" in " ".join(capsys.readouterr().err.split())
+    assert timeline.read(run_dir)[-1]["event"] == "submitted" and not ledger.load(run_dir).cancelled
+
+
 @pytest.fixture(params=["sacct", "no sacct"])
 def accounting(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """SLURM's commands as they are, and as on a site without accounting."""

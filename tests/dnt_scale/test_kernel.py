@@ -51,7 +51,7 @@ def test_what_is_not_finite_is_not_hidden() -> None:
     update = kernel.load()
     assert update is not None
     p, v, g = torch.ones(3), torch.zeros(3), torch.tensor([torch.inf, torch.nan, 1.0])
-    update(p, v, g, 0.9, 1.0, 1.0, 0.5)
+    update([p], [v], [g], 0.9, 1.0, 1.0, 0.5)
     assert v[0] == torch.inf and p[0] == -torch.inf and v[1].isnan() and p[1].isnan() and (p[2], v[2]) == (0.5, 1.0)
 
 

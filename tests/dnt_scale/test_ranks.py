@@ -127,6 +127,13 @@ def test_the_highest_of_several_values():
     call(numbers_of_each, ranks=3).ok()
 
 
+def explained(number: int) -> None:
+    try:
+        raise OSError(number, os.strerror(number))
+    except OSError:
+        raise ValueError("nothing can be written") from None
+
+
 def failing_disk() -> None:
     me = ranks.start("cpu")
 
@@ -136,6 +143,8 @@ def failing_disk() -> None:
 
     with pytest.raises(AgreedFault, match=r"^rank 1: .*Stale file handle: 'shard-000001.tar'$"):
         ranks.together(me, lambda: read(errno.ESTALE))
+    with pytest.raises(AgreedFault, match=r"^nothing can be written$"):
+        ranks.on_first(me, lambda: explained(errno.EIO))
     with pytest.raises(AgreedError, match="Permission denied") as refused:
         ranks.on_first(me, lambda: read(errno.EACCES))
     assert not ranks.is_fault(refused.value)

@@ -64,7 +64,9 @@ def message(finished, *, culprit: int) -> str:
     for rank, code in enumerate(finished.codes):
         assert code in ((1, -signal.SIGKILL) if rank == culprit else (1,)), (finished.codes, finished.err)
     assert lines[0].startswith(f"error: rank {culprit} ("), lines[0]
-    assert finished.out == f"told {lines[0].removeprefix('error: ')} of {[socket.gethostname()]}\n"
+    said, ends, advice = lines[0].removeprefix("error: ").partition("; all ranks end")
+    assert ends and advice == "; the same command goes on from the newest checkpoint"
+    assert finished.out == f"told {said} of {[socket.gethostname()]}\n"
     return lines[0]
 
 
@@ -216,7 +218,9 @@ def test_a_rank_that_fails_by_itself_ends_the_others_who_name_it(tmp_path, act):
     assert finished.codes == [1, 4, 1, 1], finished.err
     (line,) = [line for line in finished.err.splitlines() if line.startswith("error:")]
     assert line.startswith("error: rank 1 (") and "ended at step 4: out of memory" in line
-    assert finished.out == f"told {line.removeprefix('error: ')} of []\n"  # no host is at fault
+    assert line.endswith("; all ranks end")
+    message = line.removeprefix("error: ").removesuffix("; all ranks end")
+    assert finished.out == f"told {message} of []\n"  # no host is at fault
 
 
 def test_rank_0_that_fails_by_itself_reports_it_itself(tmp_path):

@@ -19,9 +19,8 @@ def submission(run_dir: Path, *jobs: str, cancelled: bool = False) -> ledger.Sub
         cluster=from_raw({"nodes": 2, "time": 60}, "test"),
         jobs=list(jobs),
         logs=ledger.folder(run_dir) / "slurm",
-        excluded=[],
+        checkpoints=str(run_dir / "checkpoints"),
         cancelled=cancelled,
-        parent=None,
     )
 
 

@@ -152,7 +152,7 @@ def test_what_is_on_disk_is_read_back(me, tmp_path, monkeypatch, wait):
     monkeypatch.setattr(write, "finish", spoil)
     with saver_of(tmp_path, me) as saver:
         saver.save(some_state(2), copies(some_tensors(), 0, 1))
-        with pytest.raises(CheckpointError, match=r"on rank 0: .*what is on disk is not what was written"):
+        with pytest.raises(ranks.AgreedFault, match=r"on rank 0: .*what is on disk is not what was written"):
             saver.settle(wait=True) if wait else settle(saver)
         assert names(tmp_path) == ["latest", "step-00000001"]
 
