@@ -68,7 +68,7 @@ def mixed_run(mixed: list[str], tmp_path_factory: pytest.TempPathFactory) -> Pat
 def killed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run on 2 ranks, killed between its first checkpoint and its end. To be read only."""
     run_dir = tmp_path_factory.mktemp("killed") / "tiny"
-    overrides = tiny(corpus, run_dir, "checkpoint.every=3")
+    overrides = tiny(corpus, run_dir, "checkpoint.every=3", "checkpoint.background=false")
     stopped = stop_midway(overrides, run_dir, lambda group: group.kill(signal.SIGKILL), after=4)
     assert set(stopped.codes) == {-signal.SIGKILL}
     assert complete_checkpoints(run_dir)

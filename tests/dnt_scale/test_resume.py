@@ -47,7 +47,7 @@ def test_resuming_on_as_many_ranks_is_bitwise_the_uninterrupted_run(corpus, kill
 
 
 def test_bf16_resumes_bitwise_too(corpus, tmp_path):
-    bf16 = ["train.dtype=bf16", "optim.lr=1.0", "checkpoint.every=4"]
+    bf16 = ["train.dtype=bf16", "optim.lr=1.0", "checkpoint.every=4", "checkpoint.background=false"]
     train(tiny(corpus, tmp_path / "whole", *bf16), ranks=2).ok()
     run_dir = tmp_path / "run"
     overrides = tiny(corpus, run_dir, *bf16)

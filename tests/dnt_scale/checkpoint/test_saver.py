@@ -152,8 +152,9 @@ def test_what_is_on_disk_is_read_back(me, tmp_path, monkeypatch, wait):
     monkeypatch.setattr(write, "finish", spoil)
     with saver_of(tmp_path, me) as saver:
         saver.save(some_state(2), copies(some_tensors(), 0, 1))
-        with pytest.raises(ranks.AgreedFault, match=r"on rank 0: .*what is on disk is not what was written"):
+        with pytest.raises(CheckpointError, match=r"on rank 0: .*what is on disk is not what was written") as failed:
             saver.settle(wait=True) if wait else settle(saver)
+        assert ranks.is_fault(failed.value)  # another disk may do
         assert names(tmp_path) == ["latest", "step-00000001"]
 
 
