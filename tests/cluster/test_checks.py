@@ -163,6 +163,9 @@ def test_a_run_is_submitted_once_and_not_again_while_its_job_lives(
         "error: cluster.signal_s is 120, more than half of a job of 60 s (cluster.time is 1 min), which would hardly "
         "train; ask for less, or for longer jobs\n"
     )
+    assert refused(*submit, "optim.schedule.warmup_steps=9000").startswith(
+        "error: optim.schedule.warmup_steps is 9000, but the run has "
+    )
     assert not list(tmp_path.iterdir())
     assert main(submit) == 0
     capsys.readouterr()

@@ -478,3 +478,11 @@ def test_total_steps_is_the_fewest_that_reach_the_tokens(tokens: int, batch: int
 def test_a_misspelt_mandatory_key_is_named_before_it_is_missed() -> None:
     with pytest.raises(ConfigError, match=r"run\.nme: no such key; did you mean run\.name\?"):
         load(["run.nme=x", "data.path=d"])
+
+
+@pytest.mark.parametrize("url", ["sftp://me:s3cret@host/runs", "https://host/runs?token=s3cret"])
+def test_a_place_for_checkpoints_holds_no_password(url):
+    with pytest.raises(ConfigError, match="checkpoint: dir holds a login") as refused:
+        load(["run.name=a", "data.path=set", f"checkpoint.dir='{url}'"])
+    assert "s3cret" not in str(refused.value)
+    assert load(["run.name=a", "data.path=set", "checkpoint.dir='sftp://me@host/runs'"]).checkpoint.dir
