@@ -5,16 +5,18 @@
 The model is deep and narrow, in bf16, with one short row a micro-batch: activations and a block's gathered weights are
 small beside what is held for every weight. Bytes are what the process has allocated in pieces of 32 KiB or more and not
 given back, by the C library's own count (mallinfo2), less what was there before the engine was built; the peak is the
-most after any operation of the second step. A rank's bytes times the number of ranks, over the number of weights, are
-bytes a weight; those of the first table are of the rank that takes most.
+most after any operation of the second step that makes a piece of that size. A rank's bytes times the number of ranks,
+over the number of weights, are bytes a weight; those of the first table are of the rank that takes most.
 
-The second table divides what each rank holds between backward and update by what one rank alone does.
+The second table, of fewer blocks, has what each rank holds between backward and update: it falls as 1/N where it is
+sharded.
 """
 
 import argparse
 import datetime
 import json
 import os
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from tests.helpers.measure import answers, print_costs, run_config
 from tests.helpers.run import Ranks
 
 WIDTH, CONTEXT = 256, 16
+SHARED_LAYERS = 16  # of the second table, which has no peaks
 PATIENCE_S = 900.0
 UNBUFFERED = ["optim=msgdw", "optim.gradient_buffer=false", "optim.clip=previous"]
 OPTIMIZERS = {
@@ -48,16 +51,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON to write (default: benchmarks/results/memory-DEVICE.json)")
     options = parser.parse_args()
 
-    measured: dict[tuple[str, int, str], list[dict[str, Any]]] = {}
+    @cache
+    def measure(engine: str, ranks: int, optimizer: str, layers: int = options.layers) -> list[dict[str, Any]]:
+        print(f"{engine} on {ranks} ranks, {optimizer}, {layers} blocks", flush=True)
+        overrides = overrides_of(engine, ranks, optimizer)
+        found = answers(Ranks(print_costs, (overrides, (1, layers)), ranks, {}).wait(PATIENCE_S))
+        return [depths[0] for depths in found]
 
-    def measure(engine: str, ranks: int, optimizer: str) -> list[dict[str, Any]]:
-        if (engine, ranks, optimizer) not in measured:
-            overrides = overrides_of(engine, ranks, optimizer)
-            found = answers(Ranks(print_costs, (overrides, (1, options.layers)), ranks, {}).wait(PATIENCE_S))
-            measured[engine, ranks, optimizer] = [depths[0] for depths in found]
-        return measured[engine, ranks, optimizer]
+    def weights_of(layers: int) -> int:
+        return count_parameters(run_config([*overrides_of("fsdp", 1, "AdamW"), f"model.layers={layers}"]).model)
 
-    weights = count_parameters(run_config([*overrides_of("fsdp", 1, "AdamW"), f"model.layers={options.layers}"]).model)
+    weights = weights_of(options.layers)
     peaks = [
         {
             "engine": engine,
@@ -72,20 +76,20 @@ def main() -> None:
         for name in OPTIMIZERS
         if name in ("AdamW", "mSGDW") or not engine.startswith("zero")
     ]
-    shares = []
+    shares, fewer = [], weights_of(SHARED_LAYERS)
     for engine in SHARDED:
         for ranks in (1, 2, 4):
-            run = run_config([*overrides_of(engine, ranks, "mSGDW"), f"model.layers={options.layers}"])
-            boxes = measure(engine, ranks, "mSGDW")[0]["boxes"]
-            held = max(rank["held"] for rank in measure(engine, ranks, "mSGDW"))
+            run = run_config([*overrides_of(engine, ranks, "mSGDW"), f"model.layers={SHARED_LAYERS}"])
+            found = measure(engine, ranks, "mSGDW", SHARED_LAYERS)
+            boxes, held = found[0]["boxes"], max(rank["held"] for rank in found)
             shares.append(
                 {
                     "engine": engine,
                     "ranks": ranks,
-                    "weights": boxes["model"] / weights,
-                    "momentum": boxes["momentum_buffer"] / weights,
-                    "held": held / weights,
-                    "formula": memory.memory(run, ranks).total() / weights,
+                    "weights": boxes["model"] / fewer,
+                    "momentum": boxes["momentum_buffer"] / fewer,
+                    "held": held / fewer,
+                    "formula": memory.memory(run, ranks).total() / fewer,
                 }
             )
     result: dict[str, Any] = {
@@ -130,7 +134,7 @@ def show(result: dict[str, Any]) -> None:
         numbers = (f"{row['held']:.2f}", f"{row['peak']:.2f}", f"{row['of_adamw']:.3f}", f"{wanted}" if wanted else "")
         table.add_row(row["engine"], str(row["ranks"]), row["optimizer"], *numbers)
     Console(width=120).print(table)
-    table = Table(title="bytes that a rank holds, over all weights")
+    table = Table(title=f"bytes that a rank holds, over all weights; {SHARED_LAYERS} blocks")
     for column in ("engine", "ranks", "fp32 weights", "momentum", "all that is held", "by formula"):
         table.add_column(column, justify="right")
     for row in result["bytes_a_weight_and_rank"]:

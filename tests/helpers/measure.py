@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from dnt_scale import config, engine, ranks
 from dnt_scale.config import RunConfig
@@ -66,7 +67,8 @@ class _MallInfo(ctypes.Structure):
 
 
 class Meter(TorchDispatchMode):
-    """Bytes in use since it was made, and inside a `with` block the most of them after any operation of torch.
+    """Bytes in use since it was made, and inside a `with` block the most of them after any operation of torch that
+    gives a large tensor or is a collective: glibc takes its time to count.
 
     Counted is what the process has allocated in pieces of LARGE bytes or more, by any thread, and not given back: glibc
     then maps each such piece for itself and knows their sum. Smaller ones, Python objects mostly, are left out. Unlike
@@ -91,7 +93,9 @@ class Meter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        self.peak = max(self.peak, self.now())
+        tensors = (leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
+        if func.namespace == "c10d" or any(tensor.untyped_storage().nbytes() >= self.LARGE for tensor in tensors):
+            self.peak = max(self.peak, self.now())
         return result
 
 
