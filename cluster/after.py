@@ -37,7 +37,8 @@ class Facts:
     slurm_ends_it: bool  # SLURM is ending the job: a requeue, a cancellation, the time limit, a lost node
     slurm_requeues_it: bool
     out_of_time: bool
-    too_short: bool  # its time is nearly up, and it has not come to its first step
+    nearly_over: bool  # its time is, or was
+    stepped: bool  # it came to its first step
     node_down: bool
     preempted: bool
     crashes: int  # in a row without a new checkpoint, this one included if it is one
@@ -64,14 +65,14 @@ def decide(facts: Facts) -> Decision:
         return Decision("cancelled", False, "the job was cancelled")
     if 2 in facts.exits:
         return Decision("refused", False, "an error that has to be mended first; see `dnt logs`, then `dnt resubmit`")
-    if stopped and (facts.preempted or not facts.too_short):
-        why = "preempted" if facts.preempted else "out of time" if facts.out_of_time else "stopped by a signal"
+    if stopped and (facts.preempted or facts.stepped or not facts.nearly_over):
+        why = "preempted" if facts.preempted else "its time was up" if facts.nearly_over else "by a signal"
         return Decision("stopped", True, why)
     if facts.crashes >= facts.max_crashes:
         return Decision(
             "crashed", False, f"{facts.crashes} crashes in a row without a new checkpoint (cluster.max_crashes)"
         )
-    if facts.too_short:
+    if facts.nearly_over and not facts.stepped:
         return Decision("crashed", True, "its time was up before the first step (cluster.time)")
     return Decision("crashed", True, f"exit status {facts.srun}")
 
@@ -94,9 +95,8 @@ def gather(run_dir: Path, submission: ledger.Submission, attempt: str, srun_stat
         node_down=now is not None and now.reason.startswith("Node"),
         slurm_requeues_it=now is not None and now.restarts > int(os.environ.get("SLURM_RESTART_COUNT", "0")),
         out_of_time=now is not None and now.reason == "TimeLimit",
-        too_short=now is not None
-        and (now.reason == "TimeLimit" or (not ends_it and 0 < now.ends < warned))
-        and ledger.last(events, "ready", attempt) is None,
+        nearly_over=now is not None and (now.reason == "TimeLimit" or (not ends_it and 0 < now.ends < warned)),
+        stepped=ledger.last(events, "ready", attempt) is not None,
         preempted=now is not None and now.preempted,
         crashes=ledger.crashes_in_a_row([*events, this_crash], ledger.newest_checkpoint(submission)),
         max_crashes=submission.cluster.max_crashes,
@@ -117,7 +117,7 @@ def main(run_dir: Path, srun_status: int) -> int:
     blamed: list[str] = []
     reason = decision.reason
     # ranks that stop for a signal may miss each other too
-    if decision.status in ("crashed", "killed") and not facts.too_short:
+    if decision.status in ("crashed", "killed") and (facts.stepped or not facts.nearly_over):
         blamed, why = ledger.blamed_hosts(timeline.read(run_dir), attempt)
         if not why:
             blamed, why = killed_by_srun(submission.logs / f"{slurm.this_job()}_0_log.out")

@@ -43,16 +43,16 @@ def cancel(run_dirs: list[Path]) -> Iterator[str]:
             ended |= {run_dir: over for run_dir in left if (over := end_job(run_dir, asked))}
             left = [run_dir for run_dir in left if run_dir not in ended]
             time.sleep(POLL_S if left else 0.0)
-    for run_dir, submission in submissions.items():
+    for run_dir in submissions:
         if run_dir not in ended:
-            yield f"{submission.name} is not live: {found[run_dir].in_words}"
+            yield f"{jobs.handle(run_dir)} is not live: {found[run_dir].in_words}"
             continue
         state.mend_mlflow(run_dir, ended[run_dir])
         if ended[run_dir].state == "finished":
-            yield f"{submission.name} had finished by then"
+            yield f"{jobs.handle(run_dir)} had finished by then"
         else:
             again = f"`dnt resubmit {jobs.handle(run_dir)}` goes on with it"
-            yield f"{submission.name} is cancelled; {kept(run_dir)}; {again}"
+            yield f"{jobs.handle(run_dir)} is cancelled; {kept(run_dir)}; {again}"
     for folder in sweep.folders(ended):
         sweep.settle(folder)
 

@@ -54,6 +54,8 @@ def before_queue(run: RunConfig, site: ClusterConfig) -> Plan:
     steps = run.total_steps(sources[0].manifest.seq_len)
     Schedule(run.optim.schedule, steps)  # refuses a warmup that is as long as the run
     state, _ = starting_state(run, sources, steps, site.ranks)
+    if state.step >= steps:
+        raise ConfigError(f"train.steps: all {steps:,} steps are done; ask for more of them, or of train.tokens")
     check_writable(run)
     check_shared(run, site, sources, partition.nodes)
     check_room(run, steps)

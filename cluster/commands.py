@@ -94,6 +94,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     resubmit.add_argument("folder", metavar="RUN", help="its folder, or its name in runs/")
     resubmit.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="changes of the run or the cluster")
     resubmit.add_argument("--update-code", action="store_true", help="run dnt as it is now, not as it was submitted")
+    resubmit.add_argument("--dry-run", action="store_true", help="check and print the plan and the batch script only")
     resubmit.set_defaults(run=run_resubmit)
 
     jobs = commands.add_parser("jobs", help="what submitted runs are doing", epilog=JOBS_HELP, formatter_class=raw)
@@ -153,6 +154,7 @@ def add_sandbox_commands(commands: "argparse._SubParsersAction[argparse.Argument
 
 def run_submit(options: argparse.Namespace) -> int:
     from cluster import checks, plan, settings, submit
+    from cluster.jobs import handle
     from dnt_scale import config
 
     site, overrides = settings.load(options.overrides)
@@ -167,12 +169,13 @@ def run_submit(options: argparse.Namespace) -> int:
         return 0
     os.umask(0o077)
     job = submit.submit(run, site).job
-    print(f"\nsubmitted as job {job}; `dnt jobs` shows it, `dnt logs {run.run.dir} -f` what it prints")
+    print(f"\nsubmitted as job {job}; `dnt jobs` shows it, `dnt logs {handle(run.run.dir)} -f` what it prints")
     return 0
 
 
 def submit_sweep(overrides: list[str], site: "ClusterConfig", *, dry_run: bool) -> int:
     from cluster import multirun, plan
+    from cluster.jobs import handle
 
     sweep, runs = multirun.load(overrides)
     print(plan.describe(multirun.before_queue(runs, site)))
@@ -183,20 +186,24 @@ def submit_sweep(overrides: list[str], site: "ClusterConfig", *, dry_run: bool) 
         return 0
     os.umask(0o077)
     array = multirun.queue(sweep, runs, site)
-    print(f"\nsubmitted as array {array}; `dnt jobs {sweep_dir}` shows it, `dnt logs {runs[0].run.dir} -f` a run of it")
+    of_it = f"`dnt jobs {handle(sweep_dir)}` shows it, `dnt logs {handle(runs[0].run.dir)} -f` a run of it"
+    print(f"\nsubmitted as array {array}; {of_it}")
     return 0
 
 
 def run_resubmit(options: argparse.Namespace) -> int:
     from cluster import checks, plan, submit
-    from cluster.jobs import find_run
+    from cluster.jobs import find_run, handle
 
     run_dir = find_run(options.folder)
     run, site = submit.changed(run_dir, options.overrides)
     print(plan.describe(checks.before_queue(run, site)))
+    if options.dry_run:
+        print(f"\n{checks.batch_script(run, site)}")
+        return 0
     os.umask(0o077)
     job = submit.resubmit(run_dir, run, site, update_code=options.update_code).job
-    print(f"\nsubmitted as job {job}; `dnt jobs {run_dir}` shows the chain")
+    print(f"\nsubmitted as job {job}; `dnt jobs {handle(run_dir)}` shows the chain")
     return 0
 
 

@@ -72,8 +72,9 @@ def begin(run_dir: Path, attempt: str, submission: Submission) -> None:
         now = slurm.job(this)
     events = timeline.read(run_dir)
     for earlier in ledger.open_attempts(events):
-        requeued = now.submitted if now and earlier.partition(".")[0] == this else 0.0  # SLURM counts from the requeue
-        ledger.found_ended(run_dir, events, earlier, then="requeued", until=requeued)
+        same = earlier.partition(".")[0] == this
+        requeued = now.submitted if now and same else 0.0  # SLURM counts from the requeue
+        ledger.found_ended(run_dir, events, earlier, then="requeued" if same else "resubmitted", until=requeued)
     if found := objection(run_dir, submission, this):
         status, why = found
         ledger.ended(run_dir, attempt, status, "none", why)

@@ -61,7 +61,10 @@ def find_run(word: str) -> Path:
 
 def handle(run_dir: Path) -> str:
     """What a user may call a run."""
-    return str(run_dir.relative_to(RUNS) if run_dir.is_relative_to(RUNS) else run_dir)
+    for runs in (RUNS, RUNS.absolute()):
+        if run_dir.is_relative_to(runs):
+            return str(run_dir.relative_to(runs))
+    return str(run_dir)
 
 
 def find_runs(words: list[str]) -> list[Path]:
@@ -178,7 +181,7 @@ def attempts(events: list[Event], found: Standing, jobs: list[str]) -> list[Atte
     for event in events:
         name = event["attempt"]
         if event["event"] == "allocated":
-            now = (found.state, found.why) if name == found.attempt else ("gone", "without a word so far")
+            now = (found.state, found.why) if name == found.attempt else ("ending", "")
             chain[name] = Attempt(name, event["nodes"], event["started"], *now, "", [])
         elif event["event"] == "ended":
             nodes, began = (chain[name].nodes, chain[name].began) if name in chain else ([], None)
@@ -247,7 +250,11 @@ def watching(words: list[str], console: Console) -> int:
         while True:
             seen, problems = look_at_all(words)
             clock = Text(f"{datetime.now():%H:%M:%S}; Ctrl-C ends this", style="dim")
-            live.update(Group(page(seen, problems, words), clock), refresh=True)
+            shown = Group(page(seen, problems, words), clock)
+            if console.is_terminal:
+                live.update(shown, refresh=True)
+            else:  # a pipe: one page after another
+                console.print(shown)
             mend(seen, mended)
             time.sleep(WATCH_EVERY_S)
     return 0
@@ -297,7 +304,8 @@ def page(seen: list[Seen], problems: list[str], words: list[str]) -> Group:
 
 def all_runs(seen: list[Seen]) -> Table:
     shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for name in ("run", "state", "job"):
+    shown.add_column("run", no_wrap=True)
+    for name in ("state", "job"):
         shown.add_column(name, overflow="fold")
     for name in ("step", "loss", "tokens/s", "goodput"):
         shown.add_column(name, justify="right", no_wrap=True)
@@ -305,7 +313,7 @@ def all_runs(seen: list[Seen]) -> Table:
         run = each.run
         shown.add_row(
             handle(run.folder),
-            coloured(each.standing.in_words, run.state),
+            coloured(run.state if run.state == "finished" else each.standing.in_words, run.state),
             (run.jobs[-1] if run.jobs else "") + starts(run),
             "\n".join(part for part in (steps(run), left(run)) if part),
             number(run.loss, ".4f"),
@@ -326,7 +334,8 @@ def one_run(seen: Seen) -> list[Table | Text]:
         f"newest checkpoint {run.checkpoint:,}" if run.checkpoint is not None else "",
         f"MLflow {run.mlflow}" if run.mlflow else "",
     ]
-    told: list[Table | Text] = [Text(", ".join(fact for fact in facts if fact)), Text()]
+    line = ", ".join(fact.replace(" ", "\u00a0") for fact in facts if fact)  # wraps between facts
+    told: list[Table | Text] = [Text(line), Text()]
     if run.attempts:
         told += [chain(run.attempts), Text()]
     if seen.goodput.attempts:

@@ -194,7 +194,8 @@ def found_ended(run_dir: Path, events: list[Event], attempt: str, then: Next, un
     end = last(events, "end", attempt)
     if end and end["outcome"] != "FAILED":
         status: EndStatus = "finished" if end["outcome"] == "FINISHED" else "stopped"
-        ended(run_dir, attempt, status, then, "SLURM ended the job", until=until)
+        did = "requeued" if then == "requeued" else "ended"
+        ended(run_dir, attempt, status, then, f"SLURM {did} the job", until=until)
         return
     blamed, why = blamed_hosts(events, attempt)
     reason = why or "no last word, as after the loss of a node"

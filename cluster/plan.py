@@ -256,8 +256,6 @@ def _memory(plan: Plan) -> str:
 
 
 def _expected(plan: Plan) -> str:
-    if plan.done >= plan.steps:
-        return "nothing: all steps are done"
     if plan.seconds is None:
         return plan.why
     jobs = counted(jobs_needed(plan.seconds, plan.site), "job")

@@ -1,5 +1,6 @@
 """``configs/cluster/NAME.yaml``: where jobs run and how, as a pydantic model."""
 
+import difflib
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -157,7 +158,10 @@ def from_raw(raw: Any, origin: str) -> ClusterConfig:
             field = ".".join(["cluster", *(str(part) for part in item["loc"])])
             message = item["msg"].removeprefix("Value error, ")
             if item["type"] == "extra_forbidden":
-                message = f"no such field; there are {', '.join(ClusterConfig.model_fields)}"
+                near = difflib.get_close_matches(str(item["loc"][0]), ClusterConfig.model_fields, n=1)
+                message = "no such field; " + (
+                    f"did you mean cluster.{near[0]}?" if near else f"there are {', '.join(ClusterConfig.model_fields)}"
+                )
             found = "" if isinstance(item["input"], dict) else f" (found {item['input']!r})"
             lines.append(f"{field}: {message}{found}")
         raise ConfigError(f"{origin}: " + "; ".join(lines)) from None

@@ -82,7 +82,9 @@ def load(overrides: list[str]) -> RunConfig:
             if override.key_or_group.partition(".")[0].partition("/")[0] in ("", "hydra"):
                 raise ConfigError(f"{override.input_line}: no such key; `dnt train --print-config` shows every key")
             if override.is_sweep_override():
-                raise ConfigError(f"{override.input_line}: sweeps are not supported; give one value")
+                raise ConfigError(
+                    f"{override.input_line}: several values are a sweep, `dnt submit --multirun`; give one value"
+                )
         # "++" lets through any key; pydantic then names the unknown ones better than Hydra does
         forced = [
             line if override.type is not OverrideType.CHANGE or _is_group(override.key_or_group) else f"++{line}"

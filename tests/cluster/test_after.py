@@ -24,7 +24,8 @@ QUIET = Facts(
     slurm_ends_it=False,
     slurm_requeues_it=False,
     out_of_time=False,
-    too_short=False,
+    nearly_over=False,
+    stepped=True,
     node_down=False,
     preempted=False,
     crashes=1,
@@ -48,9 +49,17 @@ def decided(**facts: object) -> Decision:
         # a signal before the first step: no last word of training, but all ranks ended by themselves
         ({"exits": frozenset({TERM}), "all_ended": True}, "stopped", True),
         # again and again it would be stopped before its first step: that is bounded, unless others preempt it
-        ({"exits": frozenset({USR1}), "all_ended": True, "too_short": True}, "crashed", True),
-        ({"exits": frozenset({USR1}), "all_ended": True, "too_short": True, "crashes": 3}, "crashed", False),
-        ({"exits": frozenset({USR1}), "all_ended": True, "too_short": True, "preempted": True}, "stopped", True),
+        ({"exits": frozenset({USR1}), "all_ended": True, "nearly_over": True, "stepped": False}, "crashed", True),
+        (
+            {"exits": frozenset({USR1}), "all_ended": True, "nearly_over": True, "stepped": False, "crashes": 3},
+            "crashed",
+            False,
+        ),
+        (
+            {"exits": frozenset({USR1}), "all_ended": True, "nearly_over": True, "stepped": False, "preempted": True},
+            "stopped",
+            True,
+        ),
         # one rank was killed, srun sent SIGTERM to the other
         ({"exits": frozenset({TERM}), "all_ended": False, "srun": 137}, "crashed", True),
         ({"exits": frozenset({1}), "all_ended": True, "srun": 1}, "crashed", True),

@@ -59,7 +59,7 @@ def test_a_run_from_the_queue_to_its_cancellation(
         told = capsys.readouterr().out
         step = steps_written(run_dir)
         reached = f"it reached step {step:,}, its newest checkpoint is of step {step:,}"
-        assert told == f"followed is cancelled; {reached}; `dnt resubmit {run_dir}` goes on with it\n"
+        assert told == f"{run_dir} is cancelled; {reached}; `dnt resubmit {run_dir}` goes on with it\n"
         out, err = follower.communicate(timeout=60)
     finally:
         follower.kill()
@@ -71,7 +71,7 @@ def test_a_run_from_the_queue_to_its_cancellation(
 
     assert ledger.load(run_dir).cancelled
     assert dnt(["cancel", str(run_dir)]) == 0
-    assert capsys.readouterr().out == "followed is not live: cancelled (dnt cancel)\n"
+    assert capsys.readouterr().out == f"{run_dir} is not live: cancelled (dnt cancel)\n"
     last = timeline.read(run_dir)[-1]
     assert (last["event"], last["attempt"], last["next"]) == ("ended", f"{job}.0", "none")
 

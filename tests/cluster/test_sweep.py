@@ -217,7 +217,9 @@ def test_a_sweep_is_cancelled_and_one_of_it_goes_on(lrs: Path, data: Path, capsy
 
     assert dnt(["cancel", str(lrs)]) == 0
     told = capsys.readouterr().out.splitlines()
-    assert [line.partition(";")[0] for line in told] == ["0-lr_0.1 is cancelled", "1-lr_0.3 is cancelled"]
+    assert [line.partition(";")[0] for line in told] == [
+        f"{lrs}/{name} is cancelled" for name in ("0-lr_0.1", "1-lr_0.3")
+    ]
     assert sweep.outcome(lrs) == "KILLED"
     assert command("squeue", "--noheader", "--name=dnt-lrs").out == ""
 

@@ -270,8 +270,8 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
     "no key": (["=3"], ["=3", "no such key"]),
     "nothing": ([""], ["key=value"]),
     "half an interpolation": (["run.name=${"], ["run.name=${", "key=value"]),
-    "a sweep of values": (["optim.lr=1,2"], ["optim.lr=1,2", "sweeps are not supported"]),
-    "a sweep of choices": (["model=dnt_nano,gpt_nano"], ["model=dnt_nano,gpt_nano", "sweeps are not supported"]),
+    "a sweep of values": (["optim.lr=1,2"], ["optim.lr=1,2", "several values are a sweep"]),
+    "a sweep of choices": (["model=dnt_nano,gpt_nano"], ["model=dnt_nano,gpt_nano", "several values are a sweep"]),
     "a range": (["optim.lr=range(1,3)"], ["optim.lr=range(1,3)", "sweeps"]),
     "a glob": (["model=glob(*)"], ["model=glob(*)", "sweeps"]),
 }
