@@ -71,9 +71,9 @@ class Meter(TorchDispatchMode):
     gives a large tensor or is a collective: glibc takes its time to count.
 
     Counted is what the process has allocated in pieces of LARGE bytes or more, by any thread, and not given back: glibc
-    then maps each such piece for itself and knows their sum. Smaller ones, Python objects mostly, are left out. Unlike
-    the resident set it has no memory that is free but kept, and unlike torch's profiler it sees what other threads
-    free, as gloo's do.
+    then maps each such piece for itself and knows their sum, once the holes in its heap are plugged. Smaller ones,
+    Python objects mostly, are left out. Unlike the resident set it has no memory that is free but kept, and unlike
+    torch's profiler it sees what other threads free, as gloo's do.
     """
 
     LARGE = 1 << 15
@@ -84,12 +84,17 @@ class Meter(TorchDispatchMode):
         libc.mallopt(-3, self.LARGE)  # M_MMAP_THRESHOLD, which otherwise grows
         self._mallinfo = libc.mallinfo2
         self._mallinfo.restype = _MallInfo
-        self._before = 0
-        self._before = self.now()
+        mapped = self._mapped()
+        while self._mapped() == mapped:
+            libc.malloc(self.LARGE)  # never freed
+        self._before = self._mapped()
         self.peak = 0
 
+    def _mapped(self) -> int:
+        return int(self._mallinfo().hblkhd)
+
     def now(self) -> int:
-        return int(self._mallinfo().hblkhd) - self._before
+        return self._mapped() - self._before
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
