@@ -19,7 +19,6 @@ from cluster.settings import ClusterConfig
 from cluster.slurm import Node, Partition
 from dnt_scale.config import ConfigError, RunConfig, TorchEngineConfig
 from dnt_scale.memory import checkpoint_bytes, copies_of
-from dnt_scale.optim import Schedule
 from dnt_scale.resume import check_place, starting_state
 from dnt_scale.sources import Sources, fitting_sources
 from dnt_scale.stream import rows_a_rank
@@ -52,7 +51,6 @@ def before_queue(run: RunConfig, site: ClusterConfig) -> Plan:
     sources = fitting_sources(run)
     check_ranks(run, site)
     steps = run.total_steps(sources[0].manifest.seq_len)
-    Schedule(run.optim.schedule, steps)  # refuses a warmup that is as long as the run
     state, _ = starting_state(run, sources, steps, site.ranks)
     if state.step >= steps:
         raise ConfigError(f"train.steps: all {steps:,} steps are done; ask for more of them, or of train.tokens")

@@ -229,11 +229,12 @@ def _stories(events: Sequence[Event]) -> list[_Story]:
             stories.append(story)
         if story is None and kind == "lost" and stories:  # without a launcher each rank has a name of its own
             story = stories[-1]
-        if kind == "ready" and event.get("logged"):
+        if kind == "start" and (logged := event.get("logged")):
             trained = [other for other in stories if other is not story and other.first is not None]
             for before in trained[-1:]:
-                before.logged, before.logged_at = event["logged"]["step"], event["logged"]["time"]
-                before.last_sign = max(before.last_sign, before.logged_at)
+                if logged["step"] > before.logged:
+                    before.logged, before.logged_at = logged["step"], logged["time"]
+                    before.last_sign = max(before.last_sign, before.logged_at)
         if story:
             story.hear(event)
     return stories

@@ -10,6 +10,7 @@ from dnt_scale import checkpoint
 from dnt_scale.checkpoint import State
 from dnt_scale.checkpoint.storage import Storage
 from dnt_scale.config import ConfigError, DataConfig, RunConfig, to_yaml, validate
+from dnt_scale.optim import Schedule
 from dnt_scale.sources import Sources, identity, manifests_of, weights_of
 
 # what a resumed run may not change: its weights, its order of data and its momentum depend on it
@@ -22,8 +23,10 @@ def starting_state(
     """The newest checkpoint's state and path, checked against this run; or step 0 and None. For one rank to decide.
 
     Raises:
-        ValueError: the checkpoint is damaged, of another run, or made with another tokenizer, data or fixed field.
+        ValueError: the checkpoint is damaged, of another run, or made with another tokenizer, data or fixed field; or
+            the run is no longer than its warmup.
     """
+    Schedule(run.optim.schedule, total_steps)
     settings = run.model_dump(mode="json")
     newest = checkpoint.newest(run.checkpoints)
     fresh = State(

@@ -4,9 +4,9 @@ A file for each machine that has something to say, for over NFS two must not app
 ever appended, each with ``event``, ``time`` (seconds since 1970) and ``attempt``: the
 launcher's name for it (the variable DNT_ATTEMPT, under SLURM JOB.RESTART), else HOST-PID. Rank 0 of training writes
 
-    start     launched (when its process began), ranks
-    ready     step: the first step begins after this one; restored (seconds spent reading a checkpoint); logged (step,
-              time) is what metrics.jsonl ended with, {} where it held nothing
+    start     launched (when its process began), ranks; logged (step, time): the last line of metrics.jsonl, {} where
+              there was none
+    ready     step: the first step begins after this one; restored (seconds spent reading a checkpoint)
     progress  step; seconds of this attempt so far: {step, eval, save}, as long as training waited for each. Every ten
               seconds, later every minute, and at the end
     end       outcome (FINISHED, FAILED, KILLED), step. Missing after a kill
@@ -18,7 +18,7 @@ and a launcher adds events of its own (:mod:`cluster.ledger`).
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -110,8 +110,10 @@ class Clock:
         finally:
             self._seconds[on] += time.perf_counter() - started
 
-    def start(self, ranks: int) -> None:
-        self.tell("start", launched=psutil.Process().create_time(), ranks=ranks)
+    def start(self, ranks: int, last_lines: Sequence[Mapping[str, Any]] = ()) -> None:
+        """Tell of the process, and of the last line of metrics.jsonl, if any."""
+        logged = {name: line[name] for line in last_lines for name in ("step", "time")}
+        self.tell("start", launched=psutil.Process().create_time(), ranks=ranks, logged=logged)
 
     def tell(self, event: str, **fields: Any) -> None:
         if not self._silent:

@@ -119,7 +119,7 @@ def train(run: RunConfig, me: Ranks) -> int:
     trainer = engine.build(run, lambda: DNT(run.model, document_eos), me, total_steps)
     ranks.on_first(me, lambda: check_place(run))  # makes the folder, so a run refused above has left none
     clock = Clock(run.run.dir, silent=not me.first)
-    clock.start(me.world_size)
+    clock.start(me.world_size, last_metrics(run.run.dir)[-1:])
     guard = Guard(run.health, run.optim.clip_norm, run.train.max_skipped)
     restoring = time.perf_counter()
     if newest:
@@ -139,8 +139,6 @@ def train(run: RunConfig, me: Ranks) -> int:
         ),
     )
 
-    last_line = last_metrics(run.run.dir)[-1:] if me.first else []
-    logged = {name: line[name] for line in last_line for name in ("step", "time")}
     tracker = ranks.together(me, lambda: start_tracking(run, state, me) if me.first else None)
     progress = TrainProgress(total_steps, state.step, silent=not me.first)
     progress.say(opening_line(run, sources, total_steps, newest, me))
@@ -168,7 +166,7 @@ def train(run: RunConfig, me: Ranks) -> int:
     try:
         with stop_signals() as signals, progress, stream, closing(saver), sampling(run, me, lambda: state.step):
             ranks.check_replicas(me, trainer.boxes(), trainer.scalars())
-            clock.tell("ready", step=state.step, restored=round(restored, 3), logged=logged)
+            clock.tell("ready", step=state.step, restored=round(restored, 3))
             if newest is None and run.eval.every:
                 with clock.spending("eval"):
                     report(validation(run, trainer, sources, me))

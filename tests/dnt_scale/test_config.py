@@ -272,8 +272,8 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
     "half an interpolation": (["run.name=${"], ["run.name=${", "key=value"]),
     "a sweep of values": (["optim.lr=1,2"], ["optim.lr=1,2", "several values are a sweep"]),
     "a sweep of choices": (["model=dnt_nano,gpt_nano"], ["model=dnt_nano,gpt_nano", "several values are a sweep"]),
-    "a range": (["optim.lr=range(1,3)"], ["optim.lr=range(1,3)", "sweeps"]),
-    "a glob": (["model=glob(*)"], ["model=glob(*)", "sweeps"]),
+    "a range": (["optim.lr=range(1,3)"], ["optim.lr=range(1,3)", "several values are a sweep"]),
+    "a glob": (["model=glob(*)"], ["model=glob(*)", "several values are a sweep"]),
 }
 
 

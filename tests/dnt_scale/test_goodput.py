@@ -229,13 +229,13 @@ def test_steps_that_only_metrics_jsonl_knew_of_are_lost_steps_too():
         ("7.1", T0 + 100, 50, {"logged": {"step": 80, "time": T0 + 91}}),
     ):
         cluster.tell("allocated", attempt, at, nodes=["node1"], ranks=2, queued=at, started=at)
-        cluster.tell("start", attempt, at, launched=at, ranks=2)
-        cluster.tell("ready", attempt, at + 10, step=begin, restored=0.0, **more)
+        cluster.tell("start", attempt, at, launched=at, ranks=2, **more)
+        cluster.tell("ready", attempt, at + 10, step=begin, restored=0.0)
         cluster.tell("progress", attempt, at + 51, step=begin + 40, seconds={"step": 40.0, "eval": 1.0, "save": 0.0})
     first = breakdown(cluster.events, T0 + 151).attempts[0]
     assert (first.last, first.lost_steps) == (80, 30)
     assert first.parts == Parts(50.0, 10.0, 0.0, 30.0, 1.0, 0.0, 0.0, 0.0)
-    cluster.events[-2]["logged"]["time"] = T0 + 71  # no more than there was time for
+    cluster.events[-3]["logged"]["time"] = T0 + 71  # no more than there was time for
     assert breakdown(cluster.events, T0 + 151).attempts[0].parts.lost == pytest.approx(60.0 - 40.0 - 20.0 * 10 / 40)
 
 

@@ -82,6 +82,8 @@ class Meter(TorchDispatchMode):
         super().__init__()
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-3, self.LARGE)  # M_MMAP_THRESHOLD, which otherwise grows
+        libc.mallopt(-2, 0)  # M_TOP_PAD: the end of the heap has room for large pieces otherwise
+        libc.mallopt(-1, 0)  # M_TRIM_THRESHOLD
         self._mallinfo = libc.mallinfo2
         self._mallinfo.restype = _MallInfo
         mapped = self._mapped()
