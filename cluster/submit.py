@@ -88,7 +88,8 @@ def check_over(run_dir: Path, submission: Submission) -> None:
     if submission.jobs:
         asking = Asking()
         last = asking.job(submission)
-        if asking.problem:
+        told = state.standing(submission, timeline.read(run_dir), None, time.time(), asked=False)
+        if asking.problem and told.live:  # one that is over may go on with another SLURM
             raise slurm.SlurmError(f"{run_dir}: {asking.problem}")
         if last and last.live:
             raise LedgerError(
@@ -116,7 +117,8 @@ def resubmit(run_dir: Path, run: RunConfig, site: ClusterConfig, *, update_code:
             snapshot(run_dir)
         ledger.config_file(run_dir).write_text(config.to_yaml(run))
         excluded = state.left_out(site, timeline.read(run_dir), [])
-        changes = {"cluster": site, "cancelled": False, "excluded": excluded, "checkpoints": checkpoints_of(run)}
+        changes = {"cluster": site, "cancelled": False, "excluded": excluded, "slurm": slurm.cluster_name()}
+        changes["checkpoints"] = checkpoints_of(run)
         ledger.update(run_dir, lambda now: now.model_copy(update=changes))
         return enqueue(run_dir, by_user=True)
 

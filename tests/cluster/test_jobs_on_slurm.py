@@ -115,6 +115,9 @@ def test_a_run_of_another_cluster_is_left_alone(
         assert dnt([what, str(run_dir)]) == 2
         assert "its jobs are with the SLURM elsewhere, this one is" in " ".join(capsys.readouterr().err.split())
     assert timeline.read(run_dir)[-1]["event"] == "submitted" and not ledger.load(run_dir).cancelled
+    ledger.ended(run_dir, f"{ledger.load(run_dir).job}.0", "crashed", "none", "over there")
+    command("scancel", ledger.load(run_dir).job).ok()
+    assert dnt(["resubmit", str(run_dir), "--dry-run"]) == 0  # what is over there may go on here
 
 
 @pytest.fixture(params=["sacct", "no sacct"])
