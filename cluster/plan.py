@@ -11,7 +11,7 @@ from typing import Any
 from cluster import ledger
 from cluster.settings import ClusterConfig
 from cluster.slurm import Node, Partition
-from dnt_scale import checkpoint, timeline
+from dnt_scale import checkpoint, compute_dtype, timeline
 from dnt_scale.config import AdamWConfig, RunConfig
 from dnt_scale.memory import FIELDS, Memory, checkpoint_bytes, memory, parameters_of
 from dnt_scale.progress import PEAK_FLOPS, epochs_of, speed_at
@@ -38,6 +38,7 @@ class Past:
 class Plan:
     run: RunConfig
     site: ClusterConfig
+    dtype: str  # bf16 or fp32: train.dtype, or what auto is likely to become there
     partition: str
     gpu: str  # SLURM's type of it; empty: it gives none
     sources: Sources
@@ -71,10 +72,12 @@ def make(run: RunConfig, site: ClusterConfig, partition: Partition, sources: Sou
     seq_len = sources[0].manifest.seq_len
     steps = run.total_steps(seq_len)
     gpu = type_of_gpu(partition.nodes) if site.gpus_per_node else ""
-    tokens_per_s, why = expected_speed(run, seq_len, site.ranks, gpu, past(run, seq_len))
+    likely = compute_dtype.expected(run, gpus=bool(site.gpus_per_node))
+    tokens_per_s, why = expected_speed(likely, seq_len, site.ranks, gpu, past(run, seq_len))
     return Plan(
         run=run,
         site=site,
+        dtype=likely.train.dtype,
         partition=partition.name,
         gpu=gpu,
         sources=sources,
@@ -83,7 +86,7 @@ def make(run: RunConfig, site: ClusterConfig, partition: Partition, sources: Sou
         parameters=parameters_of(run.model),
         checkpoint_bytes=checkpoint_bytes(run),
         most_checkpoints=most_checkpoints(run, steps),
-        memory=memory(run, site.ranks, site.nodes),
+        memory=memory(likely, site.ranks, site.nodes),
         tokens_per_s=tokens_per_s,
         why=why,
         notes=(),
@@ -172,7 +175,7 @@ def describe(plan: Plan) -> str:
         (
             "model",
             f"{run.model.name}, {_millions(plan.parameters)} parameters; engine {run.engine.name}, "
-            f"optimizer {run.optim.algorithm}, {run.train.dtype}",
+            f"optimizer {run.optim.algorithm}, {plan.dtype}{' (expected)' if run.train.dtype == 'auto' else ''}",
         ),
         *(("data", _set_in_words(plan, number)) for number in range(len(plan.sources))),
         ("batch", f"{run.train.global_batch} rows of {plan.seq_len} tokens = {_split(plan)}"),
@@ -248,7 +251,7 @@ def _checkpoints(plan: Plan) -> str:
 def _memory(plan: Plan) -> str:
     found = plan.memory
     names = {"buffers": "moments" if isinstance(plan.run.optim, AdamWConfig) else "momentum"}
-    names["copies"] = f"{plan.run.train.dtype} weights"
+    names["copies"] = f"{plan.dtype} weights"
     parts = [(field, getattr(found, field)) for field in FIELDS if getattr(found, field)]
     words = " + ".join(f"{names.get(field, field)} {size(count)}" for field, count in parts)
     host = f", of which {size(found.total() - found.device())} in the host's memory" if found.host else ""

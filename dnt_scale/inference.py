@@ -7,19 +7,20 @@ import torch
 from torch import Tensor
 
 from data_prep.tokenizer import Tokenizer
-from dnt_scale import checkpoint, config
+from dnt_scale import checkpoint, compute_dtype, config
 from dnt_scale.checkpoint.boxes import Box
 from dnt_scale.config import ConfigError, DataConfig, RunConfig
 from dnt_scale.model import DNT, IGNORED
 from dnt_scale.ranks import Ranks
 from dnt_scale.sources import Sources, any_source, load_sources
 from dnt_scale.stream import validation_batches
+from dnt_scale.tracking import warn
 
 
 def load_run(
     run_dir: Path, data: Path | None, me: Ranks, sets: Callable[[DataConfig], Sources] = load_sources
 ) -> tuple[RunConfig, DNT, Sources]:
-    """A run's configuration, its model with the newest weights (compute dtype, on ``me.device``), and what it reads.
+    """A run's configuration, its model with the newest weights (on ``me.device``, in the dtype to compute in), and what it reads.
 
     Args:
         data: a set to read instead of the run's own, made with the same tokenizer.
@@ -45,7 +46,9 @@ def load_run(
     model = DNT(run.model, manifest.eos_id if run.data.document_mask else None)
     weights = [(f"model.{name}", tuple(p.shape), p.detach()) for name, p in model.named_parameters()]
     checkpoint.read_tensors(newest, [Box(name, shape, (0,) * len(shape), data) for name, shape, data in weights], me)
-    dtype = torch.bfloat16 if run.train.dtype == "bf16" else torch.float32
+    dtype, line = compute_dtype.for_inference(run.train.dtype, me.device)
+    if line:
+        warn(line)
     return run, model.to(me.device, dtype), sources
 
 

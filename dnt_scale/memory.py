@@ -202,6 +202,7 @@ def _micro_batches(run: RunConfig, world_size: int) -> int:
 
 
 def _compute_bytes(run: RunConfig) -> int:
+    assert run.train.dtype != "auto", "compute_dtype tells what it is or is likely to be"
     return BF16 if run.train.dtype == "bf16" else FP32
 
 

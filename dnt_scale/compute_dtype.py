@@ -1,0 +1,111 @@
+"""Which dtype a run computes in where ``train.dtype`` is auto: bf16 where the hardware multiplies it faster than fp32.
+
+Many processors have no bf16 arithmetic: there a bf16 matmul takes 4 to 100 times as long as one in fp32. So a start
+times one small matmul of each, and records what it chose as ``train.dtype``; a resume computes as recorded.
+"""
+
+import math
+import time
+
+import torch
+
+from dnt_scale import ranks
+from dnt_scale.config import RunConfig, validate
+from dnt_scale.ranks import Ranks
+
+SIDE = 256  # of the square matrices that are timed: smaller ones measure the call rather than the arithmetic
+ROUNDS = 5
+ENOUGH_S = 0.01  # of bf16 products slower than the fp32 ones: one round has told
+# bf16 also rounds and converts around its matmuls, so it pays only where they are clearly faster
+PAYS_BELOW = 0.8
+
+
+def bf16_cost(device: torch.device) -> float:
+    """Return the time of a bf16 matmul over that of an fp32 one on a CPU, measured in some milliseconds.
+
+    A CUDA device is asked instead: 0 where it has bf16 arithmetic, infinity where it has not.
+    """
+    if device.type == "cuda":
+        return 0.0 if torch.cuda.is_bf16_supported(including_emulation=False) else math.inf
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # on a busy machine threads wait for each other, which would be all that is timed
+    try:
+        matrices = {dtype: torch.ones(SIDE, SIDE, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)}
+        best = dict.fromkeys(matrices, math.inf)
+        for _ in range(ROUNDS):
+            for dtype, matrix in matrices.items():
+                started = time.perf_counter()
+                torch.mm(matrix, matrix)
+                best[dtype] = min(best[dtype], time.perf_counter() - started)
+            if best[torch.bfloat16] > max(ENOUGH_S, best[torch.float32]):
+                break
+        return best[torch.bfloat16] / best[torch.float32]
+    finally:
+        torch.set_num_threads(threads)
+
+
+def faster(cost: float) -> str:
+    """Return the dtype to compute in, bf16 or fp32, where a bf16 matmul costs so much of an fp32 one."""
+    return "bf16" if cost < PAYS_BELOW else "fp32"
+
+
+def resolve(run: RunConfig, me: Ranks, recorded: str | None = None) -> tuple[RunConfig, str]:
+    """Return ``run`` with bf16 or fp32 in place of auto, and a line about it for the user, empty for none. A collective.
+
+    Args:
+        recorded: what the checkpoint that the run resumes from was trained in; auto keeps it. None: a first start.
+    """
+    asked = run.train.dtype
+    if asked == "fp32" and recorded is None:
+        return run, ""
+    cost = ranks.highest(round(1000 * min(bf16_cost(me.device), 1e6)))[0] / 1000  # the slowest rank's
+    best = faster(cost)
+    chosen = (recorded or best) if asked == "auto" else asked
+    line = ""
+    if chosen == "bf16" != best:
+        whose = "recorded with the checkpoint" if recorded == "bf16" else "asked for"
+        line = f"train.dtype: bf16 was {whose}, but {slowness(me.device, cost)}; train.dtype=fp32 is faster"
+    elif chosen == recorded != best:
+        line = f"train.dtype: {chosen}, as recorded with the checkpoint; on this machine {best} is faster"
+    return with_dtype(run, chosen), line
+
+
+def for_inference(recorded: str, device: torch.device) -> tuple[torch.dtype, str]:
+    """Return the dtype in which to use weights of a run trained in ``recorded``, and a line about it, or none.
+
+    What computes in bf16 elsewhere is computed in fp32 where bf16 is slower: weights are stored in fp32.
+    """
+    if recorded == "fp32":
+        return torch.float32, ""
+    cost = bf16_cost(device)
+    if faster(cost) == "bf16":
+        return torch.bfloat16, ""
+    line = f"computing in fp32: the run was trained in bf16, but {slowness(device, cost)}" if recorded == "bf16" else ""
+    return torch.float32, line
+
+
+def slowness(device: torch.device, cost: float) -> str:
+    """Say how much slower bf16 is than fp32 on a device where it does not pay."""
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)} has no bf16 arithmetic"
+    return f"a bf16 matmul takes {cost:.2g} times as long as an fp32 one here"
+
+
+def expected(run: RunConfig, gpus: bool) -> RunConfig:
+    """Return ``run`` with what auto is most likely to become on nodes with or without GPUs, for estimates."""
+    if run.train.dtype != "auto":
+        return run
+    return with_dtype(run, "bf16" if gpus and run.run.device != "cpu" else "fp32")
+
+
+def with_dtype(run: RunConfig, dtype: str) -> RunConfig:
+    """Return ``run`` with another ``train.dtype``, checked as a whole.
+
+    Raises:
+        ConfigError: the engine's settings do not go with it.
+    """
+    if dtype == run.train.dtype:
+        return run
+    raw = run.model_dump(mode="json")
+    raw["train"]["dtype"] = dtype
+    return validate(raw)
