@@ -8,7 +8,9 @@ Each model trains for --steps steps through `python -m dnt_scale.train`, as a us
 the table shows the median of the rest.
 
     MFU = tokens/s x (6 N + 12 layers width seq_len) / peak     (attention in full, N without the position table)
-    of matmul = the same FLOP/s / the rate of one bf16 4096 x 4096 matmul measured here, now: a physical limit
+    of matmul = the same FLOP/s / the rate of one 4096 x 4096 matmul measured here, now: a physical limit
+
+Both are in the dtype that `train.dtype=auto` takes on this machine.
 """
 
 import argparse
@@ -28,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from data_prep.shards import load_manifest
-from dnt_scale import config
+from dnt_scale import compute_dtype, config
 from dnt_scale.model import flops_per_token
 from dnt_scale.progress import peak_flops
 from dnt_scale.tracking import git_commit
@@ -47,15 +49,18 @@ def main() -> None:
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", 0) if cuda else torch.device("cpu")
     name = torch.cuda.get_device_name(0) if cuda else f"{os.cpu_count()}-core CPU"
-    matmul = matmul_rate(device)
+    dtype = compute_dtype.faster(compute_dtype.bf16_cost(device))
+    matmul = matmul_rate(device, dtype)
     seq_len = load_manifest(options.data).seq_len
-    rows = [measure(model, options, matmul, seq_len, peak_flops(device)) for model in options.models]
+    peak = peak_flops(device) if dtype == "bf16" else None  # the data sheets' peaks are of bf16
+    rows = [measure(model, options, dtype, matmul, seq_len, peak) for model in options.models]
 
     result: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
         "commit": git_commit(),
         "device": name,
         "torch": torch.__version__,
+        "dtype": dtype,
         "matmul_flops": matmul,
         "seq_len": seq_len,
         "steps": options.steps,
@@ -70,9 +75,9 @@ def main() -> None:
     print(f"wrote {out}")
 
 
-def matmul_rate(device: torch.device) -> float:
-    """FLOP/s of the best of 10 bf16 matmuls of 4096 x 4096."""
-    a = torch.ones(4096, 4096, device=device, dtype=torch.bfloat16)
+def matmul_rate(device: torch.device, dtype: str) -> float:
+    """Return the FLOP/s of the best of 12 matmuls of 4096 x 4096 in bf16 or fp32."""
+    a = torch.ones(4096, 4096, device=device, dtype=torch.bfloat16 if dtype == "bf16" else torch.float32)
     best = float("inf")
     for _ in range(12):
         started = time.perf_counter()
@@ -82,7 +87,9 @@ def matmul_rate(device: torch.device) -> float:
     return 2 * 4096**3 / best
 
 
-def measure(model: str, options: argparse.Namespace, matmul: float, seq_len: int, peak: float | None) -> dict[str, Any]:
+def measure(
+    model: str, options: argparse.Namespace, dtype: str, matmul: float, seq_len: int, peak: float | None
+) -> dict[str, Any]:
     """Train once; median over the second half of the steps."""
     with tempfile.TemporaryDirectory() as folder:
         overrides = [
@@ -93,6 +100,7 @@ def measure(model: str, options: argparse.Namespace, matmul: float, seq_len: int
             f"train.steps={options.steps}",
             f"train.global_batch={options.global_batch}",
             f"train.micro_batch={options.micro_batch}",
+            f"train.dtype={dtype}",
             "optim.schedule.warmup_steps=1",
             "eval.every=0",
             "checkpoint.every=0",
@@ -114,7 +122,8 @@ def measure(model: str, options: argparse.Namespace, matmul: float, seq_len: int
 
 
 def show(result: dict[str, Any]) -> None:
-    table = Table(title=f"{result['device']}, torch {result['torch']}, {result['date']}, {result['commit'][:12]}")
+    title = [result["device"], f"torch {result['torch']}", result["dtype"], result["date"], result["commit"][:12]]
+    table = Table(title=", ".join(title))
     for column in ("model", "tokens/s", "MFU", "of matmul", "peak memory GB", "tokens/s against the first"):
         table.add_column(column, justify="right")
     for row in result["models"]:
@@ -127,7 +136,7 @@ def show(result: dict[str, Any]) -> None:
             f"{row['tokens_per_s'] / result['models'][0]['tokens_per_s']:.3f}",
         )
     Console(width=110).print(table)
-    print("MFU = tokens/s x (6 N + 12 layers width seq_len) / peak; of matmul: over this run's own bf16 matmul rate")
+    print("MFU = tokens/s x (6 N + 12 layers width seq_len) / peak; of matmul: over this run's own matmul rate")
 
 
 if __name__ == "__main__":
