@@ -27,7 +27,7 @@ from torch import Tensor
 
 from cluster.plan import size
 from cluster.settings import ClusterConfig
-from dnt_scale import checkpoint, ranks, timeline
+from dnt_scale import checkpoint, compute_dtype, ranks, timeline
 from dnt_scale.config import ConfigError, RunConfig
 from dnt_scale.memory import checkpoint_bytes
 from dnt_scale.ranks import AgreedError, AgreedFault, Ranks
@@ -57,7 +57,7 @@ class Found:
     faults: Sequence[str]  # in words
     blind: str  # why the run folder is not rank 0's, in words
     tflops: float
-    checksum: int  # of the bf16 product
+    checksum: int  # of the product that was timed
 
 
 def check(me: Ranks, run: RunConfig, cluster: ClusterConfig, multiply: Multiply = torch.mm) -> None:
@@ -73,7 +73,8 @@ def check(me: Ranks, run: RunConfig, cluster: ClusterConfig, multiply: Multiply 
     beat("preflight: disks, devices and arithmetic")
     free = ranks.on_first(me, lambda: room(run))
     mark = ranks.on_first(me, lambda: leave_mark(run))
-    found = gathered(me, look(me, run.run.dir / "logs" / mark.name, multiply))
+    dtype = compute_dtype.for_preflight(run.train.dtype, me.device)
+    found = gathered(me, look(me, run.run.dir / "logs" / mark.name, dtype, multiply))
     if me.first:
         mark.unlink(missing_ok=True)
     hosts = [one.host for one in found]
@@ -222,7 +223,7 @@ def check_shared(me: Ranks, run: RunConfig, folder: Path, found: Sequence[Found]
 # --- devices and arithmetic -------------------------------------------------------------------------------------------
 
 
-def look(me: Ranks, mark: Path, multiply: Multiply) -> Found:
+def look(me: Ranks, mark: Path, dtype: torch.dtype, multiply: Multiply) -> Found:
     """What this rank finds of its node, without the others."""
     faults = []
     try:
@@ -235,7 +236,7 @@ def look(me: Ranks, mark: Path, multiply: Multiply) -> Found:
     try:
         device = device_name(me.device)
         faults += taken(me.device)
-        tflops, checksum, wrong = product(me.device, multiply)
+        tflops, checksum, wrong = product(me.device, dtype, multiply)
         faults += wrong
     except RuntimeError as error:  # torch's word for whatever a device reports
         faults.append(f"has a device that fails: {str(error).splitlines()[0]}")
@@ -263,8 +264,10 @@ def taken(device: torch.device) -> list[str]:
     return [f"has {size(others)} of {device}'s {size(total)} taken by other processes"]
 
 
-def product(device: torch.device, multiply: Multiply) -> tuple[float, int, list[str]]:
-    """TFLOP/s of a product in bf16, the checksum of its bits, and what is wrong with it and with one in fp32, in words.
+def product(device: torch.device, dtype: torch.dtype, multiply: Multiply) -> tuple[float, int, list[str]]:
+    """Return the TFLOP/s of a product in ``dtype``, the checksum of its bits, and what is wrong with it, in words.
+
+    One in fp32 is checked first, whatever the dtype.
 
     The matrices hold integers so small that every sum of products is an integer below 2^24: exact in fp32, whatever the
     order. So the fp32 product is known, and is checked on the host: C w = A (B w), in float64 exact as well.
@@ -280,11 +283,11 @@ def product(device: torch.device, multiply: Multiply) -> tuple[float, int, list[
     wrong = int((fp32.double() @ w != exact).sum())
     faults = [f"gets {wrong} of {side} rows of an fp32 product wrong"] if wrong else []
 
-    a, b = a.to(device, torch.bfloat16), b.to(device, torch.bfloat16)
-    bf16 = multiply(a, b)
-    error = float((bf16.float().cpu() - fp32).abs().max() / fp32.abs().max())
+    a, b = a.to(device, dtype), b.to(device, dtype)
+    timed = multiply(a, b)
+    error = float((timed.float().cpu() - fp32).abs().max() / fp32.abs().max())
     if not wrong and not error < 2**-7:  # NaN is not either
-        faults.append(f"gets a bf16 product wrong by {error:.2g} of its largest element")
+        faults.append(f"gets a {str(dtype)[6:]} product wrong by {error:.2g} of its largest element")
 
     count, best, deadline = (10 if device.type == "cuda" else 1), math.inf, time.monotonic() + TIMING_S
     while best == math.inf or time.monotonic() < deadline:
@@ -293,7 +296,7 @@ def product(device: torch.device, multiply: Multiply) -> tuple[float, int, list[
             multiply(a, b)
         synchronize(device)
         best = min(best, (time.perf_counter() - started) / count)
-    return 2 * side**3 / best / 1e12, ranks.checksums([bf16])[0], faults
+    return 2 * side**3 / best / 1e12, ranks.checksums([timed])[0], faults
 
 
 def judged(found: Sequence[Found], *, may_be_shared: bool) -> tuple[dict[str, str], list[str]]:
@@ -311,7 +314,7 @@ def judged(found: Sequence[Found], *, may_be_shared: bool) -> tuple[dict[str, st
         (usual, count), *_ = Counter(found[rank].checksum for rank in peers).most_common()
         odd = [rank for rank in peers if found[rank].checksum != usual or 2 * count <= len(peers)]
         if count < len(peers):
-            bad += [(rank, f"has other bits in a bf16 product than its peers ({device})") for rank in odd]
+            bad += [(rank, f"has other bits in a product than its peers ({device})") for rank in odd]
         median = statistics.median(found[rank].tflops for rank in peers)
         slow += [
             (rank, f"multiplies at {found[rank].tflops:.3g} TFLOP/s, the median is {median:.3g}")

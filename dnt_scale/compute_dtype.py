@@ -50,7 +50,7 @@ def faster(cost: float) -> str:
 
 
 def resolve(run: RunConfig, me: Ranks, recorded: str | None = None) -> tuple[RunConfig, str]:
-    """Return ``run`` with bf16 or fp32 in place of auto, and a line about it for the user, empty for none. A collective.
+    """Return ``run`` with bf16 or fp32 in place of auto, and a line for the user or "". A collective.
 
     Args:
         recorded: what the checkpoint that the run resumes from was trained in; auto keeps it. None: a first start.
@@ -82,6 +82,12 @@ def for_inference(recorded: str, device: torch.device) -> tuple[torch.dtype, str
         return torch.bfloat16, ""
     line = f"computing in fp32: the run was trained in bf16, but {slowness(device, cost)}" if recorded == "bf16" else ""
     return torch.float32, line
+
+
+def for_preflight(asked: str, device: torch.device) -> torch.dtype:
+    """Return the dtype in which to time a device for a run of this ``train.dtype``."""
+    dtype = faster(bf16_cost(device)) if asked == "auto" else asked
+    return torch.bfloat16 if dtype == "bf16" else torch.float32
 
 
 def slowness(device: torch.device, cost: float) -> str:

@@ -20,7 +20,7 @@ from dnt_scale.tracking import warn
 def load_run(
     run_dir: Path, data: Path | None, me: Ranks, sets: Callable[[DataConfig], Sources] = load_sources
 ) -> tuple[RunConfig, DNT, Sources]:
-    """A run's configuration, its model with the newest weights (on ``me.device``, in the dtype to compute in), and what it reads.
+    """A run's configuration, its model with the newest weights (to be computed with at once), and what it reads.
 
     Args:
         data: a set to read instead of the run's own, made with the same tokenizer.

@@ -125,7 +125,7 @@ def every_scenario(overrides: list[str], folder: Path) -> None:
 def outcomes(tmp_path_factory) -> dict[str, list[dict]]:
     """What each rank told of each scenario."""
     folder = tmp_path_factory.mktemp("runs")
-    group = Ranks(every_scenario, (tiny(folder / "no data", folder / "unused"), folder), RANKS, {})
+    group = Ranks(every_scenario, (tiny(folder / "no data", folder / "unused", "train.dtype=bf16"), folder), RANKS, {})
     group.wait().ok()
     lines = [[json.loads(line) for line in group.read(rank, "out").splitlines()] for rank in range(RANKS)]
     assert not list(folder.glob("*/logs/.preflight-*"))
@@ -154,8 +154,8 @@ def test_a_good_set_of_nodes_is_summed_up_in_one_line(outcomes):
     ("scenario", "hosts", "said"),
     [
         ("flipped", ["node1"], r"rank 1 \(node1\) gets 1 of 512 rows of an fp32 product wrong"),
-        ("not finite", ["node2"], r"rank 2 \(node2\) gets a bf16 product wrong by nan of its largest element"),
-        ("unlike peers", ["node0"], r"rank 0 \(node0\) has other bits in a bf16 product than its peers \(.*\)"),
+        ("not finite", ["node2"], r"rank 2 \(node2\) gets a bfloat16 product wrong by nan of its largest element"),
+        ("unlike peers", ["node0"], r"rank 0 \(node0\) has other bits in a product than its peers \(.*\)"),
         ("broken", ["node3"], r"rank 3 \(node3\) has a device that fails: CUDA error: uncorrectable ECC error \w+"),
         ("two bad", ["node1", "node2"], r"rank 1 \(node1\) gets .* wrong; rank 2 \(node2\) gets .* wrong"),
         ("one elsewhere", ["node3"], r"run.dir: .* is not .* rank 3 \(node3\) does not see what rank 0 wrote there"),
@@ -234,7 +234,7 @@ def test_products_are_exact_in_fp32():
         seen.append(float((a.abs().double() @ b.abs().double()).max()))
         return torch.mm(a, b)
 
-    _, _, faults = preflight.product(torch.device("cpu"), spy)
+    _, _, faults = preflight.product(torch.device("cpu"), torch.float32, spy)
     assert not faults and 2**22 < max(seen) < 2**24
 
 

@@ -81,7 +81,7 @@ def test_ranks_on_unlike_machines_choose_what_the_poorest_is_good_at(
     assert compute_dtype.resolve(run_with("auto"), me)[0].train.dtype == "fp32"
 
 
-def test_an_engine_that_does_not_go_with_the_choice_is_refused(monkeypatch: pytest.MonkeyPatch, me: ranks.Ranks) -> None:
+def test_an_engine_that_does_not_go_with_it_is_refused(monkeypatch: pytest.MonkeyPatch, me: ranks.Ranks) -> None:
     """As it is where bf16 was asked for."""
     machine(monkeypatch, GOOD)
     odd = ["engine=zero1", "engine.deepspeed={zero_optimization: {reduce_bucket_size: 5}}"]
