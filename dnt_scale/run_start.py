@@ -63,7 +63,7 @@ def begin(run: RunConfig, typed: Typed, *, fresh: bool = False) -> Begun:
         CheckpointError: the newest checkpoint is damaged.
         OSError: something cannot be read.
     """
-    if (run.run.dir / "sweep.json").is_file():  # cluster/sweep.py
+    if os.path.isfile(run.run.dir / "sweep.json"):  # cluster/sweep.py
         raise ConfigError(f"run.dir: {run.run.dir} is the folder of a sweep, by its sweep.json; {_elsewhere(run)}")
     start = _anew_start(run) if fresh else decide(run)
     if start.state is None:
@@ -130,6 +130,10 @@ def decide(run: RunConfig) -> Start:
     """
     try:
         return _decide(run)
+    except NotADirectoryError:
+        raise ConfigError(
+            f"run.dir: nothing can be written to {run.run.dir} (Not a directory); give another"
+        ) from None
     except PermissionError as error:
         raise ConfigError(
             f"run.dir: {error.filename} cannot be read ({error.strerror}), so whether there is a run to go on with is "
