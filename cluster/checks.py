@@ -19,7 +19,10 @@ from cluster.settings import ClusterConfig
 from cluster.slurm import Node, Partition
 from dnt_scale.config import ConfigError, RunConfig, TorchEngineConfig
 from dnt_scale.memory import checkpoint_bytes, copies_of
-from dnt_scale.resume import check_place, starting_state
+from dnt_scale.recorded import Typed
+from dnt_scale.resume import changes, check_place, starting_state
+from dnt_scale.run_lock import check_free
+from dnt_scale.run_start import begin
 from dnt_scale.sources import Sources, fitting_sources
 from dnt_scale.stream import rows_a_rank
 from dnt_scale.tracking import sqlite_file
@@ -31,15 +34,20 @@ MEMORY = {"devtmpfs", "ramfs", "tmpfs"}
 SHOWN = 6  # names in a message
 
 
-def before_queue(run: RunConfig, site: ClusterConfig) -> Plan:
+def before_queue(run: RunConfig, site: ClusterConfig, *, fresh: bool = False) -> Plan:
     """What the run's jobs are going to do, once nothing speaks against them. Leaves nothing behind.
 
+    Args:
+        fresh: what is in the run folder is going to be moved aside.
+
     Raises:
-        ConfigError: a field of the run or the cluster that does not fit SLURM, the data or the disks.
+        ConfigError: a field of the run or the cluster that does not fit SLURM, the data or the disks; or a process
+            writes the run folder.
         SlurmError: there is no SLURM here, or it would refuse the job.
         ValueError: a set or a checkpoint is damaged.
         OSError: a folder cannot be read.
     """
+    check_free(run.run.dir)
     slurm.check_here()
     check_logins(site)
     found = slurm.partitions()
@@ -51,7 +59,8 @@ def before_queue(run: RunConfig, site: ClusterConfig) -> Plan:
     sources = fitting_sources(run)
     check_ranks(run, site)
     steps = run.total_steps(sources[0].manifest.seq_len)
-    state, _ = starting_state(run, sources, steps, site.ranks)
+    begun = begin(run, Typed(whole=True), fresh=fresh)
+    state, _ = starting_state(begun, sources, steps, site.ranks)
     if state.step >= steps:
         raise ConfigError(f"train.steps: all {steps:,} steps are done; ask for more of them, or of train.tokens")
     check_writable(run)
@@ -60,6 +69,7 @@ def before_queue(run: RunConfig, site: ClusterConfig) -> Plan:
     start = slurm.expected_start(batch_script(run, site))
     made = plan.make(run, site, partition, sources, state.step)
     notes = [f"SLURM expects the first job to start at {start}"] if start else []
+    notes += [*begun.notes, *changes(begun, sources[0].manifest.seq_len)]
     return replace(made, notes=(*notes, *warnings(run, site, sources, partition)))
 
 

@@ -3,6 +3,7 @@
 import argparse
 import os
 import signal
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -85,6 +86,9 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     submit = commands.add_parser("submit", help="train a run as SLURM jobs", epilog=SUBMIT_HELP, formatter_class=raw)
     submit.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     submit.add_argument("--dry-run", action="store_true", help="check, show the plan and the batch script, and stop")
+    submit.add_argument(
+        "--fresh", action="store_true", help="move aside what an earlier run has left in the folder; begin at step 0"
+    )
     submit.add_argument("--multirun", action="store_true", help="a run for each combination of values KEY=A,B,C")
     submit.set_defaults(run=run_submit)
 
@@ -156,19 +160,24 @@ def run_submit(options: argparse.Namespace) -> int:
     from cluster import checks, plan, settings, submit
     from cluster.jobs import handle
     from dnt_scale import config
+    from dnt_scale.recorded import Typed
+    from dnt_scale.run_start import begin
 
     site, overrides = settings.load(options.overrides)
     if options.multirun:
+        if options.fresh:
+            raise ValueError("--fresh: a sweep is made in a new folder; take another run.name")
         return submit_sweep(overrides, site, dry_run=options.dry_run)
     run = config.load(overrides)
-    submit.check_new(run)
-    planned = checks.before_queue(run, site)
-    print(plan.describe(planned))
+    submit.check_new(run, fresh=options.fresh)
+    begun = begin(run, Typed(overrides), fresh=options.fresh)
+    planned = checks.before_queue(run := begun.run, site, fresh=options.fresh)
+    print(plan.describe(replace(planned, notes=tuple(dict.fromkeys([*planned.notes, *begun.notes])))))
     if options.dry_run:
         print(f"\n{checks.batch_script(run, site)}")
         return 0
     os.umask(0o077)
-    job = submit.submit(run, site).job
+    job = submit.submit(run, site, given=begun.given, fresh=options.fresh).job
     print(f"\nsubmitted as job {job}; `dnt jobs` shows it, `dnt logs {handle(run.run.dir)} -f` what it prints")
     return 0
 

@@ -41,6 +41,8 @@ def rank(run_dir: str) -> None:
     status = 1
     try:
         run, submission = config.from_yaml(ledger.config_file(place)), ledger.load(place)
+        # wherever the folder was when it was submitted
+        run = run.model_copy(update={"run": run.run.model_copy(update={"dir": place})})
         if number == 0:
             begin(place, attempt, submission)
         status = train(run, submission)
@@ -53,15 +55,17 @@ def rank(run_dir: str) -> None:
 
 
 def train(run: RunConfig, submission: Submission) -> int:
+    from dnt_scale.recorded import Typed
     from dnt_scale.train import run_rank
 
     if submission.parent:
         os.environ["DNT_PARENT"] = submission.parent
+    typed = Typed(ledger.read_given(run.run.dir), whole=True)
     if not submission.cluster.preflight:
-        return run_rank(run)
+        return run_rank(run, typed=typed)
     from cluster.preflight import check
 
-    return run_rank(run, lambda me: check(me, run, submission.cluster))
+    return run_rank(run, lambda me: check(me, run, submission.cluster), typed=typed)
 
 
 def begin(run_dir: Path, attempt: str, submission: Submission) -> None:

@@ -39,7 +39,8 @@ def runs_under(folder: Path) -> Iterator[Path]:
     """The submitted runs in a folder and in its folders (those of a sweep)."""
     for pattern in ("*/jobs/run.json", "*/*/jobs/run.json"):
         for file in sorted(folder.glob(pattern)):
-            yield file.parents[1]
+            if not file.parents[1].name.startswith("before-"):  # of a run that began anew, see dnt_scale.run_start
+                yield file.parents[1]
 
 
 def find_run(word: str) -> Path:

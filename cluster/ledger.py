@@ -2,6 +2,7 @@
 
     run.json              the submission: cluster, jobs, what is left out (:class:`Submission`)
     config.yaml           the run, resolved when it was submitted
+    given.json            what was typed for it
     code/                 the packages as they were then; the jobs import these
     slurm/                submitit's folder: JOB_submission.sh, JOB_submitted.pkl, JOB_RANK_log.out
     exits/JOB.RESTART/N.json    how rank N ended: host, status. None after a kill
@@ -29,7 +30,7 @@ from cluster.settings import ClusterConfig
 from dnt_scale import timeline
 from dnt_scale.config import Strict
 from dnt_scale.timeline import Event, host
-from dnt_scale.tracking import Status, write_json
+from dnt_scale.tracking import Status, read_json, write_json
 
 EndStatus = Literal[
     "finished",  # the token budget is spent
@@ -85,6 +86,16 @@ def folder(run_dir: Path) -> Path:
 
 def config_file(run_dir: Path) -> Path:
     return folder(run_dir) / "config.yaml"
+
+
+def write_given(run_dir: Path, given: Sequence[str]) -> None:
+    """Keep what was typed for the run. Raises OSError."""
+    write_json(folder(run_dir) / "given.json", {"given": list(given)})
+
+
+def read_given(run_dir: Path) -> list[str]:
+    """What was typed for the run; empty where that was not kept."""
+    return [str(word) for word in read_json(folder(run_dir) / "given.json").get("given", [])]
 
 
 def submitted(run_dir: Path) -> bool:

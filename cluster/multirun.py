@@ -18,7 +18,7 @@ from cluster.ledger import LedgerError, Submission
 from cluster.plan import Plan, counted
 from cluster.settings import ClusterConfig
 from cluster.sweep import Sweep, SweepRun
-from dnt_scale import config, timeline
+from dnt_scale import config, run_lock, timeline
 from dnt_scale.config import ConfigError, RunConfig
 from dnt_scale.sources import fitting_sources
 from dnt_scale.tracking import default_uri
@@ -112,11 +112,14 @@ def part_of(run: RunConfig, name: str) -> RunConfig:
 
 
 def check_new(sweep_dir: Path) -> None:
-    """Raises LedgerError when a sweep or a run was submitted from there."""
+    """Raises LedgerError when a sweep or a run was submitted from there, or a run was trained or is training there."""
     if sweep.is_sweep(sweep_dir) or ledger.submitted(sweep_dir):
         raise LedgerError(
             f"run.name: {sweep_dir.name} was submitted before; `dnt jobs {sweep_dir}` shows it; take another run.name"
         )
+    run_lock.check_free(sweep_dir)
+    if (sweep_dir / "config.yaml").exists():
+        raise LedgerError(f"run.name: {sweep_dir} is the folder of a run; take another run.name for the sweep")
 
 
 def before_queue(runs: list[RunConfig], site: ClusterConfig) -> Plan:

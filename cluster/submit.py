@@ -5,7 +5,7 @@ import os
 import shlex
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,25 +20,37 @@ from cluster.settings import ClusterConfig
 from cluster.state import Asking
 from dnt_scale import config, timeline
 from dnt_scale.config import RunConfig, config_dir
+from dnt_scale.recorded import Typed
+from dnt_scale.run_lock import held
+from dnt_scale.run_start import begin, make_room
 from dnt_scale.tracking import git_commit
 
 
-def submit(run: RunConfig, site: ClusterConfig) -> Submission:
+def submit(run: RunConfig, site: ClusterConfig, *, given: Sequence[str] = (), fresh: bool = False) -> Submission:
     """Make the run folder and queue the run's first job.
 
+    Args:
+        given: what was typed to get ``run``.
+        fresh: move aside what is in the folder.
+
     Raises:
-        LedgerError: the run was submitted before.
+        LedgerError: the run was submitted before, or with ``fresh`` its job is in the queue or running.
+        ConfigError: a process writes the run folder.
         SlurmError: SLURM refuses the job.
         OSError: the run folder cannot be written.
     """
     run_dir = run.run.dir.absolute()
-    run = run.model_copy(update={"run": run.run.model_copy(update={"dir": run_dir})})  # from whatever folder it goes on
-    check_new(run)
+    run = at(run, run_dir)  # from whatever folder it goes on
+    check_new(run, fresh=fresh)
     private(run_dir)
-    with locked(run_dir):
-        check_new(run)
+    with held(run_dir, "dnt submit"), locked(run_dir):
+        check_new(run, fresh=fresh)
+        if fresh:
+            make_room(begin(run, Typed(whole=True), fresh=True))
+            private(run_dir)
         snapshot(run_dir)
         ledger.config_file(run_dir).write_text(config.to_yaml(run))
+        ledger.write_given(run_dir, given)
         logs = ledger.folder(run_dir) / "slurm"
         try:
             here = {"slurm": slurm.cluster_name(), "checkpoints": checkpoints_of(run)}
@@ -55,15 +67,17 @@ def checkpoints_of(run: RunConfig) -> str:
     return str(place.absolute()) if isinstance(place, Path) else place
 
 
-def check_new(run: RunConfig) -> None:
-    """Raises LedgerError when the run, or a sweep of its name, was submitted before."""
+def check_new(run: RunConfig, *, fresh: bool = False) -> None:
+    """Raises LedgerError when the run, or a sweep of its name, was submitted before; if ``fresh``, when it is live."""
     if sweep.is_sweep(run.run.dir):
         raise LedgerError(f"run.name: {run.run.name} is a sweep, see `dnt jobs {run.run.dir}`; take another run.name")
-    if ledger.submitted(run.run.dir):
+    if fresh and ledger.submitted(run.run.dir):
+        check_over(run.run.dir, ledger.load(run.run.dir))
+    elif ledger.submitted(run.run.dir):
         jobs = ledger.load(run.run.dir).jobs
         raise LedgerError(
             f"run.name: {run.run.name} was submitted before{f' (job {jobs[-1]})' if jobs else ''}; "
-            f"`dnt resubmit {run.run.dir}` goes on with it, or take another run.name"
+            f"`dnt resubmit {run.run.dir}` goes on with it, --fresh begins anew, or take another run.name"
         )
 
 
@@ -80,7 +94,13 @@ def changed(run_dir: Path, overrides: list[str]) -> tuple[RunConfig, ClusterConf
     ours = [override for override in overrides if override.startswith("cluster.")]
     site = settings.changed(submission.cluster, ours) if ours else submission.cluster
     file = ledger.config_file(run_dir)
-    return config.changed(config.from_yaml(file), [override for override in overrides if override not in ours]), site
+    run = config.changed(config.from_yaml(file), [override for override in overrides if override not in ours])
+    return at(run, run_dir), site
+
+
+def at(run: RunConfig, run_dir: Path) -> RunConfig:
+    """The run in ``run_dir``, wherever that folder was when it was submitted."""
+    return run.model_copy(update={"run": run.run.model_copy(update={"dir": run_dir.absolute()})})
 
 
 def check_over(run_dir: Path, submission: Submission) -> None:
@@ -102,10 +122,11 @@ def resubmit(run_dir: Path, run: RunConfig, site: ClusterConfig, *, update_code:
 
     Raises:
         LedgerError: as :func:`changed`, or another command submits it just now.
+        ConfigError: a process writes the run folder.
         SlurmError: SLURM refuses the job.
     """
     run_dir = run_dir.absolute()
-    with locked(run_dir):
+    with held(run_dir, "dnt resubmit"), locked(run_dir):
         submission = ledger.load(run_dir)
         check_over(run_dir, submission)
         events, last = timeline.read(run_dir), state.newest_job(submission) if submission.jobs else None
@@ -117,8 +138,10 @@ def resubmit(run_dir: Path, run: RunConfig, site: ClusterConfig, *, update_code:
             snapshot(run_dir)
         ledger.config_file(run_dir).write_text(config.to_yaml(run))
         excluded = state.left_out(site, timeline.read(run_dir), [])
-        changes = {"cluster": site, "cancelled": False, "excluded": excluded, "slurm": slurm.cluster_name()}
-        changes["checkpoints"] = checkpoints_of(run)
+        changes: dict[str, object] = {"cluster": site, "cancelled": False, "excluded": excluded}
+        changes |= {"slurm": slurm.cluster_name(), "checkpoints": checkpoints_of(run)}
+        if not submission.logs.is_dir():  # the folder was moved
+            changes["logs"] = ledger.folder(run_dir) / "slurm"
         ledger.update(run_dir, lambda now: now.model_copy(update=changes))
         return enqueue(run_dir, by_user=True)
 

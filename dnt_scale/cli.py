@@ -174,6 +174,9 @@ def parser() -> argparse.ArgumentParser:
 
     train = commands.add_parser("train", help="train a model, or resume it", epilog=TRAIN_HELP, formatter_class=raw)
     train.add_argument("--print-config", action="store_true", help="show the resolved run and stop")
+    train.add_argument(
+        "--fresh", action="store_true", help="move aside what an earlier run has left in the folder; begin at step 0"
+    )
     train.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     train.set_defaults(run=run_train)
 
@@ -378,14 +381,20 @@ def run_train(options: argparse.Namespace) -> int:
 
     run = config.load(options.overrides)
     if options.print_config:
-        print(config.to_yaml(run), end="")
+        from dnt_scale.recorded import Typed
+        from dnt_scale.run_start import begin
+
+        begun = begin(run, Typed(options.overrides), fresh=options.fresh)
+        print(config.to_yaml(begun.run), end="")
+        for note in begun.notes:
+            print(note, file=sys.stderr)
         return 0
     from cluster.state import check_idle
 
     check_idle(run.run.dir)
     from dnt_scale.train import main as train
 
-    return train(options.overrides)
+    return train([*options.overrides, *["--fresh"] * options.fresh], check_idle)
 
 
 def run_generate(options: argparse.Namespace) -> int:

@@ -4,13 +4,13 @@ import json
 import math
 import uuid
 from pathlib import Path
-from typing import Any
 
-from dnt_scale import checkpoint
+from dnt_scale import recorded
 from dnt_scale.checkpoint import State
 from dnt_scale.checkpoint.storage import Storage
 from dnt_scale.config import ConfigError, DataConfig, RunConfig, to_yaml, validate
 from dnt_scale.optim import Schedule
+from dnt_scale.run_start import Begun
 from dnt_scale.sources import Sources, identity, manifests_of, weights_of
 
 # what a resumed run may not change: its weights, its order of data and its momentum depend on it
@@ -18,39 +18,34 @@ FIXED = ("model", "run.seed", "train.global_batch", "optim.algorithm", "data.doc
 
 
 def starting_state(
-    run: RunConfig, sources: Sources, total_steps: int, world_size: int
+    begun: Begun, sources: Sources, total_steps: int, world_size: int
 ) -> tuple[State, Path | str | None]:
     """The newest checkpoint's state and path, checked against this run; or step 0 and None. For one rank to decide.
 
     Raises:
-        ValueError: the checkpoint is damaged, of another run, or made with another tokenizer, data or fixed field; or
-            the run is no longer than its warmup.
+        ValueError: the checkpoint was made with another tokenizer, data or fixed field; or the run is no longer than
+            its warmup.
     """
+    run, newest = begun.run, begun.start.newest
     Schedule(run.optim.schedule, total_steps)
     settings = run.model_dump(mode="json")
-    newest = checkpoint.newest(run.checkpoints)
     fresh = State(
         step=0,
         consumed_rows=0,
         tokens=0,
         skipped=0,
         seed=run.run.seed,
-        run_id=earlier_run_id(run) or uuid.uuid4().hex,
+        run_id=(None if begun.start.aside else earlier_run_id(run)) or uuid.uuid4().hex,
         manifest_sha256=identity(sources),
         sets=manifests_of(sources),
         tokenizer_sha256=sources[0].manifest.tokenizer.sha256,
         world_size=world_size,
         config=settings,
+        given=begun.given,
         files={},
     )
-    if newest is None:
+    if (state := begun.start.state) is None or newest is None:
         return fresh, None
-    state = checkpoint.read_state(newest)
-    if run.checkpoint.dir is not None and (owner := pick(state.config, "run.name")) != run.run.name:
-        raise ConfigError(
-            f"checkpoint.dir: {newest} is of the run {owner}, this one is {run.run.name}; give each run a place of its "
-            f"own, such as checkpoint.dir='{run.checkpoint.dir.rstrip('/')}/${{run.name}}'"
-        )
     if state.tokenizer_sha256 != fresh.tokenizer_sha256:
         raise ConfigError(
             f"{sources[0].field}: {sources[0].folder} was made with another tokenizer (sha256 "
@@ -63,20 +58,37 @@ def starting_state(
             f"{difference(state, trained_run.data, run.data, sources, newest)}, so the order of rows would change; "
             "change it back, or take another run.name"
         )
-    trained = trained_run.model_dump(mode="json")  # fields newer than it too
-    for field in FIXED:
-        before, now = pick(trained, field), pick(settings, field)
-        if before != now:
-            raise ConfigError(
-                f"{field}: {newest} was trained with {before}, this run asks for {now}; "
-                "change it back, or take another run.name"
-            )
+    check_fixed(trained_run, run, newest)
     if state.step > total_steps:
         raise ConfigError(
             f"train.steps: this run asks for {total_steps} steps, but {newest} already has {state.step}; "
             "ask for more, or take another run.name"
         )
-    return state.model_copy(update={"config": settings, "world_size": world_size, "sets": fresh.sets}), newest
+    now = {"config": settings, "given": begun.given, "world_size": world_size, "sets": fresh.sets}
+    return state.model_copy(update=now), newest
+
+
+def check_fixed(trained: RunConfig, run: RunConfig, newest: Path | str) -> None:
+    """Raises ConfigError, which names the very setting, when a resume asks for what it may not change."""
+    changed = recorded.differences(trained, run)
+    for field in FIXED:
+        found = [item for item in changed if f"{item[0]}.".startswith(f"{field}.")]
+        for key, before, now in found[:1]:
+            others = ", ".join(f"{name} {recorded.shown(a)} -> {recorded.shown(b)}" for name, a, b in found[1:])
+            back = f"{key}={recorded.shown(before)} goes on with it"
+            back = "change it back" if others or field.startswith("optim") else back
+            raise ConfigError(
+                f"{key}: {newest} was trained with {before}, this run asks for {now}"
+                f"{others and f' (also {others})'}; {back}, or take another run.name"
+            )
+
+
+def changes(begun: Begun, seq_len: int) -> list[str]:
+    """Lines on what a resume does otherwise than its checkpoint; none at step 0."""
+    if (state := begun.start.state) is None:
+        return []
+    trained = validate(state.config, f"{begun.start.newest}/state.json")
+    return list(recorded.told(trained, begun.run, state.step, seq_len))
 
 
 def check_place(run: RunConfig) -> None:
@@ -124,19 +136,6 @@ def check_sets(sources: Sources, state: State) -> None:
                 f"{source.field}: {source.folder} has another manifest here (sha256 {found[:12]}) than on rank 0 "
                 f"(sha256 {wanted[:12]}); copy the set to every node again"
             )
-
-
-def is_set_path(key: str) -> bool:
-    """Whether a flattened configuration's key is the place of a set."""
-    return key == "data.path" or (key.startswith("data.mixture.") and key.endswith(".path"))
-
-
-def pick(settings: dict[str, Any], dotted: str) -> Any:
-    """The value at a dotted name, None where there is none."""
-    value: Any = settings
-    for key in dotted.split("."):
-        value = value.get(key) if isinstance(value, dict) else None
-    return value
 
 
 def earlier_run_id(run: RunConfig) -> str | None:

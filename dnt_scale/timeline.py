@@ -7,6 +7,7 @@ launcher's name for it (the variable DNT_ATTEMPT, under SLURM JOB.RESTART), else
     start     launched (when its process began), ranks; logged (step, time): the last line of metrics.jsonl, {} where
               there was none
     ready     step: the first step begins after this one; restored (seconds spent reading a checkpoint)
+    saved     step: its checkpoint is in place
     progress  step; seconds of this attempt so far: {step, eval, save}, as long as training waited for each. Every ten
               seconds, later every minute, and at the end
     end       outcome (FINISHED, FAILED, KILLED), step. Missing after a kill

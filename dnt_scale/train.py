@@ -7,11 +7,12 @@ write a checkpoint and stop, on all ranks together.
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
+from pathlib import Path
 from types import FrameType
 
-from dnt_scale import checkpoint, config, engine, ranks, timeline
+from dnt_scale import checkpoint, config, engine, ranks
 from dnt_scale.checkpoint import State
 from dnt_scale.config import ConfigError, RunConfig
 from dnt_scale.guard import Guard, HopelessRun, rows_behind
@@ -19,21 +20,24 @@ from dnt_scale.model import DNT, count_parameters
 from dnt_scale.plots import plot_run
 from dnt_scale.progress import Metrics, TrainProgress, opening_line, speed
 from dnt_scale.ranks import Ranks
-from dnt_scale.resume import check_place, check_sets, is_set_path, starting_state
+from dnt_scale.recorded import Typed
+from dnt_scale.resume import changes, check_place, check_sets, starting_state
+from dnt_scale.run_start import Begun, begun_on_all, check_no_job, make_room, only_writer, write_config
 from dnt_scale.sources import fitting_sources
 from dnt_scale.stream import Stream
 from dnt_scale.system_metrics import sampling
 from dnt_scale.timeline import Clock
-from dnt_scale.tracking import Status, Tracker, git_commit, last_metrics
+from dnt_scale.tracking import Status, Tracker, git_commit, last_metrics, warn
 from dnt_scale.validation import validation
-from dnt_scale.watchdog import Tell, beat, out_of_memory, out_of_memory_message, watching
+from dnt_scale.watchdog import beat, out_of_memory, out_of_memory_message, telling, watching
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
-def main(overrides: list[str]) -> int:
-    """Compose the configuration, train, and return the exit status, see ``run_rank``."""
+def main(words: list[str], check_no_job: Callable[[Path], None] = check_no_job) -> int:
+    """Train what ``words``, overrides and ``--fresh``, describe, and return the exit status, see ``run_rank``."""
     rank, _, _ = ranks.environment()
+    overrides = [word for word in words if word != "--fresh"]
     try:
         run = config.load(overrides)
     except ConfigError as error:
@@ -43,14 +47,24 @@ def main(overrides: list[str]) -> int:
             time.sleep(1.0)
             print(f"rank {rank}: error: {error}", file=sys.stderr)
         return 2
-    return run_rank(run)
+    return run_rank(run, typed=Typed(overrides), fresh="--fresh" in words, check_no_job=check_no_job)
 
 
-def run_rank(run: RunConfig, before: Callable[[Ranks], None] | None = None) -> int:
+def run_rank(
+    run: RunConfig,
+    before: Callable[[Ranks], None] | None = None,
+    *,
+    typed: Typed = Typed(whole=True),  # noqa: B008
+    fresh: bool = False,
+    check_no_job: Callable[[Path], None] = check_no_job,
+) -> int:
     """Be one rank of ``run``: meet the others, train, and return the exit status.
 
     Args:
-        before: called once the ranks have met, before anything else.
+        before: called once the ranks have met and no other process writes the run folder, before anything else.
+        typed: what was typed to get ``run``; the rest is as the run's checkpoint records it.
+        fresh: move aside what an earlier run has left, and begin at step 0.
+        check_no_job: see ``only_writer``.
 
     Returns:
         0 when the run is complete; 1 after a fault that another try may not meet (a lost rank, a hang); 2 after an
@@ -59,10 +73,12 @@ def run_rank(run: RunConfig, before: Callable[[Ranks], None] | None = None) -> i
     rank, _, _ = ranks.environment()
     try:
         me = ranks.start(run.run.device, run.health.hang_s)
-        with watching(me, run.health.hang_s, lost(run)):
+        with watching(me, run.health.hang_s, telling(run.run.dir)), only_writer(run, me, check_no_job):
             if before:
                 before(me)
-            status = train(run, me)
+            begun = begun_on_all(run, me, typed, fresh=fresh)
+            run = begun.run
+            status = train(begun, me)
     except ranks.AgreedError as error:
         if rank == 0:
             print(f"error: {error}", file=sys.stderr)
@@ -86,8 +102,8 @@ def run_rank(run: RunConfig, before: Callable[[Ranks], None] | None = None) -> i
     return status
 
 
-def train(run: RunConfig, me: Ranks) -> int:
-    """Train ``run`` to its last step or to a signal; returns the exit status.
+def train(begun: Begun, me: Ranks) -> int:
+    """Train a run to its last step or to a signal; returns the exit status.
 
     Raises:
         ValueError: the configuration, the data and the checkpoint do not fit together, a file is damaged, or
@@ -95,28 +111,19 @@ def train(run: RunConfig, me: Ranks) -> int:
         OSError: the run folder cannot be written.
     """
     beat("start")
-    # a set may lie elsewhere on each node: its manifest tells which it is, see check_sets
-    ranks.check_settings(me, {key: value for key, value in config.flat(run).items() if not is_set_path(key)})
+    run = begun.run
     sources = ranks.together(me, lambda: fitting_sources(run))
     manifest = sources[0].manifest  # all have its seq_len, eos_id and tokenizer
     total_steps = run.total_steps(manifest.seq_len)
-    state, newest = ranks.on_first(me, lambda: starting_state(run, sources, total_steps, me.world_size))
+    state, newest = ranks.on_first(me, lambda: starting_state(begun, sources, total_steps, me.world_size))
     ranks.together(me, lambda: check_sets(sources, state))
     if newest:
         checkpoint.check_files(newest, state, me)
-    stream = ranks.together(
-        me,
-        lambda: Stream(
-            sources,
-            seed=run.run.seed,
-            global_batch=run.train.global_batch,
-            rank=me.rank,
-            world_size=me.world_size,
-            consumed_rows=state.consumed_rows,
-        ),
-    )
+    order = {"seed": run.run.seed, "global_batch": run.train.global_batch, "consumed_rows": state.consumed_rows}
+    stream = ranks.together(me, lambda: Stream(sources, rank=me.rank, world_size=me.world_size, **order))
     document_eos = manifest.eos_id if run.data.document_mask else None
     trainer = engine.build(run, lambda: DNT(run.model, document_eos), me, total_steps)
+    ranks.on_first(me, lambda: make_room(begun))
     ranks.on_first(me, lambda: check_place(run))  # makes the folder, so a run refused above has left none
     clock = Clock(run.run.dir, silent=not me.first)
     clock.start(me.world_size, last_metrics(run.run.dir)[-1:])
@@ -136,10 +143,13 @@ def train(run: RunConfig, me: Ranks) -> int:
             keep=run.checkpoint.keep,
             keep_every=run.checkpoint.keep_every,
             background=run.checkpoint.background,
+            in_place=lambda step: clock.tell("saved", step=step),
         ),
     )
 
     tracker = ranks.together(me, lambda: start_tracking(run, state, me) if me.first else None)
+    for line in changes(begun, manifest.seq_len) if me.first else []:
+        warn(line)
     progress = TrainProgress(total_steps, state.step, silent=not me.first)
     progress.say(opening_line(run, sources, total_steps, newest, me))
 
@@ -242,13 +252,7 @@ def start_tracking(run: RunConfig, state: State, me: Ranks) -> Tracker:
         ValueError: the run folder cannot be written.
         OSError: metrics.jsonl cannot.
     """
-    try:
-        run.run.dir.mkdir(parents=True, exist_ok=True)
-        (run.run.dir / "config.yaml").write_text(config.to_yaml(run))
-    except OSError as error:
-        raise ConfigError(
-            f"run.dir: nothing can be written to {run.run.dir} ({error.strerror or error}); give another"
-        ) from None
+    write_config(run)
     return Tracker.start(
         run.run.dir,
         uri=run.tracking.uri,
@@ -265,16 +269,6 @@ def start_tracking(run: RunConfig, state: State, me: Ranks) -> Tracker:
         enabled=run.tracking.enabled,
         resume_step=state.step,
     )
-
-
-def lost(run: RunConfig) -> Tell:
-    """What the watchdog calls when it ends all ranks: the timeline keeps which hosts were at fault."""
-
-    def tell(message: str, hosts: Sequence[str]) -> None:
-        with suppress(OSError):
-            timeline.append(run.run.dir, "lost", attempt=timeline.this_attempt(), message=message, hosts=list(hosts))
-
-    return tell
 
 
 @contextmanager

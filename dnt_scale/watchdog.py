@@ -415,6 +415,16 @@ def watching(me: Ranks, hang_s: float, tell: Tell | None = None) -> Iterator[Non
     watch.stop()
 
 
+def telling(run_dir: Path) -> Tell:
+    """What :func:`watching` calls when it ends all ranks: the run's timeline keeps which hosts were at fault."""
+
+    def tell(message: str, hosts: Sequence[str]) -> None:
+        with suppress(OSError):
+            timeline.append(run_dir, "lost", attempt=timeline.this_attempt(), message=message, hosts=list(hosts))
+
+    return tell
+
+
 def reason_of(error: BaseException) -> str:
     if out_of_memory(error):
         return "out of memory"

@@ -77,7 +77,10 @@ def from_file(weights: Path, overrides: Sequence[str]) -> str:
     """
     from dnt_scale import config
     from dnt_scale.model import DNT
+    from dnt_scale.recorded import Typed
     from dnt_scale.resume import starting_state
+    from dnt_scale.run_lock import held
+    from dnt_scale.run_start import begin
     from dnt_scale.sources import fitting_sources
 
     source = Storage(weights.parent)
@@ -87,7 +90,10 @@ def from_file(weights: Path, overrides: Sequence[str]) -> str:
     folder = Storage(run.checkpoints)
     if complete(folder):
         raise CheckpointError(f"{folder}: holds checkpoints already; take another run.name")
-    state, _ = starting_state(run, sources, run.total_steps(sources[0].manifest.seq_len), 1)
+    begun = begin(run, Typed([*told, *overrides]))
+    if begun.start.aside:
+        raise CheckpointError(f"{run.run.dir}: holds steps of a run already; take another run.name")
+    state, _ = starting_state(begun, sources, run.total_steps(sources[0].manifest.seq_len), 1)
     state = state.model_copy(update={"engine": {"step": 0, "updates": 0}})
     with torch.device("meta"):
         wanted = {name: tuple(parameter.shape) for name, parameter in DNT(run.model).named_parameters()}
@@ -108,15 +114,16 @@ def from_file(weights: Path, overrides: Sequence[str]) -> str:
 
     final = folder / step_name(state.step)
     partial = folder / f"{INTERMEDIATE}{step_name(state.step)}" if folder.local else final
-    partial.make()
-    try:
-        with Meter("writing", sum(map(bytes_of, stored.values()))) as meter:
-            name = "shard-00001-model-00001-of-00001.safetensors"
-            record = write_file(partial, name, chunks(), reused=True)
-        publish(partial, final, state.model_copy(update={"files": {name: record}}))
-    except BaseException:
-        partial.remove_all()
-        raise
+    with held(run.run.dir, "dnt checkpoint convert"):
+        partial.make()
+        try:
+            with Meter("writing", sum(map(bytes_of, stored.values()))) as meter:
+                name = "shard-00001-model-00001-of-00001.safetensors"
+                record = write_file(partial, name, chunks(), reused=True)
+            publish(partial, final, state.model_copy(update={"files": {name: record}}))
+        except BaseException:
+            partial.remove_all()
+            raise
     same = f"the same settings and {' '.join(told)}" if told else "the same settings"
     return f"{final}: {len(wanted)} weights from {weights}; `dnt train` with {same} begins from it"
 

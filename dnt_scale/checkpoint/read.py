@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dnt_scale.checkpoint.boxes import Box, Region, intersect, miscovered
 from dnt_scale.checkpoint.header import Part, read_header
-from dnt_scale.checkpoint.state import FileRecord, State, step_name
+from dnt_scale.checkpoint.state import FileRecord, State, instead_of, step_name, step_of
 from dnt_scale.checkpoint.storage import CheckpointError, File, Storage, fill
 from dnt_scale.ranks import AgreedError, Ranks, on_first, together
 from dnt_scale.watchdog import moving
@@ -34,9 +34,13 @@ def newest(folder: Path | str) -> Path | str | None:
 
 def complete(folder: Storage) -> dict[int, Storage]:
     """The complete checkpoints in a folder by their steps, in order."""
-    numbers = {int(name[5:]): name for name in folder.names() if name[:5] == "step-" and name[5:].isdecimal()}
-    steps = sorted(step for step, name in numbers.items() if name == step_name(step))
-    return {step: found for step in steps if (found := folder / step_name(step)).holds("state.json")}
+    return {step: found for step in steps_of(folder) if (found := folder / step_name(step)).holds("state.json")}
+
+
+def steps_of(folder: Storage) -> list[int]:
+    """The steps, in order, of the folders named exactly step-NNNNNNNN; whatever else lies beside them is none."""
+    steps = {step_of(name): name for name in folder.names()}
+    return sorted(step for step, name in steps.items() if step is not None and folder.is_folder(name))
 
 
 def gone_latest(folder: Storage) -> str | None:
@@ -130,9 +134,7 @@ def overlaps(
     shared = [(part, both) for part in parts if (both := intersect(part.region, wanted))]
     hole = miscovered(wanted, [region for _, region in shared])
     if hole is not None:
-        raise CheckpointError(
-            f"{folder}: damaged: {hole_in(name, hole, shared)}; remove {folder} to go on from an older checkpoint"
-        )
+        raise CheckpointError(f"{folder}: damaged: {hole_in(name, hole, shared)}; {instead_of(folder.path)}")
     return shared
 
 
@@ -162,7 +164,7 @@ def check_files(path: Path | str, state: State, ranks: Ranks) -> None:
     try:
         together(ranks, check)
     except AgreedError as error:
-        raise CheckpointError(f"{error}; remove {path} to go on from an older checkpoint") from None
+        raise CheckpointError(f"{error}; {instead_of(path)}") from None
 
 
 def not_part(folder: Storage, name: str) -> str:

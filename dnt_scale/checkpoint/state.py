@@ -1,10 +1,11 @@
 """``state.json``: everything a resumed run needs beside the tensors."""
 
+import contextlib
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from dnt_scale.checkpoint.storage import CheckpointError, Storage
+from dnt_scale.checkpoint.storage import CheckpointError, Storage, is_url
 
 FORMAT = "dnt-checkpoint"
 VERSION = 1
@@ -35,6 +36,7 @@ class State(BaseModel):
     tokenizer_sha256: str
     world_size: int
     config: dict[str, object]
+    given: list[str] = []  # what was typed to get it: group=name, key=value; not in the checkpoints of old
     engine: dict[str, float] = {}  # Engine.scalars; not in the checkpoints of old
     health: dict[str, list[float]] = {}  # the spike guard's window
     files: dict[str, FileRecord]
@@ -49,6 +51,24 @@ def step_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def step_of(name: str) -> int | None:
+    """The step that a checkpoint's folder is named after; None for any other name."""
+    digits = name.removeprefix("step-")
+    return int(digits) if digits.isdecimal() and name == step_name(int(digits)) else None
+
+
+def instead_of(path: Path | str) -> str:
+    """How a run may go on, whose checkpoint at ``path`` is damaged."""
+    parent, _, name = str(path).rpartition("/")
+    step = step_of(name)
+    with contextlib.suppress(CheckpointError, OSError):
+        folder = Storage(parent if is_url(str(path)) else Path(parent))
+        older = [other for other in folder.names() if (found := step_of(other)) is not None and found < (step or 0)]
+        if any((folder / other).holds("state.json") for other in older):
+            return f"remove {path} to go on from an older checkpoint"
+    return "there is no older one: restore it, or `dnt train --fresh` begins anew and keeps what is there aside"
+
+
 def read_state(path: Path | str) -> State:
     """``state.json`` of a checkpoint's folder, here or at a URL.
 
@@ -56,7 +76,6 @@ def read_state(path: Path | str) -> State:
         CheckpointError: it is missing, truncated, or of another format or version.
     """
     file = f"{path}/state.json"
-    advice = f"remove {path} to go on from an older checkpoint"
     try:
         state = State.model_validate_json(Storage(path).read("state.json"))
     except FileNotFoundError:
@@ -66,11 +85,12 @@ def read_state(path: Path | str) -> State:
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(map(str, problem["loc"])) or "JSON"
-        raise CheckpointError(f"{file}: damaged ({where}: {problem['msg']}); {advice}") from None
+        raise CheckpointError(f"{file}: damaged ({where}: {problem['msg']}); {instead_of(path)}") from None
     if any(Path(name).name != name or not name.endswith(".safetensors") for name in state.files):
-        raise CheckpointError(f"{file}: names a file outside its folder, or none of a checkpoint's; {advice}")
+        raise CheckpointError(f"{file}: names a file outside its folder, or none of a checkpoint's; {instead_of(path)}")
     if (state.format, state.version) != (FORMAT, VERSION):
         raise CheckpointError(
-            f"{file}: is {state.format} version {state.version}, expected {FORMAT} version {VERSION}; {advice}"
+            f"{file}: is {state.format} version {state.version}, expected {FORMAT} version {VERSION}; "
+            f"{instead_of(path)}"
         )
     return state

@@ -119,6 +119,10 @@ class Storage:
             self._fs.invalidate_cache()
             return bool(self._fs.isfile(self._inside(name)))
 
+    def is_folder(self, name: str) -> bool:
+        """Whether ``name`` may be a folder of its own: no file, no link. At a URL all names may."""
+        return self._fs is not None or (Path(self._root, name).is_dir() and not Path(self._root, name).is_symlink())
+
     def open(self, name: str) -> File:
         """A file to be read from any place; at a URL each read fetches just what it asks for."""
         if self._fs is None:

@@ -15,7 +15,7 @@ import os
 import shutil
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import count
@@ -29,7 +29,7 @@ from torch import Tensor
 from dnt_scale.checkpoint.boxes import Box, owned
 from dnt_scale.checkpoint.header import make_header
 from dnt_scale.checkpoint.read import complete
-from dnt_scale.checkpoint.state import FileRecord, State, step_name
+from dnt_scale.checkpoint.state import FileRecord, State, step_name, step_of
 from dnt_scale.checkpoint.storage import (
     CheckpointError,
     CheckpointFault,
@@ -75,16 +75,25 @@ class Saver:
         keep: newest checkpoints that stay.
         keep_every: checkpoints whose step is a multiple stay too.
         background: return from ``save`` when the copy is made, else when the checkpoint is in place.
+        in_place: called on rank 0 with the step of each checkpoint that is in place now.
     """
 
     def __init__(
-        self, folder: Path | str, me: Ranks, *, keep: int, keep_every: int | None = None, background: bool = True
+        self,
+        folder: Path | str,
+        me: Ranks,
+        *,
+        keep: int,
+        keep_every: int | None = None,
+        background: bool = True,
+        in_place: Callable[[int], None] = lambda step: None,
     ) -> None:
         self.folder = Storage(folder)
         self.me = me
         self.keep = keep
         self.keep_every = keep_every
         self.background = background
+        self.in_place = in_place
         self._state: State | None = None  # of the save that is not settled
         self._buffer = torch.empty(0, dtype=torch.uint8)  # reused: the next save needs as much
         self._files: list[_File] = []
@@ -198,11 +207,12 @@ class Saver:
         try:
             if self.folder.local:
                 for leftover in self.folder.local.glob(".*-step-*"):
-                    shutil.rmtree(leftover)
+                    if leftover.is_dir() and not leftover.is_symlink():  # whatever else has such a name is not ours
+                        shutil.rmtree(leftover)
             else:
                 whole = complete(self.folder).keys() - {self._state.step}
                 for name in self.folder.names():
-                    if name.startswith("step-") and name not in map(step_name, whole):
+                    if step_of(name) not in {None, *whole}:
                         (self.folder / name).remove_all()
             partial.make()
         except OSError as error:
@@ -281,6 +291,7 @@ class Saver:
         partial = self._partial(state)
         try:
             publish(partial, self.folder / step_name(state.step), state)
+            self.in_place(state.step)
         except OSError as error:
             raise CheckpointError(_explain(error, partial)) from None
 
@@ -352,14 +363,22 @@ def publish(partial: Storage, final: Storage, state: State) -> None:
     if not (partial.local and final.local):
         return
     fsync_folder(partial.local)
-    if final.local.exists():  # a resumed run that lost its newer steps writes them again
+    if final.local.is_dir() and not final.local.is_symlink():  # a resumed run writes newer steps again
         final.local.rename(final.local.with_name(f".old-{final.local.name}"))
+    elif os.path.lexists(final.local):  # somebody's file or link of that name
+        final.local.rename(_free(final.local.with_name(f"{final.local.name}.not-a-checkpoint")))
     partial.local.rename(final.local)
     link = final.local.with_name(".latest")
     link.unlink(missing_ok=True)
     link.symlink_to(final.local.name)
     link.rename(final.local.with_name("latest"))
     fsync_folder(final.local.parent)
+
+
+def _free(path: Path) -> Path:
+    """The path, or the first with a number after it that nothing has."""
+    names = (path.with_name(f"{path.name}{number and f'-{number}' or ''}") for number in count())
+    return next(name for name in names if not os.path.lexists(name))
 
 
 def _bytes(tensor: Tensor) -> memoryview:

@@ -1,0 +1,201 @@
+"""A resume is the run that it was: settings that were not typed now keep the value recorded with the checkpoint.
+
+That holds for ``model``, ``optim`` and ``train``; the other sections follow the command. Typed is a key=value override
+of a key, or a group choice (optim=, model=, preset=) other than the one recorded: the same choice again resets nothing.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+
+from dnt_scale import config
+from dnt_scale.config import RunConfig
+from dnt_scale.optim import Schedule
+
+KEPT = ("model", "optim", "train")
+GROUPS = ("model", "optim")
+BUDGET = {"train.steps", "train.tokens"}
+MISSING = object()
+
+
+@dataclass(frozen=True)
+class Typed:
+    """What a person typed to get a configuration."""
+
+    overrides: Sequence[str] = ()
+    whole: bool = False  # or rather, all of it was given: a job's config.yaml leaves nothing out
+
+
+def kept(
+    run: RunConfig, typed: Typed, recorded: Mapping[str, object], given: Sequence[str], newest: object
+) -> tuple[RunConfig, tuple[str, ...]]:
+    """``run`` with what its checkpoint records in the place of what was not typed, and a line that says so, if any.
+
+    Args:
+        recorded: the checkpoint's configuration.
+        given: what had been typed for it; empty where that is not known.
+        newest: the checkpoint, for messages.
+
+    Raises:
+        ConfigError: what was typed does not go with what is kept.
+    """
+    if typed.whole:
+        return run, ()
+    before = config.validate(dict(recorded), f"{newest}/state.json").model_dump(mode="json")
+    now = run.model_dump(mode="json")
+    keys = typed_keys(typed.overrides, given)
+    settings = {**now, **{name: _merged(name, before[name], now[name], keys) for name in KEPT}}
+    made = config.validate(settings, f"what was typed, with what {newest} records for the rest")
+    lines = [
+        f"{key} {shown(value)} (the command alone says {shown(alone)})" for key, alone, value in differences(run, made)
+    ]
+    return made, (f"kept from the checkpoint: {', '.join(lines)}",) if lines else ()
+
+
+def _merged(prefix: str, before: Any, now: Any, typed: set[str]) -> Any:
+    if any(prefix == key or prefix.startswith(f"{key}.") for key in typed):
+        return now
+    if not any(key.startswith(f"{prefix}.") for key in typed):
+        return before
+    if not (isinstance(before, dict) and isinstance(now, dict)):
+        return now
+    found = {
+        key: _merged(f"{prefix}.{key}", before.get(key, MISSING), now.get(key, MISSING), typed)
+        for key in {**before, **now}
+    }
+    return {key: value for key, value in found.items() if value is not MISSING}
+
+
+# --- what was typed ---------------------------------------------------------------------------------------------------
+
+
+def typed_keys(overrides: Sequence[str], given: Sequence[str]) -> set[str]:
+    """The dotted names that ``overrides`` give values to, or everything below them."""
+    keys: set[str] = set()
+    now, before = choices(overrides), choices(given) if given else {}
+    if (preset := now.get("preset")) and preset != before.get("preset"):
+        keys |= set(_leaves("", _preset(preset)[1]))
+    if given:
+        before = {**_default_choices(), **before}
+    keys |= {group for group in GROUPS if group in now and now[group] != before.get(group)}
+    for override in overrides:
+        key, value = _parts(override)
+        if key.partition(".")[0] in KEPT and key not in GROUPS:
+            keys |= set(_leaves(key, _as_dict(override) if value.lstrip().startswith("{") else value))
+    if keys & BUDGET:  # one budget: either takes the other's place
+        keys |= BUDGET
+    return keys
+
+
+def choices(overrides: Sequence[str]) -> dict[str, str]:
+    """The file that was chosen of each group; of ``preset`` too."""
+    found: dict[str, str] = {}
+    typed = [_parts(override) for override in overrides]
+    for key, value in typed:
+        if key == "preset":
+            found = {**found, **_preset(_name(value))[0], key: _name(value)}
+    return {**found, **{key: _name(value) for key, value in typed if key in GROUPS}}
+
+
+def together(before: Sequence[str], now: Sequence[str]) -> list[str]:
+    """All that was typed for a run, at its start and since; of one key the last word."""
+    last = {_parts(override)[0]: override for override in [*before, *now]}
+    return list(last.values())
+
+
+def _parts(override: str) -> tuple[str, str]:
+    key, _, value = override.partition("=")
+    return key.strip().lstrip("+~").partition("@")[0], value.strip()
+
+
+def _name(value: str) -> str:
+    return value.strip("'\"").removesuffix(".yaml")
+
+
+def _preset(name: str) -> tuple[dict[str, str], dict[str, Any]]:
+    """The choices and the values that a file of configs/preset makes."""
+    try:
+        found = yaml.safe_load((config.config_dir() / "preset" / f"{name}.yaml").read_text())
+    except OSError:
+        return {}, {}
+    lines = [line for line in found.pop("defaults", []) if isinstance(line, dict)]
+    chosen = {str(key).split("/")[-1]: str(value) for line in lines for key, value in line.items()}
+    return {key: value for key, value in chosen.items() if key in GROUPS}, found
+
+
+def _default_choices() -> dict[str, str]:
+    found = yaml.safe_load((config.config_dir() / "train.yaml").read_text())["defaults"]
+    return {key: value for line in found if isinstance(line, dict) for key, value in line.items() if key in GROUPS}
+
+
+def _as_dict(override: str) -> Any:
+    try:
+        return OverridesParser.create().parse_override(override).value()
+    except HydraException:
+        return None
+
+
+def _leaves(prefix: str, value: Any) -> Iterator[str]:
+    if isinstance(value, dict) and value:
+        for key, inner in value.items():
+            yield from _leaves(f"{prefix}.{key}" if prefix else str(key), inner)
+    else:
+        yield prefix
+
+
+# --- what differs -----------------------------------------------------------------------------------------------------
+
+
+def differences(before: RunConfig, now: RunConfig) -> list[tuple[str, Any, Any]]:
+    """Each dotted name whose value differs, with both; MISSING where one has no such key."""
+    old, new = config.flat(before), config.flat(now)
+    every = {**old, **new}
+    pairs = ((key, old.get(key, MISSING), new.get(key, MISSING)) for key in every)
+    return [(key, a, b) for key, a, b in pairs if a is not b and a != b]
+
+
+def shown(value: Any) -> str:
+    """A value as a line tells it."""
+    if value is MISSING:
+        return "not there"
+    if isinstance(value, bool) or value is None:
+        return {None: "null", True: "true", False: "false"}[value]
+    return f"{value:.12g}" if isinstance(value, float) else str(value)
+
+
+def told(before: RunConfig, now: RunConfig, step: int, seq_len: int) -> Iterator[str]:
+    """Lines on what a resume at ``step`` does otherwise than its checkpoint, ``before``: settings, learning rate."""
+    changed = differences(before, now)
+    if changed:
+        yield "other than in the checkpoint: " + ", ".join(f"{key} {shown(a)} -> {shown(b)}" for key, a, b in changed)
+    if step >= now.total_steps(seq_len):
+        return
+    old, new = rates(before, step, seq_len), rates(now, step, seq_len)
+    jumps = [
+        f"{f'of {name} ' if name else ''}{old[name]:.4g} -> {rate:.4g}"
+        for name, rate in new.items()
+        if name in old and not math.isclose(old[name], rate, rel_tol=1e-6)
+    ]
+    if jumps:
+        why = [key for key, *_ in changed if key in BUDGET or ".schedule." in key or key.endswith(".lr")]
+        yield f"learning rate of the next step: {', '.join(jumps)}" + (f" (by {', '.join(why)})" if why else "")
+
+
+def rates(run: RunConfig, step: int, seq_len: int) -> dict[str, float]:
+    """The learning rate of the step after ``step``, and those of groups that have their own."""
+    factor = Schedule(run.optim.schedule, run.total_steps(seq_len)).factor(step)
+    own = {name: group.lr for name, group in run.optim.groups.items() if group.lr is not None}
+    return {name: rate * factor for name, rate in {"": run.optim.lr, **own}.items()}
+
+
+def pick(settings: Any, dotted: str) -> Any:
+    """The value at a dotted name, None where there is none."""
+    value: Any = settings
+    for key in dotted.split("."):
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
