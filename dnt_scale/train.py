@@ -1,17 +1,16 @@
 """The training loop: ``dnt train``, ``torchrun ... -m dnt_scale.train``, or ``srun python -m dnt_scale.train``.
 
-Rerunning the same command resumes from the newest checkpoint. Ctrl-C, SIGTERM, SIGUSR1 and SIGUSR2 finish the step,
-write a checkpoint and stop, on all ranks together.
+Rerunning the same command resumes from the newest checkpoint. Ctrl-C, SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2 finish the
+step, write a checkpoint and stop, on all ranks together (dnt_scale/signals.py).
 """
 
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
-from types import FrameType
+from collections.abc import Callable, Sequence
+from contextlib import closing, suppress
 
-from dnt_scale import checkpoint, config, engine, ranks, timeline
+from dnt_scale import checkpoint, config, engine, ranks, startup, streams, timeline
 from dnt_scale.checkpoint import State
 from dnt_scale.config import ConfigError, RunConfig
 from dnt_scale.guard import Guard, HopelessRun, rows_behind
@@ -20,6 +19,7 @@ from dnt_scale.plots import plot_run
 from dnt_scale.progress import Metrics, TrainProgress, opening_line, speed
 from dnt_scale.ranks import Ranks
 from dnt_scale.resume import check_place, check_sets, is_set_path, starting_state
+from dnt_scale.signals import stop_signals
 from dnt_scale.sources import fitting_sources
 from dnt_scale.stream import Stream
 from dnt_scale.system_metrics import sampling
@@ -28,21 +28,24 @@ from dnt_scale.tracking import Status, Tracker, git_commit, last_metrics
 from dnt_scale.validation import validation
 from dnt_scale.watchdog import Tell, beat, out_of_memory, out_of_memory_message, watching
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-
 
 def main(overrides: list[str]) -> int:
     """Compose the configuration, train, and return the exit status, see ``run_rank``."""
-    rank, _, _ = ranks.environment()
+    streams.guard()
+    rank = 0
     try:
+        startup.check_folder()
+        rank, _, _ = ranks.environment()
         run = config.load(overrides)
-    except ConfigError as error:
+    except ValueError as error:
         if rank == 0:
             print(f"error: {error}", file=sys.stderr)
         else:  # most often all find the same, and torchrun ends them as soon as the first has spoken and ended
             time.sleep(1.0)
             print(f"rank {rank}: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
     return run_rank(run)
 
 
@@ -56,8 +59,10 @@ def run_rank(run: RunConfig, before: Callable[[Ranks], None] | None = None) -> i
         0 when the run is complete; 1 after a fault that another try may not meet (a lost rank, a hang); 2 after an
         error that the user has to mend; 128 + n when signal n stopped the run, with a checkpoint.
     """
-    rank, _, _ = ranks.environment()
+    streams.guard()
+    rank = 0
     try:
+        rank, _, _ = ranks.environment()
         me = ranks.start(run.run.device, run.health.hang_s)
         with watching(me, run.health.hang_s, lost(run)):
             if before:
@@ -275,24 +280,6 @@ def lost(run: RunConfig) -> Tell:
             timeline.append(run.run.dir, "lost", attempt=timeline.this_attempt(), message=message, hosts=list(hosts))
 
     return tell
-
-
-@contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """Collects the signals that end a run for the loop to read; a second SIGINT interrupts at once."""
-    received: list[int] = []
-
-    def receive(number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and received:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    before = {number: signal.signal(number, receive) for number in STOP_SIGNALS}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 if __name__ == "__main__":
