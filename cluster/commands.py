@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import signal
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -226,7 +225,6 @@ def run_logs(options: argparse.Namespace) -> int:
     from cluster.jobs import find_run
     from cluster.logs import main
 
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `dnt logs RUN | head` is no error
     return main(find_run(options.folder), options.rank, follow=options.follow)
 
 

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dnt_scale import startup, streams
+
 if TYPE_CHECKING:
     from data_prep.options import PrepareOptions
 
@@ -97,14 +99,34 @@ should be, 1: not, 2: error.
 """
 
 
+# commands that end where nobody reads their output any more (`| head`); the others do what they are for all the same
+SHOWS = {
+    "checkpoint_diff",
+    "checkpoint_inspect",
+    "checkpoint_verify",
+    "data_info",
+    "data_verify",
+    "run_eval",
+    "run_generate",
+    "run_jobs",
+    "run_logs",
+}
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit status: 2 with one clear line on stderr for what a user can mend."""
+    if arguments is None:  # a process of its own
+        startup.leave_folder_out()
+        streams.guard(shows=True)
     options, more = parser().parse_known_args(arguments)
     if more and not (hasattr(options, "overrides") and all(re.match(r"[\w.+~/@]+=", word) for word in more)):
         parser().error(f"unrecognized arguments: {' '.join(more)}")
     if more:  # argparse takes no more words after an option
         options.overrides += more
+    if arguments is None:
+        streams.guard(shows=options.run.__name__ in SHOWS)
     try:
+        startup.check_folder()
         return int(options.run(options))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

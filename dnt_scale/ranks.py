@@ -21,6 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dnt_scale import meeting
+
 if TYPE_CHECKING:  # the checkpoint package imports this module
     from dnt_scale.checkpoint.boxes import Box
 
@@ -63,17 +65,25 @@ class Ranks:
         return self.rank == 0
 
 
-def start(device: Literal["auto", "cpu", "cuda"] = "auto", hang_s: float = 0.0) -> Ranks:
+World = tuple[int, int, int]  # rank, local rank, world size
+ALONE: World = (0, 0, 1)
+
+
+def start(
+    device: Literal["auto", "cpu", "cuda"] = "auto", hang_s: float = 0.0, world: World | None = None
+) -> Ranks:
     """Join the process group (gloo on CPU; nccl for CUDA tensors) and choose this rank's device.
 
     Args:
         hang_s: the watchdog's; collectives wait for twice as long at least, so that a hang is for the watchdog to end.
+        world: default what ``environment`` says.
 
     Raises:
-        ValueError: CUDA was asked for and there is none, or there are more ranks on this node than GPUs.
+        ValueError: CUDA was asked for and there is none, there are more ranks on this node than GPUs, or the variables
+            of the ranks are wrong.
         Fault: the ranks could not meet.
     """
-    rank, local_rank, world_size = environment()
+    rank, local_rank, world_size = world or environment()
     trouble = ValueError if world_size == 1 else Fault  # of one among several, a dead GPU is its node's
     if device == "cuda" and not torch.cuda.is_available():
         raise trouble("run.device is cuda, but torch sees no GPU; use run.device=cpu or a CUDA build of torch")
@@ -88,13 +98,14 @@ def start(device: Literal["auto", "cpu", "cuda"] = "auto", hang_s: float = 0.0) 
             )
         torch.cuda.set_device(gpu)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    timeout = max(timedelta(minutes=30), timedelta(seconds=2 * hang_s))
     try:
         if world_size == 1:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
         else:
-            timeout = max(timedelta(minutes=30), timedelta(seconds=2 * hang_s))
-            dist.init_process_group(backend, init_method="env://", rank=rank, world_size=world_size, timeout=timeout)
-    except (dist.DistError, RuntimeError, ValueError) as error:
+            store = meeting.meet(rank, world_size, timeout)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    except (meeting.NotMet, dist.DistError, RuntimeError) as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise Fault(
             f"rank {rank} could not meet the other {world_size - 1} at MASTER_ADDR:MASTER_PORT {where} "
@@ -105,28 +116,61 @@ def start(device: Literal["auto", "cpu", "cuda"] = "auto", hang_s: float = 0.0) 
 
 @contextmanager
 def alone() -> Iterator[Ranks]:
-    """A world of this one process, on its GPU where there is one, for the length of a block."""
+    """A world of this one process, on its GPU where there is one, for the length of a block.
+
+    Whatever the environment says: a shell of srun has the variables of a step whose other tasks do nothing.
+    """
     try:
-        yield start()
+        yield start(world=ALONE)
     finally:
         stop()
 
 
-def environment() -> tuple[int, int, int]:
+def environment() -> World:
     """(rank, local rank, world size) from torchrun, else from an srun step, else (0, 0, 1).
 
     Under srun, MASTER_ADDR and MASTER_PORT are set from the step's first node and the job id unless given.
     To be asked before an engine is built: DeepSpeed's takes LOCAL_RANK for the device's number, see ``zero.join``.
+
+    Raises:
+        ValueError: variables that are no such numbers, or some without the others; names the variable.
     """
     env = os.environ
     if "WORLD_SIZE" in env and "RANK" in env:
-        return int(env["RANK"]), int(env.get("LOCAL_RANK", 0)), int(env["WORLD_SIZE"])
+        return checked_world("RANK", "WORLD_SIZE", "LOCAL_RANK" if "LOCAL_RANK" in env else None)
     # only an srun step has SLURM_STEP_NUM_TASKS: a batch script that runs python directly is one process
-    if int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
-        env.setdefault("MASTER_ADDR", first_host(env["SLURM_STEP_NODELIST"]))
-        env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 40000))
-        return int(env["SLURM_PROCID"]), int(env["SLURM_LOCALID"]), int(env["SLURM_STEP_NUM_TASKS"])
-    return 0, 0, 1
+    if "SLURM_STEP_NUM_TASKS" in env and whole("SLURM_STEP_NUM_TASKS", 1) > 1:
+        world = checked_world("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
+        if "MASTER_ADDR" not in env:
+            env["MASTER_ADDR"] = first_host(needed("SLURM_STEP_NODELIST"))
+        env.setdefault("MASTER_PORT", str(20000 + whole("SLURM_JOB_ID") % 40000))
+        return world
+    for name, other, harmless in (("RANK", "WORLD_SIZE", "0"), ("WORLD_SIZE", "RANK", "1")):
+        if env.get(name, harmless) != harmless:
+            raise ValueError(f"{name} is {env[name]!r}, but {other} is not set; set both, or {meeting.alone()}")
+    return ALONE
+
+
+def checked_world(rank: str, size: str, local: str | None) -> World:
+    """The values of these variables. Raises ValueError where they do not fit together."""
+    world_size, number = whole(size, 1), whole(rank)
+    if number >= world_size:
+        raise ValueError(f"{rank} is {number}, expected 0 to {world_size - 1}, for {size} is {world_size}")
+    return number, whole(local) if local else 0, world_size
+
+
+def whole(name: str, least: int = 0) -> int:
+    """A variable's value. Raises ValueError where it is no whole number from ``least`` on."""
+    value = needed(name)
+    if not (value.isascii() and value.isdigit() and int(value) >= least):
+        raise ValueError(f"{name} is {value!r}, expected a whole number, {least} or more; {meeting.alone()}")
+    return int(value)
+
+
+def needed(name: str) -> str:
+    if name not in os.environ:
+        raise ValueError(f"{name} is not set, as it is in every task that srun starts; {meeting.alone()}")
+    return os.environ[name]
 
 
 def first_host(nodelist: str) -> str:

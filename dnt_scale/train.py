@@ -1,20 +1,19 @@
 """The training loop: ``dnt train``, ``torchrun ... -m dnt_scale.train``, or ``srun python -m dnt_scale.train``.
 
-Rerunning the same command resumes from the newest checkpoint. Ctrl-C, SIGTERM, SIGUSR1 and SIGUSR2 finish the step,
-write a checkpoint and stop, on all ranks together.
+Rerunning the same command resumes from the newest checkpoint. Ctrl-C, SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2 finish the
+step, write a checkpoint and stop, on all ranks together (dnt_scale/signals.py).
 """
 
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Callable
+from contextlib import closing, suppress
 from pathlib import Path
-from types import FrameType
 
-from dnt_scale import checkpoint, config, engine, ranks
+from dnt_scale import checkpoint, config, engine, ranks, startup, streams
 from dnt_scale.checkpoint import State
-from dnt_scale.config import ConfigError, RunConfig
+from dnt_scale.config import RunConfig
 from dnt_scale.guard import Guard, HopelessRun, rows_behind
 from dnt_scale.model import DNT, count_parameters
 from dnt_scale.plots import plot_run
@@ -23,6 +22,7 @@ from dnt_scale.ranks import Ranks
 from dnt_scale.recorded import Typed
 from dnt_scale.resume import changes, check_place, check_sets, starting_state
 from dnt_scale.run_start import Begun, begun_on_all, check_no_job, make_room, only_writer, write_config
+from dnt_scale.signals import stop_signals
 from dnt_scale.sources import fitting_sources
 from dnt_scale.stream import Stream
 from dnt_scale.system_metrics import sampling
@@ -31,22 +31,25 @@ from dnt_scale.tracking import Status, Tracker, git_commit, last_metrics, warn
 from dnt_scale.validation import validation
 from dnt_scale.watchdog import beat, out_of_memory, out_of_memory_message, telling, watching
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-
 
 def main(words: list[str], check_no_job: Callable[[Path], None] = check_no_job) -> int:
     """Train what ``words``, overrides and ``--fresh``, describe, and return the exit status, see ``run_rank``."""
-    rank, _, _ = ranks.environment()
+    streams.guard()
+    rank = 0
     overrides = [word for word in words if word != "--fresh"]
     try:
+        startup.check_folder()
+        rank, _, _ = ranks.environment()
         run = config.load(overrides)
-    except ConfigError as error:
+    except ValueError as error:
         if rank == 0:
             print(f"error: {error}", file=sys.stderr)
         else:  # most often all find the same, and torchrun ends them as soon as the first has spoken and ended
             time.sleep(1.0)
             print(f"rank {rank}: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
     return run_rank(run, typed=Typed(overrides), fresh="--fresh" in words, check_no_job=check_no_job)
 
 
@@ -70,8 +73,10 @@ def run_rank(
         0 when the run is complete; 1 after a fault that another try may not meet (a lost rank, a hang); 2 after an
         error that the user has to mend; 128 + n when signal n stopped the run, with a checkpoint.
     """
-    rank, _, _ = ranks.environment()
+    streams.guard()
+    rank = 0
     try:
+        rank, _, _ = ranks.environment()
         me = ranks.start(run.run.device, run.health.hang_s)
         with watching(me, run.health.hang_s, telling(run.run.dir)), only_writer(run, me, check_no_job):
             if before:
@@ -271,22 +276,6 @@ def start_tracking(run: RunConfig, state: State, me: Ranks) -> Tracker:
     )
 
 
-@contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """Collects the signals that end a run for the loop to read; a second SIGINT interrupts at once."""
-    received: list[int] = []
-
-    def receive(number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and received:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    before = {number: signal.signal(number, receive) for number in STOP_SIGNALS}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
-from dnt_scale import ranks, timeline
+from dnt_scale import ranks, streams, timeline
 from dnt_scale.config import MSGDWConfig, RunConfig
 from dnt_scale.ranks import AgreedError, Ranks
 
@@ -291,8 +291,7 @@ class Watchdog:
                     self._kill(self.seen[rank].pulse)
                 if self.me.rank == verdict.printer:
                     advice = "; the same command goes on from the newest checkpoint" if verdict.hosts else ""
-                    line = f"error: {verdict.message}; all ranks end{advice}\n"
-                    os.write(2, line.encode())  # the main thread may hold sys.stderr
+                    say(f"error: {verdict.message}; all ranks end{advice}\n")
                     if self.tell:
                         self.tell(verdict.message, verdict.hosts)
             if store:
@@ -500,8 +499,23 @@ def start_time(pid: int) -> int | None:
     return None if state in "ZX" else int(fields[18])
 
 
+def say(line: str) -> None:
+    """Write to standard error, past sys.stderr: the main thread may hold that. No reader can hold this up."""
+    in_time(lambda: os.write(2, line.encode()))
+
+
 def flush() -> None:
-    """Flush what was printed; the main thread may hold a stream's lock for good, so not for longer than a second."""
-    thread = threading.Thread(target=lambda: (sys.stdout.flush(), sys.stderr.flush()), daemon=True)
+    """Flush what was printed; the main thread may hold a stream's lock for good."""
+    in_time(lambda: (sys.stdout.flush(), sys.stderr.flush(), streams.drain(1.0)))
+
+
+def in_time(action: Callable[[], object]) -> None:
+    """Do it, or leave it at that: neither an error nor more than a second."""
+
+    def act() -> None:
+        with suppress(OSError, ValueError):
+            action()
+
+    thread = threading.Thread(target=act, daemon=True)
     thread.start()
     thread.join(1.0)

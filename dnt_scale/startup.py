@@ -1,0 +1,47 @@
+"""What a process of ours begins with, so that nothing that lies in its working folder is taken for one of its parts."""
+
+import os
+import sys
+
+CHILDREN = "PYTHONSAFEPATH"  # Python: no working folder on the path of modules; inherited by all that we start
+_ours = False  # whether it was set here
+
+
+def leave_folder_out() -> None:
+    """Import nothing more from the working folder, here and in the Python processes that this one starts.
+
+    ``python -m`` puts it first on the path, and so does an empty part of PYTHONPATH (``:/a/b``). It stays where
+    PYTHONPATH names it, or where it holds our own packages (a checkout).
+    """
+    global _ours
+    try:
+        here = os.getcwd()
+    except OSError:  # check_folder tells
+        return
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    parts = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    given = [part for part in parts if part]
+    if here == root:
+        given = given if root in given else [*given, root]
+    elif here not in [os.path.abspath(part) for part in given]:
+        library = os.path.dirname(os.__file__)
+        before = sys.path.index(library) if library in sys.path else len(sys.path)
+        sys.path[:before] = [entry for entry in sys.path[:before] if entry not in ("", here)]
+    if given != parts:
+        os.environ["PYTHONPATH"] = os.pathsep.join(given)
+    _ours = _ours or CHILDREN not in os.environ
+    os.environ.setdefault(CHILDREN, "1")
+
+
+def forget() -> None:
+    """Undo it for processes that are not ours, such as those of a user's lines in a batch script."""
+    if _ours:
+        os.environ.pop(CHILDREN, None)
+
+
+def check_folder() -> None:
+    """Raises ValueError where the working folder is gone."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise ValueError(f"the working folder is gone ({error.strerror}); `cd` to one that exists") from None
