@@ -11,7 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from cluster.slurm import minutes_of
-from dnt_scale import typed
+from dnt_scale import paths, typed
 from dnt_scale.config import ConfigError, Strict, config_dir
 from dnt_scale.sections import Count, Place, Size, Text
 
@@ -21,7 +21,7 @@ def _minutes(time: object) -> object:
 
 
 def _program(path: object) -> object:
-    return typed.expanded(path) if isinstance(path, str) else path
+    return paths.expanded(path) if isinstance(path, str) else path
 
 
 Minutes = Annotated[int, BeforeValidator(_minutes), Field(gt=0, le=100_000_000)]
@@ -114,7 +114,7 @@ def load(overrides: list[str]) -> tuple[ClusterConfig, list[str]]:
         raise ConfigError(
             f"cluster: say which, cluster=NAME; found none of {', '.join(known)}, or a path to a YAML file"
         )
-    given = Path(typed.expanded(typed.meant(name, place=True)))
+    given = Path(paths.expanded(typed.meant(name, place=True)))
     file = given if "/" in name or name.endswith((".yaml", ".yml")) else config_dir() / "cluster" / f"{name}.yaml"
     try:
         tree = typed.read_yaml(file.read_text("utf-8"), (ClusterConfig,))
@@ -142,7 +142,7 @@ def _merged(tree: dict[str, Any], changes: list[str], origin: str, *, settled: b
     tree = hidden.hide_all(tree) if settled else hidden.carry_all(tree, ClusterConfig)
     for change in changes:
         key, _, value = change.partition("=")
-        if problem := typed.unreadable(change):
+        if problem := paths.unreadable(change):
             raise ConfigError(f"cluster.{change!a}: {problem}")
         section = tree
         *sections, last = key.split(".")

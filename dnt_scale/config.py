@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
-from dnt_scale import typed
+from dnt_scale import paths, typed
 from dnt_scale.sections import (
     AdamWConfig,
     ConfigError,
@@ -111,10 +111,12 @@ def _for_hydra(line: str, hidden: typed.Hidden, files: dict[str, Path]) -> str:
         ConfigError: it cannot be read.
     """
     prefix, key, value = typed.split(line)
-    if problem := typed.unreadable(line):
+    if problem := paths.unreadable(line):
         raise ConfigError(f"{key.encode(errors='backslashreplace').decode()}: found {line!a}; {problem}")
     if (not key or key.partition(".")[0].partition("/")[0] == "hydra") and (key or value is not None):
         raise ConfigError(f"{line}: no such key; `dnt train --print-config` shows every key")
+    if key.partition(".")[0] == "cluster":
+        raise ConfigError(f"{line}: no such key; of a run that `dnt submit` queues, with a cluster=NAME")
     if "~" in prefix or "@" in key:
         return line
     if value is None:
@@ -161,13 +163,15 @@ def refusal(line: str) -> str:
         return f"{line}: expected key=value; `dnt train --help` shows examples"
     if typed.parse(f"{prefix}{typed.key_for_hydra(RunConfig, key, typed.Hidden())}=1") is None:
         return f"{line}: no such key{_nearest(key, _known_keys(RunConfig))}"
-    shown = typed.advice(prefix + key, value)
-    how = f"quote what holds other signs than letters, digits and /-.+_: {shown}" if shown else "check its brackets"
-    return f"{line}: not to be read as a list [a, b] or a mapping {{key: value}}; {how}"
+    if shown := typed.advice(prefix + key, value, typed.at(RunConfig, key)):
+        return (
+            f"{line}: has to be quoted inside too, where there are other signs than letters, digits and /-.+_: {shown}"
+        )
+    return f"{line}: expected a list [a, b] or a mapping {{key: value}}; check its brackets"
 
 
 def _groups() -> set[str]:
-    return {path.name for path in config_dir().iterdir() if path.is_dir()}
+    return {path.name for path in config_dir().iterdir() if path.is_dir()} & {*RunConfig.model_fields, "preset"}
 
 
 def _file_of(group: str, value: str) -> Path | None:
@@ -176,7 +180,7 @@ def _file_of(group: str, value: str) -> Path | None:
     Raises:
         ConfigError: there is no such file.
     """
-    path = Path(typed.expanded(typed.meant(value, place=True)))
+    path = Path(paths.expanded(typed.meant(value, place=True)))
     if value.removesuffix(".yaml") in _choices(group) or not ("/" in value or path.suffix in (".yaml", ".yml")):
         return None
     if not path.is_file():
@@ -363,8 +367,4 @@ def _explain(error: Exception, overrides: list[str]) -> str:
             nearest = _nearest(value, set(choices)) or "."
             return f"{override}: no such choice{nearest} There are: {', '.join(choices)}"
     field = getattr(error, "full_key", None)  # where an interpolation failed
-    return (
-        (f"{field}: " if field else "")
-        + text.splitlines()[0]
-        + " (write overrides as key=value; `dnt train --help` shows examples)"
-    )
+    return (f"{field}: " if field else "") + text.splitlines()[0]

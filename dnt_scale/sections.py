@@ -18,7 +18,7 @@ from pydantic import (
     model_validator,
 )
 
-from dnt_scale import typed
+from dnt_scale import paths, typed
 
 _LOGIN = re.compile(r"(?i)(^|&)[^=]*(user|password|token)[^=]*=")  # in a URL's query
 
@@ -78,7 +78,7 @@ def _name(text: str) -> str:
     return text
 
 
-Place = Annotated[Path, BeforeValidator(typed.place)]
+Place = Annotated[Path, BeforeValidator(paths.place)]
 Text = Annotated[str, Field(min_length=1)]
 
 
@@ -307,7 +307,7 @@ class CheckpointSection(Strict):
     every: Count = Field(500, ge=0, description="steps between checkpoints; 0: only at the end")
     keep: Count = Field(2, gt=0, description="newest checkpoints kept")
     keep_every: Count | None = Field(None, gt=0, description="checkpoints at multiples of this step are kept for good")
-    dir: Annotated[Text, AfterValidator(typed.expanded)] | None = Field(
+    dir: Annotated[Text, AfterValidator(paths.expanded)] | None = Field(
         None, description="a folder or an fsspec URL; null: RUN/checkpoints"
     )
     background: bool = Field(True, description="write while training goes on, from a copy in the host's memory")

@@ -5,7 +5,6 @@ text goes around both: its place is taken by a word of letters (:class:`Hidden`)
 fields are text is found in the annotations of the pydantic models, here and nowhere else.
 """
 
-import os
 import re
 import secrets
 import shlex
@@ -26,6 +25,7 @@ from pydantic import BaseModel
 
 Kinds = tuple[Any, ...]  # the types that a value may have; (): not known
 
+MOST_BRACKETS = 100  # in an override: its parser takes minutes for some hundred open ones
 _FLOAT = r"[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9_]+)[eE][-+]?[0-9]+"
 _SIMPLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
@@ -266,17 +266,6 @@ def split(line: str) -> tuple[str, str, str | None]:
     return key[: len(key) - len(name)], name, value if equal else None
 
 
-def unreadable(text: str) -> str | None:
-    """What keeps a text from being written to any file; None: nothing does."""
-    if "\0" in text:
-        return "it holds a NUL character, which no name can have"
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return "it holds bytes that are no UTF-8; rename what it names, or link to it by another name"
-    return None
-
-
 def meant(value: str, *, place: bool) -> str:
     """The text of a value: what it says, without the quotes that Hydra would need around it.
 
@@ -298,6 +287,8 @@ def _exists(path: str) -> bool:
 
 def parse(line: str) -> Override | None:
     """An override in Hydra's grammar; None where it is none."""
+    if sum(map(line.count, "([{")) > MOST_BRACKETS:
+        return None
     try:
         return OverridesParser.create().parse_override(line)
     except (HydraException, ValueError, RecursionError):  # of a number of 5,000 digits, for one
@@ -314,7 +305,7 @@ def choices(value: str) -> list[str]:
     if match := re.fullmatch(r"choice\((.*)\)", value.strip(), re.DOTALL):
         value = match[1]
     in_quotes = r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*\""""
-    parts = [part for part in re.findall(rf"\s*({in_quotes}|[^,]*?)\s*(?:,|$)", value, re.DOTALL)]
+    parts: list[str] = re.findall(rf"\s*({in_quotes}|[^,]*?)\s*(?:,|$)", value, re.DOTALL)
     return parts[:-1] if value and value.rstrip()[-1:] != "," else parts  # at the end there is an empty one
 
 
@@ -380,12 +371,18 @@ def _as_text(value: Any, found: Kinds, hidden: Hidden, model: type[BaseModel]) -
 # --- advice -----------------------------------------------------------------------------------------------------------
 
 
-def advice(key: str, value: str) -> str:
+def advice(key: str, value: str, found: Kinds) -> str:
     """How to write an override that Hydra cannot read, for the shell; empty where no quoting helps."""
-    for candidate in (_requoted(value), quoted(value)):
+    if sum(map(value.count, "([{")) > MOST_BRACKETS:
+        return ""
+    for candidate in (_requoted(value), _in_quotes(value) if Any in found else None):
         if candidate is not None and parse(f"{key}={candidate}"):
             return shlex.quote(f"{key}={candidate}")
     return ""
+
+
+def _in_quotes(text: str) -> str:
+    return QuotedString(text, Quote.double).with_quotes()
 
 
 def _requoted(value: str) -> str | None:
@@ -404,19 +401,23 @@ def _requote(text: str, start: int) -> tuple[str, int]:
         end = _word_end(text, start, ",}]")
         return _requoted_word(text[start:end]), end
     closing, at_, parts = {"{": "}", "[": "]"}[opening], start + 1, []
-    while at_ < len(text) and text[at_] != closing:
-        at_ += len(text[at_:]) - len(text[at_:].lstrip())
+    while (at_ := _next(text, at_)) < len(text) and text[at_] != closing:
         key = ""
         if opening == "{":
             end = _word_end(text, at_, ":")
-            key, at_ = f"{_requoted_key(text[at_:end])}: ", end + 1
-            at_ += len(text[at_:]) - len(text[at_:].lstrip())
+            key, at_ = f"{text[at_:end].strip()}: ", _next(text, end + 1)
         element, at_ = _requote(text, at_)
         parts.append(key + element)
-        at_ += len(text[at_:]) - len(text[at_:].lstrip())
-        if text[at_ : at_ + 1] == ",":
-            at_ += 1
+        at_ = _next(text, at_)
+        if text[at_ : at_ + 1] not in (",", closing):
+            return "", len(text) + 1  # its brackets do not match
+        at_ += text[at_] == ","
     return f"{opening}{', '.join(parts)}{closing}", at_ + 1
+
+
+def _next(text: str, start: int) -> int:
+    """The next place without a space."""
+    return start + len(text[start:]) - len(text[start:].lstrip())
 
 
 def _word_end(text: str, start: int, ends: str) -> int:
@@ -440,33 +441,4 @@ def _word_end(text: str, start: int, ends: str) -> int:
 def _requoted_word(word: str) -> str:
     word = word.strip()
     parsed = parse(f"x={word}") if word else None
-    return word if parsed and not parsed.is_sweep_override() else quoted(word)
-
-
-def _requoted_key(key: str) -> str:
-    return key.strip()
-
-
-# --- paths ------------------------------------------------------------------------------------------------------------
-
-
-def is_url(text: str) -> bool:
-    return bool(re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", text))
-
-
-def expanded(text: str) -> str:
-    """A path with ``~`` and ``~user`` in front replaced as a shell does; a URL and an unknown user stay."""
-    return text if is_url(text) else os.path.expanduser(text)  # noqa: PTH111 (Path's fails for an unknown user)
-
-
-def place(text: Any) -> Any:
-    """A path that a user gave, ``~`` replaced. Raises ValueError for one that cannot be a folder or file here."""
-    if not isinstance(text, str | Path):
-        raise ValueError("expected a path")
-    if not str(text):
-        raise ValueError("is empty; expected a path (. is this folder)")
-    if is_url(str(text)):
-        raise ValueError("expected a folder or file of this machine, found a URL; copy it first")
-    if problem := unreadable(str(text)):
-        raise ValueError(problem)
-    return expanded(str(text))
+    return word if parsed and not parsed.is_sweep_override() else _in_quotes(word)
