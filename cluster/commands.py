@@ -5,6 +5,8 @@ import os
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from dnt_scale.arguments import Parser, path_or_url, whole, word
+
 if TYPE_CHECKING:
     from cluster.settings import ClusterConfig
 
@@ -79,7 +81,7 @@ jobs the others preempt: low's go back into the queue, spot's end.
 """
 
 
-def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add(commands: "argparse._SubParsersAction[Parser]") -> None:
     raw = argparse.RawDescriptionHelpFormatter
 
     submit = commands.add_parser("submit", help="train a run as SLURM jobs", epilog=SUBMIT_HELP, formatter_class=raw)
@@ -94,29 +96,31 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     resubmit = commands.add_parser(
         "resubmit", help="go on with a submitted run", epilog=RESUBMIT_HELP, formatter_class=raw
     )
-    resubmit.add_argument("folder", metavar="RUN", help="its folder, or its name in runs/")
+    resubmit.add_argument("folder", type=path_or_url, metavar="RUN", help="its folder, or its name in runs/")
     resubmit.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="changes of the run or the cluster")
     resubmit.add_argument("--update-code", action="store_true", help="run dnt as it is now, not as it was submitted")
     resubmit.add_argument("--dry-run", action="store_true", help="check and print the plan and the batch script only")
     resubmit.set_defaults(run=run_resubmit)
 
     jobs = commands.add_parser("jobs", help="what submitted runs are doing", epilog=JOBS_HELP, formatter_class=raw)
-    jobs.add_argument("runs", nargs="*", metavar="RUN|FOLDER", help="default: all in runs/")
+    jobs.add_argument("runs", nargs="*", type=path_or_url, metavar="RUN|FOLDER", help="default: all in runs/")
     form = jobs.add_mutually_exclusive_group()
     form.add_argument("--watch", action="store_true", help="show it anew every two seconds; Ctrl-C ends that")
     form.add_argument("--json", action="store_true", help="the same as data")
     jobs.set_defaults(run=run_jobs)
 
     logs = commands.add_parser("logs", help="what a submitted run wrote", epilog=LOGS_HELP, formatter_class=raw)
-    logs.add_argument("folder", metavar="RUN", help="its folder, or its name in runs/")
+    logs.add_argument("folder", type=path_or_url, metavar="RUN", help="its folder, or its name in runs/")
     logs.add_argument("-f", "--follow", action="store_true", help="go on until the run is over")
-    logs.add_argument("--rank", type=int, default=0, metavar="K", help="of which rank (default: 0)")
+    logs.add_argument("--rank", type=whole(0, 10**6), default=0, metavar="K", help="of which rank (default: 0)")
     logs.set_defaults(run=run_logs)
 
     cancel = commands.add_parser(
         "cancel", help="end a run's job, and let none follow", epilog=CANCEL_HELP, formatter_class=raw
     )
-    cancel.add_argument("runs", nargs="+", metavar="RUN", help="its folder or name in runs/; a sweep's: all its runs")
+    cancel.add_argument(
+        "runs", nargs="+", type=path_or_url, metavar="RUN", help="its folder or name in runs/; a sweep's: all its runs"
+    )
     cancel.set_defaults(run=run_cancel)
 
     sandbox = commands.add_parser(
@@ -125,12 +129,20 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     add_sandbox_commands(sandbox.add_subparsers(required=True, metavar="COMMAND"))
 
 
-def add_sandbox_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_sandbox_commands(commands: "argparse._SubParsersAction[Parser]") -> None:
+    from cluster.sandbox import MOST_CPUS, MOST_GPUS, MOST_NODES
+
     up = commands.add_parser("up", help="start it, or change it to these options; running jobs live on")
-    up.add_argument("--nodes", type=int, default=3, metavar="N", help="node1 to nodeN (default: 3)")
-    up.add_argument("--cpus", type=int, default=8, metavar="N", help="a node, whatever the machine has (default: 8)")
+    up.add_argument("--nodes", type=whole(1, MOST_NODES), default=3, metavar="N", help="node1 to nodeN (default: 3)")
     up.add_argument(
-        "--gpus", type=int, default=8, metavar="N", help="a node; stand-ins for SLURM to hand out (default: 8)"
+        "--cpus", type=whole(1, MOST_CPUS), default=8, metavar="N", help="a node, whatever the machine has (default: 8)"
+    )
+    up.add_argument(
+        "--gpus",
+        type=whole(0, MOST_GPUS),
+        default=8,
+        metavar="N",
+        help="a node; stand-ins for SLURM to hand out (default: 8)",
     )
     up.add_argument("--no-accounting", dest="accounting", action="store_false", help="no slurmdbd, so no sacct")
     up.add_argument(
@@ -148,10 +160,10 @@ def add_sandbox_commands(commands: "argparse._SubParsersAction[argparse.Argument
     status = commands.add_parser("status", help="what runs; exit status 0: it runs, 1: not, 2: another SLURM is here")
     status.set_defaults(run=run_sandbox, action="status")
     kill = commands.add_parser("kill-node", help="lose a node: kill -9 of all its processes")
-    kill.add_argument("node", metavar="NODE", help="for example node2")
+    kill.add_argument("node", type=word, metavar="NODE", help="for example node2")
     kill.set_defaults(run=run_sandbox, action="kill_node")
     start = commands.add_parser("start-node", help="bring a lost node back")
-    start.add_argument("node", metavar="NODE")
+    start.add_argument("node", type=word, metavar="NODE")
     start.set_defaults(run=run_sandbox, action="start_node")
 
 
@@ -240,5 +252,5 @@ def run_cancel(options: argparse.Namespace) -> int:
 def run_sandbox(options: argparse.Namespace) -> int:
     from cluster import sandbox
 
-    arguments = {name: value for name, value in vars(options).items() if name not in ("run", "action")}
+    arguments = {name: value for name, value in vars(options).items() if name not in ("run", "action", "command")}
     return int(getattr(sandbox, options.action)(**arguments))

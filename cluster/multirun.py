@@ -18,7 +18,7 @@ from cluster.ledger import LedgerError, Submission
 from cluster.plan import Plan, counted
 from cluster.settings import ClusterConfig
 from cluster.sweep import Sweep, SweepRun
-from dnt_scale import config, run_lock, timeline
+from dnt_scale import config, run_lock, timeline, typed
 from dnt_scale.config import ConfigError, RunConfig
 from dnt_scale.sources import fitting_sources
 from dnt_scale.tracking import default_uri
@@ -30,6 +30,8 @@ NAME_LENGTH = 100
 def combinations(overrides: list[str]) -> list[tuple[dict[str, str], list[str]]]:
     """Each combination of the values that ``overrides`` list in Hydra's grammar (``KEY=A,B``, choice(), range()).
 
+    Names and paths are the text between the commas; one that holds a comma stands in quotes.
+
     Returns:
         For each its values by key, and all overrides with these in place.
 
@@ -38,6 +40,11 @@ def combinations(overrides: list[str]) -> list[tuple[dict[str, str], list[str]]]
     """
     choices: list[list[tuple[str, str]]] = []  # of each override: key and value, the key "" where it is not swept
     for line in overrides:
+        prefix, key, value = typed.split(line)
+        if value is not None and "~" not in prefix and typed.is_text(typed.at(RunConfig, key)):
+            texts = typed.choices(value)
+            choices.append([(prefix + key, text) for text in texts] if len(texts) > 1 else [("", line)])
+            continue
         try:
             override = OverridesParser.create().parse_override(line)
             if not override.is_sweep_override():
@@ -46,8 +53,8 @@ def combinations(overrides: list[str]) -> list[tuple[dict[str, str], list[str]]]
                 choices.append([(override.get_key_element(), value) for value in override.sweep_string_iterator()])
             else:
                 raise ConfigError(f"{line}: a sweep needs single values; write them out, or as range(from,to,step)")
-        except HydraException as error:
-            raise ConfigError(f"{line}: {str(error).splitlines()[0]}; write several values as KEY=A,B,C") from None
+        except (HydraException, RecursionError):
+            raise ConfigError(f"{config.refusal(line)}; write several values as KEY=A,B,C") from None
     count = 1
     for options in choices:
         count *= len(options)
@@ -58,7 +65,7 @@ def combinations(overrides: list[str]) -> list[tuple[dict[str, str], list[str]]]
     found = []
     for chosen in itertools.product(*choices):
         lines = [f"{key}={value}" if key else value for key, value in chosen]
-        found.append(({key.lstrip("+"): value for key, value in chosen if key}, lines))
+        found.append(({key.lstrip("+"): typed.meant(value, place=False) for key, value in chosen if key}, lines))
     return found
 
 

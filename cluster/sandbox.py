@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 SCRIPT = Path(__file__).with_name("sandbox.sh")
-MOST_NODES, MOST_GPUS = 64, 64
+MOST_NODES, MOST_CPUS, MOST_GPUS = 64, 4096, 64
 
 
 def up(nodes: int = 3, cpus: int = 8, gpus: int = 8, accounting: bool = True, preempt_signal: bool = True) -> int:
@@ -28,7 +28,7 @@ def up(nodes: int = 3, cpus: int = 8, gpus: int = 8, accounting: bool = True, pr
     """
     for name, value, least, most in (
         ("nodes", nodes, 1, MOST_NODES),
-        ("cpus", cpus, 1, 4096),
+        ("cpus", cpus, 1, MOST_CPUS),
         ("gpus", gpus, 0, MOST_GPUS),
     ):
         if not least <= value <= most:

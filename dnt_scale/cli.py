@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dnt_scale import startup, streams
+from dnt_scale.arguments import Parser, fail, number, path, path_or_url, prompt, whole, word
 
 if TYPE_CHECKING:
     from data_prep.options import PrepareOptions
@@ -119,8 +120,8 @@ def main(arguments: list[str] | None = None) -> int:
         startup.leave_folder_out()
         streams.guard(shows=True)
     options, more = parser().parse_known_args(arguments)
-    if more and not (hasattr(options, "overrides") and all(re.match(r"[\w.+~/@]+=", word) for word in more)):
-        parser().error(f"unrecognized arguments: {' '.join(more)}")
+    if more and not (hasattr(options, "overrides") and all(re.match(r"(?!-)[\w.+~/@-]+=", each) for each in more)):
+        fail(f"unrecognized arguments: {' '.join(more)}", options.command)
     if more:  # argparse takes no more words after an option
         options.overrides += more
     if arguments is None:
@@ -137,7 +138,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    root = argparse.ArgumentParser(
+    root = Parser(
         prog="dnt", description="Pretrain Deeply Normalized Transformers with momentum SGD: text, shards, runs."
     )
     commands = root.add_subparsers(required=True, metavar="COMMAND")
@@ -151,11 +152,11 @@ def parser() -> argparse.ArgumentParser:
         "prepare", help="text, JSON lines and parquet to a set", epilog=PREPARE_HELP, formatter_class=raw
     )
     add_corpus_options(prepare)
-    prepare.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder of the new set")
+    prepare.add_argument("--out", required=True, type=path, metavar="DIR", help="folder of the new set")
     prepare.add_argument(
-        "--append", type=Path, metavar="SET", help="go on from this set: its rows, then INPUT's, with its options"
+        "--append", type=path, metavar="SET", help="go on from this set: its rows, then INPUT's, with its options"
     )
-    prepare.add_argument("--tokenizer", type=Path, metavar="FILE", help="use this SentencePiece model, train none")
+    prepare.add_argument("--tokenizer", type=path, metavar="FILE", help="use this SentencePiece model, train none")
     prepare.add_argument(
         "--encoder",
         choices=["sentencepiece", "kitoken"],
@@ -163,17 +164,24 @@ def parser() -> argparse.ArgumentParser:
         help="kitoken: some three times as fast on bpe, checked on this corpus, given up at the first difference",
     )
     prepare.add_argument("--dedup", choices=["none", "exact", "near"], help="leave out copies (default: none)")
-    prepare.add_argument("--seq-len", type=int, metavar="N", help="predicted tokens in a row (default: 1024)")
+    prepare.add_argument(
+        "--seq-len", type=whole(1, 1_000_000), metavar="N", help="predicted tokens in a row (default: 1024)"
+    )
     prepare.add_argument(
         "--packing",
         choices=["concat", "best_fit"],
         help="concat: documents end to end (default); best_fit: whole documents in a row, with padding",
     )
-    prepare.add_argument("--tasks", type=int, metavar="N", help="with --task I: make part I (from 0) of N, no more")
-    prepare.add_argument("--task", type=int, metavar="I", help="run the same command without --task when all are done")
+    prepare.add_argument(
+        "--tasks", type=whole(1, 1_000_000), metavar="N", help="with --task I: make part I (from 0) of N, no more"
+    )
+    prepare.add_argument(
+        "--task", type=whole(0, 999_999), metavar="I", help="run the same command without --task when all are done"
+    )
     prepare.add_argument(
         "--cluster",
         nargs="+",
+        type=word,
         metavar=("NAME", "cluster.KEY=VALUE"),
         help="make it by SLURM jobs, in --tasks N parts (default: up to 16); the same command tells how far they are",
     )
@@ -185,13 +193,13 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add_corpus_options(tokenizer)
-    tokenizer.add_argument("--out", required=True, type=Path, metavar="FILE", help="the .model file to write")
+    tokenizer.add_argument("--out", required=True, type=path, metavar="FILE", help="the .model file to write")
     tokenizer.set_defaults(run=data_tokenizer)
     verify = data_commands.add_parser("verify", help="re-read every byte of a set against its manifest")
-    verify.add_argument("folder", type=Path)
+    verify.add_argument("folder", type=path)
     verify.set_defaults(run=data_verify)
     info = data_commands.add_parser("info", help="print what a set holds")
-    info.add_argument("folder", type=Path)
+    info.add_argument("folder", type=path)
     info.set_defaults(run=data_info)
 
     train = commands.add_parser("train", help="train a model, or resume it", epilog=TRAIN_HELP, formatter_class=raw)
@@ -205,19 +213,21 @@ def parser() -> argparse.ArgumentParser:
     generate = commands.add_parser(
         "generate", help="sample text from a run", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    generate.add_argument("folder", type=Path, metavar="RUN", help="run folder, for example runs/demo")
-    generate.add_argument("--prompt", default="", help="text to go on from")
-    generate.add_argument("--tokens", type=int, default=200, help="tokens to sample, at most")
-    generate.add_argument("--temperature", type=float, default=0.8, help="0: always the most likely token")
-    generate.add_argument("--top-k", type=int, default=50, help="sample from the k most likely tokens; 0: from all")
-    generate.add_argument("--seed", type=int, default=0, help="the same seed gives the same text")
-    generate.add_argument("--data", type=Path, help="set with the tokenizer, if it has moved since training")
+    generate.add_argument("folder", type=path, metavar="RUN", help="run folder, for example runs/demo")
+    generate.add_argument("--prompt", default="", type=prompt, help="text to go on from")
+    generate.add_argument("--tokens", type=whole(0), default=200, help="tokens to sample, at most")
+    generate.add_argument("--temperature", type=number(0), default=0.8, help="0: always the most likely token")
+    generate.add_argument(
+        "--top-k", type=whole(0), default=50, help="sample from the k most likely tokens; 0: from all"
+    )
+    generate.add_argument("--seed", type=whole(0, 2**64 - 1), default=0, help="the same seed gives the same text")
+    generate.add_argument("--data", type=path, help="set with the tokenizer, if it has moved since training")
     generate.set_defaults(run=run_generate)
 
     evaluate = commands.add_parser("eval", help="measure a run's newest checkpoint on held-out rows")
-    evaluate.add_argument("folder", type=Path, metavar="RUN", help="run folder, for example runs/demo")
-    evaluate.add_argument("--data", type=Path, help="another set with the same tokenizer (default: the run's own)")
-    evaluate.add_argument("--rows", type=int, help="validation rows to use, at most (default: all)")
+    evaluate.add_argument("folder", type=path, metavar="RUN", help="run folder, for example runs/demo")
+    evaluate.add_argument("--data", type=path, help="another set with the same tokenizer (default: the run's own)")
+    evaluate.add_argument("--rows", type=whole(1), help="validation rows to use, at most (default: all)")
     evaluate.set_defaults(run=run_eval)
 
     checkpoint = commands.add_parser(
@@ -225,25 +235,35 @@ def parser() -> argparse.ArgumentParser:
     )
     checkpoint_commands = checkpoint.add_subparsers(required=True, metavar="COMMAND")
     inspect = checkpoint_commands.add_parser("inspect", help="what a checkpoint is: step, tokens, size, who wrote it")
-    inspect.add_argument("path", metavar="PATH", help="run, folder of checkpoints, step-NNNNNNNN, or a URL of these")
+    inspect.add_argument(
+        "path", type=path_or_url, metavar="PATH", help="run, folder of checkpoints, step-NNNNNNNN, or a URL of these"
+    )
     inspect.add_argument("--tensors", action="store_true", help="read all tensors: shape, dtype, norm, min and max")
     inspect.set_defaults(run=checkpoint_inspect)
     check = checkpoint_commands.add_parser(
         "verify", help="re-read every byte: sha256 of each file, and that the parts make up each tensor"
     )
-    check.add_argument("path", metavar="PATH", help="a run or folder (all its checkpoints), step-NNNNNNNN, or a URL")
+    check.add_argument(
+        "path", type=path_or_url, metavar="PATH", help="a run or folder (all its checkpoints), step-NNNNNNNN, or a URL"
+    )
     check.set_defaults(run=checkpoint_verify)
     diff = checkpoint_commands.add_parser(
         "diff", help="compare two checkpoints bit for bit; exit status 0: equal, 1: not, 2: error"
     )
-    diff.add_argument("one", metavar="A", help="run, folder of checkpoints, step-NNNNNNNN, or a URL of these")
-    diff.add_argument("other", metavar="B")
+    diff.add_argument(
+        "one", type=path_or_url, metavar="A", help="run, folder of checkpoints, step-NNNNNNNN, or a URL of these"
+    )
+    diff.add_argument("other", type=path_or_url, metavar="B")
     diff.set_defaults(run=checkpoint_diff)
     convert = checkpoint_commands.add_parser(
         "convert", help="to and from one safetensors file", epilog=CONVERT_HELP, formatter_class=raw
     )
-    convert.add_argument("source", metavar="IN", help="run, folder of checkpoints, step-NNNNNNNN, URL; or .safetensors")
-    convert.add_argument("target", nargs="+", metavar="OUT", help="a .safetensors file; or KEY=VALUE ... of a run")
+    convert.add_argument(
+        "source", type=path_or_url, metavar="IN", help="run, folder of checkpoints, step-NNNNNNNN, URL; or .safetensors"
+    )
+    convert.add_argument(
+        "target", nargs="+", type=word, metavar="OUT", help="a .safetensors file; or KEY=VALUE ... of a run"
+    )
     convert.add_argument("--full", action="store_true", help="optimizer buffers too (default: weights only)")
     convert.set_defaults(run=checkpoint_convert)
 
@@ -254,16 +274,22 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=raw,
     )
     resume.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as of `dnt train`")
-    resume.add_argument("--steps", type=int, default=20, metavar="N", help="of each run (default: 20); killed half-way")
-    resume.add_argument("--ranks", type=int, default=1, metavar="K", help="processes, under torchrun (default: 1)")
-    resume.add_argument("--then-ranks", type=int, metavar="K", help="processes of the resumed part (default: as many)")
+    resume.add_argument(
+        "--steps", type=whole(2, 10**9), default=20, metavar="N", help="of each run (default: 20); killed half-way"
+    )
+    resume.add_argument(
+        "--ranks", type=whole(1, 4096), default=1, metavar="K", help="processes, under torchrun (default: 1)"
+    )
+    resume.add_argument(
+        "--then-ranks", type=whole(1, 4096), metavar="K", help="processes of the resumed part (default: as many)"
+    )
     resume.add_argument("--then", nargs="+", default=[], metavar="KEY=VALUE", help="overrides of the resumed part")
     resume.add_argument("--keep", action="store_true", help="leave the run folders in place")
     resume.set_defaults(run=run_verify_resume)
 
     ui = commands.add_parser("ui", help="open the MLflow page", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    ui.add_argument("--uri", default="sqlite:///runs/mlflow.db", help="MLflow store")
-    ui.add_argument("--port", type=int, default=5000)
+    ui.add_argument("--uri", type=word, default="sqlite:///runs/mlflow.db", help="MLflow store")
+    ui.add_argument("--port", type=whole(1, 65535), default=5000)
     ui.set_defaults(run=run_ui)
 
     from cluster.commands import add as add_cluster_commands
@@ -274,15 +300,32 @@ def parser() -> argparse.ArgumentParser:
 
 def add_corpus_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "inputs", nargs="+", metavar="INPUT", help='files, folders, globs, URLs (s3:// gs:// https://); "-" is stdin'
+        "inputs",
+        nargs="+",
+        type=path_or_url,
+        metavar="INPUT",
+        help='files, folders, globs, URLs (s3:// gs:// https://); "-" is stdin',
     )
-    command.add_argument("--text-field", default="text", metavar="NAME", help="field or column with the text")
-    command.add_argument("--clean", metavar="RULES", help="cleaning rules: web, light, none, or a YAML file")
+    command.add_argument(
+        "--text-field", type=word, default="text", metavar="NAME", help="field or column with the text"
+    )
+    command.add_argument(
+        "--clean", type=path_or_url, metavar="RULES", help="cleaning rules: web, light, none, or a YAML file"
+    )
     command.add_argument("--strict", action="store_true", help="stop at the first finding in the input")
-    command.add_argument("--vocab-size", type=int, metavar="N", help="pieces to train (default: 16384)")
+    command.add_argument(
+        "--vocab-size", type=whole(1, 10_000_000), metavar="N", help="pieces to train (default: 16384)"
+    )
     command.add_argument("--kind", choices=["bpe", "unigram"], help="of the trained tokenizer (default: bpe)")
-    command.add_argument("--val-fraction", type=float, metavar="F", help="share of documents held out (default: 0.005)")
-    command.add_argument("--workers", type=int, metavar="N", help="processes (default: one a CPU); same result")
+    command.add_argument(
+        "--val-fraction",
+        type=number(0, 1, below=True),
+        metavar="F",
+        help="share of documents held out (default: 0.005)",
+    )
+    command.add_argument(
+        "--workers", type=whole(1, 1024), metavar="N", help="processes (default: one a CPU); same result"
+    )
 
 
 def corpus_options(options: argparse.Namespace, **more: object) -> "PrepareOptions":
@@ -464,11 +507,11 @@ def checkpoint_verify(options: argparse.Namespace) -> int:
     from dnt_scale.checkpoint.tools import verify
 
     found = verify(options.path)
-    for path, problems in found.items():
+    for place, problems in found.items():
         for problem in problems:
             print(f"error: {problem}", file=sys.stderr)
         if not problems:
-            print(f"{path}: whole")
+            print(f"{place}: whole")
     return 2 if any(found.values()) else 0
 
 
@@ -490,8 +533,11 @@ def checkpoint_convert(options: argparse.Namespace) -> int:
         print(from_file(Path(source), target))
         return 0
     if len(target) > 1 or Path(target[0]).suffix != ".safetensors":
-        raise ValueError(f"{' '.join(target)}: expected one file NAME.safetensors to write (or IN is no file)")
-    print(to_file(source, Path(target[0]), full=options.full))
+        raise ValueError(
+            f"{' '.join(target)}: expected one file NAME.safetensors to write (what follows a file that exists are "
+            f"overrides, but {source} is none)"
+        )
+    print(to_file(source, path(target[0]), full=options.full))
     return 0
 
 

@@ -5,19 +5,21 @@ the field, what was found, what was expected, and for a misspelt key its nearest
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import NoneType
 from typing import Any, get_args, get_origin
 
 import yaml
 from hydra import compose, initialize_config_dir
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import OverrideType
+from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
+from hydra.plugins.config_source import ConfigResult, ConfigSource
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
+from dnt_scale import paths, typed
 from dnt_scale.sections import (
     AdamWConfig,
     ConfigError,
@@ -56,12 +58,16 @@ __all__ = [
     "from_yaml",
     "load",
     "to_yaml",
+    "typed_keys",
     "validate",
 ]
 
 # pydantic names the chosen member of a union in an error's place, after the union's field
 UNIONS = ("optim", "engine")
 TAGS = ("msgdw", "adamw", "ddp", "fsdp", "hsdp", "zero0", "zero1", "zero2", "zero3")
+
+SWEEP = "several values are a sweep, `dnt submit --multirun`; give one value"
+UNSET = "???"  # Hydra's word for a value that has to be given
 
 
 def config_dir() -> Path:
@@ -73,32 +79,147 @@ def config_dir() -> Path:
 def load(overrides: list[str]) -> RunConfig:
     """Compose ``configs/train.yaml`` with Hydra overrides and validate it.
 
+    Names and paths are the text that was typed (:mod:`dnt_scale.typed`); ``group=PATH`` takes a YAML file.
+
     Raises:
         ConfigError: an unknown key or choice, a value of the wrong type, or fields that contradict.
     """
+    hidden, files = typed.Hidden(), dict[str, Path]()
     try:
-        parsed = OverridesParser.create().parse_overrides(overrides)
-        for override in parsed:
-            if override.key_or_group.partition(".")[0].partition("/")[0] in ("", "hydra"):
-                raise ConfigError(f"{override.input_line}: no such key; `dnt train --print-config` shows every key")
-            if override.is_sweep_override():
-                raise ConfigError(
-                    f"{override.input_line}: several values are a sweep, `dnt submit --multirun`; give one value"
-                )
-        # "++" lets through any key; pydantic then names the unknown ones better than Hydra does
-        forced = [
-            line if override.type is not OverrideType.CHANGE or _is_group(override.key_or_group) else f"++{line}"
-            for line, override in zip(overrides, parsed, strict=True)
-        ]
-        forced += budget(override.key_or_group for override in parsed)
+        lines = [_for_hydra(line, hidden, files) for line in overrides]
+        lines += budget(typed_keys(overrides))
         with initialize_config_dir(str(config_dir().resolve()), version_base="1.3"):
-            tree = compose("train", overrides=forced)
+            _read_as_typed(files, hidden)
+            tree = compose("train", overrides=lines)
         raw = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
     except ConfigError:
         raise
-    except (HydraException, OmegaConfBaseException, ValueError) as error:  # Hydra raises bare ValueErrors too
-        raise ConfigError(_explain(error, overrides)) from None
-    return validate(raw)
+    except (HydraException, OmegaConfBaseException, ValueError, RecursionError) as error:  # Hydra raises bare ones too
+        raise ConfigError(hidden.show(_explain(error, overrides))) from None
+    return validate(hidden.show(raw))
+
+
+def typed_keys(overrides: Iterable[str]) -> list[str]:
+    """The keys and groups that overrides give a value, in their order."""
+    return [typed.split(line)[1] for line in overrides]
+
+
+def _for_hydra(line: str, hidden: typed.Hidden, files: dict[str, Path]) -> str:
+    """An override as Hydra is to read it: text hidden, files by path among its choices, new keys permitted.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    prefix, key, value = typed.split(line)
+    if problem := paths.unreadable(line):
+        raise ConfigError(f"{key.encode(errors='backslashreplace').decode()}: found {line!a}; {problem}")
+    if (not key or key.partition(".")[0].partition("/")[0] == "hydra") and (key or value is not None):
+        raise ConfigError(f"{line}: no such key; `dnt train --print-config` shows every key")
+    if key.partition(".")[0] == "cluster":
+        raise ConfigError(f"{line}: no such key; of a run that `dnt submit` queues, with a cluster=NAME")
+    if "~" in prefix or "@" in key:
+        return line
+    if value is None:
+        raise ConfigError(refusal(line))
+    if key in _groups():
+        parsed = typed.parse(line)
+        if parsed and parsed.is_sweep_override():
+            raise ConfigError(f"{line}: {SWEEP}")
+        if (path := _file_of(key, value)) is None:
+            return line
+        files[f"{key}/dnt_file_{len(files)}"] = path
+        return f"{prefix}{key}=dnt_file_{len(files) - 1}"
+    found = typed.at(RunConfig, key)
+    # "++" lets through any key; pydantic then names the unknown ones better than Hydra does
+    start = f"++{typed.key_for_hydra(RunConfig, key, hidden)}="
+    if typed.parse(f"{start}1") is None:
+        raise ConfigError(refusal(line))
+    if typed.is_text(found):
+        return start + _text_for_hydra(key, value, found, hidden)
+    parsed = typed.parse(f"{start}{value}")
+    if parsed is None:
+        if typed.is_container(found) and found:
+            raise ConfigError(refusal(line))
+        return start + typed.quoted(hidden.hide(value))  # what is no number is named as such
+    if parsed.is_sweep_override():
+        raise ConfigError(f"{line}: {SWEEP}")
+    if value.lstrip()[:1] in ("{", "["):
+        return start + typed.container(f"{start}{value}", found, hidden, RunConfig)
+    return start + value
+
+
+def _text_for_hydra(key: str, value: str, found: typed.Kinds, hidden: typed.Hidden) -> str:
+    if value == UNSET or (value == "null" and NoneType in found):
+        return value
+    return typed.quoted(hidden.carry(typed.meant(value, place=typed.is_place(found, key)), RunConfig))
+
+
+def refusal(line: str) -> str:
+    """What is wrong with an override that Hydra's grammar has not, and how to write it."""
+    prefix, key, value = typed.split(line)
+    if value is None and key in _groups():
+        return f"{line}: expected {key}=NAME. There are: {', '.join(_choices(key))}"
+    if value is None:
+        return f"{line}: expected key=value; `dnt train --help` shows examples"
+    if typed.parse(f"{prefix}{typed.key_for_hydra(RunConfig, key, typed.Hidden())}=1") is None:
+        return f"{line}: no such key{_nearest(key, _known_keys(RunConfig))}"
+    if shown := typed.advice(prefix + key, value, typed.at(RunConfig, key)):
+        return (
+            f"{line}: has to be quoted inside too, where there are other signs than letters, digits and /-.+_: {shown}"
+        )
+    return f"{line}: expected a list [a, b] or a mapping {{key: value}}; check its brackets"
+
+
+def _groups() -> set[str]:
+    return {path.name for path in config_dir().iterdir() if path.is_dir()} & {*RunConfig.model_fields, "preset"}
+
+
+def _file_of(group: str, value: str) -> Path | None:
+    """The file that ``group=PATH`` means; None where it is the name of a choice.
+
+    Raises:
+        ConfigError: there is no such file.
+    """
+    path = Path(paths.expanded(typed.meant(value, place=True)))
+    if value.removesuffix(".yaml") in _choices(group) or not ("/" in value or path.suffix in (".yaml", ".yml")):
+        return None
+    if not path.is_file():
+        found = "a folder" if path.is_dir() else "no such file"
+        raise ConfigError(f"{group}={value}: {found}; expected a YAML file, or one of {', '.join(_choices(group))}")
+    return path
+
+
+def _read_as_typed(files: Mapping[str, Path], hidden: typed.Hidden) -> None:
+    """Let Hydra's source of ``configs/`` read text as it is written, and ``files`` too, by their names in a group."""
+    [ours] = [each for each in GlobalHydra.instance().config_loader().get_sources() if each.provider == "main"]
+    is_config = ours.is_config
+
+    def load_config(config_path: str) -> ConfigResult:
+        name = config_path.removesuffix(".yaml")
+        path = files.get(name, config_dir() / f"{name}.yaml")
+        text = _text_of(path)
+        header = ConfigSource._get_header_dict(text)
+        group = name.partition("/")[0] if "/" in name else ""
+        whole = group in ("", "preset") or header["package"] == "_global_"
+        header["package"] = header["package"] or ("_global_" if whole and group else None)
+        try:
+            raw = typed.read_yaml(text, (RunConfig,) if whole else typed.at(RunConfig, group)) or {}
+            tree = OmegaConf.create(hidden.carry_all(raw, RunConfig))
+        except ValueError as error:
+            raise ConfigError(f"{path}: not readable as YAML ({error})") from None
+        return ConfigResult(provider=ours.provider, path=ours.full_path(), config=tree, header=header)
+
+    ours.load_config = load_config  # type: ignore[method-assign]
+    ours.is_config = lambda config_path: config_path in files or is_config(config_path)  # type: ignore[method-assign]
+
+
+def _text_of(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not readable as YAML ({error})") from None
 
 
 def budget(given: Iterable[str]) -> list[str]:
@@ -115,20 +236,28 @@ def changed(run: RunConfig, overrides: list[str]) -> RunConfig:
     Raises:
         ConfigError: an unknown key, a wrong value, or another name or folder, which would be another run.
     """
-    tree = OmegaConf.create(run.model_dump(mode="json"))
-    for override in [*overrides, *budget(override.partition("=")[0] for override in overrides)]:
-        key, _, value = override.partition("=")
-        file = config_dir() / key / f"{value}.yaml"
-        if key == "engine" and file.exists():
-            tree[key] = OmegaConf.load(file)
-        elif key == "engine":
-            known = ", ".join(sorted(path.stem for path in file.parent.glob("*.yaml")))
-            raise ConfigError(f"{override}: no such engine; there are {known}")
-        elif "." in key and key not in ("run.name", "run.dir"):
-            tree.merge_with_dotlist([override])
-        else:
-            raise ConfigError(f"{override}: a run that goes on keeps its {key}; it takes engine=NAME and KEY.KEY=VALUE")
-    return validate(OmegaConf.to_container(tree, resolve=True))
+    hidden = typed.Hidden()
+    tree = OmegaConf.create(hidden.hide_all(run.model_dump(mode="json")))
+    try:
+        for override in [*overrides, *budget(typed_keys(overrides))]:
+            prefix, key, value = typed.split(override)
+            file = config_dir() / "engine" / f"{value}.yaml"
+            if key == "engine" and value in _choices("engine"):
+                tree[key] = OmegaConf.load(file)
+            elif key == "engine":
+                raise ConfigError(f"{override}: no such engine; there are {', '.join(_choices('engine'))}")
+            elif value is None or "." not in key or "~" in prefix or key in ("run.name", "run.dir"):
+                raise ConfigError(
+                    f"{override}: a run that goes on keeps its {key}; it takes engine=NAME and KEY.KEY=VALUE"
+                )
+            else:
+                parsed = typed.parse(_for_hydra(f"{key}={value}", hidden, {}))
+                assert parsed
+                OmegaConf.update(tree, parsed.key_or_group, parsed.value(), force_add=True)
+        raw = OmegaConf.to_container(tree, resolve=True)
+    except (OmegaConfBaseException, RecursionError) as error:
+        raise ConfigError(hidden.show(_explain(error, overrides))) from None
+    return validate(hidden.show(raw))
 
 
 def validate(raw: Any, origin: str = "configuration") -> RunConfig:
@@ -148,7 +277,7 @@ def validate(raw: Any, origin: str = "configuration") -> RunConfig:
             message = item["msg"].removeprefix("Value error, ")
             if item["type"] == "extra_forbidden":
                 message = "no such field" + _nearest(".".join(parts), _known_keys(RunConfig))
-            found = "" if isinstance(item["input"], dict) else f" (found {item['input']!r})"
+            found = "" if isinstance(item["input"], dict) else f" (found {item['input']!r:.300})"
             # what the whole run's validators say names its fields itself
             lines.append(f"{'.'.join(parts)}: {message}{found}" if parts else message)
         raise ConfigError(f"{origin}: " + "; ".join(lines)) from None
@@ -161,17 +290,17 @@ def from_yaml(path: Path) -> RunConfig:
         ConfigError: the file is missing, is not YAML, or does not describe a run.
     """
     try:
-        raw = yaml.safe_load(path.read_text())
-    except FileNotFoundError:
+        raw = typed.read_yaml(path.read_text("utf-8"), (RunConfig,))
+    except (FileNotFoundError, NotADirectoryError):
         raise ConfigError(f"{path}: no such file; give the folder of a run that `dnt train` made") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise ConfigError(f"{path}: not readable as YAML ({error}); restore it from the MLflow run") from None
     return validate(raw, str(path))
 
 
 def to_yaml(config: RunConfig) -> str:
     """The resolved configuration as YAML, in the order of the fields above."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    return yaml.dump(config.model_dump(mode="json"), Dumper=typed.Dumper, sort_keys=False)
 
 
 def flat(config: RunConfig) -> dict[str, str | int | float | bool | None]:
@@ -213,17 +342,17 @@ def _is_key(key: str, known: set[str]) -> bool:
     )
 
 
-def _is_group(key: str) -> bool:
-    return bool(key) and (config_dir() / key).is_dir()
+def _choices(group: str) -> list[str]:
+    return sorted(path.stem for path in (config_dir() / group).glob("*.yaml"))
 
 
 def _explain(error: Exception, overrides: list[str]) -> str:
     """One line out of Hydra's several: which override, and the choices there are."""
-    text = str(error).strip()
+    text = str(error).strip() or str(error.__cause__ or type(error).__name__)
     if "Missing mandatory value" in text:
         known = _known_keys(RunConfig)
         for key in (override.partition("=")[0].lstrip("+~") for override in overrides):
-            if not _is_key(key, known) and not _is_group(key):
+            if not _is_key(key, known) and key not in _groups():
                 return f"{key}: no such key{_nearest(key, known)} `dnt train --print-config` shows every key"
         missing = getattr(error, "full_key", "a mandatory key")
         if missing == "data.path" and any(override.lstrip("+").startswith("data.mixture") for override in overrides):
@@ -233,13 +362,9 @@ def _explain(error: Exception, overrides: list[str]) -> str:
         return f"{missing}: is not set; add {missing}=VALUE (`dnt train --help` shows an example)"
     for override in overrides:
         key, _, value = override.partition("=")
-        choices = sorted(path.stem for path in (config_dir() / key).glob("*.yaml")) if _is_group(key) else []
+        choices = _choices(key) if key in _groups() else []
         if choices and value.removesuffix(".yaml") not in choices:
             nearest = _nearest(value, set(choices)) or "."
             return f"{override}: no such choice{nearest} There are: {', '.join(choices)}"
     field = getattr(error, "full_key", None)  # where an interpolation failed
-    return (
-        (f"{field}: " if field else "")
-        + text.splitlines()[0]
-        + " (write overrides as key=value; `dnt train --help` shows examples)"
-    )
+    return (f"{field}: " if field else "") + text.splitlines()[0]

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from data_prep.shards import MANIFEST
 from data_prep.tokenizer import Tokenizer
 from dnt_scale import checkpoint, compute_dtype, config
 from dnt_scale.checkpoint.boxes import Box
@@ -36,7 +37,7 @@ def load_run(
         raise ConfigError(f"{folder}: no complete checkpoint; train the run until it has saved one")
     state = checkpoint.read_state(newest)
     checkpoint.check_files(newest, state, me)
-    sources = sets(DataConfig(path=data) if data else run.data)
+    sources = _found(run_dir, data, run.data, sets)
     manifest = sources[0].manifest
     if manifest.tokenizer.sha256 != state.tokenizer_sha256:
         raise ConfigError(
@@ -50,6 +51,24 @@ def load_run(
     if line:
         warn(line)
     return run, model.to(me.device, dtype), sources
+
+
+def _found(run_dir: Path, data: Path | None, own: DataConfig, sets: Callable[[DataConfig], Sources]) -> Sources:
+    """The set ``data``, else the run's own. Raises ValueError, which says what to do where the run's own have moved."""
+    if data:
+        return sets(DataConfig(path=data))
+    try:
+        return sets(own)
+    except (ValueError, OSError) as error:
+        gone = [str(path) for path in (own.path, *(entry.path for entry in own.mixture.values())) if not _is_set(path)]
+        if not gone:
+            raise
+        how = "give its new place with --data" if own.path else "measure or take one set alone with --data"
+        raise ConfigError(f"{error}; {run_dir} was trained on it: {how}") from None
+
+
+def _is_set(path: Path | None) -> bool:
+    return path is None or (path / MANIFEST).is_file()
 
 
 @torch.inference_mode()
@@ -115,11 +134,19 @@ def generate(
 
 
 def sample(logits_V: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> int:
-    """One token id from fp32 logits of shape (V,)."""
+    """One token id from fp32 logits of shape (V,).
+
+    Raises:
+        ConfigError: the logits tell nothing.
+    """
+    if logits_V.isnan().any() or logits_V.max().isinf():
+        raise ConfigError("the model's logits are not finite: its weights are spoilt; take an earlier checkpoint")
     if temperature == 0:
         return int(logits_V.argmax())
     if top_k:
         kth = logits_V.topk(min(top_k, len(logits_V))).values[-1]
         logits_V = logits_V.masked_fill(logits_V < kth, -torch.inf)
-    probabilities_V = torch.softmax(logits_V / temperature, dim=0)
+    # so that the largest stays finite, and -inf what it is, whatever they are divided by
+    divisor = min(max(temperature, 1e-30), 1e30)
+    probabilities_V = torch.softmax((logits_V - logits_V.max()) / divisor, dim=0)
     return int(torch.multinomial(probabilities_V, 1, generator=generator))

@@ -23,7 +23,7 @@ def open_ui(uri: str, port: int) -> int:
     uri = absolute_uri(uri)
     file = sqlite_file(uri)
     if file is not None and not file.is_file():
-        raise ValueError(f"no MLflow store at {file}; train a run first, or name another store with tracking.uri=...")
+        raise ValueError(f"no MLflow store at {file}; train a run first, or name another store with --uri")
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

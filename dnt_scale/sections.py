@@ -4,11 +4,21 @@ Import them from :mod:`dnt_scale.config`, which makes them out of files and over
 """
 
 import re
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    model_validator,
+)
+
+from dnt_scale import paths, typed
 
 _LOGIN = re.compile(r"(?i)(^|&)[^=]*(user|password|token)[^=]*=")  # in a URL's query
 
@@ -23,20 +33,64 @@ class ConfigError(ValueError):
 
 
 class Strict(BaseModel):
-    """Unknown fields are errors and nothing changes after validation."""
+    """Unknown fields are errors, true is no number, 1e3 is a whole one, and nothing changes after validation."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _numbers(cls, raw: Any) -> Any:
+        if not isinstance(raw, dict):
+            return raw
+        types = {name: typed.kinds(field.annotation) for name, field in cls.model_fields.items()}
+        return {name: _as_number(value, types.get(name, ())) for name, value in raw.items()}
+
+
+def _as_number(value: Any, found: typed.Kinds) -> Any:
+    """A value for a field that may be a number: true and false are none, a text such as 1e3 is a whole one."""
+    if isinstance(value, list | tuple) and typed.is_number(typed.items(found)):
+        return [_as_number(each, typed.items(found)) for each in value]
+    if not typed.is_number(found):
+        return value
+    if isinstance(value, bool):
+        return str(value).lower()
+    return whole(value) if isinstance(value, str) and typed.is_whole(found) else value
+
+
+def whole(text: str) -> int | str:
+    """The whole number that a text such as 1e3 is; the text itself where it is none, or one of over 30 digits."""
+    try:
+        number = Decimal(text)
+        if number.is_finite() and number.adjusted() <= 30 and number == number.to_integral_value():
+            return int(number)
+    except InvalidOperation:
+        pass
+    return text
+
+
+Count = Annotated[int, Field(le=10**15)]  # of steps, rows and the like: their products still fit what they go into
+Size = Annotated[int, Field(gt=0, le=1 << 20)]
+
+
+def _name(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,254}", text):
+        raise ValueError("expected up to 255 letters, digits, dots, _ and -, of which the first is a letter or digit")
+    return text
+
+
+Place = Annotated[Path, BeforeValidator(paths.place)]
+Text = Annotated[str, Field(min_length=1)]
 
 
 class ModelConfig(Strict):
     """A DNT-GPT or its GPT baseline. Which norms stand where is ``setting`` (dnt.md, S1-S5)."""
 
-    name: str
-    layers: int = Field(gt=0)
-    width: int = Field(gt=0)
-    heads: int = Field(gt=0)
-    vocab_size: int = Field(gt=0)
-    context: int = Field(gt=0, description="longest row the position table can hold, in tokens")
+    name: Text
+    layers: int = Field(gt=0, le=10_000)
+    width: Size
+    heads: Size
+    vocab_size: int = Field(gt=0, le=1 << 25)
+    context: int = Field(gt=0, le=1 << 24, description="longest row the position table can hold, in tokens")
     setting: Setting = "S5"
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     norm_eps: float = Field(1e-6, gt=0, description="added to the mean square")
@@ -45,7 +99,7 @@ class ModelConfig(Strict):
     bias: bool = False
     positions: Literal["learned", "none"] = "learned"
     activation: Literal["gelu", "gelu_tanh", "relu"] = "gelu"
-    ffn_multiple: int = Field(4, gt=0)
+    ffn_multiple: int = Field(4, gt=0, le=1024)
     tied_head: bool = True
     init_std: float = Field(0.02, gt=0)
     residual_init_scaled: bool = Field(True, description="W_o and W_2 start 1/sqrt(2 layers) smaller")
@@ -70,7 +124,7 @@ class ScheduleConfig(Strict):
     """Learning-rate factor over the run: linear warmup, then cosine or warmup-stable-decay."""
 
     name: Literal["cosine", "wsd", "constant"] = "cosine"
-    warmup_steps: int = Field(0, ge=0)
+    warmup_steps: Count = Field(0, ge=0)
     final: float = Field(0.1, ge=0, le=1, description="factor at the last step")
     decay_fraction: float = Field(0.2, gt=0, le=1, description="wsd only: share of the run that decays")
 
@@ -128,7 +182,7 @@ class AdamWConfig(_OptimBase):
 OptimConfig = Annotated[MSGDWConfig | AdamWConfig, Field(discriminator="algorithm")]
 
 
-SetPath = Annotated[Path, AfterValidator(Path.absolute)]
+SetPath = Annotated[Place, AfterValidator(Path.absolute)]
 
 
 def _not_a_measure(name: str) -> str:
@@ -167,7 +221,7 @@ class DataConfig(Strict):
 
 
 class _EngineBase(Strict):
-    activation_checkpointing: Literal["none", "full", "selective"] | Annotated[int, Field(ge=2)] = Field(
+    activation_checkpointing: Literal["none", "full", "selective"] | Annotated[int, Field(ge=2, le=10_000)] = Field(
         "none", description="recompute in backward: every block, all but matmuls and attention, or every n-th block"
     )
     compile: bool = Field(False, description="torch.compile each block")
@@ -177,9 +231,9 @@ class TorchEngineConfig(_EngineBase):
     """FSDP2's fully_shard on a mesh of copies by shards: ddp has one shard a copy, fsdp one copy, hsdp both."""
 
     name: Literal["ddp", "fsdp", "hsdp"]
-    replicas: int | None = Field(None, gt=0, description="hsdp: copies of the model; null: one a node")
+    replicas: Size | None = Field(None, description="hsdp: copies of the model; null: one a node")
     reshard_after_forward: bool = Field(True, description="free a block's full weights after its forward")
-    prefetch: int = Field(1, ge=0, description="blocks gathered ahead of the one that computes")
+    prefetch: int = Field(1, ge=0, le=10_000, description="blocks gathered ahead of the one that computes")
     cpu_offload: bool = Field(False, description="weights, gradients and optimizer state live in the host's memory")
 
     @model_validator(mode="after")
@@ -223,21 +277,19 @@ EngineConfig = Annotated[TorchEngineConfig | DeepSpeedEngineConfig, Field(discri
 
 
 class RunSection(Strict):
-    model_config = ConfigDict(coerce_numbers_to_str=True)  # run.name=1234 is a name
-
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    dir: Path
+    name: Annotated[str, AfterValidator(_name)]
+    dir: Place
     seed: int = Field(1234, ge=0, lt=2**64)
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
 
 class TrainSection(Strict):
-    steps: int | None = Field(None, gt=0)
-    tokens: int | None = Field(None, gt=0, description="instead of steps: places in rows, padding too")
-    global_batch: int = Field(gt=0, description="rows a step, over all ranks and micro-batches")
-    micro_batch: int = Field(gt=0, description="rows a rank a forward")
+    steps: Count | None = Field(None, gt=0)
+    tokens: int | None = Field(None, gt=0, le=10**18, description="instead of steps: places in rows, padding too")
+    global_batch: int = Field(gt=0, le=1 << 31, description="rows a step, over all ranks and micro-batches")
+    micro_batch: int = Field(gt=0, le=1 << 31, description="rows a rank a forward")
     dtype: Literal["auto", "bf16", "fp32"] = Field("auto", description="see compute_dtype.py")
-    max_skipped: int = Field(10, gt=0, description="skipped or undone steps in a row that end the run")
+    max_skipped: Count = Field(10, gt=0, description="skipped or undone steps in a row that end the run")
 
     @model_validator(mode="after")
     def _one_budget(self) -> Self:
@@ -247,15 +299,17 @@ class TrainSection(Strict):
 
 
 class EvalSection(Strict):
-    every: int = Field(100, ge=0, description="steps between validations; 0: never")
-    rows: int = Field(512, gt=0, description="validation rows used, at most")
+    every: Count = Field(100, ge=0, description="steps between validations; 0: never")
+    rows: Count = Field(512, gt=0, description="validation rows used, at most")
 
 
 class CheckpointSection(Strict):
-    every: int = Field(500, ge=0, description="steps between checkpoints; 0: only at the end")
-    keep: int = Field(2, gt=0, description="newest checkpoints kept")
-    keep_every: int | None = Field(None, gt=0, description="checkpoints at multiples of this step are kept for good")
-    dir: str | None = Field(None, min_length=1, description="a folder or an fsspec URL; null: RUN/checkpoints")
+    every: Count = Field(500, ge=0, description="steps between checkpoints; 0: only at the end")
+    keep: Count = Field(2, gt=0, description="newest checkpoints kept")
+    keep_every: Count | None = Field(None, gt=0, description="checkpoints at multiples of this step are kept for good")
+    dir: Annotated[Text, AfterValidator(paths.expanded)] | None = Field(
+        None, description="a folder or an fsspec URL; null: RUN/checkpoints"
+    )
     background: bool = Field(True, description="write while training goes on, from a copy in the host's memory")
 
     @model_validator(mode="after")
@@ -277,18 +331,22 @@ class HealthSection(Strict):
         description="a loss or gradient norm far above the last ones: skip the step, clip its gradient to their "
         "mean, or go back to the last snapshot in memory, also from a step that is not finite",
     )
-    spike_window: int = Field(128, ge=8, description="steps whose loss and gradient norm tell what is usual")
+    spike_window: int = Field(
+        128, ge=8, le=1_000_000, description="steps whose loss and gradient norm tell what is usual"
+    )
     spike_sigmas: float = Field(6.0, gt=0, description="standard deviations above the window's mean that are a spike")
-    snapshot_every: int = Field(50, gt=0, description="rollback only: steps between snapshots")
-    check_every: int = Field(100, ge=0, description="steps between comparisons of what ranks share; 0: at start only")
+    snapshot_every: Count = Field(50, gt=0, description="rollback only: steps between snapshots")
+    check_every: Count = Field(100, ge=0, description="steps between comparisons of what ranks share; 0: at start only")
     hang_s: float = Field(600.0, gt=0, le=1e9, description="seconds without a step, after which all ranks end")
 
 
 class TrackingSection(Strict):
     enabled: bool = True
     uri: str | None = Field(None, description="null: sqlite:///mlflow.db beside the run folder")
-    experiment: str = "dnt-scale"
-    system_every_s: float = Field(10.0, ge=0, description="between samples of each node's CPU, memory, GPUs; 0: none")
+    experiment: Text = "dnt-scale"
+    system_every_s: float = Field(
+        10.0, ge=0, le=1e6, description="between samples of each node's CPU, memory, GPUs; 0: none"
+    )
 
     @model_validator(mode="after")
     def _no_login(self) -> Self:

@@ -32,6 +32,10 @@ def to_file(source: str, out: Path, *, full: bool) -> str:
         CheckpointError: no checkpoint, or a damaged one.
         OSError: the file cannot be written.
     """
+    if not out.parent.is_dir():
+        raise CheckpointError(f"{out}: there is no folder {out.parent} to write it to; make that first")
+    if out.is_dir():
+        raise CheckpointError(f"{out}: is a folder; expected the name of a file to write")
     folder = checkpoints_at(source)[-1]
     state = read_state(folder.path)
     if problems := problems_of(folder, state):
