@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
+from dnt_scale import tracking_uri
 from dnt_scale.sections import (
     AdamWConfig,
     ConfigError,
@@ -61,6 +62,7 @@ __all__ = [
 
 # pydantic names the chosen member of a union in an error's place, after the union's field
 UNIONS = ("optim", "engine")
+EXPERIMENT_CHARS = 256  # the databases that MLflow uses take no more
 TAGS = ("msgdw", "adamw", "ddp", "fsdp", "hsdp", "zero0", "zero1", "zero2", "zero3")
 
 
@@ -98,7 +100,21 @@ def load(overrides: list[str]) -> RunConfig:
         raise
     except (HydraException, OmegaConfBaseException, ValueError) as error:  # Hydra raises bare ValueErrors too
         raise ConfigError(_explain(error, overrides)) from None
-    return validate(raw)
+    run = validate(raw)
+    check_tracking(run)
+    return run
+
+
+def check_tracking(run: RunConfig) -> None:
+    """Raise ConfigError where a run's records would be sent to what can never take them."""
+    try:
+        if run.tracking.enabled and run.tracking.uri:
+            tracking_uri.check(run.tracking.uri)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    if run.tracking.enabled and not 0 < len(run.tracking.experiment.strip()) <= EXPERIMENT_CHARS:
+        found = len(run.tracking.experiment)
+        raise ConfigError(f"tracking.experiment: has {found} characters, expected a name of 1 to {EXPERIMENT_CHARS}")
 
 
 def budget(given: Iterable[str]) -> list[str]:

@@ -12,19 +12,19 @@ from contextlib import closing, contextmanager, suppress
 from types import FrameType
 
 from dnt_scale import checkpoint, config, engine, ranks, timeline
-from dnt_scale.checkpoint import State
 from dnt_scale.config import ConfigError, RunConfig
 from dnt_scale.guard import Guard, HopelessRun, rows_behind
-from dnt_scale.model import DNT, count_parameters
+from dnt_scale.model import DNT
 from dnt_scale.plots import plot_run
 from dnt_scale.progress import Metrics, TrainProgress, opening_line, speed
 from dnt_scale.ranks import Ranks
+from dnt_scale.recording import start_tracking
 from dnt_scale.resume import check_place, check_sets, is_set_path, starting_state
 from dnt_scale.sources import fitting_sources
 from dnt_scale.stream import Stream
 from dnt_scale.system_metrics import sampling
 from dnt_scale.timeline import Clock
-from dnt_scale.tracking import Status, Tracker, git_commit, last_metrics
+from dnt_scale.tracking import Status, last_metrics
 from dnt_scale.validation import validation
 from dnt_scale.watchdog import Tell, beat, out_of_memory, out_of_memory_message, watching
 
@@ -233,38 +233,6 @@ def train(run: RunConfig, me: Ranks) -> int:
         skipped = "every step was skipped, so the weights are as they were at the start"
     progress.say(f"done: {state.step} steps, {state.tokens:,} tokens, {skipped}; {run.run.dir}")
     return 0
-
-
-def start_tracking(run: RunConfig, state: State, me: Ranks) -> Tracker:
-    """Write ``config.yaml`` and open metrics.jsonl and MLflow, going on where the checkpoint stands.
-
-    Raises:
-        ValueError: the run folder cannot be written.
-        OSError: metrics.jsonl cannot.
-    """
-    try:
-        run.run.dir.mkdir(parents=True, exist_ok=True)
-        (run.run.dir / "config.yaml").write_text(config.to_yaml(run))
-    except OSError as error:
-        raise ConfigError(
-            f"run.dir: nothing can be written to {run.run.dir} ({error.strerror or error}); give another"
-        ) from None
-    return Tracker.start(
-        run.run.dir,
-        uri=run.tracking.uri,
-        experiment=run.tracking.experiment,
-        run_name=run.run.name,
-        run_id=state.run_id,
-        params={**config.flat(run), "parameters": count_parameters(run.model), "ranks": me.world_size},
-        tags={
-            "git_commit": git_commit(),
-            "manifest_sha256": state.manifest_sha256,
-            "tokenizer_sha256": state.tokenizer_sha256,
-            "config": config.to_yaml(run),
-        },
-        enabled=run.tracking.enabled,
-        resume_step=state.step,
-    )
 
 
 def lost(run: RunConfig) -> Tell:
