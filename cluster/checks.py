@@ -17,7 +17,7 @@ from cluster.ledger import Submission
 from cluster.plan import Plan, counted, duration, size
 from cluster.settings import ClusterConfig
 from cluster.slurm import Node, Partition
-from dnt_scale.config import ConfigError, RunConfig, TorchEngineConfig
+from dnt_scale.config import ConfigError, RunConfig, TorchEngineConfig, check_tracking
 from dnt_scale.memory import checkpoint_bytes, copies_of
 from dnt_scale.recorded import Typed
 from dnt_scale.resume import changes, check_place, starting_state
@@ -48,6 +48,7 @@ def before_queue(run: RunConfig, site: ClusterConfig, *, fresh: bool = False) ->
         OSError: a folder cannot be read.
     """
     check_free(run.run.dir)
+    check_tracking(run)
     slurm.check_here()
     check_logins(site)
     found = slurm.partitions()

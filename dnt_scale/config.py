@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
-from dnt_scale import paths, typed
+from dnt_scale import paths, tracking_uri, typed
 from dnt_scale.sections import (
     AdamWConfig,
     ConfigError,
@@ -64,6 +64,7 @@ __all__ = [
 
 # pydantic names the chosen member of a union in an error's place, after the union's field
 UNIONS = ("optim", "engine")
+EXPERIMENT_CHARS = 256  # the databases that MLflow uses take no more
 TAGS = ("msgdw", "adamw", "ddp", "fsdp", "hsdp", "zero0", "zero1", "zero2", "zero3")
 
 SWEEP = "several values are a sweep, `dnt submit --multirun`; give one value"
@@ -96,7 +97,9 @@ def load(overrides: list[str]) -> RunConfig:
         raise
     except (HydraException, OmegaConfBaseException, ValueError, RecursionError) as error:  # Hydra raises bare ones too
         raise ConfigError(hidden.show(_explain(error, overrides))) from None
-    return validate(hidden.show(raw))
+    run = validate(hidden.show(raw))
+    check_tracking(run)
+    return run
 
 
 def typed_keys(overrides: Iterable[str]) -> list[str]:
@@ -220,6 +223,18 @@ def _text_of(path: Path) -> str:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not readable as YAML ({error})") from None
+
+
+def check_tracking(run: RunConfig) -> None:
+    """Raise ConfigError where a run's records would be sent to what can never take them."""
+    try:
+        if run.tracking.enabled and run.tracking.uri:
+            tracking_uri.check(run.tracking.uri)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    if run.tracking.enabled and not 0 < len(run.tracking.experiment.strip()) <= EXPERIMENT_CHARS:
+        found = len(run.tracking.experiment)
+        raise ConfigError(f"tracking.experiment: has {found} characters, expected a name of 1 to {EXPERIMENT_CHARS}")
 
 
 def budget(given: Iterable[str]) -> list[str]:

@@ -7,16 +7,19 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
-from dnt_scale.tracking import absolute_uri, sqlite_file, without_login
+from dnt_scale import tracking_uri
+from dnt_scale.tracking import absolute_uri, sender_environment, sqlite_file, sqlite_uri, without_login
 
 
 def open_ui(uri: str, port: int) -> int:
     """Serve MLflow's page on the store ``uri`` at 127.0.0.1:``port`` until Ctrl-C; the exit code of ``dnt ui``.
 
     For a tracking server (an http URI) only prints the address, since it serves the page itself. Raises ValueError when
-    the SQLite file does not exist or the port is taken.
+    MLflow cannot use such a URI, the SQLite file does not exist or the port is taken.
     """
+    tracking_uri.check(uri)
     if uri.startswith(("http://", "https://")):
         print(f"MLflow's page is served by the tracking server: open {without_login(uri)}")
         return 0
@@ -32,26 +35,30 @@ def open_ui(uri: str, port: int) -> int:
             raise ValueError(
                 f"port {port} of 127.0.0.1 cannot be used ({error.strerror}); choose another one"
             ) from None
+    # From inside the store's folder: MLflow cannot read every folder's name out of a URI.
+    store, folder = (sqlite_uri(Path(file.name)), file.parent) if file else (uri, None)
     options = {
-        "--backend-store-uri": uri,
-        "--registry-store-uri": uri,
+        "--backend-store-uri": store,
+        "--registry-store-uri": store,
         "--host": "127.0.0.1",
         "--port": str(port),
         "--workers": "1",
-        "--uvicorn-opts": "--log-level warning",
+        # its own default is to import from the folder that it is started in
+        "--uvicorn-opts": f"--log-level warning --app-dir {os.devnull}",
     }
     if file is not None:
-        options["--artifacts-destination"] = str(file.parent / "mlartifacts")
-    command = [sys.executable, "-m", "mlflow", "server", *itertools.chain.from_iterable(options.items())]
+        options["--artifacts-destination"] = "mlartifacts"
+    command = [sys.executable, "-P", "-m", "mlflow", "server", *itertools.chain.from_iterable(options.items())]
     # The job runner is for evaluating prompts and costs seven processes.
     quiet = {
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         "PYTHONWARNINGS": "ignore",
+        "PYTHONSAFEPATH": "1",  # in the processes that it starts
     }
     before = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGTERM, signal.SIGHUP)}
     print("starting MLflow, which takes some seconds ...", flush=True)
-    server = subprocess.Popen(command, env=quiet | dict(os.environ), start_new_session=True)
+    server = subprocess.Popen(command, env=quiet | sender_environment(), cwd=folder, start_new_session=True)
     try:
         while server.poll() is None:
             with socket.socket() as probe:

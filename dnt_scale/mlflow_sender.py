@@ -4,6 +4,11 @@
 ended and all is sent, or when the store has not answered for two minutes after that.
 
 With ``--settle STATUS`` it does the same for a run that no process works on any more, see :mod:`dnt_scale.settle`.
+
+Two folders never write into one MLflow run, whatever was done to them before. ``logs/mlflow.json`` holds the place
+that it was written in: a copied folder is at another, and gets an MLflow run of its own. Where a place cannot tell
+(another machine, a backup), the lease does: every start gives the MLflow run a new one, a random number in its tag
+``dnt.lease``, and notes it in the folder beforehand. A run whose lease the folder has not noted is another's by now.
 """
 
 from __future__ import annotations
@@ -11,16 +16,29 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fcntl
+import hashlib
 import os
 import threading
 import time
 import traceback
+import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from dnt_scale import mlflow_store, system_metrics
 from dnt_scale.settle import is_parent_settled, is_settled, sizes_of
-from dnt_scale.tracking import METRICS, Point, Status, read_json, reason, unsent_points, without_login, write_json
+from dnt_scale.tracking import (
+    METRICS,
+    Point,
+    Status,
+    is_copy,
+    place_of,
+    read_json,
+    reason,
+    unsent_points,
+    without_login,
+    write_json,
+)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -38,10 +56,30 @@ METRICS_A_CALL = 1000  # MLflow refuses more in one log_batch
 PARAMS_A_CALL = 100
 PARAM_CHARS = 6000
 TAG_CHARS = 8000
+ARTIFACT_TRIES = 3  # before it is said that files cannot be stored
+
+LEASE = "dnt.lease"
+COPIED_FROM = "dnt.copied_from"
+DESCRIPTION = "mlflow.note.content"
+DESCRIPTION_SHA256 = "dnt.description_sha256"  # of what we wrote: another text is a person's
+# of the environment: what would send a client's calls elsewhere, or drop those that fail
+NOT_OURS = (
+    "MLFLOW_ACTIVE_MODEL_ID",
+    "MLFLOW_ENABLE_ASYNC_LOGGING",
+    "MLFLOW_EXPERIMENT_ID",
+    "MLFLOW_EXPERIMENT_NAME",
+    "MLFLOW_REGISTRY_URI",
+    "MLFLOW_RUN_ID",
+    "_MLFLOW_SERVER_ARTIFACT_ROOT",
+)
 
 
 class _Superseded(Exception):
     """The run folder was started anew: its sender takes over."""
+
+
+class _TakenOver(Exception):
+    """Another folder's start has taken the MLflow run over."""
 
 
 class _Parent:
@@ -109,6 +147,23 @@ class _Sender:
         state = read_json(run_dir / "logs" / "mlflow.json")
         if state.get("run_id") != order["key"]["run_id"]:
             state = {}
+        self.notes: list[str] = []  # for the terminal
+        self.copied_from: str = state.get("copied_from", "")
+        place = state.get("place", order.get("former_place"))
+        if state and place and is_copy(run_dir, place):
+            self.copied_from = state.get("mlflow_run_id") or place["path"]
+            self.notes.append(
+                f"{run_dir} was copied or moved from {place['path']}: it gets an MLflow run of its own, with all steps"
+            )
+            state = {"own_id": uuid.uuid4().hex}
+        self.own_id: str = state.get("own_id", order["key"]["run_id"])  # the tag dnt.run_id
+        self.leases: dict[str, list[str]] = state.get(
+            "leases", {}
+        )  # what the tag dnt.lease of an MLflow run may be; "": of one in the making
+        self.lease = ""
+        # whether this start has its MLflow run: another's that has taken it since is not to be told by settling
+        self.claimed = bool(state.get("claimed")) and state.get("session") == order["session"]
+        self.name: str = state.get("name", "")  # as told last
         self.mlflow_run_id: str = state.get("mlflow_run_id", "")
         self.sent_step: int = state.get("sent_step", -1)
         self.sent_names: list[str] = state.get("sent_names", [])
@@ -120,17 +175,26 @@ class _Sender:
         self._artifacts_sent: dict[Path, int] = {}
         self._next_system = 0.0
         self._next_artifacts = 0.0
+        self._artifact_failures = 0
         self._reported: dict[str, Any] = {}
 
-    def report(self, error: str | None) -> None:
+    def report(self, error: str | None, remedy: str = "") -> None:
         """Write ``logs/mlflow.json`` when it would change, or again for every error. Raises OSError."""
         state = {
             **self.order["key"],
+            "place": place_of(self.run_dir),
+            "own_id": self.own_id,
+            "copied_from": self.copied_from,
+            "leases": self.leases,
+            "claimed": self.claimed,
+            "name": self.name,
+            "notes": self.notes,
             "mlflow_run_id": self.mlflow_run_id,
             "sent_step": self.sent_step,
             "sent_names": self.sent_names,
             "sent_bytes": self.sent_bytes,
             "error": error,
+            "remedy": remedy,
             "session": self.order["session"],
             **self.ended,
         }
@@ -157,7 +221,8 @@ class _Sender:
                 return True
             self._next_system = time.monotonic() + SYSTEM_EVERY_S
         if time.monotonic() >= self._next_artifacts:
-            self._send_artifacts(self._client)
+            self._check_lease(self._client)
+            self._try_artifacts()
             self._send_goodput(self._client)
             self._next_artifacts = time.monotonic() + PLOTS_EVERY_S
         return more
@@ -166,30 +231,98 @@ class _Sender:
         """Mark the MLflow run as ended, then send the last of all but steps."""
         assert self._client is not None
         sizes = sizes_of(self.run_dir)
+        self._check_lease(self._client)
         self._client.set_terminated(self.mlflow_run_id, status, self._ended_ms())
         while self._send_system(self._client):
             self.check_order()
-        self._send_artifacts(self._client)
         self._send_goodput(self._client)
+        if not self._try_artifacts() and self._artifact_failures < ARTIFACT_TRIES:
+            raise RuntimeError("the run's files could not be stored")  # tried again, as all is
         self.ended = {"status": status, "sizes": sizes}
+
+    def _check_lease(self, client: MlflowClient) -> None:
+        """Raise :class:`_TakenOver` when another folder's start has taken over the MLflow run since."""
+        if client.get_run(self.mlflow_run_id).data.tags.get(LEASE, self.lease) != self.lease:
+            raise _TakenOver
+
+    def let_go(self) -> None:
+        """Leave the MLflow run to the folder that has taken it over, and begin another, with all there is to send."""
+        self._client, self.claimed = None, False
+        self._offset, self._pending, self._artifacts_sent = 0, [], {}
+        self._next_system = self._next_artifacts = 0.0
+
+    def explain(self, error: BaseException) -> tuple[str, str]:
+        """Why MLflow takes nothing, and what a person has to do about it, "" where it may come back by itself."""
+        if self._client is not None and getattr(error, "error_code", "") == "INVALID_PARAMETER_VALUE":
+            try:
+                mlflow_store.check_active(self._client, self.mlflow_run_id)
+            except mlflow_store.ExperimentDeleted as deleted:
+                error = deleted
+            except Exception:  # it takes no question either: the first error says why
+                pass
+        return reason(error), mlflow_store.remedy(error, self.uri, self.order["experiment"])
 
     def _connect(self) -> MlflowClient:
         client, experiment_id, parent = mlflow_store.opened(self.run_dir, self.order, "RUNNING" if self.live else "")
-        run_id, name = self.order["key"]["run_id"], self.order["run_name"]
-        run = mlflow_store.run(client, experiment_id, run_id, name, self.mlflow_run_id)
-        if run.info.run_id != self.mlflow_run_id:
-            self.mlflow_run_id, self.sent_step, self.sent_names, self.sent_bytes = run.info.run_id, -1, [], {}
-        self.report(None)
+        run = self._claim(client, experiment_id)
         if self.live:
             client.update_run(self.mlflow_run_id, status="RUNNING")
             self.ended = {"status": "RUNNING"}
+        self._send_name(client, run)
         self._send_params_and_tags(client, run, {"mlflow.parentRunId": parent} if parent else {})
+        self._check_lease(client)  # two folders may have claimed it at once
         return client
+
+    def _claim(self, client: MlflowClient, experiment_id: str) -> Run:
+        """The MLflow run of this folder, with a new lease: the one it had, or a new one. Raises _TakenOver."""
+        run = mlflow_store.find_run(client, experiment_id, self.own_id, self.mlflow_run_id)
+        if run is not None and not self._is_ours(run):
+            if self.claimed and not self.live:
+                raise _TakenOver
+            self.notes.append(
+                f"the MLflow run of {self.run_dir} is another folder's by now, a copy of this one or its original: "
+                "this one gets an MLflow run of its own, with all steps"
+            )
+            self.own_id, self.copied_from, self.leases = uuid.uuid4().hex, run.info.run_id, {}
+            run = None
+        if run is None or run.info.run_id != self.mlflow_run_id:
+            self.mlflow_run_id, self.sent_step, self.sent_names, self.sent_bytes = "", -1, [], {}
+        self.lease = uuid.uuid4().hex
+        known = run.info.run_id if run else ""
+        self.leases[known] = [*self.leases.get(known, []), self.lease]
+        self.report(None)  # before MLflow has it: whatever kills us, the lease is known to be ours
+        if run is None:
+            self.name = self.order["run_name"]
+            tags = {mlflow_store.RUN_ID: self.own_id, LEASE: self.lease}
+            run = client.create_run(experiment_id, tags=tags, run_name=self.name)
+        else:
+            client.set_tag(run.info.run_id, LEASE, self.lease)
+        self.leases.pop("", None)
+        self.mlflow_run_id, self.leases[run.info.run_id], self.claimed = run.info.run_id, [self.lease], True
+        self.report(None)
+        return run
+
+    def _is_ours(self, run: Run) -> bool:
+        lease = run.data.tags.get(LEASE)
+        if lease is None:  # an older dnt's
+            return bool(run.info.run_id == self.mlflow_run_id)
+        return lease in [*self.leases.get(run.info.run_id, []), *self.leases.get("", [])]
+
+    def _send_name(self, client: MlflowClient, run: Run) -> None:
+        """Let the MLflow run have the run's name, unless a person gave it another since it was told."""
+        name = self.order["run_name"]
+        if self.name != name:
+            if run.info.run_name != name:
+                client.update_run(self.mlflow_run_id, name=name)
+                self.notes.append(f"MLflow's run {run.info.run_name} is named {name} now, as its folder is")
+            self.name = name
 
     def _send_params_and_tags(self, client: MlflowClient, run: Run, tags: dict[str, str]) -> None:
         from mlflow.entities import Param, RunTag
 
-        tags = {mlflow_store.RUN_ID: self.order["key"]["run_id"], **self.order["tags"], **tags}
+        tags = {mlflow_store.RUN_ID: self.own_id, **self.order["tags"], **self._description(run), **tags}
+        if self.copied_from:
+            tags[COPIED_FROM] = self.copied_from
         params: list[Param] = []
         for name, value in self.order["params"].items():
             text = str(value)[:PARAM_CHARS]
@@ -202,6 +335,16 @@ class _Sender:
         all_tags = [RunTag(name, str(value)[:TAG_CHARS]) for name, value in tags.items()]
         for at in range(0, len(all_tags), PARAMS_A_CALL):
             client.log_batch(self.mlflow_run_id, tags=all_tags[at : at + PARAMS_A_CALL])
+
+    def _description(self, run: Run) -> dict[str, str]:
+        """The tags of the run's description; none where a person has written another on MLflow's page."""
+        before, told = run.data.tags.get(DESCRIPTION), run.data.tags.get(DESCRIPTION_SHA256)
+        if not (text := self.order.get("description", "")) or (before is not None and _sha256(before) != told):
+            return {}
+        if self.copied_from:
+            text += f"\n\nIts folder is a copy of that of the MLflow run `{self.copied_from}`.\n"
+        text = text[:TAG_CHARS]
+        return {DESCRIPTION: text, DESCRIPTION_SHA256: _sha256(text)}
 
     def _read(self) -> bool:
         """Take the next whole lines in, unless enough wait already. True when the file holds more."""
@@ -260,6 +403,20 @@ class _Sender:
         step = max(0, self.sent_step)
         self._log(client, [Point(step, *metric, now_ms) for metric in goodput.metrics(self.run_dir).items()])
 
+    def _try_artifacts(self) -> bool:
+        """Send what changed of the files. False when these cannot be stored, which is no reason to keep the numbers."""
+        assert self._client is not None
+        try:
+            self._send_artifacts(self._client)
+        except Exception as error:  # whatever a store of files raises
+            print(without_login(self.uri, traceback.format_exc()), flush=True)
+            self._artifact_failures += 1
+            if self._artifact_failures == ARTIFACT_TRIES:
+                self.notes.append(f"MLflow has the run's numbers, but not its config.yaml and plots ({reason(error)})")
+            return False
+        self._artifact_failures = 0
+        return True
+
     def _send_artifacts(self, client: MlflowClient) -> None:
         """Send config.yaml and the plots that changed since they were sent."""
         plots = (path for path in (self.run_dir / "plots").glob("*") if not path.name.startswith("."))
@@ -270,8 +427,16 @@ class _Sender:
                 self._artifacts_sent[path] = changed
 
 
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def main(run_dir: Path) -> int:
-    """Be the sender of ``run_dir`` until training ends. Returns 0 when all was sent, 1 when not, 3 when superseded."""
+    """Be the sender of ``run_dir`` until training ends.
+
+    Returns:
+        0 when all was sent, 1 when not, 3 when the folder was started again.
+    """
     order = read_json(run_dir / "logs" / "tracking.json")
     if not order:
         return 3
@@ -286,6 +451,8 @@ def main(run_dir: Path) -> int:
 def _prepare(order: dict[str, Any]) -> None:
     """Set MLflow up, before it is imported."""
     os.nice(10)
+    for name in NOT_OURS:
+        os.environ.pop(name, None)
     os.environ["MLFLOW_TRACKING_URI"] = order["key"]["uri"]
     # The sender has its own retries: MLflow's default holds one call for four minutes.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
@@ -331,13 +498,21 @@ def _send_all(sender: _Sender, parent: _Parent | _Gone) -> int:
             pause = 0.0 if more else SEND_EVERY_S
         except _Superseded:
             return 3
+        except _TakenOver:
+            if sender.live:
+                sender.let_go()
+                continue
+            sender.ended = {"status": status, "sizes": sizes_of(sender.run_dir)}  # which is the other's to tell
+            sender.report(None)
+            return 0
         except Exception as error:  # whatever MLflow, a database or the network raises: it is tried again
             failures += 1
             pause = min(2.0 ** (failures - 1), LONGEST_PAUSE_S)
             print(without_login(sender.uri, traceback.format_exc()), flush=True)
             if failures > 1 or status:  # one failed call in the middle of a run is not worth a warning
                 with contextlib.suppress(OSError):
-                    sender.report(without_login(sender.uri, reason(error)))
+                    why, remedy = sender.explain(error)
+                    sender.report(without_login(sender.uri, why), remedy)
         if status and _silent_s(sender, parent) > parent.patience_s:
             return 1
         parent.wait(pause)
@@ -392,6 +567,7 @@ if __name__ == "__main__":
     parser.add_argument("--settle", choices=get_args(Status), help="the run has ended with this status")
     parser.add_argument("--settle-parent", choices=get_args(Status), help="the sweep it is part of has")
     options = parser.parse_args()
+    options.run_dir = options.run_dir.absolute()
     if options.settle_parent:
         raise SystemExit(settle_parent_here(options.run_dir, options.settle_parent))
     if options.settle:

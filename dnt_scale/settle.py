@@ -7,13 +7,21 @@ the store does not answer. May be called at any time, by several at once: beside
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 from dnt_scale import system_metrics
 from dnt_scale.mlflow_store import parent_file
-from dnt_scale.tracking import METRICS, Status, read_json, warn
+from dnt_scale.tracking import (
+    METRICS,
+    Status,
+    is_copy,
+    ordered_place,
+    read_json,
+    sender_command,
+    sender_environment,
+    warn,
+)
 
 
 def settle(run_dir: Path, status: Status) -> bool:
@@ -31,15 +39,20 @@ def settle_parent(run_dir: Path, status: Status) -> bool:
 
 
 def is_settled(run_dir: Path, order: dict[str, Any], status: Status) -> bool:
-    """Whether MLflow was told ``status``, and all that the files hold; True for a run that is not tracked."""
+    """Whether MLflow was told ``status``, and all that the files hold.
+
+    True too for a run that is not tracked, and for a copied folder not started since: MLflow has nothing of it.
+    """
+    if is_copy(run_dir, ordered_place(order)):
+        return True
     state = read_json(run_dir / "logs" / "mlflow.json")
     told = [state.get(name) for name in ("uri", "run_id", "status", "sizes")]
     return not order or told == [order["key"]["uri"], order["key"]["run_id"], status, sizes_of(run_dir)]
 
 
 def is_parent_settled(run_dir: Path, order: dict[str, Any], status: Status) -> bool:
-    """Whether the sweep's run was told ``status``; True for a run that is not part of one."""
-    if not (parent := order.get("parent")):
+    """Whether the sweep's run was told ``status``; True for a run that is not part of one, or a copy, see above."""
+    if not (parent := order.get("parent")) or is_copy(run_dir, ordered_place(order)):
         return True
     told = read_json(parent_file(run_dir, parent["id"]))
     return [told.get("uri"), told.get("status")] == [order["key"]["uri"], status]
@@ -61,10 +74,15 @@ def _in_a_process(run_dir: Path, option: str, status: Status) -> bool:
     if run_dir.stat().st_uid != os.geteuid():  # it names the store that the caller's password would be sent to
         problem = "it is another user's"
     else:
-        command = [sys.executable, "-m", "dnt_scale.mlflow_sender", str(run_dir), option, status]
+        command = sender_command(run_dir.absolute(), option, status)
         with log.open("ab") as out:
-            code = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out).returncode
+            code = subprocess.run(
+                command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=sender_environment()
+            ).returncode
+        state = read_json(run_dir / "logs" / "mlflow.json")
         known = {0: "", 3: "it has just been started again", 4: "its sender is still at work"}
+        if code == 1 and state.get("remedy"):
+            known[1] = f"{state['error']}. {state['remedy']} It is tried again when asked again"
         problem = known.get(code, f"see {log}; it is tried again when asked again")
     if problem:
         warn(f"MLflow was not told that {run_dir.name} is {status}: {problem}")

@@ -5,8 +5,9 @@
 So a slow import, a busy SQLite file or a server that is down costs training nothing, and what was not sent stays in
 the file for the next start. The two talk through three small files in ``RUN/logs``:
 
-    tracking.json   what the sender is told: store, names, params, tags; replaced by every start
-    mlflow.json     what the sender did: its MLflow run, the last step sent, its last error, the last status told
+    tracking.json   what the sender is told: store, names, params, tags, description; replaced by every start
+    mlflow.json     what the sender did: its MLflow run and the lease on it (see the sender), the last step sent, its
+                    last error, the last status told
     mlflow.log      the sender's own output
 """
 
@@ -20,12 +21,13 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import orjson
+import yaml
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
@@ -42,18 +44,26 @@ JOB_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, sig
 
 def default_uri(run_dir: Path) -> str:
     """The MLflow store used when none is configured: ``mlflow.db`` (SQLite) in the folder that holds the run folder."""
-    return f"sqlite:///{run_dir.absolute().parent / 'mlflow.db'}"
+    return sqlite_uri(run_dir.absolute().parent / "mlflow.db")
+
+
+def sqlite_uri(file: Path) -> str:
+    """The URI of a SQLite file. A ``%`` or ``?`` of its path is written as a URI wants it; the rest stays readable."""
+    return f"sqlite:///{str(file).replace('%', '%25').replace('?', '%3F')}"
 
 
 def sqlite_file(uri: str) -> Path | None:
-    """The file a ``sqlite:///`` URI names, or None for any other store."""
-    return Path(uri.removeprefix("sqlite:///").partition("?")[0]) if uri.startswith("sqlite:///") else None
+    """The file a ``sqlite:///`` URI names, ``~`` expanded; None for any other store."""
+    found = re.match(r"sqlite(?:\+pysqlite)?:///([^?]+)", uri)
+    return Path(unquote(found[1])).expanduser() if found and found[1] != ":memory:" else None
 
 
 def absolute_uri(uri: str) -> str:
     """``uri`` with a relative SQLite path made absolute, so that it means the same store from every folder."""
-    file = sqlite_file(uri)
-    return uri if file is None else f"sqlite:///{file.absolute()}{uri[len('sqlite:///') + len(str(file)) :]}"
+    if (file := sqlite_file(uri)) is None:
+        return uri
+    _, mark, query = uri.partition("?")
+    return sqlite_uri(file.absolute()) + mark + query
 
 
 def without_login(uri: str, text: str = "") -> str:
@@ -62,11 +72,19 @@ def without_login(uri: str, text: str = "") -> str:
     return (text or uri).replace(login + at, "") if at else text or uri
 
 
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """``error``, then what it was raised from, down to what it began with."""
+    found: BaseException | None = error
+    while found:
+        yield found
+        found = found.__cause__ or (None if found.__suppress_context__ else found.__context__)
+
+
 def reason(error: BaseException) -> str:
     """The one line to show of ``error``: what it began with, since MLflow wraps "connection refused" four times."""
-    while inner := error.__cause__ or (None if error.__suppress_context__ else error.__context__):
-        error = inner
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+    *_, first = causes(error)
+    text = (str(first).splitlines() or [""])[0][:200]
+    return text if type(first).__module__.startswith("dnt_scale") else f"{type(first).__name__}: {text}"
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -115,6 +133,37 @@ def git_commit(file: Path = Path(__file__)) -> str:
         return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.SubprocessError):
         return "unknown"
+
+
+# --- the folder itself ------------------------------------------------------------------------------------------------
+
+
+def place_of(run_dir: Path) -> dict[str, Any]:
+    """What tells a run folder from its copies: its real path, and the number that its file system gave it."""
+    return {"path": os.path.realpath(run_dir), "inode": run_dir.stat().st_ino}
+
+
+def is_copy(run_dir: Path, place: dict[str, Any] | None) -> bool:
+    """Whether a folder that carries the place of a run is not that run's: neither path nor inode is as it was.
+
+    A renamed folder keeps its inode, a restored one its path. None, of a run of an older dnt: it is not known.
+    """
+    return place is not None and all(value != place.get(key) for key, value in place_of(run_dir).items())
+
+
+def ordered_place(order: dict[str, Any]) -> dict[str, Any] | None:
+    """The place of the folder that ``order`` (a tracking.json) was written in; None where nothing tells.
+
+    An older dnt wrote down the run's configuration only: where the folder that it names is still this run's.
+    """
+    if order.get("place") or not order:
+        return order.get("place")
+    try:
+        was = Path(yaml.safe_load(order["tags"]["config"])["run"]["dir"])
+        theirs = read_json(was / "logs" / "tracking.json")
+        return place_of(was) if theirs["key"]["run_id"] == order["key"]["run_id"] else None
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        return None
 
 
 # --- lines of metrics.jsonl -------------------------------------------------------------------------------------------
@@ -199,7 +248,7 @@ def unsent_lines(run_dir: Path) -> int:
     metrics = run_dir / METRICS
     if not order or not metrics.exists():
         return 0
-    same = all(state.get(key) == order["key"][key] for key in order["key"])
+    same = all(state.get(key) == order["key"][key] for key in order["key"]) and not is_copy(run_dir, state.get("place"))
     sent_step, sent_names = (state["sent_step"], state["sent_names"]) if same else (-1, [])
     lines = metrics.read_bytes().splitlines()
     return sum(bool(unsent_points(line, sent_step, sent_names, 0)) for line in lines)
@@ -218,6 +267,33 @@ def parent_of_sweep() -> dict[str, str] | None:
     return {"id": parent_id, "name": name}
 
 
+def sender_command(run_dir: Path, *options: str) -> list[str]:
+    """How the sender is started: out of this very copy of the packages, and with nothing of the working folder."""
+    packages = str(Path(__file__).parents[1])
+    # they may lie in the working folder, beside files that are named like modules of other packages: searched last
+    find = "import runpy, sys; packages = sys.argv.pop(1); sys.path.insert(0, packages); import dnt_scale, data_prep"
+    run = "sys.path.append(sys.path.pop(0)); runpy.run_module('dnt_scale.mlflow_sender', None, '__main__', True)"
+    return [sys.executable, "-P", "-c", f"{find}; {run}", packages, str(run_dir), *options]
+
+
+def sender_environment() -> dict[str, str]:
+    """This process's environment without what belongs to a rank, and without imports from the working folder."""
+    ranks = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "NCCL_")
+    env = {name: value for name, value in os.environ.items() if not name.startswith(ranks)}
+    env["CUDA_VISIBLE_DEVICES"] = ""
+    folders = env.pop("PYTHONPATH", "").split(os.pathsep)
+    if kept := [folder for folder in folders if not _is_working_folder(folder)]:
+        env["PYTHONPATH"] = os.pathsep.join(kept)
+    return env
+
+
+def _is_working_folder(folder: str) -> bool:
+    try:
+        return Path(folder).samefile(".")
+    except OSError:
+        return False
+
+
 class Tracker:
     """Rank 0's record of a run: appends to ``metrics.jsonl`` and runs the sender. Made by :meth:`start`."""
 
@@ -230,6 +306,7 @@ class Tracker:
         self._session = session
         self._next_look = 0.0
         self._warned = False
+        self._notes_said = 0
 
     @classmethod
     def start(
@@ -244,12 +321,14 @@ class Tracker:
         tags: dict[str, str],
         enabled: bool,
         resume_step: int,
+        description: str = "",
     ) -> Tracker:
         """Open the record of the run in ``run_dir`` (made when missing) and start the sender when ``enabled``.
 
         ``uri`` is any MLflow tracking URI; None means :func:`default_uri`. ``run_id`` is the run's own id: a start with
-        the id of an earlier one continues its MLflow run. ``resume_step`` is the number of steps already done; lines
-        after it are dropped, since they will be written again, and at 0 all are.
+        the id of an earlier one continues its MLflow run, if the folder is still the same. ``resume_step`` is the
+        number of steps already done; lines after it are dropped, since they will be written again, and at 0 all are.
+        ``description`` is the text on the run's page, in Markdown.
         Raises OSError when the run folder cannot be written, and ValueError for a DNT_PARENT that is not ID:NAME.
         A sender that cannot be started is only warned of.
         """
@@ -260,13 +339,18 @@ class Tracker:
         session = uuid.uuid4().hex
         # Replaced first: a sender left by an earlier start sees this and stops reading before the file changes.
         if enabled:
+            former = read_json(logs / "tracking.json")
             order = {
                 "key": {"uri": uri, "run_id": run_id},
+                "place": place_of(run_dir),
+                # of what mlflow.json says, where an older dnt wrote it
+                "former_place": former["former_place"] if "former_place" in former else ordered_place(former),
                 "experiment": experiment,
                 "run_name": run_name,
                 "parent": parent_of_sweep(),
                 "params": params,
                 "tags": tags,
+                "description": description,
                 "session": session,
                 "parent_pid": os.getpid(),
             }
@@ -280,20 +364,17 @@ class Tracker:
         return tracker
 
     def _start_sender(self) -> None:
-        ours = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "NCCL_", "MLFLOW_RUN_ID")
-        env = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
-        env["CUDA_VISIBLE_DEVICES"] = ""
         # A scheduler's signals reach every process of a job. The sender inherits this mask and does not see them: it
         # ends by itself, when training has. Training gets what arrives meanwhile when the mask is lifted again.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, JOB_SIGNALS)
         try:
             with self._log().open("ab") as log:
                 self._sender = subprocess.Popen(
-                    [sys.executable, "-m", "dnt_scale.mlflow_sender", str(self.run_dir)],
+                    sender_command(self.run_dir),
                     stdin=subprocess.PIPE,
                     stdout=log,
                     stderr=log,
-                    env=env,
+                    env=sender_environment(),
                     start_new_session=True,  # the Ctrl-C meant for training does not reach it
                 )
         except OSError as error:
@@ -320,20 +401,28 @@ class Tracker:
         self._look()
 
     def _look(self) -> None:
-        """Tell the user when the store stops answering, and when it answers again."""
+        """Tell the user what the sender has to say: when the store stops answering, and when it answers again."""
         if self._sender is None or time.monotonic() < self._next_look:
             return
         self._next_look = time.monotonic() + LOOK_EVERY_S
         state = self._state()
-        error = state.get("error")
+        self._say_notes(state)
+        error, remedy = state.get("error"), state.get("remedy")
         if self._sender.poll() is not None:
             error = error or f"its sender ended with exit code {self._sender.returncode}, see {self._log()}"
         if error and not self._warned:
-            warn(f"MLflow at {without_login(self.uri)} takes nothing now ({error}). Training goes on. {self._kept()}")
+            what = f"nothing ({error}). {remedy}" if remedy else f"nothing now ({error})."
+            warn(f"MLflow at {without_login(self.uri)} takes {what} Training goes on. {self._kept()}")
             self._warned = True
         elif self._warned and state and not error:
             warn(f"MLflow at {without_login(self.uri)} answers again; the lines kept meanwhile are being sent.")
             self._warned = False
+
+    def _say_notes(self, state: dict[str, Any]) -> None:
+        notes = state.get("notes", [])
+        for note in notes[self._notes_said :]:
+            warn(note)
+        self._notes_said = max(self._notes_said, len(notes))
 
     def _state(self) -> dict[str, Any]:
         """What this start's sender reported last; empty before its first report."""
@@ -365,18 +454,23 @@ class Tracker:
         with contextlib.suppress(OSError):
             self._sender.stdin.close()
         deadline = time.monotonic() + timeout_s
-        why = f"no answer within {timeout_s:g} s"
+        why, remedy = f"no answer within {timeout_s:g} s", ""
         while self._sender.poll() is None and time.monotonic() < deadline:
             state = self._state()
             if state.get("error") and state["time"] > asked:
-                why = state["error"]
+                why, remedy = state["error"], state.get("remedy", "")
                 break
             time.sleep(0.05)
+        state = self._state()
+        self._say_notes(state)
         if self._sender.returncode == 0:
             return
         if self._sender.returncode is not None:
-            why = self._state().get("error") or f"its sender ended with exit code {self._sender.returncode}"
+            why = state.get("error") or f"its sender ended with exit code {self._sender.returncode}"
+            remedy = state.get("remedy", "")
+        then = f"{remedy} Then the" if remedy else "The"
+        lines = f"{unsent_lines(self.run_dir)} lines of {self.run_dir / METRICS}"
         warn(
-            f"{unsent_lines(self.run_dir)} lines of {self.run_dir / METRICS} are not in MLflow at "
-            f"{without_login(self.uri)} yet ({why}). The same `dnt train` command sends them; details in {self._log()}."
+            f"{lines} are not in MLflow at {without_login(self.uri)} yet ({why}). {then} same `dnt train` "
+            f"command sends them; details in {self._log()}."
         )

@@ -12,22 +12,22 @@ from contextlib import closing, suppress
 from pathlib import Path
 
 from dnt_scale import checkpoint, config, engine, ranks, startup, streams
-from dnt_scale.checkpoint import State
 from dnt_scale.config import RunConfig
 from dnt_scale.guard import Guard, HopelessRun, rows_behind
-from dnt_scale.model import DNT, count_parameters
+from dnt_scale.model import DNT
 from dnt_scale.plots import plot_run
 from dnt_scale.progress import Metrics, TrainProgress, opening_line, speed
 from dnt_scale.ranks import Ranks
 from dnt_scale.recorded import Typed
+from dnt_scale.recording import start_tracking
 from dnt_scale.resume import changes, check_place, check_sets, starting_state
-from dnt_scale.run_start import Begun, begun_on_all, check_no_job, make_room, only_writer, write_config
+from dnt_scale.run_start import Begun, begun_on_all, check_no_job, make_room, only_writer
 from dnt_scale.signals import stop_signals
 from dnt_scale.sources import fitting_sources
 from dnt_scale.stream import Stream
 from dnt_scale.system_metrics import sampling
 from dnt_scale.timeline import Clock
-from dnt_scale.tracking import Status, Tracker, git_commit, last_metrics, warn
+from dnt_scale.tracking import Status, last_metrics, warn
 from dnt_scale.validation import validation
 from dnt_scale.watchdog import beat, out_of_memory, out_of_memory_message, telling, watching
 
@@ -248,34 +248,6 @@ def train(begun: Begun, me: Ranks) -> int:
         skipped = "every step was skipped, so the weights are as they were at the start"
     progress.say(f"done: {state.step} steps, {state.tokens:,} tokens, {skipped}; {run.run.dir}")
     return 0
-
-
-def start_tracking(run: RunConfig, state: State, me: Ranks) -> Tracker:
-    """Write ``config.yaml`` and open metrics.jsonl and MLflow, going on where the checkpoint stands.
-
-    Raises:
-        ValueError: the run folder cannot be written.
-        OSError: metrics.jsonl cannot.
-    """
-    write_config(run)
-    return Tracker.start(
-        run.run.dir,
-        uri=run.tracking.uri,
-        experiment=run.tracking.experiment,
-        run_name=run.run.name,
-        run_id=state.run_id,
-        params={**config.flat(run), "parameters": count_parameters(run.model), "ranks": me.world_size},
-        tags={
-            "git_commit": git_commit(),
-            "manifest_sha256": state.manifest_sha256,
-            "tokenizer_sha256": state.tokenizer_sha256,
-            "config": config.to_yaml(run),
-        },
-        enabled=run.tracking.enabled,
-        resume_step=state.step,
-    )
-
-
 
 
 if __name__ == "__main__":
