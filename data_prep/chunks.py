@@ -24,13 +24,12 @@ from data_prep.clean.cleaner import CleanConfig, Cleaner, CleanStats
 from data_prep.pool import spread
 from data_prep.progress import stage
 from data_prep.read.documents import Document, Findings, read_documents
-from data_prep.read.inputs import stored_bytes
-from data_prep.read.pieces import Piece, Unit, read_pieces
+from data_prep.read.pieces import Piece, Unit, read_pieces, stored_bytes
 from data_prep.shards import Dedup, SplitName, Tokens
 from data_prep.tokenizer import Encoder, Tokenizer, text_hash
 from data_prep.work import key, write_whole
 
-VERSION = 1  # raise it when the code makes another chunk of the same piece
+VERSION = 2  # raise it when the code makes another chunk of the same piece
 CHECK_CHARS = 1 << 15
 EXAMPLES = 2
 EXCERPT = 500

@@ -10,17 +10,17 @@ from typing import NamedTuple
 
 from rich.console import Console
 
-from data_prep.chunks import held_out, library_versions, unit_parts
+from data_prep.chunks import VERSION, held_out, library_versions, unit_parts
 from data_prep.clean.cleaner import CleanConfig, Cleaner, CleanStats
 from data_prep.pool import spread
 from data_prep.progress import stage
-from data_prep.read.documents import Findings, read_documents
-from data_prep.read.inputs import stored_bytes
-from data_prep.read.pieces import Piece, Unit, read_pieces
+from data_prep.read.documents import Findings, LeftOut, place_name, read_documents
+from data_prep.read.pieces import Piece, Unit, read_pieces, stored_bytes
 from data_prep.tokenizer import Kind, Sample, text_hash, train
 from data_prep.work import key, write_whole
 
-LOSING = ("malformed_json", "no_text")
+# Findings of which each is a text, or a file of them, that was not to be had.
+LOSING = ("malformed_json", "no_text", "other_encoding", "not_text", "stand_in", "other_json")
 # What each kind learns from in some 15 seconds on two cores.
 SAMPLE_BYTES = {"bpe": 32_000_000, "unigram": 4_000_000}
 
@@ -41,7 +41,7 @@ class Lesson:
         """The name of the tokenizer of a corpus."""
         rules = self.rules.fingerprint() if self.rules else None
         options = [self.kind, self.vocab_size, self.sample_bytes, self.text_field, self.val_fraction, self.strict]
-        return key(library_versions(), rules, options, [unit_parts(unit) for unit in units])
+        return key(VERSION, library_versions(), rules, options, [unit_parts(unit) for unit in units])
 
 
 class Sampler:
@@ -67,23 +67,32 @@ class Sampler:
             if text and not held_out(text_hash(text.encode(), "split"), lesson.val_fraction):
                 chosen.add(rank, text)
         lost = next((record for record in findings.records if record["kind"] in LOSING), None)
-        first = f"{lost['file']}, line {lost['line']}: {lost['detail']}" if lost else ""
-        return Offer(piece.input_bytes, documents, first, stats.dropped(), chosen.items())
+        first = place_name(lost["file"], lost["line"]) + f": {lost['detail']}" if lost else ""
+        return Offer(piece.input_bytes, documents, first, stats.dropped(), chosen.items(), findings)
 
 
 class Offer(NamedTuple):
     """Of a piece: stored bytes read, documents, the first line or row without a text, documents that the rules dropped
-    (of those that were tried), and (hash, text) to choose from."""
+    (of those that were tried), (hash, text) to choose from, and what was found wrong."""
 
     input_bytes: int
     documents: int
     without_text: str
     dropped: dict[str, int]
     texts: list[tuple[int, str]]
+    findings: Findings
 
 
-def learn(work: Path, lesson: Lesson, units: Sequence[Unit], workers: int, console: Console) -> Path:
-    """The tokenizer of a corpus, a .model file in the work folder: trained, or found there.
+def learn(
+    work: Path,
+    lesson: Lesson,
+    units: Sequence[Unit],
+    workers: int,
+    console: Console,
+    left_out: LeftOut | None = None,
+) -> Path:
+    """The tokenizer of a corpus, a .model file in the work folder: trained, or found there. What is found wrong in the
+    input on the way is added to `left_out`.
 
     Raises ValueError for input that cannot be read, and where there is nothing to learn from or a vocabulary of that
     size does not come of it.
@@ -107,6 +116,8 @@ def learn(work: Path, lesson: Lesson, units: Sequence[Unit], workers: int, conso
             documents += offer.documents
             without_text = without_text or offer.without_text
             dropped.update(offer.dropped)
+            if left_out:
+                left_out.add(offer.findings)
             for rank, text in offer.texts:
                 sample.add(rank, text)
             advance(offer.input_bytes)

@@ -30,10 +30,12 @@ from data_prep.options import PrepareOptions, checked, sample_bytes, workers
 from data_prep.pack import Layout, Part, shard_jobs, shard_writer, tail
 from data_prep.pool import spread
 from data_prep.progress import stage
-from data_prep.read.inputs import find_sources, plan_units, stored_bytes, unused
-from data_prep.read.pieces import Unit
+from data_prep.read.documents import Findings, LeftOut, place_name
+from data_prep.read.inputs import Source, find_sources, plan_units, unused
+from data_prep.read.pieces import Unit, stored_bytes
 from data_prep.report.html_page import write_report
-from data_prep.report.models import text_summary
+from data_prep.report.markup import visible
+from data_prep.report.models import left_out_line, text_summary
 from data_prep.report.summary import make_report
 from data_prep.shards import (
     Manifest,
@@ -71,9 +73,11 @@ def prepare(options: PrepareOptions, console: Console | None = None) -> Manifest
     out = Path(options.out)
     with work_folder(out, shared=options.task is not None) as work:
         inputs = [spool_stdin(work) if str(item) == "-" else item for item in options.inputs]
-        units = plan_units(find_sources(inputs))
+        sources = find_sources(inputs)
+        units = plan_units(sources)
         model = _given_tokenizer(work, options)
-        model = model or learn(work, lesson(options, rules), units, workers(options), console)
+        with _telling_if_it_fails(sources, console) as left_out:
+            model = model or learn(work, lesson(options, rules), units, workers(options), console, left_out)
         recipe = recipe_of(options, rules, model)
         _tell_what_is_there(work, recipe.folders(work, units), console)
         try:
@@ -92,7 +96,7 @@ def prepare(options: PrepareOptions, console: Console | None = None) -> Manifest
             return None
         if plan_units(find_sources(inputs)) != units:
             raise ValueError("the corpus changed while it was read; run the command again")
-        manifest = _finish(work, options, base, recipe, units, chunks, console)
+        manifest = _finish(work, options, base, recipe, sources, units, chunks, console)
     rows = ", ".join(f"{split.rows:,} {name} rows" for name, split in manifest.splits.items())
     console.print(f"wrote     {escape(str(out))}: {rows} of {manifest.seq_len} tokens", highlight=False)
     return manifest
@@ -110,9 +114,12 @@ def train_tokenizer(options: PrepareOptions, model: Path, console: Console | Non
         raise ValueError(f"{model}: exists already; choose another name, or delete it first")
     with work_folder(Path(options.out)) as work:
         inputs = [spool_stdin(work) if str(item) == "-" else item for item in options.inputs]
-        units = plan_units(find_sources(inputs))
-        shutil.move(learn(work, lesson(options, rules), units, workers(options), console), model)
+        sources = find_sources(inputs)
+        left_out = found_before_reading(sources)
+        learnt = learn(work, lesson(options, rules), plan_units(sources), workers(options), console, left_out)
+        shutil.move(learnt, model)
         shutil.rmtree(work)
+    tell_what_is_left_out(left_out, console)
     with contextlib.suppress(OSError):  # of an earlier run that was killed, the folder is not this one's to remove
         Path(options.out).rmdir()
     return Tokenizer.load(model)
@@ -128,6 +135,33 @@ def learn_first(options: PrepareOptions, console: Console | None = None) -> None
     with work_folder(Path(options.out)) as work:
         units = plan_units(find_sources(options.inputs))
         learn(work, lesson(options, rules), units, workers(options), console or Console(stderr=True))
+
+
+def found_before_reading(sources: Sequence[Source]) -> LeftOut:
+    """What the sources pass over."""
+    passed, left_out = Findings(), LeftOut()
+    for source in sources:
+        for finding in source.passed:
+            passed.add(finding)
+    left_out.add(passed)
+    return left_out
+
+
+def tell_what_is_left_out(left_out: LeftOut, console: Console) -> None:
+    """Print a line of it, if there is anything to tell."""
+    if line := left_out_line(left_out.counts, left_out.named):
+        console.print(f"note      {visible(line)}", highlight=False, markup=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def _telling_if_it_fails(sources: Sequence[Source], console: Console) -> Iterator[LeftOut]:
+    """What is left out explains many an error, and there will be no summary to tell it."""
+    left_out = found_before_reading(sources)
+    try:
+        yield left_out
+    except ValueError:
+        tell_what_is_left_out(left_out, console)
+        raise
 
 
 def _given_tokenizer(work: Path, options: PrepareOptions) -> Path | None:
@@ -207,6 +241,7 @@ def _finish(
     options: PrepareOptions,
     base: Manifest | None,
     recipe: Recipe,
+    sources: Sequence[Source],
     units: Sequence[Unit],
     chunks: list[list[Path]],
     console: Console,
@@ -231,7 +266,7 @@ def _finish(
     near = np.load(duplicates.near, mmap_mode="r") if duplicates else None
     names = SPLITS if options.val_fraction else SPLITS[:1]
     with stage(console, "count", len(paths), "chunks") as advance:
-        counted = tally(units, chunks, layout, near, names, folder / REJECTS, advance)
+        counted = tally(sources, units, chunks, layout, near, names, folder / REJECTS, advance)
     if not any(source.documents for source in counted.sources.values()) and not base:
         raise ValueError(_nothing_left(counted))
     splits = _pack(folder, layout, options, base, counted, console)
@@ -433,7 +468,7 @@ def _nothing_left(counted: Tally) -> str:
     dropped = sum((Counter(source.dropped) for source in sources), Counter[str]())
     if not read:
         lost = next((record for record in counted.rejects if record["kind"] in LOSING), None)
-        found = f"{lost['file']}, line {lost['line']}: {lost['detail']}" if lost else f"{empty} empty documents"
+        found = f"{place_name(lost['file'], lost['line'])}: {lost['detail']}" if lost else f"{empty} empty documents"
         return f"the corpus is empty: no text in the input ({found}); name another --text-field, or give some text"
     by_rule = ", ".join(f"{count:,} dropped by {rule}" for rule, count in dropped.items())
     return f"none of the {read:,} documents is left ({by_rule}); use other --clean rules or more text"

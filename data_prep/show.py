@@ -1,5 +1,7 @@
 """What a person asks of a set or of a plan: `dnt data info`, `verify`, and `prepare --dry-run`."""
 
+from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 from rich.console import Console
@@ -9,9 +11,12 @@ from rich.table import Table
 from data_prep import shards
 from data_prep.clean.cleaner import load_rules
 from data_prep.options import PrepareOptions, checked, sample_bytes, workers
-from data_prep.pipeline import recipe_of, share
+from data_prep.pipeline import found_before_reading, recipe_of, share, tell_what_is_left_out
 from data_prep.progress import stage
-from data_prep.read.inputs import find_sources, plan_units, stored_bytes
+from data_prep.read.documents import Findings
+from data_prep.read.inputs import find_sources, plan_units
+from data_prep.read.pieces import Unit, opened, stored_bytes
+from data_prep.read.streams import Stored, is_url
 from data_prep.report.markup import visible
 from data_prep.shards import PARTIAL
 from data_prep.verify import verify as verify_set
@@ -72,7 +77,8 @@ def dry_run(options: PrepareOptions, console: Console | None = None) -> None:
         raise ValueError(f"{options.out}: already holds a prepared set; choose another --out, or delete that one first")
     base = shards.load_manifest(options.append) if options.append else None
     options = checked(options, base)
-    sources = find_sources([item for item in options.inputs if str(item) != "-"])
+    inputs = [item for item in options.inputs if str(item) != "-"]
+    sources = find_sources(inputs) if inputs else []
     units = plan_units(sources)
     table = _table("source", "files", "stored MB", "units", title="input")
     for source in sources:
@@ -101,9 +107,25 @@ def dry_run(options: PrepareOptions, console: Console | None = None) -> None:
             f"{sum(map(stored_bytes, mine)) / 1e6:,.1f} MB stored"
         )
     console = console or Console()
-    lines.append("nothing was written")
     console.print(table)
     console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+    left_out = found_before_reading(sources)
+    left_out.add(_by_their_beginnings(units, options.text_field))
+    tell_what_is_left_out(left_out, console)
+    console.print("nothing was written")
+
+
+def _by_their_beginnings(units: Sequence[Unit], text_field: str) -> Findings:
+    """Which files are hardly the text that was meant, as far as their first bytes tell. URLs are not fetched."""
+    findings = Findings()
+    for unit in units:
+        for file in unit.files:
+            if unit.start or is_url(file.path) or file.kind == "parquet":
+                continue
+            with closing(Stored(file)) as stored:
+                for finding in opened(file, stored, text_field).findings:
+                    findings.add(finding)
+    return findings
 
 
 def _table(*columns: str, title: str) -> Table:

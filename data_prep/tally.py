@@ -13,12 +13,15 @@ from data_prep.chunks import Chunk
 from data_prep.clean.cleaner import CleanStats
 from data_prep.learn import LOSING
 from data_prep.pack import Layout, Part, contribution_size, kept, predicted
+from data_prep.read.documents import Findings, place_name
+from data_prep.read.inputs import Source
 from data_prep.read.pieces import Unit
 from data_prep.shards import SplitName, Tokens
 
 SPLITS: tuple[SplitName, ...] = ("train", "val")
 EXAMPLES = 3
-FIRST_REJECTS = 20
+FIRST_REJECTS = 40
+REJECTS_OF_A_KIND = 4
 
 
 class Duplicates(NamedTuple):
@@ -45,12 +48,14 @@ class Totals:
 
 @dataclass
 class SourceTally:
-    """Of one source. `read` and `read_bytes` count before cleaning, the lengths (powers of two) what stays."""
+    """Of one source. `read` and `read_bytes` count before cleaning, the lengths (powers of two) what stays; `named` has
+    the place of the first finding of each kind."""
 
     files: int = 0
     read: int = 0
     read_bytes: int = 0
     findings: Counter[str] = field(default_factory=Counter)
+    named: dict[str, str] = field(default_factory=dict)
     stats: CleanStats = field(default_factory=CleanStats)
     wordless: int = 0
     exact: int = 0
@@ -90,12 +95,8 @@ class Tally:
         return path, inside, place_name(chunk.meta["files"][int(chunk["origin"][inside])], line and line + lines)
 
 
-def place_name(file: str, line: int) -> str:
-    """How a person is told of a document: line 0 is the whole file."""
-    return f"{file}, line {line}" if line else file
-
-
 def tally(
+    sources: Sequence[Source],
     units: Sequence[Unit],
     chunks: Sequence[Sequence[Path]],
     layout: Layout,
@@ -104,8 +105,8 @@ def tally(
     rejects: Path,
     advance: Callable[[int], object],
 ) -> Tally:
-    """Count the chunks of each unit, and write every finding to `rejects`, a .jsonl, with lines counted from the file's
-    beginning.
+    """Count the chunks of each unit, and write every finding, of the sources first, to `rejects`, a .jsonl, with lines
+    counted from the file's beginning.
 
     `near` tells of each document that does not stay whether it is a near duplicate (else an exact one).
     """
@@ -116,6 +117,23 @@ def tally(
     )
     first = lines = 0
     with rejects.open("w") as file:
+
+        def record_findings(name: str, findings: dict[str, Any]) -> None:
+            source = result.sources[name]
+            source.findings.update(findings["counts"])
+            for record in findings["records"]:
+                file.write(json.dumps(record) + "\n")
+                kind = record["kind"]
+                source.named.setdefault(kind, place_name(record["file"], record["line"]))
+                already = sum(other["kind"] == kind for other in result.rejects)
+                if len(result.rejects) < FIRST_REJECTS and already < REJECTS_OF_A_KIND:
+                    result.rejects.append(record)
+
+        for each in sources:
+            passed = Findings()
+            for finding in each.passed:
+                passed.add(finding)
+            record_findings(each.name, passed.to_json())
         for unit, paths in zip(units, chunks, strict=True):
             lines = lines if unit.start else 0
             result.sources[unit.source].files += 0 if unit.start else len(unit.files)
@@ -127,10 +145,7 @@ def tally(
                 for entry in (*meta["findings"]["records"], *meta["examples"]):
                     entry["line"] += lines_before if entry["line"] else 0
                 _count_meta(result, unit.source, meta)
-                for record in meta["findings"]["records"]:
-                    file.write(json.dumps(record) + "\n")
-                    if len(result.rejects) < FIRST_REJECTS:
-                        result.rejects.append(record)
+                record_findings(unit.source, meta["findings"])
                 source = result.sources[unit.source]
                 if near is not None:
                     source.near += int(near[first : first + len(keep)][~keep].sum())
@@ -156,7 +171,6 @@ def _count_meta(result: Tally, name: str, meta: dict[str, Any]) -> None:
     source = result.sources[name]
     source.read += meta["read"]
     source.read_bytes += meta["read_bytes"]
-    source.findings.update(meta["findings"]["counts"])
     source.stats.merge(CleanStats.from_json(meta["clean"]))
     source.wordless += meta["wordless"]
     for example in meta["examples"][: EXAMPLES - len(source.examples)]:

@@ -10,9 +10,9 @@ from typing import Any, Literal, NamedTuple
 
 import orjson
 
-from data_prep.read.pieces import RAW_BYTES, Finding, Piece
+from data_prep.read.pieces import RAW_BYTES, Finding, Piece, Text
 
-Action = Literal["kept", "repaired", "dropped", "cut"]
+Action = Literal["kept", "repaired", "dropped", "cut", "passed over"]
 
 # Of each kind: what is done about it, what was expected instead, and how many records of a piece are kept.
 KINDS: dict[str, tuple[Action, str, int]] = {
@@ -26,7 +26,30 @@ KINDS: dict[str, tuple[Action, str, int]] = {
     "malformed_json": ("dropped", "a JSON object", 1000),
     "no_text": ("dropped", "a JSON object or a row with a string of text", 1000),
     "cut": ("cut", "a smaller document", 1000),
+    "utf16": ("repaired", "UTF-8", 1000),
+    "utf32": ("repaired", "UTF-8", 1000),
+    "other_encoding": ("dropped", "UTF-8", 1000),
+    "not_text": ("dropped", "text", 1000),
+    "stand_in": ("dropped", "the file itself", 1000),
+    "other_json": ("dropped", "JSON objects with a string of text", 1000),
+    "trailing_bytes": ("dropped", "nothing after the last whole member", 1000),
+    # Found where the files are looked for.
+    "other_suffix": ("passed over", "a suffix of text, JSON or parquet", 100),
+    "card": ("passed over", "", 100),
+    "hidden": ("passed over", "", 100),
+    "prepared_set": ("passed over", "", 100),
+    "dead_link": ("passed over", "a link to a file or folder", 1000),
+    "not_a_file": ("passed over", "a file", 100),
+    "beside_data": ("kept", "", 100),
 }
+# Of these a text is hardly the one that was meant; fewer places than FEW are the usual dirt.
+EXCERPT_BYTES = 200  # of what is no text, to recognise it by
+FEW = 4
+BROKEN_PLACES = 0.01
+BROKEN_CHARACTERS = 0.1
+NULS = 0.1
+# Escapes of ISO-2022, whose bytes are all ASCII.
+ISO_2022 = re.compile(rb"\x1b[$(][$(]?[@-J]")
 SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -43,7 +66,7 @@ class Document(NamedTuple):
 class Findings:
     """What was found in a piece: exact counts by kind, and a record of each up to the kind's limit.
 
-    A record is {"kind", "file", "line", "action": "kept" | "repaired" | "dropped" | "cut", "detail", "raw"}; "raw" is
+    A record is {"kind", "file", "line", "action": one of Action, "detail", "raw"}; "raw" is
     what was dropped, up to RAW_BYTES of it, what is no UTF-8 with backslashes.
     """
 
@@ -67,11 +90,30 @@ class Findings:
         return {"counts": dict(self.counts), "records": self.records}
 
 
+@dataclass
+class LeftOut:
+    """Counts of findings by kind, and where the first of each is."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    named: dict[str, str] = field(default_factory=dict)
+
+    def add(self, findings: Findings) -> None:
+        """Count what was found in a piece."""
+        self.counts.update(findings.counts)
+        for record in findings.records:
+            self.named.setdefault(record["kind"], place_name(record["file"], record["line"]))
+
+
+def place_name(file: str, line: int) -> str:
+    """How a person is told of a document: line 0 is the whole file."""
+    return f"{file}, line {line}" if line else file
+
+
 def read_documents(piece: Piece, text_field: str, findings: Findings, strict: bool) -> Iterator[Document]:
     """The documents of a piece, in order; adds what is wrong with them to `findings`.
 
     Text is left exactly as it is, line ends and byte order marks included, but for broken UTF-8 and lone surrogates,
-    which become U+FFFD. Empty documents, and lines and rows without text, are dropped.
+    which become U+FFFD. Empty documents, lines and rows without text, and what is hardly text are dropped.
 
     Raises ValueError in `strict`, naming file and line, for the first finding but "cut".
     """
@@ -83,22 +125,34 @@ def read_documents(piece: Piece, text_field: str, findings: Findings, strict: bo
 
     for finding in piece.findings:
         note(finding)
-    yield from _of_texts(piece, note) if piece.texts else _of_lines(piece, text_field, note)
+    if piece.lines:
+        yield from _of_lines(piece, text_field, note)
+    for text in piece.texts:
+        if text.json:
+            piece = Piece(0, text.file, text.line, lines=text.raw or b"")
+            yield from _of_lines(piece, text_field, note)
+        else:
+            yield from _of_text(text, note)
 
 
 Note = Callable[[Finding], None]
 
 
-def _of_texts(piece: Piece, note: Note) -> Iterator[Document]:
-    for file, line, raw in piece.texts:
-        if raw is None:
-            note(Finding("no_text", file, line, "a null"))
-            continue
-        text, finding = _decoded(raw, file, line)
-        if finding:
-            note(finding)
-        if _remark(text, file, line, note):
-            yield Document(file, line, text)
+def _of_text(text: Text, note: Note) -> Iterator[Document]:
+    file, line, raw, _ = text
+    if raw is None:
+        note(Finding("no_text", file, line, "a null"))
+        return
+    if b"\x1b" in raw and len(ISO_2022.findall(raw)) >= FEW:
+        note(Finding("other_encoding", file, line, "the escapes of ISO-2022", raw[:EXCERPT_BYTES]))
+        return
+    decoded, finding = _decoded(raw, file, line)
+    if finding:
+        note(finding)
+        if finding.kind == "other_encoding":
+            return
+    if _remark(decoded, file, line, note):
+        yield Document(file, line, decoded)
 
 
 def _of_lines(piece: Piece, text_field: str, note: Note) -> Iterator[Document]:
@@ -146,6 +200,8 @@ def _from_odd_line(raw: bytes, piece: Piece, line: int, text_field: str, note: N
         return None
     if broken:
         note(broken)
+        if broken.kind == "other_encoding":
+            return None
     clean, lone = SURROGATE.subn("\ufffd", text)
     if lone:
         note(Finding("lone_surrogate", piece.name, line, f"{lone} halves of surrogate pairs"))
@@ -161,13 +217,20 @@ def _instead_of_text(value: Any, text_field: str) -> str:
 
 
 def _decoded(raw: bytes, file: str, line: int) -> tuple[str, Finding | None]:
+    """The text, with U+FFFD for what is no UTF-8, and a finding if there is any such: of much, that it is another
+    encoding or no text."""
     try:
         return raw.decode(), None
     except UnicodeDecodeError as error:
         text = raw.decode(errors="replace")
-        places = text.count("\ufffd") - raw.count("\ufffd".encode())
-        detail = f"byte 0x{raw[error.start]:02x} at {error.start}, the first of {places} places that are no UTF-8"
-        return text, Finding("broken_utf8", file, line, detail)
+        bad = text.count("\ufffd") - raw.count("\ufffd".encode())
+        first = f"byte 0x{raw[error.start]:02x} at {error.start}, the first of {bad} places that are no UTF-8"
+        # A word in Cyrillic is one place, and so is a line in Chinese.
+        places = min(bad, len(re.findall("\ufffd+", text)))
+        if bad >= FEW and (places > BROKEN_PLACES * len(text) or bad > BROKEN_CHARACTERS * len(text)):
+            detail = f"{first}, of {len(text):,} characters"
+            return text, Finding("other_encoding", file, line, detail, raw[:EXCERPT_BYTES])
+        return text, Finding("broken_utf8", file, line, first)
 
 
 def _remark(text: str, file: str, line: int, note: Note) -> bool:
@@ -176,7 +239,12 @@ def _remark(text: str, file: str, line: int, note: Note) -> bool:
         note(Finding("empty", file, line, "an empty document"))
         return False
     if "\0" in text:
-        note(Finding("nul", file, line, f"{text.count(chr(0))} NUL characters"))
+        nuls = text.count("\0")
+        if nuls >= FEW and nuls > NULS * len(text):
+            detail = f"{nuls:,} NUL among {len(text):,} characters: binary, or UTF-16 without its mark"
+            note(Finding("not_text", file, line, detail, text[:EXCERPT_BYTES].encode()))
+            return False
+        note(Finding("nul", file, line, f"{nuls} NUL characters"))
     if "\r" in text and "\r\n" in text:  # one character is looked for much faster than two
         note(Finding("crlf", file, line, f"{text.count(chr(13) + chr(10))} lines that end in \\r\\n"))
     if text.startswith("\ufeff"):

@@ -1,18 +1,24 @@
 """From INPUTs to files, and from files to units, each of which can be read alone."""
 
+import fnmatch
+import glob
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote
 
-from data_prep.read.pieces import Unit
-from data_prep.read.streams import PACKED, File, Kind, file_system, is_http, is_url, packing
+from data_prep.read.pieces import Finding, Unit
+from data_prep.read.sniff import HEAD_BYTES, holds_records, look
+from data_prep.read.streams import PACKED, File, Kind, Stored, file_system, is_http, is_url, packing
 from data_prep.shards import MANIFEST, PARTIAL, TOKENIZER
 
 JSONL_SUFFIXES = (".jsonl", ".ndjson")
+JSON_SUFFIXES = (*JSONL_SUFFIXES, ".json")
 TEXT_SUFFIXES = (
     *(".txt", ".text", ".md", ".markdown", ".rst", ".adoc", ".org", ".tex", ".html", ".htm", ".xhtml", ".xml"),
     *(".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".cxx", ".hh", ".hpp", ".cu", ".cuh", ".m", ".mm", ".java", ".kt"),
@@ -21,6 +27,13 @@ TEXT_SUFFIXES = (
     *(".hs", ".ml", ".mli", ".erl", ".ex", ".exs", ".elm", ".lisp", ".el", ".scm", ".rkt", ".d", ".nim", ".zig"),
     *(".dart", ".v", ".sv", ".vhd", ".asm", ".s", ".sh", ".bash", ".zsh", ".fish", ".ps1", ".bat", ".sql", ".proto"),
     *(".yaml", ".yml", ".toml", ".ini", ".cfg", ".cmake", ".mk", ".gradle", ".tf"),
+)
+# What stands beside data to tell of it.
+CARD = re.compile(
+    r"(?:readme|licen[cs]e)(?:[._-].*)?"
+    r"|(?:copying|copyright|notice|citation|changelog|contributing|code_of_conduct|contributors|authors"
+    r"|data(?:set)?[_-]?card|model[_-]?card|datasheet)(?:\.\w+)?",
+    re.IGNORECASE,
 )
 ARCHIVES = (".zip", ".tar", ".tgz", ".tbz2", ".txz", ".7z", ".rar")
 UNIT_BYTES = 64 << 20
@@ -40,10 +53,11 @@ STAMPS = (
 
 @dataclass(frozen=True)
 class Source:
-    """One INPUT, or all text files that were named one by one, and its files in reading order."""
+    """One INPUT, or all text files that were named one by one: its files in reading order, and what was passed over."""
 
     name: str
     files: tuple[File, ...]
+    passed: tuple[Finding, ...] = ()
 
 
 class _Found(NamedTuple):
@@ -53,59 +67,86 @@ class _Found(NamedTuple):
     stamp: str
 
 
+class _Passed(NamedTuple):
+    """What is not read: where it is below the INPUT, the kind of finding that this is, and what was found."""
+
+    below: str
+    kind: str
+    detail: str
+
+
+class _Input(NamedTuple):
+    name: str
+    is_file: bool
+    files: list[_Found]
+    passed: list[_Passed]
+
+
 def find_sources(inputs: Sequence[str | Path]) -> list[Source]:
     """The files behind each INPUT: a folder (recursive), a file, or a glob such as `docs/**/*.md`, each as a local path
     or as a URL that fsspec opens.
 
-    In a folder count files ending in .jsonl .ndjson .parquet or one of TEXT_SUFFIXES, all but parquet also with .gz
-    .zst .bz2 .xz behind it, sorted by their path; names that start with a dot are skipped. A file named on its own or
-    matched by a glob may have any suffix, and is read as text unless it ends in .jsonl, .ndjson or .parquet. Text files
-    named one by one are one source called "files". A file reached twice is read once. No two sources have one name.
+    In a folder count files ending in .jsonl .ndjson .json .parquet or one of TEXT_SUFFIXES, all but parquet also with
+    .gz .zst .bz2 .xz behind it, sorted by their path; names that start with a dot, and texts that tell of the data that
+    they stand beside (CARD), are passed over. A file named on its own or matched by a glob may have any suffix, and is
+    read as text unless it ends in one of the first four. Links are followed, to each folder once. Text files named one
+    by one are one source called "files". A file reached twice is read once. No two sources have one name.
 
     Raises ValueError where an INPUT does not exist, matches nothing, or is an archive this cannot read.
     """
     if not inputs:
         raise ValueError("no input given: name at least one folder, file or glob")
     seen: set[str] = set()
-    found: list[tuple[str, list[File]]] = []
+    found: list[tuple[str, list[File], list[Finding]]] = []
     lone: list[File] = []
     used: dict[str, int] = {}
+    homeless: list[Finding] = []
     for item in map(str, inputs):
-        given, is_file, files = _find_remote(item) if is_url(item) else _find_local(item)
-        name = unused(_printable(given), used)
+        given = _find_remote(item) if is_url(item) and not _is_there(item) else _find_local(item)
+        name = unused(_printable(given.name), used)
         new = []
-        for file in files:
+        for file in given.files:
             real = file.path if is_url(file.path) else os.path.realpath(file.path)
             if real not in seen:
                 seen.add(real)
-                below = file.below if is_file else f"{name}/{file.below}"
+                below = file.below if given.is_file else f"{name}/{file.below}"
                 new.append(File(_printable(below), file.path, _kind(file.below), file.size, file.stamp))
-        if is_file and new and new[0].kind == "text":
+        passed = [Finding(each.kind, _printable(f"{name}/{each.below}"), 0, each.detail) for each in given.passed]
+        if given.is_file and new and new[0].kind == "text":
             if not lone:
-                found.append((unused("files", used), lone))
+                found.append((unused("files", used), lone, []))
                 used[found[-1][0]] = 1
             lone += new
         elif new:
-            found.append((name, new))
+            found.append((name, new, passed))
             used[name] = 1
-    return [Source(name, tuple(files)) for name, files in found]
+        else:
+            homeless += passed
+    if found:
+        found[0][2].extend(homeless)
+    return [Source(name, tuple(files), tuple(passed)) for name, files, passed in found]
 
 
 def plan_units(sources: Sequence[Source]) -> list[Unit]:
     """The units of all sources, in reading order, of up to UNIT_BYTES of stored bytes where they can be: neighbouring
-    text files together, plain JSON lines in ranges. A file that is compressed, parquet, or behind http is not cut."""
+    files of text or JSON together, plain JSON lines in ranges. A file that is compressed, parquet, or behind http is
+    not cut, nor one that is something else than its name says.
+
+    Raises ValueError for a file that cannot be read.
+    """
     units: list[Unit] = []
     for source in sources:
         texts: list[File] = []
         size = 0
         for file in source.files:
-            if texts and (file.kind != "text" or size + file.size > UNIT_BYTES):
+            is_text = file.kind in ("text", "json")
+            if texts and (not is_text or size + file.size > UNIT_BYTES):
                 units.append(Unit(source.name, tuple(texts)))
                 texts, size = [], 0
-            if file.kind == "text":
+            if is_text:
                 texts.append(file)
                 size += file.size
-            elif file.kind == "jsonl" and not packing(file.name) and not is_http(file.path) and file.size > UNIT_BYTES:
+            elif file.kind == "jsonl" and file.size > UNIT_BYTES and _is_plain_lines(file):
                 for start in range(0, file.size, UNIT_BYTES):
                     units.append(Unit(source.name, (file,), start, min(start + UNIT_BYTES, file.size)))
             else:
@@ -115,9 +156,12 @@ def plan_units(sources: Sequence[Source]) -> list[Unit]:
     return units
 
 
-def stored_bytes(unit: Unit) -> int:
-    """Bytes that reading a unit takes from disk or network; 0 if they are not known."""
-    return sum(file.size for file in unit.files) if unit.end is None else unit.end - unit.start
+def _is_plain_lines(file: File) -> bool:
+    if packing(file.name) or is_http(file.path):
+        return False
+    with closing(Stored(file)) as stored:
+        found = look(file.name, file.kind, stored.peek(HEAD_BYTES), file.size <= HEAD_BYTES, "")
+    return found.form == "lines" and found.encoding == "utf-8"
 
 
 def unused(name: str, used: dict[str, int]) -> str:
@@ -129,58 +173,78 @@ def unused(name: str, used: dict[str, int]) -> str:
     return fresh
 
 
-def _find_local(item: str) -> tuple[str, bool, list[_Found]]:
-    """The name of one INPUT, whether it is a file itself, and its files."""
+def _is_there(item: str) -> bool:
+    try:
+        return os.path.lexists(item)
+    except ValueError:  # a NUL in it
+        return False
+
+
+def _find_local(item: str) -> _Input:
+    """What is behind an INPUT here."""
     try:
         path = Path(item)
+        if item.startswith("~") and not _is_there(item):
+            path = path.expanduser()
         name = _name(path)
         if path.is_file():
             _refuse_archives(item, name)
-            return name, True, [_stat(name, path)]
+            return _Input(name, True, [_stat(name, path)], [])
         if path.is_dir():
             if (path / MANIFEST).is_file() and (path / TOKENIZER).is_file():
                 raise ValueError(
                     f"{item}: a prepared set, whose documents are tokens already; give the text it was made of"
                 )
-            return name, False, _some(item, sorted(_stat(below, file) for below, file in _walk(path)))
-        if re.search(r"[*?\[]", item):
-            fixed = next(i for i, part in enumerate(path.parts) if re.search(r"[*?\[]", part))
-            if any("**" in part and part != "**" for part in path.parts):
+            found, passed = _walk(path, ["**"])
+            files, passed = _without_cards(*_wanted(found, passed))
+            return _Input(name, False, _some(item, files, passed), passed)
+        if re.search(r"[*?\[]", str(path)):
+            parts = path.parts
+            # As far as the path exists it is taken as it stands.
+            fixed = next(n for n in range(len(parts), -1, -1) if Path(*parts[:n]).is_dir())
+            if any("**" in part and part != "**" for part in parts[fixed:]):
                 raise ValueError(
                     f"{item}: ** stands for folders and must be alone between slashes; write **/*.txt, say"
                 )
-            root, pattern = Path(*path.parts[:fixed]), "/".join(path.parts[fixed:])
-            matched = [(file.relative_to(root).as_posix(), file) for file in root.glob(pattern) if file.is_file()]
-            sets = {parent for parent in {file.parent for _, file in matched} if _in_set(parent, root)}
-            visible = [
-                _stat(below, file) for below, file in matched if not _is_hidden(below) and file.parent not in sets
-            ]
-            return _name(root), False, _matching(item, sorted(visible))
+            root = Path(*parts[:fixed])
+            files, passed = _walk(root, list(parts[fixed:]))
+            return _Input(_name(root), False, _matching(item, files), passed + _beside(files))
+        if path.is_symlink():
+            raise ValueError(f"{item}: a link to {path.readlink()}, which is not there; check the path")
         if path.exists():
             raise ValueError(f"{item}: neither a file nor a folder; write it to a file, or pipe it to the input -")
     except OSError as error:
         raise ValueError(f"{error.filename or item}: cannot be read: {error.strerror}; check the path") from error
-    raise ValueError(f"{item}: no such file or folder; check the path")
+    except RuntimeError as error:  # no such user behind ~
+        raise ValueError(f"{item}: {error}; write the path out") from error
+    raise ValueError(f"{_printable(item)}: no such file or folder; check the path")
 
 
-def _find_remote(item: str) -> tuple[str, bool, list[_Found]]:
+def _find_remote(item: str) -> _Input:
     """As `_find_local`, at a URL."""
     if item.startswith("file://"):
         return _find_local(item.removeprefix("file://"))
     fs, path = file_system(item)
     web = is_http(item)
     try:
-        if re.search(r"[*\[]" if web else r"[*?\[]", path):
+        magic = re.search(r"[*\[]" if web else r"[*?\[]", path)
+        if magic and (web or not fs.exists(path)):
             root = re.split(r"[^/]*[*?\[]", path)[0].rstrip("/")
-            found = {name: info for name, info in fs.glob(path, detail=True).items() if info["type"] == "file"}
-            return _last(root), False, _matching(item, sorted(_listed(fs, root, found)))
+            if not web:
+                parts = path.split("/")
+                ends = range(len(parts) - 1, 0, -1)
+                root = next((there for n in ends if fs.isdir(there := "/".join(parts[:n]))), root)
+            pattern = glob.escape(root) + path[len(root) :]
+            found = {name: info for name, info in fs.glob(pattern, detail=True).items() if info["type"] == "file"}
+            files, passed = _listed(fs, root, found)
+            return _Input(_last(root), False, _matching(item, files), passed + _beside(files))
         if item.endswith("/") if web else fs.isdir(path):
             root = path.rstrip("/")
-            found = {name: info for name, info in fs.find(path, detail=True).items() if _is_wanted(name)}
-            return _last(root), False, _some(item, sorted(_listed(fs, root, found)))
+            files, passed = _without_cards(*_wanted(*_listed(fs, root, fs.find(path, detail=True))))
+            return _Input(_last(root), False, _some(item, files, passed), passed)
         name = _last(path.partition("?")[0] if web else path)
         _refuse_archives(item, name)
-        return name, True, [_remote(fs, name, path, fs.info(path))]
+        return _Input(name, True, [_remote(fs, name, path, fs.info(path))], [])
     except ValueError:
         raise
     except FileNotFoundError as error:
@@ -194,12 +258,18 @@ def _name(path: Path) -> str:
     return path.name if path.name not in ("", "..") else path.resolve().name or "root"
 
 
-def _listed(fs: Any, root: str, found: dict[str, dict[str, Any]]) -> Iterator[_Found]:
+def _listed(fs: Any, root: str, found: dict[str, dict[str, Any]]) -> tuple[list[_Found], list[_Passed]]:
+    files, passed = [], []
     for path, info in found.items():
         below = _readable(path).removeprefix(_readable(root)).lstrip("/")
-        if not _is_hidden(below):
+        if _is_hidden(below):
+            passed.append(_Passed(below, "hidden", "a name that begins with a dot"))
+        elif not _is_wanted(below) and not info.get("size"):
+            files.append(_Found(below, path, 0, ""))  # perhaps not to be read, so a web server is not asked
+        else:
             # A web server's list has no sizes.
-            yield _remote(fs, below, path, info if info.get("size") is not None else fs.info(path))
+            files.append(_remote(fs, below, path, info if info.get("size") is not None else fs.info(path)))
+    return sorted(files), sorted(passed)
 
 
 def _remote(fs: Any, below: str, path: str, info: dict[str, Any]) -> _Found:
@@ -215,22 +285,127 @@ def _last(path: str) -> str:
     return _readable(path).rstrip("/").rpartition("/")[2] or "root"
 
 
-def _walk(folder: Path) -> Iterator[tuple[str, Path]]:
-    """Files to read below a folder as (name below it, path), in no particular order. Raises OSError."""
+def _walk(root: Path, pattern: Sequence[str]) -> tuple[list[_Found], list[_Passed]]:
+    """The files below a folder that match the parts of a pattern, sorted by their name below it, and what lies there
+    and cannot be read or is not meant to be.
 
-    def refuse(error: OSError) -> None:
-        raise error
+    Links to folders are followed once the real folders are done, each folder once for each part of the pattern, known
+    by its real path: so loops end, and a file keeps its real name where it has one. Raises OSError.
+    """
+    files: dict[str, _Found] = {}
+    passed: dict[str, _Passed] = {}
+    done: set[tuple[str, int]] = set()
+    # Of the folders to look into: its name below the root, and how many parts of the pattern led to it.
+    folders, links = deque([("", 0)]), deque[tuple[str, int]]()
 
-    for here, folders, names in os.walk(folder, onerror=refuse):
-        folders[:] = [name for name in folders if not _is_hidden(name) and not _is_set(Path(here, name))]
-        for name in names:
-            path = Path(here, name)
-            if _is_wanted(name) and not _is_hidden(name) and path.is_file():
-                yield path.relative_to(folder).as_posix(), path
+    def pass_over(below: str, kind: str, detail: str) -> None:
+        passed[below] = _Passed(below, kind, detail)
+
+    def enter(below: str, entry: os.DirEntry[str], parts: int) -> None:
+        if _is_set(Path(entry.path)):
+            pass_over(below, "prepared_set", "a folder with a prepared set, not entered")
+        else:
+            (links if entry.is_symlink() else folders).append((below, parts))
+
+    while folders or links:
+        here, at = folders.popleft() if folders else links.popleft()
+        real = os.path.realpath(root / here)
+        if (real, at) in done:
+            continue
+        done.add((real, at))
+        part, last = pattern[at], at == len(pattern) - 1
+        if part == ".." or (part == "**" and not last):
+            folders.append((f"{here}/..".lstrip("/") if part == ".." else here, at + 1))
+        if part == "..":
+            continue
+        with os.scandir(root / here) as entries:
+            for entry in sorted(entries, key=lambda entry: entry.name):
+                if part != "**" and entry.name != part and not fnmatch.fnmatchcase(entry.name, part):
+                    continue
+                below, path = f"{here}/{entry.name}".lstrip("/"), Path(entry.path)
+                is_folder = path.is_dir() if entry.is_symlink() else entry.is_dir()
+                if entry.name.startswith("."):
+                    what = "a folder whose name begins with a dot, not entered" if is_folder else ""
+                    pass_over(below, "hidden", what or "a name that begins with a dot")
+                elif is_folder and (part == "**" or not last):
+                    enter(below, entry, at if part == "**" else at + 1)
+                elif is_folder or not last:
+                    continue
+                elif path.is_file():
+                    files[below] = _stat(below, path)
+                elif entry.is_symlink():
+                    target = _printable(str(path.readlink()))
+                    pass_over(below, "dead_link", f"a link to {target}, which is not there")
+                else:
+                    pass_over(below, "not_a_file", "a pipe, a socket or a device")
+    return sorted(files.values()), sorted(passed.values())
 
 
-def _in_set(folder: Path, root: Path) -> bool:
-    return any(_is_set(parent) for parent in (folder, *folder.parents) if parent.is_relative_to(root))
+def _wanted(files: list[_Found], passed: list[_Passed]) -> tuple[list[_Found], list[_Passed]]:
+    """Of the files in a folder those of a suffix that is read; the others are passed over."""
+    others = [file for file in files if not _is_wanted(file.below)]
+    passed = passed + [_Passed(file.below, "other_suffix", _suffix(file.below)) for file in others]
+    return [file for file in files if _is_wanted(file.below)], sorted(passed)
+
+
+def _suffix(below: str) -> str:
+    name = Path(below).name
+    suffix = Path(_bare(name)).suffix + packing(name)
+    return f"the suffix {_printable(suffix)}" if suffix else "a name without a suffix"
+
+
+def _without_cards(files: list[_Found], passed: list[_Passed]) -> tuple[list[_Found], list[_Passed]]:
+    """The files without the texts that only tell of the data beside or below them; of other texts there it is noted
+    that they are read."""
+    beside = _texts_beside_data(files)
+    cards = [file for file in beside if _is_card(file)]
+    passed = passed + [_Passed(file.below, "card", "it stands beside data, and tells of it") for file in cards]
+    files = [file for file in files if file not in set(cards)]
+    return files, sorted(passed + _noted(files, [file for file in beside if not _is_card(file)]))
+
+
+def _beside(files: list[_Found]) -> list[_Passed]:
+    return _noted(files, _texts_beside_data(files))
+
+
+def _noted(files: list[_Found], beside: list[_Found]) -> list[_Passed]:
+    """That texts are read which stand beside data, where the data is the most: else they are the corpus."""
+    data = sum(file.size for file in files if _kind(file.below) != "text")
+    if sum(file.size for file in beside) > data:
+        return []
+    return [_Passed(file.below, "beside_data", "a text file beside JSON lines or parquet, read") for file in beside]
+
+
+def _texts_beside_data(files: list[_Found]) -> list[_Found]:
+    """Text files that have JSON lines or parquet beside or below them."""
+    texts = [file for file in files if _kind(file.below) == "text"]
+    folders = {file.below.rpartition("/")[0] for file in texts}
+    with_data: set[str] = set()
+    for file in files:
+        above = _folders_above(file.below)
+        # A file is opened only where that decides something.
+        if _kind(file.below) != "text" and not folders.isdisjoint(above - with_data) and _holds_data(file):
+            with_data |= above
+    return [file for file in texts if file.below.rpartition("/")[0] in with_data]
+
+
+def _folders_above(below: str) -> set[str]:
+    parts = below.split("/")[:-1]
+    return {"/".join(parts[:n]) for n in range(len(parts) + 1)}
+
+
+def _holds_data(file: _Found) -> bool:
+    """Whether a file that is no text holds data; of plain JSON, which may be settings, its content decides."""
+    if _kind(file.below) != "json" or packing(file.below):
+        return True
+    with closing(Stored(File(file.below, file.path, "json", file.size, file.stamp))) as stored:
+        head = stored.peek(HEAD_BYTES)
+    return holds_records(head, len(head) < HEAD_BYTES)
+
+
+def _is_card(file: _Found) -> bool:
+    name = file.below.rpartition("/")[2]
+    return CARD.fullmatch(name.removesuffix(packing(name))) is not None
 
 
 def _is_set(folder: Path) -> bool:
@@ -243,10 +418,11 @@ def _stat(below: str, path: Path) -> _Found:
     return _Found(below, str(path), stat.st_size, str(stat.st_mtime_ns))
 
 
-def _some(item: str, files: list[_Found]) -> list[_Found]:
+def _some(item: str, files: list[_Found], passed: list[_Passed]) -> list[_Found]:
     if not files:
-        wanted = " ".join((*TEXT_SUFFIXES[:3], "...", *JSONL_SUFFIXES, ".parquet"))
-        raise ValueError(f"{item}: no readable file in this folder, expected some ending in {wanted}")
+        wanted = " ".join((*TEXT_SUFFIXES[:3], "...", *JSON_SUFFIXES, ".parquet"))
+        left = f" (passed over: {len(passed):,}, such as {_printable(passed[0].below)})" if passed else ""
+        raise ValueError(f"{item}: no readable file in this folder{left}, expected some ending in {wanted}")
     return files
 
 
@@ -262,14 +438,14 @@ def _refuse_archives(path: str, name: str) -> None:
     bare = _bare(name)
     if bare.endswith(ARCHIVES) or (bare.endswith(".parquet") and packing(name)):
         raise ValueError(
-            f"{path}: expected text, {', '.join(JSONL_SUFFIXES)}, each also with {', '.join(PACKED)}, or .parquet; "
+            f"{path}: expected text, {', '.join(JSON_SUFFIXES)}, each also with {', '.join(PACKED)}, or .parquet; "
             "unpack it first"
         )
 
 
 def _is_wanted(name: str) -> bool:
     bare = _bare(name)
-    return bare.endswith((*TEXT_SUFFIXES, *JSONL_SUFFIXES)) or (bare.endswith(".parquet") and not packing(name))
+    return bare.endswith((*TEXT_SUFFIXES, *JSON_SUFFIXES)) or (bare.endswith(".parquet") and not packing(name))
 
 
 def _is_hidden(below: str) -> bool:
@@ -278,7 +454,9 @@ def _is_hidden(below: str) -> bool:
 
 def _kind(name: str) -> Kind:
     bare = _bare(name)
-    return "jsonl" if bare.endswith(JSONL_SUFFIXES) else "parquet" if bare.endswith(".parquet") else "text"
+    if bare.endswith(JSONL_SUFFIXES):
+        return "jsonl"
+    return "json" if bare.endswith(".json") else "parquet" if bare.endswith(".parquet") else "text"
 
 
 def _bare(name: str) -> str:

@@ -1,6 +1,7 @@
 """The pieces of a unit: some MB of raw documents, cheap to make, for a worker to parse."""
 
 import codecs
+import itertools
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import closing
@@ -10,7 +11,8 @@ from typing import IO, Any, NamedTuple
 import orjson
 
 from data_prep.read import oversize
-from data_prep.read.streams import File, Stored, seekable, unpacked
+from data_prep.read.sniff import HEAD_BYTES, Form, as_lines, look, stand_in, transcoded
+from data_prep.read.streams import File, Stored, packing, seekable, unpacked
 
 PIECE_BYTES = 4 << 20
 RAW_BYTES = 64 << 10
@@ -47,11 +49,13 @@ class Finding(NamedTuple):
 
 
 class Text(NamedTuple):
-    """A document: a text file or a part of one (`line` is 0), or a parquet row (from 1); None for a null."""
+    """A document: a text file or a part of one (`line` is 0), or a parquet row (from 1), None for a null. Or, if it is
+    `json`, whole lines of JSON, of which `line` is the number of the first."""
 
     file: str
     line: int
     raw: bytes | None
+    json: bool = False
 
 
 class Piece(NamedTuple):
@@ -79,12 +83,14 @@ def read_pieces(unit: Unit, text_field: str = "text") -> Iterator[Piece]:
     Documents above MAX_DOCUMENT bytes are cut (data_prep.read.oversize); nothing larger is held in memory, but for a
     row of parquet, which its library reads whole.
 
+    A file that is hardly the text that was meant (data_prep.read.sniff) gives a finding and nothing else.
+
     Raises ValueError naming the file if it is missing, cannot be read, is damaged or changed, or is parquet without a
     string column `text_field`.
     """
     match unit.files[0].kind:
-        case "text":
-            pieces = _gathered(_text_files(unit))
+        case "text" | "json":
+            pieces = _gathered(_files(unit, text_field))
         case "parquet":
             pieces = _gathered(_rows(unit.files[0], text_field))
         case "jsonl":
@@ -110,17 +116,83 @@ def _gathered(items: Iterable[tuple[Text | Finding, int]]) -> Iterator[tuple[Pie
             texts, findings, size = [], [], 0
         texts.append(item)
         size += length
-    if texts:
-        yield Piece(0, texts[0].file, texts=tuple(texts), findings=tuple(findings)), position
+    if texts or findings:
+        name = texts[0].file if texts else findings[0].file
+        yield Piece(0, name, texts=tuple(texts), findings=tuple(findings)), position
 
 
-def _text_files(unit: Unit) -> Iterator[tuple[Text | Finding, int]]:
+class Opened(NamedTuple):
+    """The content of a file in UTF-8, of which `form` it is, and what is to be said of it."""
+
+    form: Form
+    chunks: Iterator[bytes]
+    findings: tuple[Finding, ...] = ()
+
+
+def opened(file: File, stored: Stored, text_field: str) -> Opened:
+    """What a file of text or JSON holds, by its content. Raises ValueError as `read_pieces` does."""
+    if packing(file.name):
+        first = stored.peek(HEAD_BYTES)
+        if found := stand_in(file.name, file.kind, first, len(first) < HEAD_BYTES, text_field):
+            return Opened("nothing", iter(()), (Finding("stand_in", file.name, 0, found),))
+    chunks = unpacked(file, stored)
+    begun, size = [], 0
+    for chunk in chunks:
+        begun.append(chunk)
+        size += len(chunk)
+        if size >= HEAD_BYTES:
+            break
+    head = b"".join(begun)[:HEAD_BYTES]
+    found_out = look(file.name, file.kind, head, size < HEAD_BYTES, text_field)
+    if found_out.kind:
+        return Opened("nothing", iter(()), (Finding(found_out.kind, file.name, 0, found_out.detail),))
+    chunks = itertools.chain(begun, chunks)
+    findings = []
+    if found_out.encoding != "utf-8":
+        chunks = transcoded(chunks, found_out.encoding)
+        kind = found_out.encoding[: len("utf16") + 1].replace("-", "")
+        findings.append(Finding(kind, file.name, 0, f"a byte order mark of {found_out.encoding}"))
+    if found_out.form in ("values", "elements"):
+        chunks = as_lines(chunks, found_out.form)
+    return Opened(found_out.form, chunks, tuple(findings))
+
+
+def _files(unit: Unit, text_field: str) -> Iterator[tuple[Text | Finding, int]]:
     before = 0
     for file in unit.files:
         with closing(Stored(file)) as stored:
-            for item in _parts(file.name, 0, unpacked(file, stored)):
+            content = opened(file, stored, text_field)
+            end = before + (file.size or stored.position)
+            for finding in content.findings:
+                yield finding, end if content.form == "nothing" else before + stored.position
+            for item in _content(file, stored, content, text_field):
                 yield item, before + stored.position
-            before += stored.position
+            before = end if file.size else before + stored.position
+
+
+def _content(file: File, stored: Stored, content: Opened, text_field: str) -> Iterator[Text | Finding]:
+    """A text file's document or its parts, or the lines of JSON that it holds."""
+    if content.form == "text":
+        yield from _parts(file.name, 0, content.chunks)
+    elif content.form != "nothing":
+        line = 1
+        for run in _runs(content.chunks):
+            if isinstance(run, bytes):
+                yield Text(file.name, line, run, json=True)
+                line += run.count(b"\n")
+            else:
+                with run.file:
+                    for part in _long_line(run.file, Piece(0, file.name, line), text_field):
+                        yield from part.findings
+                        if part.lines:
+                            yield Text(file.name, line, part.lines, json=True)
+                line += run.newlines
+    if stored.trailing:
+        yield _trailing(file, stored)
+
+
+def _trailing(file: File, stored: Stored) -> Finding:
+    return Finding("trailing_bytes", file.name, 0, f"{stored.trailing:,} bytes after the last whole member")
 
 
 def _parts(name: str, line: int, chunks: Iterable[bytes]) -> Iterator[Text | Finding]:
@@ -140,13 +212,23 @@ def _rows(file: File, text_field: str) -> Iterator[tuple[Text | Finding, int]]:
 
     row = 0
     with seekable(file) as raw:
+        first = raw.read(HEAD_BYTES)
+        whole = len(first) < HEAD_BYTES
+        if not first or (found := stand_in(file.name, file.kind, first, whole, text_field)):
+            finding = (
+                Finding("stand_in", file.name, 0, found) if first else Finding("empty", file.name, 0, "an empty file")
+            )
+            yield finding, file.size
+            return
+        raw.seek(0)
         try:
             # A column of a row group as a stream, not whole.
             parquet = pq.ParquetFile(raw, buffer_size=1 << 20, pre_buffer=False)
             rows = parquet.metadata.num_rows
             _check_column(file, parquet.schema_arrow, text_field)
             for batch in parquet.iter_batches(BATCH_ROWS, columns=[text_field], use_threads=False):
-                column = batch.column(0)
+                # Of a name with a dot the library takes all columns that begin with what stands before it.
+                column = batch.column(batch.schema.get_field_index(text_field))
                 if pa.types.is_dictionary(column.type):
                     column = column.dictionary_decode()
                 for value in column.cast(pa.large_binary()).to_pylist():
@@ -162,7 +244,12 @@ def _rows(file: File, text_field: str) -> Iterator[tuple[Text | Finding, int]]:
 def _check_column(file: File, schema: Any, text_field: str) -> None:
     import pyarrow as pa
 
-    if text_field not in schema.names:
+    if (same := schema.names.count(text_field)) > 1:
+        raise ValueError(
+            f"{file.path}: found {same} columns {text_field!r}, expected one; rename the others, or name the column of "
+            "the text with --text-field"
+        )
+    if not same:
         raise ValueError(
             f"{file.path}: found no column {text_field!r}, but {', '.join(map(repr, schema.names)) or 'none at all'}; "
             "name the column of the text with --text-field"
@@ -180,8 +267,12 @@ def _json_lines(unit: Unit, text_field: str) -> Iterator[tuple[Piece, int]]:
     [file] = unit.files
     first_line = 1
     with closing(Stored(file, max(unit.start - 1, 0))) as stored:
-        for run in _runs(_lines_in_range(unpacked(file, stored), unit)):
-            piece = Piece(0, file.name, first_line, start=unit.start)
+        # Only a file that is plain lines is cut in ranges (data_prep.read.inputs).
+        content = Opened("lines", unpacked(file, stored)) if unit.start else opened(file, stored, text_field)
+        findings = content.findings
+        for run in _runs(_lines_in_range(content.chunks, unit)):
+            piece = Piece(0, file.name, first_line, start=unit.start, findings=findings)
+            findings = ()
             if isinstance(run, bytes):
                 piece = piece._replace(lines=run, line_count=run.count(b"\n"))
                 yield piece, _read_of(unit, stored)
@@ -191,6 +282,16 @@ def _json_lines(unit: Unit, text_field: str) -> Iterator[tuple[Piece, int]]:
                     for part in _long_line(run.file, piece, text_field):
                         yield part, _read_of(unit, stored)
             first_line += piece.line_count
+        if stored.trailing:
+            findings = (*findings, _trailing(file, stored))
+        if findings:
+            read = stored_bytes(unit) if content.form == "nothing" else _read_of(unit, stored)
+            yield Piece(0, file.name, first_line, start=unit.start, findings=findings), read
+
+
+def stored_bytes(unit: Unit) -> int:
+    """Bytes that reading a unit takes from disk or network; 0 if they are not known."""
+    return sum(file.size for file in unit.files) if unit.end is None else unit.end - unit.start
 
 
 def _read_of(unit: Unit, stored: Stored) -> int:
@@ -274,7 +375,9 @@ def _long_line(file: IO[bytes], piece: Piece, text_field: str) -> Iterator[Piece
     file.seek(0)
     raw = file.read(RAW_BYTES)
     start = len(codecs.BOM_UTF8) if line == 1 and not piece.start and raw.startswith(codecs.BOM_UTF8) else 0
-    findings = [Finding("byte_order_mark", piece.name, line, "a byte order mark")] if start else []
+    findings = list(piece.findings)
+    if start:
+        findings.append(Finding("byte_order_mark", piece.name, line, "a byte order mark"))
     try:
         place = oversize.find_text(file, start, text_field)
     except oversize.Malformed as error:

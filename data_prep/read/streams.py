@@ -2,26 +2,30 @@
 
 import bz2
 import contextlib
-import gzip
 import lzma
+import re
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any, Literal, NamedTuple
+from typing import IO, Any, Literal, NamedTuple, Protocol
 from urllib.parse import urlsplit
 
 import zstandard
 
 PACKED = (".gz", ".zst", ".bz2", ".xz")
 CHUNK = 1 << 18
-# zstd can turn 4 bytes into 128 KiB, and its decoder gives back all that it can: it gets little at a time.
-ZSTD_CHUNK = 1 << 12
-ZSTD_LITTLE = 1 << 8
+# A decoder gets little at a time: zstd can turn 4 bytes into 128 KiB and gives back all that it can, and of what holds
+# the damage nothing comes back. At the beginning still less, so that the place of damage is true in a small file too.
+LITTLE = 1 << 8
+SLICE = 1 << 12
+# More than this after the last whole member is no signature, line end or padding of a tape.
+TRAILING_BYTES = 1 << 16
 # Some published dumps were packed with `zstd --long=31`; only they take that much memory.
 ZSTD_WINDOW = 1 << 31
 
-Kind = Literal["text", "jsonl", "parquet"]
+# json: JSON lines, or other JSON, whose content decides.
+Kind = Literal["text", "jsonl", "json", "parquet"]
 
 
 class File(NamedTuple):
@@ -41,7 +45,8 @@ class File(NamedTuple):
 
 
 class Stored:
-    """A file as it is stored, to be read; `position` is the number of bytes read or skipped so far.
+    """A file as it is stored, to be read; `position` is the number of bytes read or skipped so far, `trailing` how many
+    were found after the last whole member of an archive.
 
     Raises ValueError naming the file if it cannot be read or is not as long as it was.
     """
@@ -49,14 +54,23 @@ class Stored:
     def __init__(self, file: File, start: int = 0):
         self._file = file
         self.position = start
+        self.trailing = 0
+        self._ahead = b""
         with self._errors():
             self.raw = open_file(file.path)
             if start:
                 self.raw.seek(start)
 
+    def peek(self, size: int) -> bytes:
+        """The next bytes, up to `size`, which the next `read` gives too."""
+        while len(self._ahead) < size and (more := self._read(size - len(self._ahead))):
+            self._ahead += more
+        return self._ahead[:size]
+
     def read(self, size: int = -1) -> bytes:
-        with self._errors():
-            data: bytes = self.raw.read(size)
+        """Up to `size` bytes, none at the end only."""
+        data, self._ahead = self._ahead, b""
+        data = data or self._read(size)
         self.position += len(data)
         if not data and size and self._file.size and self.position != self._file.size:
             raise ValueError(
@@ -66,7 +80,13 @@ class Stored:
         return data
 
     def close(self) -> None:
+        """Close the file."""
         self.raw.close()
+
+    def _read(self, size: int) -> bytes:
+        with self._errors():
+            data: bytes = self.raw.read(size)
+        return data
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
@@ -136,18 +156,23 @@ def unpacked(file: File, stored: Stored) -> Iterator[bytes]:
     """The bytes of a file in chunks that are never empty, after decompression by the file's suffix (.gz .zst .bz2 .xz,
     of any number of members).
 
-    Raises ValueError naming the file for an archive that is damaged or cut short, and how far it was good.
+    What follows the last whole member and begins none is counted in `stored.trailing`, up to TRAILING_BYTES. Raises
+    ValueError naming the file for an archive that is damaged or cut short, and how far it was good.
     """
-    good = 0
+    archive = _ARCHIVES.get(packing(file.name))
+    if archive is None:
+        yield from iter(lambda: stored.read(CHUNK), b"")
+        return
+    good, members = 0, _Members(archive, stored)
     try:
-        for chunk in _UNPACKERS.get(packing(file.name), _plain)(stored):
+        for chunk in members:
             if chunk:
                 good += len(chunk)
                 yield chunk
-    except (EOFError, OSError, zlib.error, lzma.LZMAError, zstandard.ZstdError) as error:
+    except _DAMAGE as error:
         raise ValueError(
-            f"{file.path}: damaged after {good:,} unpacked bytes: {error}; "
-            f"expected a whole {packing(file.name)} file, make it again"
+            f"{file.path}: damaged after {good:,} unpacked bytes: {error}, at byte {members.position:,} or a little "
+            f"before; expected a whole {packing(file.name)} file, make it again"
         ) from error
 
 
@@ -156,52 +181,150 @@ def packing(name: str) -> str:
     return next((suffix for suffix in PACKED if name.lower().endswith(suffix)), "")
 
 
-def _plain(stored: Stored) -> Iterator[bytes]:
-    return iter(lambda: stored.read(CHUNK), b"")
+_DAMAGE = (EOFError, OSError, zlib.error, lzma.LZMAError, zstandard.ZstdError)
 
 
-def _gzip(stored: Stored) -> Iterator[bytes]:
-    with gzip.GzipFile(fileobj=stored) as unzipped:  # type: ignore[call-overload]  # which asks for more than it uses
-        yield from iter(lambda: unzipped.read(CHUNK), b"")
+class _Decoder(Protocol):
+    """Unpacks one member, as those of bz2 and lzma: no more than `limit` bytes at a time, the rest when asked again.
+
+    `eof` once the member is whole; then `unused_data` is what follows it.
+    """
+
+    @property
+    def eof(self) -> bool: ...
+    @property
+    def unused_data(self) -> bytes: ...
+    @property
+    def needs_input(self) -> bool: ...
+    def decompress(self, data: bytes, limit: int, /) -> bytes: ...
 
 
-def _members(
-    new: Callable[[], bz2.BZ2Decompressor | lzma.LZMADecompressor], padding: bytes
-) -> Callable[[Stored], Iterator[bytes]]:
-    # The library's own file classes take what follows the last whole member for padding, whatever it is.
-    def unpack(stored: Stored) -> Iterator[bytes]:
-        while data := stored.read(CHUNK):
-            while data := data.lstrip(padding):
-                decoder = new()
-                while not decoder.eof:
-                    if decoder.needs_input and not (data := data or stored.read(CHUNK)):
-                        raise EOFError("the last member is cut short")
-                    yield decoder.decompress(data, CHUNK)
-                    data = b""
-                data = decoder.unused_data
+class _Gzip:
+    """zlib's decoder of a gzip member."""
 
-    return unpack
+    def __init__(self) -> None:
+        self._zlib = zlib.decompressobj(wbits=31)
 
+    @property
+    def eof(self) -> bool:
+        return self._zlib.eof
 
-def _zstd(stored: Stored) -> Iterator[bytes]:
-    # Frame by frame: the library's own stream_reader takes a truncated file for a short one.
-    frame, size = None, ZSTD_LITTLE
-    while chunk := stored.read(size):
-        while chunk:
-            frame = frame or zstandard.ZstdDecompressor(max_window_size=ZSTD_WINDOW).decompressobj()
-            data = frame.decompress(chunk)
-            size = ZSTD_CHUNK if len(data) < 4 * CHUNK else ZSTD_LITTLE
-            yield data
-            chunk = frame.unused_data if frame.eof else b""
-            if frame.eof:
-                frame = None
-    if frame is not None:
-        raise EOFError("the last frame is cut short")
+    @property
+    def unused_data(self) -> bytes:
+        return self._zlib.unused_data
+
+    @property
+    def needs_input(self) -> bool:
+        return not self._zlib.unconsumed_tail
+
+    def decompress(self, data: bytes, limit: int, /) -> bytes:
+        return self._zlib.decompress(self._zlib.unconsumed_tail + data, limit)
 
 
-_UNPACKERS: dict[str, Callable[[Stored], Iterator[bytes]]] = {
-    ".gz": _gzip,
-    ".zst": _zstd,
-    ".bz2": _members(bz2.BZ2Decompressor, b""),
-    ".xz": _members(lzma.LZMADecompressor, b"\0"),
+class _Zstd:
+    """zstd's decoder of a frame, which knows no limit: it is given little."""
+
+    needs_input = True
+
+    def __init__(self) -> None:
+        self._zstd = zstandard.ZstdDecompressor(max_window_size=ZSTD_WINDOW).decompressobj()
+
+    @property
+    def eof(self) -> bool:
+        return self._zstd.eof
+
+    @property
+    def unused_data(self) -> bytes:
+        return self._zstd.unused_data
+
+    def decompress(self, data: bytes, limit: int, /) -> bytes:
+        return self._zstd.decompress(data)
+
+
+class _Archive(NamedTuple):
+    """How a kind of compressed file is read: what unpacks a member, what each begins with, what else may stand there,
+    and what pads members."""
+
+    new: Callable[[], _Decoder]
+    magic: bytes
+    other: re.Pattern[bytes] | None = None
+    padding: bytes = b""
+
+    def begins(self, data: bytes) -> bool:
+        """Whether a member begins here, perhaps one that is cut short within its first bytes."""
+        return data[: len(self.magic)] == self.magic[: len(data)] or bool(self.other and self.other.match(data))
+
+
+_ARCHIVES = {
+    ".gz": _Archive(_Gzip, b"\x1f\x8b\x08", padding=b"\0"),
+    ".zst": _Archive(_Zstd, b"\x28\xb5\x2f\xfd", re.compile(rb"[\x50-\x5f]\x2a\x4d\x18")),  # skippable frames
+    ".bz2": _Archive(bz2.BZ2Decompressor, b"BZh"),
+    ".xz": _Archive(lzma.LZMADecompressor, b"\xfd7zXZ\0", re.compile(rb"\x5d\0\0"), padding=b"\0"),  # and .lzma
 }
+
+
+class _Members:
+    """The unpacked bytes of all members of an archive, in chunks; `position` is how much of the file was unpacked.
+
+    The libraries' own file classes take what follows the last whole member for padding, whatever it is; zstd's takes a
+    truncated file for a short one.
+    """
+
+    def __init__(self, archive: _Archive, stored: Stored):
+        self.position = 0
+        self._archive = archive
+        self._stored = stored
+        self._held, self._at = b"", 0
+
+    def __iter__(self) -> Iterator[bytes]:
+        whole = 0
+        while first := self._next(len(self._archive.magic)):
+            if whole and self._archive.padding == first[:1]:
+                self._skip(len(first) - len(first.lstrip(self._archive.padding)))
+            elif self._archive.begins(first):
+                yield from self._member()
+                whole += 1
+            elif whole:
+                self._stored.trailing = self._trailing()
+                return
+            else:
+                raise OSError(f"no member begins with {first!r}")
+
+    def _member(self) -> Iterator[bytes]:
+        decoder, unpacked = self._archive.new(), b""
+        while not decoder.eof:
+            data = b""
+            if decoder.needs_input:
+                size = LITTLE if len(unpacked) > CHUNK else min(SLICE, max(LITTLE, self.position // 16))
+                if not (data := self._next(size)):
+                    raise EOFError("the last member is cut short")
+                self._skip(len(data))
+            unpacked = decoder.decompress(data, CHUNK)
+            yield unpacked
+        self._skip(-len(decoder.unused_data))
+
+    def _trailing(self) -> int:
+        """How many bytes follow the last whole member; an error where they are one that is damaged, or hold one."""
+        rest, magic = self._next(TRAILING_BYTES + 1), self._archive.magic
+        if len(rest) > TRAILING_BYTES or magic in rest or self._unpacks(magic + rest[len(magic) :]):
+            raise OSError(f"no member begins with {rest[: len(magic)]!r}")
+        return len(rest)
+
+    def _unpacks(self, data: bytes) -> bool:
+        try:
+            decoder = self._archive.new()
+            return bool(decoder.decompress(data, CHUNK)) or decoder.eof
+        except _DAMAGE:
+            return False
+
+    def _next(self, size: int) -> bytes:
+        """The next `size` bytes, or fewer at the end."""
+        while len(self._held) - self._at < size and (more := self._stored.read(CHUNK)):
+            # What was taken last stays: a decoder may give it back.
+            before = max(0, self._at - SLICE)
+            self._held, self._at = self._held[before:] + more, self._at - before
+        return self._held[self._at : self._at + size]
+
+    def _skip(self, size: int) -> None:
+        self._at += size
+        self.position += size

@@ -42,6 +42,20 @@ FINDINGS = {
     "malformed_json": "lines that are not JSON, left out",
     "no_text": "records without a string in the text field, left out",
     "cut": "documents too large to hold, cut into several",
+    "utf16": "files in UTF-16 with a byte order mark, read as such",
+    "utf32": "files in UTF-32 with a byte order mark, read as such",
+    "other_encoding": "texts of which much is not UTF-8, left out: convert them (iconv)",
+    "not_text": "packed or binary content under the name of a text, left out",
+    "stand_in": "files that only stand for another (a pointer, a server's error page), left out: fetch the real ones",
+    "other_json": "JSON that holds no text in the text field, left out: --text-field names another",
+    "trailing_bytes": "compressed files with bytes after their end, which are left out",
+    "other_suffix": "files of another kind, passed over; name them or a glob to have them read as text",
+    "card": "README, licence and the like beside data, passed over; name them to have them read",
+    "hidden": "files and folders whose name begins with a dot, passed over",
+    "prepared_set": "folders that hold a prepared set, not entered",
+    "dead_link": "links to what is not there, passed over",
+    "not_a_file": "pipes, sockets and devices, passed over",
+    "beside_data": "text files beside JSON lines or parquet, read as documents",
 }
 
 

@@ -1,18 +1,22 @@
 """report.html and report.json: what a person opens to judge a prepared set, stage by stage and source by source."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal, NamedTuple
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat
 
+from data_prep.read.documents import KINDS
 from data_prep.report.markup import many, percent, rate, ratio, size, visible
 from data_prep.shards import Count
 
 EXCERPT_CHARS = 500
 SUMMARY_NOTES = 4
 # findings that leave a record out before it is a document; no cleaning rule has such a name
-UNREADABLE = ("malformed_json", "no_text", "empty")
+UNREADABLE = ("malformed_json", "no_text", "other_encoding", "not_text", "stand_in", "other_json", "empty")
+
+# findings of single lines and rows, which have a line of their own on the screen
+LINES = ("malformed_json", "no_text", "empty_line")
 
 
 def _shortened(value: object) -> object:
@@ -39,7 +43,8 @@ class Example(_Part):
 
 class SourceReport(_Part):
     """One INPUT. Counts are of documents; `read` and `read_bytes` (UTF-8) before cleaning, `documents` and what follows
-    after it and without duplicates. `findings` are by kind, `dropped` and `changed` by rule.
+    after it and without duplicates. `findings` are by kind, and `named` is where the first of each is; `dropped` and
+    `changed` are by rule.
 
     `byte_lengths[i]` and `token_lengths[i]` count the kept documents of 2**i to 2**(i+1) - 1 bytes and tokens.
     """
@@ -49,6 +54,7 @@ class SourceReport(_Part):
     read: Count
     read_bytes: Count
     findings: dict[Text, Count]
+    named: dict[Text, Text] = {}
     dropped: dict[Text, Count]
     changed: dict[Text, Count]
     exact: Count
@@ -192,7 +198,11 @@ def fate(steps: Sequence[Step]) -> dict[Stage, int]:
 
 def notes(report: Report) -> list[str]:
     """What somebody who is about to train on the set should look at first, a line each."""
-    lines = []
+    found, named = Counter[str](), dict[str, str]()
+    for source in report.sources:
+        found.update(source.findings)
+        named = dict(source.named) | named
+    lines = [line] if (line := left_out_line(found, named)) else []
     if not report.tokenizer.round_trip:
         lines.append("The tokenizer does not give back the exact text of every document that was checked")
     if "val" not in report.splits:
@@ -217,6 +227,27 @@ def notes(report: Report) -> list[str]:
         if split.padding > 0.1 * (split.tokens + split.padding):
             lines.append(f"{percent(split.padding, split.tokens + split.padding)} of the {name} rows is padding")
     return lines
+
+
+def left_out_line(found: Mapping[str, int], named: Mapping[str, str]) -> str:
+    """What of the input was left out, single lines aside, a kind of finding after the other, the largest first; "" if
+    nothing was. `named` is where the first of each is."""
+
+    def kinds(*actions: str) -> str:
+        known = [(kind, count) for kind, count in found.items() if kind in KINDS and kind not in LINES and count]
+        chosen = sorted((-count, kind) for kind, count in known if KINDS[kind][0] in actions)
+        return ", ".join(f"{-count:,} {kind}{example(kind, -count)}" for count, kind in chosen)
+
+    def example(kind: str, count: int) -> str:
+        where = named.get(kind, "")
+        return f" ({'such as ' if count > 1 else ''}{where})" if where else ""
+
+    left = kinds("dropped", "passed over")
+    beside = found.get("beside_data", 0)
+    parts = [f"left out: {left}"] if left else []
+    if beside:
+        parts.append(f"read as documents: {many(beside, 'text file')} beside data{example('beside_data', beside)}")
+    return "; ".join(parts)
 
 
 def text_summary(report: Report) -> str:

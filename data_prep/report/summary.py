@@ -92,6 +92,7 @@ def _source(name: str, source: SourceTally) -> SourceReport:
         read=source.read,
         read_bytes=source.read_bytes,
         findings=dict(source.findings),
+        named=source.named,
         dropped=source.dropped,
         changed={rule: stats.changed for rule, stats in source.stats.rules.items() if stats.changed},
         exact=source.exact,

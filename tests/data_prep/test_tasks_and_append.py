@@ -7,12 +7,13 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import sentencepiece
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
@@ -253,7 +254,12 @@ def test_whatever_goes_in_what_survives_comes_out(
             value = json.loads(line.decode("utf-8", "replace").removeprefix("\ufeff"))
             if isinstance(value, dict) and isinstance(value.get("text"), str):
                 wanted.append(re.sub("[\ud800-\udfff]", "\ufffd", value["text"]))
-    assert sorted(back) == sorted([*filter(None, wanted), TEXT])
+    findings = Counter(json.loads(line)["kind"] for line in (folder / "out" / "rejects.jsonl").read_text().splitlines())
+    assume(not findings["utf16"] + findings["utf32"])
+    # What is hardly text is left out, and counted.
+    missing = Counter([*filter(None, wanted), TEXT]) - Counter(back)
+    assert len(back) + missing.total() == len([*filter(None, wanted), TEXT])
+    assert missing.total() == findings["not_text"] + findings["other_encoding"] + findings["stand_in"]
     assert verify(folder / "out") == []
     shutil.rmtree(folder)
 

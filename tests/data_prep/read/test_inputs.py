@@ -13,8 +13,8 @@ import pytest
 import zstandard
 
 from data_prep.read import inputs
-from data_prep.read.inputs import find_sources, plan_units, stored_bytes
-from data_prep.read.pieces import read_pieces
+from data_prep.read.inputs import find_sources, plan_units
+from data_prep.read.pieces import read_pieces, stored_bytes
 from tests.helpers.reading import read, texts_of
 
 
