@@ -172,7 +172,11 @@ def connect(host: str, port: int, *, serve: bool) -> TCPStore:
         try:
             made.append(
                 TCPStore(
-                    host, port, is_master=serve, timeout=timedelta(seconds=CONNECT_S), wait_for_workers=False,
+                    host,
+                    port,
+                    is_master=serve,
+                    timeout=timedelta(seconds=CONNECT_S),
+                    wait_for_workers=False,
                     multi_tenant=serve,
                 )
             )

@@ -74,7 +74,7 @@ def opening_line(run: RunConfig, sources: Sources, total_steps: int, newest: Pat
     return (
         f"{run.run.name}: {run.model.name}, {count_parameters(run.model) / 1e6:.1f}M parameters, "
         f"{total_steps} steps of {run.train.global_batch * sources[0].manifest.seq_len:,} tokens ({epochs}) "
-        f"on {me.world_size} x {me.device.type}, engine {run.engine.name}, "
+        f"on {me.world_size} x {me.device.type} in {run.train.dtype}, engine {run.engine.name}, "
         + (f"resuming from {newest}" if newest else "from the start")
         + (f" ({gone}, the latest, is gone)" if (gone := gone_latest(Storage(run.checkpoints))) else "")
     )

@@ -52,7 +52,9 @@ def kept(
     settings = {**now, **{name: _merged(name, before[name], now[name], keys) for name in KEPT}}
     made = config.validate(settings, f"what was typed, with what {newest} records for the rest")
     lines = [
-        f"{key} {shown(value)} (the command alone says {shown(alone)})" for key, alone, value in differences(run, made)
+        f"{key} {shown(value)} (the command alone says {shown(alone)})"
+        for key, alone, value in differences(run, made)
+        if (key, alone) != ("train.dtype", "auto")  # which means: as before
     ]
     return made, (f"kept from the checkpoint: {', '.join(lines)}",) if lines else ()
 

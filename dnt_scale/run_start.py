@@ -16,7 +16,7 @@ from typing import Any
 import orjson
 import yaml
 
-from dnt_scale import checkpoint, config, recorded, run_lock, timeline
+from dnt_scale import checkpoint, compute_dtype, config, recorded, run_lock, timeline
 from dnt_scale.checkpoint import State
 from dnt_scale.checkpoint.read import complete, steps_of
 from dnt_scale.checkpoint.state import step_name, step_of
@@ -40,6 +40,7 @@ class Start:
 
     newest: Path | str | None = None  # the checkpoint to go on from
     state: State | None = None  # its state
+    dtype: str | None = None  # that the run has computed in so far
     notes: tuple[str, ...] = ()  # to be told, a line each
     aside: tuple[str, ...] = ()  # what of the run folder is to be moved aside first
     fresh: bool = False  # and the checkpoints
@@ -108,9 +109,10 @@ def begun_on_all(run: RunConfig, me: Ranks, typed: Typed, *, fresh: bool) -> Beg
     # a set may lie elsewhere on each node: its manifest tells which it is, see resume.check_sets
     check_settings(me, {key: value for key, value in config.flat(run).items() if not is_set_path(key)})
     begun = on_first(me, lambda: begin(run, typed, fresh=fresh))
-    for note in begun.notes if me.first else ():
+    run, line = compute_dtype.resolve(begun.run.model_copy(update={"data": run.data}), me, begun.start.dtype)
+    for note in (*begun.notes, *([line] if line else [])) if me.first else ():
         warn(note)
-    return replace(begun, run=begun.run.model_copy(update={"data": run.data}))
+    return replace(begun, run=run)
 
 
 def is_set_path(key: str) -> bool:
@@ -131,9 +133,7 @@ def decide(run: RunConfig) -> Start:
     try:
         return _decide(run)
     except NotADirectoryError:
-        raise ConfigError(
-            f"run.dir: nothing can be written to {run.run.dir} (Not a directory); give another"
-        ) from None
+        raise ConfigError(f"run.dir: nothing can be written to {run.run.dir} (Not a directory); give another") from None
     except PermissionError as error:
         raise ConfigError(
             f"run.dir: {error.filename} cannot be read ({error.strerror}), so whether there is a run to go on with is "
@@ -180,7 +180,7 @@ def _decide(run: RunConfig) -> Start:
     if last > state.step:
         steps = f"steps {state.step + 1} to {last}" if last > state.step + 1 else f"step {last}"
         notes += (f"{steps} came after the newest checkpoint and are done again",)
-    return Start(newest.path, state, notes)
+    return Start(newest.path, state, recorded.pick(state.config, "train.dtype"), notes)
 
 
 def _settings(run: RunConfig) -> dict[str, Any]:
@@ -273,6 +273,7 @@ def _without_checkpoint(run: RunConfig, settings: dict[str, Any], last: int, not
         )
     if settings and _same(settings, run):
         return Start(
+            dtype=recorded.pick(settings, "train.dtype"),
             notes=(*notes, f"no checkpoint yet: {last} step{'s' * (last > 1)} of {metrics} are done again"),
         )
     why = "other settings than before" if settings else "no config.yaml"
@@ -316,8 +317,12 @@ def _checkpoints_of(run_dir: Path, settings: dict[str, Any]) -> Path | str:
 
 
 def _same(settings: dict[str, Any], run: RunConfig) -> bool:
+    """Whether a config.yaml is of this very run; which has recorded there what it took for train.dtype auto."""
     try:
-        return config.to_yaml(config.validate(settings)) == config.to_yaml(run)
+        before = config.validate(settings)
+        if run.train.dtype == "auto":
+            run = compute_dtype.with_dtype(run, before.train.dtype)
+        return config.to_yaml(before) == config.to_yaml(run)
     except ConfigError:
         return False
 
