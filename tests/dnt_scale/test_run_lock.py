@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import psutil
 import pytest
 
 from dnt_scale import run_lock
@@ -65,9 +66,7 @@ def left_behind(run_dir: Path, **changes: object) -> Path:
 
 def test_a_second_one_is_told_who_writes(holder: Ranks, tmp_path: Path) -> None:
     run_dir, pid = tmp_path / "run", holder.processes[0].pid
-    with pytest.raises(
-        HeldError, match=rf"^run\.dir: {run_dir} is being trained by pid {pid} on \S+ since 20\d\d-"
-    ) as caught:
+    with pytest.raises(HeldError, match=rf"^run\.dir: {run_dir} is being trained by pid {pid} on \S+ since") as caught:
         take(run_dir, me())
     assert str(caught.value).endswith(": wait for it, stop it, or take another run.name")
     found = look(run_dir)
@@ -122,8 +121,6 @@ def test_a_moved_folder_takes_its_lock_along_and_a_copied_one_does_not(holder: R
 def test_where_locks_do_not_work_the_process_itself_counts(tmp_path: Path) -> None:
     """The record says that this very process, or one that is gone, holds it; nobody has an flock."""
     parent = os.getppid()
-    import psutil
-
     alive = {"pid": parent, "created": psutil.Process(parent).create_time()}
     left_behind(tmp_path / "alive", **alive)
     with pytest.raises(HeldError, match=f"pid {parent}"):
@@ -238,8 +235,6 @@ def test_without_flock_one_of_many_at_once_gets_it(tmp_path: Path) -> None:
 
 
 def test_a_job_waits_for_what_will_pass_and_for_nothing_else(tmp_path: Path) -> None:
-    import psutil
-
     parent = {"pid": os.getppid(), "created": psutil.Process(os.getppid()).create_time()}
     mine = me(attempt="12.1")
     left_behind(tmp_path / "local", **parent)
