@@ -21,7 +21,7 @@ import pytest
 from dnt_scale import run_lock
 from dnt_scale.config import ConfigError
 from dnt_scale.run_lock import FILE, HeldError, HeldFault, Holder, check_free, held, look, take, this_process
-from tests.helpers.run import STEPS, Ranks, metrics, start, tiny, until
+from tests.helpers.run import STEPS, Ranks, metrics, start, tiny, train, until
 
 
 def me(**changes: object) -> Holder:
@@ -284,3 +284,17 @@ def test_of_two_starts_in_one_folder_one_trains_undisturbed(corpus: Path, tmp_pa
             if end.codes == [2]:
                 assert end.error().startswith(f"error: run.dir: {run_dir} is being trained by pid ")
                 assert len(end.err.splitlines()) == 1
+
+
+def test_a_folder_of_checkpoints_has_one_writer_too(corpus: Path, tmp_path: Path) -> None:
+    """Two runs of one name, in folders of their own, that were given the same checkpoint.dir."""
+    group = Ranks(hold, (tmp_path / "shared",), 1, {})
+    until(lambda: (tmp_path / "shared" / "held").exists())
+    try:
+        error = train(tiny(corpus, tmp_path / "run", f"checkpoint.dir={tmp_path / 'shared'}")).error()
+        pid = group.processes[0].pid
+        assert error.startswith(f"error: checkpoint.dir: {tmp_path / 'shared'} is being written by pid {pid} on ")
+        assert error.endswith("take another checkpoint.dir") and not (tmp_path / "run").exists()
+    finally:
+        group.kill()
+        group.wait()
