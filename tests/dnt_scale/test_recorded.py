@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
@@ -143,6 +144,10 @@ def test_differences_are_told_with_old_and_new_values() -> None:
     )
     assert rate == "learning rate of the next step: 0.8187 -> 0.9001, of embedding 0.04094 -> 0.04501 (by train.steps)"
     assert list(told(before, before, 10, 64)) == []
+    written_out = run_of(f"run.dir={Path('runs/x').absolute()}")
+    assert list(told(before, written_out, 10, 64)) == []
+    (moved,) = told(before, run_of("run.dir=runs/y"), 10, 64)
+    assert moved == "other than in the checkpoint: run.dir runs/x -> runs/y"
 
 
 @pytest.mark.parametrize(

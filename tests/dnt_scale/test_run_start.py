@@ -14,6 +14,7 @@ import yaml
 
 from dnt_scale import config
 from dnt_scale.checkpoint import CheckpointError
+from dnt_scale.cli import main
 from dnt_scale.config import ConfigError, RunConfig
 from dnt_scale.recorded import Typed
 from dnt_scale.run_start import begin, check_no_job, make_room
@@ -541,6 +542,20 @@ def test_a_job_that_its_timeline_tells_of_keeps_others_out(tmp_path: Path) -> No
     with pytest.raises(ConfigError, match="in use by job 7"):
         check_no_job(going)
     check_no_job(tmp_path / "never")
+
+
+def test_print_config_shows_what_would_run(case: Case, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [word for word in case.overrides if not word.startswith("optim.lr=")]
+    assert main(["train", "--print-config", *words, "eval.every=7"]) == 0
+    out, err = capsys.readouterr()
+    shown = yaml.safe_load(out)
+    assert (shown["optim"]["lr"], shown["eval"]["every"]) == (0.1, 7)
+    assert err == "kept from the checkpoint: optim.lr 0.1 (the command alone says 1)\n"
+    assert main(["train", "--print-config", "--fresh", *words]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["optim"]["lr"] == 1.0
+    (case.run_dir / "config.yaml").write_text("mine: precious")
+    assert main(["train", "--print-config", *words]) == 2
+    assert capsys.readouterr().err.startswith(f"error: run.dir: {case.run_dir}/config.yaml is not a run's")
 
 
 # --- real starts ------------------------------------------------------------------------------------------------------
