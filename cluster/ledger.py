@@ -16,6 +16,7 @@ And events in ``RUN/logs/timeline-HOST.jsonl`` beside those of training (:mod:`d
 
 import fcntl
 import os
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -269,8 +270,9 @@ def newest_checkpoint(submission: Submission) -> int | None:
     """The step of the run's newest checkpoint; None without one, or where they are at a URL."""
     if not submission.checkpoints or "://" in submission.checkpoints:
         return None
-    steps = [int(place.name.removeprefix("step-")) for place in Path(submission.checkpoints).glob("step-*[0-9]")]
-    return max(steps, default=None)
+    places = [place.name for place in Path(submission.checkpoints).glob("step-*") if place.is_dir()]
+    steps = [found[1] for name in places if (found := re.fullmatch(r"step-(\d{8,})", name, re.ASCII))]
+    return max(map(int, steps), default=None)
 
 
 def blamed_hosts(events: list[Event], attempt: str) -> tuple[list[str], str]:

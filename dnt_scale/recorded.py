@@ -5,6 +5,7 @@ of a key, or a group choice (optim=, model=, preset=) other than the one recorde
 """
 
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -172,7 +173,7 @@ def shown(value: Any) -> str:
 
 def told(before: RunConfig, now: RunConfig, step: int, seq_len: int) -> Iterator[str]:
     """Lines on what a resume at ``step`` does otherwise than its checkpoint, ``before``: settings, learning rate."""
-    changed = differences(before, now)
+    changed = [item for item in differences(before, now) if not _same_place(*item)]
     if changed:
         yield "other than in the checkpoint: " + ", ".join(f"{key} {shown(a)} -> {shown(b)}" for key, a, b in changed)
     if step >= now.total_steps(seq_len):
@@ -186,6 +187,11 @@ def told(before: RunConfig, now: RunConfig, step: int, seq_len: int) -> Iterator
     if jumps:
         why = [key for key, *_ in changed if key in BUDGET or ".schedule." in key or key.endswith(".lr")]
         yield f"learning rate of the next step: {', '.join(jumps)}" + (f" (by {', '.join(why)})" if why else "")
+
+
+def _same_place(key: str, before: Any, now: Any) -> bool:
+    """Whether it is a folder that is only written in another way."""
+    return key in ("run.dir", "checkpoint.dir") and os.path.realpath(str(before)) == os.path.realpath(str(now))
 
 
 def rates(run: RunConfig, step: int, seq_len: int) -> dict[str, float]:

@@ -151,10 +151,11 @@ class Lock:
                 folder.rmdir()  # or OSError: another has put something there
 
 
-def take(run_dir: Path, holder: Holder, *, patience_s: float = 0.0) -> Lock:
+def take(run_dir: Path, holder: Holder, *, patience_s: float = 0.0, field: str = "run.dir") -> Lock:
     """Become the one writer of ``run_dir``, which is made when missing.
 
     Args:
+        field: the setting that names the folder, for messages.
         patience_s: how long to wait for an earlier attempt of the same job, or for a command that will soon be over.
 
     Raises:
@@ -163,32 +164,32 @@ def take(run_dir: Path, holder: Holder, *, patience_s: float = 0.0) -> Lock:
     """
     deadline, leaving = time.monotonic() + patience_s, time.monotonic() + LEAVING_S
     while True:
-        lock, other = _try(run_dir, holder)
+        lock, other = _try(run_dir, holder, field)
         if lock:
             return lock
         at = time.monotonic()
         if other and not _gone(other):
             passing = other.what != "training" or (other.attempt and other.attempt != holder.attempt)
             if not (patience_s and passing):
-                raise HeldError(refusal(run_dir, other))
+                raise HeldError(refusal(run_dir, other, field))
             if at > deadline:
-                raise HeldFault(refusal(run_dir, other))
+                raise HeldFault(refusal(run_dir, other, field))
             _moving()
         elif at > max(leaving, deadline):
             by = other.in_words if other else "a process that wrote no record"
             raise HeldError(
-                f"run.dir: {run_dir} is locked by what {by} left behind; `fuser {run_dir / FILE}` may name it: end it, "
+                f"{field}: {run_dir} is locked by what {by} left behind; `fuser {run_dir / FILE}` may name it: end it, "
                 "or take another run.name"
             )
         time.sleep(LOOK_S)
 
 
-def refusal(run_dir: Path, other: Holder) -> str:
+def refusal(run_dir: Path, other: Holder, field: str = "run.dir") -> str:
     if other.what == "training":
-        return (
-            f"run.dir: {run_dir} is being trained by {other.in_words}: wait for it, stop it, or take another run.name"
-        )
-    return f"run.dir: {run_dir} is being written by `{other.what}`, {other.in_words}: wait for it"
+        does, instead = ("trained", "run.name") if field == "run.dir" else ("written", field)
+        by = f"{field}: {run_dir} is being {does} by {other.in_words}"
+        return f"{by}: wait for it, stop it, or take another {instead}"
+    return f"{field}: {run_dir} is being written by `{other.what}`, {other.in_words}: wait for it"
 
 
 def look(run_dir: Path) -> Holder | None:
@@ -228,7 +229,7 @@ def held(run_dir: Path, what: str) -> Iterator[None]:
 # --- the parts --------------------------------------------------------------------------------------------------------
 
 
-def _try(run_dir: Path, holder: Holder) -> tuple[Lock | None, Holder | None]:
+def _try(run_dir: Path, holder: Holder, field: str) -> tuple[Lock | None, Holder | None]:
     """The lock, or who has it as far as its record tells. Raises ConfigError as :func:`take`."""
     path = run_dir / FILE
     try:
@@ -236,7 +237,7 @@ def _try(run_dir: Path, holder: Holder) -> tuple[Lock | None, Holder | None]:
     except OSError as error:
         place = path if os.path.lexists(path) else run_dir
         raise ConfigError(
-            f"run.dir: nothing can be written to {place} ({error.strerror or error}); give another"
+            f"{field}: nothing can be written to {place} ({error.strerror or error}); give another"
         ) from None
     keep = False
     try:
@@ -259,7 +260,7 @@ def _try(run_dir: Path, holder: Holder) -> tuple[Lock | None, Holder | None]:
         keep = True
         return Lock(path, descriptor, holder, made), None
     except OSError as error:
-        raise ConfigError(f"run.dir: {path} cannot be written ({error.strerror or error}); give another") from None
+        raise ConfigError(f"{field}: {path} cannot be written ({error.strerror or error}); give another") from None
     finally:
         if not keep:
             os.close(descriptor)
@@ -339,6 +340,7 @@ def _lives(path: Path, other: Holder) -> bool:
     """Whether the process of a record lives, though its flock, if there is such a thing here, is not in force."""
     if other.machine == machine():
         return _alive(other)
+    warn(f"{path} is of {other.in_words}; looking for {BEATS * BEAT_S:.0f} s whether that lives")
     first, until = _stamp(path), time.monotonic() + BEATS * BEAT_S + LOOK_S
     while time.monotonic() < until:
         time.sleep(LOOK_S)

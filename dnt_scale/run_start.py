@@ -64,7 +64,7 @@ def begin(run: RunConfig, typed: Typed, *, fresh: bool = False) -> Begun:
         CheckpointError: the newest checkpoint is damaged.
         OSError: something cannot be read.
     """
-    if os.path.isfile(run.run.dir / "sweep.json"):  # cluster/sweep.py
+    if os.path.lexists(run.run.dir / "sweep.json"):  # cluster/sweep.py
         raise ConfigError(f"run.dir: {run.run.dir} is the folder of a sweep, by its sweep.json; {_elsewhere(run)}")
     start = _anew_start(run) if fresh else decide(run)
     if start.state is None:
@@ -75,7 +75,7 @@ def begin(run: RunConfig, typed: Typed, *, fresh: bool = False) -> Begun:
 
 @contextmanager
 def only_writer(run: RunConfig, me: Ranks, check_no_job: Callable[[Path], None]) -> Iterator[None]:
-    """Hold the run's lock, on rank 0, for the length of a block. A collective.
+    """Hold the locks of the run folder and of a folder of its checkpoints elsewhere, on rank 0. A collective.
 
     Args:
         check_no_job: raises ConfigError while a job of a launcher trains the run, or is going to; not asked by a job.
@@ -88,7 +88,10 @@ def only_writer(run: RunConfig, me: Ranks, check_no_job: Callable[[Path], None])
 
     def lock() -> None:
         mine = run_lock.this_process("training", me.world_size)
-        locks.append(run_lock.take(run.run.dir, mine, patience_s=JOB_PATIENCE_S if attempt else 0.0))
+        patience = JOB_PATIENCE_S if attempt else 0.0
+        locks.append(run_lock.take(run.run.dir, mine, patience_s=patience))
+        if run.checkpoint.dir is not None and isinstance(run.checkpoints, Path):  # a run in another folder may share it
+            locks.append(run_lock.take(run.checkpoints, mine, patience_s=patience, field="checkpoint.dir"))
         if not attempt:
             check_no_job(run.run.dir)
 
@@ -96,7 +99,7 @@ def only_writer(run: RunConfig, me: Ranks, check_no_job: Callable[[Path], None])
         on_first(me, lock)
         yield
     finally:
-        for held in locks:
+        for held in reversed(locks):
             held.release()
 
 

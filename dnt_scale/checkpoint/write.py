@@ -377,7 +377,7 @@ def publish(partial: Storage, final: Storage, state: State) -> None:
 
 def _free(path: Path) -> Path:
     """The path, or the first with a number after it that nothing has."""
-    names = (path.with_name(f"{path.name}{number and f'-{number}' or ''}") for number in count())
+    names = (path.with_name(f"{path.name}{(number and f'-{number}') or ''}") for number in count())
     return next(name for name in names if not os.path.lexists(name))
 
 

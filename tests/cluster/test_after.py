@@ -225,6 +225,8 @@ def test_the_job_that_began_last_is_the_newest(tmp_path: Path) -> None:
 def test_the_newest_checkpoint_wherever_they_lie(tmp_path: Path) -> None:
     (tmp_path / "elsewhere/step-00000040").mkdir(parents=True)
     (tmp_path / "checkpoints/step-00000020").mkdir(parents=True)
+    for strange in ("step-00000030.bak2", "step-99", "step-00000020-2"):
+        (tmp_path / "checkpoints" / strange).mkdir()
     run = submission(tmp_path)
     assert ledger.newest_checkpoint(run) == 20
     assert ledger.newest_checkpoint(run.model_copy(update={"checkpoints": str(tmp_path / "elsewhere")})) == 40

@@ -10,13 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from cluster import checks, ledger, slurm
+from cluster import checks, jobs, ledger, multirun, slurm, submit
+from cluster.ledger import LedgerError
 from cluster.settings import ClusterConfig, load
 from cluster.slurm import Node, Partition, SlurmError
-from dnt_scale import config
+from dnt_scale import config, run_lock
 from dnt_scale.cli import main
 from dnt_scale.config import ConfigError, RunConfig
+from dnt_scale.run_lock import HeldError
 from dnt_scale.sources import load_sources
+from tests.helpers.folders import submitted_run
 from tests.helpers.run import synthetic_set, tiny
 
 on_slurm = pytest.mark.usefixtures("slurm")
@@ -399,3 +402,29 @@ def test_gpus_for_nothing_and_nodes_that_are_down(data: Path, tmp_path: Path) ->
         "run.device is cpu, so the 8 GPUs a node that the jobs ask for have nothing to do",
         "of partition long, n2 cannot be used now",
     ]
+
+
+def test_a_run_that_trains_here_is_not_submitted(data: Path, tmp_path: Path) -> None:
+    run, site = asked(data, tmp_path / "one")
+    (tmp_path / "one").mkdir()
+    with run_lock.take(tmp_path / "one", run_lock.this_process("training")):
+        for refused in (
+            lambda: checks.before_queue(run, site),
+            lambda: submit.submit(run, site),
+            lambda: submit.submit(run, site, fresh=True),
+            lambda: multirun.check_new(tmp_path / "one"),
+        ):
+            with pytest.raises(
+                HeldError, match=rf"run\.dir: {tmp_path / 'one'} is being trained by pid {os.getpid()}"
+            ):
+                refused()
+    assert not ledger.submitted(tmp_path / "one")
+    (tmp_path / "one" / "config.yaml").write_text(config.to_yaml(run))
+    with pytest.raises(LedgerError, match=r"is the folder of a run; take another run\.name for the sweep"):
+        multirun.check_new(tmp_path / "one")
+
+
+def test_a_run_that_began_anew_leaves_one_to_be_shown(tmp_path: Path) -> None:
+    submitted_run(tmp_path / "big", [], "8")
+    submitted_run(tmp_path / "big" / "before-2026-11-29-081500", [], "7")
+    assert list(jobs.runs_under(tmp_path)) == [tmp_path / "big"]

@@ -156,8 +156,8 @@ def test_a_run_folder_that_cannot_be_made_is_refused(corpus, tmp_path, ranks):
 @pytest.mark.parametrize(
     ("override", "complaint"),
     [
-        ("model.layers=3", "model: "),
-        ("model.setting=S5", "model: "),
+        ("model.layers=3", "model.layers: "),
+        ("model.setting=S5", "model.setting: "),
         ("run.seed=1", "run.seed: "),
         ("train.global_batch=16", "train.global_batch: "),
         ("optim=adamw", "optim.algorithm: "),

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
@@ -9,7 +10,7 @@ from dnt_scale import config
 from dnt_scale.config import ConfigError, RunConfig
 from dnt_scale.recorded import Typed, differences, kept, shown, together, told, typed_keys
 from dnt_scale.resume import check_fixed
-from tests.helpers.run import train
+from tests.helpers.run import metrics, tiny, train
 
 BASE = ["model=dnt_nano", "run.name=x", "data.path=set", "train.steps=30", "optim.schedule.warmup_steps=2"]
 
@@ -41,11 +42,11 @@ KEEPS = [  # given once, typed now, a setting and its value then
     (["optim=msgdw"], ["optim=msgdw_r"], "optim.groups.embedding.lr", 0.05),
     (["optim.lr=0.05"], ["optim=msgdw_r"], "optim.lr", 0.05),  # the file that it had by default
     (["preset=demo", "optim.lr=0.05"], ["preset=demo"], "optim.lr", 0.05),
-    (["preset=demo", "optim.schedule.warmup_steps=7"], ["preset=demo"], "optim.schedule.warmup_steps", 7),
+    (["preset=demo", "optim.weight_decay=0.2"], ["preset=demo"], "optim.weight_decay", 0.2),
     (["optim.lr=0.05"], ["preset=demo"], "optim.lr", 0.05),
     (["optim.lr=0.05"], ["preset=demo"], "optim.weight_decay", 0.0),  # the preset sets it
     (
-        ["optim.schedule.name=wsd", "optim.schedule.final=0.3"],
+        ["optim.schedule.name=wsd"],
         ["optim.schedule.final=0.2"],
         "optim.schedule.name",
         "wsd",
@@ -115,14 +116,13 @@ def test_a_jobs_configuration_leaves_nothing_out() -> None:
 
 
 def test_what_is_typed_must_go_with_what_is_kept() -> None:
-    with pytest.raises(
-        ConfigError, match=r"^what was typed, with what step-00000030 records for the rest: .*gradient_buf"
-    ):
+    with pytest.raises(ConfigError, match=r"^what was typed, with what step-00000030 records for the rest: .*_buffer"):
         resumed(["optim.gradient_buffer=false", "optim.clip=previous"], ["engine=zero1"])
 
 
 def test_words_that_hydra_cannot_read_are_no_trouble() -> None:
-    assert typed_keys(["data.path=/tmp/a(b)/set", "run.name=1.10", "optim.lr=1", "train={"], BASE) == {
+    typed = ["data.path=/data/a(b)/set", "run.name=1.10", "optim.lr=1", "train={"]
+    assert typed_keys(typed, BASE) == {
         "optim.lr",
         "train",
     }
@@ -142,18 +142,22 @@ def test_differences_are_told_with_old_and_new_values() -> None:
         "other than in the checkpoint: optim.gradient_buffer true -> false, optim.clip global -> previous, "
         "train.steps 30 -> 40, checkpoint.keep_every null -> 5"
     )
-    assert rate == "learning rate of the next step: 0.8147 -> 0.9001, of embedding 0.04073 -> 0.045 (by train.steps)"
+    assert rate == "learning rate of the next step: 0.8187 -> 0.9001, of embedding 0.04094 -> 0.04501 (by train.steps)"
     assert list(told(before, before, 10, 64)) == []
+    written_out = run_of(f"run.dir={Path('runs/x').absolute()}")
+    assert list(told(before, written_out, 10, 64)) == []
+    (moved,) = told(before, run_of("run.dir=runs/y"), 10, 64)
+    assert moved == "other than in the checkpoint: run.dir runs/x -> runs/y"
 
 
 @pytest.mark.parametrize(
     ("change", "step", "said"),
     [
-        (["optim.lr=2"], 10, "0.8147 -> 1.629 (by optim.lr)"),
-        (["optim.schedule.warmup_steps=20"], 10, "0.8147 -> 0.55, of embedding 0.04073 -> 0.0275"),
+        (["optim.lr=2"], 10, "0.8187 -> 1.637 (by optim.lr)"),
+        (["optim.schedule.warmup_steps=20"], 10, "0.8187 -> 0.55, of embedding 0.04094 -> 0.0275"),
         (["optim.schedule.name=constant"], 30, None),  # over: there is no next step
-        (["train.steps=60"], 30, "0.1 -> 0.5755, of embedding 0.005 -> 0.02878 (by train.steps)"),
-        (["optim.groups.embedding.lr=0.1"], 10, "of embedding 0.04073 -> 0.08147 (by optim.groups.embedding.lr)"),
+        (["train.steps=60"], 30, "0.1 -> 0.5624, of embedding 0.005 -> 0.02812 (by train.steps)"),
+        (["optim.groups.embedding.lr=0.1"], 10, "of embedding 0.04094 -> 0.08187 (by optim.groups.embedding.lr)"),
         (["eval.every=3"], 10, None),
         (["optim.momentum=0.5"], 10, None),
     ],
@@ -171,19 +175,19 @@ def test_a_learning_rate_that_jumps_is_told(change: list[str], step: int, said: 
     [
         (
             ["model.width=128"],
-            r"^model\.width: step was trained with 256, this run asks for 128; model\.width=256 goes on",
+            r"^model\.width: step was trained with 256, this run asks for 128; model\.width=256 goes",
         ),
         (
             ["model.norm=layernorm"],
-            r"^model\.norm: step was trained with rmsnorm, this run asks for layernorm; model\.nor",
+            r"^model\.norm: step was trained with rmsnorm, this run asks for layernorm; model",
         ),
         (
             ["run.seed=7"],
-            r"^run\.seed: step was trained with 1234, this run asks for 7; run\.seed=1234 goes on with it",
+            r"^run\.seed: step was trained with 1234, this run asks for 7; run\.seed=1234 goes on with",
         ),
         (
             ["data.document_mask=true"],
-            r"^data\.document_mask: .*with False, .*; data\.document_mask=false goes on with it",
+            r"^data\.document_mask: .* False, .*; data\.document_mask=false goes on with it",
         ),
         (["optim=adamw"], r"^optim\.algorithm: step was trained with msgdw, this run asks for adamw; change it back"),
         (["model.layers=3", "model.heads=8"], r"^model\.layers: .* \(also model\.heads \d+ -> 8\); change it back"),
@@ -192,7 +196,7 @@ def test_a_learning_rate_that_jumps_is_told(change: list[str], step: int, said: 
 def test_a_refused_change_names_the_very_setting(change: list[str], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         check_fixed(run_of(), run_of(*change), "step")
-    check_fixed(run_of(), run_of("model.name=x") if False else run_of("optim.lr=3"), "step")
+    check_fixed(run_of(), run_of("optim.lr=3"), "step")
 
 
 def test_values_as_a_line_tells_them() -> None:
@@ -204,12 +208,8 @@ def test_values_as_a_line_tells_them() -> None:
 
 def test_a_run_goes_on_with_the_learning_rate_that_it_was_given(corpus, tmp_path) -> None:
     """Row 4 of the reports: lr left out, more steps."""
-    from tests.helpers.run import metrics, tiny
-
     run_dir = tmp_path / "run"
-    words = [
-        word for word in tiny(corpus, run_dir, "eval.every=0", "checkpoint.every=0") if not word.startswith("optim.lr")
-    ]
+    words = [word for word in tiny(corpus, run_dir, "eval.every=0") if not word.startswith("optim.lr")]
     train([*words, "optim.lr=0.05", "train.steps=6"]).ok()
     said = train([*words, "train.steps=9", "optim.schedule.final=0.5"]).ok().err
     assert "dnt: kept from the checkpoint: optim.lr 0.05 (the command alone says 1)" in said

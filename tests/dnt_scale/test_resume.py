@@ -96,8 +96,8 @@ def test_another_runs_checkpoints_are_refused(corpus, finished_run, tmp_path):
 @pytest.mark.parametrize(
     ("field", "overrides", "place"),
     [
-        ("run.dir", ["run.dir=FILE"], "FILE/checkpoints"),
-        ("run.dir", ["run.dir=/proc/nowhere"], "/proc/nowhere/checkpoints"),
+        ("run.dir", ["run.dir=FILE"], "FILE"),
+        ("run.dir", ["run.dir=/proc/nowhere"], "/proc/nowhere"),
         ("run.dir", ["run.dir=FILE", "checkpoint.dir=RUN/checkpoints"], "FILE"),
         ("checkpoint.dir", ["checkpoint.dir=FILE"], "FILE"),
         ("checkpoint.dir", ["checkpoint.dir=file:///proc/nowhere"], "file:///proc/nowhere"),

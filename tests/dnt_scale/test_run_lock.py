@@ -15,12 +15,13 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import psutil
 import pytest
 
 from dnt_scale import run_lock
 from dnt_scale.config import ConfigError
 from dnt_scale.run_lock import FILE, HeldError, HeldFault, Holder, check_free, held, look, take, this_process
-from tests.helpers.run import STEPS, Ranks, metrics, start, tiny, until
+from tests.helpers.run import STEPS, Ranks, metrics, start, tiny, train, until
 
 
 def me(**changes: object) -> Holder:
@@ -65,9 +66,7 @@ def left_behind(run_dir: Path, **changes: object) -> Path:
 
 def test_a_second_one_is_told_who_writes(holder: Ranks, tmp_path: Path) -> None:
     run_dir, pid = tmp_path / "run", holder.processes[0].pid
-    with pytest.raises(
-        HeldError, match=rf"^run\.dir: {run_dir} is being trained by pid {pid} on \S+ since 20\d\d-"
-    ) as caught:
+    with pytest.raises(HeldError, match=rf"^run\.dir: {run_dir} is being trained by pid {pid} on \S+ since") as caught:
         take(run_dir, me())
     assert str(caught.value).endswith(": wait for it, stop it, or take another run.name")
     found = look(run_dir)
@@ -122,8 +121,6 @@ def test_a_moved_folder_takes_its_lock_along_and_a_copied_one_does_not(holder: R
 def test_where_locks_do_not_work_the_process_itself_counts(tmp_path: Path) -> None:
     """The record says that this very process, or one that is gone, holds it; nobody has an flock."""
     parent = os.getppid()
-    import psutil
-
     alive = {"pid": parent, "created": psutil.Process(parent).create_time()}
     left_behind(tmp_path / "alive", **alive)
     with pytest.raises(HeldError, match=f"pid {parent}"):
@@ -238,8 +235,6 @@ def test_without_flock_one_of_many_at_once_gets_it(tmp_path: Path) -> None:
 
 
 def test_a_job_waits_for_what_will_pass_and_for_nothing_else(tmp_path: Path) -> None:
-    import psutil
-
     parent = {"pid": os.getppid(), "created": psutil.Process(os.getppid()).create_time()}
     mine = me(attempt="12.1")
     left_behind(tmp_path / "local", **parent)
@@ -289,3 +284,17 @@ def test_of_two_starts_in_one_folder_one_trains_undisturbed(corpus: Path, tmp_pa
             if end.codes == [2]:
                 assert end.error().startswith(f"error: run.dir: {run_dir} is being trained by pid ")
                 assert len(end.err.splitlines()) == 1
+
+
+def test_a_folder_of_checkpoints_has_one_writer_too(corpus: Path, tmp_path: Path) -> None:
+    """Two runs of one name, in folders of their own, that were given the same checkpoint.dir."""
+    group = Ranks(hold, (tmp_path / "shared",), 1, {})
+    until(lambda: (tmp_path / "shared" / "held").exists())
+    try:
+        error = train(tiny(corpus, tmp_path / "run", f"checkpoint.dir={tmp_path / 'shared'}")).error()
+        pid = group.processes[0].pid
+        assert error.startswith(f"error: checkpoint.dir: {tmp_path / 'shared'} is being written by pid {pid} on ")
+        assert error.endswith("take another checkpoint.dir") and not (tmp_path / "run").exists()
+    finally:
+        group.kill()
+        group.wait()

@@ -14,6 +14,7 @@ import yaml
 
 from dnt_scale import config
 from dnt_scale.checkpoint import CheckpointError
+from dnt_scale.cli import main
 from dnt_scale.config import ConfigError, RunConfig
 from dnt_scale.recorded import Typed
 from dnt_scale.run_start import begin, check_no_job, make_room
@@ -26,7 +27,7 @@ LAST = f"step-{STEPS:08d}"
 def tree(folder: Path) -> dict[str, bytes]:
     """All files and links below a folder, and what is in them."""
     return {
-        str(path.relative_to(folder)): os.readlink(path).encode() if path.is_symlink() else path.read_bytes()
+        str(path.relative_to(folder)): str(path.readlink()).encode() if path.is_symlink() else path.read_bytes()
         for path in sorted(folder.rglob("*"))
         if path.is_symlink() or path.is_file()
     }
@@ -93,7 +94,7 @@ def case(corpus: Path, finished: Path) -> Iterator[Case]:
     shutil.rmtree(place)
 
 
-# --- the states: what is done to the folder, and what a start says then ------------------------------------------------
+# --- the states: what is done to the folder, and what a start says then -----------------------------------------------
 
 
 def untouched(case: Case) -> None: ...
@@ -115,7 +116,7 @@ def a_backup_beside(case: Case) -> None:
     shutil.copytree(case.checkpoints / LAST, case.checkpoints / f"{LAST}.bak")
     shutil.copytree(case.checkpoints / LAST, case.checkpoints / f"{LAST} (copy)")
     shutil.copytree(case.checkpoints / LAST, case.checkpoints / "step-99")
-    (case.checkpoints / "step-000000２０").mkdir()  # full-width digits
+    (case.checkpoints / "step-000000\uff12\uff10").mkdir()  # full-width digits
     (case.checkpoints / ".DS_Store").touch()
 
 
@@ -383,7 +384,7 @@ REFUSES: dict[Callable[[Case], None], str] = {
     a_state_is_cut_short: f"CHECKPOINTS/{LAST}/state.json: damaged .* remove CHECKPOINTS/{LAST} to go on from an older",
     a_state_is_empty: f"CHECKPOINTS/{LAST}/state.json: damaged .* remove CHECKPOINTS/{LAST} to go on from an older",
     the_only_state_is_foreign: f"CHECKPOINTS/{LAST}/state.json: damaged .* no older one: restore it, or .*--fresh",
-    an_empty_folder_of_a_step: "CHECKPOINTS/step-00000030/state.json: missing, .* remove CHECKPOINTS/step-00000030 to go",
+    an_empty_folder_of_a_step: "CHECKPOINTS/step-00000030/state.json: missing, .* remove CHECKPOINTS/step-00000030 to",
     a_copy_under_another_step: "CHECKPOINTS/step-00000030/state.json: is of step 6, .* remove it to go on",
     checkpoints_removed: "RUN/metrics.jsonl has 20 steps, but there is no checkpoint in CHECKPOINTS .*step 20 is gone",
     checkpoints_emptied: "RUN/metrics.jsonl has 20 steps, but there is no checkpoint in CHECKPOINTS .*step 20 is gone",
@@ -391,7 +392,7 @@ REFUSES: dict[Callable[[Case], None], str] = {
     only_latest_is_left: "RUN/metrics.jsonl has 3 steps, but .*CHECKPOINTS/latest points to one that is gone",
     only_partial_ones_are_left: "RUN/metrics.jsonl has 20 steps, but there is no checkpoint in CHECKPOINTS",
     checkpoints_is_a_file: "run.dir: nothing can be written to CHECKPOINTS .Not a directory.",
-    checkpoints_lead_nowhere: "run.dir: nothing can be written to CHECKPOINTS .a link to /nowhere/checkpoints, which is",
+    checkpoints_lead_nowhere: "run.dir: nothing can be written to CHECKPOINTS .a link to /nowhere/checkpoints, which",
     another_checkpoint_dir: "RUN/config.yaml they are in CHECKPOINTS, see checkpoint.dir.*--fresh",
     checkpoint_dir_not_mounted: "RUN/metrics.jsonl has 20 steps, but .*/mount .*not mounted",
     somebodys_config: "RUN/config.yaml is not a run's .*; move it away to go on with the checkpoints",
@@ -400,7 +401,7 @@ REFUSES: dict[Callable[[Case], None], str] = {
     a_config_that_is_a_folder: "RUN/config.yaml is not a run's .a folder.; move it away to go on with the checkpoints",
     a_config_that_leads_nowhere: "RUN/config.yaml is not a run's .a link to what is not there.; move it away",
     another_run_in_its_folder: "run.name: RUN/config.yaml is of the run tiny, this one is other; run.name=tiny goes on",
-    only_the_config_of_another_run: "run.name: RUN/config.yaml is of the run tiny, .* no checkpoint to go on from; --fre",
+    only_the_config_of_another_run: "run.name: RUN/config.yaml is of the run tiny, .* no checkpoint to go on from; --",
     somebodys_metrics: "RUN/metrics.jsonl is not a run's .its first line is none of training's.; move it away",
     metrics_of_zeros: "RUN/metrics.jsonl is not a run's .its first line is none of training's.; move it away",
     metrics_that_are_a_folder: "RUN/metrics.jsonl is not a run's .a folder.; move it away",
@@ -543,6 +544,20 @@ def test_a_job_that_its_timeline_tells_of_keeps_others_out(tmp_path: Path) -> No
     check_no_job(tmp_path / "never")
 
 
+def test_print_config_shows_what_would_run(case: Case, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [word for word in case.overrides if not word.startswith("optim.lr=")]
+    assert main(["train", "--print-config", *words, "eval.every=7"]) == 0
+    out, err = capsys.readouterr()
+    shown = yaml.safe_load(out)
+    assert (shown["optim"]["lr"], shown["eval"]["every"]) == (0.1, 7)
+    assert err == "kept from the checkpoint: optim.lr 0.1 (the command alone says 1)\n"
+    assert main(["train", "--print-config", "--fresh", *words]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["optim"]["lr"] == 1.0
+    (case.run_dir / "config.yaml").write_text("mine: precious")
+    assert main(["train", "--print-config", *words]) == 2
+    assert capsys.readouterr().err.startswith(f"error: run.dir: {case.run_dir}/config.yaml is not a run's")
+
+
 # --- real starts ------------------------------------------------------------------------------------------------------
 
 
@@ -560,7 +575,7 @@ def test_strange_siblings_change_nothing_and_stay(corpus: Path, reference: Path,
     assert metrics(finished_run) == metrics(reference)
     assert same_tensors(place / LAST, reference / "checkpoints" / LAST)
     assert (place / "step-00000018.not-a-checkpoint").read_text() == "a note"
-    assert os.readlink(place / "step-00000020.not-a-checkpoint") == "step-00000012"
+    assert (place / "step-00000020.not-a-checkpoint").readlink() == Path("step-00000012")
     assert (place / "step-12").is_symlink() and (place / ".old-step-00000003").read_text() == "somebody's"
 
 
