@@ -69,9 +69,7 @@ World = tuple[int, int, int]  # rank, local rank, world size
 ALONE: World = (0, 0, 1)
 
 
-def start(
-    device: Literal["auto", "cpu", "cuda"] = "auto", hang_s: float = 0.0, world: World | None = None
-) -> Ranks:
+def start(device: Literal["auto", "cpu", "cuda"] = "auto", hang_s: float = 0.0, world: World | None = None) -> Ranks:
     """Join the process group (gloo on CPU; nccl for CUDA tensors) and choose this rank's device.
 
     Args:
