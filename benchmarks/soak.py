@@ -219,7 +219,7 @@ class Disturbed:
         """A rank's process in the job that runs."""
         for process in psutil.process_iter(["name", "cmdline"]):
             with suppress(psutil.Error):
-                if "python" in process.name() and "submitit.core._submit" in process.cmdline():
+                if "python" in process.name() and "cluster.job" in process.cmdline():
                     env = process.environ()
                     if env.get("SLURM_JOB_ID") == self.job and env.get("SLURM_PROCID") == rank:
                         return process

@@ -1,6 +1,7 @@
 """What runs on every rank of a SLURM job: the run as it was submitted, from what is on disk.
 
-submitit calls :func:`rank` in each task of the job's one srun step. What comes after the ranks is for
+``python -m cluster.job FOLDER`` is submitit's own start of a task but for what :func:`name_files_only` mends. submitit
+calls :func:`rank` in each task of the job's one srun step. What comes after the ranks is for
 :mod:`cluster.after`, which the batch script calls when srun has returned.
 """
 
@@ -14,7 +15,7 @@ from types import FrameType
 
 from cluster import ledger, slurm
 from cluster.ledger import EndStatus, LedgerError, Submission
-from dnt_scale import config, timeline
+from dnt_scale import config, startup, streams, timeline
 from dnt_scale.config import ConfigError, RunConfig
 
 
@@ -119,3 +120,27 @@ def objection(run_dir: Path, submission: Submission, this: str) -> tuple[EndStat
             if other != this and (found := slurm.job(other)) and found.state == "RUNNING":
                 return "cancelled", f"job {other} of this run is running"
     return None
+
+
+def name_files_only() -> None:
+    """Let submitit put a job's number into the names of its files, not into a folder above that is called ``50%j``."""
+    from submitit.core import utils
+
+    class Paths(utils.JobPaths):
+        def _format_id(self, path: Path | str) -> Path:
+            return Path(path).parent / super()._format_id(Path(path).name)
+
+        @staticmethod
+        def get_first_id_independent_folder(folder: Path | str) -> Path:
+            return Path(folder)
+
+    utils.JobPaths = Paths  # type: ignore[misc]
+
+
+if __name__ == "__main__":
+    from submitit.core.submission import submitit_main
+
+    startup.leave_folder_out()
+    streams.guard()
+    name_files_only()
+    submitit_main()

@@ -165,7 +165,7 @@ def whole(found: Sweep, logs: Path, site: ClusterConfig) -> Submission:
 
 
 def executor_for(found: Sweep, sweep_dir: Path, array: Submission) -> submitit.SlurmExecutor:
-    executor = submit.executor_for(sweep_dir, array)
+    executor = submit.executor_for(sweep_dir, array, array=True)
     executor.update_parameters(array_parallelism=array.cluster.sweep_parallel or len(found.runs))
     return executor
 

@@ -268,7 +268,7 @@ def before_queue(order: Order, site: ClusterConfig) -> int:
 
 def batch_script(order: Order, folder: Path, site: ClusterConfig) -> str:
     """The script of the array of tasks, made without its folder; those of the other jobs ask for the same."""
-    executor = executor_for(order, folder, site, "task")
+    executor = executor_for(order, folder, site, "task", array=True)
     executor.update_parameters(array_parallelism=order.tasks)
     return submit.script(executor, order.tasks)
 
@@ -313,7 +313,7 @@ def put(
         return {}
     for part in parts:
         ended_file(folder, part).unlink(missing_ok=True)
-    executor = executor_for(order, folder, site, stage, after)
+    executor = executor_for(order, folder, site, stage, after, array=len(parts) > 1)
     executor.update_parameters(array_parallelism=len(parts))
     try:
         with executor.batch():
@@ -324,14 +324,20 @@ def put(
 
 
 def executor_for(
-    order: Order, folder: Path, site: ClusterConfig, stage: str, after: list[str] | None = None
+    order: Order,
+    folder: Path,
+    site: ClusterConfig,
+    stage: str,
+    after: list[str] | None = None,
+    *,
+    array: bool,
 ) -> submitit.SlurmExecutor:
     job = Submission(
         name=f"{order.asked.out.name}-{stage}",
         cluster=site,
         logs=ledger.folder(folder) / "slurm",
     )
-    executor = submit.executor_for(folder, job)
+    executor = submit.executor_for(folder, job, array=array)
     more = {**executor.parameters["additional_parameters"], "kill-on-invalid-dep": "yes"}
     executor.update_parameters(teardown=None, additional_parameters=more)
     if after:

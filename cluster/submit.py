@@ -18,7 +18,7 @@ from cluster import job, ledger, settings, slurm, state, sweep
 from cluster.ledger import LedgerError, Submission
 from cluster.settings import ClusterConfig
 from cluster.state import Asking
-from dnt_scale import config, timeline
+from dnt_scale import config, startup, timeline
 from dnt_scale.config import RunConfig, config_dir
 from dnt_scale.recorded import Typed
 from dnt_scale.run_lock import held
@@ -180,16 +180,18 @@ def refusal(words: str) -> str:
     return "; ".join(line.removeprefix("sbatch: error: ") for line in lines) or words.splitlines()[-1]
 
 
-def executor_for(run_dir: Path, submission: Submission) -> submitit.SlurmExecutor:
-    """submitit's executor with every option of the submission.
+def executor_for(run_dir: Path, submission: Submission, *, array: bool = False) -> submitit.SlurmExecutor:
+    """submitit's executor with every option of the submission; it is to submit an ``array`` or a single job.
 
     Raises:
         SlurmError: there is no SLURM here.
+        LedgerError: SLURM cannot have logs in the run folder.
     """
     site = submission.cluster
     slurm.check_here()
     without_job_variables()
-    executor = submitit.SlurmExecutor(submission.logs, python=shlex.quote(site.python))
+    job.name_files_only()
+    executor = Executor(submission.logs, python=shlex.quote(site.python))
     options = {
         "partition": site.partition,
         "account": site.account,
@@ -211,14 +213,35 @@ def executor_for(run_dir: Path, submission: Submission) -> submitit.SlurmExecuto
         stderr_to_stdout=True,
         setup=setup_lines(run_dir, site),
         teardown=teardown_lines(run_dir, site),
-        srun_args=srun_options(site),
+        srun_args=[f"--output={log_files(submission.logs, array=array, task='%t')}", *srun_options(site)],
         additional_parameters={
+            "output": log_files(submission.logs, array=array, task="0"),
             "signal": f"{site.signal}@{site.signal_s}",
             "requeue" if site.requeue else "no-requeue": True,
             **site.sbatch,
         },
     )
     return executor
+
+
+class Executor(submitit.SlurmExecutor):
+    """submitit's, whose jobs start with :mod:`cluster.job`."""
+
+    @property
+    def _submitit_command_str(self) -> str:
+        return f"{self.python} -P -u -m cluster.job {shlex.quote(str(self.folder))}"
+
+
+def log_files(logs: Path, *, array: bool, task: str) -> str:
+    """SLURM's pattern for the logs of a job's tasks: as submitit's, with the folder's own ``%`` left alone.
+
+    Raises:
+        LedgerError: SLURM cannot have logs there.
+    """
+    for sign, name in (("\\", "a backslash"), ("\n", "a line break"), (":", "a colon")):
+        if sign in str(logs):
+            raise LedgerError(f"{logs}: has {name} in it, which a job cannot work with; rename that folder")
+    return f"{str(logs).replace('%', '%%')}/{'%A_%a' if array else '%j'}_{task}_log.out"
 
 
 def setup_lines(run_dir: Path, site: ClusterConfig) -> list[str]:
@@ -238,7 +261,7 @@ def teardown_lines(run_dir: Path, site: ClusterConfig) -> list[str]:
     """What it does when they have ended."""
     return [
         "status=$?",
-        f'{shlex.quote(site.python)} -m cluster.after {shlex.quote(str(run_dir))} "$status"',
+        f'{shlex.quote(site.python)} -P -m cluster.after {shlex.quote(str(run_dir))} "$status"',
         'exit "$status"',
     ]
 
@@ -300,6 +323,7 @@ def snapshot(run_dir: Path) -> None:
 
 def without_job_variables() -> None:
     """Take the variables of a job that this process is in out of the environment, which sbatch hands on to the next."""
+    startup.forget()
     for name in [name for name in os.environ if name.startswith("SLURM_") and name != "SLURM_CONF"]:
         del os.environ[name]
     code = str(Path(cluster.__file__).parents[1])

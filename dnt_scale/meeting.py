@@ -130,6 +130,8 @@ def in_words(ranks: list[int]) -> str:
 def resolve(host: str, wait: Wait) -> None:
     """Wait until the name is known, which in a cluster that starts may take a while."""
 
+    why = ""
+
     def known() -> bool:
         nonlocal why
         try:
@@ -139,12 +141,13 @@ def resolve(host: str, wait: Wait) -> None:
             why = f"MASTER_ADDR {host} is no name that is known here: {getattr(error, 'strerror', None) or error}"
             return False
 
-    why = ""
     wait.until(known, lambda: [0], lambda: why)
 
 
 def reach(host: str, port: int, wait: Wait) -> None:
     """Wait until somebody listens there."""
+
+    why = ""
 
     def listens() -> bool:
         nonlocal why
@@ -155,7 +158,6 @@ def reach(host: str, port: int, wait: Wait) -> None:
             why = error.strerror or str(error)
             return False
 
-    why = ""
     wait.until(listens, lambda: [0], lambda: why.lower())
 
 
@@ -200,8 +202,8 @@ def arrive(store: PrefixStore, rank: int, world_size: int) -> None:
     first = json.loads(store.compare_set("world", "", json.dumps({**me, "size": world_size})))
     if first["size"] != world_size:
         raise ValueError(
-            f"WORLD_SIZE is {world_size} on rank {rank}, but {first['size']} on rank {first['rank']} ({first['host']}); "
-            "start every rank with the same one"
+            f"WORLD_SIZE is {world_size} on rank {rank}, but {first['size']} on rank {first['rank']} "
+            f"({first['host']}); start every rank with the same one"
         )
     key = f"rank/{rank}"
     other = json.loads(store.compare_set(key, "", json.dumps(me)))

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from pathlib import Path
 
 CHILDREN = "PYTHONSAFEPATH"  # Python: no working folder on the path of modules; inherited by all that we start
 _ours = False  # whether it was set here
@@ -15,20 +16,21 @@ def leave_folder_out() -> None:
     """
     global _ours
     try:
-        here = os.getcwd()
+        here = Path.cwd()
     except OSError:  # check_folder tells
         return
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    root = Path(__file__).parent.parent
     parts = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     given = [part for part in parts if part]
     if here == root:
-        given = given if root in given else [*given, root]
-    elif here not in [os.path.abspath(part) for part in given]:
-        library = os.path.dirname(os.__file__)
+        given = given if str(root) in given else [*given, str(root)]
+    elif here not in [Path(part).absolute() for part in given]:
+        library = str(Path(os.__file__).parent)
         before = sys.path.index(library) if library in sys.path else len(sys.path)
-        sys.path[:before] = [entry for entry in sys.path[:before] if entry not in ("", here)]
-    if given != parts:
-        os.environ["PYTHONPATH"] = os.pathsep.join(given)
+        sys.path[:before] = [entry for entry in sys.path[:before] if entry not in ("", str(here))]
+    os.environ["PYTHONPATH"] = os.pathsep.join(given)
+    if not given:
+        del os.environ["PYTHONPATH"]
     _ours = _ours or CHILDREN not in os.environ
     os.environ.setdefault(CHILDREN, "1")
 
@@ -42,6 +44,6 @@ def forget() -> None:
 def check_folder() -> None:
     """Raises ValueError where the working folder is gone."""
     try:
-        os.getcwd()
+        Path.cwd()
     except OSError as error:
         raise ValueError(f"the working folder is gone ({error.strerror}); `cd` to one that exists") from None

@@ -14,6 +14,7 @@ import threading
 import time
 from collections import deque
 from contextlib import suppress
+from typing import TextIO
 
 HELD_BYTES = 1 << 20  # for a reader that does not read now; what is beyond is dropped
 PATIENCE_S = 0.2  # that a write waits for one, until it is known not to read
@@ -46,7 +47,7 @@ class Output(io.RawIOBase):
     def isatty(self) -> bool:
         return os.isatty(self._descriptor)
 
-    def write(self, data) -> int:  # type: ignore[no-untyped-def, override]
+    def write(self, data) -> int:  # type: ignore[no-untyped-def]
         data = bytes(data)
         if self.shows or os.getpid() != self._process:  # a fork has no thread
             self._show(data)
@@ -123,8 +124,9 @@ def guard(*, shows: bool = False) -> None:
     if sys.stdin is None:
         sys.stdin = open(0, closefd=False)  # noqa: SIM115
     for name, descriptor, ends in (("stdout", 1, shows), ("stderr", 2, False)):
-        before, known = getattr(sys, name), _outputs.get(name)
-        if known and getattr(before, "buffer", None) is known:
+        before: TextIO | None = getattr(sys, name)
+        known = _outputs.get(name)
+        if known is not None and getattr(before, "buffer", None) is known:
             known.shows = ends
             continue
         if before is not getattr(sys, f"__{name}__"):
@@ -134,7 +136,7 @@ def guard(*, shows: bool = False) -> None:
             before.flush()
         output = _outputs[name] = Output(descriptor, shows=ends)
         errors = "backslashreplace" if errors == "strict" else errors
-        setattr(sys, name, io.TextIOWrapper(output, encoding, errors, write_through=True))  # type: ignore[type-var]
+        setattr(sys, name, io.TextIOWrapper(output, encoding, errors, write_through=True))
     atexit.unregister(drain)
     atexit.register(drain)
 

@@ -34,7 +34,8 @@ from dnt_scale.config import ConfigError, load
 # of each step's loss in nats and of each weight, where engines or ranks differ: rounding, over some tens of steps
 TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2}
 NOT_COMPARED = ("time", "tokens_per_s", "mfu", "memory_gb")
-LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_STEP_NUM_TASKS")
+# of whoever started this process
+LAUNCHERS = ("RANK", "LOCAL_", "WORLD_SIZE", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "SLURM_STEP_")
 TRIES = 5  # to kill a run before it is done
 
 Record = Mapping[str, Any]
@@ -172,8 +173,8 @@ def kill_at(show: Show, overrides: Sequence[str], ranks: int, folder: Path, midd
 def started(overrides: Sequence[str], ranks: int, log: Path) -> Iterator[subprocess.Popen[bytes]]:
     """``dnt_scale.train`` in one process, or under torchrun; nothing of it is left after the block."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    command = [sys.executable, *launcher, "-m", "dnt_scale.train", *overrides]
-    env = {name: value for name, value in os.environ.items() if name not in LAUNCHERS}
+    command = [sys.executable, "-P", *launcher, "-m", "dnt_scale.train", *overrides]
+    env = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHERS)}
     with log.open("wb") as file:
         process = subprocess.Popen(command, stdout=file, stderr=file, stdin=subprocess.DEVNULL, env=env)
     try:

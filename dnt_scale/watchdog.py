@@ -506,7 +506,8 @@ def say(line: str) -> None:
 
 def flush() -> None:
     """Flush what was printed; the main thread may hold a stream's lock for good."""
-    in_time(lambda: (sys.stdout.flush(), sys.stderr.flush(), streams.drain(1.0)))
+    in_time(lambda: (sys.stdout.flush(), sys.stderr.flush()))
+    streams.drain(1.0)
 
 
 def in_time(action: Callable[[], object]) -> None:

@@ -1,4 +1,5 @@
 import os
+import re
 import resource
 import signal
 import socket
@@ -105,7 +106,7 @@ def sleep_on_0(me, step) -> None:
 @pytest.mark.parametrize(("ranks", "act", "culprit"), [(2, sleep_on_0, 0), (4, sleep_on_1, 1)])
 def test_a_rank_that_does_not_come_to_the_collective_is_named(tmp_path, ranks, act, culprit):
     line = message(group(run, tmp_path, act, ranks=ranks).wait(), culprit=culprit)
-    assert "has not moved since step 4, 2 s ago" in line
+    assert re.search(r"has not moved since step 4, \d+ s ago", line)
     assert act.__name__ in line and "the others wait for it" in line
 
 
@@ -116,7 +117,7 @@ def sleep_on_0_and_1(me, step) -> None:
 
 def test_several_ranks_that_do_not_come_are_named(tmp_path):
     line = message(group(run, tmp_path, sleep_on_0_and_1, ranks=3).wait(), culprit=0)
-    assert ") and rank 1 (" in line and "have not moved since step 4, 2 s ago (the first is in " in line
+    assert re.search(r"\) and rank 1 \(.*have not moved since step 4, \d+ s ago \(the first is in ", line)
     assert "; the others wait for them" in line
 
 
@@ -149,7 +150,8 @@ def test_who_waited_for_a_slow_rank_is_not_blamed_when_that_goes_on():
     assert at(30.0, 4, 29.0) is None  # it is slow, and gets on
     assert at(31.0, 7, 31.0) is None
     assert at(40.0, 7, 31.0) is None
-    assert at(41.0, 7, 31.0).message.startswith("rank 0 (")
+    message = at(41.0, 7, 31.0).message
+    assert message.startswith("rank 0 (") and ", 10 s ago (it is in " in message
     assert at(50.0, 5, 31.0) is None
     message = at(60.0, 5, 31.0).message  # in the same collective: who moved more often is not ahead
     assert " and rank 1 (" in message and "have not moved since " in message
@@ -157,19 +159,19 @@ def test_who_waited_for_a_slow_rank_is_not_blamed_when_that_goes_on():
 
 def test_a_process_alone_that_does_not_move_ends(tmp_path):
     line = message(group(run, tmp_path, sleep_on_0, ranks=1).wait(), culprit=0)
-    assert "has not moved since step 4, 2 s ago" in line and "others" not in line
+    assert re.search(r"has not moved since step 4, \d+ s ago", line) and "others" not in line
 
 
 def test_no_false_alarm_for_a_slow_group(tmp_path):
-    finished = group(run, tmp_path, nothing, 6, 1.0, 0.7, ranks=2).wait()
+    finished = group(run, tmp_path, nothing, 6, 2.5, 0.7, ranks=2).wait()  # longer than hang_s, all in all
     assert finished.codes == [0, 0] and not finished.err
 
 
 def test_no_false_alarm_for_a_group_that_was_stopped_and_goes_on(tmp_path):
-    running = group(run, tmp_path, nothing, 40, 1.0, 0.1, ranks=2)
+    running = group(run, tmp_path, nothing, 40, 2.5, 0.1, ranks=2)
     at_step_3(running, tmp_path)
     running.kill(signal.SIGSTOP)
-    time.sleep(3)
+    time.sleep(4)
     running.kill(signal.SIGCONT)
     finished = running.wait()
     assert finished.codes == [0, 0] and not finished.err
