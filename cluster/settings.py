@@ -143,7 +143,7 @@ def _merged(tree: dict[str, Any], changes: list[str], origin: str, *, settled: b
     for change in changes:
         key, _, value = change.partition("=")
         if problem := paths.unreadable(change):
-            raise ConfigError(f"cluster.{change!a}: {problem}")
+            raise ConfigError(f"{f'cluster.{change}'!a}: {problem}")
         section = tree
         *sections, last = key.split(".")
         for name in sections:

@@ -74,6 +74,14 @@ def path(text: str) -> Path:
     return Path(paths.expanded(_place(text)))
 
 
+def set_folder(text: str) -> Path:
+    """The folder of a prepared set."""
+    try:
+        return Path(paths.place(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"found {text!a:.60}: {error}") from None
+
+
 def path_or_url(text: str) -> str:
     return paths.expanded(_place(text))
 

@@ -4,13 +4,14 @@ The one file that reaches into every room; everywhere else imports go one way (d
 """
 
 import argparse
+import io
 import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dnt_scale import startup, streams
-from dnt_scale.arguments import Parser, fail, number, path, path_or_url, prompt, whole, word
+from dnt_scale.arguments import Parser, fail, number, path, path_or_url, prompt, set_folder, whole, word
 
 if TYPE_CHECKING:
     from data_prep.options import PrepareOptions
@@ -119,6 +120,9 @@ def main(arguments: list[str] | None = None) -> int:
     if arguments is None:  # a process of its own
         startup.leave_folder_out()
         streams.guard(shows=True)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a name that the terminal's encoding has not ends nothing
     options, more = parser().parse_known_args(arguments)
     if more and not (hasattr(options, "overrides") and all(re.match(r"(?!-)[\w.+~/@-]+=", each) for each in more)):
         fail(f"unrecognized arguments: {' '.join(more)}", options.command)
@@ -130,11 +134,17 @@ def main(arguments: list[str] | None = None) -> int:
         startup.check_folder()
         return int(options.run(options))
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {in_words(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def in_words(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -196,10 +206,10 @@ def parser() -> argparse.ArgumentParser:
     tokenizer.add_argument("--out", required=True, type=path, metavar="FILE", help="the .model file to write")
     tokenizer.set_defaults(run=data_tokenizer)
     verify = data_commands.add_parser("verify", help="re-read every byte of a set against its manifest")
-    verify.add_argument("folder", type=path)
+    verify.add_argument("folder", type=path, metavar="SET")
     verify.set_defaults(run=data_verify)
     info = data_commands.add_parser("info", help="print what a set holds")
-    info.add_argument("folder", type=path)
+    info.add_argument("folder", type=path, metavar="SET")
     info.set_defaults(run=data_info)
 
     train = commands.add_parser("train", help="train a model, or resume it", epilog=TRAIN_HELP, formatter_class=raw)
@@ -221,12 +231,12 @@ def parser() -> argparse.ArgumentParser:
         "--top-k", type=whole(0), default=50, help="sample from the k most likely tokens; 0: from all"
     )
     generate.add_argument("--seed", type=whole(0, 2**64 - 1), default=0, help="the same seed gives the same text")
-    generate.add_argument("--data", type=path, help="set with the tokenizer, if it has moved since training")
+    generate.add_argument("--data", type=set_folder, help="set with the tokenizer, if it has moved since training")
     generate.set_defaults(run=run_generate)
 
     evaluate = commands.add_parser("eval", help="measure a run's newest checkpoint on held-out rows")
     evaluate.add_argument("folder", type=path, metavar="RUN", help="run folder, for example runs/demo")
-    evaluate.add_argument("--data", type=path, help="another set with the same tokenizer (default: the run's own)")
+    evaluate.add_argument("--data", type=set_folder, help="another set of the same tokenizer (default: the run's own)")
     evaluate.add_argument("--rows", type=whole(1), help="validation rows to use, at most (default: all)")
     evaluate.set_defaults(run=run_eval)
 

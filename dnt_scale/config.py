@@ -163,7 +163,7 @@ def refusal(line: str) -> str:
     if value is None and key in _groups():
         return f"{line}: expected {key}=NAME. There are: {', '.join(_choices(key))}"
     if value is None:
-        return f"{line}: expected key=value; `dnt train --help` shows examples"
+        return f"{line or repr(line)}: expected key=value; `dnt train --help` shows examples"
     if typed.parse(f"{prefix}{typed.key_for_hydra(RunConfig, key, typed.Hidden())}=1") is None:
         return f"{line}: no such key{_nearest(key, _known_keys(RunConfig))}"
     if shown := typed.advice(prefix + key, value, typed.at(RunConfig, key)):

@@ -27,7 +27,7 @@ Kinds = tuple[Any, ...]  # the types that a value may have; (): not known
 
 MOST_BRACKETS = 100  # in an override: its parser takes minutes for some hundred open ones
 _FLOAT = r"[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9_]+)[eE][-+]?[0-9]+"
-_SIMPLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_SIMPLE = re.compile(r"(?i)(?!(?:true|false|null|nan|inf)$)[a-z_][a-z0-9_]*")  # a key that Hydra reads as a word
 
 
 # --- which fields are text --------------------------------------------------------------------------------------------
@@ -123,8 +123,9 @@ def read_yaml(text: str, found: Kinds) -> Any:
     Raises:
         ValueError: it is no YAML; the message is one line.
     """
-    loader = _Loader(text)
+    loader = None
     try:
+        loader = _Loader(text)
         node = loader.get_single_node()
         if node is None:
             return None
@@ -135,7 +136,8 @@ def read_yaml(text: str, found: Kinds) -> Any:
     except (RecursionError, OverflowError) as error:
         raise ValueError(f"nested too deeply or too large ({error})") from None
     finally:
-        loader.dispose()
+        if loader:
+            loader.dispose()
 
 
 def _retag(node: yaml.Node, found: Kinds, above: set[int]) -> None:
@@ -388,31 +390,39 @@ def _in_quotes(text: str) -> str:
 def _requoted(value: str) -> str | None:
     """A list or mapping with quotes around what needs them; None where its brackets do not match."""
     text = value.strip()
-    if not text or text[0] not in "{[":
-        return None
-    found, end = _requote(text, 0)
+    found, end = _list_or_mapping(text, 0)
     return found if end == len(text) else None
 
 
-def _requote(text: str, start: int) -> tuple[str, int]:
-    """The element of a list or mapping that begins at ``start``, with quotes where needed, and where it ends."""
+def _element(text: str, start: int) -> tuple[str, int]:
+    """What stands at ``start`` in a list or mapping, with quotes where needed, and where it ends."""
+    found, end = _list_or_mapping(text, start)
+    if end and text[_next(text, end) : _next(text, end) + 1] in (",", "}", "]", ""):
+        return found, end
+    end = _word_end(text, start, ",}]")
+    word = text[start:end].strip()
+    parsed = parse(f"x={word}") if word else None
+    return word if parsed and not parsed.is_sweep_override() else _in_quotes(word), end
+
+
+def _list_or_mapping(text: str, start: int) -> tuple[str, int]:
+    """The same of a list or mapping; an end of 0 where there is none, or its brackets do not match."""
     opening = text[start : start + 1]
     if opening not in ("{", "["):
-        end = _word_end(text, start, ",}]")
-        return _requoted_word(text[start:end]), end
+        return "", 0
     closing, at_, parts = {"{": "}", "[": "]"}[opening], start + 1, []
     while (at_ := _next(text, at_)) < len(text) and text[at_] != closing:
         key = ""
         if opening == "{":
             end = _word_end(text, at_, ":")
             key, at_ = f"{text[at_:end].strip()}: ", _next(text, end + 1)
-        element, at_ = _requote(text, at_)
+        element, at_ = _element(text, at_)
         parts.append(key + element)
         at_ = _next(text, at_)
         if text[at_ : at_ + 1] not in (",", closing):
-            return "", len(text) + 1  # its brackets do not match
+            return "", 0
         at_ += text[at_] == ","
-    return f"{opening}{', '.join(parts)}{closing}", at_ + 1
+    return (f"{opening}{', '.join(parts)}{closing}", at_ + 1) if at_ < len(text) else ("", 0)
 
 
 def _next(text: str, start: int) -> int:
@@ -436,9 +446,3 @@ def _word_end(text: str, start: int, ends: str) -> int:
         elif mark in ")]}" and depth:
             depth -= 1
     return len(text)
-
-
-def _requoted_word(word: str) -> str:
-    word = word.strip()
-    parsed = parse(f"x={word}") if word else None
-    return word if parsed and not parsed.is_sweep_override() else _in_quotes(word)
