@@ -1,15 +1,18 @@
 """MLflow's page, served from here: ``dnt ui``."""
 
 import itertools
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 from dnt_scale import tracking_uri
+from dnt_scale.mlflow_store import KIND, MODEL_TRAINING
 from dnt_scale.tracking import absolute_uri, sender_environment, sqlite_file, sqlite_uri, without_login
 
 
@@ -69,7 +72,7 @@ def open_ui(uri: str, port: int) -> int:
             raise ValueError(
                 f"`mlflow server` on {without_login(uri)} ended with exit code {server.returncode}, see above"
             )
-        print(f"open http://127.0.0.1:{port}  (store: {without_login(uri)}; Ctrl-C stops it)", flush=True)
+        print(f"open {_address(port)}  (store: {without_login(uri)}; Ctrl-C stops it)", flush=True)
         return server.wait()
     except KeyboardInterrupt:
         print("stopped", flush=True)
@@ -78,6 +81,21 @@ def open_ui(uri: str, port: int) -> int:
         _end_group(server)
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _address(port: int) -> str:
+    """Where the page shows, as model training, the experiment that changed last; it opens for chatbots by itself."""
+    page, view = f"http://127.0.0.1:{port}", "workflowType=machine_learning"
+    query = {"filter": f"tags.`{KIND}` = '{MODEL_TRAINING}'", "order_by": ["last_update_time DESC"], "max_results": 1}
+    ask = urllib.request.Request(f"{page}/api/2.0/mlflow/experiments/search", json.dumps(query).encode())
+    ask.add_header("Content-Type", "application/json")
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with direct.open(ask, timeout=10) as answer:
+            found = json.load(answer)["experiments"][0]["experiment_id"]
+    except (OSError, ValueError, LookupError):  # none is ours yet, or the server says why on its own page
+        return f"{page}/#/experiments?{view}"
+    return f"{page}/#/experiments/{found}?{view}"
 
 
 def _end_group(leader: subprocess.Popen[bytes]) -> None:

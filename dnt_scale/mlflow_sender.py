@@ -70,7 +70,6 @@ NOT_OURS = (
     "MLFLOW_EXPERIMENT_NAME",
     "MLFLOW_REGISTRY_URI",
     "MLFLOW_RUN_ID",
-    "_MLFLOW_SERVER_ARTIFACT_ROOT",
 )
 
 
@@ -157,9 +156,8 @@ class _Sender:
             )
             state = {"own_id": uuid.uuid4().hex}
         self.own_id: str = state.get("own_id", order["key"]["run_id"])  # the tag dnt.run_id
-        self.leases: dict[str, list[str]] = state.get(
-            "leases", {}
-        )  # what the tag dnt.lease of an MLflow run may be; "": of one in the making
+        # by MLflow run, "" for one in the making: what its tag dnt.lease may be
+        self.leases: dict[str, list[str]] = state.get("leases", {})
         self.lease = ""
         # whether this start has its MLflow run: another's that has taken it since is not to be told by settling
         self.claimed = bool(state.get("claimed")) and state.get("session") == order["session"]
@@ -342,7 +340,8 @@ class _Sender:
         if not (text := self.order.get("description", "")) or (before is not None and _sha256(before) != told):
             return {}
         if self.copied_from:
-            text += f"\n\nIts folder is a copy of that of the MLflow run `{self.copied_from}`.\n"
+            whose = "" if self.copied_from.startswith("/") else "that of the MLflow run "
+            text += f"\nIts folder is a copy of {whose}`{self.copied_from}`.\n"
         text = text[:TAG_CHARS]
         return {DESCRIPTION: text, DESCRIPTION_SHA256: _sha256(text)}
 
@@ -480,7 +479,15 @@ def _alone(lock: int, parent: _Parent) -> bool:
 
 
 def _send_all(sender: _Sender, parent: _Parent | _Gone) -> int:
-    threading.Thread(target=_end_when_hung, args=(sender, parent), daemon=True).start()
+    over = threading.Event()
+    threading.Thread(target=_end_when_hung, args=(sender, parent, over), daemon=True).start()
+    try:
+        return _send_until_over(sender, parent)
+    finally:
+        over.set()
+
+
+def _send_until_over(sender: _Sender, parent: _Parent | _Gone) -> int:
     failures = 0
     while True:
         status = parent.status()  # asked before reading: no line written before training ended is missed
@@ -523,11 +530,11 @@ def _silent_s(sender: _Sender, parent: _Parent | _Gone) -> float:
     return time.monotonic() - max(parent.ended_at, sender.answered_at)
 
 
-def _end_when_hung(sender: _Sender, parent: _Parent | _Gone) -> None:
+def _end_when_hung(sender: _Sender, parent: _Parent | _Gone, over: threading.Event) -> None:
     """MLflow calls have time limits of their own; should one hang all the same, this process still ends."""
-    while not parent.ended_at or _silent_s(sender, parent) < parent.patience_s + HUNG_S:
-        time.sleep(1)
-    os._exit(1)
+    while not over.wait(1):
+        if parent.ended_at and _silent_s(sender, parent) > parent.patience_s + HUNG_S:
+            os._exit(1)
 
 
 def settle_here(run_dir: Path, status: Status) -> int:

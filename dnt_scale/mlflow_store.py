@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 RUN_ID = "dnt.run_id"
 KIND = "mlflow.experimentKind"
-MODEL_TRAINING = "custom_model_development"  # MLflow's page opens such an experiment under model training
+MODEL_TRAINING = "custom_model_development"  # MLflow's page shows such an experiment as model training
 
 
 class ExperimentDeleted(Exception):
@@ -48,6 +48,10 @@ def opened(run_dir: Path, order: dict[str, Any], parent_status: str) -> tuple[Ml
     uri = order["key"]["uri"]
     if _is_database(uri):
         _connect(uri)
+    if artifacts := _artifacts(run_dir, uri):
+        # Of the experiment that MLflow makes in a new store: its own choice is below the working folder, and with a '
+        # in that folder's name it makes none.
+        os.environ["_MLFLOW_SERVER_ARTIFACT_ROOT"] = artifacts
     with _locked(run_dir, uri):
         client = MlflowClient(tracking_uri=_from_its_folder(uri))
         experiment_id = _experiment(client, run_dir, uri, order["experiment"])

@@ -16,6 +16,8 @@ from dnt_scale.sections import MSGDWConfig
 from dnt_scale.sources import weights_of
 from dnt_scale.tracking import Tracker, git_commit
 
+LINE_CHARS = 90
+
 
 def start_tracking(run: RunConfig, state: State, me: Ranks) -> Tracker:
     """Write ``config.yaml`` and open metrics.jsonl and MLflow, going on where the checkpoint stands.
@@ -73,7 +75,7 @@ def description(run: RunConfig, me: Ranks, commit: str) -> str:
         "",
         "To go on with it:",
         "",
-        *(f"    {line}" for line in command(run, me)),
+        *(f"    {line}" for words in command(run, me) for line in shell_lines(words)),
     ]
     return "\n".join(lines) + "\n"
 
@@ -83,21 +85,32 @@ def code(text: object) -> str:
     return f"`` {text} ``" if "`" in str(text) else f"`{text}`"
 
 
-def command(run: RunConfig, me: Ranks) -> list[str]:
-    """The lines for a shell that go on with a run: those that have started it."""
+def command(run: RunConfig, me: Ranks) -> list[list[str]]:
+    """What to run in a shell to go on with a run, word by word: what has started it."""
     if (run.run.dir / "jobs" / "run.json").exists():
-        return [shlex.join(["dnt", "resubmit", os.path.realpath(run.run.dir)])]
+        return [["dnt", "resubmit", os.path.realpath(run.run.dir)]]
     words = sys.argv[2:] if sys.argv[1:2] == ["train"] else sys.argv[1:]
     overrides = [word for word in words if word != "--fresh"]
     if "TORCHELASTIC_RUN_ID" in os.environ:
         local = int(os.environ.get("LOCAL_WORLD_SIZE", me.world_size))
-        nodes = [f"--nnodes={me.world_size // local}"] if local < me.world_size else ["--standalone"]
-        start = ["torchrun", *nodes, f"--nproc-per-node={local}", "-m", "dnt_scale.train"]
+        nodes = "--standalone" if local == me.world_size else f"--nnodes={me.world_size // local}"
+        start = ["torchrun", nodes, f"--nproc-per-node={local}", "-m", "dnt_scale.train"]
     elif me.world_size > 1:
         start = ["srun", f"--ntasks={me.world_size}", "python", "-m", "dnt_scale.train"]
     else:
         start = ["dnt", "train"]
     try:
-        return [shlex.join(["cd", str(Path.cwd())]), shlex.join([*start, *overrides])]
+        return [["cd", str(Path.cwd())], [*start, *overrides]]
     except FileNotFoundError:  # the folder that it was started in is gone
-        return [shlex.join([*start, *overrides])]
+        return [[*start, *overrides]]
+
+
+def shell_lines(words: list[str]) -> list[str]:
+    """A command in lines that the page has room for: longer ones would push the table of metrics off it."""
+    lines = [""]
+    for word in map(shlex.quote, words):
+        if lines[-1] and len(lines[-1]) + len(word) > LINE_CHARS:
+            lines[-1] += " \\"
+            lines.append(" ")
+        lines[-1] += (" " if lines[-1] else "") + word
+    return lines

@@ -1,22 +1,17 @@
-"""Run folders that were copied, moved, restored or mixed up between starts: two never write into one MLflow run.
-
-The sender's own code, real MLflow and real SQLite; it runs in this process, which spares each start the three seconds
-of importing MLflow.
-"""
+"""Run folders that were copied, moved, restored or mixed up between starts: two never write into one MLflow run."""
 
 import json
-import os
 import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from dnt_scale import mlflow_sender, mlflow_store
+from dnt_scale import mlflow_sender
 from dnt_scale.settle import settle
-from dnt_scale.tracking import Tracker, read_json, unsent_lines
+from dnt_scale.tracking import read_json
+from tests.helpers.senders import begin, client, shown, start, without_processes
 from tests.helpers.stores import sqlite_store
 
 OLD_FIELDS = ("place", "own_id", "copied_from", "leases", "claimed", "name", "notes", "remedy")  # mlflow.json has since
@@ -30,50 +25,11 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def runs_dir(empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder for run folders with an empty store; a start there starts no process, see ``start``."""
+    """A folder for run folders with an empty store; starts there are this process's own."""
     (tmp_path / "runs").mkdir()
     shutil.copy(empty_store, tmp_path / "runs" / "mlflow.db")
-    monkeypatch.setattr(Tracker, "_start_sender", lambda self: None)
+    without_processes(monkeypatch)
     return tmp_path / "runs"
-
-
-def begin(run_dir: Path, steps: int, run_id: str = "trained", **changes: Any) -> mlflow_sender._Sender:
-    """What training does at a start and in ``steps`` steps more, and its sender, which has sent nothing yet."""
-    done = (run_dir / "metrics.jsonl").read_bytes().count(b"\n") if (run_dir / "metrics.jsonl").exists() else 0
-    options: dict[str, Any] = {
-        "uri": None,
-        "experiment": "tests",
-        "run_name": run_dir.name,
-        "params": {"optim.lr": 1.0},
-        "tags": {"config": f"run:\n  dir: {run_dir}\n"},
-        "description": f"in {run_dir}",
-    }
-    tracker = Tracker.start(run_dir, run_id=run_id, enabled=True, resume_step=done, **{**options, **changes})
-    for step in range(done + 1, done + steps + 1):
-        tracker.log({"step": step, "time": float(step), "train/loss": 1 / step})
-    tracker.finish("FINISHED")
-    return mlflow_sender._Sender(run_dir, read_json(run_dir / "logs" / "tracking.json"), live=True)
-
-
-def start(run_dir: Path, steps: int = 2, **changes: Any) -> str:
-    """One start from its first step to its end; returns the id of its MLflow run."""
-    sender = begin(run_dir, steps, **changes)
-    assert mlflow_sender._send_all(sender, mlflow_sender._Gone("FINISHED")) == 0
-    assert unsent_lines(run_dir) == 0
-    return sender.mlflow_run_id
-
-
-def client(run_dir: Path) -> Any:
-    from mlflow import MlflowClient
-
-    return MlflowClient(read_json(run_dir / "logs" / "tracking.json")["key"]["uri"])
-
-
-def shown(run_dir: Path) -> tuple[str, list[int]]:
-    """The name and the steps of the MLflow run that a folder fills."""
-    found, mine = client(run_dir), read_json(run_dir / "logs" / "mlflow.json")["mlflow_run_id"]
-    history = found.get_metric_history(mine, "train/loss")
-    return found.get_run(mine).info.run_name, [point.step for point in history]
 
 
 def notes(run_dir: Path) -> list[str]:

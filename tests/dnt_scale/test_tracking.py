@@ -18,13 +18,38 @@ import pytest
 from dnt_scale import config
 from dnt_scale.mlflow_page import open_ui
 from dnt_scale.plots import plot_run
-from dnt_scale.tracking import Tracker, default_uri, git_commit, unsent_lines
+from dnt_scale.tracking import Tracker, default_uri, git_commit, sqlite_uri, unsent_lines
 from tests.helpers.stores import free_port, mlflow_server, until
 
 PARAMS = {"optim.lr": 1.0, "model.name": "dnt_nano", "train.steps": 20, "data.limit": None, "eval.full": True}
 TAGS = {"git_commit": "abc123-dirty", "manifest_sha256": "0" * 64}
 
 PATIENCE_S = 120  # for a machine that is busy with other things
+ODD = 'it\'s 100%25 #1? a&b; %j [ü] "c"'  # a folder's name
+# What MLflow, or Python for it, would take from the environment or out of the working folder.
+VARIABLES = {
+    "MLFLOW_TRACKING_URI": "http://127.0.0.1:9",
+    "MLFLOW_REGISTRY_URI": "http://127.0.0.1:9",
+    "MLFLOW_RUN_ID": "another",
+    "MLFLOW_EXPERIMENT_ID": "7",
+    "MLFLOW_EXPERIMENT_NAME": "another",
+    "MLFLOW_ENABLE_ASYNC_LOGGING": "true",
+    "MLFLOW_ACTIVE_MODEL_ID": "another",
+    "PYTHONPATH": ":.",
+}
+MODULES = ("mlflow", "types", "random", "sqlite3", "orjson", "json", "runpy", "dnt_scale", "sitecustomize", "uvicorn")
+
+
+def in_the_way(folder: Path) -> None:
+    """Files of a user's own that are named as modules and folders which MLflow looks for."""
+    for name in MODULES:
+        (folder / f"{name}.py").write_text(f"raise SystemExit('{name} of the working folder was imported')\n")
+    for package in ("numpy", "alembic"):
+        (folder / package).mkdir()
+        (folder / package / "__init__.py").write_text("raise SystemExit('imported')\n")
+    (folder / "mlruns" / "0").mkdir(parents=True)
+    (folder / "mlruns" / "0" / "meta.yaml").write_text("name: another\n")
+    (folder / ".env").write_text("MLFLOW_TRACKING_URI=http://127.0.0.1:9\n")
 
 
 def start(run_dir: Path, resume_step: int = 0, **changes: object) -> Tracker:
@@ -66,11 +91,16 @@ def test_importing_loads_neither_mlflow_nor_matplotlib():
 
 
 def test_a_run_and_its_resumption_are_one_mlflow_run(tmp_path, capfd, monkeypatch):
-    elsewhere = tmp_path / "cwd"
+    elsewhere = tmp_path / ODD
     elsewhere.mkdir()
+    in_the_way(elsewhere)
+    before = sorted(elsewhere.rglob("*"))
     monkeypatch.chdir(elsewhere)
-    run_dir = tmp_path / "runs" / "one"
-    tracker = start(run_dir)
+    run_dir = tmp_path / f"{ODD}runs" / ODD / "one"
+    with monkeypatch.context() as patched:
+        for name, value in VARIABLES.items():
+            patched.setenv(name, value)
+        tracker = start(run_dir)
     (run_dir / "config.yaml").write_text("model: dnt_nano\n")
     tracker.log({"step": 0, "tokens": 0, "val/loss": 9.5})
     for step in range(1, 21):
@@ -110,7 +140,7 @@ def test_a_run_and_its_resumption_are_one_mlflow_run(tmp_path, capfd, monkeypatc
     assert runs["one"].data.tags["param.train.steps"] == "30"
     assert unsent_lines(run_dir) == 0
     assert capfd.readouterr().err == ""
-    assert list(elsewhere.iterdir()) == []  # MLflow left nothing where training ran
+    assert sorted(elsewhere.rglob("*")) == before  # MLflow left nothing where training ran
 
 
 def test_a_killed_run_is_marked_killed_with_all_its_lines(tmp_path):
@@ -157,8 +187,8 @@ def test_two_runs_may_create_the_store_at_once(tmp_path):
 
 def test_a_server_that_is_down_costs_a_warning_and_gets_everything_later_once(tmp_path, capfd):
     run_dir = tmp_path / "runs" / "offline"
-    store = tmp_path / "server" / "mlflow.db"
-    seed = start(tmp_path / "server" / "seed")  # makes the server's store
+    store = tmp_path / ODD / "mlflow.db"
+    seed = start(tmp_path / ODD / "seed")  # makes the server's store
     port = free_port()
     uri = f"http://someone:secret@127.0.0.1:{port}"
     patient = start(tmp_path / "runs" / "patient", uri=uri)
@@ -191,13 +221,15 @@ def test_a_server_that_is_down_costs_a_warning_and_gets_everything_later_once(tm
 
     # The server comes up as `dnt ui`; the same command is run again.
     seed.finish("FINISHED", PATIENCE_S)
-    code = f"from dnt_scale.mlflow_page import open_ui; raise SystemExit(open_ui('sqlite:///{store}', {port}))"
+    in_the_way(here := tmp_path / ODD)
+    code = "import sys; from dnt_scale.mlflow_page import open_ui; raise SystemExit(open_ui(sys.argv[1], int(sys.argv[2])))"
+    command = [sys.executable, "-P", "-c", code, "sqlite:///mlflow.db", str(port)]
     with (tmp_path / "page.log").open("w") as log:
-        page = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=log, text=True)
+        page = subprocess.Popen(command, cwd=here, stdout=subprocess.PIPE, stderr=log, text=True)
     assert page.stdout is not None
     while not (said := page.stdout.readline()).startswith("open "):
         assert said, (tmp_path / "page.log").read_text()
-    assert f"http://127.0.0.1:{port}" in said
+    assert f"http://127.0.0.1:{port}/#/experiments/1?workflowType=machine_learning " in said
     try:
         tracker = start(run_dir, resume_step=201, uri=uri)
         tracker.finish("FINISHED", PATIENCE_S)
@@ -218,13 +250,13 @@ def test_a_server_that_is_down_costs_a_warning_and_gets_everything_later_once(tm
         patient.log(line(step))
     until(lambda: warned(patient))
     assert "takes nothing now" in capfd.readouterr().err
-    with mlflow_server(f"sqlite:///{store}", tmp_path / "server" / "mlartifacts", port):
+    with mlflow_server(sqlite_uri(store), tmp_path / "server" / "mlartifacts", port):
         until(lambda: not warned(patient))
         assert "answers again" in capfd.readouterr().err
         for step in range(152, 202):
             patient.log(line(step))
         patient.finish("FINISHED", PATIENCE_S)
-    client, runs = mlflow_runs(f"sqlite:///{store}")
+    client, runs = mlflow_runs(sqlite_uri(store))
     assert {name: run.info.status for name, run in runs.items()} == dict.fromkeys(
         ("seed", "offline", "patient"), "FINISHED"
     )
