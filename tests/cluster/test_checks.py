@@ -414,9 +414,7 @@ def test_a_run_that_trains_here_is_not_submitted(data: Path, tmp_path: Path) -> 
             lambda: submit.submit(run, site, fresh=True),
             lambda: multirun.check_new(tmp_path / "one"),
         ):
-            with pytest.raises(
-                HeldError, match=rf"run\.dir: {tmp_path / 'one'} is being trained by pid {os.getpid()}"
-            ):
+            with pytest.raises(HeldError, match=rf"run\.dir: {tmp_path / 'one'} is being trained by pid {os.getpid()}"):
                 refused()
     assert not ledger.submitted(tmp_path / "one")
     (tmp_path / "one" / "config.yaml").write_text(config.to_yaml(run))
