@@ -50,14 +50,15 @@ def faster(cost: float) -> str:
     return "bf16" if cost < PAYS_BELOW else "fp32"
 
 
-def resolve(run: RunConfig, me: Ranks, recorded: str | None = None) -> tuple[RunConfig, str]:
+def resolve(run: RunConfig, me: Ranks, command: str, recorded: str | None) -> tuple[RunConfig, str]:
     """Return ``run`` with bf16 or fp32 in place of auto, and a line for the user or "". A collective.
 
     Args:
+        command: the ``train.dtype`` of the command alone; where it is auto, ``run`` may have the recorded one already.
         recorded: what the checkpoint that the run resumes from was trained in; auto keeps it. None: a first start.
     """
     asked = run.train.dtype
-    if asked == "fp32" and recorded is None:
+    if asked == "fp32" and (recorded is None or command == "fp32"):
         return run, ""
     cost = ranks.highest(round(1000 * min(bf16_cost(me.device), 1e6)))[0] / 1000  # the slowest rank's
     best = faster(cost)
@@ -66,7 +67,7 @@ def resolve(run: RunConfig, me: Ranks, recorded: str | None = None) -> tuple[Run
     if chosen == "bf16" != best:
         whose = "recorded with the checkpoint" if recorded == "bf16" else "asked for"
         line = f"train.dtype: bf16 was {whose}, but {slowness(me.device, cost)}; train.dtype=fp32 is faster"
-    elif chosen == recorded != best:
+    elif chosen != best:
         line = f"train.dtype: {chosen}, as recorded with the checkpoint; on this machine {best} is faster"
     return with_dtype(run, chosen), line
 

@@ -112,7 +112,8 @@ def begun_on_all(run: RunConfig, me: Ranks, typed: Typed, *, fresh: bool) -> Beg
     # a set may lie elsewhere on each node: its manifest tells which it is, see resume.check_sets
     check_settings(me, {key: value for key, value in config.flat(run).items() if not is_set_path(key)})
     begun = on_first(me, lambda: begin(run, typed, fresh=fresh))
-    run, line = compute_dtype.resolve(begun.run.model_copy(update={"data": run.data}), me, begun.start.dtype)
+    here = begun.run.model_copy(update={"data": run.data})
+    run, line = compute_dtype.resolve(here, me, run.train.dtype, begun.start.dtype)
     for note in (*begun.notes, *([line] if line else [])) if me.first else ():
         warn(note)
     return replace(begun, run=run)

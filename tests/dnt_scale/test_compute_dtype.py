@@ -40,7 +40,7 @@ def test_auto_is_the_default() -> None:
 
 
 @pytest.mark.parametrize(
-    ("cost", "asked", "recorded", "chosen", "said"),
+    ("cost", "command", "recorded", "chosen", "said"),
     [
         (GOOD, "auto", None, "bf16", ""),
         (POOR, "auto", None, "fp32", ""),
@@ -51,6 +51,7 @@ def test_auto_is_the_default() -> None:
         (POOR, "auto", "bf16", "bf16", "bf16 was recorded with the checkpoint, but a bf16 matmul takes 36 times"),
         (POOR, "bf16", "bf16", "bf16", "bf16 was recorded with the checkpoint, but a bf16 matmul takes 36 times"),
         (GOOD, "auto", "fp32", "fp32", "fp32, as recorded with the checkpoint; on this machine bf16 is faster"),
+        (GOOD, "fp32", "fp32", "fp32", ""),
         (GOOD, "auto", "bf16", "bf16", ""),
         (POOR, "auto", "fp32", "fp32", ""),
         (GOOD, "fp32", "bf16", "fp32", ""),
@@ -61,16 +62,17 @@ def test_what_is_chosen_and_said(
     monkeypatch: pytest.MonkeyPatch,
     me: ranks.Ranks,
     cost: float,
-    asked: str,
+    command: str,
     recorded: str | None,
     chosen: str,
     said: str,
 ) -> None:
     machine(monkeypatch, cost)
-    resolved, line = compute_dtype.resolve(run_with(asked), me, recorded)
-    assert resolved.train.dtype == chosen
-    assert (said in line) if said else not line
-    assert resolved == run_with(chosen)
+    for asked in {command, recorded or command} if command == "auto" else {command}:  # it may be kept already
+        resolved, line = compute_dtype.resolve(run_with(asked), me, command, recorded)
+        assert resolved.train.dtype == chosen
+        assert (said in line) if said else not line
+        assert resolved == run_with(chosen)
 
 
 def test_ranks_on_unlike_machines_choose_what_the_poorest_is_good_at(
@@ -78,7 +80,7 @@ def test_ranks_on_unlike_machines_choose_what_the_poorest_is_good_at(
 ) -> None:
     machine(monkeypatch, GOOD)
     monkeypatch.setattr(ranks, "highest", lambda *values: (round(1000 * POOR),))
-    assert compute_dtype.resolve(run_with("auto"), me)[0].train.dtype == "fp32"
+    assert compute_dtype.resolve(run_with("auto"), me, "auto", None)[0].train.dtype == "fp32"
 
 
 def test_an_engine_that_does_not_go_with_it_is_refused(monkeypatch: pytest.MonkeyPatch, me: ranks.Ranks) -> None:
@@ -86,7 +88,7 @@ def test_an_engine_that_does_not_go_with_it_is_refused(monkeypatch: pytest.Monke
     machine(monkeypatch, GOOD)
     odd = ["engine=zero1", "engine.deepspeed={zero_optimization: {reduce_bucket_size: 5}}"]
     with pytest.raises(config.ConfigError, match="zero1 in bf16"):
-        compute_dtype.resolve(run_with("auto", *odd), me)
+        compute_dtype.resolve(run_with("auto", *odd), me, "auto", None)
 
 
 @pytest.mark.parametrize(
