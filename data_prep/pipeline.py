@@ -90,7 +90,7 @@ def prepare(options: PrepareOptions, console: Console | None = None) -> Manifest
         if options.task:
             console.print(
                 f"task {options.task[0]} of {options.task[1]} is done; when all are, the same command without --task "
-                f"makes the set in {escape(str(out))}",
+                f"makes the set in {escape(visible(str(out)))}",
                 highlight=False,
             )
             return None
@@ -98,7 +98,7 @@ def prepare(options: PrepareOptions, console: Console | None = None) -> Manifest
             raise ValueError("the corpus changed while it was read; run the command again")
         manifest = _finish(work, options, base, recipe, sources, units, chunks, console)
     rows = ", ".join(f"{split.rows:,} {name} rows" for name, split in manifest.splits.items())
-    console.print(f"wrote     {escape(str(out))}: {rows} of {manifest.seq_len} tokens", highlight=False)
+    console.print(f"wrote     {escape(visible(str(out)))}: {rows} of {manifest.seq_len} tokens", highlight=False)
     return manifest
 
 

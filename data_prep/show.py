@@ -35,7 +35,7 @@ def info(folder: Path, console: Console | None = None) -> None:
     folder = Path(folder)
     manifest = shards.load_manifest(folder)
     table = _table(
-        "split", "documents", "text MB", "tokens", "rows", "shards", "MB", "B/token", title=escape(str(folder))
+        "split", "documents", "text MB", "tokens", "rows", "shards", "MB", "B/token", title=escape(visible(str(folder)))
     )
     for name, split in manifest.splits.items():
         size = sum(shard.bytes for shard in split.shards)
@@ -85,7 +85,7 @@ def dry_run(options: PrepareOptions, console: Console | None = None) -> None:
         here = [unit for unit in units if unit.source == source.name]
         stored = sum(map(stored_bytes, here)) / 1e6
         table.add_row(escape(source.name), f"{len(source.files):,}", f"{stored:,.1f}", f"{len(here):,}")
-    tokenizer = str(options.tokenizer) if options.tokenizer else None
+    tokenizer = visible(str(options.tokenizer)) if options.tokenizer else None
     learned = f"train {options.kind} of {options.vocab_size:,} pieces on {sample_bytes(options) / 1e6:,.0f} MB"
     rules = load_rules(options.rules) if options.rules else None
     lines = [
@@ -93,7 +93,7 @@ def dry_run(options: PrepareOptions, console: Console | None = None) -> None:
         f"clean      {', '.join(name for name, _ in rules.rules) if rules else 'none'}",
         f"dedup      {options.dedup}",
         f"pack       {options.packing}, rows of {options.seq_len} + 1 tokens, {options.val_fraction:.2%} held out",
-        f"work       {workers(options)} processes in {options.out / PARTIAL}",
+        f"work       {workers(options)} processes in {visible(str(options.out / PARTIAL))}",
     ]
     if options.tokenizer:
         recipe = recipe_of(options, rules, options.tokenizer)

@@ -347,14 +347,16 @@ def settle(options: argparse.Namespace) -> None:
 
 def data_tokenizer(options: argparse.Namespace) -> int:
     from data_prep.pipeline import train_tokenizer
+    from data_prep.report.markup import visible
 
     work = options.out.with_name(f"{options.out.name}.work")
     tokenizer = train_tokenizer(corpus_options(options, out=work), options.out)
-    print(f"{options.out}: {tokenizer.vocab_size:,} pieces, sha256 {tokenizer.sha256}")
+    print(f"{visible(str(options.out))}: {tokenizer.vocab_size:,} pieces, sha256 {tokenizer.sha256}")
     return 0
 
 
 def data_verify(options: argparse.Namespace) -> int:
+    from data_prep.report.markup import visible
     from data_prep.show import verify
 
     problems = verify(options.folder)
@@ -362,7 +364,7 @@ def data_verify(options: argparse.Namespace) -> int:
         print(f"error: {problem}", file=sys.stderr)
     if problems:
         return 2
-    print(f"{options.folder}: whole")
+    print(f"{visible(str(options.folder))}: whole")
     return 0
 
 

@@ -80,6 +80,7 @@ class _Input(NamedTuple):
     is_file: bool
     files: list[_Found]
     passed: list[_Passed]
+    root: str = ""
 
 
 def find_sources(inputs: Sequence[str | Path]) -> list[Source]:
@@ -97,12 +98,16 @@ def find_sources(inputs: Sequence[str | Path]) -> list[Source]:
     if not inputs:
         raise ValueError("no input given: name at least one folder, file or glob")
     seen: set[str] = set()
+    told: set[str] = set()
     found: list[tuple[str, list[File], list[Finding]]] = []
     lone: list[File] = []
     used: dict[str, int] = {}
     homeless: list[Finding] = []
     for item in map(str, inputs):
-        given = _find_remote(item) if is_url(item) and not _is_there(item) else _find_local(item)
+        try:
+            given = _find_remote(item) if is_url(item) and not _is_there(item) else _find_local(item)
+        except ValueError as error:
+            raise ValueError(_printable(str(error))) from error
         name = unused(_printable(given.name), used)
         new = []
         for file in given.files:
@@ -111,7 +116,11 @@ def find_sources(inputs: Sequence[str | Path]) -> list[Source]:
                 seen.add(real)
                 below = file.below if given.is_file else f"{name}/{file.below}"
                 new.append(File(_printable(below), file.path, _kind(file.below), file.size, file.stamp))
-        passed = [Finding(each.kind, _printable(f"{name}/{each.below}"), 0, each.detail) for each in given.passed]
+        passed = []
+        for each in given.passed:
+            if (place := os.path.join(given.root, each.below)) not in told:  # noqa: PTH118  # it may be a URL
+                told.add(place)
+                passed.append(Finding(each.kind, _printable(f"{name}/{each.below}"), 0, each.detail))
         if given.is_file and new and new[0].kind == "text":
             if not lone:
                 found.append((unused("files", used), lone, []))
@@ -197,7 +206,7 @@ def _find_local(item: str) -> _Input:
                 )
             found, passed = _walk(path, ["**"])
             files, passed = _without_cards(*_wanted(found, passed))
-            return _Input(name, False, _some(item, files, passed), passed)
+            return _Input(name, False, _some(item, files, passed), passed, os.path.realpath(path))
         if re.search(r"[*?\[]", str(path)):
             parts = path.parts
             # As far as the path exists it is taken as it stands.
@@ -208,7 +217,7 @@ def _find_local(item: str) -> _Input:
                 )
             root = Path(*parts[:fixed])
             files, passed = _walk(root, list(parts[fixed:]))
-            return _Input(_name(root), False, _matching(item, files), passed + _beside(files))
+            return _Input(_name(root), False, _matching(item, files), passed + _beside(files), os.path.realpath(root))
         if path.is_symlink():
             raise ValueError(f"{item}: a link to {path.readlink()}, which is not there; check the path")
         if path.exists():
@@ -217,7 +226,7 @@ def _find_local(item: str) -> _Input:
         raise ValueError(f"{error.filename or item}: cannot be read: {error.strerror}; check the path") from error
     except RuntimeError as error:  # no such user behind ~
         raise ValueError(f"{item}: {error}; write the path out") from error
-    raise ValueError(f"{_printable(item)}: no such file or folder; check the path")
+    raise ValueError(f"{item}: no such file or folder; check the path")
 
 
 def _find_remote(item: str) -> _Input:
@@ -237,11 +246,11 @@ def _find_remote(item: str) -> _Input:
             pattern = glob.escape(root) + path[len(root) :]
             found = {name: info for name, info in fs.glob(pattern, detail=True).items() if info["type"] == "file"}
             files, passed = _listed(fs, root, found)
-            return _Input(_last(root), False, _matching(item, files), passed + _beside(files))
+            return _Input(_last(root), False, _matching(item, files), passed + _beside(files), root)
         if item.endswith("/") if web else fs.isdir(path):
             root = path.rstrip("/")
             files, passed = _without_cards(*_wanted(*_listed(fs, root, fs.find(path, detail=True))))
-            return _Input(_last(root), False, _some(item, files, passed), passed)
+            return _Input(_last(root), False, _some(item, files, passed), passed, root)
         name = _last(path.partition("?")[0] if web else path)
         _refuse_archives(item, name)
         return _Input(name, True, [_remote(fs, name, path, fs.info(path))], [])
@@ -325,8 +334,10 @@ def _walk(root: Path, pattern: Sequence[str]) -> tuple[list[_Found], list[_Passe
                 below, path = f"{here}/{entry.name}".lstrip("/"), Path(entry.path)
                 is_folder = path.is_dir() if entry.is_symlink() else entry.is_dir()
                 if entry.name.startswith("."):
-                    what = "a folder whose name begins with a dot, not entered" if is_folder else ""
-                    pass_over(below, "hidden", what or "a name that begins with a dot")
+                    if is_folder:
+                        pass_over(below, "hidden", "a folder whose name begins with a dot, not entered")
+                    elif last:
+                        pass_over(below, "hidden", "a name that begins with a dot")
                 elif is_folder and (part == "**" or not last):
                     enter(below, entry, at if part == "**" else at + 1)
                 elif is_folder or not last:
