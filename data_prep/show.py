@@ -1,7 +1,6 @@
 """What a person asks of a set or of a plan: `dnt data info`, `verify`, and `prepare --dry-run`."""
 
 from collections.abc import Sequence
-from contextlib import closing
 from pathlib import Path
 
 from rich.console import Console
@@ -15,8 +14,8 @@ from data_prep.pipeline import found_before_reading, recipe_of, share, tell_what
 from data_prep.progress import stage
 from data_prep.read.documents import Findings
 from data_prep.read.inputs import find_sources, plan_units
-from data_prep.read.pieces import Unit, opened, stored_bytes
-from data_prep.read.streams import Stored, is_url
+from data_prep.read.pieces import Unit, first_findings, stored_bytes
+from data_prep.read.streams import is_url
 from data_prep.report.markup import visible
 from data_prep.shards import PARTIAL
 from data_prep.verify import verify as verify_set
@@ -120,11 +119,8 @@ def _by_their_beginnings(units: Sequence[Unit], text_field: str) -> Findings:
     findings = Findings()
     for unit in units:
         for file in unit.files:
-            if unit.start or is_url(file.path) or file.kind == "parquet":
-                continue
-            with closing(Stored(file)) as stored:
-                for finding in opened(file, stored, text_field).findings:
-                    findings.add(finding)
+            for finding in () if unit.start or is_url(file.path) else first_findings(file, text_field):
+                findings.add(finding)
     return findings
 
 

@@ -191,6 +191,8 @@ def _is_there(item: str) -> bool:
 
 def _find_local(item: str) -> _Input:
     """What is behind an INPUT here."""
+    if not item:
+        raise ValueError("an INPUT is empty; name a file, a folder or a glob (. is the folder you are in)")
     try:
         path = Path(item)
         if item.startswith("~") and not _is_there(item):

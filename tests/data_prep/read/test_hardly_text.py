@@ -1,4 +1,4 @@
-"""Whatever is read that is hardly the text that was meant: another encoding, packed, binary, a stand-in; JSON by content."""
+"""Whatever is read that is hardly the text that was meant: other encodings, packed, binary, stand-ins; and JSON."""
 
 import bz2
 import gzip
