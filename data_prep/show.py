@@ -77,7 +77,7 @@ def dry_run(options: PrepareOptions, console: Console | None = None) -> None:
     base = shards.load_manifest(options.append) if options.append else None
     options = checked(options, base)
     inputs = [item for item in options.inputs if str(item) != "-"]
-    sources = find_sources(inputs) if inputs else []
+    sources = find_sources(inputs, options.out) if inputs else []
     units = plan_units(sources)
     table = _table("source", "files", "stored MB", "units", title="input")
     for source in sources:

@@ -37,7 +37,7 @@ A set is a folder: manifest.json, tokenizer.model, WebDataset tars {train,val}-0
 """
 
 PREPARE_HELP = """\
-INPUT may be .txt .md and source files, .jsonl, each also .gz .zst .bz2 .xz; .parquet; folders; globs in quotes; URLs.
+INPUT may be .txt .md, source files, .jsonl .json, each also .gz .zst .bz2 .xz; .parquet; folders; quoted globs; URLs.
 The set appears whole or not at all. After Ctrl-C, kill -9 or an error the same command goes on where it was, and the
 result is the same to the byte. DIR/report.html tells what was read, dropped and kept; DIR/rejects.jsonl holds findings.
 

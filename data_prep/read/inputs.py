@@ -83,7 +83,7 @@ class _Input(NamedTuple):
     root: str = ""
 
 
-def find_sources(inputs: Sequence[str | Path]) -> list[Source]:
+def find_sources(inputs: Sequence[str | Path], out: Path | None = None) -> list[Source]:
     """The files behind each INPUT: a folder (recursive), a file, or a glob such as `docs/**/*.md`, each as a local path
     or as a URL that fsspec opens.
 
@@ -93,12 +93,14 @@ def find_sources(inputs: Sequence[str | Path]) -> list[Source]:
     read as text unless it ends in one of the first four. Links are followed, to each folder once. Text files named one
     by one are one source called "files". A file reached twice is read once. No two sources have one name.
 
+    Of what is made in `out`, or beside it by jobs, nothing is told: it may be there or not.
+
     Raises ValueError where an INPUT does not exist, matches nothing, or is an archive this cannot read.
     """
     if not inputs:
         raise ValueError("no input given: name at least one folder, file or glob")
     seen: set[str] = set()
-    told: set[str] = set()
+    told = {os.path.realpath(path) for path in (out, out.parent / f".{out.name}.prepare")} if out else set()
     found: list[tuple[str, list[File], list[Finding]]] = []
     lone: list[File] = []
     used: dict[str, int] = {}
@@ -373,7 +375,8 @@ def _without_cards(files: list[_Found], passed: list[_Passed]) -> tuple[list[_Fo
     beside = _texts_beside_data(files)
     cards = [file for file in beside if _is_card(file)]
     passed = passed + [_Passed(file.below, "card", "it stands beside data, and tells of it") for file in cards]
-    files = [file for file in files if file not in set(cards)]
+    gone = {file.below for file in cards}
+    files = [file for file in files if file.below not in gone]
     return files, sorted(passed + _noted(files, [file for file in beside if not _is_card(file)]))
 
 
@@ -393,11 +396,16 @@ def _texts_beside_data(files: list[_Found]) -> list[_Found]:
     """Text files that have JSON lines or parquet beside or below them."""
     texts = [file for file in files if _kind(file.below) == "text"]
     folders = {file.below.rpartition("/")[0] for file in texts}
+    with_cards = {file.below.rpartition("/")[0] for file in texts if _is_card(file)}
     with_data: set[str] = set()
     for file in files:
         above = _folders_above(file.below)
-        # A file is opened only where that decides something.
-        if _kind(file.below) != "text" and not folders.isdisjoint(above - with_data) and _holds_data(file):
+        kind = _kind(file.below)
+        # Plain JSON may be settings: it is looked into, but only where that decides on a card.
+        unsure = kind == "json" and not packing(file.below)
+        if kind == "text" or (with_cards if unsure else folders).isdisjoint(above - with_data):
+            continue
+        if not unsure or _holds_records(file):
             with_data |= above
     return [file for file in texts if file.below.rpartition("/")[0] in with_data]
 
@@ -407,10 +415,7 @@ def _folders_above(below: str) -> set[str]:
     return {"/".join(parts[:n]) for n in range(len(parts) + 1)}
 
 
-def _holds_data(file: _Found) -> bool:
-    """Whether a file that is no text holds data; of plain JSON, which may be settings, its content decides."""
-    if _kind(file.below) != "json" or packing(file.below):
-        return True
+def _holds_records(file: _Found) -> bool:
     with closing(Stored(File(file.below, file.path, "json", file.size, file.stamp))) as stored:
         head = stored.peek(HEAD_BYTES)
     return holds_records(head, len(head) < HEAD_BYTES)

@@ -185,6 +185,14 @@ def test_the_bytes_do_not_depend_on_workers_tasks_or_what_was_there(
     assert contents(out) == whole
 
 
+def test_nothing_is_told_of_the_set_in_the_making(mixed: Path, tmp_path: Path) -> None:
+    run(mixed, tmp_path / "elsewhere")
+    (mixed / ".out.prepare").mkdir()  # as jobs leave it
+    run(mixed, mixed / "out")
+    for name in ("rejects.jsonl", "train-000000.tar"):
+        assert (mixed / "out" / name).read_bytes() == (tmp_path / "elsewhere" / name).read_bytes()
+
+
 def test_appending_tells_of_what_is_appended(mixed: Path, tmp_path: Path) -> None:
     (tmp_path / "first").mkdir()
     for number in range(20):

@@ -50,6 +50,18 @@ def test_utf_16_and_32_with_a_mark_are_read(tmp_path: Path, encoding: str) -> No
         )
 
 
+def test_utf_16_that_is_broken_in_places(tmp_path: Path) -> None:
+    raw = (ENGLISH * 9).encode("utf-16")
+    for broken, text in {
+        raw + b"x": ENGLISH * 9 + "\ufffd",
+        raw + b"\0\xd8" + "after".encode("utf-16-le"): ENGLISH * 9 + "\ufffdafter",
+    }.items():
+        (tmp_path / "a.txt").write_bytes(broken)
+        assert read(tmp_path / "a.txt")[:2] == ([("a.txt", 0, text)], {"utf16": 1, "broken_utf8": 1})
+    (tmp_path / "a.txt").write_bytes(b"\xff\xfe" + bytes(range(256)) * 99)
+    assert read(tmp_path / "a.txt")[0] == []
+
+
 def test_utf_16_lines_are_not_cut_in_ranges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inputs, "UNIT_BYTES", 100)
     path = tmp_path / "a.jsonl"
@@ -136,6 +148,10 @@ def test_packed_and_binary_content_is_left_out(tmp_path: Path, what: str) -> Non
         assert (documents, counts) == ([], {"other_json" if name == "c.json" and what == "NUL" else "not_text": 1})
         assert record["file"] == name
         assert what in str(record["detail"]) or name == "c.json"
+        if "with the suffix " in str(record["detail"]):
+            suffix = str(record["detail"]).split()[-4]
+            (tmp_path / f"{name}{suffix}").write_bytes(raw)
+            assert texts_of(tmp_path / f"{name}{suffix}") == (["text"] if name != "c.json" else [])
 
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb\nsize 12345\n"
@@ -193,6 +209,7 @@ FORMS = {
     "pretty array": json.dumps(RECORDS, indent=2) + "\n",
     "array of lines": "[\n" + ",\n".join(map(json.dumps, RECORDS)) + "\n]\n",
     "pretty objects": "\n".join(json.dumps(record, indent=4) for record in RECORDS),
+    "objects in a line": " ".join(map(json.dumps, RECORDS)),
     "two arrays": json.dumps(RECORDS[:2], indent=1) + "\n" + json.dumps(RECORDS[2:]),
 }
 
