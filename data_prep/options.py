@@ -4,11 +4,12 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from data_prep import shards
 from data_prep.learn import SAMPLE_BYTES
 from data_prep.pool import cpus
+from data_prep.read.documents import SURROGATE
 from data_prep.shards import PARTIAL, Dedup, Manifest, Packing
 from data_prep.tokenizer import Encoder, Kind, Tokenizer
 from data_prep.verify import check_file
@@ -63,12 +64,14 @@ def checked(options: PrepareOptions, base: Manifest | None) -> PrepareOptions:
         ("task", options.task and options.task[0], 0, options.task[1] - 1 if options.task else 0),
     ]
     for name, value, low, high in limits:
-        if value is not None and not low <= value <= high:
-            raise ValueError(f"{name}: found {value}, expected {low} to {high}")
-    if not 0 <= options.val_fraction < 1:
-        raise ValueError(f"val_fraction: found {options.val_fraction}, expected 0 (no validation split) to below 1")
-    if options.kind not in ("bpe", "unigram"):
-        raise ValueError(f"kind: found {options.kind!r}, expected 'bpe' or 'unigram'")
+        if value is not None and not (type(value) is int and low <= value <= high):
+            raise ValueError(f"{name}: found {value!r}, expected a whole number from {low} to {high}")
+    if type(options.val_fraction) not in (int, float) or not 0 <= options.val_fraction < 1:
+        raise ValueError(f"val_fraction: found {options.val_fraction!r}, expected 0 (no validation split) to below 1")
+    for name, choices in (("kind", Kind), ("packing", Packing), ("dedup", Dedup), ("encoder", Encoder)):
+        if (found := getattr(options, name)) not in get_args(choices):
+            raise ValueError(f"{name}: found {found!r}, expected {' or '.join(map(repr, get_args(choices)))}")
+    _check_texts(options)
     if base:
         options = _as_before(options, base)
     if options.tokenizer:
@@ -85,6 +88,17 @@ def checked(options: PrepareOptions, base: Manifest | None) -> PrepareOptions:
     if options.task and any(str(item) == "-" for item in options.inputs):
         raise ValueError("task: stdin cannot be shared by tasks; write it to a file first")
     return options
+
+
+def _check_texts(options: PrepareOptions) -> None:
+    """Raises ValueError for a field or a path that can name none."""
+    field = options.text_field
+    if not isinstance(field, str) or not field or SURROGATE.search(field):
+        raise ValueError(f"text_field: found {field!r}, expected the name of a field or column, in UTF-8")
+    for name in ("out", "append", "tokenizer", "rules"):
+        path = getattr(options, name)
+        if path is not None and ("\0" in str(path) or not str(path)):
+            raise ValueError(f"{name}: found {str(path)!r}, expected a path, in which no NUL can be")
 
 
 def _as_before(options: PrepareOptions, base: Manifest) -> PrepareOptions:

@@ -73,7 +73,7 @@ def prepare(options: PrepareOptions, console: Console | None = None) -> Manifest
     out = Path(options.out)
     with work_folder(out, shared=options.task is not None) as work:
         inputs = [spool_stdin(work) if str(item) == "-" else item for item in options.inputs]
-        sources = find_sources(inputs)
+        sources = find_sources(inputs, out)
         units = plan_units(sources)
         model = _given_tokenizer(work, options)
         with _telling_if_it_fails(sources, console) as left_out:
@@ -90,15 +90,15 @@ def prepare(options: PrepareOptions, console: Console | None = None) -> Manifest
         if options.task:
             console.print(
                 f"task {options.task[0]} of {options.task[1]} is done; when all are, the same command without --task "
-                f"makes the set in {escape(str(out))}",
+                f"makes the set in {escape(visible(str(out)))}",
                 highlight=False,
             )
             return None
-        if plan_units(find_sources(inputs)) != units:
+        if plan_units(find_sources(inputs, out)) != units:
             raise ValueError("the corpus changed while it was read; run the command again")
         manifest = _finish(work, options, base, recipe, sources, units, chunks, console)
     rows = ", ".join(f"{split.rows:,} {name} rows" for name, split in manifest.splits.items())
-    console.print(f"wrote     {escape(str(out))}: {rows} of {manifest.seq_len} tokens", highlight=False)
+    console.print(f"wrote     {escape(visible(str(out)))}: {rows} of {manifest.seq_len} tokens", highlight=False)
     return manifest
 
 
@@ -114,7 +114,7 @@ def train_tokenizer(options: PrepareOptions, model: Path, console: Console | Non
         raise ValueError(f"{model}: exists already; choose another name, or delete it first")
     with work_folder(Path(options.out)) as work:
         inputs = [spool_stdin(work) if str(item) == "-" else item for item in options.inputs]
-        sources = find_sources(inputs)
+        sources = find_sources(inputs, Path(options.out))
         left_out = found_before_reading(sources)
         learnt = learn(work, lesson(options, rules), plan_units(sources), workers(options), console, left_out)
         shutil.move(learnt, model)

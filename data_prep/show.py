@@ -1,7 +1,6 @@
 """What a person asks of a set or of a plan: `dnt data info`, `verify`, and `prepare --dry-run`."""
 
 from collections.abc import Sequence
-from contextlib import closing
 from pathlib import Path
 
 from rich.console import Console
@@ -15,8 +14,8 @@ from data_prep.pipeline import found_before_reading, recipe_of, share, tell_what
 from data_prep.progress import stage
 from data_prep.read.documents import Findings
 from data_prep.read.inputs import find_sources, plan_units
-from data_prep.read.pieces import Unit, opened, stored_bytes
-from data_prep.read.streams import Stored, is_url
+from data_prep.read.pieces import Unit, first_findings, stored_bytes
+from data_prep.read.streams import is_url
 from data_prep.report.markup import visible
 from data_prep.shards import PARTIAL
 from data_prep.verify import verify as verify_set
@@ -35,7 +34,7 @@ def info(folder: Path, console: Console | None = None) -> None:
     folder = Path(folder)
     manifest = shards.load_manifest(folder)
     table = _table(
-        "split", "documents", "text MB", "tokens", "rows", "shards", "MB", "B/token", title=escape(str(folder))
+        "split", "documents", "text MB", "tokens", "rows", "shards", "MB", "B/token", title=escape(visible(str(folder)))
     )
     for name, split in manifest.splits.items():
         size = sum(shard.bytes for shard in split.shards)
@@ -78,14 +77,14 @@ def dry_run(options: PrepareOptions, console: Console | None = None) -> None:
     base = shards.load_manifest(options.append) if options.append else None
     options = checked(options, base)
     inputs = [item for item in options.inputs if str(item) != "-"]
-    sources = find_sources(inputs) if inputs else []
+    sources = find_sources(inputs, options.out) if inputs else []
     units = plan_units(sources)
     table = _table("source", "files", "stored MB", "units", title="input")
     for source in sources:
         here = [unit for unit in units if unit.source == source.name]
         stored = sum(map(stored_bytes, here)) / 1e6
         table.add_row(escape(source.name), f"{len(source.files):,}", f"{stored:,.1f}", f"{len(here):,}")
-    tokenizer = str(options.tokenizer) if options.tokenizer else None
+    tokenizer = visible(str(options.tokenizer)) if options.tokenizer else None
     learned = f"train {options.kind} of {options.vocab_size:,} pieces on {sample_bytes(options) / 1e6:,.0f} MB"
     rules = load_rules(options.rules) if options.rules else None
     lines = [
@@ -93,7 +92,7 @@ def dry_run(options: PrepareOptions, console: Console | None = None) -> None:
         f"clean      {', '.join(name for name, _ in rules.rules) if rules else 'none'}",
         f"dedup      {options.dedup}",
         f"pack       {options.packing}, rows of {options.seq_len} + 1 tokens, {options.val_fraction:.2%} held out",
-        f"work       {workers(options)} processes in {options.out / PARTIAL}",
+        f"work       {workers(options)} processes in {visible(str(options.out / PARTIAL))}",
     ]
     if options.tokenizer:
         recipe = recipe_of(options, rules, options.tokenizer)
@@ -120,11 +119,8 @@ def _by_their_beginnings(units: Sequence[Unit], text_field: str) -> Findings:
     findings = Findings()
     for unit in units:
         for file in unit.files:
-            if unit.start or is_url(file.path) or file.kind == "parquet":
-                continue
-            with closing(Stored(file)) as stored:
-                for finding in opened(file, stored, text_field).findings:
-                    findings.add(finding)
+            for finding in () if unit.start or is_url(file.path) else first_findings(file, text_field):
+                findings.add(finding)
     return findings
 
 

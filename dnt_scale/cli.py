@@ -41,7 +41,7 @@ A set is a folder: manifest.json, tokenizer.model, WebDataset tars {train,val}-0
 """
 
 PREPARE_HELP = """\
-INPUT may be .txt .md and source files, .jsonl, each also .gz .zst .bz2 .xz; .parquet; folders; globs in quotes; URLs.
+INPUT may be .txt .md, source files, .jsonl .json, each also .gz .zst .bz2 .xz; .parquet; folders; quoted globs; URLs.
 The set appears whole or not at all. After Ctrl-C, kill -9 or an error the same command goes on where it was, and the
 result is the same to the byte. DIR/report.html tells what was read, dropped and kept; DIR/rejects.jsonl holds findings.
 
@@ -425,14 +425,16 @@ def settle(options: argparse.Namespace) -> None:
 
 def data_tokenizer(options: argparse.Namespace) -> int:
     from data_prep.pipeline import train_tokenizer
+    from data_prep.report.markup import visible
 
     work = options.out.with_name(f"{options.out.name}.work")
     tokenizer = train_tokenizer(corpus_options(options, out=work), options.out)
-    print(f"{options.out}: {tokenizer.vocab_size:,} pieces, sha256 {tokenizer.sha256}")
+    print(f"{visible(str(options.out))}: {tokenizer.vocab_size:,} pieces, sha256 {tokenizer.sha256}")
     return 0
 
 
 def data_verify(options: argparse.Namespace) -> int:
+    from data_prep.report.markup import visible
     from data_prep.show import verify
 
     problems = verify(options.folder)
@@ -440,7 +442,7 @@ def data_verify(options: argparse.Namespace) -> int:
         print(f"error: {problem}", file=sys.stderr)
     if problems:
         return 2
-    print(f"{options.folder}: whole")
+    print(f"{visible(str(options.folder))}: whole")
     return 0
 
 

@@ -80,9 +80,10 @@ class _Input(NamedTuple):
     is_file: bool
     files: list[_Found]
     passed: list[_Passed]
+    root: str = ""
 
 
-def find_sources(inputs: Sequence[str | Path]) -> list[Source]:
+def find_sources(inputs: Sequence[str | Path], out: Path | None = None) -> list[Source]:
     """The files behind each INPUT: a folder (recursive), a file, or a glob such as `docs/**/*.md`, each as a local path
     or as a URL that fsspec opens.
 
@@ -92,17 +93,23 @@ def find_sources(inputs: Sequence[str | Path]) -> list[Source]:
     read as text unless it ends in one of the first four. Links are followed, to each folder once. Text files named one
     by one are one source called "files". A file reached twice is read once. No two sources have one name.
 
+    Of what is made in `out`, or beside it by jobs, nothing is told: it may be there or not.
+
     Raises ValueError where an INPUT does not exist, matches nothing, or is an archive this cannot read.
     """
     if not inputs:
         raise ValueError("no input given: name at least one folder, file or glob")
     seen: set[str] = set()
+    told = {os.path.realpath(path) for path in (out, out.parent / f".{out.name}.prepare")} if out else set()
     found: list[tuple[str, list[File], list[Finding]]] = []
     lone: list[File] = []
     used: dict[str, int] = {}
     homeless: list[Finding] = []
     for item in map(str, inputs):
-        given = _find_remote(item) if is_url(item) and not _is_there(item) else _find_local(item)
+        try:
+            given = _find_remote(item) if is_url(item) and not _is_there(item) else _find_local(item)
+        except ValueError as error:
+            raise ValueError(_printable(str(error))) from error
         name = unused(_printable(given.name), used)
         new = []
         for file in given.files:
@@ -111,7 +118,11 @@ def find_sources(inputs: Sequence[str | Path]) -> list[Source]:
                 seen.add(real)
                 below = file.below if given.is_file else f"{name}/{file.below}"
                 new.append(File(_printable(below), file.path, _kind(file.below), file.size, file.stamp))
-        passed = [Finding(each.kind, _printable(f"{name}/{each.below}"), 0, each.detail) for each in given.passed]
+        passed = []
+        for each in given.passed:
+            if (place := os.path.join(given.root, each.below)) not in told:  # noqa: PTH118  # it may be a URL
+                told.add(place)
+                passed.append(Finding(each.kind, _printable(f"{name}/{each.below}"), 0, each.detail))
         if given.is_file and new and new[0].kind == "text":
             if not lone:
                 found.append((unused("files", used), lone, []))
@@ -182,6 +193,8 @@ def _is_there(item: str) -> bool:
 
 def _find_local(item: str) -> _Input:
     """What is behind an INPUT here."""
+    if not item:
+        raise ValueError("an INPUT is empty; name a file, a folder or a glob (. is the folder you are in)")
     try:
         path = Path(item)
         if item.startswith("~") and not _is_there(item):
@@ -197,7 +210,7 @@ def _find_local(item: str) -> _Input:
                 )
             found, passed = _walk(path, ["**"])
             files, passed = _without_cards(*_wanted(found, passed))
-            return _Input(name, False, _some(item, files, passed), passed)
+            return _Input(name, False, _some(item, files, passed), passed, os.path.realpath(path))
         if re.search(r"[*?\[]", str(path)):
             parts = path.parts
             # As far as the path exists it is taken as it stands.
@@ -208,7 +221,7 @@ def _find_local(item: str) -> _Input:
                 )
             root = Path(*parts[:fixed])
             files, passed = _walk(root, list(parts[fixed:]))
-            return _Input(_name(root), False, _matching(item, files), passed + _beside(files))
+            return _Input(_name(root), False, _matching(item, files), passed + _beside(files), os.path.realpath(root))
         if path.is_symlink():
             raise ValueError(f"{item}: a link to {path.readlink()}, which is not there; check the path")
         if path.exists():
@@ -217,7 +230,7 @@ def _find_local(item: str) -> _Input:
         raise ValueError(f"{error.filename or item}: cannot be read: {error.strerror}; check the path") from error
     except RuntimeError as error:  # no such user behind ~
         raise ValueError(f"{item}: {error}; write the path out") from error
-    raise ValueError(f"{_printable(item)}: no such file or folder; check the path")
+    raise ValueError(f"{item}: no such file or folder; check the path")
 
 
 def _find_remote(item: str) -> _Input:
@@ -237,11 +250,11 @@ def _find_remote(item: str) -> _Input:
             pattern = glob.escape(root) + path[len(root) :]
             found = {name: info for name, info in fs.glob(pattern, detail=True).items() if info["type"] == "file"}
             files, passed = _listed(fs, root, found)
-            return _Input(_last(root), False, _matching(item, files), passed + _beside(files))
+            return _Input(_last(root), False, _matching(item, files), passed + _beside(files), root)
         if item.endswith("/") if web else fs.isdir(path):
             root = path.rstrip("/")
             files, passed = _without_cards(*_wanted(*_listed(fs, root, fs.find(path, detail=True))))
-            return _Input(_last(root), False, _some(item, files, passed), passed)
+            return _Input(_last(root), False, _some(item, files, passed), passed, root)
         name = _last(path.partition("?")[0] if web else path)
         _refuse_archives(item, name)
         return _Input(name, True, [_remote(fs, name, path, fs.info(path))], [])
@@ -325,8 +338,10 @@ def _walk(root: Path, pattern: Sequence[str]) -> tuple[list[_Found], list[_Passe
                 below, path = f"{here}/{entry.name}".lstrip("/"), Path(entry.path)
                 is_folder = path.is_dir() if entry.is_symlink() else entry.is_dir()
                 if entry.name.startswith("."):
-                    what = "a folder whose name begins with a dot, not entered" if is_folder else ""
-                    pass_over(below, "hidden", what or "a name that begins with a dot")
+                    if is_folder:
+                        pass_over(below, "hidden", "a folder whose name begins with a dot, not entered")
+                    elif last:
+                        pass_over(below, "hidden", "a name that begins with a dot")
                 elif is_folder and (part == "**" or not last):
                     enter(below, entry, at if part == "**" else at + 1)
                 elif is_folder or not last:
@@ -360,7 +375,8 @@ def _without_cards(files: list[_Found], passed: list[_Passed]) -> tuple[list[_Fo
     beside = _texts_beside_data(files)
     cards = [file for file in beside if _is_card(file)]
     passed = passed + [_Passed(file.below, "card", "it stands beside data, and tells of it") for file in cards]
-    files = [file for file in files if file not in set(cards)]
+    gone = {file.below for file in cards}
+    files = [file for file in files if file.below not in gone]
     return files, sorted(passed + _noted(files, [file for file in beside if not _is_card(file)]))
 
 
@@ -380,11 +396,16 @@ def _texts_beside_data(files: list[_Found]) -> list[_Found]:
     """Text files that have JSON lines or parquet beside or below them."""
     texts = [file for file in files if _kind(file.below) == "text"]
     folders = {file.below.rpartition("/")[0] for file in texts}
+    with_cards = {file.below.rpartition("/")[0] for file in texts if _is_card(file)}
     with_data: set[str] = set()
     for file in files:
         above = _folders_above(file.below)
-        # A file is opened only where that decides something.
-        if _kind(file.below) != "text" and not folders.isdisjoint(above - with_data) and _holds_data(file):
+        kind = _kind(file.below)
+        # Plain JSON may be settings: it is looked into, but only where that decides on a card.
+        unsure = kind == "json" and not packing(file.below)
+        if kind == "text" or (with_cards if unsure else folders).isdisjoint(above - with_data):
+            continue
+        if not unsure or _holds_records(file):
             with_data |= above
     return [file for file in texts if file.below.rpartition("/")[0] in with_data]
 
@@ -394,10 +415,7 @@ def _folders_above(below: str) -> set[str]:
     return {"/".join(parts[:n]) for n in range(len(parts) + 1)}
 
 
-def _holds_data(file: _Found) -> bool:
-    """Whether a file that is no text holds data; of plain JSON, which may be settings, its content decides."""
-    if _kind(file.below) != "json" or packing(file.below):
-        return True
+def _holds_records(file: _Found) -> bool:
     with closing(Stored(File(file.below, file.path, "json", file.size, file.stamp))) as stored:
         head = stored.peek(HEAD_BYTES)
     return holds_records(head, len(head) < HEAD_BYTES)

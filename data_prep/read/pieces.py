@@ -212,12 +212,7 @@ def _rows(file: File, text_field: str) -> Iterator[tuple[Text | Finding, int]]:
 
     row = 0
     with seekable(file) as raw:
-        first = raw.read(HEAD_BYTES)
-        whole = len(first) < HEAD_BYTES
-        if not first or (found := stand_in(file.name, file.kind, first, whole, text_field)):
-            finding = (
-                Finding("stand_in", file.name, 0, found) if first else Finding("empty", file.name, 0, "an empty file")
-            )
+        for finding in _no_parquet(file, raw.read(HEAD_BYTES), text_field):
             yield finding, file.size
             return
         raw.seek(0)
@@ -239,6 +234,21 @@ def _rows(file: File, text_field: str) -> Iterator[tuple[Text | Finding, int]]:
             raise ValueError(
                 f"{file.path}: damaged after row {row}: {error}; expected a whole parquet file, make it again"
             ) from error
+
+
+def _no_parquet(file: File, first: bytes, text_field: str) -> tuple[Finding, ...]:
+    if not first:
+        return (Finding("empty", file.name, 0, "an empty file"),)
+    found = stand_in(file.name, file.kind, first, len(first) < HEAD_BYTES, text_field)
+    return (Finding("stand_in", file.name, 0, found),) if found else ()
+
+
+def first_findings(file: File, text_field: str) -> tuple[Finding, ...]:
+    """What is to be said of a file by its beginning. Raises ValueError as `read_pieces` does."""
+    with closing(Stored(file)) as stored:
+        if file.kind == "parquet":
+            return _no_parquet(file, stored.peek(HEAD_BYTES), text_field)
+        return opened(file, stored, text_field).findings
 
 
 def _check_column(file: File, schema: Any, text_field: str) -> None:

@@ -64,6 +64,7 @@ _LONGER_MAGIC = {
     re.compile(rb"\0\0..ftyp", re.DOTALL): "MP4",
     re.compile(rb"\x80[\x02-\x05][\x95c}\]]"): "a pickle",
 }
+_READ_AS = {"gzip": ".gz", "zstd": ".zst", "xz": ".xz", "bzip2": ".bz2", "parquet": ".parquet"}
 # Files of these are pages by right.
 MARKUP = (".html", ".htm", ".xhtml", ".xml", ".vue", ".php", ".svg", ".js", ".jsx", ".ts", ".tsx")
 _POINTERS = {
@@ -121,7 +122,9 @@ def look(name: str, kind: Kind, head: bytes, whole: bool, text_field: str) -> Lo
         end = len(head) if whole else len(head) // 4 * 4  # where a character may end
         head = head[:end].decode(encoding, "replace").encode()
     elif not is_sure and (found := _magic(head)):
-        return Look("nothing", kind="not_text", detail=f"the beginning of {found} data")
+        suffix = "" if packing(name) else _READ_AS.get(found, "")
+        advice = f"; with the suffix {suffix} it is read" if suffix else ""
+        return Look("nothing", kind="not_text", detail=f"the beginning of {found} data{advice}")
     head = head.removeprefix(codecs.BOM_UTF8)
     if found := stand_in(name, kind, head, whole, text_field):
         return Look("nothing", kind="stand_in", detail=found)
@@ -177,15 +180,21 @@ def holds_records(head: bytes, whole: bool) -> bool:
     return form == "elements" or objects > 1
 
 
+_BAD = "data_prep.bad_byte"
+codecs.register_error(_BAD, lambda error: ("\udcff", error.end))  # type: ignore[attr-defined]
+
+
 def transcoded(chunks: Iterable[bytes], encoding: str) -> Iterator[bytes]:
-    """The text in chunks of UTF-8, without its mark; what is no text becomes U+FFFD."""
-    decoder = codecs.getincrementaldecoder(encoding)("replace")
+    """The text in chunks of UTF-8, without its mark; what is no text becomes a byte that is none in UTF-8 either."""
+    decoder = codecs.getincrementaldecoder(encoding)(_BAD)
     first = True
     for chunk in chunks:
         if text := decoder.decode(chunk):
-            yield (text.removeprefix("\ufeff") if first else text).encode()
+            if encoded := (text.removeprefix("\ufeff") if first else text).encode(errors="surrogateescape"):
+                yield encoded
             first = False
-    yield decoder.decode(b"", True).encode()
+    if end := decoder.decode(b"", True).encode(errors="surrogateescape"):
+        yield end
 
 
 _OUTSIDE = re.compile(rb'["{}\[\],\n\r]')
@@ -259,7 +268,8 @@ def _json_form(head: bytes, whole: bool) -> tuple[Form, int]:
     if re.match(rb"\s*\[\s*\{", head):
         return "elements", 0
     if re.match(rb'\s*\{\s*"', head):
-        return "values" if len(sample) > 1 and sample[0].rstrip()[-1:] in b"{[,:" else "lines", 0
+        over_lines = len(sample) > 1 and sample[0].rstrip()[-1:] in b"{[,:"
+        return "values" if over_lines or re.search(rb'\}\s*,?\s*\{\s*"', sample[0]) else "lines", 0
     return "text", 0
 
 

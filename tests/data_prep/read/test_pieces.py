@@ -50,7 +50,7 @@ def test_any_bytes_come_back_from_any_packing(suffix: str, raw: bytes, cut: int)
         for record in records:
             said[Path(str(record["file"])).name].append((record["kind"], record["detail"]))
         assert said[f"one.txt{suffix}"] == said[f"two.txt{suffix}"] != []
-        if raw.isascii() and raw.decode().isprintable() and not re.search(rb"[^a-z ]|[a-z]{4}", raw):
+        if raw and raw.isascii() and raw.decode().isprintable() and not re.search(rb"[^a-z ]|[a-z]{4}", raw):
             assert said[f"one.txt{suffix}"][0] == raw.decode()
 
 
