@@ -29,7 +29,10 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class ConfigError(ValueError):
-    """A field of the run's configuration is wrong; the message says which and what to do."""
+    """A field of the run's configuration is wrong; the message says which and what to do, in one line."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__("".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in message))
 
 
 class Strict(BaseModel):

@@ -1,6 +1,7 @@
 """`dnt generate` and `dnt eval` on the reference run."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -58,6 +59,39 @@ def test_no_token_beyond_the_tokenizer_is_sampled():
     assert {sample(logits, 2.0, 2, generator) for _ in range(200)} == {1, 2}
     assert {sample(logits, 2.0, 99, generator) for _ in range(200)} == {0, 1, 2}
     assert {sample(logits, 0.0, 0, generator) for _ in range(9)} == {2}
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-38, 1e-10, 1e10, 1e308])
+@pytest.mark.parametrize("top_k", [0, 2, 10**15])
+def test_any_temperature_samples(temperature, top_k):
+    from dnt_scale.inference import sample
+
+    logits = torch.tensor([-80.0, 70.0, 60.0, -torch.inf])
+    found = {sample(logits, temperature, top_k, torch.Generator().manual_seed(seed)) for seed in range(30)}
+    assert found == {1} if temperature < 1 else found == ({1, 2} if top_k == 2 else {0, 1, 2})
+
+
+@pytest.mark.parametrize("spoilt", [torch.nan, torch.inf])
+def test_logits_that_are_not_finite_are_refused(spoilt):
+    from dnt_scale.inference import sample
+
+    for temperature in (0.0, 1.0):
+        with pytest.raises(ValueError, match="logits are not finite"):
+            sample(torch.tensor([0.0, spoilt, 1.0]), temperature, 2, torch.Generator())
+
+
+def test_a_prompt_that_is_no_utf8_is_continued(reference):
+    done = dnt("generate", reference, "--prompt", os.fsdecode(b"\xff\xfeabc"), "--tokens", 3).ok()
+    assert done.out.startswith("\ufffd\ufffdabc")
+
+
+def test_where_data_has_moved_the_advice_helps(finished_run, corpus):
+    path = finished_run / "config.yaml"
+    path.write_text(path.read_text().replace(str(corpus), "/gone/set"))
+    for command in (["generate", finished_run, "--tokens", 3], ["eval", finished_run, "--rows", 5]):
+        error = dnt(*command).error()
+        assert "/gone/set: no such folder" in error and error.endswith("give its new place with --data")
+        dnt(*command, "--data", corpus).ok()
 
 
 def test_generate_prints_the_prompt_and_goes_on(reference):
