@@ -4,7 +4,6 @@ That holds for ``model``, ``optim`` and ``train``; the other sections follow the
 of a key, or a group choice (optim=, model=, preset=) other than the one recorded: the same choice again resets nothing.
 """
 
-import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -182,7 +181,7 @@ def told(before: RunConfig, now: RunConfig, step: int, seq_len: int) -> Iterator
     jumps = [
         f"{f'of {name} ' if name else ''}{old[name]:.4g} -> {rate:.4g}"
         for name, rate in new.items()
-        if name in old and not math.isclose(old[name], rate, rel_tol=1e-6)
+        if name in old and f"{old[name]:.4g}" != f"{rate:.4g}"
     ]
     if jumps:
         why = [key for key, *_ in changed if key in BUDGET or ".schedule." in key or key.endswith(".lr")]

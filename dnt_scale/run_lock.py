@@ -137,10 +137,11 @@ class Lock:
             return
         self._over.set()
         self._beating.join(BEAT_S)
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ConfigError):
             if self.made and _stamp(self.path.with_name("config.yaml")) == self._config:  # nothing was begun
                 self._unmake()
-            os.ftruncate(self._descriptor, 0)
+            if (found := _read(self._descriptor, self.path)) and found.token == self.holder.token:
+                os.ftruncate(self._descriptor, 0)
         with contextlib.suppress(OSError):
             os.close(self._descriptor)
 
@@ -159,7 +160,7 @@ def take(run_dir: Path, holder: Holder, *, patience_s: float = 0.0, field: str =
         patience_s: how long to wait for an earlier attempt of the same job, or for a command that will soon be over.
 
     Raises:
-        HeldError: another process is; a HeldFault where ``patience_s`` was not enough.
+        HeldError: another process is; HeldFault where ``patience_s`` was not enough.
         ConfigError: nothing can be written there, or the file is somebody else's.
     """
     deadline, leaving = time.monotonic() + patience_s, time.monotonic() + LEAVING_S
@@ -316,7 +317,8 @@ def _read(descriptor: int, path: Path) -> Holder | None:
 def _write(descriptor: int, holder: Holder) -> None:
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, orjson.dumps(asdict(holder)), 0)
-    os.fsync(descriptor)
+    with contextlib.suppress(OSError):  # not every file system can
+        os.fsync(descriptor)
 
 
 def _gone(other: Holder) -> bool:

@@ -249,14 +249,17 @@ def _strange(run: RunConfig, place: Storage) -> tuple[str, ...]:
         why = f"a link to {place.local.readlink()}, which is not there" if link else "Not a directory"
         field = "run.dir" if run.checkpoint.dir is None else "checkpoint.dir"
         raise ConfigError(f"{field}: nothing can be written to {place.local} ({why}); give another")
-    odd = [name for name in place.names() if step_of(name) is not None and not place.is_folder(name)]
-    return tuple(f"{place / name} is a file or a link, no checkpoint's folder: passed over" for name in odd)
+    named = [name for name in place.names() if step_of(name) is not None]
+    odd = {name: "is a file or a link, no checkpoint's folder" for name in named if not place.is_folder(name)}
+    odd |= {name: "is empty" for name in named if name not in odd and not (place / name).names()}
+    return tuple(f"{place / name} {why}: passed over" for name, why in sorted(odd.items()))
 
 
 def _newest(run: RunConfig, place: Storage) -> Storage | None:
     """The newest checkpoint. Raises ConfigError where a newer one is there in part."""
     whole = complete(place)
-    steps = steps_of(place) if place.local else []  # at a URL state.json comes last: a killed save is no damage
+    # at a URL state.json comes last: a killed save is no damage
+    steps = [step for step in steps_of(place) if (place / step_name(step)).names()] if place.local else []
     newest = max(whole, default=None)
     if steps and (newest is None or steps[-1] > newest):
         part = place / step_name(steps[-1])

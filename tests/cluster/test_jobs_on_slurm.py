@@ -14,6 +14,8 @@ from cluster import ledger, settings, state
 from cluster.submit import submit
 from dnt_scale import config, timeline
 from dnt_scale.cli import main as dnt
+from dnt_scale.config import ConfigError
+from dnt_scale.run_start import check_no_job
 from tests.helpers.folders import allocated, queued, ready, submitted_run
 from tests.helpers.run import steps_written, synthetic_set, tiny
 from tests.helpers.slurm import command, free, wait_for, wait_state
@@ -138,7 +140,11 @@ def test_a_job_that_slurm_has_forgotten(tmp_path: Path, mine: bool, capsys: pyte
     run_dir = submitted_run(tmp_path / "gone", events, "39999999", steps=5)
     if not mine:
         os.chown(ledger.folder(run_dir) / "run.json", 65534, 65534)
+    with pytest.raises(ConfigError, match=rf"in use by job 39999999, .* `dnt jobs {run_dir}` finds that out"):
+        check_no_job(run_dir)  # of training that does not ask SLURM; the advice is followed here
     assert dnt(["jobs", str(run_dir)]) == 0
+    if mine:
+        check_no_job(run_dir)
     shown = " ".join(capsys.readouterr().out.split())
     assert "gone: killed (job 39999999 ended without a word, SLURM has forgotten it)" in shown
     assert f"`dnt resubmit {run_dir}` goes on with it" in shown

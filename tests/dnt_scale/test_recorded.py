@@ -159,6 +159,7 @@ def test_differences_are_told_with_old_and_new_values() -> None:
         (["train.steps=60"], 30, "0.1 -> 0.5624, of embedding 0.005 -> 0.02812 (by train.steps)"),
         (["optim.groups.embedding.lr=0.1"], 10, "of embedding 0.04094 -> 0.08187 (by optim.groups.embedding.lr)"),
         (["eval.every=3"], 10, None),
+        (["optim.lr=1.000001"], 10, None),  # no jump
         (["optim.momentum=0.5"], 10, None),
     ],
 )

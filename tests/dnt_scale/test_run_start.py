@@ -360,6 +360,7 @@ GOES_ON: dict[Callable[[Case], None], tuple[int, str]] = {  # the step, and what
     a_link_of_such_a_name: (20, "CHECKPOINTS/step-00000099 is a file or a link, no checkpoint's folder: passed over"),
     a_file_of_such_a_name: (20, "CHECKPOINTS/step-00000099 is a file or a link, no checkpoint's folder: passed over"),
     a_killed_save: (20, ""),
+    an_empty_folder_of_a_step: (20, "CHECKPOINTS/step-00000030 is empty: passed over"),
     an_older_one_in_part: (20, ""),
     checkpoints_on_another_disk: (20, ""),
     no_config: (20, ""),
@@ -384,7 +385,6 @@ REFUSES: dict[Callable[[Case], None], str] = {
     a_state_is_cut_short: f"CHECKPOINTS/{LAST}/state.json: damaged .* remove CHECKPOINTS/{LAST} to go on from an older",
     a_state_is_empty: f"CHECKPOINTS/{LAST}/state.json: damaged .* remove CHECKPOINTS/{LAST} to go on from an older",
     the_only_state_is_foreign: f"CHECKPOINTS/{LAST}/state.json: damaged .* no older one: restore it, or .*--fresh",
-    an_empty_folder_of_a_step: "CHECKPOINTS/step-00000030/state.json: missing, .* remove CHECKPOINTS/step-00000030 to",
     a_copy_under_another_step: "CHECKPOINTS/step-00000030/state.json: is of step 6, .* remove it to go on",
     checkpoints_removed: "RUN/metrics.jsonl has 20 steps, but there is no checkpoint in CHECKPOINTS .*step 20 is gone",
     checkpoints_emptied: "RUN/metrics.jsonl has 20 steps, but there is no checkpoint in CHECKPOINTS .*step 20 is gone",
@@ -477,7 +477,6 @@ def test_a_run_is_refused_and_fresh_moves_it_aside(
 ADVICE: dict[Callable[[Case], None], tuple[Callable[[Case], object], int]] = {  # what a refusal says, followed
     a_state_is_missing: (lambda case: shutil.rmtree(case.checkpoints / LAST), 18),
     a_state_is_cut_short: (lambda case: shutil.rmtree(case.checkpoints / LAST), 18),
-    an_empty_folder_of_a_step: (lambda case: (case.checkpoints / "step-00000030").rmdir(), 20),
     a_copy_under_another_step: (lambda case: shutil.rmtree(case.checkpoints / "step-00000030"), 20),
     another_checkpoint_dir: (lambda case: case.overrides.pop(), 20),
     somebodys_config: (lambda case: (case.run_dir / "config.yaml").rename(case.run_dir / "mine.yaml"), 20),
