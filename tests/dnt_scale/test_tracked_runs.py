@@ -1,6 +1,7 @@
 """Whole training runs and what MLflow shows of them meanwhile: status, system metrics, goodput; and no password."""
 
 import json
+import shlex
 import signal
 import socket
 from pathlib import Path
@@ -46,6 +47,19 @@ def test_a_run_that_is_stopped_and_goes_on(corpus, tmp_path):
         sent = points(uri, "tiny", f"system/{socket.gethostname()}/{name}")
         assert sent == [(sample["step"], sample[name]) for sample in samples]
         assert max(value for _, value in sent) > 0
+    note = runs(uri)["tiny"].data.tags["mlflow.note.content"]
+    assert f"folder `{run_dir}`" in note
+    how = shlex.split(note.partition("To go on with it:")[2])  # as a shell reads it, lines that go on included
+    assert how[:2] == ["cd", str(Path.cwd())]
+    last_start = [*tiny(corpus, run_dir, *overrides), f"train.steps={last + 1}"]
+    assert [word for word in how[2:] if word != "\n"] == [
+        "srun",
+        "--ntasks=2",
+        "python",
+        "-m",
+        "dnt_scale.train",
+        *last_start,
+    ]
     shown = runs(uri)["tiny"].data.metrics
     assert shown["goodput/attempts"] == 3
     assert 0 < shown["goodput/total"] < 1

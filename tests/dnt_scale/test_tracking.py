@@ -222,8 +222,8 @@ def test_a_server_that_is_down_costs_a_warning_and_gets_everything_later_once(tm
     # The server comes up as `dnt ui`; the same command is run again.
     seed.finish("FINISHED", PATIENCE_S)
     in_the_way(here := tmp_path / ODD)
-    code = "import sys; from dnt_scale.mlflow_page import open_ui; raise SystemExit(open_ui(sys.argv[1], int(sys.argv[2])))"
-    command = [sys.executable, "-P", "-c", code, "sqlite:///mlflow.db", str(port)]
+    code = f"from dnt_scale.mlflow_page import open_ui; raise SystemExit(open_ui('sqlite:///mlflow.db', {port}))"
+    command = [sys.executable, "-P", "-c", code]
     with (tmp_path / "page.log").open("w") as log:
         page = subprocess.Popen(command, cwd=here, stdout=subprocess.PIPE, stderr=log, text=True)
     assert page.stdout is not None
