@@ -188,7 +188,11 @@ def test_a_poor_terminal_shows_everything(corpus, tmp_path):
     env = {"PYTHONIOENCODING": "ascii", "COLUMNS": "1", "TERM": "dumb", "NO_COLOR": "1", "LC_ALL": "C"}
     done = dnt("data", "info", tmp_path / "año", env=env)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and "a\\xf1o" in done.stderr, done.stderr
-    assert dnt("data", "info", corpus, env=env).returncode == 0
+    shown = dnt("data", "info", corpus).stdout
+    assert shown
+    for columns in "01":
+        done = dnt("data", "info", corpus, env={**env, "COLUMNS": columns})
+        assert (done.returncode, done.stdout.split()) == (0, shown.split())
 
 
 def test_a_working_folder_that_is_gone(tmp_path):
