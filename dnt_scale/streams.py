@@ -112,8 +112,8 @@ def guard(*, shows: bool = False) -> None:
     """Put these in the place of sys.stdout and sys.stderr; again, it changes what standard output is for.
 
     Characters that the terminal's encoding lacks come out as escapes. A descriptor that was closed (``>&-``) leads to
-    nowhere from now on, so that no file of ours gets its number. COLUMNS=0, which some terminals set, means nothing, not
-    that nothing is to be shown. Streams that somebody has put in place are left alone.
+    nowhere from now on, so that no file of ours gets its number. COLUMNS=0, which some terminals set, does not
+    mean that nothing is to be shown. Streams that somebody has put in place are left alone.
 
     Args:
         shows: the output is all that the command is for.
@@ -129,9 +129,8 @@ def guard(*, shows: bool = False) -> None:
         sys.stdin = open(0, closefd=False)  # noqa: SIM115
     for name, descriptor, ends in (("stdout", 1, shows), ("stderr", 2, False)):
         before: TextIO | None = getattr(sys, name)
-        known = _outputs.get(name)
-        if known is not None and getattr(before, "buffer", None) is known:
-            known.shows = ends
+        if isinstance(ours := getattr(before, "buffer", None), Output):
+            ours.shows = ends
             continue
         if before is not getattr(sys, f"__{name}__"):
             continue
