@@ -34,6 +34,14 @@ def plot_run(run_dir: Path) -> Path:
     The file is replaced in one piece. Raises ValueError when there is no loss to draw, OSError when a file cannot be
     read or written.
     """
+    import matplotlib
+
+    with matplotlib.rc_context():  # a matplotlibrc of the user's, perhaps in the working folder, is for other plots
+        matplotlib.rcdefaults()
+        return _draw(run_dir)
+
+
+def _draw(run_dir: Path) -> Path:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -19,6 +19,7 @@ from typing import TextIO
 HELD_BYTES = 1 << 20  # for a reader that does not read now; what is beyond is dropped
 PATIENCE_S = 0.2  # that a write waits for one, until it is known not to read
 LAST_S = 2.0  # that the end of the process does
+LEAST_COLUMNS = 20
 READER_GONE = 141  # 128 + SIGPIPE, as shells have it
 
 
@@ -111,11 +112,14 @@ def guard(*, shows: bool = False) -> None:
     """Put these in the place of sys.stdout and sys.stderr; again, it changes what standard output is for.
 
     Characters that the terminal's encoding lacks come out as escapes. A descriptor that was closed (``>&-``) leads to
-    nowhere from now on, so that no file of ours gets its number. Streams that somebody has put in place are left alone.
+    nowhere from now on, so that no file of ours gets its number. COLUMNS=0, which some terminals set, does not
+    mean that nothing is to be shown. Streams that somebody has put in place are left alone.
 
     Args:
         shows: the output is all that the command is for.
     """
+    if os.environ.get("COLUMNS", "80").isdigit() and int(os.environ.get("COLUMNS", "80")) < LEAST_COLUMNS:
+        del os.environ["COLUMNS"]
     for descriptor, mode in ((0, os.O_RDONLY), (1, os.O_WRONLY), (2, os.O_WRONLY)):
         try:
             os.fstat(descriptor)
@@ -125,9 +129,8 @@ def guard(*, shows: bool = False) -> None:
         sys.stdin = open(0, closefd=False)  # noqa: SIM115
     for name, descriptor, ends in (("stdout", 1, shows), ("stderr", 2, False)):
         before: TextIO | None = getattr(sys, name)
-        known = _outputs.get(name)
-        if known is not None and getattr(before, "buffer", None) is known:
-            known.shows = ends
+        if isinstance(ours := getattr(before, "buffer", None), Output):
+            ours.shows = ends
             continue
         if before is not getattr(sys, f"__{name}__"):
             continue

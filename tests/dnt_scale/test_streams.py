@@ -4,6 +4,7 @@ import fcntl
 import io
 import os
 import pty
+import re
 import resource
 import signal
 import subprocess
@@ -188,7 +189,11 @@ def test_a_poor_terminal_shows_everything(corpus, tmp_path):
     env = {"PYTHONIOENCODING": "ascii", "COLUMNS": "1", "TERM": "dumb", "NO_COLOR": "1", "LC_ALL": "C"}
     done = dnt("data", "info", tmp_path / "año", env=env)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and "a\\xf1o" in done.stderr, done.stderr
-    assert dnt("data", "info", corpus, env=env).returncode == 0
+    shown = re.findall(r"[\w.,]+", dnt("data", "info", corpus).stdout)
+    assert len(shown) > 20
+    for columns in "01":
+        done = dnt("data", "info", corpus, env={**env, "COLUMNS": columns})
+        assert (done.returncode, re.findall(r"[\w.,]+", done.stdout)) == (0, shown)
 
 
 def test_a_working_folder_that_is_gone(tmp_path):
