@@ -32,7 +32,7 @@ def test_a_run_from_its_start_to_its_end(reference):
 def test_a_killed_run_has_no_end(killed):
     events = timeline.read(killed)
     assert kinds(events) == ["start", "ready", "progress"]
-    assert [event["step"] for event in events if event["event"] == "saved"][0] == 3
+    assert next(event["step"] for event in events if event["event"] == "saved") == 3
 
 
 def test_the_next_attempt_goes_on_below_a_torn_line(corpus, finished_run):
