@@ -176,7 +176,7 @@ def test_a_run_is_submitted_once_and_not_again_while_its_job_lives(
     try:
         assert refused(*submit) == (
             f"error: run.name: once was submitted before (job {job}); `dnt resubmit {run_dir}` goes on with it, "
-            "or take another run.name\n"
+            "--fresh begins anew, or take another run.name\n"
         )
         assert refused("resubmit", str(run_dir)) == (
             f"error: {run_dir}: job {job} of it is pending; `dnt cancel {run_dir}` ends it first\n"

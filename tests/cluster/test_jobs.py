@@ -227,6 +227,7 @@ def test_a_run_with_jobs_at_work_is_not_trained_by_hand(runs: Path, capsys: pyte
     assert dnt(["train", *here]) == 2
     told = capsys.readouterr().err
     assert "is in use by its job: running on node1 node3" in told and "surely over, delete" in told
+    (runs / "sweep/done/metrics.jsonl").unlink()  # of steps that have no checkpoint
     assert dnt(["train", *here, f"run.dir={runs}/sweep/done"]) == 2
     assert "set: no such folder" in capsys.readouterr().err
 

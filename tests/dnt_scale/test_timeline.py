@@ -8,15 +8,16 @@ from tests.helpers.run import STEPS, tiny, train
 
 
 def kinds(events: list[timeline.Event]) -> list[str]:
-    """The events' names, several of progress in a row as one."""
-    names = [event["event"] for event in events]
+    """The events' names but for checkpoints in place, several of progress in a row as one."""
+    names = [event["event"] for event in events if event["event"] != "saved"]
     return [name for name, before in zip(names, ["", *names], strict=False) if (name, before) != ("progress",) * 2]
 
 
 def test_a_run_from_its_start_to_its_end(reference):
     events = timeline.read(reference)
     assert kinds(events) == ["start", "ready", "progress", "end"]
-    start, ready, *progress, end = events
+    assert [event["step"] for event in events if event["event"] == "saved"] == [6, 12, 18, STEPS]
+    start, ready, *progress, end = events = [event for event in events if event["event"] != "saved"]
     assert start["ranks"] == 2 and ready["step"] == 0
     assert (end["outcome"], end["step"], progress[-1]["step"]) == ("FINISHED", STEPS, STEPS)
     assert len({event["attempt"] for event in events}) == 1
@@ -29,7 +30,9 @@ def test_a_run_from_its_start_to_its_end(reference):
 
 
 def test_a_killed_run_has_no_end(killed):
-    assert kinds(timeline.read(killed)) == ["start", "ready", "progress"]
+    events = timeline.read(killed)
+    assert kinds(events) == ["start", "ready", "progress"]
+    assert next(event["step"] for event in events if event["event"] == "saved") == 3
 
 
 def test_the_next_attempt_goes_on_below_a_torn_line(corpus, finished_run):
