@@ -10,6 +10,7 @@ from data_prep.options import PrepareOptions
 from data_prep.pipeline import prepare
 from tests.helpers.corpus import python_source_files
 from tests.helpers.run import complete_checkpoints, stop_midway, tiny, train
+from tests.helpers.stores import sqlite_store
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -73,3 +74,10 @@ def killed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert set(stopped.codes) == {-signal.SIGKILL}
     assert complete_checkpoints(run_dir)
     return run_dir
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SQLite store of MLflow's without runs, to be copied: making one takes seconds."""
+    sqlite_store(file := tmp_path_factory.mktemp("store") / "mlflow.db")
+    return file

@@ -12,15 +12,8 @@ from dnt_scale import mlflow_sender
 from dnt_scale.settle import settle
 from dnt_scale.tracking import read_json
 from tests.helpers.senders import begin, client, shown, start, without_processes
-from tests.helpers.stores import sqlite_store
 
 OLD_FIELDS = ("place", "own_id", "copied_from", "leases", "claimed", "name", "notes", "remedy")  # mlflow.json has since
-
-
-@pytest.fixture(scope="module")
-def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    sqlite_store(file := tmp_path_factory.mktemp("store") / "mlflow.db")
-    return file
 
 
 @pytest.fixture
@@ -245,3 +238,22 @@ def test_settling_a_copy_tells_nothing_of_the_original(runs_dir: Path, capfd: py
     assert client(b).get_run(mine).info.status == "KILLED"
     assert settle(b, "FAILED")  # starts no process any more
     assert capfd.readouterr().err == ""
+
+
+def test_a_copied_sweep_has_a_parent_run_of_its_own(runs_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DNT_PARENT", "sweep-1:rates")
+    uri = f"sqlite:///{runs_dir / 'mlflow.db'}"
+    one, other, renamed = (runs_dir / name for name in ("one", "other", "renamed"))
+
+    def parent(sweep: Path, run: str) -> str:
+        made = start(sweep / run, uri=uri)
+        return str(client(sweep / run).get_run(made).data.tags["mlflow.parentRunId"])
+
+    first = parent(one, "lr-1")
+    assert parent(one, "lr-2") == first
+    copy(one, other)
+    second = parent(other, "lr-1")
+    assert second != first
+    assert parent(other, "lr-2") == second
+    move(one, renamed)
+    assert parent(renamed, "lr-1") == first

@@ -17,13 +17,7 @@ from dnt_scale import config, mlflow_sender, mlflow_store, tracking_uri
 from dnt_scale.tracking import Tracker, read_json
 from tests.helpers.run import can_mount
 from tests.helpers.senders import begin, client, shown, start, without_processes
-from tests.helpers.stores import PATIENCE_S, sqlite_store
-
-
-@pytest.fixture(scope="module")
-def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    sqlite_store(file := tmp_path_factory.mktemp("store") / "mlflow.db")
-    return file
+from tests.helpers.stores import PATIENCE_S
 
 
 @pytest.fixture

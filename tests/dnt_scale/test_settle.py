@@ -17,7 +17,7 @@ import pytest
 
 from dnt_scale.settle import settle, settle_parent
 from dnt_scale.tracking import Tracker
-from tests.helpers.stores import PATIENCE_S, points, runs, sqlite_store, until
+from tests.helpers.stores import PATIENCE_S, points, runs, until
 
 TRACKED = """
 import signal, sys
@@ -31,14 +31,6 @@ for step in range(1, lines + 1):
 print(tracker._sender.pid, flush=True)
 signal.pause()
 """
-
-
-@pytest.fixture(scope="module")
-def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A SQLite store without runs, to be copied: making one takes seconds."""
-    file = tmp_path_factory.mktemp("store") / "mlflow.db"
-    sqlite_store(file)
-    return file
 
 
 @pytest.fixture
