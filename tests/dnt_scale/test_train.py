@@ -92,7 +92,7 @@ def test_the_golden_loss_curve(tmp_path):
     np.testing.assert_allclose(found, [[float(word) for word in line.split()] for line in lines], rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
 def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(corpus, reference, tmp_path, number):
     run_dir = tmp_path / "run"
     overrides = tiny(corpus, run_dir, "checkpoint.every=0")
