@@ -124,17 +124,17 @@ def objection(run_dir: Path, submission: Submission, this: str) -> tuple[EndStat
 
 def name_files_only() -> None:
     """Let submitit put a job's number into the names of its files, not into a folder above that is called ``50%j``."""
-    from submitit.core import utils
+    from submitit.core.utils import JobPaths
 
-    class Paths(utils.JobPaths):
-        def _format_id(self, path: Path | str) -> Path:
-            return Path(path).parent / super()._format_id(Path(path).name)
+    if getattr(JobPaths, "_with_folders", None):
+        return
+    with_folders = JobPaths._with_folders = JobPaths._format_id  # type: ignore[attr-defined]
 
-        @staticmethod
-        def get_first_id_independent_folder(folder: Path | str) -> Path:
-            return Path(folder)
+    def format_id(self: JobPaths, path: Path | str) -> Path:
+        return Path(path).parent / Path(with_folders(self, Path(path).name))
 
-    utils.JobPaths = Paths  # type: ignore[misc]
+    JobPaths._format_id = format_id  # type: ignore[method-assign]
+    JobPaths.get_first_id_independent_folder = staticmethod(Path)  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster import ledger, prepare, slurm, submit
+from cluster import job, ledger, prepare, slurm, submit
 from cluster.ledger import LedgerError
 from dnt_scale.cli import main as dnt
 from tests.helpers.run import synthetic_set, tiny
@@ -17,7 +17,7 @@ SHADOWS = ("queue.py", "types.py", "random.py", "submitit.py", "numpy.py", "clus
 @pytest.fixture
 def odd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working folder whose name SLURM's patterns and a shell would read, with files in the way of imports."""
-    folder = tmp_path / "around" / "50%j 'x\" %A_%a %t [é]"
+    folder = tmp_path / "around" / "50%j 'x\" 100% [é]"
     for name in SHADOWS:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("raise SystemExit('imported from the working folder')\n")
@@ -66,3 +66,16 @@ def test_names_that_a_job_cannot_work_with_are_refused(folder: str, name: str) -
 def test_slurms_own_signs_are_the_only_ones_left(array: bool) -> None:
     found = submit.log_files(Path("/r/100%/50%j/%%t"), array=array, task="%t")
     assert found == f"/r/100%%/50%%j/%%%%t/{'%A_%a' if array else '%j'}_%t_log.out"
+
+
+def test_submitit_finds_its_files_below_such_a_folder(tmp_path: Path) -> None:
+    from submitit.core.utils import JobPaths
+
+    job.name_files_only()
+    job.name_files_only()
+    folder = tmp_path / "50%j" / "%A %a %t" / "slurm"
+    assert JobPaths(folder, "7_3", 1).submitted_pickle == folder / "7_3_submitted.pkl"
+    assert JobPaths(folder, "7_3", 1).submission_file == folder / "7_submission.sh"
+    assert JobPaths(folder, "7", 1).result_pickle == folder / "7_1_result.pkl"
+    assert JobPaths(folder, "7").folder == JobPaths.get_first_id_independent_folder(folder) == folder
+    assert JobPaths(folder).stdout == folder / "%j_%t_log.out"
