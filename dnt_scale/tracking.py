@@ -454,7 +454,7 @@ class Tracker:
         with contextlib.suppress(OSError):
             self._sender.stdin.close()
         deadline = time.monotonic() + timeout_s
-        why, remedy = f"no answer within {timeout_s:g} s", ""
+        why, remedy = f"not within {timeout_s:g} s, its sender goes on", ""
         while self._sender.poll() is None and time.monotonic() < deadline:
             state = self._state()
             if state.get("error") and state["time"] > asked:
@@ -469,8 +469,9 @@ class Tracker:
             why = state.get("error") or f"its sender ended with exit code {self._sender.returncode}"
             remedy = state.get("remedy", "")
         then = f"{remedy} Then the" if remedy else "The"
-        lines = f"{unsent_lines(self.run_dir)} lines of {self.run_dir / METRICS}"
+        unsent = unsent_lines(self.run_dir)
+        what = f"{unsent} lines of {self.run_dir / METRICS} are" if unsent else f"the end of {self.run_dir} is"
         warn(
-            f"{lines} are not in MLflow at {without_login(self.uri)} yet ({why}). {then} same `dnt train` "
-            f"command sends them; details in {self._log()}."
+            f"{what} not in MLflow at {without_login(self.uri)} yet ({why}). {then} same `dnt train` "
+            f"command sends {'them' if unsent else 'it'}; details in {self._log()}."
         )
