@@ -64,8 +64,11 @@ def checked(options: PrepareOptions, base: Manifest | None) -> PrepareOptions:
         ("task", options.task and options.task[0], 0, options.task[1] - 1 if options.task else 0),
     ]
     for name, value, low, high in limits:
-        if value is not None and not (type(value) is int and low <= value <= high):
-            raise ValueError(f"{name}: found {value!r}, expected a whole number from {low} to {high}")
+        if value is None and name not in ("seq_len", "vocab_size", "shard_bytes"):
+            continue
+        if type(value) is not int or not low <= value <= high:
+            whole = "" if type(value) is int else ", a whole number"
+            raise ValueError(f"{name}: found {value!r}, expected {low} to {high}{whole}")
     if type(options.val_fraction) not in (int, float) or not 0 <= options.val_fraction < 1:
         raise ValueError(f"val_fraction: found {options.val_fraction!r}, expected 0 (no validation split) to below 1")
     for name, choices in (("kind", Kind), ("packing", Packing), ("dedup", Dedup), ("encoder", Encoder)):

@@ -3,6 +3,7 @@
 import fcntl
 import io
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from rich.console import Console
 
 from data_prep import show
 from data_prep.chunks import held_out
-from data_prep.options import PrepareOptions
+from data_prep.options import PrepareOptions, checked
 from data_prep.shards import PARTIAL, iter_documents, load_manifest
 from data_prep.show import dry_run, info
 from data_prep.tokenizer import Tokenizer, text_hash
@@ -183,6 +184,41 @@ def test_bad_options_and_input(corpus: Path, tmp_path: Path, options: dict[str, 
     assert said in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
     assert {path.name for path in (tmp_path / "out").glob("*")} <= {PARTIAL}
+
+
+NUMBERS = st.integers(-5, 2**70) | st.floats() | st.booleans() | st.text(max_size=3) | st.none()
+TEXTS = st.text(max_size=4) | st.sampled_from(["\udcff", "a\0b", "", "\x1b[2J\n"]) | st.integers()
+OPTIONS = {
+    **dict.fromkeys(["seq_len", "vocab_size", "workers", "shard_bytes", "sample_bytes", "val_fraction"], NUMBERS),
+    **dict.fromkeys(["text_field", "kind", "packing", "dedup", "encoder"], TEXTS),
+    **dict.fromkeys(["out", "tokenizer", "rules"], st.text(max_size=4).map(Path)),
+    "task": st.tuples(st.integers(-2, 4), st.integers(-2, 4)),
+    "inputs": st.lists(TEXTS.map(str), max_size=3),
+}
+
+
+@given(name=st.sampled_from(sorted(OPTIONS)), data=st.data())
+def test_any_option_is_taken_or_refused_in_a_line(name: str, data: st.DataObject) -> None:
+    value = data.draw(OPTIONS[name])
+    try:
+        checked(PrepareOptions(**{"inputs": ["a"], "out": Path("out"), name: value}), None)
+    except ValueError as error:
+        assert len(str(error).splitlines()) == 1
+        assert "found" in str(error) or name in ("inputs", "tokenizer", "task", "out")
+    else:
+        assert name != "text_field" or (value and value.encode())
+        assert name not in ("seq_len", "vocab_size", "shard_bytes") or type(value) is int
+
+
+def test_a_set_whose_name_is_no_utf_8(corpus: Path, tmp_path: Path) -> None:
+    out = tmp_path / os.fsdecode(b"caf\xe9 \x1b[2J")
+    run(corpus, out)
+    for tell in (info, lambda folder, console: dry_run(PrepareOptions(inputs=[corpus], out=folder / "new"), console)):
+        stream = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+        tell(out, Console(file=stream, width=200))
+        stream.flush()
+        assert "caf⟨U+DCE9⟩ ⟨U+001B⟩[2J" in " ".join(stream.buffer.getvalue().decode().split())
+    assert verify(out) == []
 
 
 def test_an_empty_corpus(tmp_path: Path) -> None:
