@@ -177,6 +177,11 @@ def _groups() -> set[str]:
     return {path.name for path in config_dir().iterdir() if path.is_dir()} & {*RunConfig.model_fields, "preset"}
 
 
+def choice_file(group: str, value: str) -> Path:
+    """Return the file that ``group=VALUE`` means: one of ours by its name, or any by its path."""
+    return _file_of(group, value) or config_dir() / group / f"{value.removesuffix('.yaml')}.yaml"
+
+
 def _file_of(group: str, value: str) -> Path | None:
     """The file that ``group=PATH`` means; None where it is the name of a choice.
 

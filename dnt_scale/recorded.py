@@ -10,10 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import yaml
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
 
-from dnt_scale import config
+from dnt_scale import config, typed
 from dnt_scale.config import RunConfig
 from dnt_scale.optim import Schedule
 
@@ -32,7 +30,7 @@ class Typed:
 
 
 def kept(
-    run: RunConfig, typed: Typed, recorded: Mapping[str, object], given: Sequence[str], newest: object
+    run: RunConfig, command: Typed, recorded: Mapping[str, object], given: Sequence[str], newest: object
 ) -> tuple[RunConfig, tuple[str, ...]]:
     """``run`` with what its checkpoint records in the place of what was not typed, and a line that says so, if any.
 
@@ -44,11 +42,11 @@ def kept(
     Raises:
         ConfigError: what was typed does not go with what is kept.
     """
-    if typed.whole:
+    if command.whole:
         return run, ()
     before = config.validate(dict(recorded), f"{newest}/state.json").model_dump(mode="json")
     now = run.model_dump(mode="json")
-    keys = typed_keys(typed.overrides, given)
+    keys = typed_keys(command.overrides, given)
     settings = {**now, **{name: _merged(name, before[name], now[name], keys) for name in KEPT}}
     made = config.validate(settings, f"what was typed, with what {newest} records for the rest")
     lines = [
@@ -59,15 +57,15 @@ def kept(
     return made, (f"kept from the checkpoint: {', '.join(lines)}",) if lines else ()
 
 
-def _merged(prefix: str, before: Any, now: Any, typed: set[str]) -> Any:
-    if any(prefix == key or prefix.startswith(f"{key}.") for key in typed):
+def _merged(prefix: str, before: Any, now: Any, keys: set[str]) -> Any:
+    if any(prefix == key or prefix.startswith(f"{key}.") for key in keys):
         return now
-    if not any(key.startswith(f"{prefix}.") for key in typed):
+    if not any(key.startswith(f"{prefix}.") for key in keys):
         return before
     if not (isinstance(before, dict) and isinstance(now, dict)):
         return now
     found = {
-        key: _merged(f"{prefix}.{key}", before.get(key, MISSING), now.get(key, MISSING), typed)
+        key: _merged(f"{prefix}.{key}", before.get(key, MISSING), now.get(key, MISSING), keys)
         for key in {**before, **now}
     }
     return {key: value for key, value in found.items() if value is not MISSING}
@@ -97,11 +95,11 @@ def typed_keys(overrides: Sequence[str], given: Sequence[str]) -> set[str]:
 def choices(overrides: Sequence[str]) -> dict[str, str]:
     """The file that was chosen of each group; of ``preset`` too."""
     found: dict[str, str] = {}
-    typed = [_parts(override) for override in overrides]
-    for key, value in typed:
+    parts = [_parts(override) for override in overrides]
+    for key, value in parts:
         if key == "preset":
             found = {**found, **_preset(_name(value))[0], key: _name(value)}
-    return {**found, **{key: _name(value) for key, value in typed if key in GROUPS}}
+    return {**found, **{key: _name(value) for key, value in parts if key in GROUPS}}
 
 
 def together(before: Sequence[str], now: Sequence[str]) -> list[str]:
@@ -111,8 +109,8 @@ def together(before: Sequence[str], now: Sequence[str]) -> list[str]:
 
 
 def _parts(override: str) -> tuple[str, str]:
-    key, _, value = override.partition("=")
-    return key.strip().lstrip("+~").partition("@")[0], value.strip()
+    _, key, value = typed.split(override)
+    return key.partition("@")[0], (value or "").strip()
 
 
 def _name(value: str) -> str:
@@ -120,10 +118,11 @@ def _name(value: str) -> str:
 
 
 def _preset(name: str) -> tuple[dict[str, str], dict[str, Any]]:
-    """The choices and the values that a file of configs/preset makes."""
+    """The choices and the values that a file of configs/preset, or one by its path, makes."""
     try:
-        found = yaml.safe_load((config.config_dir() / "preset" / f"{name}.yaml").read_text())
-    except OSError:
+        file = config.choice_file("preset", name if name.endswith(".yml") else f"{name}.yaml")
+        found = yaml.safe_load(file.read_text())
+    except (OSError, config.ConfigError):  # it was there once
         return {}, {}
     lines = [line for line in found.pop("defaults", []) if isinstance(line, dict)]
     chosen = {str(key).split("/")[-1]: str(value) for line in lines for key, value in line.items()}
@@ -136,10 +135,8 @@ def _default_choices() -> dict[str, str]:
 
 
 def _as_dict(override: str) -> Any:
-    try:
-        return OverridesParser.create().parse_override(override).value()
-    except HydraException:
-        return None
+    parsed = typed.parse(override)
+    return parsed.value() if parsed else None
 
 
 def _leaves(prefix: str, value: Any) -> Iterator[str]:
