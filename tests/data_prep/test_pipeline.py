@@ -191,7 +191,7 @@ TEXTS = st.text(max_size=4) | st.sampled_from(["\udcff", "a\0b", "", "\x1b[2J\n"
 OPTIONS = {
     **dict.fromkeys(["seq_len", "vocab_size", "workers", "shard_bytes", "sample_bytes", "val_fraction"], NUMBERS),
     **dict.fromkeys(["text_field", "kind", "packing", "dedup", "encoder"], TEXTS),
-    **dict.fromkeys(["out", "tokenizer", "rules"], st.text(max_size=4).map(Path)),
+    **dict.fromkeys(["out", "tokenizer", "rules"], st.text(st.sampled_from("a/.~\0\udcffé*[ "), max_size=4).map(Path)),
     "task": st.tuples(st.integers(-2, 4), st.integers(-2, 4)),
     "inputs": st.lists(TEXTS.map(str), max_size=3),
 }
