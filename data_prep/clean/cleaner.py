@@ -160,13 +160,23 @@ class Cleaner:
         return Verdict(page.text, None, "")
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML in which only true and false are truth values: to YAML 1.1 `no`, Norwegian, is false."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    letter: [resolver for resolver in resolvers if letter in "tTfF" or resolver[0] != "tag:yaml.org,2002:bool"]
+    for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
 def load_rules(path: Path) -> CleanConfig:
     """Read a YAML file of rules. The files of `decontaminate` are found from its folder.
 
     Raises ValueError naming the file, the field, what was found and what was expected.
     """
     try:
-        value = yaml.safe_load(Path(path).read_text("utf-8"))
+        value = yaml.load(Path(path).read_text("utf-8"), Loader=_Loader)
     except OSError as error:
         raise ValueError(f"{path}: cannot read the cleaning rules: {error.strerror}; check the path") from error
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
@@ -214,7 +224,8 @@ def _settings(where: str, model: type[Settings], value: object, folder: Path) ->
 
 
 def _test_files(where: str, folder: Path, pattern: str) -> list[str]:
-    found = sorted(glob.glob(str(folder.absolute() / pattern), recursive=True))  # noqa: PTH207 (a pattern may be absolute)
+    place = folder.absolute() / Path(pattern).expanduser()
+    found = sorted(glob.glob(str(place), recursive=True))  # noqa: PTH207 (a pattern may be absolute)
     if not found:
         raise ValueError(f"{where}: no file matches {pattern!r} in {folder}; expected .txt or .jsonl test files there")
     for file in found:

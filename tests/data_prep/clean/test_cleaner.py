@@ -212,3 +212,10 @@ def test_the_shipped_rules_differ_on_code() -> None:
     web, light = (Cleaner(load_rules(SHIPPED / f"{name}.yaml")) for name in ("web", "light"))
     assert web(code, CleanStats()).text is None
     assert light(code, CleanStats()).text == code
+
+
+def test_languages_are_the_text_that_was_written(tmp_path):
+    """To YAML 1.1 `no`, Norwegian, is false, and so are `off` and `n`; `yes` and `on` are true."""
+    (tmp_path / "rules.yaml").write_text("rules: [{language: {keep: [no, en, on]}}]\n")
+    [(_, settings)] = load_rules(tmp_path / "rules.yaml").rules
+    assert settings.keep == ["no", "en", "on"]
