@@ -1,5 +1,6 @@
 """`train.dtype: auto`: what a machine is found to be good at is what a run computes in, and what its records say."""
 
+import json
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import yaml
 
 from dnt_scale import compute_dtype, config, ranks
 from dnt_scale.config import RunConfig
-from tests.helpers.run import tiny
+from tests.helpers.run import call, tiny, train
 
 ROOT = Path(__file__).parents[2]
 
@@ -128,3 +129,26 @@ def test_the_measurement_agrees_with_what_onednn_says_of_the_processor() -> None
     native, cost = done.stdout.split()
     if native == "False":
         assert compute_dtype.faster(float(cost)) == "fp32", cost
+
+
+def test_what_was_taken_is_recorded_and_kept(corpus: Path, tmp_path: Path) -> None:
+    """In config.yaml and in the checkpoint; a resume on a machine that is good at the other one computes as before."""
+    run_dir = tmp_path / "run"
+    overrides = tiny(corpus, run_dir, "train.dtype=auto", "eval.every=0")
+    train([*overrides, "train.steps=3"], env={"ONEDNN_MAX_CPU_ISA": "AVX2"}).ok()
+    recorded = yaml.safe_load((run_dir / "config.yaml").read_text())["train"]["dtype"]
+    state = json.loads((run_dir / "checkpoints" / "step-00000003" / "state.json").read_text())
+    assert recorded in ("bf16", "fp32") and state["config"]["train"]["dtype"] == recorded
+
+    other = "fp32" if recorded == "bf16" else "bf16"
+    cost = {"bf16": GOOD, "fp32": POOR}[other]
+    finished = call(resumed_where_bf16_costs, [*overrides, "train.steps=4"], cost).ok()
+    assert yaml.safe_load((run_dir / "config.yaml").read_text())["train"]["dtype"] == recorded
+    assert f"train.dtype: {recorded}" in finished.err and f"{other} is faster" in finished.err
+
+
+def resumed_where_bf16_costs(overrides: list[str], cost: float) -> None:
+    from dnt_scale.train import main
+
+    compute_dtype.bf16_cost = lambda device: cost
+    sys.exit(main(overrides))

@@ -306,6 +306,12 @@ def killed_before_the_first(case: Case) -> None:
     case.killed_early()
 
 
+def killed_before_the_first_in_a_dtype_that_was_chosen(case: Case) -> None:
+    """config.yaml has what the machine took for auto."""
+    case.killed_early()
+    case.overrides = [*case.overrides, "train.dtype=auto"]
+
+
 def killed_in_the_first_save(case: Case) -> None:
     case.killed_early()
     (case.checkpoints / ".partial-step-00000006").mkdir()
@@ -373,6 +379,7 @@ GOES_ON: dict[Callable[[Case], None], tuple[int, str]] = {  # the step, and what
 }
 BEGINS: dict[Callable[[Case], None], str] = {
     killed_before_the_first: "no checkpoint yet: 3 steps of RUN/metrics.jsonl are done again",
+    killed_before_the_first_in_a_dtype_that_was_chosen: "no checkpoint yet: 3 steps of RUN/metrics.jsonl are done ag",
     killed_in_the_first_save: "no checkpoint yet: 3 steps of RUN/metrics.jsonl are done again",
     killed_before_the_first_step: "",
     killed_early_and_other_settings: "no checkpoint yet, and other settings than before: the 3 steps of RUN/metrics",
@@ -439,11 +446,12 @@ def test_a_run_begins_and_says_what_was_there(case: Case, damage: Callable[[Case
     before = tree(case.run_dir)
     begun = begin(case.run, Typed(case.overrides))
     assert begun.start.state is None
+    assert begun.start.dtype == ("fp32" if "done ag" in BEGINS[damage] else None)
     assert begun.notes == () if not BEGINS[damage] else begun.notes[0].startswith(filled(BEGINS[damage], case))
     assert tree(case.run_dir) == before
     make_room(begun)  # nothing is lost where other lines are going to be written
     kept = tree(case.run_dir)
-    if "done again" not in BEGINS[damage]:
+    if "done ag" not in BEGINS[damage]:
         aside = {name.partition("/")[2] if name.startswith("before-") else name: data for name, data in kept.items()}
         assert aside == before
         if "metrics.jsonl" in before and damage is not killed_before_the_first_step:
