@@ -265,7 +265,7 @@ def test_a_bad_node_ends_the_run_with_status_1_and_no_space_with_status_2(tmp_pa
     events = timeline.read(tmp_path / "bad")
     assert [event["event"] for event in events] == ["lost"] and events[0]["hosts"] == [socket.gethostname()]
 
-    huge = tiny(tmp_path, tmp_path / "huge", f"model.vocab_size={10**13}")
+    huge = tiny(tmp_path, tmp_path / "huge", f"model.vocab_size={1 << 25}", f"model.width={1 << 20}")
     error = call(end_to_end, huge, ANY, ranks=2).error()
     assert error.startswith("error: run.dir: ") and "checkpoints take" in error and "free some" in error
     assert not (tmp_path / "huge").exists()

@@ -103,7 +103,7 @@ def test_a_failure_is_told_with_its_log(here: Path, jobs: Path, capsys: pytest.C
             ["--cluster", "sandbox", "books"],
             "--cluster: after the name it takes cluster.KEY=VALUE, found books; put INPUT first",
         ),
-        ([], ["--cluster", "nowhere"], "nowhere.yaml cannot be read"),
+        ([], ["--cluster", "nowhere"], "nowhere.yaml' cannot be read"),
         (
             [],
             ["--cluster", "sandbox", "cluster.partition=lwo"],
