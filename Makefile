@@ -35,7 +35,7 @@ data/stdlib: | setup
 	@mv $@.partial $@
 
 test: setup lint
-	$(BIN)/python -m pytest -n 2 --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 3 --no-loadscope-reorder
 
 lint: setup
 	$(BIN)/ruff check .

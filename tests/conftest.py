@@ -15,7 +15,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With `-n 2` the tests of a file stay on one worker, where they share its fixtures; so do all that share SLURM."""
+    """With `-n` the tests of a file stay on one worker, where they share its fixtures; so do all that share SLURM."""
     from xdist.scheduler import LoadFileScheduling
 
     class ByFile(LoadFileScheduling):
