@@ -29,7 +29,7 @@ from dnt_scale.checkpoint.read import read_parts
 from dnt_scale.checkpoint.state import read_state
 from dnt_scale.checkpoint.storage import Storage
 from dnt_scale.checkpoint.tools import differences, state_differences
-from dnt_scale.config import ConfigError, load
+from dnt_scale.config import ConfigError, from_yaml, load
 
 # of each step's loss in nats and of each weight, where engines or ranks differ: rounding, over some tens of steps
 TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2}
@@ -74,9 +74,11 @@ def verify_resume(
     try:
         once, first = (complete(overrides, place, steps) for place in (straight, resumed))
         second = complete([*overrides, *then], resumed, steps)
-        dtype = max((load(lines).train.dtype for lines in (once, second)), key=TOLERANCE.__getitem__)
         with Show(steps) as show:
             run(show, "straight", once, ranks, straight)
+            taken = from_yaml(straight / "config.yaml").train.dtype  # for auto; so the others do not choose again
+            first, second = (in_dtype(lines, taken) for lines in (first, second))
+            dtype = max((taken, load(second).train.dtype), key=TOLERANCE.__getitem__)
             kill_at(show, first, ranks, resumed, middle, steps)
             run(show, "resumed", second, then_ranks or ranks, resumed)
         if not then and then_ranks in (None, ranks):
@@ -87,6 +89,11 @@ def verify_resume(
             print(f"kept: {straight} and {resumed}")
         else:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def in_dtype(overrides: list[str], taken: str) -> list[str]:
+    """Return the overrides with the dtype that another run took where they say auto."""
+    return [*overrides, f"train.dtype={taken}"] if load(overrides).train.dtype == "auto" else overrides
 
 
 def complete(overrides: Sequence[str], folder: Path, steps: int) -> list[str]:

@@ -31,7 +31,7 @@ def test_a_run_a_sweep_and_a_set_from_an_odd_folder(odd: Path, capsys: pytest.Ca
     ask = [*tiny(synthetic_set(odd.parent.parent / "set"), Path("runs/one")), *few, "cluster.preflight=false"]
     (odd / "text.txt").write_text("a line of text that is told again, and again\n" * 400)
     site = ("--cluster", "sandbox", "cluster.mem_gb=null", "cluster.partition=low")
-    sizes = ("--vocab-size", "270", "--seq-len", "16", "--val-fraction", "0", "--tasks", "2")
+    sizes = ("--vocab-size", "280", "--seq-len", "16", "--val-fraction", "0", "--tasks", "2")
     others = set(slurm.queue())
     try:
         assert dnt(["submit", *ask, "run.name=one"]) == 0

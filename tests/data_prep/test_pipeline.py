@@ -217,7 +217,8 @@ def test_a_set_whose_name_is_no_utf_8(corpus: Path, tmp_path: Path) -> None:
         stream = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
         tell(out, Console(file=stream, width=200))
         stream.flush()
-        assert "caf⟨U+DCE9⟩ ⟨U+001B⟩[2J" in " ".join(stream.buffer.getvalue().decode().split())
+        shown = "".join(stream.buffer.getvalue().decode().split())  # a long path is broken anywhere
+        assert "caf⟨U+DCE9⟩⟨U+001B⟩[2J" in shown
     assert verify(out) == []
 
 
