@@ -22,7 +22,7 @@ TAIL_BYTES = 1 << 20  # of a log
 SIGNAL_EARLY_S = 60.0  # by which SLURM may send --signal before its time
 SIGNALLED = "Killed|Segmentation fault|Bus error|Aborted"
 FIRST_END = r"^srun: error: (?:(\S+): tasks? \S+: (.*)|Node failure on (\S+).*)$"
-STOPS = {128 + number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)}
+STOPS = {128 + number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)}
 
 
 @dataclass(frozen=True)

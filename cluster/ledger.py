@@ -119,7 +119,9 @@ def load(run_dir: Path, *, to_look: bool = False) -> Submission:
             f"{run_dir}: no job was submitted for it; `dnt submit` does, `dnt jobs` lists those"
         ) from None
     except (OSError, ValidationError) as error:
-        raise LedgerError(f"{file}: cannot be read ({str(error).splitlines()[0]}); submit the run again") from None
+        raise LedgerError(
+            f"{file}: cannot be read ({str(error).splitlines()[0]}); delete it and submit the run again"
+        ) from None
 
 
 def check_owner(path: Path) -> None:

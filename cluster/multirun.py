@@ -5,6 +5,7 @@ import re
 import time
 import uuid
 from collections import Counter
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -181,7 +182,7 @@ def queue(found: Sweep, runs: list[RunConfig], site: ClusterConfig) -> str:
     sweep_dir = runs[0].run.dir.absolute().parent
     check_new(sweep_dir)
     submit.private(sweep_dir)
-    with submit.locked(sweep_dir):
+    with submit.locked(sweep_dir), ExitStack() as writers:
         check_new(sweep_dir)
         submit.snapshot(sweep_dir)
         array = whole(found, ledger.folder(sweep_dir) / "slurm", site)
@@ -191,6 +192,7 @@ def queue(found: Sweep, runs: list[RunConfig], site: ClusterConfig) -> str:
             for run in runs:
                 places.append(place := run.run.dir.absolute())
                 submit.private(place)
+                writers.enter_context(run_lock.held(place, "dnt submit"))
                 ledger.config_file(place).write_text(config.to_yaml(run))
                 (ledger.folder(place) / "code").symlink_to(Path("../../jobs/code"))
                 own = {"name": run.run.name, "checkpoints": submit.checkpoints_of(run)}

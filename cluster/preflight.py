@@ -73,7 +73,7 @@ def check(me: Ranks, run: RunConfig, cluster: ClusterConfig, multiply: Multiply 
     beat("preflight: disks, devices and arithmetic")
     free = ranks.on_first(me, lambda: room(run))
     mark = ranks.on_first(me, lambda: leave_mark(run))
-    dtype = compute_dtype.for_preflight(run.train.dtype, me.device)
+    dtype = compute_dtype.for_preflight(run, me)
     found = gathered(me, look(me, run.run.dir / "logs" / mark.name, dtype, multiply))
     if me.first:
         mark.unlink(missing_ok=True)

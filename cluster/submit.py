@@ -126,6 +126,8 @@ def resubmit(run_dir: Path, run: RunConfig, site: ClusterConfig, *, update_code:
         SlurmError: SLURM refuses the job.
     """
     run_dir = run_dir.absolute()
+    if not update_code and "submitit_main" not in (ledger.folder(run_dir) / "code/cluster/job.py").read_text():
+        raise LedgerError(f"{run_dir}: was submitted by an older dnt, whose jobs begin otherwise; add --update-code")
     with held(run_dir, "dnt resubmit"), locked(run_dir):
         submission = ledger.load(run_dir)
         check_over(run_dir, submission)
@@ -140,7 +142,7 @@ def resubmit(run_dir: Path, run: RunConfig, site: ClusterConfig, *, update_code:
         excluded = state.left_out(site, timeline.read(run_dir), [])
         changes: dict[str, object] = {"cluster": site, "cancelled": False, "excluded": excluded}
         changes |= {"slurm": slurm.cluster_name(), "checkpoints": checkpoints_of(run)}
-        if not submission.logs.is_dir():  # the folder was moved
+        if submission.parent is None or not submission.logs.is_dir():  # the folder may have been moved or copied
             changes["logs"] = ledger.folder(run_dir) / "slurm"
         ledger.update(run_dir, lambda now: now.model_copy(update=changes))
         return enqueue(run_dir, by_user=True)

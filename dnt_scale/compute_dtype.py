@@ -86,10 +86,10 @@ def for_inference(recorded: str, device: torch.device) -> tuple[torch.dtype, str
     return torch.float32, line
 
 
-def for_preflight(asked: str, device: torch.device) -> torch.dtype:
-    """Return the dtype in which to time a device for a run of this ``train.dtype``."""
-    dtype = faster(bf16_cost(device)) if asked == "auto" else asked
-    return torch.bfloat16 if dtype == "bf16" else torch.float32
+def for_preflight(run: RunConfig, me: Ranks) -> torch.dtype:
+    """Return the dtype in which to time the devices of a run, the same on all ranks. A collective."""
+    resolved, _ = resolve(run, me, run.train.dtype, None)
+    return torch.bfloat16 if resolved.train.dtype == "bf16" else torch.float32
 
 
 def slowness(device: torch.device, cost: float) -> str:

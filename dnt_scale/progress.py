@@ -112,7 +112,7 @@ class TrainProgress:
 
     def say(self, line: str) -> None:
         """One line that stays."""
-        self.bar.console.print(line, soft_wrap=True)
+        self.bar.console.print(line, soft_wrap=True, markup=False)  # a path may hold [x]
 
     def update(self, step: int, metrics: Metrics) -> None:
         """Show a step's metrics; a validation leaves a line of its own."""

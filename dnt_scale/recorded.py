@@ -46,7 +46,12 @@ def kept(
         return run, ()
     before = config.validate(dict(recorded), f"{newest}/state.json").model_dump(mode="json")
     now = run.model_dump(mode="json")
+    if before["train"]["dtype"] == "auto":  # not chosen yet
+        before["train"]["dtype"] = now["train"]["dtype"]
     keys = typed_keys(command.overrides, given)
+    if not given:  # a checkpoint of old: what was chosen for it is known by name only
+        same = {"model": "name", "optim": "algorithm"}
+        keys -= {group for group, name in same.items() if before[group][name] == now[group][name]}
     settings = {**now, **{name: _merged(name, before[name], now[name], keys) for name in KEPT}}
     made = config.validate(settings, f"what was typed, with what {newest} records for the rest")
     lines = [
@@ -78,7 +83,7 @@ def typed_keys(overrides: Sequence[str], given: Sequence[str]) -> set[str]:
     """The dotted names that ``overrides`` give values to, or everything below them."""
     keys: set[str] = set()
     now, before = choices(overrides), choices(given) if given else {}
-    if (preset := now.get("preset")) and preset != before.get("preset"):
+    if given and (preset := now.get("preset")) and preset != before.get("preset"):
         keys |= set(_leaves("", _preset(preset)[1]))
     if given:
         before = {**_default_choices(), **before}
@@ -122,7 +127,9 @@ def _preset(name: str) -> tuple[dict[str, str], dict[str, Any]]:
     try:
         file = config.choice_file("preset", name if name.endswith(".yml") else f"{name}.yaml")
         found = yaml.safe_load(file.read_text())
-    except (OSError, config.ConfigError):  # it was there once
+    except (OSError, ValueError, yaml.YAMLError):  # it was there once, and good
+        return {}, {}
+    if not isinstance(found, dict):
         return {}, {}
     lines = [line for line in found.pop("defaults", []) if isinstance(line, dict)]
     chosen = {str(key).split("/")[-1]: str(value) for line in lines for key, value in line.items()}
@@ -169,7 +176,8 @@ def shown(value: Any) -> str:
 
 def told(before: RunConfig, now: RunConfig, step: int, seq_len: int) -> Iterator[str]:
     """Lines on what a resume at ``step`` does otherwise than its checkpoint, ``before``: settings, learning rate."""
-    changed = [item for item in differences(before, now) if not _same_place(*item)]
+    unchosen = ("train.dtype", "auto")  # which keeps what is recorded
+    changed = [item for item in differences(before, now) if not _same_place(*item) and (item[0], item[2]) != unchosen]
     if changed:
         yield "other than in the checkpoint: " + ", ".join(f"{key} {shown(a)} -> {shown(b)}" for key, a, b in changed)
     if step >= now.total_steps(seq_len):

@@ -8,7 +8,7 @@ against the start. Nothing is ever deleted. Rank 0 does both, while it holds the
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -90,8 +90,10 @@ def only_writer(run: RunConfig, me: Ranks, check_no_job: Callable[[Path], None])
         mine = run_lock.this_process("training", me.world_size)
         patience = JOB_PATIENCE_S if attempt else 0.0
         locks.append(run_lock.take(run.run.dir, mine, patience_s=patience))
-        if run.checkpoint.dir is not None and isinstance(run.checkpoints, Path):  # a run in another folder may share it
-            locks.append(run_lock.take(run.checkpoints, mine, patience_s=patience, field="checkpoint.dir"))
+        place = run.checkpoints
+        # a run in another folder may share it
+        if run.checkpoint.dir is not None and isinstance(place, Path) and _real(place) != _real(run.run.dir):
+            locks.append(run_lock.take(place, mine, patience_s=patience, field="checkpoint.dir"))
         if not attempt:
             check_no_job(run.run.dir)
 
@@ -155,7 +157,7 @@ def _decide(run: RunConfig) -> Start:
     notes = _strange(run, place)
     newest = _newest(run, place)
     owner = recorded.pick(settings, "run.name")
-    moved = _real(recorded.pick(settings, "run.dir")) != _real(run_dir)
+    moved = not _is_at(recorded.pick(settings, "run.dir"), run_dir)
     if owner not in (None, run.run.name) and not (moved and newest):
         raise ConfigError(
             f"run.name: {run_dir}/config.yaml is of the run {owner}, this one is {run.run.name}"
@@ -171,20 +173,38 @@ def _decide(run: RunConfig) -> Start:
             f"{newest}/state.json: is of step {state.step}, so the folder is another checkpoint's copy; name it "
             f"{step_name(state.step)} or remove it to go on"
         )
-    wrote = recorded.pick(state.config, "run.name")
-    same_place = _real(_checkpoints_of(run_dir, settings)) == _real(run.checkpoints)
-    if run.checkpoint.dir is not None and wrote != run.run.name and not (wrote == owner and same_place):
-        raise ConfigError(
-            f"checkpoint.dir: {newest} is of the run {wrote}, this one is {run.run.name}; give each run a place of its "
-            f"own, such as checkpoint.dir='{run.checkpoint.dir.rstrip('/')}/${{run.name}}'"
-        )
+    _check_is_ours(run, settings, newest, state)
     if state.step > 0 and last < state.step:
         has = f"ends at step {last}" if last >= 0 else "is missing or empty"
         notes += (f"{run_dir / METRICS} {has}: what it had up to step {state.step} is not in it any more",)
     if last > state.step:
-        steps = f"steps {state.step + 1} to {last}" if last > state.step + 1 else f"step {last}"
-        notes += (f"{steps} came after the newest checkpoint and are done again",)
-    return Start(newest.path, state, recorded.pick(state.config, "train.dtype"), notes)
+        several = last > state.step + 1
+        steps = f"steps {state.step + 1} to {last}" if several else f"step {last}"
+        notes += (f"{steps} came after the newest checkpoint and {'are' if several else 'is'} done again",)
+    return Start(newest.path, state, _dtype(state.config), notes)
+
+
+def _check_is_ours(run: RunConfig, settings: dict[str, Any], newest: Storage, state: State) -> None:
+    """Raise ConfigError where checkpoint.dir holds another run's checkpoints."""
+    wrote = recorded.pick(state.config, "run.name")
+    if run.checkpoint.dir is None or wrote == run.run.name:
+        return
+    same_place = _real(_checkpoints_of(run.run.dir, settings)) == _real(run.checkpoints)
+    if wrote == recorded.pick(settings, "run.name") and same_place:
+        return
+    # a folder that was renamed, and started since: its own timeline knows of this checkpoint
+    if any(_tells_of_one(event) and event["step"] == state.step for event in timeline.read(run.run.dir)):
+        return
+    raise ConfigError(
+        f"checkpoint.dir: {newest} is of the run {wrote}, this one is {run.run.name}; give each run a place of its "
+        f"own, such as checkpoint.dir='{run.checkpoint.dir.rstrip('/')}/${{run.name}}'"
+    )
+
+
+def _dtype(settings: Any) -> str | None:
+    """Return the dtype that a configuration records; None where it was not chosen yet."""
+    found = recorded.pick(settings, "train.dtype")
+    return None if found == "auto" else found
 
 
 def _settings(run: RunConfig) -> dict[str, Any]:
@@ -270,17 +290,17 @@ def _newest(run: RunConfig, place: Storage) -> Storage | None:
 
 def _without_checkpoint(run: RunConfig, settings: dict[str, Any], last: int, notes: tuple[str, ...]) -> Start:
     """A start at step 0. Raises ConfigError where there was a checkpoint once."""
-    if last < 1:
-        return Start(notes=notes)
     metrics = run.run.dir / METRICS
     if why := _was_saved(run, settings, last):
+        had = f"{metrics} has {last} steps" if last > 0 else f"{run.run.dir} had a checkpoint"
         raise ConfigError(
-            f"run.dir: {metrics} has {last} steps, but there is no checkpoint in {run.checkpoints} ({why}); bring "
-            f"them back, or {_anew(run)}"
+            f"run.dir: {had}, but there is no checkpoint in {run.checkpoints} ({why}); bring them back, or {_anew(run)}"
         )
+    if last < 1:
+        return Start(notes=notes)
     if settings and _same(settings, run):
         return Start(
-            dtype=recorded.pick(settings, "train.dtype"),
+            dtype=_dtype(settings),
             notes=(*notes, f"no checkpoint yet: {last} step{'s' * (last > 1)} of {metrics} are done again"),
         )
     why = "other settings than before" if settings else "no config.yaml"
@@ -296,7 +316,7 @@ def _was_saved(run: RunConfig, settings: dict[str, Any], last: int) -> str:
     events = timeline.read(run.run.dir)
     if steps := [event["step"] for event in events if _tells_of_one(event)]:
         return f"that of step {max(steps)} is gone; not mounted, or checkpoint.dir has changed?"
-    if isinstance(before, Path) and not before.is_dir():
+    if last > 0 and isinstance(before, Path) and not before.is_dir():
         return f"{before} itself is gone; not mounted?"
     if isinstance(before, Path) and (before / "latest").is_symlink():
         return f"{before / 'latest'} points to one that is gone"
@@ -332,6 +352,13 @@ def _same(settings: dict[str, Any], run: RunConfig) -> bool:
         return config.to_yaml(before) == config.to_yaml(run)
     except ConfigError:
         return False
+
+
+def _is_at(written: Any, run_dir: Path) -> bool:
+    """Whether a run.dir, as it was written from whatever working folder, may be this folder."""
+    here = os.path.realpath(run_dir)
+    parts = Path(os.path.normpath(str(written))).parts
+    return os.path.realpath(str(written)) == here or (".." not in parts and Path(here).parts[-len(parts) :] == parts)
 
 
 def _real(path: Any) -> str:
@@ -371,6 +398,12 @@ def _anew_start(run: RunConfig) -> Start:
             f"checkpoint.dir: --fresh moves nothing at a URL, and {place} holds checkpoints; move them yourself, or "
             "give another checkpoint.dir"
         )
+    if run.checkpoint.dir is not None and place.local and (whole := complete(place)):
+        newest, settings = whole[max(whole)], {}
+        with suppress(ConfigError):  # not a run's: it goes aside too
+            settings = _settings(run)
+        with suppress(checkpoint.CheckpointError):  # damaged: the same
+            _check_is_ours(run, settings, newest, checkpoint.read_state(newest.path))
     return Start(aside=MOVED, fresh=True)
 
 

@@ -75,9 +75,14 @@ Count = Annotated[int, Field(le=10**15)]  # of steps, rows and the like: their p
 Size = Annotated[int, Field(gt=0, le=1 << 20)]
 
 
+RESERVED = {"mlartifacts", "mlflow.db", "mlruns"}
+
+
 def _name(text: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,254}", text):
         raise ValueError("expected up to 255 letters, digits, dots, _ and -, of which the first is a letter or digit")
+    if text in RESERVED:
+        raise ValueError("MLflow's records lie there, beside the run folders; take another name")
     return text
 
 

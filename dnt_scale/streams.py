@@ -17,6 +17,7 @@ from contextlib import suppress
 from typing import TextIO
 
 HELD_BYTES = 1 << 20  # for a reader that does not read now; what is beyond is dropped
+PIECE_BYTES = 1 << 16
 PATIENCE_S = 0.2  # that a write waits for one, until it is known not to read
 LAST_S = 2.0  # that the end of the process does
 LEAST_COLUMNS = 20
@@ -57,12 +58,14 @@ class Output(io.RawIOBase):
             if self._thread is None:
                 self._thread = threading.Thread(target=self._write_on, name=f"output {self._descriptor}", daemon=True)
                 self._thread.start()
-            if self._held + len(data) <= HELD_BYTES:
-                self._waiting.append(data)
-                self._held += len(data)
-                self._changed.notify_all()
-            if not self._stuck:
-                self._stuck = not self._changed.wait_for(lambda: not self._held, PATIENCE_S)
+            for at in range(0, len(data), PIECE_BYTES):  # so that a long one goes to a reader that reads
+                piece = data[at : at + PIECE_BYTES]
+                if self._held + len(piece) <= HELD_BYTES:
+                    self._waiting.append(piece)
+                    self._held += len(piece)
+                    self._changed.notify_all()
+                if not self._stuck:
+                    self._stuck = not self._changed.wait_for(lambda: not self._held, PATIENCE_S)
         return len(data)
 
     def drain(self, seconds: float) -> None:

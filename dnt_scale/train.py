@@ -4,6 +4,7 @@ Rerunning the same command resumes from the newest checkpoint. Ctrl-C, SIGTERM, 
 step, write a checkpoint and stop, on all ranks together (dnt_scale/signals.py).
 """
 
+import os
 import signal
 import sys
 import time
@@ -50,7 +51,18 @@ def main(words: list[str], check_no_job: Callable[[Path], None] = check_no_job) 
         return 2
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    return run_rank(run, typed=Typed(overrides), fresh="--fresh" in words, check_no_job=check_no_job)
+    return run_rank(run, typed=Typed(overrides), fresh=asked_anew(words), check_no_job=check_no_job)
+
+
+def asked_anew(words: list[str]) -> bool:
+    """Whether to begin anew: with ``--fresh``, but not again where a launcher restarts what it has begun."""
+    if "--fresh" not in words:
+        return False
+    for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"):
+        if (count := os.environ.get(name, "0")) not in ("", "0"):
+            warn(f"--fresh is for the first start; this is restart {count} ({name}), which goes on")
+            return False
+    return True
 
 
 def run_rank(
@@ -157,6 +169,9 @@ def train(begun: Begun, me: Ranks) -> int:
         warn(line)
     progress = TrainProgress(total_steps, state.step, silent=not me.first)
     progress.say(opening_line(run, sources, total_steps, newest, me))
+    if (unused := run.model.vocab_size - manifest.tokenizer.vocab_size) > manifest.tokenizer.vocab_size:
+        pieces = f"{manifest.tokenizer.vocab_size:,} pieces"
+        progress.say(f"model.vocab_size: {unused:,} rows are never used, for the tokenizer has {pieces} only")
 
     def report(metrics: Metrics) -> None:
         metrics = {"step": state.step, "tokens": state.tokens, "time": time.time(), **metrics}

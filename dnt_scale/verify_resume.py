@@ -140,7 +140,7 @@ class Show:
         self.bar.stop()
 
     def say(self, line: str) -> None:
-        self.bar.console.print(line, soft_wrap=True)
+        self.bar.console.print(line, soft_wrap=True, markup=False)
         self.bar.reset(self.task)
 
     def look(self, folder: Path) -> None:

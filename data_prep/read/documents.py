@@ -48,8 +48,8 @@ FEW = 4
 BROKEN_PLACES = 0.01
 BROKEN_CHARACTERS = 0.1
 NULS = 0.1
-# Escapes of ISO-2022, whose bytes are all ASCII.
-ISO_2022 = re.compile(rb"\x1b[$(][$(]?[@-J]")
+# Escapes of ISO-2022 to characters of two bytes, which are all ASCII. ESC ( B is what terminals print.
+ISO_2022 = re.compile(rb"\x1b\$[()]?[@-J]")
 SURROGATE = re.compile("[\ud800-\udfff]")
 
 

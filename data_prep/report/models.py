@@ -16,7 +16,7 @@ SUMMARY_NOTES = 4
 UNREADABLE = ("malformed_json", "no_text", "other_encoding", "not_text", "stand_in", "other_json", "empty")
 
 # findings of single lines and rows, which have a line of their own on the screen
-LINES = ("malformed_json", "no_text", "empty_line")
+LINES = ("malformed_json", "empty_line")
 
 
 def _shortened(value: object) -> object:
@@ -230,7 +230,7 @@ def notes(report: Report) -> list[str]:
 
 
 def left_out_line(found: Mapping[str, int], named: Mapping[str, str]) -> str:
-    """What of the input was left out, single lines aside, a kind of finding after the other, the largest first; "" if
+    """What of the input was left out, single bad lines aside, a kind of finding after the other, the largest first; "" if
     nothing was. `named` is where the first of each is."""
 
     def kinds(*actions: str) -> str:

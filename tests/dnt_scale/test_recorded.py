@@ -105,9 +105,28 @@ def test_a_line_tells_what_is_kept_and_nothing_where_nothing_is() -> None:
     )
 
 
-def test_of_an_old_checkpoint_a_choice_counts_as_typed() -> None:
-    assert resumed(["optim.lr=0.05"], ["optim=msgdw_r"], known=False)[0].optim.lr == 1.0
+def test_of_an_old_checkpoint_a_choice_counts_where_its_name_is_another() -> None:
+    """It does not tell which files were chosen; a preset may have been typed as before, and have changed since."""
+    assert resumed(["optim.lr=0.05"], ["optim=msgdw_r"], known=False)[0].optim.lr == 0.05
+    assert resumed(["optim.lr=0.05"], ["optim=adamw"], known=False)[0].optim.algorithm == "adamw"
+    assert resumed(["optim.lr=0.05"], ["model=dnt_124m"], known=False)[0].model.name == "dnt_124m"
+    assert resumed(["optim.lr=0.05"], ["preset=demo"], known=False)[0].optim.lr == 0.05
     assert resumed(["optim.lr=0.05"], [], known=False)[0].optim.lr == 0.05
+
+
+def test_a_preset_that_is_damaged_or_gone_by_now_costs_no_resume(tmp_path: Path) -> None:
+    for text in ("", "defaults: [", "- 1"):
+        (file := tmp_path / "mine.yaml").write_text(text)
+        given = [*BASE, f"preset={file}"]
+        recorded = run_of("optim.lr=0.05").model_dump(mode="json")
+        assert kept(run_of(), Typed(BASE), recorded, given, "step")[0].optim.lr == 0.05
+
+
+def test_a_dtype_that_was_not_chosen_yet_is_the_commands() -> None:
+    """As in the checkpoint of step 0 that `dnt checkpoint convert` makes."""
+    recorded = run_of("train.dtype=auto").model_dump(mode="json")
+    for asked in ("auto", "fp32", "bf16"):
+        assert kept(run_of(f"train.dtype={asked}"), Typed(BASE), recorded, BASE, "step")[0].train.dtype == asked
 
 
 def test_a_jobs_configuration_leaves_nothing_out() -> None:

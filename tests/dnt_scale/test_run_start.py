@@ -18,6 +18,7 @@ from dnt_scale.cli import main
 from dnt_scale.config import ConfigError, RunConfig
 from dnt_scale.recorded import Typed
 from dnt_scale.run_start import begin, check_no_job, make_room
+from dnt_scale.train import asked_anew
 from tests.helpers.folders import ended, queued, submitted_run
 from tests.helpers.run import STEPS, metrics, same_tensors, tiny, train
 
@@ -167,6 +168,16 @@ def checkpoints_removed(case: Case) -> None:
     shutil.rmtree(case.checkpoints)
 
 
+def checkpoints_and_metrics_removed(case: Case) -> None:
+    checkpoints_removed(case)
+    (case.run_dir / "metrics.jsonl").unlink()
+
+
+def checkpoints_removed_and_metrics_of_the_start(case: Case) -> None:
+    checkpoints_removed(case)
+    case.metrics(1)  # the validation at step 0
+
+
 def checkpoints_emptied(case: Case) -> None:
     shutil.rmtree(case.checkpoints)
     case.checkpoints.mkdir()
@@ -206,6 +217,11 @@ def checkpoints_on_another_disk(case: Case) -> None:
 
 def another_checkpoint_dir(case: Case) -> None:
     case.overrides = [*case.overrides, f"checkpoint.dir={case.run_dir.parent}/elsewhere"]
+
+
+def another_checkpoint_dir_and_no_metrics(case: Case) -> None:
+    another_checkpoint_dir(case)
+    (case.run_dir / "metrics.jsonl").unlink()
 
 
 def checkpoint_dir_not_mounted(case: Case) -> None:
@@ -265,6 +281,20 @@ def moved_with_checkpoints_elsewhere(case: Case) -> None:
     case.overrides = [*case.overrides, f"checkpoint.dir={place}"]
     (case.run_dir / "config.yaml").write_text(config.to_yaml(case.run))
     case.rename("renamed")
+
+
+def moved_and_started_with_checkpoints_elsewhere(case: Case) -> None:
+    """config.yaml has the new name, the checkpoints still the old one."""
+    moved_with_checkpoints_elsewhere(case)
+    (case.run_dir / "config.yaml").write_text(config.to_yaml(case.run))
+
+
+def another_run_by_a_path_from_elsewhere(case: Case) -> None:
+    """run.dir was given from another working folder, which is not this one."""
+    raw = yaml.safe_load((case.run_dir / "config.yaml").read_text())
+    raw["run"]["dir"] = f"{case.run_dir.parent.name}/{case.run_dir.name}"
+    (case.run_dir / "config.yaml").write_text(yaml.safe_dump(raw))
+    case.overrides = [*case.overrides, "run.name=other"]
 
 
 def only_the_config_of_another_run(case: Case) -> None:
@@ -360,7 +390,7 @@ GOES_ON: dict[Callable[[Case], None], tuple[int, str]] = {  # the step, and what
     untouched: (20, ""),
     latest_is_gone: (20, ""),
     the_newest_is_removed: (18, "steps 19 to 20 came after the newest checkpoint and are done again"),
-    killed_after_the_checkpoint: (18, "step 19 came after the newest checkpoint and are done again"),
+    killed_after_the_checkpoint: (18, "step 19 came after the newest checkpoint and is done again"),
     a_link_to_the_newest: (20, ""),
     a_backup_beside: (20, ""),
     a_link_of_such_a_name: (20, "CHECKPOINTS/step-00000099 is a file or a link, no checkpoint's folder: passed over"),
@@ -374,6 +404,7 @@ GOES_ON: dict[Callable[[Case], None], tuple[int, str]] = {  # the step, and what
     moved_to_another_name: (20, ""),
     copied_to_another_name: (20, ""),
     moved_with_checkpoints_elsewhere: (20, ""),
+    moved_and_started_with_checkpoints_elsewhere: (20, ""),
     no_metrics: (20, "RUN/metrics.jsonl is missing or empty: what it had up to step 20 is not in it any more"),
     metrics_cut_short: (20, "RUN/metrics.jsonl ends at step 8: what it had up to step 20 is not in it any more"),
 }
@@ -394,6 +425,10 @@ REFUSES: dict[Callable[[Case], None], str] = {
     the_only_state_is_foreign: f"CHECKPOINTS/{LAST}/state.json: damaged .* no older one: restore it, or .*--fresh",
     a_copy_under_another_step: "CHECKPOINTS/step-00000030/state.json: is of step 6, .* remove it to go on",
     checkpoints_removed: "RUN/metrics.jsonl has 20 steps, but there is no checkpoint in CHECKPOINTS .*step 20 is gone",
+    checkpoints_and_metrics_removed: "RUN had a checkpoint, but there is no .* in CHECKPOINTS .*step 20 is gone",
+    checkpoints_removed_and_metrics_of_the_start: "RUN had a checkpoint, but there is no .*step 20 is gone",
+    another_checkpoint_dir_and_no_metrics: "RUN/config.yaml they are in CHECKPOINTS, see checkpoint.dir.*--fresh",
+    another_run_by_a_path_from_elsewhere: "run.name: RUN/config.yaml is of the run tiny, this one is other; run.name=",
     checkpoints_emptied: "RUN/metrics.jsonl has 20 steps, but there is no checkpoint in CHECKPOINTS .*step 20 is gone",
     checkpoints_emptied_and_no_logs: "RUN/metrics.jsonl has 20 steps, but .*there was one at step 6",
     only_latest_is_left: "RUN/metrics.jsonl has 3 steps, but .*CHECKPOINTS/latest points to one that is gone",
@@ -598,3 +633,20 @@ def test_a_refused_start_leaves_somebodys_folder_as_it_was(corpus: Path, tmp_pat
     assert re.search(rf"dnt: config.yaml, logs, metrics.jsonl of {folder} moved into {folder}/before-", begun.err)
     (aside,) = folder.glob("before-*")
     assert (aside / "config.yaml").read_text() == "mine: precious\n" and len(metrics(folder)) == 3
+
+
+def test_fresh_leaves_another_runs_checkpoints_alone(case: Case) -> None:
+    place = case.checkpoints.rename(case.run_dir.parent / "elsewhere")
+    shutil.rmtree(case.run_dir)
+    thief = [*case.overrides, "run.name=thief", f"checkpoint.dir={place}"]
+    with pytest.raises(ConfigError, match=r"checkpoint\.dir: .* is of the run tiny, this one is thief"):
+        begin(loaded(*thief), Typed(thief), fresh=True)
+
+
+@pytest.mark.parametrize("name", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])
+def test_fresh_is_for_the_first_start(name: str, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setenv(name, "0")
+    assert asked_anew(["--fresh", "run.name=x"]) and not asked_anew(["run.name=x"])
+    monkeypatch.setenv(name, "2")
+    assert not asked_anew(["--fresh", "run.name=x"])
+    assert "this is restart 2" in capsys.readouterr().err
