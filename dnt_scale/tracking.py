@@ -35,7 +35,6 @@ METRICS = "metrics.jsonl"
 TAIL_BYTES = 1 << 20  # of it, for those who want the last lines
 NOT_METRICS = ("step", "time")
 
-SAID_AFTER_S = 3.0  # that training waits for MLflow at its end
 LOOK_EVERY_S = 2.0  # how often training looks at what the sender reports
 JOB_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -448,7 +447,7 @@ class Tracker:
         if self._sender is None:
             return
         assert self._sender.stdin is not None
-        asked, said = time.time(), False
+        asked = time.time()
         with contextlib.suppress(OSError):  # the sender is gone: told below
             self._sender.stdin.write(status.encode() + b"\n")
             self._sender.stdin.flush()
@@ -461,9 +460,6 @@ class Tracker:
             if state.get("error") and state["time"] > asked:
                 why, remedy = state["error"], state.get("remedy", "")
                 break
-            if not said and time.time() - asked > SAID_AFTER_S:
-                said = True
-                warn(f"sending the rest to MLflow at {without_login(self.uri)}, for up to {timeout_s:g} s ...")
             time.sleep(0.05)
         state = self._state()
         self._say_notes(state)

@@ -285,7 +285,10 @@ def test_the_summary_tells_the_funnel() -> None:
     [
         ({}, []),
         ({"source": {"exact": 500, "near": 0}}, ['Most of "web" is duplicates']),
-        ({"source": {"findings": {"no_text": 11}}}, ['11 of 1,001 records of "web" were unreadable']),
+        (
+            {"source": {"findings": {"no_text": 11}}},
+            ["left out: 11 no_text", '11 of 1,001 records of "web" were unreadable'],
+        ),
         ({"source": {"documents": 0, "text_bytes": 0, "tokens": 0}}, ['Nothing of "web" is left']),
         (
             {"rules": {"c4": {"seen": 9, "changed": 0, "dropped": 5, "samples": []}}},
