@@ -230,8 +230,10 @@ def notes(report: Report) -> list[str]:
 
 
 def left_out_line(found: Mapping[str, int], named: Mapping[str, str]) -> str:
-    """What of the input was left out, single bad lines aside, a kind of finding after the other, the largest first; "" if
-    nothing was. `named` is where the first of each is."""
+    """Return what of the input was left out, single bad lines aside, kind by kind, the largest first; "" for nothing.
+
+    `named` is where the first of each kind is.
+    """
 
     def kinds(*actions: str) -> str:
         known = [(kind, count) for kind, count in found.items() if kind in KINDS and kind not in LINES and count]
