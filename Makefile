@@ -9,7 +9,7 @@ NAME := $(if $(TEXT),demo-$(shell printf %s-%s "$$(basename '$(TEXT)' | tr -c 'A
 	"$$(realpath '$(TEXT)' | cksum | cut -d' ' -f1)"),demo)
 INPUT := $(or $(TEXT),data/stdlib)
 
-.PHONY: demo test lint setup constraints
+.PHONY: demo test pytest lint setup constraints
 
 demo: setup $(if $(TEXT),,data/stdlib)
 	@test -f data/$(NAME)/manifest.json || \
@@ -34,7 +34,11 @@ data/stdlib: | setup
 		tar cf - -T - | tar xf - -C "$(CURDIR)/$@.partial"
 	@mv $@.partial $@
 
-test: setup lint
+# side by side: while some tests wait for SLURM there is time for the checks
+test: setup
+	@$(MAKE) --no-print-directory -j 2 lint pytest
+
+pytest: setup
 	$(BIN)/python -m pytest -n 3 --no-loadscope-reorder
 
 lint: setup
