@@ -59,7 +59,9 @@ def test_simulated_ranks_hold_what_the_formulas_say(case: str) -> None:
 
 def test_bytes_fall_as_one_over_n_but_for_padding() -> None:
     for engine in ("fsdp", "zero3"):
-        run = config.load(["model=dnt_1.4b", f"engine={engine}", "optim=msgdw", "run.name=none", "data.path=none"])
+        run = config.load(
+            ["model=dnt_1.4b", f"engine={engine}", "optim=msgdw", "run.name=none", "data.path=none", BF16]
+        )
         alone = memory.memory(run, 1).total()
         for ranks, padding in ((2, 1e-5), (8, 1e-5), (256, 1e-3), (1024, 0.25)):
             share = memory.memory(run, ranks).total() * ranks / alone
