@@ -271,7 +271,7 @@ def test_a_start_that_wrote_nothing_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_of_two_starts_in_one_folder_one_trains_undisturbed(corpus: Path, tmp_path: Path) -> None:
-    for number, delay in enumerate((0.0, random.uniform(0.0, 1.0))):
+    for number, delay in enumerate((0.0, random.Random(5).uniform(0.0, 1.0))):
         run_dir = tmp_path / str(number)
         pair = []
         for wait in (0.0, delay):
