@@ -99,7 +99,7 @@ def run_rank(
     except ranks.AgreedError as error:
         if rank == 0:
             print(f"error: {error}", file=sys.stderr)
-        status = 1 if ranks.is_fault(error) else 2
+        status = ranks.exit_status(error)
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         speaker = "" if rank == 0 else f"rank {rank}: "
         if out_of_memory(error):
@@ -112,7 +112,7 @@ def run_rank(
             error = ranks.Fault(reason)
         else:
             raise
-        status = 1 if ranks.is_fault(error) else 2
+        status = ranks.exit_status(error)
     except KeyboardInterrupt:
         status = 128 + signal.SIGINT
     ranks.stop()
@@ -173,11 +173,20 @@ def train(begun: Begun, me: Ranks) -> int:
         pieces = f"{manifest.tokenizer.vocab_size:,} pieces"
         progress.say(f"model.vocab_size: {unused:,} rows are never used, for the tokenizer has {pieces} only")
 
+    unwritten: list[OSError] = []
+
     def report(metrics: Metrics) -> None:
         metrics = {"step": state.step, "tokens": state.tokens, "time": time.time(), **metrics}
         if tracker:
-            tracker.log(metrics)
+            try:
+                tracker.log(metrics)
+            except OSError as error:  # for all ranks to end together
+                unwritten.append(error)
         progress.update(state.step, metrics)
+
+    def check_written() -> None:
+        if unwritten:
+            raise unwritten[0]
 
     def judged(first_row: int) -> None:
         if bad := guard.told():
@@ -231,7 +240,10 @@ def train(begun: Begun, me: Ranks) -> int:
                 report(metrics)
                 judged(first_row)
 
-                stopped_by, writing = ranks.highest(signals[0] if signals else 0, saver.busy)
+                stopped_by, writing, failed = ranks.highest(signals[0] if signals else 0, saver.busy, bool(unwritten))
+                if failed:
+                    saver.settle(wait=True)  # a checkpoint of which nothing is missing, or a better reason
+                    ranks.on_first(me, check_written)
                 if saver.pending and not writing:
                     with clock.spending("save"):
                         saver.settle()

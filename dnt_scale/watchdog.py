@@ -35,7 +35,7 @@ from dnt_scale import ranks, streams, timeline
 from dnt_scale.config import MSGDWConfig, RunConfig
 from dnt_scale.ranks import AgreedError, Ranks
 
-STATUS = 1  # that a hang ends with
+STATUS = 1  # that a hang or a death ends with
 TICK_S = 1.0  # longest time between two looks; a tenth of hang_s where that is less
 SUSPECT_S = 10.0  # without a sign of life, once a collective has failed because somebody ended
 SILENT = "gave no sign of life for {:.0f} s (last heard of at {}): stopped, or the node is down"
@@ -107,6 +107,7 @@ class Verdict:
     hosts: Sequence[str]  # of all ranks at fault; of none, when a rank could say itself why it ended
     printer: int  # the rank that prints the message
     readers: int  # ranks that are there to read it
+    status: int = STATUS  # that all end with
 
 
 class Watchdog:
@@ -129,6 +130,7 @@ class Watchdog:
         self.since = 0.0  # when on the judge's clock it became these
         self.left = False
         self.reason: str | None = None  # why this rank ends by itself
+        self.status = STATUS  # that it then ends with
         self.verdict: Verdict | None = None  # the judge's
         self.died: list[int] = []  # on this machine
         self.fast = False  # read all at every tick
@@ -184,7 +186,7 @@ class Watchdog:
         reason, verdict, left = self.reason, self.verdict, self.left
         if reason is not None:
             what = f"ended at {_main.where}: {reason}"
-            verdict = Verdict(f"{self._name(self.me.rank)} {what}", [], [], 0, len(self._present()))
+            verdict = Verdict(f"{self._name(self.me.rank)} {what}", [], [], 0, len(self._present()), self.status)
         if verdict:  # the first one stands
             store.compare_set("ended", "", encode(verdict))
         # who is gone is looked at before it is read whether it had left
@@ -299,7 +301,7 @@ class Watchdog:
                     self._take_leave(store, verdict.readers)
             if self.reason is None:
                 flush()
-                os._exit(STATUS)
+                os._exit(verdict.status)
 
     def _take_leave(self, store: PrefixStore, expected: int) -> None:
         """Rank 0 may hold the store, so it goes last."""
@@ -323,13 +325,16 @@ class Watchdog:
 
     # --- the main thread
 
-    def ended(self, reason: str) -> None:
-        """Tell why this rank ends by itself. What is wrong on all ranks is for rank 0 to report, as if it were alone:
-        the others let it go first, and end here once it has."""
+    def ended(self, reason: str, status: int) -> None:
+        """Tell why this rank ends by itself, and with what status.
+
+        What is wrong on all ranks is for rank 0 to report, as if it were alone: the others let it go first, and end
+        here once it has.
+        """
         if not self.me.first:
             time.sleep(GRACE_S)
         with self.ending:
-            self.reason = reason
+            self.reason, self.status = reason, status
         self._tell()
 
     def suspect(self) -> None:
@@ -408,7 +413,7 @@ def watching(me: Ranks, hang_s: float, tell: Tell | None = None) -> Iterator[Non
         if isinstance(error, RuntimeError) and ranks.lost_peer(error):
             watch.suspect()
         else:
-            watch.ended(reason_of(error))
+            watch.ended(reason_of(error), status_of(error))
         watch.abandon()
         raise
     watch.stop()
@@ -422,6 +427,12 @@ def telling(run_dir: Path) -> Tell:
             timeline.append(run_dir, "lost", attempt=timeline.this_attempt(), message=message, hosts=list(hosts))
 
     return tell
+
+
+def status_of(error: BaseException) -> int:
+    """Return what a rank that fails by itself exits with, see ``train.run_rank``: 1, as Python does, for a bug."""
+    told = isinstance(error, ValueError | OSError | MemoryError) or out_of_memory(error)
+    return ranks.exit_status(error) if told else STATUS
 
 
 def reason_of(error: BaseException) -> str:

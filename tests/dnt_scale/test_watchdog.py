@@ -1,3 +1,4 @@
+import errno
 import os
 import re
 import resource
@@ -13,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from dnt_scale import ranks
-from dnt_scale.watchdog import Seen, Watchdog, beat, moving, out_of_memory, watching
+from dnt_scale.watchdog import Seen, Watchdog, beat, moving, out_of_memory, status_of, watching
 from tests.helpers.run import Ranks
 
 HANG_S = 2.0
@@ -217,7 +218,7 @@ def exhaust_on_1(me, step) -> None:
 @pytest.mark.parametrize("act", [fail_on_1, exhaust_on_1])
 def test_a_rank_that_fails_by_itself_ends_the_others_who_name_it(tmp_path, act):
     finished = group(run, tmp_path, act, 10**9, NEVER, ranks=4).wait()
-    assert finished.codes == [1, 4, 1, 1], finished.err
+    assert finished.codes == [2, 4, 2, 2], finished.err  # 2: to be mended first
     (line,) = [line for line in finished.err.splitlines() if line.startswith("error:")]
     assert line.startswith("error: rank 1 (") and "ended at step 4: out of memory" in line
     assert line.endswith("; all ranks end")
@@ -227,7 +228,22 @@ def test_a_rank_that_fails_by_itself_ends_the_others_who_name_it(tmp_path, act):
 
 def test_rank_0_that_fails_by_itself_reports_it_itself(tmp_path):
     finished = group(run, tmp_path, fail_on_0, 10**9, NEVER, ranks=2).wait()
-    assert finished.codes == [4, 1] and "error:" not in finished.err
+    assert finished.codes == [4, 2] and "error:" not in finished.err
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (ValueError("a setting"), 2),
+        (OSError(errno.ENOSPC, "No space left on device"), 2),
+        (OSError(errno.EIO, "Input/output error"), 1),
+        (ranks.Fault("a node"), 1),
+        (MemoryError(), 2),
+        (KeyError("a bug"), 1),
+    ],
+)
+def test_the_others_end_with_the_status_of_the_rank_that_failed(error, status):
+    assert status_of(error) == status
 
 
 def interrupt_0(me, step) -> None:

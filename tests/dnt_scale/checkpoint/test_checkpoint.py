@@ -1,5 +1,6 @@
 """What is on disk is a whole checkpoint or is refused, whatever was killed, damaged or full."""
 
+import contextlib
 import json
 import os
 import pickle
@@ -26,6 +27,7 @@ from tests.helpers.run import (
     metrics,
     same_tensors,
     start,
+    steps_written,
     stop_midway,
     tensors,
     tiny,
@@ -210,6 +212,25 @@ def test_a_full_disk_stops_the_run_and_the_same_command_goes_on(corpus, referenc
     assert in_folder(run_dir) == ["latest", LAST]
     assert metrics(run_dir) == metrics(reference)
     assert same_tensors(run_dir / "checkpoints" / LAST, reference / "checkpoints" / LAST)
+
+
+@pytest.mark.skipif(not can_mount(), reason="only root can mount a tmpfs")
+def test_metrics_that_cannot_be_written_end_all_ranks_with_one_line(corpus, tmp_path):
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "dnt-test", folder], check=True)
+    try:
+        run_dir = folder / "run"
+        group = start(tiny(corpus, run_dir, "train.steps=5000", "checkpoint.every=0"), ranks=2)
+        until(lambda: steps_written(run_dir) >= 5 or not group.running)
+        with (folder / "fill").open("wb", buffering=0) as file, contextlib.suppress(OSError):
+            while True:
+                file.write(bytes(4096))
+        error = group.wait().error()
+        assert "No space left on device" in error and str(run_dir / "metrics.jsonl") in error
+        assert metrics(run_dir)[-1]["step"] >= 5  # whole lines only
+    finally:
+        subprocess.run(["umount", folder], check=True)
 
 
 def test_a_run_begins_from_converted_weights(corpus, reference, tmp_path):
