@@ -12,7 +12,7 @@ from tests.helpers import engines
 from tests.helpers.engines import ENGINES, STEPS
 from tests.helpers.run import call, same_tensors, tensors, tiny
 
-RANKS = (1, 2, 4)
+RANKS = {"fp32": (1, 2, 4), "bf16": (1, 2)}
 DTYPES = {"fp32": 1e-5, "bf16": 1e-2}  # of a loss
 # of a tensor's change in all steps; one ulp of a gain near 1 is 1e-4 of its change, bf16 itself changes 1 to 2 %
 CHANGES = {"fp32": 1e-3, "bf16": 3e-2}
@@ -37,31 +37,32 @@ def run_all(data: Path, out: Path, dtype: str) -> None:
 @pytest.fixture(scope="module", params=DTYPES)
 def matrix(request, corpus, tmp_path_factory):
     out = tmp_path_factory.mktemp("matrix")
-    for ranks in RANKS:
+    for ranks in RANKS[request.param]:
         call(run_all, corpus, out, request.param, ranks=ranks).ok()
     runs = [config.load(tiny(corpus, out, f"train.steps={STEPS}", f"train.dtype={dtype}")) for dtype in DTYPES]
     found = dict(zip(DTYPES, map(engines.reference_losses, runs), strict=True))
     return out, request.param, *found[request.param], found["fp32"][0]
 
 
-@pytest.mark.parametrize("ranks", RANKS)
 @pytest.mark.parametrize("label", ENGINES)
-def test_every_engine_on_any_ranks_is_plain_pytorch(matrix, label, ranks):
+def test_every_engine_on_any_ranks_is_plain_pytorch(matrix, label):
     out, dtype, losses, weights, exact = matrix
-    folder = out / f"{label}-{ranks}-{dtype}"
     first = out / f"fsdp-1-{dtype}" / "step-00000000"
-    assert same_tensors(folder / "step-00000000", first), "initial weights"
-    found = json.loads((folder / "losses.json").read_text())
-    np.testing.assert_allclose(found, losses, rtol=0, atol=DTYPES[dtype])
-    assert (np.abs(np.subtract(found, exact)).max() > 1e-4) == (dtype == "bf16"), "computed in another dtype"
-    initial, last = tensors(first), tensors(folder / f"step-{STEPS:08d}")
-    assert {name for name in last if name.startswith("model.")} == {f"model.{name}" for name in weights}
-    for name, weight in weights.items():
-        change = weight - initial[f"model.{name}"]
-        error = last[f"model.{name}"] - weight
-        assert error.norm() <= CHANGES[dtype] * change.norm(), name
-        assert dtype != "fp32" or error.abs().max() <= 1e-5, name
-        assert last[f"momentum_buffer.{name}"].dtype == torch.float32
+    initial = tensors(first)
+    for ranks in RANKS[dtype]:
+        folder = out / f"{label}-{ranks}-{dtype}"
+        assert same_tensors(folder / "step-00000000", first), f"initial weights on {ranks} ranks"
+        found = json.loads((folder / "losses.json").read_text())
+        np.testing.assert_allclose(found, losses, rtol=0, atol=DTYPES[dtype], err_msg=f"on {ranks} ranks")
+        assert (np.abs(np.subtract(found, exact)).max() > 1e-4) == (dtype == "bf16"), "computed in another dtype"
+        last = tensors(folder / f"step-{STEPS:08d}")
+        assert {name for name in last if name.startswith("model.")} == {f"model.{name}" for name in weights}
+        for name, weight in weights.items():
+            change = weight - initial[f"model.{name}"]
+            error = last[f"model.{name}"] - weight
+            assert error.norm() <= CHANGES[dtype] * change.norm(), (name, ranks)
+            assert dtype != "fp32" or error.abs().max() <= 1e-5, (name, ranks)
+            assert last[f"momentum_buffer.{name}"].dtype == torch.float32
 
 
 SAVERS = {"ddp": 2, "fsdp": 2, "hsdp": 4, "zero1": 2, "zero3": 2}

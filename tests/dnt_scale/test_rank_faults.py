@@ -139,7 +139,9 @@ def train_with_a_nan(overrides: list[str], rank: int, forward: int) -> None:
 def test_a_nan_on_one_rank(corpus, tmp_path, ranks, engine):
     """With 2 ranks a step is two passes, with 4 it is one; the fifth step is hit."""
     forward = 10 if ranks == 2 else 5
-    overrides = tiny(corpus, tmp_path / "run", f"engine={engine}", "checkpoint.every=3", "eval.every=0")
+    overrides = tiny(
+        corpus, tmp_path / "run", f"engine={engine}", "checkpoint.every=3", "eval.every=0", "train.micro_batch=2"
+    )
     call(train_with_a_nan, overrides, ranks - 1, forward, ranks=ranks).ok()
     assert [line["step"] for line in metrics(tmp_path / "run") if line["skipped"]] == [5]
     bad = (tmp_path / "run" / "logs" / "bad_steps.jsonl").read_text().splitlines()

@@ -46,9 +46,9 @@ def curve(run_dir: Path, field: str) -> list[float]:
 
 @pytest.mark.parametrize("ranks", [1, 4])
 def test_ranks_and_accumulation_do_not_change_the_loss_curve(corpus, reference, tmp_path, ranks):
-    """8 rows a step, 2 a forward: 1 rank accumulates 4 times, 2 ranks (the reference) twice, 4 ranks not at all."""
+    """8 rows a step, 2 a forward: 1 rank accumulates 4 times, 4 ranks not at all; as 2 ranks with 4 a forward."""
     run_dir = tmp_path / "run"
-    train(tiny(corpus, run_dir), ranks).ok()
+    train(tiny(corpus, run_dir, "train.micro_batch=2"), ranks).ok()
     ours, theirs = metrics(run_dir), metrics(reference)
     assert len(curve(run_dir, "train/loss")) == STEPS and len(curve(run_dir, "val/loss")) == 5
     for field in ("train/loss", "val/loss", "val/bits_per_byte"):

@@ -57,8 +57,7 @@ PRELOAD = [
     "dnt_scale.tracking",
     "dnt_scale.plots",
     "dnt_scale.progress",
-    "matplotlib.backends.backend_agg",
-    "matplotlib.figure",
+    "tests.helpers.warm",
 ]
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed looks for devices when it is imported
 multiprocessing.set_forkserver_preload(PRELOAD)
@@ -85,7 +84,7 @@ TINY_RUN = [
     "optim.schedule.warmup_steps=2",
     f"train.steps={STEPS}",
     "train.global_batch=8",
-    "train.micro_batch=2",
+    "train.micro_batch=4",
     "train.dtype=fp32",
     "eval.every=5",
     "eval.rows=30",
