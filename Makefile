@@ -9,7 +9,7 @@ NAME := $(if $(TEXT),demo-$(shell printf %s-%s "$$(basename '$(TEXT)' | tr -c 'A
 	"$$(realpath '$(TEXT)' | cksum | cut -d' ' -f1)"),demo)
 INPUT := $(or $(TEXT),data/stdlib)
 
-.PHONY: demo test pytest lint setup constraints
+.PHONY: demo test pytest quick lint setup constraints
 
 demo: setup $(if $(TEXT),,data/stdlib)
 	@test -f data/$(NAME)/manifest.json || \
@@ -40,6 +40,10 @@ test: setup
 
 pytest: setup
 	$(BIN)/python -m pytest -n 3 --no-loadscope-reorder
+
+# in a minute or two: what needs no process of training, no SLURM and no server
+quick: setup
+	$(BIN)/python -m pytest -n 2 -m "not slow and not ranks and not slurm"
 
 lint: setup
 	$(BIN)/ruff check .

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from tests.helpers import run
 from tests.helpers.corpus import small_set
 from tests.helpers.run import tiny, train
 from tests.helpers.slurm import LEFT_OUT
@@ -23,6 +24,18 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             return "cluster" if nodeid.startswith("tests/cluster/") else str(super()._split_scope(nodeid))
 
     return ByFile(config, log)
+
+
+STARTS_RANKS = [run.train, run.start, run.call, run.stop_midway, run.dnt, run.Ranks]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what `make quick` leaves out: tests on SLURM, and those of files that start processes of training."""
+    for item in items:
+        if "slurm" in getattr(item, "fixturenames", ()):
+            item.add_marker("slurm")
+        if any(found in STARTS_RANKS for found in vars(getattr(item, "module", run)).values() if callable(found)):
+            item.add_marker("ranks")
 
 
 @pytest.hookimpl(trylast=True)  # at the end, where it is seen

@@ -73,7 +73,7 @@ def test_a_new_run(data: Path, tmp_path: Path) -> None:
     )
     assert line(text, "model") == "dnt_nano, 0.1M parameters; engine fsdp, optimizer msgdw, fp32"
     assert line(text, "data") == f"{data}: 60,000 tokens"
-    assert line(text, "batch") == "8 rows of 64 tokens = 2 ranks x 2 micro-batches x 2 rows"
+    assert line(text, "batch") == "8 rows of 64 tokens = 2 ranks x 1 micro-batch x 4 rows"
     assert line(text, "steps") == "20 of 512 tokens = 10,240 tokens, 0.17 epochs"
     assert line(text, "checkpoints").startswith("1.09 MB each, every 6 steps, at most 3 at a time (3.26 MB), in /")
     assert line(text, "memory") == (

@@ -23,6 +23,8 @@ from tests.helpers.slurm import (
     wait_state,
 )
 
+pytestmark = pytest.mark.slow
+
 DNT = [sys.executable, "-m", "dnt_scale.cli", "sandbox"]
 # a machine of its own for a command: no SLURM's files, ports or processes, and a network card in name
 ALONE = """

@@ -16,6 +16,8 @@ from data_prep import dedup
 from data_prep.dedup import BANDS, FINGERPRINT, PERMUTATIONS, Duplicates, find_duplicates, fingerprints, similarity
 from tests.helpers.corpus import python_source_files
 
+pytestmark = pytest.mark.slow
+
 ALONE = ("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN")
 
 

@@ -29,6 +29,8 @@ from data_prep.shards import PARTIAL, Packing, load_manifest
 from data_prep.verify import verify
 from tests.helpers.corpus import contents, python_source_files, small_set
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 QUIET = Console(quiet=True)
 SMALL = {"PIECE_BYTES": (pieces, 30_000), "UNIT_BYTES": (inputs, 200_000)}

@@ -25,6 +25,8 @@ from data_prep.tokenizer import Tokenizer
 from data_prep.verify import verify
 from tests.helpers.corpus import TEXT, contents, python_source_files, run
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:

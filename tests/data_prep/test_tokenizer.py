@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from data_prep.tokenizer import PART_CHARS, FastPathDiffers, Sample, Tokenizer, text_hash, train
 from tests.helpers.corpus import python_source_files
 
+pytestmark = pytest.mark.slow
+
 ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]))
 
 

@@ -13,6 +13,8 @@ from dnt_scale.settle import settle
 from dnt_scale.tracking import read_json
 from tests.helpers.senders import begin, client, shown, start, without_processes
 
+pytestmark = pytest.mark.slow
+
 OLD_FIELDS = ("place", "own_id", "copied_from", "leases", "claimed", "name", "notes", "remedy")  # mlflow.json has since
 
 

@@ -19,6 +19,8 @@ from tests.helpers.run import can_mount
 from tests.helpers.senders import begin, client, shown, start, without_processes
 from tests.helpers.stores import PATIENCE_S
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def runs_dir(empty_store: Path, tmp_path: Path) -> Path:

@@ -19,6 +19,8 @@ from dnt_scale.settle import settle, settle_parent
 from dnt_scale.tracking import Tracker
 from tests.helpers.stores import PATIENCE_S, points, runs, until
 
+pytestmark = pytest.mark.slow
+
 TRACKED = """
 import signal, sys
 from pathlib import Path

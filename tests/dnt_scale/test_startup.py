@@ -10,6 +10,8 @@ import pytest
 from dnt_scale import startup
 from tests.helpers.run import python
 
+pytestmark = pytest.mark.slow
+
 HERE = Path(startup.__file__).parent.parent
 
 

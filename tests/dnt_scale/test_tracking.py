@@ -21,6 +21,8 @@ from dnt_scale.plots import plot_run
 from dnt_scale.tracking import Tracker, default_uri, git_commit, sqlite_uri, unsent_lines
 from tests.helpers.stores import free_port, mlflow_server, until
 
+pytestmark = pytest.mark.slow
+
 PARAMS = {"optim.lr": 1.0, "model.name": "dnt_nano", "train.steps": 20, "data.limit": None, "eval.full": True}
 TAGS = {"git_commit": "abc123-dirty", "manifest_sha256": "0" * 64}
 

@@ -11,6 +11,8 @@ from dnt_scale.settle import settle
 from dnt_scale.tracking import Tracker
 from tests.helpers.stores import PASSWORD, PATIENCE_S, no_postgres, points, postgres, runs
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def database() -> Iterator[tuple[str, dict[str, str]]]:

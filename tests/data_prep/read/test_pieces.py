@@ -24,6 +24,8 @@ from data_prep.read.inputs import find_sources, plan_units
 from data_prep.read.pieces import read_pieces, stored_bytes
 from tests.helpers.reading import pieces_of, read, texts_of
 
+pytestmark = pytest.mark.slow
+
 PACKERS: dict[str, Callable[[bytes], bytes]] = {
     "": bytes,
     ".gz": gzip.compress,
