@@ -52,10 +52,8 @@ def _draw(run_dir: Path) -> Path:
     panels = [(*panel, _series(records, panel[0])) for panel in PANELS]
     panels = [panel for panel in panels if panel[-1][0].size]
 
-    figure = Figure(figsize=(9, 6.6 if panels else 5), dpi=150, facecolor="white")
+    figure = Figure(figsize=(9, 6.6 if panels else 5), dpi=150, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
-    # no layout engine: it draws everything once more to find how wide the labels are
-    figure.subplots_adjust(left=0.08, right=0.98, top=0.89, bottom=0.08 if panels else 0.11, hspace=0.35, wspace=0.3)
     grid = figure.add_gridspec(2 if panels else 1, max(1, len(panels)), height_ratios=[3.2, 1] if panels else [1])
     axes = figure.add_subplot(grid[0, :])
     _draw_losses(axes, train, val)
@@ -69,7 +67,7 @@ def _draw(run_dir: Path) -> Path:
     path = run_dir / "plots" / "loss.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(".loss.png.tmp")
-    figure.savefig(beside, format="png", pil_kwargs={"compress_level": 1})
+    figure.savefig(beside, format="png")
     beside.replace(path)
     return path
 

@@ -53,11 +53,6 @@ def is_fault(error: BaseException) -> bool:
     return behind is not None and is_fault(behind)
 
 
-def exit_status(error: BaseException) -> int:
-    """Return the status that ``error`` ends a rank with: 1 where another try may go well, else 2: to be mended."""
-    return 1 if is_fault(error) else 2
-
-
 @dataclass(frozen=True)
 class Ranks:
     rank: int

@@ -30,7 +30,7 @@ from dnt_scale.system_metrics import sampling
 from dnt_scale.timeline import Clock
 from dnt_scale.tracking import Status, last_metrics, warn
 from dnt_scale.validation import validation
-from dnt_scale.watchdog import beat, out_of_memory, out_of_memory_message, telling, watching
+from dnt_scale.watchdog import beat, exit_status, out_of_memory, out_of_memory_message, telling, watching
 
 
 def main(words: list[str], check_no_job: Callable[[Path], None] = check_no_job) -> int:
@@ -99,7 +99,7 @@ def run_rank(
     except ranks.AgreedError as error:
         if rank == 0:
             print(f"error: {error}", file=sys.stderr)
-        status = ranks.exit_status(error)
+        status = exit_status(error)
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         speaker = "" if rank == 0 else f"rank {rank}: "
         if out_of_memory(error):
@@ -112,7 +112,7 @@ def run_rank(
             error = ranks.Fault(reason)
         else:
             raise
-        status = ranks.exit_status(error)
+        status = exit_status(error)
     except KeyboardInterrupt:
         status = 128 + signal.SIGINT
     ranks.stop()

@@ -9,9 +9,9 @@
   node is down), and else the rank that is furthest behind, once that has not moved for ``hang_s``. Ranks are compared
   by the collectives they have entered: whoever waits inside one is ahead of whom it waits for.
 
-The first verdict stands in the store and ends everyone with status 1; without a store each rank ends on its own.
-Ages are measured by the judge's own clock, which stands still while its process does, so that a run that was stopped
-and continued (Ctrl-Z, a laptop's lid) blames nobody.
+The first verdict stands in the store and ends everyone, with status 1 or that of the rank that failed by itself;
+without a store each rank ends on its own. Ages are measured by the judge's own clock, which stands still while its
+process does, so that a run that was stopped and continued (Ctrl-Z, a laptop's lid) blames nobody.
 """
 
 import os
@@ -413,7 +413,7 @@ def watching(me: Ranks, hang_s: float, tell: Tell | None = None) -> Iterator[Non
         if isinstance(error, RuntimeError) and ranks.lost_peer(error):
             watch.suspect()
         else:
-            watch.ended(reason_of(error), status_of(error))
+            watch.ended(reason_of(error), exit_status(error))
         watch.abandon()
         raise
     watch.stop()
@@ -429,10 +429,13 @@ def telling(run_dir: Path) -> Tell:
     return tell
 
 
-def status_of(error: BaseException) -> int:
-    """Return what a rank that fails by itself exits with, see ``train.run_rank``: 1, as Python does, for a bug."""
+def exit_status(error: BaseException) -> int:
+    """Return the status that ``error`` ends its rank with: 2 where the user has to mend something.
+
+    It is 1 where another try may go well, and for a bug, as Python has it.
+    """
     told = isinstance(error, ValueError | OSError | MemoryError) or out_of_memory(error)
-    return ranks.exit_status(error) if told else STATUS
+    return 2 if told and not ranks.is_fault(error) else STATUS
 
 
 def reason_of(error: BaseException) -> str:

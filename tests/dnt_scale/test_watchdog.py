@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from dnt_scale import ranks
-from dnt_scale.watchdog import Seen, Watchdog, beat, moving, out_of_memory, status_of, watching
+from dnt_scale.watchdog import Seen, Watchdog, beat, exit_status, moving, out_of_memory, watching
 from tests.helpers.run import Ranks
 
 HANG_S = 2.0
@@ -243,7 +243,7 @@ def test_rank_0_that_fails_by_itself_reports_it_itself(tmp_path):
     ],
 )
 def test_the_others_end_with_the_status_of_the_rank_that_failed(error, status):
-    assert status_of(error) == status
+    assert exit_status(error) == status
 
 
 def interrupt_0(me, step) -> None:

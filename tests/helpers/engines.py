@@ -19,7 +19,7 @@ from dnt_scale.sources import load_sources
 from dnt_scale.stream import Stream
 from tests.helpers.run import tiny
 
-STEPS = 10
+STEPS = 20
 ENGINES = {
     "ddp": ["engine=ddp"],
     "fsdp": ["engine=fsdp"],
