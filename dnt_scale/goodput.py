@@ -126,7 +126,7 @@ class _Story:
             end = float(self.said["ended"]["until"])
         elif "allocated" in self.said and not after and now >= self.last_sign + RECENT_S:
             end = now
-        return min(end, after.begin) if after else end
+        return min(end, max(after.begin, self.last_sign)) if after else end  # a sign outweighs a coarse clock
 
     def status(self, after: "_Story | None", now: float) -> str:
         if "ended" in self.said:

@@ -89,6 +89,20 @@ def _ends_a_line(file: Path, end: int) -> bool:
         return before.read(1) == b"\n"
 
 
+def launched() -> float:
+    """When this process was started, in seconds since 1970 by the clock that the events' times come from.
+
+    Linux counts a process's start from the boot, and the boot in whole seconds: what psutil adds up from the two is
+    up to a second early, more than a short attempt takes, and before the end of the attempt before this one.
+    """
+    try:
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    except OSError:  # not Linux
+        return psutil.Process().create_time()
+    age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    return time.time() - age
+
+
 class Clock:
     """Where the seconds of this attempt go; tells the timeline, unless it is ``silent`` (not rank 0's).
 
@@ -114,7 +128,7 @@ class Clock:
     def start(self, ranks: int, last_lines: Sequence[Mapping[str, Any]] = ()) -> None:
         """Tell of the process, and of the last line of metrics.jsonl, if any."""
         logged = {name: line[name] for line in last_lines for name in ("step", "time")}
-        self.tell("start", launched=psutil.Process().create_time(), ranks=ranks, logged=logged)
+        self.tell("start", launched=launched(), ranks=ranks, logged=logged)
 
     def tell(self, event: str, **fields: Any) -> None:
         if not self._silent:

@@ -239,6 +239,17 @@ def test_steps_that_only_metrics_jsonl_knew_of_are_lost_steps_too():
     assert breakdown(cluster.events, T0 + 151).attempts[0].parts.lost == pytest.approx(60.0 - 40.0 - 20.0 * 10 / 40)
 
 
+def test_a_beginning_by_a_coarse_clock_takes_nothing_from_the_attempt_before_it():
+    cluster = Cluster()
+    for attempt, at, launched, begin in (("a", T0, T0 - 1, 0), ("b", T0 + 50, T0 + 39, 20)):
+        cluster.tell("start", attempt, at, launched=launched, ranks=1)
+        cluster.tell("ready", attempt, at, step=begin, restored=0.0)
+        cluster.tell("progress", attempt, at + 40, step=begin + 40, seconds={"step": 40.0, "eval": 0.0, "save": 0.0})
+    first, second = breakdown(cluster.events, T0 + 91).attempts
+    assert (first.parts.training, first.parts.lost, first.parts.stall) == (20.0, 20.0, 0.0)
+    assert second.parts.start_up == 10.0
+
+
 def test_what_mlflow_is_told_of_it(eventful):
     run_dir, _, _ = eventful
     found = breakdown(timeline.read(run_dir), 0.0)

@@ -1,5 +1,9 @@
 """`logs/timeline-HOST.jsonl`: what it tells of a run that ended well, was stopped, or was killed."""
 
+import subprocess
+import sys
+import time
+
 import pytest
 
 from dnt_scale import timeline
@@ -68,3 +72,12 @@ def test_what_is_no_event_is_left_out(tmp_path):
         file.write(b'[1]\n{"event": "end"}\n\xff\n')
     timeline.append(tmp_path, "end", attempt="a", step=3)
     assert [(event["event"], event.get("step")) for event in timeline.read(tmp_path)] == [("start", None), ("end", 3)]
+
+
+def test_a_process_says_when_it_was_started_to_a_clock_tick():
+    told = [sys.executable, "-c", "from dnt_scale import timeline; print(timeline.launched())"]
+    for _ in range(3):
+        before = time.time()
+        launched = float(subprocess.run(told, capture_output=True, check=True, text=True).stdout)
+        assert before - 0.02 <= launched <= time.time() - 0.02  # which is not how long Python takes to start
+        time.sleep(0.003)
