@@ -31,9 +31,9 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
-from dnt_scale import ranks
 from dnt_scale.checkpoint import Saver, State
 from dnt_scale.checkpoint.boxes import Box
+from dnt_scale.distributed import process_group
 from dnt_scale.tracking import git_commit
 from tests.helpers.run import synthetic_set
 
@@ -105,7 +105,7 @@ class Unverified(Saver):
 
 def save_in_turns_with_dd(folder: Path, size: int, rounds: int) -> None:
     """On every rank; rank 0 prints the seconds of each save and each dd."""
-    me = ranks.start()
+    me = process_group.start()
     shape = (size // 4 // 16 // 4096, 4096)
     share = shape[0] // me.world_size
     boxes = [
@@ -132,7 +132,7 @@ def save_in_turns_with_dd(folder: Path, size: int, rounds: int) -> None:
                 seconds["verified" if verified else "save" if number else "first"].append(taken)
     if me.first:
         print(json.dumps(seconds))
-    ranks.stop()
+    process_group.stop()
 
 
 def state_of(step: int, world_size: int) -> State:

@@ -15,7 +15,8 @@ from pathlib import Path
 
 from cluster import ledger, slurm, state, sweep
 from cluster.ledger import EndStatus, Next
-from dnt_scale import startup, streams, timeline
+from dnt_scale import startup, timeline
+from dnt_scale.distributed import output
 from dnt_scale.settle import settle
 
 TAIL_BYTES = 1 << 20  # of a log
@@ -239,5 +240,5 @@ _IN_WORDS: dict[Next, str] = {
 
 if __name__ == "__main__":
     startup.leave_folder_out()
-    streams.guard()  # a full disk takes no line more
+    output.guard()  # a full disk takes no line more
     sys.exit(main(sweep.run_of_task(Path(sys.argv[1])), int(sys.argv[2])))

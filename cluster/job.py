@@ -15,8 +15,9 @@ from types import FrameType
 
 from cluster import ledger, slurm
 from cluster.ledger import EndStatus, LedgerError, Submission
-from dnt_scale import config, startup, streams, timeline
+from dnt_scale import config, startup, timeline
 from dnt_scale.config import ConfigError, RunConfig
+from dnt_scale.distributed import output
 
 
 def rank(run_dir: str) -> None:
@@ -141,6 +142,6 @@ if __name__ == "__main__":
     from submitit.core.submission import submitit_main
 
     startup.leave_folder_out()
-    streams.guard()
+    output.guard()
     name_files_only()
     submitit_main()

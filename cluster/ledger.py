@@ -30,7 +30,8 @@ from pydantic import Field, ValidationError
 from cluster.settings import ClusterConfig
 from dnt_scale import timeline
 from dnt_scale.config import Strict
-from dnt_scale.timeline import Event, host
+from dnt_scale.distributed.host import host
+from dnt_scale.timeline import Event
 from dnt_scale.tracking import Status, read_json, write_json
 
 EndStatus = Literal[

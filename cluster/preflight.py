@@ -27,12 +27,15 @@ from torch import Tensor
 
 from cluster.plan import size
 from cluster.settings import ClusterConfig
-from dnt_scale import checkpoint, compute_dtype, ranks, timeline
+from dnt_scale import checkpoint, compute_dtype, timeline
+from dnt_scale.checkpoint.replicas import checksums
 from dnt_scale.config import ConfigError, RunConfig
+from dnt_scale.distributed.agree import highest, on_first
+from dnt_scale.distributed.errors import AgreedError, AgreedFault
+from dnt_scale.distributed.heartbeat import beat
+from dnt_scale.distributed.host import host
+from dnt_scale.distributed.process_group import Ranks
 from dnt_scale.memory import checkpoint_bytes
-from dnt_scale.ranks import AgreedError, AgreedFault, Ranks
-from dnt_scale.timeline import host
-from dnt_scale.watchdog import beat
 
 T = TypeVar("T")
 
@@ -71,8 +74,8 @@ def check(me: Ranks, run: RunConfig, cluster: ClusterConfig, multiply: Multiply 
         AgreedError: on every rank; no room for checkpoints, or a run folder that cannot be written or is not shared.
     """
     beat("preflight: disks, devices and arithmetic")
-    free = ranks.on_first(me, lambda: room(run))
-    mark = ranks.on_first(me, lambda: leave_mark(run))
+    free = on_first(me, lambda: room(run))
+    mark = on_first(me, lambda: leave_mark(run))
     dtype = compute_dtype.for_preflight(run, me)
     found = gathered(me, look(me, run.run.dir / "logs" / mark.name, dtype, multiply))
     if me.first:
@@ -296,7 +299,7 @@ def product(device: torch.device, dtype: torch.dtype, multiply: Multiply) -> tup
             multiply(a, b)
         synchronize(device)
         best = min(best, (time.perf_counter() - started) / count)
-    return 2 * side**3 / best / 1e12, ranks.checksums([timed])[0], faults
+    return 2 * side**3 / best / 1e12, checksums([timed])[0], faults
 
 
 def judged(found: Sequence[Found], *, may_be_shared: bool) -> tuple[dict[str, str], list[str]]:
@@ -348,12 +351,12 @@ def network(me: Ranks) -> tuple[float, list[float]]:
     data = torch.ones(REDUCED_BYTES[me.device.type] // 4, device=me.device)
     best = math.inf
     for _ in range(4):
-        ranks.highest(0)  # that all begin together
+        highest(0)  # that all begin together
         started = time.perf_counter()
         dist.all_reduce(data)
         synchronize(me.device)
         best = min(best, time.perf_counter() - started)
-    ranks.highest(0)
+    highest(0)
     found = gathered(me, (best, time.time()))
     moved = 2 * (me.world_size - 1) / me.world_size * REDUCED_BYTES[me.device.type]
     return (moved / max(seconds for seconds, _ in found) / 1e9 if moved else math.inf), [clock for _, clock in found]
@@ -402,7 +405,7 @@ def exchange(me: Ranks, partner: int | None) -> float:
     mine = torch.ones(EXCHANGED_BYTES[me.device.type] // 4, device=me.device)
     theirs, best = torch.empty_like(mine), 0.0
     for _ in range(2):
-        ranks.highest(0)
+        highest(0)
         if partner is None:
             continue
         started = time.perf_counter()

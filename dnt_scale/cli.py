@@ -10,8 +10,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dnt_scale import startup, streams
+from dnt_scale import startup
 from dnt_scale.arguments import Parser, fail, number, path, path_or_url, prompt, set_folder, whole, word
+from dnt_scale.distributed import output
 
 if TYPE_CHECKING:
     from data_prep.options import PrepareOptions
@@ -119,7 +120,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit status: 2 with one clear line on stderr for what a user can mend."""
     if arguments is None:  # a process of its own
         startup.leave_folder_out()
-        streams.guard(shows=True)
+        output.guard(shows=True)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a name that the terminal's encoding has not ends nothing
@@ -129,7 +130,7 @@ def main(arguments: list[str] | None = None) -> int:
     if more:  # argparse takes no more words after an option
         options.overrides += more
     if arguments is None:
-        streams.guard(shows=options.run.__name__ in SHOWS)
+        output.guard(shows=options.run.__name__ in SHOWS)
     try:
         startup.check_folder()
         return int(options.run(options))
@@ -475,10 +476,10 @@ def run_train(options: argparse.Namespace) -> int:
 
 
 def run_generate(options: argparse.Namespace) -> int:
-    from dnt_scale import ranks
+    from dnt_scale.distributed import process_group
     from dnt_scale.inference import generate
 
-    with ranks.alone() as me:
+    with process_group.alone() as me:
         for piece in generate(
             options.folder,
             options.prompt,
@@ -495,11 +496,11 @@ def run_generate(options: argparse.Namespace) -> int:
 
 
 def run_eval(options: argparse.Namespace) -> int:
-    from dnt_scale import ranks
+    from dnt_scale.distributed import process_group
     from dnt_scale.inference import evaluate
     from dnt_scale.validation import validation_metrics
 
-    with ranks.alone() as me:
+    with process_group.alone() as me:
         losses, sources = evaluate(options.folder, options.data, options.rows, me)
     metrics = validation_metrics(losses, sources)
     width = max(map(len, metrics))

@@ -9,9 +9,9 @@ import time
 
 import torch
 
-from dnt_scale import ranks
 from dnt_scale.config import RunConfig, validate
-from dnt_scale.ranks import Ranks
+from dnt_scale.distributed.agree import highest
+from dnt_scale.distributed.process_group import Ranks
 
 SIDE = 256  # of the square matrices that are timed: smaller ones measure the call rather than the arithmetic
 ROUNDS = 8
@@ -60,7 +60,7 @@ def resolve(run: RunConfig, me: Ranks, command: str, recorded: str | None) -> tu
     asked = run.train.dtype
     if asked == "fp32" and (recorded is None or command == "fp32"):
         return run, ""
-    cost = ranks.highest(round(1000 * min(bf16_cost(me.device), 1e6)))[0] / 1000  # the slowest rank's
+    cost = highest(round(1000 * min(bf16_cost(me.device), 1e6)))[0] / 1000  # the slowest rank's
     best = faster(cost)
     chosen = (recorded or best) if asked == "auto" else asked
     line = ""

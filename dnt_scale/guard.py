@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from dnt_scale.config import HealthSection
+from dnt_scale.distributed.errors import AgreedError
 from dnt_scale.engine.base import Engine
-from dnt_scale.ranks import AgreedError
 from dnt_scale.sources import Sources
 from dnt_scale.stream import Order, rows_from
 

@@ -11,8 +11,8 @@ from data_prep.tokenizer import Tokenizer
 from dnt_scale import checkpoint, compute_dtype, config
 from dnt_scale.checkpoint.boxes import Box
 from dnt_scale.config import ConfigError, DataConfig, RunConfig
+from dnt_scale.distributed.process_group import Ranks
 from dnt_scale.model import DNT, IGNORED
-from dnt_scale.ranks import Ranks
 from dnt_scale.sources import Sources, any_source, load_sources
 from dnt_scale.stream import validation_batches
 from dnt_scale.tracking import warn

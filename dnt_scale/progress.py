@@ -12,8 +12,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from dnt_scale.checkpoint.read import gone_latest
 from dnt_scale.checkpoint.storage import Storage
 from dnt_scale.config import RunConfig
+from dnt_scale.distributed.process_group import Ranks
 from dnt_scale.model import count_parameters, flops_per_token
-from dnt_scale.ranks import Ranks
 from dnt_scale.sources import Sources
 
 Metrics = dict[str, float | int | None]

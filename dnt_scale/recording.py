@@ -9,8 +9,8 @@ from pathlib import Path
 from dnt_scale import config
 from dnt_scale.checkpoint import State
 from dnt_scale.config import RunConfig
+from dnt_scale.distributed.process_group import Ranks
 from dnt_scale.model import count_parameters
-from dnt_scale.ranks import Ranks
 from dnt_scale.run_start import write_config
 from dnt_scale.sections import MSGDWConfig
 from dnt_scale.sources import weights_of

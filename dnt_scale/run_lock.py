@@ -29,7 +29,8 @@ from typing import Self
 import orjson
 import psutil
 
-from dnt_scale.ranks import Fault
+from dnt_scale.distributed.errors import Fault
+from dnt_scale.distributed.heartbeat import moving
 from dnt_scale.sections import ConfigError
 from dnt_scale.tracking import warn
 
@@ -175,7 +176,7 @@ def take(run_dir: Path, holder: Holder, *, patience_s: float = 0.0, field: str =
                 raise HeldError(refusal(run_dir, other, field))
             if at > deadline:
                 raise HeldFault(refusal(run_dir, other, field))
-            _moving()
+            moving()
         elif at > max(leaving, deadline):
             by = other.in_words if other else "a process that wrote no record"
             raise HeldError(
@@ -346,7 +347,7 @@ def _lives(path: Path, other: Holder) -> bool:
     first, until = _stamp(path), time.monotonic() + BEATS * BEAT_S + LOOK_S
     while time.monotonic() < until:
         time.sleep(LOOK_S)
-        _moving()
+        moving()
         if _stamp(path) != first:
             return True
     return False
@@ -363,9 +364,3 @@ def _stamp(path: Path) -> tuple[int, int, int] | None:
         return found.st_ino, found.st_mtime_ns, found.st_size
     finally:
         os.close(descriptor)
-
-
-def _moving() -> None:
-    """Tell the watchdog, where one is at work, that this wait is meant."""
-    if watchdog := sys.modules.get("dnt_scale.watchdog"):
-        watchdog.moving()

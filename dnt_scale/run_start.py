@@ -22,7 +22,8 @@ from dnt_scale.checkpoint.read import complete, steps_of
 from dnt_scale.checkpoint.state import step_name, step_of
 from dnt_scale.checkpoint.storage import Storage
 from dnt_scale.config import ConfigError, RunConfig
-from dnt_scale.ranks import Ranks, check_settings, on_first
+from dnt_scale.distributed.agree import check_settings, on_first
+from dnt_scale.distributed.process_group import Ranks
 from dnt_scale.recorded import Typed
 from dnt_scale.tracking import METRICS, last_metrics, warn
 

@@ -29,7 +29,7 @@ from dnt_scale.tracking import NOT_METRICS, Point
 
 if TYPE_CHECKING:
     from dnt_scale.config import RunConfig
-    from dnt_scale.ranks import Ranks
+    from dnt_scale.distributed.process_group import Ranks
 
 GB = 1e9
 

@@ -17,7 +17,6 @@ and a launcher adds events of its own (:mod:`cluster.ledger`).
 """
 
 import os
-import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -26,6 +25,9 @@ from typing import Any
 
 import orjson
 import psutil
+
+from dnt_scale.distributed.host import host
+from dnt_scale.distributed.watchdog import Tell
 
 PROGRESS_EVERY_S = 60.0
 PROGRESS_EVERY_FIRST_S = 10.0
@@ -41,11 +43,6 @@ def path(run_dir: Path) -> Path:
 
 def files(run_dir: Path) -> list[Path]:
     return sorted((run_dir / "logs").glob("timeline-*.jsonl"))
-
-
-def host() -> str:
-    """This machine as its scheduler calls it, which may be shorter than its hostname."""
-    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def this_attempt() -> str:
@@ -141,3 +138,13 @@ class Clock:
         if now or at >= self._next:
             self._next = at + (PROGRESS_EVERY_FIRST_S if at < self._began + FIRST_S else PROGRESS_EVERY_S)
             self.tell("progress", step=step, seconds={name: round(spent, 3) for name, spent in self._seconds.items()})
+
+
+def telling(run_dir: Path) -> Tell:
+    """What :func:`watching` calls when it ends all ranks: the run's timeline keeps which hosts were at fault."""
+
+    def tell(message: str, hosts: Sequence[str]) -> None:
+        with suppress(OSError):
+            append(run_dir, "lost", attempt=this_attempt(), message=message, hosts=list(hosts))
+
+    return tell

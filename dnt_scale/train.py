@@ -12,13 +12,20 @@ from collections.abc import Callable
 from contextlib import closing, suppress
 from pathlib import Path
 
-from dnt_scale import checkpoint, config, engine, ranks, startup, streams
+from dnt_scale import checkpoint, config, engine, startup
+from dnt_scale.checkpoint.replicas import check_replicas
 from dnt_scale.config import RunConfig
+from dnt_scale.distributed import output, process_group
+from dnt_scale.distributed.agree import highest, on_first, together
+from dnt_scale.distributed.errors import AgreedError, Fault, exit_status, lost_peer, out_of_memory
+from dnt_scale.distributed.heartbeat import beat
+from dnt_scale.distributed.process_group import Ranks
+from dnt_scale.distributed.watchdog import watching
 from dnt_scale.guard import Guard, HopelessRun, rows_behind
 from dnt_scale.model import DNT
+from dnt_scale.out_of_memory import out_of_memory_message
 from dnt_scale.plots import plot_run
 from dnt_scale.progress import Metrics, TrainProgress, opening_line, speed
-from dnt_scale.ranks import Ranks
 from dnt_scale.recorded import Typed
 from dnt_scale.recording import start_tracking
 from dnt_scale.resume import changes, check_place, check_sets, starting_state
@@ -27,20 +34,19 @@ from dnt_scale.signals import stop_signals
 from dnt_scale.sources import fitting_sources
 from dnt_scale.stream import Stream
 from dnt_scale.system_metrics import sampling
-from dnt_scale.timeline import Clock
+from dnt_scale.timeline import Clock, telling
 from dnt_scale.tracking import Status, last_metrics, warn
 from dnt_scale.validation import validation
-from dnt_scale.watchdog import beat, exit_status, out_of_memory, out_of_memory_message, telling, watching
 
 
 def main(words: list[str], check_no_job: Callable[[Path], None] = check_no_job) -> int:
     """Train what ``words``, overrides and ``--fresh``, describe, and return the exit status, see ``run_rank``."""
-    streams.guard()
+    output.guard()
     rank = 0
     overrides = [word for word in words if word != "--fresh"]
     try:
         startup.check_folder()
-        rank, _, _ = ranks.environment()
+        rank, _, _ = process_group.environment()
         run = config.load(overrides)
     except ValueError as error:
         if rank == 0:
@@ -85,18 +91,18 @@ def run_rank(
         0 when the run is complete; 1 after a fault that another try may not meet (a lost rank, a hang); 2 after an
         error that the user has to mend; 128 + n when signal n stopped the run, with a checkpoint.
     """
-    streams.guard()
+    output.guard()
     rank = 0
     try:
-        rank, _, _ = ranks.environment()
-        me = ranks.start(run.run.device, run.health.hang_s)
+        rank, _, _ = process_group.environment()
+        me = process_group.start(run.run.device, run.health.hang_s)
         with watching(me, run.health.hang_s, telling(run.run.dir)), only_writer(run, me, check_no_job):
             if before:
                 before(me)
             begun = begun_on_all(run, me, typed, fresh=fresh)
             run = begun.run
             status = train(begun, me)
-    except ranks.AgreedError as error:
+    except AgreedError as error:
         if rank == 0:
             print(f"error: {error}", file=sys.stderr)
         status = exit_status(error)
@@ -106,16 +112,16 @@ def run_rank(
             print(f"{speaker}error: {out_of_memory_message(me, run)}", file=sys.stderr)
         elif isinstance(error, ValueError | OSError):
             print(f"{speaker}error: {error}", file=sys.stderr)
-        elif isinstance(error, RuntimeError) and ranks.lost_peer(error):
+        elif isinstance(error, RuntimeError) and lost_peer(error):
             reason = str(error).splitlines()[0]
             print(f"rank {rank}: stopped, for another rank ended before it ({reason})", file=sys.stderr)
-            error = ranks.Fault(reason)
+            error = Fault(reason)
         else:
             raise
         status = exit_status(error)
     except KeyboardInterrupt:
         status = 128 + signal.SIGINT
-    ranks.stop()
+    process_group.stop()
     return status
 
 
@@ -129,19 +135,19 @@ def train(begun: Begun, me: Ranks) -> int:
     """
     beat("start")
     run = begun.run
-    sources = ranks.together(me, lambda: fitting_sources(run))
+    sources = together(me, lambda: fitting_sources(run))
     manifest = sources[0].manifest  # all have its seq_len, eos_id and tokenizer
     total_steps = run.total_steps(manifest.seq_len)
-    state, newest = ranks.on_first(me, lambda: starting_state(begun, sources, total_steps, me.world_size))
-    ranks.together(me, lambda: check_sets(sources, state))
+    state, newest = on_first(me, lambda: starting_state(begun, sources, total_steps, me.world_size))
+    together(me, lambda: check_sets(sources, state))
     if newest:
         checkpoint.check_files(newest, state, me)
     order = {"seed": run.run.seed, "global_batch": run.train.global_batch, "consumed_rows": state.consumed_rows}
-    stream = ranks.together(me, lambda: Stream(sources, rank=me.rank, world_size=me.world_size, **order))
+    stream = together(me, lambda: Stream(sources, rank=me.rank, world_size=me.world_size, **order))
     document_eos = manifest.eos_id if run.data.document_mask else None
     trainer = engine.build(run, lambda: DNT(run.model, document_eos), me, total_steps)
-    ranks.on_first(me, lambda: make_room(begun))
-    ranks.on_first(me, lambda: check_place(run))  # makes the folder, so a run refused above has left none
+    on_first(me, lambda: make_room(begun))
+    on_first(me, lambda: check_place(run))  # makes the folder, so a run refused above has left none
     clock = Clock(run.run.dir, silent=not me.first)
     clock.start(me.world_size, last_metrics(run.run.dir)[-1:])
     guard = Guard(run.health, run.optim.clip_norm, run.train.max_skipped)
@@ -152,7 +158,7 @@ def train(begun: Begun, me: Ranks) -> int:
         guard.restore(state.health)
     restored = time.perf_counter() - restoring
     guard.keep(state.step, trainer, at_checkpoint=True)
-    saver = ranks.together(
+    saver = together(
         me,
         lambda: checkpoint.Saver(
             run.checkpoints,
@@ -164,7 +170,7 @@ def train(begun: Begun, me: Ranks) -> int:
         ),
     )
 
-    tracker = ranks.together(me, lambda: start_tracking(run, state, me) if me.first else None)
+    tracker = together(me, lambda: start_tracking(run, state, me) if me.first else None)
     for line in changes(begun, manifest.seq_len) if me.first else []:
         warn(line)
     progress = TrainProgress(total_steps, state.step, silent=not me.first)
@@ -204,7 +210,7 @@ def train(begun: Begun, me: Ranks) -> int:
     stopped_by = 0
     try:
         with stop_signals() as signals, progress, stream, closing(saver), sampling(run, me, lambda: state.step):
-            ranks.check_replicas(me, trainer.boxes(), trainer.scalars())
+            check_replicas(me, trainer.boxes(), trainer.scalars())
             clock.tell("ready", step=state.step, restored=round(restored, 3))
             if newest is None and run.eval.every:
                 with clock.spending("eval"):
@@ -240,10 +246,10 @@ def train(begun: Begun, me: Ranks) -> int:
                 report(metrics)
                 judged(first_row)
 
-                stopped_by, writing, failed = ranks.highest(signals[0] if signals else 0, saver.busy, bool(unwritten))
+                stopped_by, writing, failed = highest(signals[0] if signals else 0, saver.busy, bool(unwritten))
                 if failed:
                     saver.settle(wait=True)  # a checkpoint of which nothing is missing, or a better reason
-                    ranks.on_first(me, check_written)
+                    on_first(me, check_written)
                 if saver.pending and not writing:
                     with clock.spending("save"):
                         saver.settle()
@@ -254,7 +260,7 @@ def train(begun: Begun, me: Ranks) -> int:
                         saver.save(state.model_copy(update=numbers), trainer.boxes())
                 guard.keep(state.step, trainer, at_checkpoint=save_now)
                 if run.health.check_every and state.step % run.health.check_every == 0:
-                    ranks.check_replicas(me, trainer.boxes(), trainer.scalars())
+                    check_replicas(me, trainer.boxes(), trainer.scalars())
                 clock.progress(state.step)
             with clock.spending("save"):
                 saver.settle(wait=True)

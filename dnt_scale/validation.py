@@ -6,12 +6,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from torch import Tensor
 
 from dnt_scale.config import RunConfig
+from dnt_scale.distributed.heartbeat import moving
+from dnt_scale.distributed.process_group import Ranks
 from dnt_scale.engine.base import Engine
 from dnt_scale.progress import Metrics
-from dnt_scale.ranks import Ranks
 from dnt_scale.sources import Sources
 from dnt_scale.stream import validation_batches
-from dnt_scale.watchdog import moving
 
 
 def validation(run: RunConfig, trainer: Engine, sources: Sources, me: Ranks) -> Metrics:

@@ -14,8 +14,10 @@ from dnt_scale.checkpoint.boxes import Box, Region, intersect, miscovered
 from dnt_scale.checkpoint.header import Part, read_header
 from dnt_scale.checkpoint.state import FileRecord, State, instead_of, step_name, step_of
 from dnt_scale.checkpoint.storage import CheckpointError, File, Storage, fill
-from dnt_scale.ranks import AgreedError, Ranks, on_first, together
-from dnt_scale.watchdog import moving
+from dnt_scale.distributed.agree import on_first, together
+from dnt_scale.distributed.errors import AgreedError
+from dnt_scale.distributed.heartbeat import moving
+from dnt_scale.distributed.process_group import Ranks
 
 CHUNK = 1 << 25  # bytes read at a time
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Self
 from urllib.parse import urlsplit
 
-from dnt_scale.ranks import AgreedError, AgreedFault
+from dnt_scale.distributed.errors import AgreedError, AgreedFault
 
 
 class CheckpointError(AgreedError):

@@ -40,8 +40,10 @@ from dnt_scale.checkpoint.storage import (
     fsync_folder,
     write_all,
 )
-from dnt_scale.ranks import AgreedError, Ranks, is_fault, on_first
-from dnt_scale.watchdog import moving
+from dnt_scale.distributed.agree import on_first
+from dnt_scale.distributed.errors import AgreedError, is_fault
+from dnt_scale.distributed.heartbeat import moving
+from dnt_scale.distributed.process_group import Ranks
 
 CHUNK = 1 << 23  # bytes written, hashed or compared at a time
 LOOK_S = 0.1  # between two looks at a writer that is waited for

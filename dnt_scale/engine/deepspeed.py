@@ -15,6 +15,7 @@ from torch.nn.utils.parametrize import register_parametrization
 
 from dnt_scale.checkpoint.boxes import Box, flat_boxes
 from dnt_scale.config import DeepSpeedEngineConfig, RunConfig
+from dnt_scale.distributed.process_group import Ranks
 from dnt_scale.engine.base import Judge, StepStats
 from dnt_scale.engine.deepspeed_json import JSON, deepspeed_json
 from dnt_scale.engine.parallelize import prepare_blocks
@@ -22,7 +23,6 @@ from dnt_scale.engine.sums import over_ranks, squared_norms
 from dnt_scale.engine.zero import Part, Partitions, free, join, partitions
 from dnt_scale.model import DNT, IGNORED, initial_tensor
 from dnt_scale.optim import MSGDW, Schedule, Segment, allocate, build_optimizer, set_updates
-from dnt_scale.ranks import Ranks
 
 
 def build(config: RunConfig, model_fn: Callable[[], DNT], ranks: Ranks, total_steps: int) -> "DeepSpeedEngine":

@@ -16,12 +16,12 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from dnt_scale.checkpoint.boxes import Box
 from dnt_scale.config import MSGDWConfig, RunConfig, TorchEngineConfig
+from dnt_scale.distributed.process_group import Ranks
 from dnt_scale.engine.base import Judge, StepStats
 from dnt_scale.engine.parallelize import parallelize
 from dnt_scale.engine.sums import over_ranks, squared_norms
 from dnt_scale.model import DNT, IGNORED, initial_tensor
 from dnt_scale.optim import MSGDW, Schedule, allocate, build_optimizer, local, set_updates
-from dnt_scale.ranks import Ranks
 
 
 @dataclass(frozen=True, eq=False)

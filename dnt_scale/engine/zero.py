@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from dnt_scale.config import ConfigError
-from dnt_scale.ranks import Ranks
+from dnt_scale.distributed.process_group import Ranks
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,10 @@ from cluster import checks, plan
 from cluster.plan import Past
 from cluster.settings import ClusterConfig, load
 from cluster.slurm import Node, Partition
-from dnt_scale import config, ranks
+from dnt_scale import config
 from dnt_scale.checkpoint import Saver
 from dnt_scale.config import ConfigError, RunConfig
+from dnt_scale.distributed import process_group
 from dnt_scale.memory import checkpoint_bytes
 from dnt_scale.model import flops_per_token
 from dnt_scale.progress import PEAK_FLOPS
@@ -145,7 +146,7 @@ def test_no_more_checkpoints_than_planned(
     run, _ = asked(data, tmp_path / "one", f"checkpoint.every={every}", f"checkpoint.keep={keep}")
     run = run.model_copy(update={"checkpoint": run.checkpoint.model_copy(update={"keep_every": keep_every})})
     most, tensors = 0, some_tensors()
-    with ranks.alone() as me:
+    with process_group.alone() as me:
         saver = Saver(run.checkpoints, me, keep=keep, keep_every=keep_every)
         for step in range(1, steps + 1):
             if step == steps or (every and step % every == 0):

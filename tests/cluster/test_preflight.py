@@ -20,9 +20,10 @@ import torch.distributed as dist
 from cluster import preflight
 from cluster.preflight import Found, judged
 from cluster.settings import ClusterConfig
-from dnt_scale import config, ranks, timeline
+from dnt_scale import config, timeline
+from dnt_scale.distributed import process_group
+from dnt_scale.distributed.errors import AgreedError, Fault
 from dnt_scale.memory import checkpoint_bytes
-from dnt_scale.ranks import AgreedError, Fault
 from tests.helpers.run import Ranks, call, can_mount, tiny
 
 RANKS = 4
@@ -75,7 +76,7 @@ def late(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 def every_scenario(overrides: list[str], folder: Path) -> None:
     """Print, a line a scenario, what ``check`` ended with on this rank, printed, and told the timeline."""
-    me = ranks.start("cpu")
+    me = process_group.start("cpu")
     run = config.load(overrides)
     preflight.SEEN_S, preflight.TIMING_S = 0.5, 0.05  # one disk shows a file at once
     time.perf_counter = Ticks.perf_counter
@@ -130,7 +131,7 @@ def every_scenario(overrides: list[str], folder: Path) -> None:
     dist.batch_isend_irecv = exchange
     socket.gethostname = lambda: f"node{me.rank % 2}"
     scenario("slow network of two", FASTER_THAN_LIGHT)
-    ranks.stop()
+    process_group.stop()
 
 
 @pytest.fixture(scope="module")
@@ -306,7 +307,7 @@ def test_a_url_has_room(tmp_path):
 
 
 def alone(overrides: list[str]) -> None:
-    preflight.check(ranks.start("cpu"), config.load(overrides), FASTER_THAN_LIGHT)
+    preflight.check(process_group.start("cpu"), config.load(overrides), FASTER_THAN_LIGHT)
 
 
 def test_a_world_of_one_has_no_network(tmp_path):

@@ -10,8 +10,9 @@ import pytest
 import torch
 import yaml
 
-from dnt_scale import compute_dtype, config, ranks
+from dnt_scale import compute_dtype, config
 from dnt_scale.config import RunConfig
+from dnt_scale.distributed import process_group
 from tests.helpers.run import call, tiny, train
 
 ROOT = Path(__file__).parents[2]
@@ -22,9 +23,9 @@ def run_with(dtype: str, *overrides: str) -> RunConfig:
 
 
 @pytest.fixture
-def me(monkeypatch: pytest.MonkeyPatch) -> ranks.Ranks:
-    monkeypatch.setattr(ranks, "highest", lambda *values: values)  # a world of one needs no collective
-    return ranks.Ranks(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
+def me(monkeypatch: pytest.MonkeyPatch) -> process_group.Ranks:
+    monkeypatch.setattr(process_group, "highest", lambda *values: values)  # a world of one needs no collective
+    return process_group.Ranks(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
 
 
 def machine(monkeypatch: pytest.MonkeyPatch, cost: float) -> None:
@@ -61,7 +62,7 @@ def test_auto_is_the_default() -> None:
 )
 def test_what_is_chosen_and_said(
     monkeypatch: pytest.MonkeyPatch,
-    me: ranks.Ranks,
+    me: process_group.Ranks,
     cost: float,
     command: str,
     recorded: str | None,
@@ -77,14 +78,16 @@ def test_what_is_chosen_and_said(
 
 
 def test_ranks_on_unlike_machines_choose_what_the_poorest_is_good_at(
-    monkeypatch: pytest.MonkeyPatch, me: ranks.Ranks
+    monkeypatch: pytest.MonkeyPatch, me: process_group.Ranks
 ) -> None:
     machine(monkeypatch, GOOD)
-    monkeypatch.setattr(ranks, "highest", lambda *values: (round(1000 * POOR),))
+    monkeypatch.setattr(process_group, "highest", lambda *values: (round(1000 * POOR),))
     assert compute_dtype.resolve(run_with("auto"), me, "auto", None)[0].train.dtype == "fp32"
 
 
-def test_an_engine_that_does_not_go_with_it_is_refused(monkeypatch: pytest.MonkeyPatch, me: ranks.Ranks) -> None:
+def test_an_engine_that_does_not_go_with_it_is_refused(
+    monkeypatch: pytest.MonkeyPatch, me: process_group.Ranks
+) -> None:
     """As it is where bf16 was asked for."""
     machine(monkeypatch, GOOD)
     odd = ["engine=zero1", "engine.deepspeed={zero_optimization: {reduce_bucket_size: 5}}"]

@@ -287,12 +287,12 @@ ROLLED = {
 
 def roll_each(data: Path) -> None:
     """Engine by engine: a snapshot, three steps of which the last is skipped, back, and the first of them again."""
-    from dnt_scale import ranks
+    from dnt_scale.distributed import process_group
 
     def judge(loss: float, norm: float) -> float:
         return min(1.0, 0.7 / norm)
 
-    me = ranks.start("cpu")
+    me = process_group.start("cpu")
     for name, (label, *overrides) in ROLLED.items():
         with (
             engines.built(label, me, data, *overrides) as (run, trainer),
@@ -311,7 +311,7 @@ def roll_each(data: Path) -> None:
             back = all(torch.equal(box.data, data) for box, data in zip(trainer.boxes(), before, strict=True))
             counts = [trainer.scalars()["step"], trainer.scalars()["updates"]]
             print(json.dumps([name, moved, back, counts, first, trainer.train_step(batches[1], judge).loss]))
-    ranks.stop()
+    process_group.stop()
 
 
 @pytest.fixture(scope="module")

@@ -16,20 +16,20 @@ PROMPT = "def main(self, größe):\n"
 
 def texts(run_dir: Path, settings: list[dict]) -> None:
     """Print the text that each of the settings gives."""
-    from dnt_scale import ranks
+    from dnt_scale.distributed import process_group
     from dnt_scale.inference import generate
 
     defaults = {"tokens": 30, "temperature": 0.8, "top_k": 50, "seed": 0, "data": None}
-    with ranks.alone() as me:
+    with process_group.alone() as me:
         print(json.dumps(["".join(generate(run_dir, PROMPT, me, **{**defaults, **setting})) for setting in settings]))
 
 
 def losses(run_dir: Path) -> None:
     """Print the last set's loss on the rows that the run itself used, and on all."""
-    from dnt_scale import ranks
+    from dnt_scale.distributed import process_group
     from dnt_scale.inference import evaluate
 
-    with ranks.alone() as me:
+    with process_group.alone() as me:
         print(json.dumps([evaluate(run_dir, None, rows, me)[0][-1] for rows in (30, None)]))
 
 

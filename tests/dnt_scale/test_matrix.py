@@ -20,9 +20,9 @@ CHANGES = {"fp32": 1e-3, "bf16": 3e-2}
 
 def run_all(data: Path, out: Path, dtype: str) -> None:
     """Each engine in turn on this group of ranks: its first weights, its losses, its last weights."""
-    from dnt_scale import ranks
+    from dnt_scale.distributed import process_group
 
-    me = ranks.start("cpu")
+    me = process_group.start("cpu")
     for label in ENGINES:
         with engines.built(label, me, data, f"train.dtype={dtype}", "train.micro_batch=4") as (run, trainer):
             folder = out / f"{label}-{me.world_size}-{dtype}"
@@ -31,7 +31,7 @@ def run_all(data: Path, out: Path, dtype: str) -> None:
             engines.save(trainer, me, folder)
             if me.first:
                 (folder / "losses.json").write_text(json.dumps(found))
-    ranks.stop()
+    process_group.stop()
 
 
 @pytest.fixture(scope="module", params=DTYPES)
@@ -81,9 +81,9 @@ BATCH = ["train.global_batch=12", "train.micro_batch=6"]  # divides by 1, 2, 3 a
 
 
 def save_each(data: Path, out: Path, labels: list[str]) -> None:
-    from dnt_scale import ranks
+    from dnt_scale.distributed import process_group
 
-    me = ranks.start("cpu")
+    me = process_group.start("cpu")
     for label in labels:
         with engines.built(label, me, data, *BATCH) as (run, trainer):
             engines.losses(run, trainer, me, 0, BEFORE)
@@ -91,13 +91,13 @@ def save_each(data: Path, out: Path, labels: list[str]) -> None:
             after = engines.losses(run, trainer, me, BEFORE, AFTER)
             if me.first:
                 (out / label / "losses.json").write_text(json.dumps(after))
-    ranks.stop()
+    process_group.stop()
 
 
 def load_each(data: Path, out: Path) -> None:
-    from dnt_scale import ranks
+    from dnt_scale.distributed import process_group
 
-    me = ranks.start("cpu")
+    me = process_group.start("cpu")
     for saved, label, on_ranks in EXCHANGES:
         if on_ranks == me.world_size:
             folder = out / f"{saved}-{label}-{me.world_size}"
@@ -107,7 +107,7 @@ def load_each(data: Path, out: Path) -> None:
                 after = engines.losses(run, trainer, me, BEFORE, AFTER)
                 if me.first:
                     (folder / "losses.json").write_text(json.dumps(after))
-    ranks.stop()
+    process_group.stop()
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dnt_scale import ranks
+from dnt_scale.distributed import process_group
 from dnt_scale.optim import Segment
 from tests.helpers.optimizers import new_msgdw
 from tests.helpers.run import call
@@ -53,7 +53,7 @@ def step_whole(**options: float | torch.dtype | None) -> list[Tensor]:
 
 def step_partition(bounds: list[int], options: dict[str, float], without_buffer: bool) -> None:
     """This rank's elements of the flat vector move as they do in the whole matrices."""
-    me = ranks.start("cpu")
+    me = process_group.start("cpu")
     first, length = bounds[me.rank], bounds[me.rank + 1] - bounds[me.rank]
     flat = flat_slice(matrices(0), first, length)
     optimizer = new_msgdw([{"params": [flat], "update": "row_normalized"}], lr=0.05, **options)
@@ -68,7 +68,7 @@ def step_partition(bounds: list[int], options: dict[str, float], without_buffer:
             optimizer.step()
     expected = flat_slice(step_whole(**options), first, length)
     torch.testing.assert_close(flat, expected, rtol=1e-12, atol=1e-14)
-    ranks.stop()
+    process_group.stop()
 
 
 # 114 elements: rows of 7, 40, 2 and 3

@@ -8,7 +8,7 @@ import torch
 
 from dnt_scale import config
 from dnt_scale.config import RunConfig
-from dnt_scale.ranks import Ranks
+from dnt_scale.distributed.process_group import Ranks
 from dnt_scale.system_metrics import folder, read_new, sampling
 from tests.helpers.run import tiny, until
 

@@ -14,8 +14,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dnt_scale import config, watchdog
+from dnt_scale import config
 from dnt_scale.config import DataConfig
+from dnt_scale.distributed.heartbeat import main_thread
 from dnt_scale.model import DNT, IGNORED, init_weights
 from dnt_scale.progress import TrainProgress
 from dnt_scale.sources import load_sources
@@ -161,13 +162,13 @@ def test_a_run_that_never_has_a_loss_says_why(corpus, tmp_path):
 
 def poison_one_rank(data: Path, label: str) -> None:
     """One step with a NaN among the weights that rank 1 computes with, then the same step without."""
-    from dnt_scale import ranks
+    from dnt_scale.distributed import process_group
     from dnt_scale.guard import Guard
     from dnt_scale.sources import load_sources
     from dnt_scale.stream import Stream
     from tests.helpers import engines
 
-    me = ranks.start("cpu")
+    me = process_group.start("cpu")
     with engines.built(label, me, data) as (run, trainer):
         judge = Guard(run.health, run.optim.clip_norm, run.train.max_skipped).judge
         with Stream(load_sources(run.data), seed=1, global_batch=8, rank=me.rank, world_size=me.world_size) as stream:
@@ -194,7 +195,7 @@ def poison_one_rank(data: Path, label: str) -> None:
         good = trainer.train_step(second, judge)
         found = [poisoned.skipped, unchanged, counted, good.skipped, math.isfinite(good.loss), same(before, snapshot())]
         print(json.dumps(found))
-    ranks.stop()
+    process_group.stop()
 
 
 @pytest.mark.parametrize("label", ["ddp", "fsdp", "zero1", "zero3"])
@@ -204,8 +205,8 @@ def test_a_nan_on_one_rank_skips_the_step_on_all(corpus, label):
 
 
 def test_each_batch_of_a_validation_moves_the_watchdog():
-    before = watchdog._main.moves
-    assert [watchdog._main.moves - before for _ in watched([torch.zeros(1)] * 3)] == [1, 2, 3]
+    before = main_thread.moves
+    assert [main_thread.moves - before for _ in watched([torch.zeros(1)] * 3)] == [1, 2, 3]
 
 
 def test_validation_of_a_mixture_is_the_weighted_mean(corpus, packed):

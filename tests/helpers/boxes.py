@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dnt_scale.checkpoint import Saver, State
 from dnt_scale.checkpoint.boxes import Box, flat_boxes
-from dnt_scale.ranks import Ranks
+from dnt_scale.distributed.process_group import Ranks
 
 Tensors = Mapping[str, Tensor]
 

@@ -20,13 +20,14 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dnt_scale import config, engine, ranks
+from dnt_scale import config, engine
 from dnt_scale.config import RunConfig
+from dnt_scale.distributed import process_group
+from dnt_scale.distributed.process_group import Ranks
 from dnt_scale.engine.base import Engine
 from dnt_scale.engine.parallelize import parallelize
 from dnt_scale.model import DNT
 from dnt_scale.optim import allocate, build_optimizer, local
-from dnt_scale.ranks import Ranks
 from tests.helpers.run import TINY_RUN, Finished
 
 # which argument is the whole tensor: what a gather makes, what a reduce-scatter is given, what is reduced in place
@@ -131,7 +132,7 @@ def print_costs(overrides: Sequence[str], depths: Sequence[int]) -> None:
     What does not grow with the model (imports, buckets, a block's gathered weights) is in the differences no more. The
     first depth is not reported: what the first engine of a process leaves behind would be in its numbers.
     """
-    me = ranks.start("cpu")
+    me = process_group.start("cpu")
     found: list[dict[str, Any]] = []
     for depth in depths:
         run = run_config([*overrides, f"model.layers={depth}"])
@@ -155,7 +156,7 @@ def print_costs(overrides: Sequence[str], depths: Sequence[int]) -> None:
         del built
         gc.collect()
     print(json.dumps(found[1:]))
-    ranks.stop()
+    process_group.stop()
 
 
 def print_simulated(overrides: Sequence[str], world_size: int) -> None:

@@ -44,7 +44,7 @@ from data_prep.shards import (
     write_manifest,
     write_shard,
 )
-from dnt_scale import meeting
+from dnt_scale.distributed import rendezvous
 
 # dnt_scale.train and dnt_scale.cli are left out: each rank executes its own as __main__
 PRELOAD = [
@@ -195,7 +195,7 @@ def _be_rank(
     os.environ.update(env)
     gc.freeze()  # all that was imported stays: no collection need look at it
     torch.set_num_threads(1)  # torch was imported before OMP_NUM_THREADS was set
-    meeting.SAY_S = 600.0  # on a loaded machine ranks start seconds apart, which is no news here
+    rendezvous.SAY_S = 600.0  # on a loaded machine ranks start seconds apart, which is no news here
     resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, resource.RLIM_INFINITY))
     target(*arguments)
 

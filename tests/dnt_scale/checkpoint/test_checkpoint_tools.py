@@ -12,19 +12,19 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from dnt_scale import ranks
 from dnt_scale.checkpoint import Saver, read_state, tools
 from dnt_scale.checkpoint.storage import Storage
 from dnt_scale.checkpoint.write import publish, write_file
 from dnt_scale.cli import main
-from dnt_scale.ranks import Ranks
+from dnt_scale.distributed import process_group
+from dnt_scale.distributed.process_group import Ranks
 from tests.helpers.boxes import equal, flat, save_made_up, some_state, some_tensors
 from tests.helpers.run import tensors, tiny
 
 
 @pytest.fixture(scope="module")
 def me() -> Iterator[Ranks]:
-    with ranks.alone() as me:
+    with process_group.alone() as me:
         yield me
 
 

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from dnt_scale import ranks
 from dnt_scale.checkpoint import CheckpointError, check_files, newest, read_state, read_tensors
 from dnt_scale.checkpoint.header import read_header
 from dnt_scale.checkpoint.storage import Storage
 from dnt_scale.checkpoint.tools import verify
-from dnt_scale.ranks import Ranks
+from dnt_scale.distributed import process_group
+from dnt_scale.distributed.process_group import Ranks
 from tests.helpers.boxes import copies, save_made_up, some_tensors, zeros
 
 SHARD = "shard-00001-model-00001-of-00001.safetensors"
@@ -23,7 +23,7 @@ SHARD = "shard-00001-model-00001-of-00001.safetensors"
 
 @pytest.fixture(scope="module")
 def me() -> Iterator[Ranks]:
-    with ranks.alone() as me:
+    with process_group.alone() as me:
         yield me
 
 

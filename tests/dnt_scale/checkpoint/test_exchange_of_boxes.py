@@ -16,19 +16,20 @@ from torch.distributed.checkpoint import load
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from dnt_scale import checkpoint, ranks
+from dnt_scale import checkpoint
 from dnt_scale.checkpoint import CheckpointError, Saver, read_tensors
 from dnt_scale.checkpoint.boxes import Box, Region, flat_boxes, intersect, miscovered, owned
 from dnt_scale.checkpoint.storage import Storage
 from dnt_scale.checkpoint.write import write_file
-from dnt_scale.ranks import Ranks
+from dnt_scale.distributed import process_group
+from dnt_scale.distributed.process_group import Ranks
 from tests.helpers.boxes import CUTS, copies, equal, flat, rows, save_made_up, some_state, some_tensors, zeros
 from tests.helpers.run import call, tensors
 
 
 @pytest.fixture(scope="module")
 def me() -> Iterator[Ranks]:
-    with ranks.alone() as me:
+    with process_group.alone() as me:
         yield me
 
 
@@ -168,15 +169,15 @@ def test_what_does_not_fit_is_named(me, tmp_path):
 
 
 def save_cut(folder: Path, cut, scale: int) -> None:
-    me = ranks.start("cpu")
+    me = process_group.start("cpu")
     saver = Saver(folder, me, keep=1, background=False)
     saver.save(some_state(1, me.world_size), cut(some_tensors(scale), me.rank, me.world_size))
     saver.close()
-    ranks.stop()
+    process_group.stop()
 
 
 def read_cut(path: Path, cut, scale: int, wrong_on: int | None) -> None:
-    me = ranks.start("cpu")
+    me = process_group.start("cpu")
     whole, back = some_tensors(scale), zeros(some_tensors(scale))
     boxes = cut(back, me.rank, me.world_size)
     if me.rank == wrong_on:
@@ -191,7 +192,7 @@ def read_cut(path: Path, cut, scale: int, wrong_on: int | None) -> None:
     expected = cut(whole, me.rank, me.world_size)
     assert all(torch.equal(a.data, b.data) for a, b in zip(boxes, expected, strict=False)) or wrong_on is not None
     dist.barrier()
-    ranks.stop()
+    process_group.stop()
 
 
 def test_real_ranks_read_what_other_ranks_wrote(tmp_path):

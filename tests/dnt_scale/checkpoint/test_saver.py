@@ -15,7 +15,6 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dnt_scale import ranks
 from dnt_scale.checkpoint import (
     CheckpointError,
     Saver,
@@ -28,8 +27,11 @@ from dnt_scale.checkpoint import (
     write,
 )
 from dnt_scale.checkpoint.tools import verify
-from dnt_scale.ranks import Ranks
-from dnt_scale.watchdog import watching
+from dnt_scale.distributed import process_group
+from dnt_scale.distributed.agree import highest
+from dnt_scale.distributed.errors import is_fault
+from dnt_scale.distributed.process_group import Ranks
+from dnt_scale.distributed.watchdog import watching
 from tests.helpers import run
 from tests.helpers.boxes import copies, equal, rows, save_made_up, some_state, some_tensors, zeros
 from tests.helpers.run import call, can_mount, tensors, until
@@ -37,7 +39,7 @@ from tests.helpers.run import call, can_mount, tensors, until
 
 @pytest.fixture(scope="module")
 def me() -> Iterator[Ranks]:
-    with ranks.alone() as me:
+    with process_group.alone() as me:
         yield me
 
 
@@ -154,7 +156,7 @@ def test_what_is_on_disk_is_read_back(me, tmp_path, monkeypatch, wait):
         saver.save(some_state(2), copies(some_tensors(), 0, 1))
         with pytest.raises(CheckpointError, match=r"on rank 0: .*what is on disk is not what was written") as failed:
             saver.settle(wait=True) if wait else settle(saver)
-        assert ranks.is_fault(failed.value)  # another disk may do
+        assert is_fault(failed.value)  # another disk may do
         assert names(tmp_path) == ["latest", "step-00000001"]
 
 
@@ -192,7 +194,7 @@ def test_leftovers_of_killed_saves_go(me, tmp_path):
 
 
 def save_with_a_limit_on_rank_1(folder: Path, background: bool) -> None:
-    me = ranks.start("cpu")
+    me = process_group.start("cpu")
     whole = some_tensors(scale=2000)
     saver = Saver(folder, me, keep=5, background=background)
     saver.save(some_state(1, 2), rows(whole, me.rank, 2))
@@ -201,7 +203,7 @@ def save_with_a_limit_on_rank_1(folder: Path, background: bool) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
     try:
         saver.save(some_state(2, 2), rows(whole, me.rank, 2))
-        until(lambda: ranks.highest(saver.busy) == (0,))
+        until(lambda: highest(saver.busy) == (0,))
         saver.settle()
     except CheckpointError as error:
         print(error)
@@ -211,7 +213,7 @@ def save_with_a_limit_on_rank_1(folder: Path, background: bool) -> None:
     saver.save(some_state(3, 2), rows(whole, me.rank, 2))  # and it goes on
     saver.settle(wait=True)
     saver.close()
-    ranks.stop()
+    process_group.stop()
 
 
 @pytest.mark.parametrize("background", [True, False])
@@ -243,7 +245,7 @@ def test_a_full_disk_is_told_with_what_is_left(me, tmp_path):
 
 def save_and_check_slowly(folder: Path) -> None:
     """With a disk on rank 1 that needs more than ``hang_s`` for a save, and for reading it."""
-    me = ranks.start("cpu")
+    me = process_group.start("cpu")
     with watching(me, 1.0):
         slow = 0.15 if me.rank == 1 else 0.0
         for module, name in ((write, "write_all"), (read, "fill")):
@@ -266,7 +268,7 @@ def save_and_check_slowly(folder: Path) -> None:
         took = saved - started, time.monotonic() - saved
         assert not slow or min(took) > 1.2, took
         saver.close()
-    ranks.stop()
+    process_group.stop()
 
 
 def test_a_slow_disk_is_no_hang(tmp_path):
@@ -275,7 +277,7 @@ def test_a_slow_disk_is_no_hang(tmp_path):
 
 
 def lack_a_file_system(folder: Path) -> None:
-    me = ranks.start("cpu")
+    me = process_group.start("cpu")
     save_made_up(folder, 1, me)
     url = f"file://{folder}/step-00000001"
     if me.rank == 1:
@@ -290,7 +292,7 @@ def lack_a_file_system(folder: Path) -> None:
     ):
         with pytest.raises(CheckpointError, match=r"^rank 1: file://.*: file:// needs a package that is not here"):
             act()
-    ranks.stop()
+    process_group.stop()
 
 
 def test_a_rank_that_lacks_a_file_system_is_named_on_all(tmp_path):
@@ -298,14 +300,14 @@ def test_a_rank_that_lacks_a_file_system_is_named_on_all(tmp_path):
 
 
 def save_for_ever(folder: Path) -> None:
-    me = ranks.start("cpu")
+    me = process_group.start("cpu")
     whole = some_tensors(scale=3000)
     saver = Saver(folder, me, keep=3)
     for step in range(1, 10_000):
         for tensor in whole.values():
             tensor.fill_(step)
         saver.save(some_state(step, 2), rows(whole, me.rank, 2))
-        while any(ranks.highest(saver.busy)):
+        while any(highest(saver.busy)):
             time.sleep(0.001)
         saver.settle()
 
@@ -324,7 +326,7 @@ def test_kill_9_during_a_background_save_leaves_the_one_before(tmp_path, victims
     step = read_state(path).step
     assert all((tensor == tensor.new_tensor(step)).all() for tensor in tensors(Path(path)).values())
     with (
-        ranks.alone()
+        process_group.alone()
         if not dist.is_initialized()
         else contextlib.nullcontext(Ranks(0, 0, 1, torch.device("cpu"))) as me
     ):

@@ -11,12 +11,13 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from dnt_scale import config, engine, ranks
+from dnt_scale import config, engine
 from dnt_scale.checkpoint.boxes import Box
 from dnt_scale.config import ConfigError, RunConfig
+from dnt_scale.distributed import process_group
+from dnt_scale.distributed.errors import AgreedError
 from dnt_scale.engine.deepspeed_json import ZERO
 from dnt_scale.model import DNT, init_weights, initial_tensor
-from dnt_scale.ranks import AgreedError
 from tests.helpers.run import TINY_MODEL, call
 
 STEPS = 5
@@ -72,7 +73,7 @@ ROWS = 12  # on two ranks: micro-batches of 4 and 2
 class Case(NamedTuple):
     label: str
     optimizer: str
-    ranks: int
+    process_group: int
     dtype: str
 
     def __str__(self) -> str:
@@ -106,11 +107,11 @@ def run_of(*overrides: str) -> RunConfig:
     )
 
 
-def build(run: RunConfig, me: ranks.Ranks):
+def build(run: RunConfig, me: process_group.Ranks):
     return engine.build(run, lambda: DNT(run.model), me, STEPS)
 
 
-def batch_of(step: int, me: ranks.Ranks) -> torch.Tensor:
+def batch_of(step: int, me: process_group.Ranks) -> torch.Tensor:
     """This rank's rows of a made-up global batch of few tokens, which can be learnt; some targets do not count."""
     tokens = torch.randint(0, 16, (ROWS, 33), generator=torch.Generator().manual_seed(step))
     tokens[0, 20:] = -1
@@ -126,7 +127,7 @@ def skip(loss: float, norm: float) -> float:
     return 0.0
 
 
-def step(trainer, number: int, me: ranks.Ranks, judge=clip):
+def step(trainer, number: int, me: process_group.Ranks, judge=clip):
     return trainer.train_step(batch_of(number, me), judge)
 
 
@@ -138,7 +139,7 @@ def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
     return len(one) == len(other) and all(map(torch.equal, one, other))
 
 
-def check_start(run: RunConfig, trainer, me: ranks.Ranks) -> None:
+def check_start(run: RunConfig, trainer, me: process_group.Ranks) -> None:
     """The boxes of all ranks tile each tensor; weights are bit for bit as they must be, buffers are zero."""
     with torch.device("meta"):
         shapes = {name: tuple(parameter.shape) for name, parameter in DNT(run.model).named_parameters()}
@@ -171,7 +172,7 @@ def check_start(run: RunConfig, trainer, me: ranks.Ranks) -> None:
 
 def record_losses(out: Path, cases: list[Case]) -> None:
     """The losses of every engine, one after the other in one process."""
-    me = ranks.start("cpu")
+    me = process_group.start("cpu")
     for case in cases:
         run = run_of(*OPTIMIZERS[case.optimizer], *ENGINES[case.label], f"train.dtype={case.dtype}")
         trainer = build(run, me)
@@ -181,7 +182,7 @@ def record_losses(out: Path, cases: list[Case]) -> None:
         close(trainer)
         if me.first:
             (out / f"{case}.json").write_text(json.dumps(found))
-    ranks.stop()
+    process_group.stop()
 
 
 def close(trainer) -> None:
@@ -191,7 +192,7 @@ def close(trainer) -> None:
     assert held and all(storage.expired() for storage in held)
 
 
-def record(trainer, me: ranks.Ranks) -> dict[str, list[float]]:
+def record(trainer, me: process_group.Ranks) -> dict[str, list[float]]:
     before = trainer.eval_loss([batch_of(99, me)])
     stats = [step(trainer, number, me) for number in range(STEPS)]
     assert not any(s.skipped for s in stats)
@@ -204,12 +205,12 @@ def record(trainer, me: ranks.Ranks) -> dict[str, list[float]]:
 
 
 def record_reference(out: Path) -> None:
-    me = ranks.start("cpu")
+    me = process_group.start("cpu")
     for optimizer, chosen in OPTIMIZERS.items():
         trainer = build(run_of(*chosen, "engine=fsdp"), me)
         (out / f"{optimizer}.json").write_text(json.dumps(record(trainer, me)))
         close(trainer)
-    ranks.stop()
+    process_group.stop()
 
 
 @pytest.fixture(scope="module")
@@ -243,7 +244,7 @@ def test_says_nothing(records):
 
 
 def skip_and_refresh() -> None:
-    me = ranks.start("cpu")
+    me = process_group.start("cpu")
     for label, dtype in [
         ("zero0", "fp32"),
         ("zero1", "fp32"),
@@ -278,12 +279,12 @@ def skip_and_refresh() -> None:
         init_weights(model, seed=77)
         overwrite(trainer, [part_of(model, box) for box in trainer.boxes()])
         trainer.refresh({"step": 0, "updates": 0})
-        tokens = batch_of(99, ranks.Ranks(0, 0, 1, me.device))
+        tokens = batch_of(99, process_group.Ranks(0, 0, 1, me.device))
         expected = float(model(tokens[:, :-1].clamp(min=0), tokens[:, 1:])) / int((tokens[:, 1:] != -1).sum())
         found = trainer.eval_loss([batch_of(99, me)])
         assert abs(found - expected) < {"fp32": 1e-5, "bf16": 1e-2}[dtype] and found != loss, where
         trainer.close()
-    ranks.stop()
+    process_group.stop()
 
 
 def overwrite(trainer, values: list[torch.Tensor]) -> None:
@@ -360,7 +361,7 @@ def test_what_acts_depends_on_the_stage(overrides, refused):
 
 
 def refuse_at_build() -> None:
-    me = ranks.start("cpu")
+    me = process_group.start("cpu")
     with pytest.raises(AgreedError, match=r"engine\.deepspeed\.zero_optimization\.reduce_bucket_size: found -5"):
         build(run_of("engine=zero2", "engine.deepspeed={zero_optimization: {reduce_bucket_size: -5}}"), me)
     for name in ("zero2", "fsdp"):
@@ -374,7 +375,7 @@ def refuse_at_build() -> None:
             engine.build(run_of(f"engine={name}"), found_here_alone, me, STEPS)
         assert not isinstance(error.value, AgreedError)
     build(run_of("engine=zero2"), me).close()
-    ranks.stop()
+    process_group.stop()
 
 
 def test_what_cannot_be_is_refused_when_the_engine_is_built():
@@ -383,7 +384,7 @@ def test_what_cannot_be_is_refused_when_the_engine_is_built():
 
 def step_rounded_apart() -> None:
     """What one rank reads of the gradient is another in its last bits, as after sums in another order."""
-    me = ranks.start("cpu")
+    me = process_group.start("cpu")
     trainer = build(run_of("engine=zero0"), me)
     whole = trainer.zero.gradients
     if not me.first:
@@ -393,7 +394,7 @@ def step_rounded_apart() -> None:
     dist.all_gather_object(everyone, found)
     assert everyone[0] == everyone[1], everyone
     trainer.close()
-    ranks.stop()
+    process_group.stop()
 
 
 def test_ranks_that_hold_the_whole_gradient_find_one_norm():

@@ -12,12 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor._dtensor_spec import DTensorSpec
 
-from dnt_scale import config, ranks
+from dnt_scale import config
 from dnt_scale.config import RunConfig
+from dnt_scale.distributed import process_group
+from dnt_scale.distributed.process_group import Ranks
 from dnt_scale.engine import fsdp
 from dnt_scale.engine.fsdp import FSDPEngine
 from dnt_scale.model import DNT, init_weights, initial_tensor
-from dnt_scale.ranks import Ranks
 from tests.helpers.run import call, tiny
 
 STEPS, ROWS = 5, 12  # 12 rows a step divide by 1, 2, 3 and 4 ranks
@@ -131,7 +132,7 @@ REFERENCE = {"narrow": "narrow", "adamw": "adamw", "bf16": "bf16"}  # else plain
 
 
 def run_variants(out: Path) -> None:
-    me = ranks.start("cpu")
+    me = process_group.start("cpu")
     for label, overrides in VARIANTS[me.world_size].items():
         with built(me, *overrides) as engine:
             folder = out / f"{me.world_size}-{label}"
@@ -141,7 +142,7 @@ def run_variants(out: Path) -> None:
             losses.append(engine.train_step(rows_of(STEPS, me), clip).loss)
             if me.first:
                 (folder / "losses.json").write_text(json.dumps(losses))
-    ranks.stop()
+    process_group.stop()
 
 
 @pytest.fixture(scope="module")
@@ -269,7 +270,7 @@ def run_counts(me: Ranks, *overrides: str) -> None:
 
 
 def run_behaviour() -> None:
-    me = ranks.start("cpu")
+    me = process_group.start("cpu")
     for overrides in ([], ["engine=ddp", *ADAMW], ["engine.cpu_offload=true", *ADAMW]):
         run_skips(me, *overrides)
         run_restores(me, *overrides)
@@ -277,7 +278,7 @@ def run_behaviour() -> None:
     run_halved(me)
     run_counts(me)
     run_counts(me, *ADAMW)
-    ranks.stop()
+    process_group.stop()
 
 
 def test_skipping_scaling_restoring_and_host_objects():
@@ -285,10 +286,10 @@ def test_skipping_scaling_restoring_and_host_objects():
 
 
 def run_one_bad_rank() -> None:
-    me = ranks.start("cpu")
+    me = process_group.start("cpu")
     run_poisoned(me)
     run_unbuffered_poisoned(me)
-    ranks.stop()
+    process_group.stop()
 
 
 def test_one_bad_rank_is_every_ranks_bad_step():
@@ -325,14 +326,14 @@ def run_unbuffered_poisoned(me: Ranks) -> None:
 
 def run_unbuffered(out: Path, overrides: list[str]) -> None:
     """Five steps with a buffer and without, with either clipping and none."""
-    me = ranks.start("cpu")
+    me = process_group.start("cpu")
     for label in runs_on(me.world_size):
         with built(me, *overrides, *UNBUFFERED_RUNS[label]) as engine:
             norms = [step_freeing_gradients(engine, rows_of(step, me)) for step in range(STEPS)]
             write(engine, out / label, me)
             (out / label / "norms.json").write_text(json.dumps(norms))
             assert engine.unbuffered is None or engine.optimizer.updates == STEPS - 1
-    ranks.stop()
+    process_group.stop()
 
 
 UNBUFFERED_RUNS = {

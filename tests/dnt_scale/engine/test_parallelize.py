@@ -11,11 +11,13 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dnt_scale import config, ranks
+from dnt_scale import config
 from dnt_scale.config import RunConfig
+from dnt_scale.distributed import process_group
+from dnt_scale.distributed.errors import AgreedError
+from dnt_scale.distributed.process_group import Ranks
 from dnt_scale.engine.parallelize import data_mesh, parallelize, prepare_blocks
 from dnt_scale.model import DNT, init_weights
-from dnt_scale.ranks import AgreedError, Ranks
 from tests.helpers.run import call, tiny
 
 LAYERS = 4
@@ -156,7 +158,7 @@ def gathers(model: DNT) -> tuple[list[int], list[int]]:
 
 
 def run_gathers() -> None:
-    me = ranks.start("cpu")
+    me = process_group.start("cpu")
     every = range(LAYERS)
     for ahead in (0, 1, 2):
         for reshard in (True, False):
@@ -166,7 +168,7 @@ def run_gathers() -> None:
             again = [min(LAYERS, i + 1 + ahead) if reshard else 0 for i in every]
             assert backward == [1 + LAYERS + more for more in again]
             assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
-    ranks.stop()
+    process_group.stop()
 
 
 def test_blocks_are_gathered_as_far_ahead_as_asked():
@@ -174,7 +176,7 @@ def test_blocks_are_gathered_as_far_ahead_as_asked():
 
 
 def run_meshes() -> None:
-    me = ranks.start("cpu")
+    me = process_group.start("cpu")
     shapes = {
         "engine=ddp": (4, 1),
         "engine=fsdp": (4,),
@@ -193,7 +195,7 @@ def run_meshes() -> None:
         data_mesh(chosen("engine=hsdp").engine, me)
     socket.gethostname = lambda: f"node{me.rank // 2}"
     assert data_mesh(chosen("engine=hsdp").engine, me).mesh.tolist() == [[0, 1], [2, 3]]
-    ranks.stop()
+    process_group.stop()
 
 
 def test_copies_of_the_model_on_the_ranks():

@@ -8,9 +8,10 @@ from datetime import timedelta
 
 import pytest
 
-from dnt_scale import meeting, ranks
 from dnt_scale.cli import main
-from dnt_scale.ranks import environment
+from dnt_scale.distributed import process_group, rendezvous
+from dnt_scale.distributed.agree import highest
+from dnt_scale.distributed.process_group import environment
 from tests.helpers.run import Ranks, free_port, tiny
 
 VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -35,11 +36,11 @@ def meet(absent: tuple[str, ...] = ()) -> None:
     """Meet, or say why not and go."""
     for name in absent:
         del os.environ[name]
-    meeting.SAY_S = 0.5
+    rendezvous.SAY_S = 0.5
     try:
-        me = ranks.start("cpu")
-        print("met", me.rank, me.world_size, ranks.highest(me.rank)[0])
-        ranks.stop()
+        me = process_group.start("cpu")
+        print("met", me.rank, me.world_size, highest(me.rank)[0])
+        process_group.stop()
     except (ValueError, KeyboardInterrupt) as error:
         print(type(error).__name__, error)
 
@@ -112,7 +113,7 @@ def test_the_advice_to_run_alone_helps(env, world):
 
 def test_nobody_comes(monkeypatch):
     """A port without a rank 0, one of another program, a name that is none."""
-    monkeypatch.setattr(meeting, "CONNECT_S", 0.2)
+    monkeypatch.setattr(rendezvous, "CONNECT_S", 0.2)
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
@@ -124,8 +125,8 @@ def test_nobody_comes(monkeypatch):
         ):
             monkeypatch.setenv("MASTER_ADDR", host)
             monkeypatch.setenv("MASTER_PORT", str(port))
-            with pytest.raises(meeting.NotMet, match=f"(?i){why}"):
-                meeting.meet(1, 2, timedelta(seconds=seconds))
+            with pytest.raises(rendezvous.NotMet, match=f"(?i){why}"):
+                rendezvous.meet(1, 2, timedelta(seconds=seconds))
 
 
 @pytest.mark.parametrize(
@@ -171,7 +172,7 @@ def test_a_place_to_meet_is_needed(monkeypatch, variables, complaint):
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", **variables}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError) as error:
-        meeting.address()
+        rendezvous.address()
     assert str(error.value).startswith(complaint), error.value
 
 
@@ -179,7 +180,7 @@ def test_a_place_to_meet_is_needed(monkeypatch, variables, complaint):
 def test_one_process_joins_no_ranks(monkeypatch, env):
     for name, value in env.items():
         monkeypatch.setenv(name, value)
-    with ranks.alone() as me:
+    with process_group.alone() as me:
         assert (me.rank, me.world_size) == (0, 1)
 
 

@@ -10,18 +10,12 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dnt_scale import ranks
 from dnt_scale.checkpoint.boxes import Box
-from dnt_scale.ranks import (
-    AgreedError,
-    AgreedFault,
-    check_replicas,
-    check_settings,
-    checksums,
-    environment,
-    first_host,
-    highest,
-)
+from dnt_scale.checkpoint.replicas import check_replicas, checksums
+from dnt_scale.distributed import process_group
+from dnt_scale.distributed.agree import check_settings, highest, on_first, together
+from dnt_scale.distributed.errors import AgreedError, AgreedFault, is_fault
+from dnt_scale.distributed.process_group import environment, first_host
 from tests.helpers.run import call
 
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -117,10 +111,10 @@ def test_ranks_that_cannot_meet_say_where(tmp_path):
 
 
 def numbers_of_each() -> None:
-    me = ranks.start("cpu")
+    me = process_group.start("cpu")
     assert highest(me.rank, 7 - me.rank, -5) == (2, 7, -5)
     assert highest(me.rank == 1) == (1,)
-    ranks.stop()
+    process_group.stop()
 
 
 def test_the_highest_of_several_values():
@@ -135,20 +129,20 @@ def explained(number: int) -> None:
 
 
 def failing_disk() -> None:
-    me = ranks.start("cpu")
+    me = process_group.start("cpu")
 
     def read(number: int) -> None:
         if me.rank == me.world_size - 1 or number == errno.EACCES:
             raise OSError(number, os.strerror(number), "shard-000001.tar")
 
     with pytest.raises(AgreedFault, match=r"^rank 1: .*Stale file handle: 'shard-000001.tar'$"):
-        ranks.together(me, lambda: read(errno.ESTALE))
+        together(me, lambda: read(errno.ESTALE))
     with pytest.raises(AgreedFault, match=r"^nothing can be written$"):
-        ranks.on_first(me, lambda: explained(errno.EIO))
+        on_first(me, lambda: explained(errno.EIO))
     with pytest.raises(AgreedError, match="Permission denied") as refused:
-        ranks.on_first(me, lambda: read(errno.EACCES))
-    assert not ranks.is_fault(refused.value)
-    ranks.stop()
+        on_first(me, lambda: read(errno.EACCES))
+    assert not is_fault(refused.value)
+    process_group.stop()
 
 
 def test_a_disk_that_fails_is_worth_another_try_and_one_that_refuses_is_not():
@@ -156,11 +150,11 @@ def test_a_disk_that_fails_is_worth_another_try_and_one_that_refuses_is_not():
 
 
 def longest_wait(hang_s: float, expected: float) -> None:
-    ranks.start("cpu", hang_s)
+    process_group.start("cpu", hang_s)
     options = dist.group.WORLD._get_backend(torch.device("cpu")).options
     assert options._timeout.total_seconds() == expected
     highest(1)
-    ranks.stop()
+    process_group.stop()
 
 
 @pytest.mark.parametrize(("hang_s", "expected"), [(600.0, 1800), (4000.0, 8000), (1e9, 2e9)])
@@ -169,7 +163,7 @@ def test_collectives_wait_for_longer_than_the_watchdog(hang_s: float, expected: 
 
 
 def unequal_settings() -> None:
-    me = ranks.start("cpu")
+    me = process_group.start("cpu")
     mine = {"optim.lr": 0.1, "train.steps": 10}
     check_settings(me, mine)
     with pytest.raises(AgreedError, match=r"^optim.lr is 0.2 on rank 2, but 0.1 on rank 0; start every rank with"):
@@ -180,14 +174,14 @@ def unequal_settings() -> None:
         os.environ["NVIDIA_TF32_OVERRIDE"] = "0"
     with pytest.raises(AgreedError, match=r"^the variable NVIDIA_TF32_OVERRIDE is 0 on rank 1, but not set on rank 0"):
         check_settings(me, mine)
-    ranks.stop()
+    process_group.stop()
 
 
 def test_unequal_settings_are_refused_on_every_rank():
     call(unequal_settings, ranks=3).ok()
 
 
-def boxes_of(me: ranks.Ranks) -> list[Box]:
+def boxes_of(me: process_group.Ranks) -> list[Box]:
     """A weight that ranks 0 and 2 hold the first half of and 1 and 3 the other, and a buffer of all."""
     half = me.rank % 2
     weight = torch.arange(6.0).view(2, 3) + half
@@ -196,7 +190,7 @@ def boxes_of(me: ranks.Ranks) -> list[Box]:
 
 
 def parted_replicas() -> None:
-    me = ranks.start("cpu")
+    me = process_group.start("cpu")
     counts = {"step": 5.0, "previous_norm": float("nan")}
     check_replicas(me, boxes_of(me), counts)
 
@@ -216,7 +210,7 @@ def parted_replicas() -> None:
 
     with pytest.raises(AgreedFault, match=r"^rank 2 counts \{'previous_norm': nan, 'step': 6.0\}, but rank 0 "):
         check_replicas(me, boxes_of(me), {**counts, "step": 6.0} if me.rank == 2 else counts)
-    ranks.stop()
+    process_group.stop()
 
 
 def test_ranks_that_hold_the_same_must_agree_to_the_bit():
@@ -239,6 +233,6 @@ def test_a_checksum_sees_any_change_and_any_exchange(values, data):
 def test_a_checksum_does_not_depend_on_its_chunks(monkeypatch):
     tensors = [torch.randn(5, 7, generator=torch.Generator().manual_seed(1)), torch.zeros(0), torch.ones(3)[1:2]]
     whole = checksums(tensors)
-    monkeypatch.setattr(ranks, "CHUNK", 4)
+    monkeypatch.setattr(process_group, "CHUNK", 4)
     assert checksums(tensors) == whole
     assert checksums([]) == []

@@ -16,7 +16,6 @@ process does, so that a run that was stopped and continued (Ctrl-Z, a laptop's l
 
 import os
 import signal
-import socket
 import sys
 import sysconfig
 import threading
@@ -31,9 +30,12 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
-from dnt_scale import ranks, streams, timeline
-from dnt_scale.config import MSGDWConfig, RunConfig
-from dnt_scale.ranks import AgreedError, Ranks
+from dnt_scale.distributed import output
+from dnt_scale.distributed.agree import on_first, together
+from dnt_scale.distributed.errors import AgreedError, exit_status, lost_peer, out_of_memory
+from dnt_scale.distributed.heartbeat import main_thread
+from dnt_scale.distributed.host import host, machine, start_time
+from dnt_scale.distributed.process_group import Ranks
 
 STATUS = 1  # that a hang or a death ends with
 TICK_S = 1.0  # longest time between two looks; a tenth of hang_s where that is less
@@ -44,30 +46,6 @@ PRINT_S = 0.3  # that rank 0 has to print something
 FAREWELL_S = 3.0  # that the process with the store stays for the others to read why
 
 Tell = Callable[[str, Sequence[str]], None]
-
-
-@dataclass
-class _MainThread:
-    beats: int = 0
-    moves: int = 0
-    where: str = "the start"
-
-
-_main = _MainThread()
-
-
-def beat(where: str) -> None:
-    """The main thread moves: it is now at ``where``, for example "step 118". Costs nothing to speak of."""
-    _main.beats += 1
-    _main.where = where
-
-
-def moving() -> None:
-    """The main thread moves inside of what it told last: bytes are read, another thread it waits for gets on.
-
-    Ranks need not do so equally often, so these do not tell who is behind.
-    """
-    _main.moves += 1
 
 
 @dataclass(frozen=True)
@@ -121,7 +99,7 @@ class Watchdog:
         # all ranks' reading of all ranks is the work of one store: the more there are, the rarer
         self.read_every = min(hang_s / 10, max(self.tick, me.world_size / 20))
         self.thread_id = threading.get_ident()
-        self.host, self.machine, self.pid = timeline.host(), machine(), os.getpid()
+        self.host, self.machine, self.pid = host(), machine(), os.getpid()
         self.started = start_time(self.pid) or 0
         self.number = 0
         self.clock = 0.0  # the judge's
@@ -142,10 +120,10 @@ class Watchdog:
         self.seen = {me.rank: Seen(self._pulse(), 0.0, 0.0)}
         self.store: PrefixStore | None = None
         if me.world_size > 1:
-            name = ranks.on_first(me, lambda: f"watchdog/{os.getpid()}/{time.time_ns()}")  # a store may outlive a run
-            host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            self.store = store = PrefixStore(name, TCPStore(host, port, is_master=False, wait_for_workers=False))
-            ranks.together(me, lambda: store.set(str(me.rank), encode(self._pulse())))
+            name = on_first(me, lambda: f"watchdog/{os.getpid()}/{time.time_ns()}")  # a store may outlive a run
+            address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            self.store = store = PrefixStore(name, TCPStore(address, port, is_master=False, wait_for_workers=False))
+            together(me, lambda: store.set(str(me.rank), encode(self._pulse())))
             self.seen = {rank: Seen(pulse, 0.0, 0.0) for rank, pulse in enumerate(self._read_all(store))}
         self.judge = threading.Thread(target=self._judge_on, name="judge", daemon=True)
         self.pulse = threading.Thread(target=self._pulse_on, name="pulse", daemon=True)
@@ -160,9 +138,9 @@ class Watchdog:
         return Pulse(
             self.number,
             collectives_entered(),
-            _main.beats,
-            _main.moves,
-            _main.where,
+            main_thread.beats,
+            main_thread.moves,
+            main_thread.where,
             line_of(self.thread_id),
             self.left,
             self.host,
@@ -185,7 +163,7 @@ class Watchdog:
         """Tell and read, once; whether there is more to come."""
         reason, verdict, left = self.reason, self.verdict, self.left
         if reason is not None:
-            what = f"ended at {_main.where}: {reason}"
+            what = f"ended at {main_thread.where}: {reason}"
             verdict = Verdict(f"{self._name(self.me.rank)} {what}", [], [], 0, len(self._present()), self.status)
         if verdict:  # the first one stands
             store.compare_set("ended", "", encode(verdict))
@@ -410,7 +388,7 @@ def watching(me: Ranks, hang_s: float, tell: Tell | None = None) -> Iterator[Non
         watch.abandon()
         raise
     except BaseException as error:
-        if isinstance(error, RuntimeError) and ranks.lost_peer(error):
+        if isinstance(error, RuntimeError) and lost_peer(error):
             watch.suspect()
         else:
             watch.ended(reason_of(error), exit_status(error))
@@ -419,53 +397,10 @@ def watching(me: Ranks, hang_s: float, tell: Tell | None = None) -> Iterator[Non
     watch.stop()
 
 
-def telling(run_dir: Path) -> Tell:
-    """What :func:`watching` calls when it ends all ranks: the run's timeline keeps which hosts were at fault."""
-
-    def tell(message: str, hosts: Sequence[str]) -> None:
-        with suppress(OSError):
-            timeline.append(run_dir, "lost", attempt=timeline.this_attempt(), message=message, hosts=list(hosts))
-
-    return tell
-
-
-def exit_status(error: BaseException) -> int:
-    """Return the status that ``error`` ends its rank with: 2 where the user has to mend something.
-
-    It is 1 where another try may go well, and for a bug, as Python has it.
-    """
-    told = isinstance(error, ValueError | OSError | MemoryError) or out_of_memory(error)
-    return 2 if told and not ranks.is_fault(error) else STATUS
-
-
 def reason_of(error: BaseException) -> str:
     if out_of_memory(error):
         return "out of memory"
     return (str(error).splitlines() or [""])[0] or type(error).__name__
-
-
-# --- out of memory
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed, on the GPU or the host."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    signs = ("can't allocate memory", "Cannot allocate memory", "DefaultCPUAllocator", "out of memory", "bad_alloc")
-    return isinstance(error, RuntimeError | OSError) and any(sign in str(error) for sign in signs)
-
-
-def out_of_memory_message(me: Ranks, run: RunConfig) -> str:
-    """Where memory ran out, and what of ``run`` to change."""
-    advice = [f"a smaller train.micro_batch (it is {run.train.micro_batch})"] if run.train.micro_batch > 1 else []
-    if run.engine.activation_checkpointing != "full":
-        advice.append("engine.activation_checkpointing=full")
-    if run.engine.name in ("ddp", "zero0"):
-        advice.append("engine=fsdp")
-    if isinstance(run.optim, MSGDWConfig) and run.optim.gradient_buffer and run.engine.name in ("ddp", "fsdp", "hsdp"):
-        advice.append("optim.gradient_buffer=false")
-    advice.append("more ranks")
-    return f"out of memory on rank {me.rank} ({timeline.host()}) at {_main.where}; try {', '.join(advice)}"
 
 
 # --- this process, and others of this machine
@@ -485,7 +420,7 @@ def line_of(thread_id: int) -> str:
     """The innermost line of our own code that a thread is in, as "train.py:97 train"."""
     frame = innermost = sys._current_frames().get(thread_id)
     libraries = tuple({sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})
-    ours = str(Path(__file__).parent)
+    ours = str(Path(__file__).parents[1])
     while frame and not frame.f_code.co_filename.startswith(ours) and frame.f_code.co_filename.startswith(libraries):
         frame = frame.f_back
     frame = frame or innermost
@@ -496,23 +431,6 @@ def encode(what: Pulse | Verdict) -> str:
     return orjson.dumps(asdict(what)).decode()
 
 
-def machine() -> str:
-    """A name for this kernel and set of process numbers (containers have their own)."""
-    parts = []
-    with suppress(OSError):
-        parts = [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), str(Path("/proc/self/ns/pid").readlink())]
-    return " ".join([socket.gethostname(), *parts])
-
-
-def start_time(pid: int) -> int | None:
-    """When a process was started, in clock ticks since boot; None where there is none, or only its exit status."""
-    try:
-        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if state in "ZX" else int(fields[18])
-
-
 def say(line: str) -> None:
     """Write to standard error, past sys.stderr: the main thread may hold that. No reader can hold this up."""
     in_time(lambda: os.write(2, line.encode()))
@@ -521,7 +439,7 @@ def say(line: str) -> None:
 def flush() -> None:
     """Flush what was printed; the main thread may hold a stream's lock for good."""
     in_time(lambda: (sys.stdout.flush(), sys.stderr.flush()))
-    streams.drain(1.0)
+    output.drain(1.0)
 
 
 def in_time(action: Callable[[], object]) -> None:

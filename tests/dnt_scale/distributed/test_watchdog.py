@@ -13,8 +13,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dnt_scale import ranks
-from dnt_scale.watchdog import Seen, Watchdog, beat, exit_status, moving, out_of_memory, watching
+from dnt_scale.distributed import process_group
+from dnt_scale.distributed.errors import AgreedError, Fault, exit_status, lost_peer, out_of_memory
+from dnt_scale.distributed.heartbeat import beat, moving
+from dnt_scale.distributed.watchdog import Seen, Watchdog, watching
 from tests.helpers.run import Ranks
 
 HANG_S = 2.0
@@ -31,7 +33,7 @@ def told(message: str, hosts) -> None:
 
 def run(folder: Path, act=lambda me, step: None, steps=10**9, hang_s=HANG_S, pause_s=0.0) -> None:
     """Steps of a collective; the file `folder`/RANK says that a rank is at step 3."""
-    me = ranks.start("cpu")
+    me = process_group.start("cpu")
     try:
         with watching(me, hang_s, told):
             for step in range(1, steps + 1):
@@ -42,14 +44,14 @@ def run(folder: Path, act=lambda me, step: None, steps=10**9, hang_s=HANG_S, pau
                 if step == 3:
                     (folder / str(me.rank)).touch()
     except RuntimeError as error:
-        assert ranks.lost_peer(error), error
+        assert lost_peer(error), error
         print(f"rank {me.rank}: lost a peer")
         raise SystemExit(3) from None
     except MemoryError:
         raise SystemExit(4) from None
     except KeyboardInterrupt:
         raise SystemExit(5) from None
-    ranks.stop()
+    process_group.stop()
 
 
 def at_step_3(group: Ranks, folder: Path) -> None:
@@ -135,7 +137,7 @@ def test_a_long_step_that_gets_on_is_no_hang(tmp_path):
 
 def test_who_waited_for_a_slow_rank_is_not_blamed_when_that_goes_on():
     """Pulses are read at different times: a rank just set free may seem to be behind the one it has waited for."""
-    with ranks.alone() as me:
+    with process_group.alone() as me:
         watch = Watchdog(me, 10.0, None)
         watch.stop()
     pulse = watch.seen[0].pulse
@@ -179,10 +181,10 @@ def test_no_false_alarm_for_a_group_that_was_stopped_and_goes_on(tmp_path):
 
 
 def slow_end(folder: Path) -> None:
-    me = ranks.start("cpu")
+    me = process_group.start("cpu")
     with watching(me, 2.0):
         time.sleep(0 if me.first else 1)
-    ranks.stop()
+    process_group.stop()
 
 
 def test_a_rank_that_is_done_first_is_no_death(tmp_path):
@@ -237,7 +239,7 @@ def test_rank_0_that_fails_by_itself_reports_it_itself(tmp_path):
         (ValueError("a setting"), 2),
         (OSError(errno.ENOSPC, "No space left on device"), 2),
         (OSError(errno.EIO, "Input/output error"), 1),
-        (ranks.Fault("a node"), 1),
+        (Fault("a node"), 1),
         (MemoryError(), 2),
         (KeyError("a bug"), 1),
     ],
@@ -267,12 +269,12 @@ def test_what_is_wrong_on_all_ranks_is_reported_by_the_first(tmp_path):
 
 
 def agree(folder: Path) -> None:
-    me = ranks.start("cpu")
+    me = process_group.start("cpu")
     code = 1
     try:
         with watching(me, NEVER):
-            raise ranks.AgreedError
-    except ranks.AgreedError:
+            raise AgreedError
+    except AgreedError:
         if me.first:
             time.sleep(0.1)
             code = len(list(folder.iterdir()))

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 
+from dnt_scale.distributed.output import HELD_BYTES, Output
 from dnt_scale.signals import stop_signals
-from dnt_scale.streams import HELD_BYTES, Output
 from tests.helpers.run import STEPS, Ranks, _run_module, metrics, steps_written, tiny, until
 
 
