@@ -32,9 +32,9 @@ from rich.console import Console
 from rich.table import Table
 
 from dnt_scale.checkpoint import Saver, State
-from dnt_scale.checkpoint.boxes import Box
+from dnt_scale.checkpoint.tensor_shards import Box
 from dnt_scale.distributed import process_group
-from dnt_scale.tracking import git_commit
+from dnt_scale.record.files import git_commit
 from tests.helpers.run import synthetic_set
 
 WARM_UP_STEPS = 4

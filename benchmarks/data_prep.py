@@ -36,14 +36,15 @@ import sentencepiece
 from rich.console import Console
 from rich.table import Table
 
-from data_prep.learn import SAMPLE_BYTES
+from data_prep.identity import text_hash
 from data_prep.options import PrepareOptions
 from data_prep.pipeline import prepare
 from data_prep.read.documents import Findings, read_documents
 from data_prep.read.inputs import find_sources, plan_units
 from data_prep.read.pieces import read_pieces
-from data_prep.tokenizer import Kind, Sample, text_hash, train
-from dnt_scale.tracking import git_commit
+from data_prep.tokenizer import Kind
+from data_prep.train_tokenizer import SAMPLE_BYTES, Sample, train
+from dnt_scale.record.files import git_commit
 from tests.helpers.corpus import python_source_files
 
 ROOT = Path(__file__).parent.parent

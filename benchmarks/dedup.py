@@ -32,7 +32,7 @@ from rich.console import Console
 from rich.table import Table
 
 from data_prep.dedup import find_duplicates, fingerprints
-from dnt_scale.tracking import git_commit
+from dnt_scale.record.files import git_commit
 
 BATCH_BYTES = 4_000_000
 

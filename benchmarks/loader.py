@@ -33,9 +33,9 @@ from torch import Tensor
 from data_prep import shards
 from data_prep.shards import BLOCK_ROWS, Manifest, Options, Packing, SourceInfo, Split, TokenizerInfo, Tokens
 from dnt_scale.config import DataConfig
-from dnt_scale.sources import Source, Sources, load_sources
-from dnt_scale.stream import Stream
-from dnt_scale.tracking import git_commit
+from dnt_scale.data.sources import Source, Sources, load_sources
+from dnt_scale.data.stream import Stream
+from dnt_scale.record.files import git_commit
 
 SEQ_LEN = 2048
 VOCABULARY = 50_304

@@ -24,9 +24,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from dnt_scale import memory
-from dnt_scale.model import count_parameters
-from dnt_scale.tracking import git_commit
+from dnt_scale.model.flops import count_parameters
+from dnt_scale.record.files import git_commit
+from dnt_scale.tools import memory_plan
 from tests.helpers.measure import answers, print_costs, run_config
 from tests.helpers.run import Ranks
 
@@ -89,7 +89,7 @@ def main() -> None:
                     "weights": boxes["model"] / fewer,
                     "momentum": boxes["momentum_buffer"] / fewer,
                     "held": held / fewer,
-                    "formula": memory.memory(run, ranks).total() / fewer,
+                    "formula": memory_plan.memory(run, ranks).total() / fewer,
                 }
             )
     result: dict[str, Any] = {

@@ -23,11 +23,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from dnt_scale import config, kernel
+from dnt_scale import config
 from dnt_scale.config import AdamWConfig, GroupConfig, ModelConfig, MSGDWConfig, OptimConfig
-from dnt_scale.model import DNT
-from dnt_scale.optim import allocate, build_optimizer
-from dnt_scale.tracking import git_commit
+from dnt_scale.model.dnt import DNT
+from dnt_scale.optim import fused_cpu
+from dnt_scale.optim.build import allocate, build_optimizer
+from dnt_scale.record.files import git_commit
 
 OURS, ADAMW, SGD, BARE = "mSGDW with weight decay", "torch AdamW, fused", "torch SGD, fused", "bare memory traffic"
 WANTED = {ADAMW: 0.75, SGD: 1.05, BARE: 1.3}  # our time over theirs, at most
@@ -61,7 +62,7 @@ def main() -> None:
         "device": f"{os.cpu_count()}-core CPU",
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        "compiled": kernel.load() is not None,
+        "compiled": fused_cpu.load() is not None,
         "model": options.model,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "seconds": {name: statistics.median(found) for name, found in rounds.items()},

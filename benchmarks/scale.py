@@ -20,9 +20,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from dnt_scale import memory
-from dnt_scale.model import count_parameters
-from dnt_scale.tracking import git_commit
+from dnt_scale.model.flops import count_parameters
+from dnt_scale.record.files import git_commit
+from dnt_scale.tools import memory_plan
 from tests.helpers.measure import answers, print_costs, print_simulated, run_config
 from tests.helpers.run import call
 
@@ -83,7 +83,7 @@ def simulate(model: str, layout: str, world: int) -> dict[str, Any]:
     overrides = [*(f"model.{field}" for field in MODELS[model]), *LAYOUTS[layout], "optim=msgdw", "train.dtype=bf16"]
     run = run_config(overrides)
     (found,) = answers(call(print_simulated, overrides, world))
-    expected = {field: getattr(memory.memory(run, world), field) for field in found}
+    expected = {field: getattr(memory_plan.memory(run, world), field) for field in found}
     return {
         "model": model,
         "parameters": count_parameters(run.model),
@@ -97,7 +97,7 @@ def simulate(model: str, layout: str, world: int) -> dict[str, Any]:
 
 def count(engine: str, ranks: int) -> dict[str, Any]:
     overrides = [*SMALL, *BATCH, *REAL[engine]]
-    traffic = memory.traffic(run_config([*overrides, "model.layers=4"]), ranks)
+    traffic = memory_plan.traffic(run_config([*overrides, "model.layers=4"]), ranks)
     found = answers(call(print_costs, overrides, (1, 4), ranks=ranks))[0][0]["traffic"]
     found = {kind: found.get(kind, 0) for kind in KINDS}
     total = sum(found.values())

@@ -42,10 +42,11 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from cluster import ledger, sandbox, slurm
-from dnt_scale import timeline
-from dnt_scale.checkpoint.tools import diff
-from dnt_scale.tracking import METRICS, git_commit, unsent_lines
+from cluster import run_record, sandbox, slurm
+from dnt_scale.checkpoint.inspection import diff
+from dnt_scale.record import timeline
+from dnt_scale.record.files import git_commit
+from dnt_scale.record.metrics_file import METRICS, unsent_lines
 from tests.helpers.run import TINY_RUN, synthetic_set
 
 EVENTS = [
@@ -190,7 +191,7 @@ class Disturbed:
 
     @property
     def job(self) -> str:
-        return ledger.load(self.run_dir).job
+        return run_record.load(self.run_dir).job
 
     def step(self) -> int:
         try:
@@ -203,7 +204,7 @@ class Disturbed:
         return [event for event in timeline.read(self.run_dir) if event["event"] == "ready"]
 
     def status(self) -> str:
-        end = ledger.last(timeline.read(self.run_dir), "ended")
+        end = run_record.last(timeline.read(self.run_dir), "ended")
         return end["status"] if end and end["next"] == "none" else ""
 
     def wait(self, until: Callable[[], Any], what: str, patience_s: float = PATIENCE_S) -> None:
@@ -219,7 +220,7 @@ class Disturbed:
         """A rank's process in the job that runs."""
         for process in psutil.process_iter(["name", "cmdline"]):
             with suppress(psutil.Error):
-                if "python" in process.name() and "cluster.job" in process.cmdline():
+                if "python" in process.name() and "cluster.job.rank_main" in process.cmdline():
                     env = process.environ()
                     if env.get("SLURM_JOB_ID") == self.job and env.get("SLURM_PROCID") == rank:
                         return process
@@ -243,10 +244,10 @@ class Disturbed:
                 raise RuntimeError(f"no step within {PATIENCE_S:.0f} s of {event}; see {self.run_dir}")
             time.sleep(0.02)
         ready = self.attempts()[-1]
-        end = ledger.last(timeline.read(self.run_dir), "end", self.attempts()[-2]["attempt"])
+        end = run_record.last(timeline.read(self.run_dir), "end", self.attempts()[-2]["attempt"])
         before = end["step"] if end else before
         self.wait(lambda: self.step() > ready["step"], "the next step")
-        nodes = ledger.last(timeline.read(self.run_dir), "allocated")
+        nodes = run_record.last(timeline.read(self.run_dir), "allocated")
         assert nodes
         row = Row(event, step, before - ready["step"], round(time.time() - at, 1), " ".join(nodes["nodes"]))
         print(f"  back after {row.back_s} s at step {ready['step']}, {row.lost} lost, on {row.nodes}", flush=True)
@@ -294,7 +295,7 @@ ACTIONS: dict[str, Callable[[Disturbed], Any]] = {
 
 
 def slurm_over(run_dir: Path) -> bool:
-    job = slurm.job(ledger.load(run_dir).job)
+    job = slurm.job(run_record.load(run_dir).job)
     return job is None or not job.live
 
 

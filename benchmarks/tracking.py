@@ -33,8 +33,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from dnt_scale import system_metrics
-from dnt_scale.tracking import Tracker, git_commit, unsent_lines
+from dnt_scale.record import system_metrics
+from dnt_scale.record.files import git_commit
+from dnt_scale.record.metrics_file import unsent_lines
+from dnt_scale.record.tracker import Tracker
 from tests.helpers.stores import free_port, mlflow_server, no_postgres, points, postgres, sqlite_store
 
 STORES = ("sqlite", "postgresql", "server")

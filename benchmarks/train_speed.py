@@ -30,10 +30,11 @@ from rich.console import Console
 from rich.table import Table
 
 from data_prep.shards import load_manifest
-from dnt_scale import compute_dtype, config
-from dnt_scale.model import flops_per_token
-from dnt_scale.progress import peak_flops
-from dnt_scale.tracking import git_commit
+from dnt_scale import config
+from dnt_scale.distributed import compute_dtype
+from dnt_scale.model.flops import flops_per_token
+from dnt_scale.record.files import git_commit
+from dnt_scale.record.speed import peak_flops
 
 
 def main() -> None:

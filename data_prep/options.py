@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any, get_args
 
 from data_prep import shards
-from data_prep.learn import SAMPLE_BYTES
-from data_prep.pool import cpus
+from data_prep.process_pool import cpus
 from data_prep.read.documents import SURROGATE
 from data_prep.shards import PARTIAL, Dedup, Manifest, Packing
 from data_prep.tokenizer import Encoder, Kind, Tokenizer
+from data_prep.train_tokenizer import SAMPLE_BYTES
 from data_prep.verify import check_file
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from data_prep import shards
 from data_prep.chunks import Chunk
 from data_prep.shards import BLOCK_ROWS, Packing, Shard, SplitName, Tokens
-from data_prep.work import write_whole
+from data_prep.work_folder import write_whole
 
 
 class Part(NamedTuple):

@@ -1,7 +1,8 @@
 """From a corpus to a set of shards: plan, learn a tokenizer, tokenise in chunks, remove duplicates, pack, publish.
 
-Each stage leaves its result in the work folder under a name that is a hash of all it was made from (data_prep.work). So
-a rerun after kill -9 goes on where it was, and the N tasks of one plan are N processes that fill the same folder.
+Each stage leaves its result in the work folder under a name that is a hash of all it was made from
+(data_prep.work_folder). So a rerun after kill -9 goes on where it was, and the N tasks of one plan are N processes that
+fill the same folder.
 """
 
 import contextlib
@@ -25,10 +26,10 @@ from rich.markup import escape
 from data_prep import shards
 from data_prep.chunks import Chunk, Recipe, tokenise
 from data_prep.clean.cleaner import CleanConfig, load_rules
-from data_prep.learn import LOSING, Lesson, learn
+from data_prep.corpus_stats import SPLITS, Duplicates, Tally, tally
 from data_prep.options import PrepareOptions, checked, sample_bytes, workers
 from data_prep.pack import Layout, Part, shard_jobs, shard_writer, tail
-from data_prep.pool import spread
+from data_prep.process_pool import spread
 from data_prep.progress import stage
 from data_prep.read.documents import Findings, LeftOut, place_name
 from data_prep.read.inputs import Source, find_sources, plan_units, unused
@@ -47,9 +48,9 @@ from data_prep.shards import (
     TokenizerInfo,
     Tokens,
 )
-from data_prep.tally import SPLITS, Duplicates, Tally, tally
 from data_prep.tokenizer import FastPathDiffers, Tokenizer
-from data_prep.work import key, publish, spool_stdin, sync, work_folder, write_whole
+from data_prep.train_tokenizer import LOSING, Lesson, learn
+from data_prep.work_folder import key, publish, spool_stdin, sync, work_folder, write_whole
 
 REJECTS = "rejects.jsonl"
 PROCESS_BYTES = 128 << 20

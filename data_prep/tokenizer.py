@@ -1,16 +1,12 @@
 """Train a SentencePiece model, and turn text into ids and back without losing a character."""
 
 import hashlib
-import heapq
-import io
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import sentencepiece
-import xxhash
 
 Kind = Literal["bpe", "unigram"]
 Encoder = Literal["sentencepiece", "kitoken"]
@@ -22,8 +18,6 @@ TRAIN_THREADS = 8
 LINE_CHARS = 1024
 # A long document goes in parts: SentencePiece takes some 40 bytes a character, and Unigram's sums are float32.
 PART_CHARS = 1 << 14
-# What a text is hashed for; each its own seed, so that the choices are independent.
-PURPOSES = ("split", "sample", "dropped")
 # SentencePiece writes a space as this character, so a real one must go in as its bytes.
 SPACE_MARK = "\u2581"
 
@@ -115,87 +109,6 @@ class Tokenizer:
         return text
 
 
-def train(texts: Iterable[str], vocab_size: int, out: Path, kind: Kind = "bpe") -> None:
-    """Train a SentencePiece model on the texts and write it to `out`.
-
-    Nothing is normalised and unknown characters fall back to bytes, so any text decodes to itself. Only `unk`
-    (id 0) and `eos` (id 1) are special. The same texts in the same order give the same file on any machine.
-
-    Raises ValueError if `vocab_size` is larger or smaller than the texts allow, naming the limit.
-    """
-    model = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.Train(
-            sentence_iterator=_training_lines(texts),
-            model_writer=model,
-            model_type=kind,
-            vocab_size=vocab_size,
-            num_threads=TRAIN_THREADS,
-            normalization_rule_name="identity",
-            byte_fallback=True,
-            user_defined_symbols=["\n", "\t"],
-            remove_extra_whitespaces=False,
-            add_dummy_prefix=False,
-            split_digits=True,
-            # Runs of spaces as one piece: a third fewer tokens on Python source.
-            allow_whitespace_only_pieces=True,
-            unk_id=0,
-            eos_id=1,
-            bos_id=-1,
-            pad_id=-1,
-            minloglevel=4,
-        )
-    except RuntimeError as error:
-        raise ValueError(_why(str(error), vocab_size)) from error
-    Path(out).write_bytes(model.getvalue())
-
-
-class Sample:
-    """A choice of different texts of about `max_bytes` of UTF-8 in all, those of the smallest hash.
-
-    So it depends on the texts alone, not on their order or on who reads them. Holds no more than the choice in memory;
-    a text longer than the whole budget is cut.
-    """
-
-    def __init__(self, max_bytes: int, limit: int = 1 << 64):
-        self._max_bytes, self._limit = max_bytes, limit
-        self._heap: list[tuple[int, int, str]] = []  # largest hash first
-        self._hashes: set[int] = set()
-        self._held = 0
-
-    @property
-    def limit(self) -> int:
-        """Texts of this hash or a larger one are not wanted."""
-        return min(self._limit, -self._heap[0][0]) if self._held >= self._max_bytes else self._limit
-
-    def wants(self, rank: int) -> bool:
-        """Whether a text of this hash would be chosen, as things stand."""
-        return rank < self.limit and rank not in self._hashes
-
-    def add(self, rank: int, text: str) -> None:
-        """Offer a text, whose `text_hash(..., "sample")` is `rank`."""
-        if not self.wants(rank):
-            return
-        kept = text[: self._max_bytes]
-        size = len(kept.encode())
-        heapq.heappush(self._heap, (-rank, size, kept))
-        self._hashes.add(rank)
-        self._held += size
-        while self._held - self._heap[0][1] >= self._max_bytes:
-            negative, size, _ = heapq.heappop(self._heap)
-            self._hashes.remove(-negative)
-            self._held -= size
-
-    def items(self) -> list[tuple[int, str]]:
-        """(hash, text) of what was chosen, the smallest hash first."""
-        return sorted((-negative, text) for negative, _, text in self._heap)
-
-
-def text_hash(utf8: bytes, purpose: Literal["split", "sample", "dropped"]) -> int:
-    """A 64-bit number that depends on the text, as UTF-8, and the purpose alone: XXH3."""
-    return xxhash.xxh3_64_intdigest(utf8, seed=PURPOSES.index(purpose))
-
-
 def _kitoken(model: bytes, name: str) -> Callable[[str], Ids]:
     try:
         import kitoken
@@ -224,30 +137,3 @@ def _parts(text: str) -> Iterator[str]:
         yield text[start:end]
         start = end
     yield text[start:]
-
-
-def _training_lines(texts: Iterable[str]) -> Iterator[str]:
-    for text in texts:
-        # Neither mark may become part of a piece: the first stands for a space, the second is SentencePiece's own
-        # sign for "unknown", for which it would drop the line.
-        for line in re.split("[\n\u2581\u2585]", text):
-            for start in range(0, len(line), LINE_CHARS):
-                yield line[start : start + LINE_CHARS]
-
-
-def _why(message: str, vocab_size: int) -> str:
-    if most := re.search(r"too high .*<= (\d+)", message):
-        return (
-            f"vocab_size: found {vocab_size}, but the largest that this corpus supports is {most[1]}; "
-            f"use --vocab-size {most[1]} or less, or more text"
-        )
-    if least := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
-        return (
-            f"vocab_size: found {vocab_size}, but the 256 bytes and the corpus's own characters need {least[1]}; "
-            f"use --vocab-size {least[1]} or more"
-        )
-    if "sentences_.empty()" in message or "all_chars_count" in message:
-        return "the corpus has no text to train a tokenizer on; give more text, or --tokenizer FILE"
-    if "vocab_size() > (0)" in message or "(trainer_spec.vocab_size()) > (0)" in message:
-        return f"vocab_size: found {vocab_size}, expected at least 300; use a larger --vocab-size"
-    return f"SentencePiece could not train a tokenizer of {vocab_size} pieces: {message}"

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from dnt_scale import paths
+from dnt_scale.config import paths
 
 MOST = 10**15  # of anything that is counted
 

@@ -12,6 +12,29 @@ ROOT = Path(__file__).parent.parent
 ROOMS = ("cluster", "dnt_scale", "data_prep")
 FILES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
 LATE = {"mlflow", "deepspeed", "submitit", "transformers", "matplotlib"}
+# A room imports only from rooms on lower floors; those of one floor do not know each other.
+FLOORS = {
+    "dnt_scale": [
+        {"startup"},
+        {"config"},
+        {"distributed"},
+        {"checkpoint", "model", "optim"},
+        {"record", "data", "engine"},
+        {"train"},
+        {"tools"},
+        {"arguments"},
+        {"cli"},
+    ],
+    "cluster": [
+        {"slurm", "words", "sandbox"},
+        {"cluster_config"},
+        {"run_record"},
+        {"sweep_file"},
+        {"job", "watch"},
+        {"submit"},
+        {"commands"},
+    ],
+}
 NAMES = [path.relative_to(ROOT).as_posix() for path in FILES]
 
 
@@ -45,8 +68,8 @@ def top(name: str) -> str:
 
 
 def test_there_is_something_to_check() -> None:
-    assert {"dnt_scale/train.py", "dnt_scale/engine/deepspeed.py", "data_prep/shards.py"} <= set(NAMES)
-    found = set(imports(ROOT / "dnt_scale" / "train.py"))
+    assert {"dnt_scale/train/loop.py", "dnt_scale/engine/deepspeed.py", "data_prep/shards.py"} <= set(NAMES)
+    found = set(imports(ROOT / "dnt_scale" / "train" / "rank.py"))
     assert "dnt_scale.config.RunConfig" in found and "signal" in found
 
 
@@ -82,7 +105,9 @@ def test_data_prep_knows_no_other_room_and_no_torch(name: str) -> None:
     assert not {top(found) for found in imports(ROOT / name)} & {"dnt_scale", "cluster", "torch"}
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if n.startswith("dnt_scale/") and n != "dnt_scale/cli.py"])
+@pytest.mark.parametrize(
+    "name", [n for n in NAMES if n.startswith("dnt_scale/") and not n.startswith("dnt_scale/cli/")]
+)
 def test_dnt_scale_takes_only_the_format_from_data_prep_and_nothing_from_cluster(name: str) -> None:
     found = list(imports(ROOT / name))
     assert not [module for module in found if top(module) == "cluster"]
@@ -102,7 +127,7 @@ def test_heavy_packages_are_imported_where_they_are_used(name: str) -> None:
 
 
 def test_the_command_line_is_thin_until_a_command_is_chosen() -> None:
-    found = {top(name) for name in imports(ROOT / "dnt_scale" / "cli.py", at_import_only=True)}
+    found = {top(name) for name in imports(ROOT / "dnt_scale" / "cli" / "main.py", at_import_only=True)}
     assert not found & {"torch", "data_prep", "cluster", *LATE}
 
 
@@ -110,9 +135,9 @@ def test_the_command_line_is_thin_until_a_command_is_chosen() -> None:
     ("statement", "absent"),
     [
         ("import dnt_scale, data_prep.pipeline, data_prep.shards", {"torch", *LATE}),
-        ("import dnt_scale.cli", {"torch", *LATE}),
+        ("import dnt_scale.cli.main", {"torch", *LATE}),
         ("import dnt_scale.config", {"torch", *LATE}),
-        ("import dnt_scale.train", LATE),
+        ("import dnt_scale.train.rank", LATE),
     ],
 )
 def test_importing_leaves_these_out(statement: str, absent: set[str]) -> None:
@@ -123,5 +148,21 @@ def test_importing_leaves_these_out(statement: str, absent: set[str]) -> None:
     assert not loaded & absent
 
 
-def test_the_loop_reads_in_one_sitting() -> None:
-    assert len((ROOT / "dnt_scale" / "train.py").read_text().splitlines()) < 300
+def arrows(package: str) -> set[tuple[str, str]]:
+    """From which room to which other the files of a package import; a file outside of rooms is one."""
+    found = set()
+    for path in FILES:
+        inside = path.relative_to(ROOT).with_suffix("").parts
+        if inside[0] == package and inside[1] != "__init__":
+            names = (name.split(".") for name in imports(path))
+            found |= {(inside[1], name[1]) for name in names if name[0] == package and len(name) > 1}
+    return {(start, end) for start, end in found if start != end}
+
+
+@pytest.mark.parametrize("package", FLOORS)
+def test_a_room_imports_only_from_the_floors_below(package: str) -> None:
+    floor = {room: number for number, rooms in enumerate(FLOORS[package]) for room in rooms}
+    found = arrows(package)
+    assert {room for arrow in found for room in arrow} <= floor.keys(), "a new room needs a floor"
+    assert len(found) > 20
+    assert not {(start, end) for start, end in found if floor[start] <= floor[end]}

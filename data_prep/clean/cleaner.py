@@ -22,7 +22,7 @@ from pydantic import ValidationError
 
 from data_prep.clean.page import Page
 from data_prep.clean.rules import RULES, Decontaminate, Settings
-from data_prep.tokenizer import text_hash
+from data_prep.identity import text_hash
 
 SAMPLES = 3
 EXCERPT = 500

@@ -8,6 +8,7 @@ import numpy as np
 
 from data_prep.chunks import EXCERPT, Chunk, Recipe
 from data_prep.clean.cleaner import CleanStats
+from data_prep.corpus_stats import Duplicates, SourceTally, Tally
 from data_prep.options import PrepareOptions
 from data_prep.report.models import (
     DuplicateReport,
@@ -19,7 +20,6 @@ from data_prep.report.models import (
     TokenizerReport,
 )
 from data_prep.shards import Manifest, Tokens
-from data_prep.tally import Duplicates, SourceTally, Tally
 from data_prep.tokenizer import Tokenizer
 
 DUPLICATE_EXAMPLES = 6

@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dnt_scale.checkpoint.boxes import Box, Region, intersect, miscovered
-from dnt_scale.checkpoint.header import Part, read_header
+from dnt_scale.checkpoint.safetensors_header import Part, read_header
 from dnt_scale.checkpoint.state import FileRecord, State, instead_of, step_name, step_of
 from dnt_scale.checkpoint.storage import CheckpointError, File, Storage, fill
+from dnt_scale.checkpoint.tensor_shards import Box, Region, intersect, miscovered
 from dnt_scale.distributed.agree import on_first, together
 from dnt_scale.distributed.errors import AgreedError
 from dnt_scale.distributed.heartbeat import moving

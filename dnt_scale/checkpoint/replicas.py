@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dnt_scale.checkpoint.boxes import Box
+from dnt_scale.checkpoint.tensor_shards import Box
 from dnt_scale.distributed.errors import AgreedFault
 from dnt_scale.distributed.process_group import Ranks
 

@@ -26,9 +26,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dnt_scale.checkpoint.boxes import Box, owned
-from dnt_scale.checkpoint.header import make_header
 from dnt_scale.checkpoint.read import complete
+from dnt_scale.checkpoint.safetensors_header import make_header
 from dnt_scale.checkpoint.state import FileRecord, State, step_name, step_of
 from dnt_scale.checkpoint.storage import (
     CheckpointError,
@@ -40,6 +39,7 @@ from dnt_scale.checkpoint.storage import (
     fsync_folder,
     write_all,
 )
+from dnt_scale.checkpoint.tensor_shards import Box, owned
 from dnt_scale.distributed.agree import on_first
 from dnt_scale.distributed.errors import AgreedError, is_fault
 from dnt_scale.distributed.heartbeat import moving

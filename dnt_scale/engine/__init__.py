@@ -6,7 +6,7 @@ from dnt_scale.config import ConfigError, DeepSpeedEngineConfig, RunConfig
 from dnt_scale.distributed.errors import AgreedError
 from dnt_scale.distributed.process_group import Ranks
 from dnt_scale.engine.base import Engine
-from dnt_scale.model import DNT
+from dnt_scale.model.dnt import DNT
 
 
 def build(config: RunConfig, model_fn: Callable[[], DNT], ranks: Ranks, total_steps: int) -> Engine:

@@ -6,7 +6,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from dnt_scale.checkpoint.boxes import Box
+from dnt_scale.checkpoint.tensor_shards import Box
 
 # (mean loss, norm of the whole gradient) -> what the gradient is multiplied by; 0.0: skip the step. A pure function of
 # values that all ranks share, so that they decide alike.

@@ -13,16 +13,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 
-from dnt_scale.checkpoint.boxes import Box, flat_boxes
+from dnt_scale.checkpoint.tensor_shards import Box, flat_boxes
 from dnt_scale.config import DeepSpeedEngineConfig, RunConfig
+from dnt_scale.config.deepspeed_json import JSON, deepspeed_json
 from dnt_scale.distributed.process_group import Ranks
 from dnt_scale.engine.base import Judge, StepStats
-from dnt_scale.engine.deepspeed_json import JSON, deepspeed_json
 from dnt_scale.engine.parallelize import prepare_blocks
-from dnt_scale.engine.sums import over_ranks, squared_norms
-from dnt_scale.engine.zero import Part, Partitions, free, join, partitions
-from dnt_scale.model import DNT, IGNORED, initial_tensor
-from dnt_scale.optim import MSGDW, Schedule, Segment, allocate, build_optimizer, set_updates
+from dnt_scale.engine.reductions import over_ranks, squared_norms
+from dnt_scale.engine.zero_internals import Part, Partitions, free, join, partitions
+from dnt_scale.model.dnt import DNT, IGNORED
+from dnt_scale.model.init import initial_tensor
+from dnt_scale.optim.build import allocate, build_optimizer, set_updates
+from dnt_scale.optim.msgdw import MSGDW, Segment
+from dnt_scale.optim.schedule import Schedule
 
 
 def build(config: RunConfig, model_fn: Callable[[], DNT], ranks: Ranks, total_steps: int) -> "DeepSpeedEngine":

@@ -14,14 +14,17 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from dnt_scale.checkpoint.boxes import Box
+from dnt_scale.checkpoint.tensor_shards import Box
 from dnt_scale.config import MSGDWConfig, RunConfig, TorchEngineConfig
 from dnt_scale.distributed.process_group import Ranks
 from dnt_scale.engine.base import Judge, StepStats
 from dnt_scale.engine.parallelize import parallelize
-from dnt_scale.engine.sums import over_ranks, squared_norms
-from dnt_scale.model import DNT, IGNORED, initial_tensor
-from dnt_scale.optim import MSGDW, Schedule, allocate, build_optimizer, local, set_updates
+from dnt_scale.engine.reductions import over_ranks, squared_norms
+from dnt_scale.model.dnt import DNT, IGNORED
+from dnt_scale.model.init import initial_tensor
+from dnt_scale.optim.build import allocate, build_optimizer, set_updates
+from dnt_scale.optim.msgdw import MSGDW, local
+from dnt_scale.optim.schedule import Schedule
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,10 +15,10 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from dnt_scale.config import ConfigError, MSGDWConfig, RunConfig, TorchEngineConfig
+from dnt_scale.config.engine import copies_of
 from dnt_scale.distributed.errors import AgreedError
 from dnt_scale.distributed.process_group import Ranks
-from dnt_scale.memory import copies_of
-from dnt_scale.model import DNT
+from dnt_scale.model.dnt import DNT
 
 _aten = torch.ops.aten
 # what selective checkpointing keeps: matrix products, and attention under each name it has on CPU and CUDA

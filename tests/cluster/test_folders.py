@@ -4,9 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from cluster import job, ledger, prepare, slurm, submit
-from cluster.ledger import LedgerError
-from dnt_scale.cli import main as dnt
+from cluster import run_record, slurm
+from cluster.job import rank_main
+from cluster.run_record import LedgerError
+from cluster.submit import data_prep_jobs, single_run
+from dnt_scale.cli.main import main as dnt
 from tests.helpers.run import synthetic_set, tiny
 from tests.helpers.slurm import free, wait_for
 
@@ -47,7 +49,7 @@ def test_a_run_a_sweep_and_a_set_from_an_odd_folder(odd: Path, capsys: pytest.Ca
             assert "done: 2 steps" in capsys.readouterr().out, run
         assert (odd / "made" / "manifest.json").exists()
         assert [place.name for place in odd.parent.iterdir()] == [odd.name]
-        logs = list(ledger.folder(prepare.state_folder(odd / "made")).glob("slurm/*_log.out"))
+        logs = list(run_record.folder(data_prep_jobs.state_folder(odd / "made")).glob("slurm/*_log.out"))
         assert len(logs) == 4  # tokenizer, two tasks, merge
     finally:
         if ours := set(slurm.queue()) - others:
@@ -59,20 +61,20 @@ def test_a_run_a_sweep_and_a_set_from_an_odd_folder(odd: Path, capsys: pytest.Ca
 )
 def test_names_that_a_job_cannot_work_with_are_refused(folder: str, name: str) -> None:
     with pytest.raises(LedgerError, match=f"has {name} in it, which a job cannot work with; rename that folder"):
-        submit.log_files(Path("/home") / folder, array=False, task="0")
+        single_run.log_files(Path("/home") / folder, array=False, task="0")
 
 
 @pytest.mark.parametrize("array", [True, False])
 def test_slurms_own_signs_are_the_only_ones_left(array: bool) -> None:
-    found = submit.log_files(Path("/r/100%/50%j/%%t"), array=array, task="%t")
+    found = single_run.log_files(Path("/r/100%/50%j/%%t"), array=array, task="%t")
     assert found == f"/r/100%%/50%%j/%%%%t/{'%A_%a' if array else '%j'}_%t_log.out"
 
 
 def test_submitit_finds_its_files_below_such_a_folder(tmp_path: Path) -> None:
     from submitit.core.utils import JobPaths
 
-    job.name_files_only()
-    job.name_files_only()
+    rank_main.name_files_only()
+    rank_main.name_files_only()
     folder = tmp_path / "50%j" / "%A %a %t" / "slurm"
     assert JobPaths(folder, "7_3", 1).submitted_pickle == folder / "7_3_submitted.pkl"
     assert JobPaths(folder, "7_3", 1).submission_file == folder / "7_submission.sh"

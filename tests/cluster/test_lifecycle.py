@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks.soak import soak, steps_for
-from cluster import ledger
-from dnt_scale import timeline
-from dnt_scale.tracking import METRICS
+from cluster import run_record
+from dnt_scale.record import timeline
+from dnt_scale.record.metrics_file import METRICS
 from tests.helpers.run import TINY_RUN, Finished, synthetic_set
 from tests.helpers.slurm import command, free, no_accounting, wait_for
 
@@ -68,5 +68,5 @@ def test_without_accounting_every_command_answers_and_a_run_goes_on_with_fewer_n
 
 
 def ended(run_dir: Path) -> str:
-    end = ledger.last(timeline.read(run_dir), "ended")
+    end = run_record.last(timeline.read(run_dir), "ended")
     return end["status"] if end and end["next"] == "none" else ""

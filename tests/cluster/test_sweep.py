@@ -4,14 +4,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from cluster.watch.sweep_table import results
 
-from cluster import ledger, multirun, sweep
-from cluster.jobs import Run
-from cluster.ledger import LedgerError, Submission
-from cluster.sweep import Sweep, SweepRun
-from dnt_scale import timeline
-from dnt_scale.cli import main as dnt
+from cluster import run_record, sweep_file
+from cluster.run_record import LedgerError, Submission
+from cluster.submit import sweep_run
+from cluster.sweep_file import Sweep, SweepRun
+from cluster.watch.jobs_command import Run
+from dnt_scale.cli.main import main as dnt
 from dnt_scale.config import ConfigError
+from dnt_scale.record import timeline
 from tests.helpers.run import metrics, start, steps_written, synthetic_set, tiny
 from tests.helpers.slurm import command, free, state, submit, wait_for
 from tests.helpers.stores import runs as mlflow_runs
@@ -20,7 +22,7 @@ from tests.helpers.stores import runs as mlflow_runs
 
 
 def test_combinations_are_the_product_in_the_order_given() -> None:
-    found = multirun.combinations(["model=dnt_nano", "optim.lr=0.3,1", "run.seed=range(1,3)", "+optim.groups={}"])
+    found = sweep_run.combinations(["model=dnt_nano", "optim.lr=0.3,1", "run.seed=range(1,3)", "+optim.groups={}"])
     assert [values for values, _ in found] == [
         {"optim.lr": "0.3", "run.seed": "1"},
         {"optim.lr": "0.3", "run.seed": "2"},
@@ -41,19 +43,19 @@ def test_combinations_are_the_product_in_the_order_given() -> None:
 )
 def test_what_is_no_sweep(overrides: list[str], says: str) -> None:
     with pytest.raises(ConfigError) as error:
-        multirun.combinations(overrides)
+        sweep_run.combinations(overrides)
     assert says in str(error.value)
 
 
 def test_names_are_valid_unique_and_tell_the_values() -> None:
     values = [{"optim.lr": lr, "data.path": "/sets/a b"} for lr in ("0.3", "0.3")]
-    assert multirun.names(values) == ["0-lr_0.3-path__sets_a_b", "1-lr_0.3-path__sets_a_b"]
-    assert multirun.names([{"a.lr": "1", "b.lr": "2"}] * 11)[10] == "10-a.lr_1-b.lr_2"
+    assert sweep_run.names(values) == ["0-lr_0.3-path__sets_a_b", "1-lr_0.3-path__sets_a_b"]
+    assert sweep_run.names([{"a.lr": "1", "b.lr": "2"}] * 11)[10] == "10-a.lr_1-b.lr_2"
 
 
 def test_runs_have_their_own_folders_and_one_store(tmp_path: Path) -> None:
     overrides = tiny(tmp_path / "set", Path("runs/lrs"), "optim.lr=1,3", "checkpoint.dir=s3://bucket/lrs/")
-    found, runs = multirun.load(overrides)
+    found, runs = sweep_run.load(overrides)
     names = ["0-lr_1", "1-lr_3"]
     assert found.name == "tiny"
     assert [run.name for run in found.runs] == [run.run.name for run in runs] == names
@@ -65,7 +67,7 @@ def test_runs_have_their_own_folders_and_one_store(tmp_path: Path) -> None:
 
 def test_the_name_is_the_sweeps(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"run\.name and run\.dir are the sweep's"):
-        multirun.load(tiny(tmp_path / "set", tmp_path / "run", "run.name=a,b"))
+        sweep_run.load(tiny(tmp_path / "set", tmp_path / "run", "run.name=a,b"))
 
 
 # --- what is on disk --------------------------------------------------------------------------------------------------
@@ -78,14 +80,14 @@ def two(tmp_path: Path) -> Path:
     for name in ("0-lr_1", "1-lr_3"):
         (folder / name).mkdir(parents=True)
     runs = [SweepRun(name="0-lr_1", values={"optim.lr": "1"}), SweepRun(name="1-lr_3", values={"optim.lr": "3"})]
-    sweep.save(folder, Sweep(name="lrs", id="abc", runs=runs))
+    sweep_file.save(folder, Sweep(name="lrs", id="abc", runs=runs))
     return folder
 
 
 def test_a_task_finds_its_run(two: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
-    assert sweep.run_of_task(two) == two / "1-lr_3"
-    assert sweep.run_of_task(two / "0-lr_1") == two / "0-lr_1"  # gone on with by a job of its own
+    assert sweep_file.run_of_task(two) == two / "1-lr_3"
+    assert sweep_file.run_of_task(two / "0-lr_1") == two / "0-lr_1"  # gone on with by a job of its own
 
 
 @pytest.mark.parametrize(
@@ -99,16 +101,16 @@ def test_a_task_finds_its_run(two: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 )
 def test_the_end_of_a_sweep_is_that_of_all_its_runs(two: Path, one: str, other: str | None, whole: str | None) -> None:
     for name, status in (("0-lr_1", one), ("1-lr_3", other)):
-        ledger.ended(two / name, "7_0.0", "stopped", "requeued", "preempted")
+        run_record.ended(two / name, "7_0.0", "stopped", "requeued", "preempted")
         if status:
-            ledger.ended(two / name, "7_0.1", status, "none", "")  # type: ignore[arg-type]
-    assert sweep.outcome(two) == whole
+            run_record.ended(two / name, "7_0.1", status, "none", "")  # type: ignore[arg-type]
+    assert sweep_file.outcome(two) == whole
 
 
 def test_a_damaged_sweep_is_named(two: Path) -> None:
-    (two / sweep.FILE).write_text("{")
+    (two / sweep_file.FILE).write_text("{")
     with pytest.raises(LedgerError, match=r"sweep\.json: cannot be read"):
-        sweep.load(two)
+        sweep_file.load(two)
 
 
 def test_results_begin_with_the_lowest_validation_loss(two: Path) -> None:
@@ -116,7 +118,7 @@ def test_results_begin_with_the_lowest_validation_loss(two: Path) -> None:
         Run(two / name, name, "running", "", "", True, step=1000, loss=loss, val_loss=val)
         for name, loss, val in (("0-lr_1", 2.0, None), ("1-lr_3", 3.0, 2.5))
     ]
-    [table] = sweep.results(runs)
+    [table] = results(runs)
     assert [column.header for column in table.columns] == ["run", "optim.lr", "step", "train/loss", "val/loss", "state"]
     rows = list(zip(*(column.cells for column in table.columns), strict=True))
     assert rows == [
@@ -144,7 +146,7 @@ def data(tmp_path: Path) -> Path:
 
 
 def submissions(folder: Path) -> list[Submission]:
-    return [ledger.load(folder / run.name) for run in sweep.load(folder).runs]
+    return [run_record.load(folder / run.name) for run in sweep_file.load(folder).runs]
 
 
 @pytest.fixture
@@ -153,7 +155,7 @@ def lrs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # for the jobs, which have two CPUs each only to fill a node
     folder = tmp_path / "runs" / "lrs"
     yield folder
-    if sweep.is_sweep(folder):
+    if sweep_file.is_sweep(folder):
         free(*(job.partition("_")[0] for submission in submissions(folder) for job in submission.jobs))
 
 
@@ -176,7 +178,7 @@ def test_a_sweep_of_which_two_are_preempted(lrs: Path, data: Path, capsys: pytes
         others = [start(small(data, folder, f"optim.lr={lr}")) for folder, lr in zip(alone, LRS, strict=True)]
     finally:
         free(greedy)
-    wait_for(lambda: sweep.outcome(lrs), "the end of the sweep", timeout=900.0)
+    wait_for(lambda: sweep_file.outcome(lrs), "the end of the sweep", timeout=900.0)
     assert [other.wait().code for other in others] == [0] * 4
     assert [metrics(place) for place in places] == [metrics(folder) for folder in alone]
     assert sum(starts(place) > 1 for place in places) >= 2
@@ -220,15 +222,15 @@ def test_a_sweep_is_cancelled_and_one_of_it_goes_on(lrs: Path, data: Path, capsy
     assert [line.partition(";")[0] for line in told] == [
         f"{lrs}/{name} is cancelled" for name in ("0-lr_0.1", "1-lr_0.3")
     ]
-    assert sweep.outcome(lrs) == "KILLED"
+    assert sweep_file.outcome(lrs) == "KILLED"
     assert command("squeue", "--noheader", "--name=dnt-lrs").out == ""
 
     run_dir = lrs / "1-lr_0.3"
     assert dnt(["resubmit", str(run_dir), "cluster.sbatch.begin=now"]) == 0
-    wait_for(lambda: sweep.outcome(lrs) is None or steps_written(run_dir) == 3, "the new job")
-    wait_for(lambda: sweep.outcome(lrs), "its end")
+    wait_for(lambda: sweep_file.outcome(lrs) is None or steps_written(run_dir) == 3, "the new job")
+    wait_for(lambda: sweep_file.outcome(lrs), "its end")
     assert steps_written(run_dir) == 3
-    first, second = ledger.load(run_dir).jobs
+    first, second = run_record.load(run_dir).jobs
     assert first.endswith("_1")
     assert "_" not in second
 
@@ -257,5 +259,5 @@ def test_a_dry_run_shows_the_array_and_leaves_nothing(
     assert "sweep        2 runs as one array, 1 at a time" in shown
     assert "1-lr_0.3  optim.lr=0.3" in shown
     assert "#SBATCH --array=0-1%1" in shown
-    assert f'-m cluster.after {lrs} "$status"' in shown
+    assert f'-m cluster.submit.on_exit {lrs} "$status"' in shown
     assert not lrs.exists()

@@ -83,7 +83,9 @@ def prepare_until(options: PrepareOptions, last: int) -> None:
 def killed(options: PrepareOptions, last: int) -> None:
     """Prepare up to a step and no further, in a process that is not forked from this one, as its libraries thread."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["data_prep.learn", "data_prep.pipeline", "data_prep.dedup", "rensa", __name__])
+    context.set_forkserver_preload(
+        ["data_prep.train_tokenizer", "data_prep.pipeline", "data_prep.dedup", "rensa", __name__]
+    )
     child = context.Process(target=prepare_until, args=(options, last))
     child.start()
     child.join()

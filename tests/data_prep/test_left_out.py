@@ -14,8 +14,8 @@ from data_prep import chunks
 from data_prep.options import PrepareOptions
 from data_prep.pipeline import prepare, train_tokenizer
 from data_prep.report.models import left_out_line
+from data_prep.report.terminal import dry_run
 from data_prep.shards import PARTIAL, iter_documents
-from data_prep.show import dry_run
 from data_prep.tokenizer import Tokenizer
 from data_prep.verify import verify
 from tests.helpers.corpus import TEXT, contents, run

@@ -13,12 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from data_prep import show
-from data_prep.chunks import held_out
+from data_prep.identity import held_out, text_hash
 from data_prep.options import PrepareOptions, checked
+from data_prep.report import terminal
+from data_prep.report.terminal import dry_run, info
 from data_prep.shards import PARTIAL, iter_documents, load_manifest
-from data_prep.show import dry_run, info
-from data_prep.tokenizer import Tokenizer, text_hash
+from data_prep.tokenizer import Tokenizer
 from data_prep.verify import verify
 from tests.helpers.corpus import TEXT, contents, python_source_files, run, small_set
 
@@ -147,7 +147,7 @@ def test_info_prints_a_table(prepared: Path) -> None:
 
 def test_verify_shows_progress_and_finds_nothing(prepared: Path) -> None:
     console = Console(file=io.StringIO(), width=100)
-    assert show.verify(prepared, console) == []
+    assert terminal.verify(prepared, console) == []
     assert "verify" in console.file.getvalue()
 
 

@@ -19,8 +19,8 @@ from rich.console import Console
 
 from data_prep.options import PrepareOptions
 from data_prep.pipeline import prepare, train_tokenizer
+from data_prep.report.terminal import dry_run
 from data_prep.shards import PARTIAL, iter_documents, load_manifest, write_shard
-from data_prep.show import dry_run
 from data_prep.tokenizer import Tokenizer
 from data_prep.verify import verify
 from tests.helpers.corpus import TEXT, contents, python_source_files, run

@@ -8,7 +8,9 @@ import sentencepiece
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from data_prep.tokenizer import PART_CHARS, FastPathDiffers, Sample, Tokenizer, text_hash, train
+from data_prep.identity import text_hash
+from data_prep.tokenizer import PART_CHARS, FastPathDiffers, Tokenizer
+from data_prep.train_tokenizer import Sample, train
 from tests.helpers.corpus import python_source_files
 
 pytestmark = pytest.mark.slow

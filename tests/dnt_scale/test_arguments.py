@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dnt_scale import arguments
-from dnt_scale.cli import main, parser
+from dnt_scale.cli.main import main, parser
 
 
 def dnt(*words: str) -> tuple[int, str]:

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dnt_scale import timeline
+from dnt_scale.record import timeline
+from dnt_scale.train.rank import main
 from tests.helpers.run import (
     STEPS,
     Finished,
@@ -117,8 +118,8 @@ def test_a_rank_that_is_stopped(corpus, undisturbed, tmp_path, ranks, victim):
 
 def train_with_a_nan(overrides: list[str], rank: int, forward: int) -> None:
     """`dnt_scale.train` whose forward pass number ``forward`` gives NaN on one rank."""
-    from dnt_scale import train as loop
-    from dnt_scale.model import DNT
+    from dnt_scale.model.dnt import DNT
+    from dnt_scale.train import loop
 
     class Poisoned(DNT):
         passes = 0
@@ -132,7 +133,7 @@ def train_with_a_nan(overrides: list[str], rank: int, forward: int) -> None:
             return loss
 
     loop.DNT = Poisoned
-    sys.exit(loop.main(overrides))
+    sys.exit(main(overrides))
 
 
 @pytest.mark.parametrize(("ranks", "engine"), [(2, "zero2"), (4, "fsdp")])
@@ -162,7 +163,7 @@ def test_a_nan_on_one_rank(corpus, tmp_path, ranks, engine):
 
 def train_with_a_flipped_bit(overrides: list[str], rank: int, step: int) -> None:
     """`dnt_scale.train` in which a weight of one rank changes in its last bit before ``step``."""
-    from dnt_scale import train as loop
+    from dnt_scale.train import loop
 
     beat, build, built = loop.beat, loop.engine.build, []
 
@@ -176,7 +177,7 @@ def train_with_a_flipped_bit(overrides: list[str], rank: int, step: int) -> None
         beat(where)
 
     loop.engine.build, loop.beat = kept, marked
-    sys.exit(loop.main(overrides))
+    sys.exit(main(overrides))
 
 
 def test_a_replica_that_parts_from_the_others(corpus, tmp_path):
@@ -191,9 +192,8 @@ def test_a_replica_that_parts_from_the_others(corpus, tmp_path):
 
 def train_with(overrides: list[str], rank: int, more: list[str]) -> None:
     """`dnt_scale.train` with more overrides on one rank."""
-    from dnt_scale import train as loop
 
-    sys.exit(loop.main([*overrides, *(more if int(os.environ["RANK"]) == rank else [])]))
+    sys.exit(main([*overrides, *(more if int(os.environ["RANK"]) == rank else [])]))
 
 
 @pytest.mark.parametrize(("ranks", "rank"), [(4, 2), (2, 0)])
@@ -208,11 +208,10 @@ def test_a_rank_with_another_configuration(corpus, tmp_path, ranks, rank):
 
 def train_on_a_small_disk(overrides: list[str], rank: int, room: int) -> None:
     """`dnt_scale.train`; no file that this rank writes may exceed ``room`` bytes."""
-    from dnt_scale import train as loop
 
     if int(os.environ["RANK"]) == rank:
         resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
-    sys.exit(loop.main(overrides))
+    sys.exit(main(overrides))
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
@@ -231,14 +230,12 @@ def train_without_a_file_system(overrides: list[str], rank: int) -> None:
     """`dnt_scale.train` on ranks of which one cannot open a URL."""
     import fsspec.core
 
-    from dnt_scale import train as loop
-
     def missing(url: str) -> None:
         raise ImportError
 
     if int(os.environ["RANK"]) == rank:
         fsspec.core.url_to_fs = missing
-    sys.exit(loop.main(overrides))
+    sys.exit(main(overrides))
 
 
 def test_a_node_that_cannot_open_the_url(corpus, tmp_path):
@@ -258,8 +255,8 @@ def test_a_rank_whose_configuration_is_none_says_so(tmp_path):
 
 def train_with_a_spike(overrides: list[str], step: int, killed_at: int | None = None) -> None:
     """`dnt_scale.train` whose loss is a thousandfold on rank 1 at ``step``; all ranks die at the step ``killed_at``."""
-    from dnt_scale import train as loop
-    from dnt_scale.model import DNT
+    from dnt_scale.model.dnt import DNT
+    from dnt_scale.train import loop
 
     beat, now = loop.beat, [""]
 
@@ -275,7 +272,7 @@ def train_with_a_spike(overrides: list[str], step: int, killed_at: int | None = 
             return loss * 1000 if now[0] == f"step {step}" and os.environ["RANK"] == "1" else loss
 
     loop.DNT, loop.beat = Spiked, marked
-    sys.exit(loop.main(overrides))
+    sys.exit(main(overrides))
 
 
 SPIKE = ["health.spike_window=8", "health.spike_sigmas=20", "eval.every=0", "train.steps=16", "checkpoint.keep=99"]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dnt_scale.checkpoint import Saver, State
-from dnt_scale.checkpoint.boxes import Box, flat_boxes
+from dnt_scale.checkpoint.tensor_shards import Box, flat_boxes
 from dnt_scale.distributed.process_group import Ranks
 
 Tensors = Mapping[str, Tensor]

@@ -10,13 +10,14 @@ import torch
 from dnt_scale import checkpoint, config, engine
 from dnt_scale.checkpoint import State
 from dnt_scale.config import RunConfig
+from dnt_scale.data.sources import load_sources
+from dnt_scale.data.stream import Stream
 from dnt_scale.distributed.process_group import Ranks
 from dnt_scale.engine.base import Engine
-from dnt_scale.guard import Guard
-from dnt_scale.model import DNT, IGNORED, init_weights
-from dnt_scale.optim import Schedule
-from dnt_scale.sources import load_sources
-from dnt_scale.stream import Stream
+from dnt_scale.model.dnt import DNT, IGNORED
+from dnt_scale.model.init import init_weights
+from dnt_scale.optim.schedule import Schedule
+from dnt_scale.train.spike_guard import Guard
 from tests.helpers.run import tiny
 
 STEPS = 20

@@ -5,20 +5,21 @@ import json
 from pathlib import Path
 from typing import Any
 
-from cluster import ledger
-from cluster.settings import from_raw
-from dnt_scale import config, timeline
+from cluster import run_record
+from cluster.cluster_config import from_raw
+from dnt_scale import config
+from dnt_scale.record import timeline
 from tests.helpers.run import tiny
 
 Event = dict[str, Any]
 
 
-def submission(run_dir: Path, *jobs: str, cancelled: bool = False) -> ledger.Submission:
-    return ledger.Submission(
+def submission(run_dir: Path, *jobs: str, cancelled: bool = False) -> run_record.Submission:
+    return run_record.Submission(
         name=run_dir.name,
         cluster=from_raw({"nodes": 2, "time": 60}, "test"),
         jobs=list(jobs),
-        logs=ledger.folder(run_dir) / "slurm",
+        logs=run_record.folder(run_dir) / "slurm",
         checkpoints=str(run_dir / "checkpoints"),
         cancelled=cancelled,
     )
@@ -26,9 +27,9 @@ def submission(run_dir: Path, *jobs: str, cancelled: bool = False) -> ledger.Sub
 
 def submitted_run(run_dir: Path, events: list[Event], *jobs: str, steps: int = 0) -> Path:
     """A folder with a submission of ``jobs``, a timeline, and the metrics of ``steps`` steps of 100, one a second."""
-    ledger.folder(run_dir).mkdir(parents=True)
-    ledger.save(run_dir, submission(run_dir, *jobs))
-    ledger.config_file(run_dir).write_text(config_of_100_steps())
+    run_record.folder(run_dir).mkdir(parents=True)
+    run_record.save(run_dir, submission(run_dir, *jobs))
+    run_record.config_file(run_dir).write_text(config_of_100_steps())
     timeline.path(run_dir).parent.mkdir()
     timeline.path(run_dir).write_text("".join(json.dumps(event) + "\n" for event in events))
     ready = next((event["time"] for event in reversed(events) if event["event"] == "ready"), 0.0)

@@ -26,8 +26,9 @@ from dnt_scale.distributed import process_group
 from dnt_scale.distributed.process_group import Ranks
 from dnt_scale.engine.base import Engine
 from dnt_scale.engine.parallelize import parallelize
-from dnt_scale.model import DNT
-from dnt_scale.optim import allocate, build_optimizer, local
+from dnt_scale.model.dnt import DNT
+from dnt_scale.optim.build import allocate, build_optimizer
+from dnt_scale.optim.msgdw import local
 from tests.helpers.run import TINY_RUN, Finished
 
 # which argument is the whole tensor: what a gather makes, what a reduce-scatter is given, what is reduced in place

@@ -8,7 +8,7 @@ import yaml
 from torch import Tensor
 
 from dnt_scale.config import ModelConfig, config_dir
-from dnt_scale.model import DNT
+from dnt_scale.model.dnt import DNT
 
 MATRICES = {"attn.w_q", "attn.w_k", "attn.w_v", "attn.w_o", "ffn.w_1", "ffn.w_2"}
 VARIANTS: dict[str, dict[str, object]] = {

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from dnt_scale.config import ModelConfig, OptimConfig
-from dnt_scale.model import DNT
-from dnt_scale.optim import MSGDW, allocate, build_optimizer
+from dnt_scale.model.dnt import DNT
+from dnt_scale.optim.build import allocate, build_optimizer
+from dnt_scale.optim.msgdw import MSGDW
 
 
 def new_msgdw(groups: Iterable[dict[str, Any]], **options: Any) -> MSGDW:

@@ -46,18 +46,18 @@ from data_prep.shards import (
 )
 from dnt_scale.distributed import rendezvous
 
-# dnt_scale.train and dnt_scale.cli are left out: each rank executes its own as __main__
 PRELOAD = [
     "torch._dynamo",  # drawing weights on the meta device imports it
     "torch._inductor.compile_fx",  # and this one DeepSpeed's ZeRO does, with what follows
     "deepspeed.runtime.zero.muon.muon_optimizer",
     "dnt_scale.engine.deepspeed",
     "dnt_scale.engine.fsdp",
-    "dnt_scale.inference",
-    "dnt_scale.resume",
-    "dnt_scale.tracking",
-    "dnt_scale.plots",
-    "dnt_scale.progress",
+    "dnt_scale.tools.inference",
+    "dnt_scale.train.rank",
+    "dnt_scale.cli.main",
+    "dnt_scale.record.tracker",
+    "dnt_scale.record.plots",
+    "dnt_scale.train.progress",
     "tests.helpers.warm",
 ]
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed looks for devices when it is imported

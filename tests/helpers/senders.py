@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
-from dnt_scale import mlflow_sender
-from dnt_scale.tracking import Tracker, read_json, unsent_lines
+from dnt_scale.record.files import read_json
+from dnt_scale.record.metrics_file import unsent_lines
+from dnt_scale.record.mlflow import sender
+from dnt_scale.record.tracker import Tracker
 
 
 def without_processes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -17,7 +19,7 @@ def without_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Tracker, "_start_sender", lambda self: None)
 
 
-def begin(run_dir: Path, steps: int, run_id: str = "trained", **changes: Any) -> mlflow_sender._Sender:
+def begin(run_dir: Path, steps: int, run_id: str = "trained", **changes: Any) -> sender._Sender:
     """What training does at a start and in ``steps`` steps more, and its sender, which has sent nothing yet."""
     done = (run_dir / "metrics.jsonl").read_bytes().count(b"\n") if (run_dir / "metrics.jsonl").exists() else 0
     options: dict[str, Any] = {
@@ -32,15 +34,15 @@ def begin(run_dir: Path, steps: int, run_id: str = "trained", **changes: Any) ->
     for step in range(done + 1, done + steps + 1):
         tracker.log({"step": step, "time": float(step), "train/loss": 1 / step})
     tracker.finish("FINISHED")
-    return mlflow_sender._Sender(run_dir, read_json(run_dir / "logs" / "tracking.json"), live=True)
+    return sender._Sender(run_dir, read_json(run_dir / "logs" / "tracking.json"), live=True)
 
 
 def start(run_dir: Path, steps: int = 2, **changes: Any) -> str:
     """One start from its first step to its end; returns the id of its MLflow run."""
-    sender = begin(run_dir, steps, **changes)
-    assert mlflow_sender._send_all(sender, mlflow_sender._Gone("FINISHED")) == 0
+    started = begin(run_dir, steps, **changes)
+    assert sender._send_all(started, sender._Gone("FINISHED")) == 0
     assert unsent_lines(run_dir) == 0
-    return sender.mlflow_run_id
+    return started.mlflow_run_id
 
 
 def client(run_dir: Path) -> Any:

@@ -7,7 +7,8 @@ import json
 import tempfile
 from pathlib import Path
 
-from dnt_scale import config, plots
+from dnt_scale import config
+from dnt_scale.record import plots
 from tests.helpers.run import tiny
 
 config.load(tiny(Path("data"), Path("run")))

@@ -12,10 +12,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from dnt_scale.checkpoint import Saver, read_state, tools
+from dnt_scale.checkpoint import Saver, inspection, read_state
 from dnt_scale.checkpoint.storage import Storage
 from dnt_scale.checkpoint.write import publish, write_file
-from dnt_scale.cli import main
+from dnt_scale.cli.main import main
 from dnt_scale.distributed import process_group
 from dnt_scale.distributed.process_group import Ranks
 from tests.helpers.boxes import equal, flat, save_made_up, some_state, some_tensors
@@ -140,7 +140,7 @@ def test_diff_of_the_same_tensors_cut_otherwise_is_none(me, tmp_path, capsys):
 
 
 def test_diff_names_the_first_place_and_the_worst_tensors(me, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(tools, "CHUNK", 1000)
+    monkeypatch.setattr(inspection, "CHUNK", 1000)
     whole = some_tensors()
     write(tmp_path / "a", whole, me)
     other = {name: tensor.clone() for name, tensor in whole.items()}
@@ -211,7 +211,7 @@ def test_convert_leaves_the_file_that_was_there_when_it_fails(me, tmp_path, caps
 @pytest.fixture(scope="module")
 def nano_weights() -> dict[str, torch.Tensor]:
     from dnt_scale import config
-    from dnt_scale.model import DNT
+    from dnt_scale.model.dnt import DNT
 
     run = config.load(tiny(Path("unused"), Path("unused")))
     with torch.device("meta"):

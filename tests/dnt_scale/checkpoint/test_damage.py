@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from dnt_scale.checkpoint import CheckpointError, check_files, newest, read_state, read_tensors
-from dnt_scale.checkpoint.header import read_header
+from dnt_scale.checkpoint.inspection import verify
+from dnt_scale.checkpoint.safetensors_header import read_header
 from dnt_scale.checkpoint.storage import Storage
-from dnt_scale.checkpoint.tools import verify
 from dnt_scale.distributed import process_group
 from dnt_scale.distributed.process_group import Ranks
 from tests.helpers.boxes import copies, save_made_up, some_tensors, zeros

@@ -18,8 +18,8 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from dnt_scale import checkpoint
 from dnt_scale.checkpoint import CheckpointError, Saver, read_tensors
-from dnt_scale.checkpoint.boxes import Box, Region, flat_boxes, intersect, miscovered, owned
 from dnt_scale.checkpoint.storage import Storage
+from dnt_scale.checkpoint.tensor_shards import Box, Region, flat_boxes, intersect, miscovered, owned
 from dnt_scale.checkpoint.write import write_file
 from dnt_scale.distributed import process_group
 from dnt_scale.distributed.process_group import Ranks

@@ -26,7 +26,7 @@ from dnt_scale.checkpoint import (
     storage,
     write,
 )
-from dnt_scale.checkpoint.tools import verify
+from dnt_scale.checkpoint.inspection import verify
 from dnt_scale.distributed import process_group
 from dnt_scale.distributed.agree import highest
 from dnt_scale.distributed.errors import is_fault

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from dnt_scale.distributed.output import HELD_BYTES, Output
-from dnt_scale.signals import stop_signals
+from dnt_scale.train.signals import stop_signals
 from tests.helpers.run import STEPS, Ranks, _run_module, metrics, steps_written, tiny, until
 
 

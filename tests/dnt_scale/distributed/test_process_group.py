@@ -10,8 +10,8 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dnt_scale.checkpoint.boxes import Box
 from dnt_scale.checkpoint.replicas import check_replicas, checksums
+from dnt_scale.checkpoint.tensor_shards import Box
 from dnt_scale.distributed import process_group
 from dnt_scale.distributed.agree import check_settings, highest, on_first, together
 from dnt_scale.distributed.errors import AgreedError, AgreedFault, is_fault

@@ -8,7 +8,7 @@ from datetime import timedelta
 
 import pytest
 
-from dnt_scale.cli import main
+from dnt_scale.cli.main import main
 from dnt_scale.distributed import process_group, rendezvous
 from dnt_scale.distributed.agree import highest
 from dnt_scale.distributed.process_group import environment

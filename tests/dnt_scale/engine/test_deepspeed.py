@@ -12,12 +12,13 @@ import torch.distributed as dist
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from dnt_scale import config, engine
-from dnt_scale.checkpoint.boxes import Box
+from dnt_scale.checkpoint.tensor_shards import Box
 from dnt_scale.config import ConfigError, RunConfig
+from dnt_scale.config.deepspeed_json import ZERO
 from dnt_scale.distributed import process_group
 from dnt_scale.distributed.errors import AgreedError
-from dnt_scale.engine.deepspeed_json import ZERO
-from dnt_scale.model import DNT, init_weights, initial_tensor
+from dnt_scale.model.dnt import DNT
+from dnt_scale.model.init import init_weights, initial_tensor
 from tests.helpers.run import TINY_MODEL, call
 
 STEPS = 5

@@ -18,7 +18,8 @@ from dnt_scale.distributed import process_group
 from dnt_scale.distributed.process_group import Ranks
 from dnt_scale.engine import fsdp
 from dnt_scale.engine.fsdp import FSDPEngine
-from dnt_scale.model import DNT, init_weights, initial_tensor
+from dnt_scale.model.dnt import DNT
+from dnt_scale.model.init import init_weights, initial_tensor
 from tests.helpers.run import call, tiny
 
 STEPS, ROWS = 5, 12  # 12 rows a step divide by 1, 2, 3 and 4 ranks

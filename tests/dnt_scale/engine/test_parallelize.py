@@ -17,7 +17,8 @@ from dnt_scale.distributed import process_group
 from dnt_scale.distributed.errors import AgreedError
 from dnt_scale.distributed.process_group import Ranks
 from dnt_scale.engine.parallelize import data_mesh, parallelize, prepare_blocks
-from dnt_scale.model import DNT, init_weights
+from dnt_scale.model.dnt import DNT
+from dnt_scale.model.init import init_weights
 from tests.helpers.run import call, tiny
 
 LAYERS = 4

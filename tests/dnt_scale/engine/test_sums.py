@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from dnt_scale.engine.sums import squared_norms
+from dnt_scale.engine.reductions import squared_norms
 
 
 def test_the_squares_of_ten_million_elements_add_up() -> None:

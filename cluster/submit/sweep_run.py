@@ -1,0 +1,233 @@
+"""`dnt submit --multirun`: every combination of the values that overrides list, as one SLURM array (a sweep)."""
+
+import itertools
+import re
+import time
+import uuid
+from collections import Counter
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+
+import submitit
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from rich.console import Console
+
+from cluster import run_record, slurm, sweep_file
+from cluster.cluster_config import ClusterConfig
+from cluster.job import rank_main
+from cluster.run_record import LedgerError, Submission
+from cluster.submit import checks, single_run
+from cluster.submit.plan import Plan
+from cluster.sweep_file import Sweep, SweepRun
+from cluster.words import counted
+from dnt_scale import config
+from dnt_scale.config import ConfigError, RunConfig, typed
+from dnt_scale.config.tracking_uri import default_uri
+from dnt_scale.data.sources import fitting_sources
+from dnt_scale.record import run_lock, timeline
+
+MOST = 1000  # runs: one less than the largest array that SLURM permits by default
+NAME_LENGTH = 100
+
+
+def combinations(overrides: list[str]) -> list[tuple[dict[str, str], list[str]]]:
+    """Each combination of the values that ``overrides`` list in Hydra's grammar (``KEY=A,B``, choice(), range()).
+
+    Names and paths are the text between the commas; one that holds a comma stands in quotes.
+
+    Returns:
+        For each its values by key, and all overrides with these in place.
+
+    Raises:
+        ConfigError: an override cannot be read, none has several values, or there are too many combinations.
+    """
+    choices: list[list[tuple[str, str]]] = []  # of each override: key and value, the key "" where it is not swept
+    for line in overrides:
+        prefix, key, value = typed.split(line)
+        if value is not None and "~" not in prefix and typed.is_text(typed.at(RunConfig, key)):
+            texts = typed.choices(value)
+            choices.append([(prefix + key, text) for text in texts] if len(texts) > 1 else [("", line)])
+            continue
+        try:
+            override = OverridesParser.create().parse_override(line)
+            if not override.is_sweep_override():
+                choices.append([("", line)])
+            elif override.is_discrete_sweep():
+                choices.append([(override.get_key_element(), value) for value in override.sweep_string_iterator()])
+            else:
+                raise ConfigError(f"{line}: a sweep needs single values; write them out, or as range(from,to,step)")
+        except (HydraException, RecursionError):
+            raise ConfigError(f"{config.refusal(line)}; write several values as KEY=A,B,C") from None
+    count = 1
+    for options in choices:
+        count *= len(options)
+    if all(len(options) == 1 for options in choices):
+        raise ConfigError("--multirun: no override has several values; write them as KEY=A,B,C, or leave it out")
+    if count > MOST:
+        raise ConfigError(f"--multirun: {count:,} combinations of values, at most {MOST:,} are possible; give fewer")
+    found = []
+    for chosen in itertools.product(*choices):
+        lines = [f"{key}={value}" if key else value for key, value in chosen]
+        found.append(({key.lstrip("+"): typed.meant(value, place=False) for key, value in chosen if key}, lines))
+    return found
+
+
+def names(values: list[dict[str, str]]) -> list[str]:
+    """A name for each run: its number and its values."""
+    last = Counter(key.rpartition(".")[2] for key in values[0])
+    width = len(str(len(values) - 1))
+    found = []
+    for number, own in enumerate(values):
+        words = [f"{number:0{width}}"]
+        for key, value in own.items():
+            short = key.rpartition(".")[2]
+            words.append(f"{short if last[short] == 1 else key}_{value}")
+        found.append(re.sub(r"[^A-Za-z0-9._-]+", "_", "-".join(words))[:NAME_LENGTH])
+    return found
+
+
+def load(overrides: list[str]) -> tuple[Sweep, list[RunConfig]]:
+    """The sweep that ``overrides`` describe, whose folder is the ``run.dir`` they give, and its runs.
+
+    Raises:
+        ConfigError: see :func:`combinations`; a combination that is no valid run; or run.name or run.dir differ.
+    """
+    found = combinations(overrides)
+    runs = []
+    with Console(stderr=True).status("") as status:
+        for number, (_, lines) in enumerate(found, 1):
+            status.update(f"reading combination {number} of {len(found)}")
+            runs.append(config.load(lines))
+    own = runs[0].run
+    if any((run.run.name, run.run.dir) != (own.name, own.dir) for run in runs):
+        raise ConfigError("run.name and run.dir are the sweep's; give one of each, the runs get names of their own")
+    chosen = names([values for values, _ in found])
+    made = [SweepRun(name=name, values=values) for name, (values, _) in zip(chosen, found, strict=True)]
+    return (
+        Sweep(name=own.name, id=uuid.uuid4().hex, runs=made),
+        [part_of(run, name) for run, name in zip(runs, chosen, strict=True)],
+    )
+
+
+def part_of(run: RunConfig, name: str) -> RunConfig:
+    """The run with a name and folders of its own inside the sweep's, and the sweep's MLflow store."""
+    kept = run.checkpoint.dir
+    return run.model_copy(
+        update={
+            "run": run.run.model_copy(update={"name": name, "dir": run.run.dir.absolute() / name}),
+            "tracking": run.tracking.model_copy(update={"uri": run.tracking.uri or default_uri(run.run.dir)}),
+            "checkpoint": run.checkpoint.model_copy(update={"dir": kept and f"{kept.rstrip('/')}/{name}"}),
+        }
+    )
+
+
+def check_new(sweep_dir: Path) -> None:
+    """Raises LedgerError when a sweep or a run was submitted from there, or a run was trained or is training there."""
+    if sweep_file.is_sweep(sweep_dir) or run_record.submitted(sweep_dir):
+        raise LedgerError(
+            f"run.name: {sweep_dir.name} was submitted before; `dnt jobs {sweep_dir}` shows it; take another run.name"
+        )
+    run_lock.check_free(sweep_dir)
+    if (sweep_dir / "config.yaml").exists():
+        raise LedgerError(f"run.name: {sweep_dir} is the folder of a run; take another run.name for the sweep")
+
+
+def before_queue(runs: list[RunConfig], site: ClusterConfig) -> Plan:
+    """The plan of the first run, once nothing speaks against any of them.
+
+    Raises:
+        ValueError, OSError: as :func:`cluster.submit.checks.before_queue`.
+    """
+    check_new(runs[0].run.dir.parent)
+    plan = checks.before_queue(runs[0], site)
+    checks.check_room(runs[0], plan.steps, runs=len(runs))
+    fitting = set()
+    for run in runs:
+        checks.check_ranks(run, site)
+        reads = (run.data.model_dump_json(), run.model.model_dump_json())
+        if reads not in fitting:
+            fitting_sources(run)
+            fitting.add(reads)
+    return plan
+
+
+def describe(found: Sweep, site: ClusterConfig) -> str:
+    """The sweep's runs and their values, in lines below those of the plan."""
+    at_once = "all at once" if not site.sweep_parallel else f"{site.sweep_parallel} at a time (cluster.sweep_parallel)"
+    lines = [f"sweep        {counted(len(found.runs), 'run')} as one array, {at_once}; above is the first of them"]
+    width = max(len(run.name) for run in found.runs)
+    for run in found.runs:
+        values = " ".join(f"{key}={value}" for key, value in run.values.items())
+        lines.append(f"{run.name:{width}}  {values}")
+    return "\n             ".join(lines)
+
+
+def whole(found: Sweep, logs: Path, site: ClusterConfig) -> Submission:
+    """What the array's batch script is made from, as a run's."""
+    return Submission(name=found.name, cluster=site, logs=logs)
+
+
+def executor_for(found: Sweep, sweep_dir: Path, array: Submission) -> submitit.SlurmExecutor:
+    executor = single_run.executor_for(sweep_dir, array, array=True)
+    executor.update_parameters(array_parallelism=array.cluster.sweep_parallel or len(found.runs))
+    return executor
+
+
+def queue(found: Sweep, runs: list[RunConfig], site: ClusterConfig) -> str:
+    """Make the folders of the sweep and its runs, and queue them; returns the array job's id.
+
+    Raises:
+        LedgerError: it was submitted before.
+        SlurmError: SLURM refuses the job.
+        OSError: a folder cannot be written.
+    """
+    sweep_dir = runs[0].run.dir.absolute().parent
+    check_new(sweep_dir)
+    single_run.private(sweep_dir)
+    with single_run.locked(sweep_dir), ExitStack() as writers:
+        check_new(sweep_dir)
+        single_run.snapshot(sweep_dir)
+        array = whole(found, run_record.folder(sweep_dir) / "slurm", site)
+        waiting = array.model_copy(update={"parent": f"{found.id}:{found.name}"})
+        places = []
+        try:
+            for run in runs:
+                places.append(place := run.run.dir.absolute())
+                single_run.private(place)
+                writers.enter_context(run_lock.held(place, "dnt submit"))
+                run_record.config_file(place).write_text(config.to_yaml(run))
+                (run_record.folder(place) / "code").symlink_to(Path("../../jobs/code"))
+                own = {"name": run.run.name, "checkpoints": single_run.checkpoints_of(run)}
+                run_record.save(place, waiting.model_copy(update=own))
+            sweep_file.save(sweep_dir, found)
+            asked = time.time()  # they may begin before the last is told of
+            job_id = _queue(executor_for(found, sweep_dir, array), places)
+        except BaseException:  # so that it can be submitted again
+            (sweep_dir / sweep_file.FILE).unlink(missing_ok=True)
+            for place in places:
+                (run_record.folder(place) / "run.json").unlink(missing_ok=True)
+                (run_record.folder(place) / "code").unlink(missing_ok=True)
+            raise
+        for number, place in enumerate(places):
+            task = f"{job_id}_{number}"
+            run_record.update(place, partial(Submission.with_job, job_id=task))
+            counts = {"nodes": site.nodes, "ranks": site.ranks}
+            timeline.append(place, "submitted", attempt=task, job=task, **counts, by_user=True, time=asked)
+    return job_id
+
+
+def _queue(executor: submitit.SlurmExecutor, places: list[Path]) -> str:
+    try:
+        with executor.batch():
+            queued = [executor.submit(rank_main.rank, str(place)) for place in places]
+    except submitit.core.utils.FailedJobError as error:
+        raise slurm.SlurmError(f"SLURM refuses the array: {single_run.refusal(str(error))}") from None
+    return str(queued[0].job_id.partition("_")[0])
+
+
+def batch_script(found: Sweep, sweep_dir: Path, site: ClusterConfig) -> str:
+    """The array's script, made without its folder. Raises SlurmError."""
+    array = whole(found, run_record.folder(sweep_dir) / "slurm", site)
+    return single_run.script(executor_for(found, sweep_dir, array), len(found.runs))

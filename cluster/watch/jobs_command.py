@@ -1,0 +1,375 @@
+"""`dnt jobs`: all runs and what they are doing, or one run and the chain of its attempts."""
+
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import orjson
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from cluster import run_record, sweep_file
+from cluster.run_record import LedgerError
+from cluster.watch import run_state
+from cluster.watch.find_runs import RUNS, find_runs, handle
+from cluster.watch.run_state import Asking, Standing
+from dnt_scale import config
+from dnt_scale.config import ConfigError, RunConfig
+from dnt_scale.record.goodput import Goodput, breakdown, table
+from dnt_scale.record.metrics_file import last_metrics
+from dnt_scale.record.timeline import Event
+
+WATCH_EVERY_S = 2.0
+SPEED_STEPS = 20
+QUIET_S = 60.0  # until then a job's own last processes may still be telling MLflow
+COLOURS = {"running": "green", "finished": "cyan", "crashed": "red", "refused": "red", "killed": "red"}
+
+
+# --- which runs -------------------------------------------------------------------------------------------------------
+
+
+# --- what there is to say of a run ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Attempt:
+    name: str  # JOB.RESTART; of a job that has not started, JOB
+    nodes: list[str]
+    began: float | None  # seconds since 1970
+    run_state: str  # how it ended, else what it is doing
+    why: str
+    next: str  # requeued, resubmitted, none; "": it has not ended
+    blamed: list[str]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as `dnt jobs` shows it. None: not known."""
+
+    folder: Path
+    name: str
+    run_state: str
+    why: str
+    nodes: str
+    live: bool
+    jobs: list[str] = field(default_factory=list)
+    step: int | None = None
+    total_steps: int | None = None
+    checkpoint: int | None = None  # the step of the newest
+    loss: float | None = None
+    val_loss: float | None = None
+    tokens_per_s: float | None = None
+    left_s: float | None = None  # at the pace of the last steps, while it runs
+    goodput: float | None = None
+    seconds: dict[str, float] = field(default_factory=dict)  # where the time went, see dnt_scale.record.goodput
+    mlflow: str | None = None  # the status it was told last
+    left_out: list[str] = field(default_factory=list)  # nodes that failed too often
+    attempts: list[Attempt] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Seen:
+    run: Run
+    standing: Standing
+    goodput: Goodput
+    told: float  # when the timeline last said something
+
+
+def look(run_dir: Path, asking: Asking) -> Seen:
+    """Find out all about a run. Raises LedgerError where its run.json cannot be read."""
+    submission = run_record.load(run_dir, to_look=True)
+    found, events = run_state.look(run_dir, submission, asking)
+    spent = breakdown(events, time.time())
+    lines = last_metrics(run_dir)
+    steps = [line for line in lines if "train/loss" in line]
+    speeds = [line["tokens_per_s"] for line in steps[-SPEED_STEPS:]]
+    resolved = config_of(run_dir)
+    told = max((event["time"] for event in events), default=0.0)
+    total = total_steps(resolved, lines)
+    run = Run(
+        folder=run_dir,
+        name=submission.name,
+        state=found.state,
+        why=found.why,
+        nodes=found.nodes,
+        live=found.live,
+        jobs=submission.jobs,
+        step=lines[-1]["step"] if lines else None,
+        total_steps=total,
+        checkpoint=run_record.newest_checkpoint(submission),
+        loss=steps[-1]["train/loss"] if steps else None,
+        val_loss=next((line["val/loss"] for line in reversed(lines) if "val/loss" in line), None),
+        tokens_per_s=median(speeds) if speeds else None,
+        left_s=left_s(steps, total, events)
+        if found.state == "running" and time.time() - told < run_state.SILENT_S
+        else None,
+        goodput=spent.total.goodput if spent.total.training else None,
+        seconds={"queued": spent.queue, **asdict(spent.total)},
+        mlflow=run_state.mlflow_status(run_dir),
+        left_out=submission.excluded,
+        attempts=attempts(events, found, submission.jobs),
+    )
+    return Seen(run, found, spent, told)
+
+
+def attempts(events: list[Event], found: Standing, jobs: list[str]) -> list[Attempt]:
+    """Each start of each job, oldest first, and the job that waits for its first or next one."""
+    chain: dict[str, Attempt] = {}
+    for event in events:
+        name = event["attempt"]
+        if event["event"] == "allocated":
+            now = (found.state, found.why) if name == found.attempt else ("ending", "")
+            chain[name] = Attempt(name, event["nodes"], event["started"], *now, "", [])
+        elif event["event"] == "ended":
+            nodes, began = (chain[name].nodes, chain[name].began) if name in chain else ([], None)
+            chain[name] = Attempt(name, nodes, began, event["status"], event["reason"], event["next"], event["blamed"])
+    if found.live and jobs and (found.attempt not in chain or chain[found.attempt].next):
+        name = jobs[-1] if found.attempt in chain else found.attempt or jobs[-1]
+        nodes = [found.nodes] if found.nodes else []
+        chain["now"] = Attempt(name, nodes, None, found.state, found.why, "", [])
+    return list(chain.values())
+
+
+def config_of(run_dir: Path) -> RunConfig | None:
+    """The run's configuration; None where this version of dnt, or this user, cannot read it."""
+    try:
+        return config.from_yaml(run_record.config_file(run_dir))
+    except (ConfigError, OSError):
+        return None
+
+
+def total_steps(run: RunConfig | None, lines: list[dict[str, Any]]) -> int | None:
+    """How many steps the run is to have; None before the first where its configuration gives tokens."""
+    if run is None:
+        return None
+    if run.train.steps is not None:
+        return run.train.steps
+    tokens_a_step = next((line["tokens"] / line["step"] for line in reversed(lines) if line["step"]), None)
+    return tokens_a_step and run.total_steps(round(tokens_a_step / run.train.global_batch))
+
+
+def left_s(steps: list[dict[str, Any]], total: int | None, events: list[Event]) -> float | None:
+    """Seconds left at the mean pace of the newest attempt's last steps, validations and checkpoints included."""
+    ready = run_record.last(events, "ready")
+    paced = [line for line in steps if ready and line["time"] >= ready["time"]]
+    if total is None or len(paced) < 2:
+        return None
+    first, last = paced[0], paced[-1]
+    return float((total - last["step"]) * (last["time"] - first["time"]) / (last["step"] - first["step"]))
+
+
+# --- shown ------------------------------------------------------------------------------------------------------------
+
+
+def main(words: list[str], *, watch: bool, as_json: bool) -> int:
+    """`dnt jobs`; returns the exit status.
+
+    Raises:
+        LedgerError: there is no such run.
+    """
+    console = Console(highlight=False)
+    if watch:
+        return watching(words, console)
+    seen, problems = look_at_all(words)
+    if as_json:
+        content = {"runs": [asdict(each.run) for each in seen], "problems": problems}
+        sys.stdout.buffer.write(orjson.dumps(content, default=str, option=orjson.OPT_INDENT_2) + b"\n")
+    else:
+        console.print(page(seen, problems, words))
+    mend(seen, set())
+    return 0
+
+
+def watching(words: list[str], console: Console) -> int:
+    """Show the page anew every two seconds until Ctrl-C."""
+    mended: set[tuple[Path, str]] = set()
+    with suppress(KeyboardInterrupt), Live(console=console, auto_refresh=False) as live:
+        while True:
+            seen, problems = look_at_all(words)
+            clock = Text(f"{datetime.now():%H:%M:%S}; Ctrl-C ends this", style="dim")
+            shown = Group(page(seen, problems, words), clock)
+            if console.is_terminal:
+                live.update(shown, refresh=True)
+            else:  # a pipe: one page after another
+                console.print(shown)
+            mend(seen, mended)
+            time.sleep(WATCH_EVERY_S)
+    return 0
+
+
+def look_at_all(words: list[str]) -> tuple[list[Seen], list[str]]:
+    """The runs, live ones first, then the newest; and what kept us from knowing more, a line each."""
+    asking, seen, problems = Asking(), [], []
+    for run_dir in find_runs(words):
+        try:
+            seen.append(look(run_dir, asking))
+        except LedgerError as error:  # one damaged run hides no other
+            problems.append(str(error))
+    if asking.problem:
+        problems.append(f"only the run folders were asked, whose word may be old: {asking.problem}")
+    return sorted(seen, key=lambda each: (not each.run.live, -each.told)), problems
+
+
+def mend(seen: list[Seen], tried: set[tuple[Path, str]]) -> None:
+    """Let MLflow have the true status of runs where nothing goes on, up to the first where it does not answer."""
+    for each in seen:
+        key = (each.run.folder, each.run.state)
+        if key not in tried and time.time() - each.told > QUIET_S:
+            tried.add(key)
+            if not run_state.mend_mlflow(each.run.folder, each.standing):
+                return
+    for folder in sweep_file.folders(each.run.folder for each in seen if run_state.ours(each.run.folder)):
+        over = (folder, sweep_file.outcome(folder) or "")
+        if over[1] and over not in tried:
+            tried.add(over)
+            sweep_file.settle(folder)
+
+
+def page(seen: list[Seen], problems: list[str], words: list[str]) -> Group:
+    parts: list[Table | Text] = []
+    if len(seen) == 1 and words:
+        parts += one_run(seen[0])
+    elif seen:
+        parts.append(all_runs(seen))
+        if words:
+            parts += results([each.run for each in seen])
+    elif not problems:
+        parts.append(Text(f"no run in {RUNS.absolute()} was submitted; `dnt submit` does"))
+    parts += [Text(problem, style="yellow") for problem in problems]
+    return Group(*parts)
+
+
+def all_runs(seen: list[Seen]) -> Table:
+    shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    shown.add_column("run", no_wrap=True)
+    for name in ("state", "job"):
+        shown.add_column(name, overflow="fold")
+    for name in ("step", "loss", "tokens/s", "goodput"):
+        shown.add_column(name, justify="right", no_wrap=True)
+    for each in seen:
+        run = each.run
+        shown.add_row(
+            handle(run.folder),
+            coloured(run.state if run.state == "finished" else each.standing.in_words, run.state),
+            (run.jobs[-1] if run.jobs else "") + starts(run),
+            "\n".join(part for part in (steps(run), left(run)) if part),
+            number(run.loss, ".4f"),
+            rate(run.tokens_per_s),
+            number(run.goodput, ".1%"),
+        )
+    return shown
+
+
+def one_run(seen: Seen) -> list[Table | Text]:
+    run = seen.run
+    first = Text(f"{run.name}: ").append_text(coloured(seen.standing.in_words, run.state))
+    facts = [
+        f"step {steps(run)}" if run.step is not None else "no step yet",
+        f"loss {run.loss:.4f}" if run.loss is not None else "",
+        f"{rate(run.tokens_per_s)} tokens/s" if run.tokens_per_s is not None else "",
+        left(run),
+        f"newest checkpoint {run.checkpoint:,}" if run.checkpoint is not None else "",
+        f"MLflow {run.mlflow}" if run.mlflow else "",
+    ]
+    line = ", ".join(fact.replace(" ", "\u00a0") for fact in facts if fact)  # wraps between facts
+    told: list[Table | Text] = [Text(line), Text()]
+    if run.attempts:
+        told += [chain(run.attempts), Text()]
+    if seen.goodput.attempts:
+        told += [table(seen.goodput), Text()]
+    if run.left_out:
+        told.append(Text(f"left out, for they failed too often: {' '.join(run.left_out)}"))
+    if not run.live and run.state != "finished":
+        told.append(Text(f"`dnt resubmit {handle(run.folder)}` goes on with it"))
+    told.append(Text(f"logs: `dnt logs {handle(run.folder)}`, of rank K with --rank K", style="dim"))
+    return [first, *told]
+
+
+def chain(found: list[Attempt]) -> Table:
+    shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for name in ("attempt", "nodes", "began", "state", "next", "at fault"):
+        shown.add_column(name, overflow="fold")
+    for attempt in found:
+        shown.add_row(
+            attempt.name,
+            " ".join(attempt.nodes),
+            f"{datetime.fromtimestamp(attempt.began):%m-%d %H:%M:%S}" if attempt.began else "-",
+            coloured(attempt.state + (f": {attempt.why}" if attempt.why else ""), attempt.state),
+            {"none": "-"}.get(attempt.next, attempt.next),
+            " ".join(attempt.blamed),
+        )
+    return shown
+
+
+def coloured(words: str, state: str) -> Text:
+    """Words that begin with a state, in its colour."""
+    text = Text(words)
+    text.stylize(COLOURS.get(state, ""), 0, len(state))
+    return text
+
+
+def starts(run: Run) -> str:
+    count = sum(attempt.began is not None for attempt in run.attempts)
+    return f"\n{count} starts" if count > 1 else ""
+
+
+def steps(run: Run) -> str:
+    if run.step is None:
+        return "-"
+    if not run.total_steps:
+        return f"{run.step:,}"
+    return f"{run.step:,} of {run.total_steps:,} ({run.step / run.total_steps:.0%})"
+
+
+def left(run: Run) -> str:
+    if run.left_s is None:
+        return ""
+    minutes, second = divmod(round(run.left_s), 60)
+    hour, minute = divmod(minutes, 60)
+    return f"{hour}:{minute:02d}:{second:02d} left"
+
+
+def number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def rate(value: float | None) -> str:
+    """Three digits: 950, 12.3k, 1.20M."""
+    for unit, size in (("M", 1e6), ("k", 1e3)):
+        if value is not None and value >= size:
+            return f"{value / size:.3g}{unit}"
+    return number(value, ".0f")
+
+
+def results(runs: Sequence[Run]) -> list[Table]:
+    """Of each sweep among the runs what its values led to so far, the lowest validation loss first.
+
+    Raises:
+        LedgerError: a sweep.json cannot be read.
+    """
+    found = sweep_file.folders(run.folder for run in runs)
+    return [_table(sweep_file.load(folder), [run for run in runs if run.folder.parent == folder]) for folder in found]
+
+
+def _table(sweep: sweep_file.Sweep, runs: Sequence[Run]) -> Table:
+    values = {run.name: run.values for run in sweep.runs}
+    fields = list(sweep.runs[0].values)
+    table = Table(title=f"\n{sweep.name}, lowest val/loss first", title_justify="left", box=None, pad_edge=False)
+    for name in ("run", *fields):
+        table.add_column(name, overflow="fold")
+    for name in ("step", "train/loss", "val/loss"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("state")
+    for run in sorted(runs, key=lambda run: (run.val_loss is None, run.val_loss or 0.0)):
+        losses = ("-" if loss is None else f"{loss:.4f}" for loss in (run.loss, run.val_loss))
+        step = "-" if run.step is None else f"{run.step:,}"
+        table.add_row(run.name, *(values[run.name][field] for field in fields), step, *losses, run.state)
+    return table

@@ -1,0 +1,200 @@
+"""`dnt data ...`: prepare, tokenizer, verify, info."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dnt_scale.arguments import number, path_or_url, whole, word
+
+if TYPE_CHECKING:
+    from data_prep.options import PrepareOptions
+
+DATA_HELP = """\
+A set is a folder: manifest.json, tokenizer.model, WebDataset tars {train,val}-000000.tar of token rows, report.html.
+
+  dnt data prepare books/ notes.md 'dumps/*.jsonl.zst' --out data/mine
+  dnt data prepare 's3://bucket/web/*.parquet' --clean web --dedup near --out data/web
+  dnt data verify data/mine
+  dnt data info data/mine
+"""
+
+
+PREPARE_HELP = """\
+INPUT may be .txt .md, source files, .jsonl .json, each also .gz .zst .bz2 .xz; .parquet; folders; quoted globs; URLs.
+The set appears whole or not at all. After Ctrl-C, kill -9 or an error the same command goes on where it was, and the
+result is the same to the byte. DIR/report.html tells what was read, dropped and kept; DIR/rejects.jsonl holds findings.
+
+  dnt data prepare books/ --out data/mine --clean light --dedup near --dry-run
+  dnt data prepare more/ --append data/mine --out data/mine-2            # prepares more/ only
+  zstdcat dump.jsonl.zst | dnt data prepare - --out data/dump
+
+On several machines that share a folder, or as a job array:
+
+  dnt data tokenizer books/ --out books.model
+  dnt data prepare books/ --out data/mine --tokenizer books.model --tasks 16 --task 0     # and 1 to 15, at any time
+  dnt data prepare books/ --out data/mine --tokenizer books.model                         # when all are done
+
+On a SLURM cluster all of that by jobs; asked again, the same command tells how far they are:
+
+  dnt data prepare books/ --out data/mine --cluster gpu cluster.partition=cpu cluster.time=4:00:00 --workers 8
+"""
+
+
+# commands that end where nobody reads their output any more (`| head`); the others do what they are for all the same
+SHOWS = {
+    "checkpoint_diff",
+    "checkpoint_inspect",
+    "checkpoint_verify",
+    "data_info",
+    "data_verify",
+    "run_eval",
+    "run_generate",
+    "run_jobs",
+    "run_logs",
+}
+
+
+def add_corpus_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "inputs",
+        nargs="+",
+        type=path_or_url,
+        metavar="INPUT",
+        help='files, folders, globs, URLs (s3:// gs:// https://); "-" is stdin',
+    )
+    command.add_argument(
+        "--text-field", type=word, default="text", metavar="NAME", help="field or column with the text"
+    )
+    command.add_argument(
+        "--clean", type=path_or_url, metavar="RULES", help="cleaning rules: web, light, none, or a YAML file"
+    )
+    command.add_argument("--strict", action="store_true", help="stop at the first finding in the input")
+    command.add_argument(
+        "--vocab-size", type=whole(1, 10_000_000), metavar="N", help="pieces to train (default: 16384)"
+    )
+    command.add_argument("--kind", choices=["bpe", "unigram"], help="of the trained tokenizer (default: bpe)")
+    command.add_argument(
+        "--val-fraction",
+        type=number(0, 1, below=True),
+        metavar="F",
+        help="share of documents held out (default: 0.005)",
+    )
+    command.add_argument(
+        "--workers", type=whole(1, 1024), metavar="N", help="processes (default: one a CPU); same result"
+    )
+
+
+def corpus_options(options: argparse.Namespace, **more: object) -> "PrepareOptions":
+    """What was given; what was not has the defaults of PrepareOptions."""
+    from data_prep.options import PrepareOptions
+
+    given = {name: getattr(options, name) for name in ("vocab_size", "kind", "val_fraction", "workers")}
+    given |= {"rules": rules_file(options.clean) if options.clean else None, **more}
+    return PrepareOptions(
+        inputs=options.inputs,
+        text_field=options.text_field,
+        strict=options.strict,
+        **{name: value for name, value in given.items() if value is not None},
+    )
+
+
+def rules_file(name: str) -> Path:
+    """A file of cleaning rules by its path, or one of configs/clean by its name."""
+    from dnt_scale.config import config_dir
+
+    ours = config_dir() / "clean" / f"{name}.yaml"
+    if not ours.is_file() and not Path(name).exists():
+        names = ", ".join(sorted(path.stem for path in ours.parent.glob("*.yaml")))
+        raise ValueError(f"--clean {name}: no such file, and none of our rules, which are {names}")
+    return ours if ours.is_file() else Path(name)
+
+
+def data_prepare(options: argparse.Namespace) -> int:
+    from data_prep.pipeline import prepare
+    from data_prep.report.terminal import dry_run, info
+
+    if options.cluster and options.task is not None:
+        raise ValueError("--task: with --cluster there is a job for each; give --tasks N alone, or neither")
+    if not options.cluster and (options.tasks is None) != (options.task is None):
+        raise ValueError("--tasks N and --task I go together; give both, or neither for the last step")
+    settle(options)
+    asked = corpus_options(
+        options,
+        out=options.out,
+        append=options.append,
+        tokenizer=options.tokenizer,
+        encoder=options.encoder,
+        dedup=options.dedup,
+        seq_len=options.seq_len,
+        packing=options.packing,
+        task=None if options.task is None else (options.task, options.tasks),
+    )
+    if options.cluster:
+        from cluster.submit.data_prep_jobs import main as prepare_on_cluster
+
+        return prepare_on_cluster(asked, options.cluster, options.tasks, dry_run=options.dry_run)
+    if options.dry_run:
+        dry_run(asked)
+        return 0
+    try:
+        made = prepare(asked)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    if made:
+        info(options.out)
+    return 0
+
+
+def settle(options: argparse.Namespace) -> None:
+    """Raises ValueError for options of `prepare` that --append or --tokenizer settles, where another value is asked."""
+    for option, names in (("append", ("tokenizer", "vocab_size", "kind")), ("tokenizer", ("vocab_size", "kind"))):
+        for name in names if getattr(options, option) else ():
+            if getattr(options, name) is not None:
+                raise ValueError(f"--{name.replace('_', '-')}: --{option} settles it; leave it out")
+    if options.append:
+        from data_prep.shards import load_manifest
+
+        base = load_manifest(options.append)
+        before = {
+            "seq_len": base.seq_len,
+            "packing": base.packing,
+            "dedup": base.options.dedup,
+            "val_fraction": base.options.val_fraction,
+        }
+        for name, value in before.items():
+            if getattr(options, name) not in (None, value):
+                found = getattr(options, name)
+                option = name.replace("_", "-")
+                raise ValueError(f"--{option}: found {found}, but {options.append} was made with {value}; leave it out")
+
+
+def data_tokenizer(options: argparse.Namespace) -> int:
+    from data_prep.pipeline import train_tokenizer
+    from data_prep.report.markup import visible
+
+    work = options.out.with_name(f"{options.out.name}.work")
+    tokenizer = train_tokenizer(corpus_options(options, out=work), options.out)
+    print(f"{visible(str(options.out))}: {tokenizer.vocab_size:,} pieces, sha256 {tokenizer.sha256}")
+    return 0
+
+
+def data_verify(options: argparse.Namespace) -> int:
+    from data_prep.report.markup import visible
+    from data_prep.report.terminal import verify
+
+    problems = verify(options.folder)
+    for problem in problems:
+        print(f"error: {problem}", file=sys.stderr)
+    if problems:
+        return 2
+    print(f"{visible(str(options.folder))}: whole")
+    return 0
+
+
+def data_info(options: argparse.Namespace) -> int:
+    from data_prep.report.terminal import info
+
+    info(options.folder)
+    return 0

@@ -1,0 +1,54 @@
+"""The configuration of a run: sections as pydantic models, composed by Hydra out of ``configs/`` and overrides.
+
+``load(overrides)`` is the one way in. Importing this loads no torch.
+"""
+
+from dnt_scale.config.base import ConfigError, Strict
+from dnt_scale.config.compose import (
+    budget,
+    changed,
+    check_tracking,
+    choice_file,
+    config_dir,
+    flat,
+    from_yaml,
+    load,
+    refusal,
+    to_yaml,
+    typed_keys,
+    validate,
+)
+from dnt_scale.config.data import DataConfig
+from dnt_scale.config.engine import DeepSpeedEngineConfig, TorchEngineConfig
+from dnt_scale.config.model import ModelConfig, Setting
+from dnt_scale.config.optim import AdamWConfig, GroupConfig, MSGDWConfig, OptimConfig, ScheduleConfig
+from dnt_scale.config.run import HealthSection, RunConfig
+
+__all__ = [
+    "AdamWConfig",
+    "ConfigError",
+    "DataConfig",
+    "DeepSpeedEngineConfig",
+    "GroupConfig",
+    "HealthSection",
+    "MSGDWConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "RunConfig",
+    "ScheduleConfig",
+    "Setting",
+    "Strict",
+    "TorchEngineConfig",
+    "budget",
+    "changed",
+    "check_tracking",
+    "choice_file",
+    "config_dir",
+    "flat",
+    "from_yaml",
+    "load",
+    "refusal",
+    "to_yaml",
+    "typed_keys",
+    "validate",
+]

@@ -1,0 +1,169 @@
+"""The sections of a run's configuration as pydantic models, and ``RunConfig``, the whole of it.
+
+Import them from :mod:`dnt_scale.config`, which makes them out of files and overrides.
+"""
+
+import re
+from pathlib import Path
+from typing import Annotated, Literal, Self
+from urllib.parse import urlsplit
+
+from pydantic import (
+    AfterValidator,
+    Field,
+    model_validator,
+)
+
+from dnt_scale.config import paths
+from dnt_scale.config.base import _LOGIN, Count, Place, Strict, Text
+from dnt_scale.config.data import DataConfig
+from dnt_scale.config.engine import DeepSpeedEngineConfig, EngineConfig
+from dnt_scale.config.model import ModelConfig
+from dnt_scale.config.optim import MSGDWConfig, OptimConfig
+
+RESERVED = {"mlartifacts", "mlflow.db", "mlruns"}
+
+
+def _name(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,254}", text):
+        raise ValueError("expected up to 255 letters, digits, dots, _ and -, of which the first is a letter or digit")
+    if text in RESERVED:
+        raise ValueError("MLflow's records lie there, beside the run folders; take another name")
+    return text
+
+
+class RunSection(Strict):
+    name: Annotated[str, AfterValidator(_name)]
+    dir: Place
+    seed: int = Field(1234, ge=0, lt=2**64)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+class TrainSection(Strict):
+    steps: Count | None = Field(None, gt=0)
+    tokens: int | None = Field(None, gt=0, le=10**18, description="instead of steps: places in rows, padding too")
+    global_batch: int = Field(gt=0, le=1 << 31, description="rows a step, over all ranks and micro-batches")
+    micro_batch: int = Field(gt=0, le=1 << 31, description="rows a rank a forward")
+    dtype: Literal["auto", "bf16", "fp32"] = Field("auto", description="see compute_dtype.py")
+    max_skipped: Count = Field(10, gt=0, description="skipped or undone steps in a row that end the run")
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> Self:
+        if (self.steps is None) == (self.tokens is None):
+            raise ValueError(f"set one of steps and tokens; found steps={self.steps}, tokens={self.tokens}")
+        return self
+
+
+class EvalSection(Strict):
+    every: Count = Field(100, ge=0, description="steps between validations; 0: never")
+    rows: Count = Field(512, gt=0, description="validation rows used, at most")
+
+
+class CheckpointSection(Strict):
+    every: Count = Field(500, ge=0, description="steps between checkpoints; 0: only at the end")
+    keep: Count = Field(2, gt=0, description="newest checkpoints kept")
+    keep_every: Count | None = Field(None, gt=0, description="checkpoints at multiples of this step are kept for good")
+    dir: Annotated[Text, AfterValidator(paths.expanded)] | None = Field(
+        None, description="a folder or an fsspec URL; null: RUN/checkpoints"
+    )
+    background: bool = Field(True, description="write while training goes on, from a copy in the host's memory")
+
+    @model_validator(mode="after")
+    def _no_password(self) -> Self:
+        parts = urlsplit(self.dir or "")
+        if parts.password or _LOGIN.search(parts.query):
+            raise ValueError(
+                "dir holds a login, which would be stored with the run; put it into the environment or into fsspec's "
+                "configuration (~/.config/fsspec) instead"
+            )
+        return self
+
+
+class HealthSection(Strict):
+    """What a run does about bad steps and bad ranks."""
+
+    spike: Literal["off", "skip", "clip", "rollback"] = Field(
+        "off",
+        description="a loss or gradient norm far above the last ones: skip the step, clip its gradient to their "
+        "mean, or go back to the last snapshot in memory, also from a step that is not finite",
+    )
+    spike_window: int = Field(
+        128, ge=8, le=1_000_000, description="steps whose loss and gradient norm tell what is usual"
+    )
+    spike_sigmas: float = Field(6.0, gt=0, description="standard deviations above the window's mean that are a spike")
+    snapshot_every: Count = Field(50, gt=0, description="rollback only: steps between snapshots")
+    check_every: Count = Field(100, ge=0, description="steps between comparisons of what ranks share; 0: at start only")
+    hang_s: float = Field(600.0, gt=0, le=1e9, description="seconds without a step, after which all ranks end")
+
+
+class TrackingSection(Strict):
+    enabled: bool = True
+    uri: str | None = Field(None, description="null: sqlite:///mlflow.db beside the run folder")
+    experiment: Text = "dnt-scale"
+    system_every_s: float = Field(
+        10.0, ge=0, le=1e6, description="between samples of each node's CPU, memory, GPUs; 0: none"
+    )
+
+    @model_validator(mode="after")
+    def _no_login(self) -> Self:
+        parts = urlsplit(self.uri or "")
+        if "@" in parts.netloc or _LOGIN.search(parts.query):
+            server = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+            instead = server if parts.scheme.startswith("http") else "PGUSER, and PGPASSWORD or a PGPASSFILE,"
+            raise ValueError(f"uri holds a login, which would be stored with the run; set {instead} instead")
+        return self
+
+
+class RunConfig(Strict):
+    """Everything that defines a run; ``config.yaml`` in the run folder is this, resolved."""
+
+    model: ModelConfig
+    optim: OptimConfig
+    engine: EngineConfig
+    data: DataConfig
+    tracking: TrackingSection
+    run: RunSection
+    train: TrainSection
+    eval: EvalSection
+    checkpoint: CheckpointSection
+    health: HealthSection = HealthSection()
+
+    @model_validator(mode="after")
+    def _a_spike_in_the_momentum_is_only_undone(self) -> Self:
+        unbuffered = isinstance(self.optim, MSGDWConfig) and not self.optim.gradient_buffer
+        if unbuffered and self.health.spike in ("skip", "clip"):
+            raise ValueError(
+                f"health.spike is {self.health.spike}, but with optim.gradient_buffer false the momentum has taken the "
+                "gradient before the step can be judged; use rollback"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _deepspeed_does_what_is_asked(self) -> Self:
+        if not isinstance(self.engine, DeepSpeedEngineConfig):
+            return self
+        if isinstance(self.optim, MSGDWConfig) and not self.optim.gradient_buffer:
+            raise ValueError(
+                f"optim.gradient_buffer is false, but engine={self.engine.name} sums gradients in buffers of its own; "
+                "use engine=fsdp, ddp or hsdp, or optim.gradient_buffer=true"
+            )
+        if self.engine.deepspeed:
+            from dnt_scale.config import deepspeed_json
+
+            deepspeed_json.check(self)
+        return self
+
+    @property
+    def checkpoints(self) -> Path | str:
+        """The folder or URL that holds the run's checkpoints."""
+        chosen = self.checkpoint.dir
+        if chosen is None:
+            return self.run.dir / "checkpoints"
+        return chosen if "://" in chosen else Path(chosen)
+
+    def total_steps(self, seq_len: int) -> int:
+        """Optimizer steps of the whole run; rows have ``seq_len`` predicted tokens."""
+        if self.train.steps is not None:
+            return self.train.steps
+        assert self.train.tokens is not None
+        return -(-self.train.tokens // (self.train.global_batch * seq_len))

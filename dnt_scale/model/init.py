@@ -1,0 +1,34 @@
+"""Initial weights: a function of (seed, parameter name) alone, the same on any engine and any ranks."""
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor
+
+from dnt_scale.config import ModelConfig
+from dnt_scale.model.dnt import DNT
+
+
+def initial_tensor(name: str, shape: torch.Size, config: ModelConfig, seed: int) -> Tensor:
+    """The fp32 CPU value that parameter ``name`` starts from: a function of (seed, name) alone.
+
+    nanoGPT's scheme: N(0, init_std), W_o and W_2 smaller by 1/sqrt(2 layers); gains at gain_init, biases 0.
+    """
+    if name.endswith(".gain"):
+        return torch.full(shape, config.gain_init, dtype=torch.float32, device="cpu")
+    if name.endswith(".bias"):
+        return torch.zeros(shape, dtype=torch.float32, device="cpu")
+    std = config.init_std
+    if config.residual_init_scaled and name.endswith((".w_o.weight", ".w_2.weight")):
+        std /= math.sqrt(2 * config.layers)
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little"))
+    return torch.empty(shape, dtype=torch.float32, device="cpu").normal_(0.0, std, generator=generator)
+
+
+@torch.no_grad()
+def init_weights(model: DNT, seed: int) -> None:
+    """Fill an unsharded model in place; the engines do the same shard by shard."""
+    for name, parameter in model.named_parameters():
+        parameter.copy_(initial_tensor(name, parameter.shape, model.config, seed))

@@ -1,0 +1,106 @@
+"""RUN/metrics.jsonl, one JSON object a step: what a resume keeps of it, and what MLflow still lacks."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import orjson
+
+from dnt_scale.record.files import _replace, read_json
+from dnt_scale.record.folder_identity import is_copy
+
+METRICS = "metrics.jsonl"
+
+
+TAIL_BYTES = 1 << 20  # of it, for those who want the last lines
+
+
+NOT_METRICS = ("step", "time")
+
+
+class Point(NamedTuple):
+    """One value of one metric, as MLflow takes it."""
+
+    step: int
+    name: str
+    value: float
+    time_ms: int
+
+
+def _step_of(line: bytes) -> tuple[int, dict[str, Any]] | None:
+    """The step and content of one line, or None when the line is not a whole record."""
+    try:
+        record = orjson.loads(line)
+        return int(record["step"]), record
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _drop_after(path: Path, resume_step: int) -> None:
+    """Drop from ``path`` what a run resumed at ``resume_step`` will write again, and lines that are not whole.
+
+    A run that starts at step 0 writes every line again, the validation at step 0 included, so nothing is kept.
+    The file is replaced in one piece, and left alone when nothing has to go. Raises OSError.
+    """
+    if not path.exists():
+        return
+    data = path.read_bytes()
+    kept = bytearray()
+    for line in data.splitlines():
+        found = _step_of(line)
+        if found is not None and 0 < resume_step >= found[0]:
+            kept += line + b"\n"
+    if kept != data:
+        _replace(path, bytes(kept))
+
+
+def last_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The last whole lines of metrics.jsonl, some thousands; empty where there is none."""
+    try:
+        with (run_dir / METRICS).open("rb") as file:
+            size = file.seek(0, 2)
+            file.seek(max(0, size - TAIL_BYTES))
+            data = file.read()
+    except OSError:
+        return []
+    found = []
+    for line in data.split(b"\n")[size > TAIL_BYTES : -1]:
+        with contextlib.suppress(ValueError):
+            found.append(orjson.loads(line))
+    return [line for line in found if isinstance(line, dict) and {"step", "time"} <= line.keys()]
+
+
+def unsent_points(line: bytes, sent_step: int, sent_names: Iterable[str], now_ms: int) -> list[Point] | None:
+    """What MLflow still lacks of one line; None when the line is not a whole record.
+
+    Steps redone after a resume are already there, with the same values: they are not sent twice.
+    """
+    found = _step_of(line)
+    if found is None:
+        return None
+    step, record = found
+    at = record.get("time")
+    time_ms = int(at * 1000) if isinstance(at, int | float) else now_ms
+    return [
+        Point(step, name, float(value), time_ms)
+        for name, value in record.items()
+        if isinstance(value, int | float)
+        and name not in NOT_METRICS
+        and (step > sent_step or (step == sent_step and name not in sent_names))
+    ]
+
+
+def unsent_lines(run_dir: Path) -> int:
+    """How many lines of ``metrics.jsonl`` have not reached the run's MLflow store; 0 when tracking is off."""
+    order = read_json(run_dir / "logs" / "tracking.json")
+    state = read_json(run_dir / "logs" / "mlflow.json")
+    metrics = run_dir / METRICS
+    if not order or not metrics.exists():
+        return 0
+    same = all(state.get(key) == order["key"][key] for key in order["key"]) and not is_copy(run_dir, state.get("place"))
+    sent_step, sent_names = (state["sent_step"], state["sent_names"]) if same else (-1, [])
+    lines = metrics.read_bytes().splitlines()
+    return sum(bool(unsent_points(line, sent_step, sent_names, 0)) for line in lines)

@@ -1,0 +1,165 @@
+"""``RUN/logs/system/NODE.jsonl``: what the machines of a run were doing, over all its attempts.
+
+The first rank of every node appends a line every ``tracking.system_every_s`` seconds: ``time`` (seconds since 1970),
+``step`` (the last one done), and
+
+    cpu_percent            of all cores, whoever used them, since the line before
+    memory_used_gb, memory_percent    the host's (GB of 1e9 bytes)
+    disk_free_gb           where the run folder lies
+    gpu0/percent, gpu0/memory_used_gb, gpu0/temperature_c, gpu0/power_w    and so on: the GPUs that this run sees
+
+It is a thread's work, which never reaches training: what cannot be measured or written is left out.
+:mod:`dnt_scale.record.mlflow.sender` passes the lines on as the metrics ``system/NODE/cpu_percent`` and so on.
+"""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import orjson
+import psutil
+
+from dnt_scale.record.metrics_file import NOT_METRICS, Point
+
+if TYPE_CHECKING:
+    from dnt_scale.config import RunConfig
+    from dnt_scale.distributed.process_group import Ranks
+
+GB = 1e9
+
+Sample = dict[str, float]
+
+
+# --- on every node ----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def sampling(run: RunConfig, me: Ranks, step: Callable[[], int]) -> Iterator[None]:
+    """Append a sample now and then for the length of a block, where this rank is its node's first.
+
+    Args:
+        step: tells the last step done.
+    """
+    every_s = run.tracking.system_every_s
+    if not (run.tracking.enabled and every_s and me.local_rank == 0):
+        yield
+        return
+    over = threading.Event()
+    gpus = me.device.type == "cuda"
+    arguments = (run.run.dir, every_s, step, gpus, over)
+    thread = threading.Thread(target=_keep_sampling, args=arguments, name="system metrics", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join(2.0)  # a disk that does not answer is left behind
+
+
+def _keep_sampling(run_dir: Path, every_s: float, step: Callable[[], int], gpus: bool, over: threading.Event) -> None:
+    handles: list[Any] = []
+    with suppress(Exception):  # no NVML here, or no right to ask it
+        handles = _gpu_handles() if gpus else []
+    psutil.cpu_percent()  # the first answer has nothing to compare with
+    while not over.wait(every_s):
+        with suppress(Exception):  # a disk that is full or away; the next sample may go well
+            _append(folder(run_dir) / f"{socket.gethostname()}.jsonl", step(), {**_host(run_dir), **_gpus(handles)})
+
+
+def folder(run_dir: Path) -> Path:
+    return run_dir / "logs" / "system"
+
+
+def _append(file: Path, step: int, sample: Sample) -> None:
+    """Add one line, with one write. Raises OSError."""
+    rounded = {name: round(value, 3) for name, value in sample.items()}
+    line = orjson.dumps({"time": round(time.time(), 3), "step": step, **rounded}, option=orjson.OPT_APPEND_NEWLINE)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("ab", buffering=0) as out:
+        out.write(line)
+
+
+def _host(run_dir: Path) -> Sample:
+    memory = psutil.virtual_memory()
+    return {
+        "cpu_percent": psutil.cpu_percent(),
+        "memory_used_gb": (memory.total - memory.available) / GB,
+        "memory_percent": memory.percent,
+        "disk_free_gb": psutil.disk_usage(str(run_dir)).free / GB,
+    }
+
+
+def _gpu_handles() -> list[Any]:
+    """NVML's handles of the GPUs that torch sees, in torch's order. Raises whatever NVML raises."""
+    import pynvml
+    import torch
+
+    pynvml.nvmlInit()
+    uuids = [torch.cuda.get_device_properties(number).uuid for number in range(torch.cuda.device_count())]
+    return [pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}") for uuid in uuids]
+
+
+def _gpus(handles: list[Any]) -> Sample:
+    if not handles:
+        return {}
+    import pynvml
+
+    values: dict[str, Callable[[Any], float]] = {
+        "percent": lambda gpu: pynvml.nvmlDeviceGetUtilizationRates(gpu).gpu,
+        "memory_used_gb": lambda gpu: pynvml.nvmlDeviceGetMemoryInfo(gpu).used / GB,
+        "temperature_c": lambda gpu: pynvml.nvmlDeviceGetTemperature(gpu, pynvml.NVML_TEMPERATURE_GPU),
+        "power_w": lambda gpu: pynvml.nvmlDeviceGetPowerUsage(gpu) / 1000,
+    }
+    sample = {}
+    for number, gpu in enumerate(handles):
+        for name, ask in values.items():
+            with suppress(pynvml.NVMLError):  # a slice of a GPU has no power or temperature of its own
+                sample[f"gpu{number}/{name}"] = float(ask(gpu))
+    return sample
+
+
+# --- for the sender ---------------------------------------------------------------------------------------------------
+
+
+def read_new(run_dir: Path, taken: dict[str, int], at_most: int) -> tuple[list[Point], dict[str, int]]:
+    """Whole lines after the bytes ``taken`` of each node's file, until there are ``at_most`` points or a line more.
+
+    Returns:
+        The points, and the bytes taken with them; the same as before when there is nothing new.
+    """
+    points: list[Point] = []
+    after = dict(taken)
+    for file in sorted(folder(run_dir).glob("*.jsonl")):
+        node = file.stem
+        start = after.get(node, 0)
+        if len(points) >= at_most or file.stat().st_size <= start:
+            continue
+        with file.open("rb") as lines:
+            lines.seek(start)
+            for line in lines:
+                if len(points) >= at_most or not line.endswith(b"\n"):
+                    break
+                points += _points(node, line)
+                start += len(line)
+        after[node] = start
+    return points, after
+
+
+def _points(node: str, line: bytes) -> list[Point]:
+    """Of one line; none when it is not a whole sample."""
+    try:
+        sample = orjson.loads(line)
+        step, time_ms = int(sample["step"]), int(sample["time"] * 1000)
+        return [
+            Point(step, f"system/{node}/{name}", float(value), time_ms)
+            for name, value in sample.items()
+            if name not in NOT_METRICS
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return []

@@ -1,0 +1,193 @@
+"""``dnt checkpoint convert``: to one safetensors file, and from one; a chunk of a tensor in memory at a time."""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from dnt_scale.checkpoint.inspection import bytes_of, checkpoints_at, problems_of, row_chunks, values_of
+from dnt_scale.checkpoint.progress import Meter
+from dnt_scale.checkpoint.read import by_name, complete, read_parts, whole_shape
+from dnt_scale.checkpoint.safetensors_header import Part, make_header, read_head, read_header
+from dnt_scale.checkpoint.state import read_state, step_name
+from dnt_scale.checkpoint.storage import CheckpointError, Storage, fsync_folder
+from dnt_scale.checkpoint.tensor_shards import Region
+from dnt_scale.checkpoint.write import publish, write_file
+
+BUFFERS = {"msgdw": ("momentum_buffer",), "adamw": ("exp_avg", "exp_avg_sq")}
+INTERMEDIATE = ".partial-"
+
+
+def to_file(source: str, out: Path, *, full: bool) -> str:
+    """Write the newest checkpoint at ``source`` as one safetensors file, whole or not at all; what was written.
+
+    Args:
+        full: optimizer buffers too, under the checkpoint's names; else weights only, by the parameters' names.
+
+    Raises:
+        CheckpointError: no checkpoint, or a damaged one.
+        OSError: the file cannot be written.
+    """
+    if not out.parent.is_dir():
+        raise CheckpointError(f"{out}: there is no folder {out.parent} to write it to; make that first")
+    if out.is_dir():
+        raise CheckpointError(f"{out}: is a folder; expected the name of a file to write")
+    folder = checkpoints_at(source)[-1]
+    state = read_state(folder.path)
+    if problems := problems_of(folder, state):
+        raise CheckpointError(problems[0])
+    stored = read_parts(folder)
+    names = [name for name in stored if full or name.startswith("model.")]
+    names.sort(key=lambda name: -stored[name][0].dtype.itemsize)  # all aligned, where some have 2 bytes
+    entries = [
+        (name if full else name.removeprefix("model."), stored[name][0].dtype, _whole(whole_shape(stored[name])))
+        for name in names
+    ]
+    more = {"step": str(state.step), "model": json.dumps(state.config.get("model"))}
+    target = Storage(out.parent)
+    with Meter("writing", sum(bytes_of(stored[name]) for name in names)) as meter:
+
+        def chunks() -> Iterator[memoryview]:
+            yield memoryview(make_header(entries, more))
+            for name in names:
+                for _, values in values_of(folder, stored, name):
+                    yield _bytes(values)
+                    meter(values.nbytes)
+
+        partial = out.with_name(INTERMEDIATE + out.name)
+        try:
+            record = write_file(target, partial.name, chunks(), reused=True)
+            partial.rename(out)
+            fsync_folder(out.parent)
+        finally:
+            partial.unlink(missing_ok=True)
+    return f"{out}: {len(names)} tensors of step {state.step:,}, {record.bytes:,} bytes, sha256 {record.sha256}"
+
+
+def from_file(weights: Path, overrides: Sequence[str]) -> str:
+    """Make the checkpoint of step 0 from which the run that ``overrides`` describe begins; what was written.
+
+    The weights are those of the file, by the parameters' names with or without ``model.``; the momentum is zero. So is
+    the model, where the file's metadata tells it and ``overrides`` do not.
+
+    Raises:
+        ValueError: the run is not described as `dnt train` wants it, its weights are not those in the file, or it
+            has a checkpoint already.
+        OSError: the file cannot be read, or the checkpoint not written.
+    """
+    from dnt_scale import config
+    from dnt_scale.data.sources import fitting_sources
+    from dnt_scale.model.dnt import DNT
+    from dnt_scale.record.run_lock import held
+    from dnt_scale.train.recorded import Typed
+    from dnt_scale.train.resume import starting_state
+    from dnt_scale.train.run_start import begin
+
+    source = Storage(weights.parent)
+    told = _model_told(source, weights, overrides)
+    run = config.load([*told, *overrides])
+    sources = fitting_sources(run)
+    folder = Storage(run.checkpoints)
+    if complete(folder):
+        raise CheckpointError(f"{folder}: holds checkpoints already; take another run.name")
+    begun = begin(run, Typed([*told, *overrides]))
+    if begun.start.aside:
+        raise CheckpointError(f"{run.run.dir}: holds steps of a run already; take another run.name")
+    state, _ = starting_state(begun, sources, run.total_steps(sources[0].manifest.seq_len), 1)
+    state = state.model_copy(update={"engine": {"step": 0, "updates": 0}})
+    with torch.device("meta"):
+        wanted = {name: tuple(parameter.shape) for name, parameter in DNT(run.model).named_parameters()}
+    stored = _weights(source, weights, wanted)
+    buffers = BUFFERS[run.optim.algorithm]
+
+    def chunks() -> Iterator[memoryview]:
+        shapes = [(f"{kind}.{name}", shape) for kind in ("model", *buffers) for name, shape in wanted.items()]
+        yield memoryview(make_header([(name, torch.float32, _whole(shape)) for name, shape in shapes]))
+        for name in wanted:
+            for _, values in values_of(source, stored, name):
+                yield _bytes(values.float())
+                meter(values.nbytes)
+        for _ in buffers:
+            for shape in wanted.values():
+                for region in row_chunks(shape):
+                    yield _bytes(torch.zeros(region.shape))
+
+    final = folder / step_name(state.step)
+    partial = folder / f"{INTERMEDIATE}{step_name(state.step)}" if folder.local else final
+    with held(run.run.dir, "dnt checkpoint convert"):
+        partial.make()
+        try:
+            with Meter("writing", sum(map(bytes_of, stored.values()))) as meter:
+                name = "shard-00001-model-00001-of-00001.safetensors"
+                record = write_file(partial, name, chunks(), reused=True)
+            publish(partial, final, state.model_copy(update={"files": {name: record}}))
+        except BaseException:
+            partial.remove_all()
+            raise
+    same = f"the same settings and {' '.join(told)}" if told else "the same settings"
+    return f"{final}: {len(wanted)} weights from {weights}; `dnt train` with {same} begins from it"
+
+
+def _model_told(source: Storage, file: Path, overrides: Sequence[str]) -> list[str]:
+    """Overrides that make the model of ``overrides`` the one in the file's metadata, but for what they say themselves.
+
+    Raises:
+        ValueError: the metadata's model is none, or ``overrides`` describe no run.
+    """
+    from dnt_scale import config
+
+    text = read_head(source, file.name)[1].get("model", "null")
+    keys = [override.lstrip("+").partition("=")[0] for override in overrides]
+    if text == "null" or "model" in keys:
+        return []
+    try:
+        told = config.ModelConfig.model_validate_json(text).model_dump()
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(["model", *map(str, problem["loc"])])
+        raise CheckpointError(
+            f"{file}: {where} in its metadata: {problem['msg']}; give the model= that the weights are of"
+        ) from None
+    # a name from outside is text of Hydra's language
+    name = told["name"] if re.fullmatch(r"[\w.-]+", told["name"]) else "converted"
+    chosen = [f"model={name}"] if (config.config_dir() / "model" / f"{name}.yaml").is_file() else []
+    others = [override for override, key in zip(overrides, keys, strict=True) if not key.startswith("model.")]
+    before = config.load([*chosen, *others]).model.model_dump()
+    told["name"] = name
+    fields = [key for key, value in told.items() if value != before[key] and f"model.{key}" not in keys]
+    return chosen + [f"model.{key}={told[key]}" for key in fields]
+
+
+def _weights(source: Storage, file: Path, wanted: dict[str, tuple[int, ...]]) -> dict[str, list[Part]]:
+    """The parts of a file by the parameters' names. Raises CheckpointError unless they are just those wanted."""
+    found = by_name(read_header(source, file.name))
+    if any(name.startswith("model.") for name in found):  # a full one: leave the buffers
+        found = {name: parts for name, parts in found.items() if name.startswith("model.")}
+    stored = by_name(part._replace(name=part.name.removeprefix("model.")) for parts in found.values() for part in parts)
+    for problem, names in (
+        ("it has no", [name for name in wanted if name not in stored]),
+        ("the model has no", [name for name in stored if name not in wanted]),
+    ):
+        if names:
+            more = f" and {len(names) - 1} more" if names[1:] else ""
+            raise CheckpointError(f"{file}: {problem} {names[0]}{more}; give the model= that the weights are of")
+    for name, shape in wanted.items():
+        part = stored[name][0]
+        if whole_shape(stored[name]) != shape or not part.dtype.is_floating_point:
+            raise CheckpointError(
+                f"{file}: {name} has shape {whole_shape(stored[name])} and dtype {part.dtype}, expected {shape} and "
+                "floating point; give the model= that the weights are of"
+            )
+    return stored
+
+
+def _whole(shape: tuple[int, ...]) -> Region:
+    return Region((0,) * len(shape), shape)
+
+
+def _bytes(values: Tensor) -> memoryview:
+    return values.contiguous().flatten().view(torch.uint8).numpy().data

@@ -1,0 +1,214 @@
+"""What training costs each rank in memory and communication: formulas, checked against measurement (docs/memory.md).
+
+Counted is what is held between backward and update, the bytes that grow with the model and not with the batch:
+fp32 weights that the optimizer steps, copies of them to compute with, gradients, optimizer buffers; with their padding.
+Activations, and what is whole for a moment (a block's gathered weights, a bucket), come on top.
+
+N ranks make C copies of S = N / C shards each; P is the number of weights.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from dnt_scale.config import (
+    DeepSpeedEngineConfig,
+    ModelConfig,
+    MSGDWConfig,
+    OptimConfig,
+    RunConfig,
+    TorchEngineConfig,
+)
+from dnt_scale.config.engine import copies_of
+from dnt_scale.model.dnt import DNT
+from dnt_scale.optim.groups import parameter_groups
+
+FP32, BF16 = 4, 2
+PERSISTENT = 100_000  # elements: ZeRO 3 keeps smaller tensors whole (stage3_param_persistence_threshold)
+REUSED = 1_000_000_000  # elements: and keeps what it needs again so soon (stage3_max_reuse_distance)
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of the rank that holds most."""
+
+    weights: int  # fp32, what the optimizer steps
+    copies: int  # what the model computes with, where it is kept beside the weights
+    gradients: int
+    buffers: int  # momentum; AdamW's two moments
+    host: frozenset[str] = frozenset()  # which of these fields lie in the host's memory
+
+    def device(self) -> int:
+        """Bytes in the device's memory."""
+        return sum(getattr(self, field) for field in FIELDS if field not in self.host)
+
+    def total(self) -> int:
+        return sum(getattr(self, field) for field in FIELDS)
+
+
+FIELDS = ("weights", "copies", "gradients", "buffers")
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that a rank's collectives of one step carry: the whole gathered tensor, the whole tensor before a
+    reduce-scatter, the tensor that is all-reduced. In a ring of N ranks (N - 1)/N of the first two pass each link, and
+    twice that of the third."""
+
+    all_gather: int
+    reduce_scatter: int
+    all_reduce: int
+
+    def total(self) -> int:
+        return self.all_gather + self.reduce_scatter + self.all_reduce
+
+
+def shapes_of(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of every parameter, by name; nothing is allocated."""
+    with torch.device("meta"):
+        return {name: tuple(parameter.shape) for name, parameter in DNT(model).named_parameters()}
+
+
+def parameters_of(model: ModelConfig) -> int:
+    """P."""
+    return sum(map(_elements, shapes_of(model).values()))
+
+
+def checkpoint_bytes(run: RunConfig) -> int:
+    """A checkpoint's tensors: fp32 weights and the optimizer's buffers, whoever shards them; 8 P with a momentum."""
+    return parameters_of(run.model) * (FP32 + _buffer_bytes(run.optim))
+
+
+def memory(run: RunConfig, world_size: int, nodes: int = 1) -> Memory:
+    """Bytes of the rank that holds most, between backward and update.
+
+    ``ddp``, ``fsdp``, ``hsdp`` with p weights a rank after sharding (``_sharded_rows``):
+
+        weights 4 p,  gradients 4 p or 0 without a gradient buffer,  buffers 4 p, 2 p in bf16, 8 p with AdamW
+
+    ZeRO, c = 4 or 2 bytes to compute with (fp32, bf16), p = P / N after padding (``_flat`` for stages 1 and 2, of each
+    parameter for itself in stage 3):
+
+        stage   weights   copies   gradients   buffers
+        0       4 P       -        4 P         4 P, 2 P, 8 P
+        1       4 p       c P      4 P         4 p, 2 p, 8 p
+        2       4 p       c P      4 p         "
+        3       4 p       c p      4 p         "
+
+    With ``offload_optimizer`` gradients are 4 p in stage 1 too, and DeepSpeed's own staging copies, 4 p to 8 p bytes of
+    the host's memory, are not counted.
+    """
+    shapes = shapes_of(run.model)
+    buffer = _buffer_bytes(run.optim)
+    if isinstance(run.engine, TorchEngineConfig):
+        shards = world_size // copies_of(run.engine, world_size, nodes)
+        held = sum(_sharded_rows(shape, shards) for shape in shapes.values())
+        kept = not isinstance(run.optim, MSGDWConfig) or run.optim.gradient_buffer
+        host = frozenset(FIELDS) if run.engine.cpu_offload else frozenset[str]()
+        return Memory(FP32 * held, 0, FP32 * held if kept else 0, buffer * held, host)
+    engine, compute = run.engine, _compute_bytes(run)
+    whole = sum(_elements(shape) for shape in shapes.values())
+    if engine.stage == 0:
+        return Memory(FP32 * whole, 0, FP32 * whole, buffer * whole)
+    if engine.stage == 3:
+        held = whole = sum(-(-_elements(shape) // world_size) for shape in shapes.values())
+    else:
+        whole = sum(_flat(group, world_size) for group in _groups(run.optim, shapes))
+        held = whole // world_size
+    gradients = FP32 * (whole if engine.stage == 1 and not engine.offload_optimizer else held)
+    host = frozenset(("weights", "gradients", "buffers") if engine.offload_optimizer else ())
+    if engine.offload_parameters:
+        host |= {"copies"}
+    return Memory(FP32 * held, compute * whole, gradients, buffer * held, host)
+
+
+def traffic(run: RunConfig, world_size: int, nodes: int = 1) -> Traffic:
+    """What one step sends, over all M micro-batches of a rank; scalars (norms, losses, cut rows) are left out.
+
+    ``fsdp``, ``hsdp``, each block and the root for itself, with p = P / S after padding, c as in ``memory``:
+
+        all-gather      c S p a pass: blocks in forward, and in backward if ``reshard_after_forward``; the root once
+        reduce-scatter  4 S p a micro-batch
+        all-reduce      4 p a step where there are copies; without a gradient buffer, a micro-batch
+
+    ``ddp`` is S = 1: only the all-reduce is left. ZeRO:
+
+        stage 0, 1      all-reduce 4 P a step;           stage 1 also all-gathers c P
+        stage 2         all-reduce 4 P a micro-batch,    all-gather c P a step
+        stage 3         reduce-scatter 4 P a micro-batch; all-gather c P in forward and in backward of each one, but
+                        only once together if P is less than stage3_max_reuse_distance (1e9), and for tensors of at most
+                        stage3_param_persistence_threshold (1e5) elements once a step
+    """
+    shapes, compute = shapes_of(run.model), _compute_bytes(run)
+    micro_batches = _micro_batches(run, world_size)
+    if isinstance(run.engine, TorchEngineConfig):
+        copies = copies_of(run.engine, world_size, nodes)
+        shards = world_size // copies
+        passes = 2 if run.engine.reshard_after_forward else 1
+        gathered = reduced = 0
+        for name, shape in shapes.items():
+            padded = shards * _sharded_rows(shape, shards)
+            gathered += padded * (passes if name.startswith("blocks.") else 1)
+            reduced += padded
+        buffered = not isinstance(run.optim, MSGDWConfig) or run.optim.gradient_buffer
+        sums = 1 if buffered else micro_batches
+        return Traffic(
+            compute * gathered * micro_batches if shards > 1 else 0,
+            FP32 * reduced * micro_batches if shards > 1 else 0,
+            FP32 * reduced // shards * sums if copies > 1 else 0,
+        )
+    assert isinstance(run.engine, DeepSpeedEngineConfig)
+    stage, whole = run.engine.stage, sum(_elements(shape) for shape in shapes.values())
+    if stage < 3:
+        padded = sum(_flat(group, world_size) for group in _groups(run.optim, shapes))
+        sums = micro_batches if stage == 2 else 1
+        return Traffic(compute * padded if stage else 0, 0, FP32 * whole * sums)
+    gathered = reduced = 0
+    for shape in shapes.values():
+        padded = world_size * -(-_elements(shape) // world_size)
+        passes = 1 if whole < REUSED else 2
+        gathered += padded * (1 if _elements(shape) <= PERSISTENT else passes * micro_batches)
+        reduced += padded * micro_batches
+    return Traffic(compute * gathered, FP32 * reduced, 0)
+
+
+def _buffer_bytes(optim: OptimConfig) -> int:
+    """Optimizer buffers, bytes a weight."""
+    if isinstance(optim, MSGDWConfig):
+        return BF16 if optim.momentum_dtype == "bf16" else FP32
+    return 2 * FP32
+
+
+def _micro_batches(run: RunConfig, world_size: int) -> int:
+    return -(-run.train.global_batch // world_size // run.train.micro_batch)
+
+
+def _compute_bytes(run: RunConfig) -> int:
+    assert run.train.dtype != "auto", "compute_dtype tells what it is or is likely to be"
+    return BF16 if run.train.dtype == "bf16" else FP32
+
+
+def _elements(shape: Iterable[int]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count
+
+
+def _sharded_rows(shape: tuple[int, ...], shards: int) -> int:
+    """Elements of a rank's rows: FSDP2 divides dimension 0 and pads each shard to the first one's size."""
+    return -(-shape[0] // shards) * _elements(shape[1:])
+
+
+def _flat(shapes: Iterable[tuple[int, ...]], world_size: int) -> int:
+    """Elements of a group's flat tensor: DeepSpeed pads it to a multiple of 2 N."""
+    unit = 2 * world_size
+    return -(-sum(_elements(shape) for shape in shapes) // unit) * unit
+
+
+def _groups(optim: OptimConfig, shapes: Shapes) -> list[list[tuple[int, ...]]]:
+    """The shapes of each optimizer group, which ZeRO 1 and 2 make one flat tensor of."""
+    named = ((name, torch.nn.Parameter(torch.empty(shape, device="meta"))) for name, shape in shapes.items())
+    return [[tuple(parameter.shape) for parameter in group["params"]] for group in parameter_groups(named, optim)]

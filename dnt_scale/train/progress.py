@@ -1,0 +1,110 @@
+"""What a person watching a run sees: one live line on a terminal, a plain line now and then elsewhere. And MFU."""
+
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from dnt_scale.checkpoint.read import gone_latest
+from dnt_scale.checkpoint.storage import Storage
+from dnt_scale.config import RunConfig
+from dnt_scale.data.sources import Sources
+from dnt_scale.distributed.process_group import Ranks
+from dnt_scale.model.flops import count_parameters
+from dnt_scale.record.speed import Metrics
+
+PLAIN_LINE_SECONDS = 10.0
+
+
+def epochs_of(sources: Sources, rows: int) -> str:
+    """How often ``rows`` of a run pass each of its sets."""
+    a_share = rows / sum(source.share for source in sources)
+    return ", ".join(
+        f"{a_share * source.share / source.manifest.splits['train'].rows:.2f} epochs"
+        f"{source.name and ' of ' + source.name}"
+        for source in sources
+    )
+
+
+def opening_line(run: RunConfig, sources: Sources, total_steps: int, newest: Path | str | None, me: Ranks) -> str:
+    epochs = epochs_of(sources, total_steps * run.train.global_batch)
+    return (
+        f"{run.run.name}: {run.model.name}, {count_parameters(run.model) / 1e6:.1f}M parameters, "
+        f"{total_steps} steps of {run.train.global_batch * sources[0].manifest.seq_len:,} tokens ({epochs}) "
+        f"on {me.world_size} x {me.device.type} in {run.train.dtype}, engine {run.engine.name}, "
+        + (f"resuming from {newest}" if newest else "from the start")
+        + (f" ({gone}, the latest, is gone)" if (gone := gone_latest(Storage(run.checkpoints))) else "")
+    )
+
+
+class TrainProgress:
+    """Progress of one run on rank 0's stderr: step, loss, tokens/s, MFU, ETA. Silent on other ranks."""
+
+    def __init__(self, total_steps: int, first_step: int, *, silent: bool) -> None:
+        self.console = Console(stderr=True, quiet=silent, highlight=False)
+        self.live = self.console.is_terminal
+        self.total_steps = total_steps
+        self.step = self.first_step = first_step
+        self.started = time.monotonic()
+        self.last_plain = 0.0
+        self.bar = Progress(
+            TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[line]}"),
+            TextColumn("elapsed"),
+            TimeElapsedColumn(),
+            console=self.console,
+            disable=not self.live,
+        )
+        self.task = self.bar.add_task("train", total=total_steps, completed=first_step, line="")
+
+    def __enter__(self) -> Self:
+        self.bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.bar.stop()
+
+    def say(self, line: str) -> None:
+        """One line that stays."""
+        self.bar.console.print(line, soft_wrap=True, markup=False)  # a path may hold [x]
+
+    def update(self, step: int, metrics: Metrics) -> None:
+        """Show a step's metrics; a validation leaves a line of its own."""
+        if "val/loss" in metrics:
+            self.say(
+                f"step {step}: validation loss {metrics['val/loss']:.4f}, perplexity {metrics['val/perplexity']:.2f}, "
+                f"{metrics['val/bits_per_byte']:.4f} bits per byte{of_each_set(metrics)}"
+            )
+        if "train/loss" not in metrics:
+            return
+        self.step = step
+        mfu = metrics.get("mfu")
+        line = (
+            f"loss {metrics['train/loss']:.4f}  {metrics['tokens_per_s']:,.0f} tokens/s  "
+            f"MFU {'unknown' if mfu is None else f'{mfu:.1%}'}  ETA {self.eta()}"
+        )
+        if self.live:
+            self.bar.update(self.task, completed=step, line=line)
+        elif time.monotonic() - self.last_plain > PLAIN_LINE_SECONDS or step == self.total_steps:
+            self.last_plain = time.monotonic()
+            self.say(f"step {step}/{self.total_steps}  {line}")
+
+    def eta(self) -> str:
+        """Time left at this run's mean pace, validations and checkpoints included."""
+        seconds = (time.monotonic() - self.started) / max(1, self.step - self.first_step)
+        minutes, second = divmod(int(seconds * (self.total_steps - self.step)), 60)
+        hour, minute = divmod(minutes, 60)
+        return f"{hour}:{minute:02d}:{second:02d}"
+
+
+def of_each_set(metrics: Metrics) -> str:
+    """The losses of a mixture's sets, after the mixture's own."""
+    parts = [(key.split("/"), value) for key, value in metrics.items()]
+    sets = [f"{names[1]} {value:.4f}" for names, value in parts if len(names) == 3 and names[2] == "loss"]
+    return f" ({', '.join(sets)})" if sets else ""

@@ -1,0 +1,117 @@
+"""What a run tells of itself where it starts: config.yaml, and its params, tags and description in MLflow."""
+
+import os
+import shlex
+import socket
+import sys
+from pathlib import Path
+
+from dnt_scale import config
+from dnt_scale.checkpoint import State
+from dnt_scale.config import RunConfig
+from dnt_scale.config.optim import MSGDWConfig
+from dnt_scale.data.sources import weights_of
+from dnt_scale.distributed.process_group import Ranks
+from dnt_scale.model.flops import count_parameters
+from dnt_scale.record.files import git_commit
+from dnt_scale.record.tracker import Tracker
+from dnt_scale.train.run_start import write_config
+
+LINE_CHARS = 90
+
+
+def start_tracking(run: RunConfig, state: State, me: Ranks) -> Tracker:
+    """Write ``config.yaml`` and open metrics.jsonl and MLflow, going on where the checkpoint stands.
+
+    Raises:
+        ValueError: the run folder cannot be written.
+        OSError: metrics.jsonl cannot.
+    """
+    write_config(run)
+    commit = git_commit()
+    return Tracker.start(
+        run.run.dir,
+        uri=run.tracking.uri,
+        experiment=run.tracking.experiment,
+        run_name=run.run.name,
+        run_id=state.run_id,
+        params={**config.flat(run), "parameters": count_parameters(run.model), "ranks": me.world_size},
+        tags={
+            "git_commit": commit,
+            "manifest_sha256": state.manifest_sha256,
+            "tokenizer_sha256": state.tokenizer_sha256,
+            "config": config.to_yaml(run),
+        },
+        enabled=run.tracking.enabled,
+        resume_step=state.step,
+        description=description(run, me, commit),
+    )
+
+
+def description(run: RunConfig, me: Ranks, commit: str) -> str:
+    """The text on the run's page, in Markdown: what it is, where it is, how to go on with it."""
+    model, optim, train = run.model, run.optim, run.train
+    shape = f"{model.layers} layers, width {model.width}, {model.heads} heads, vocabulary {model.vocab_size:,}"
+    momentum = f"momentum {optim.momentum:g}" if isinstance(optim, MSGDWConfig) else f"betas {optim.betas}"
+    budget = f"{train.steps:,} steps" if train.steps else f"{train.tokens:,} tokens"
+    batch = f"{budget}, {train.global_batch:,} rows a step, {train.dtype}"
+    ranks = "1 rank" if me.world_size == 1 else f"{me.world_size} ranks"
+    if run.data.mixture:
+        weights = weights_of(run.data)
+        sets = [f"{weights[name]:.3g} {code(name)} {code(entry.path)}" for name, entry in run.data.mixture.items()]
+    else:
+        sets = [code(str(run.data.path))]
+    job = os.environ.get("SLURM_JOB_ID")
+    lines = [
+        f"{code(model.name)}, setting {model.setting}: {count_parameters(model):,} parameters ({shape})",
+        "",
+        f"- **optimizer**: {optim.algorithm}, lr {optim.lr:g}, {momentum}, weight decay {optim.weight_decay:g}, "
+        f"{optim.schedule.name} schedule with {optim.schedule.warmup_steps:,} warmup steps",
+        f"- **budget**: {batch}",
+        f"- **data**: {', '.join(sets)}",
+        f"- **engine**: {run.engine.name} on {ranks} ({me.device.type})",
+        f"- **where**: host {code(socket.gethostname())}, folder {code(os.path.realpath(run.run.dir))}"
+        + (f", SLURM job {job}" if job else ""),
+        f"- **code**: commit {code(commit)}",
+        "",
+        "To go on with it:",
+        "",
+        *(f"    {line}" for words in command(run, me) for line in shell_lines(words)),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def code(text: object) -> str:
+    """``text`` as a code span of Markdown."""
+    return f"`` {text} ``" if "`" in str(text) else f"`{text}`"
+
+
+def command(run: RunConfig, me: Ranks) -> list[list[str]]:
+    """What to run in a shell to go on with a run, word by word: what has started it."""
+    if (run.run.dir / "jobs" / "run.json").exists():
+        return [["dnt", "resubmit", os.path.realpath(run.run.dir)]]
+    words = sys.argv[2:] if sys.argv[1:2] == ["train"] else sys.argv[1:]
+    overrides = [word for word in words if word != "--fresh"]
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", me.world_size))
+        nodes = "--standalone" if local == me.world_size else f"--nnodes={me.world_size // local}"
+        start = ["torchrun", nodes, f"--nproc-per-node={local}", "-m", "dnt_scale.train"]
+    elif me.world_size > 1:
+        start = ["srun", f"--ntasks={me.world_size}", "python", "-m", "dnt_scale.train"]
+    else:
+        start = ["dnt", "train"]
+    try:
+        return [["cd", str(Path.cwd())], [*start, *overrides]]
+    except FileNotFoundError:  # the folder that it was started in is gone
+        return [[*start, *overrides]]
+
+
+def shell_lines(words: list[str]) -> list[str]:
+    """A command in lines that the page has room for: longer ones would push the table of metrics off it."""
+    lines = [""]
+    for word in map(shlex.quote, words):
+        if lines[-1] and len(lines[-1]) + len(word) > LINE_CHARS:
+            lines[-1] += " \\"
+            lines.append(" ")
+        lines[-1] += (" " if lines[-1] else "") + word
+    return lines
