@@ -11,10 +11,15 @@ where its parts lie in the whole tensors. A rank writes one file, or up to three
 tensor, as ZeRO's partitions are: a name stands once in a file. There is no pickle to load. A checkpoint is written into
 a hidden folder, fsynced and renamed, so that a crash leaves the previous one whole; at a URL state.json comes last.
 
-    boxes.py    what a rank holds of a tensor; regions      storage.py  a local folder or a URL
-    header.py   the head of a safetensors file              state.py    state.json
-    write.py    Saver: saving while training goes on        read.py     read_tensors: any ranks, any engine
-    tools.py    inspect, verify, diff                       convert.py  to and from one file of weights
+    tensor_shards.py       what a rank holds of a tensor; regions
+    safetensors_header.py  the head of a safetensors file
+    state.py               state.json
+    storage.py             a local folder or a URL
+    write.py               Saver: saving while training goes on
+    read.py                read_tensors: any ranks, any engine
+    replicas.py            whether ranks that share a tensor hold the same
+    inspection.py          inspect, verify, diff
+    progress.py            bytes done, for a person
 """
 
 from dnt_scale.checkpoint.read import check_files, newest, read_tensors

@@ -1,7 +1,7 @@
-"""The training loop: ``dnt train``, ``torchrun ... -m dnt_scale.train``, or ``srun python -m dnt_scale.train``.
+"""The training loop, as each rank runs it (:mod:`dnt_scale.train.rank`).
 
 Rerunning the same command resumes from the newest checkpoint. Ctrl-C, SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2 finish the
-step, write a checkpoint and stop, on all ranks together (dnt_scale/signals.py).
+step, write a checkpoint and stop, on all ranks together (dnt_scale/train/signals.py).
 """
 
 import time

@@ -70,7 +70,7 @@ def begin(run: RunConfig, typed: Typed, *, fresh: bool = False) -> Begun:
         CheckpointError: the newest checkpoint is damaged.
         OSError: something cannot be read.
     """
-    if os.path.lexists(run.run.dir / "sweep.json"):  # cluster/sweep.py
+    if os.path.lexists(run.run.dir / "sweep.json"):  # cluster/sweep_file.py
         raise ConfigError(f"run.dir: {run.run.dir} is the folder of a sweep, by its sweep.json; {_elsewhere(run)}")
     start = _anew_start(run) if fresh else decide(run)
     if start.state is None:

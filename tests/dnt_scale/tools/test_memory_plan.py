@@ -1,4 +1,4 @@
-"""The formulas of memory.py against bytes measured on real ranks, and against the real recipe on made-up ones."""
+"""The formulas of memory_plan.py against bytes measured on real ranks, and against the real recipe on made-up ones."""
 
 import pytest
 
