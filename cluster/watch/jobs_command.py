@@ -44,7 +44,7 @@ class Attempt:
     name: str  # JOB.RESTART; of a job that has not started, JOB
     nodes: list[str]
     began: float | None  # seconds since 1970
-    run_state: str  # how it ended, else what it is doing
+    state: str  # how it ended, else what it is doing
     why: str
     next: str  # requeued, resubmitted, none; "": it has not ended
     blamed: list[str]
@@ -56,7 +56,7 @@ class Run:
 
     folder: Path
     name: str
-    run_state: str
+    state: str
     why: str
     nodes: str
     live: bool
