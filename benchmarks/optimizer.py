@@ -24,10 +24,12 @@ from rich.table import Table
 from torch import nn
 
 from dnt_scale import config
-from dnt_scale.config import AdamWConfig, GroupConfig, ModelConfig, MSGDWConfig, OptimConfig
+from dnt_scale.config import GroupConfig, ModelConfig
 from dnt_scale.model.dnt import DNT
 from dnt_scale.optim import fused_cpu
-from dnt_scale.optim.build import allocate, build_optimizer
+from dnt_scale.optim.algorithms.adamw import AdamWConfig
+from dnt_scale.optim.algorithms.msgdw import MSGDWConfig
+from dnt_scale.optim.build import build_optimizer
 from dnt_scale.record.files import git_commit
 
 OURS, ADAMW, SGD, BARE = "mSGDW with weight decay", "torch AdamW, fused", "torch SGD, fused", "bare memory traffic"
@@ -92,7 +94,7 @@ def contestants(shapes: dict[str, torch.Size]) -> dict[str, Step]:
         parameter.grad = 1e-3 * torch.randn(parameter.shape, generator=generator)
     msgdw = MSGDWConfig(algorithm="msgdw", lr=1e-4, weight_decay=0.1)
     embedding = GroupConfig(pattern=r"^tok_emb\.", update="row_normalized")
-    configs: dict[str, OptimConfig] = {
+    configs: dict[str, MSGDWConfig | AdamWConfig] = {
         OURS: msgdw,
         ADAMW: AdamWConfig(algorithm="adamw", lr=1e-4, weight_decay=0.1),
         "mSGDW, embedding by rows": msgdw.model_copy(update={"groups": {"embedding": embedding}}),
@@ -101,7 +103,7 @@ def contestants(shapes: dict[str, torch.Size]) -> dict[str, Step]:
     steps: dict[str, Step] = {}
     for name, settings in configs.items():
         optimizer = build_optimizer(named, settings, SEED)
-        allocate(optimizer)
+        optimizer.allocate()
         steps[name] = optimizer.step
     steps[SGD] = torch.optim.SGD([p for _, p in named], lr=1e-4, momentum=0.9, fused=True).step
     count = sum(p.numel() for _, p in named)

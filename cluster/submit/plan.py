@@ -13,7 +13,7 @@ from cluster.cluster_config import ClusterConfig
 from cluster.slurm import Node, Partition
 from cluster.words import counted, duration, size
 from dnt_scale import checkpoint
-from dnt_scale.config import AdamWConfig, RunConfig
+from dnt_scale.config import RunConfig
 from dnt_scale.data.sources import Sources
 from dnt_scale.distributed import compute_dtype
 from dnt_scale.record import timeline
@@ -254,8 +254,7 @@ def _checkpoints(plan: Plan) -> str:
 
 def _memory(plan: Plan) -> str:
     found = plan.memory
-    names = {"buffers": "moments" if isinstance(plan.run.optim, AdamWConfig) else "momentum"}
-    names["copies"] = f"{plan.dtype} weights"
+    names = {"buffers": plan.run.optim.state_name, "copies": f"{plan.dtype} weights"}
     parts = [(field, getattr(found, field)) for field in FIELDS if getattr(found, field)]
     words = " + ".join(f"{names.get(field, field)} {size(count)}" for field, count in parts)
     host = f", of which {size(found.total() - found.device())} in the host's memory" if found.host else ""

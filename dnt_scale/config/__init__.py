@@ -21,19 +21,17 @@ from dnt_scale.config.compose import (
 from dnt_scale.config.data import DataConfig
 from dnt_scale.config.engine import DeepSpeedEngineConfig, TorchEngineConfig
 from dnt_scale.config.model import ModelConfig, Setting
-from dnt_scale.config.optim import AdamWConfig, GroupConfig, MSGDWConfig, OptimConfig, ScheduleConfig
+from dnt_scale.config.optim import GroupConfig, OptimizerConfig, ScheduleConfig
 from dnt_scale.config.run import HealthSection, RunConfig
 
 __all__ = [
-    "AdamWConfig",
     "ConfigError",
     "DataConfig",
     "DeepSpeedEngineConfig",
     "GroupConfig",
     "HealthSection",
-    "MSGDWConfig",
     "ModelConfig",
-    "OptimConfig",
+    "OptimizerConfig",
     "RunConfig",
     "ScheduleConfig",
     "Setting",

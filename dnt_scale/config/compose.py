@@ -24,9 +24,9 @@ from dnt_scale.config.base import ConfigError
 from dnt_scale.config.run import RunConfig
 
 # pydantic names the chosen member of a union in an error's place, after the union's field
-UNIONS = ("optim", "engine")
+UNIONS = ("engine",)
 EXPERIMENT_CHARS = 256  # the databases that MLflow uses take no more
-TAGS = ("msgdw", "adamw", "ddp", "fsdp", "hsdp", "zero0", "zero1", "zero2", "zero3")
+TAGS = ("ddp", "fsdp", "hsdp", "zero0", "zero1", "zero2", "zero3")
 
 SWEEP = "several values are a sweep, `dnt submit --multirun`; give one value"
 UNSET = "???"  # Hydra's word for a value that has to be given
@@ -301,7 +301,8 @@ def _known_keys(model: type[BaseModel], prefix: str = "") -> set[str]:
         keys.add(prefix + name)
         nested = field.annotation
         inner_prefix = f"{prefix}{name}.*." if get_origin(nested) is dict else f"{prefix}{name}."
-        for choice in get_args(nested) or (nested,):
+        kinds = typed.kinds(nested)
+        for choice in (inner for kind in kinds for inner in get_args(kind) or (kind,)):
             if isinstance(choice, type) and issubclass(choice, BaseModel):
                 keys |= _known_keys(choice, inner_prefix)
     return keys

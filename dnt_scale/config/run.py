@@ -19,7 +19,7 @@ from dnt_scale.config.base import _LOGIN, Count, Place, Strict, Text
 from dnt_scale.config.data import DataConfig
 from dnt_scale.config.engine import DeepSpeedEngineConfig, EngineConfig
 from dnt_scale.config.model import ModelConfig
-from dnt_scale.config.optim import MSGDWConfig, OptimConfig
+from dnt_scale.config.optim import OptimConfig
 
 RESERVED = {"mlartifacts", "mlflow.db", "mlruns"}
 
@@ -130,8 +130,7 @@ class RunConfig(Strict):
 
     @model_validator(mode="after")
     def _a_spike_in_the_momentum_is_only_undone(self) -> Self:
-        unbuffered = isinstance(self.optim, MSGDWConfig) and not self.optim.gradient_buffer
-        if unbuffered and self.health.spike in ("skip", "clip"):
+        if not self.optim.gradient_buffer and self.health.spike in ("skip", "clip"):
             raise ValueError(
                 f"health.spike is {self.health.spike}, but with optim.gradient_buffer false the momentum has taken the "
                 "gradient before the step can be judged; use rollback"
@@ -142,7 +141,7 @@ class RunConfig(Strict):
     def _deepspeed_does_what_is_asked(self) -> Self:
         if not isinstance(self.engine, DeepSpeedEngineConfig):
             return self
-        if isinstance(self.optim, MSGDWConfig) and not self.optim.gradient_buffer:
+        if not self.optim.gradient_buffer:
             raise ValueError(
                 f"optim.gradient_buffer is false, but engine={self.engine.name} sums gradients in buffers of its own; "
                 "use engine=fsdp, ddp or hsdp, or optim.gradient_buffer=true"

@@ -34,11 +34,13 @@ _SIMPLE = re.compile(r"(?i)(?!(?:true|false|null|nan|inf)$)[a-z_][a-z0-9_]*")  #
 
 
 def kinds(annotation: Any) -> Kinds:
-    """The types of an annotation, without Annotated and unions."""
+    """Return the types of an annotation, without Annotated and unions."""
     if _origin(annotation) is Annotated:
         return kinds(get_args(annotation)[0])
     if _origin(annotation) in (Union, UnionType):
         return tuple(kind for part in get_args(annotation) for kind in kinds(part))
+    if _is_model(annotation) and "variants" in vars(annotation):  # one of several, by a field of it
+        return tuple(annotation.variants())
     return (annotation,)
 
 

@@ -23,9 +23,10 @@ from dnt_scale.engine.reductions import over_ranks, squared_norms
 from dnt_scale.engine.zero_internals import Part, Partitions, free, join, partitions
 from dnt_scale.model.dnt import DNT, IGNORED
 from dnt_scale.model.init import initial_tensor
-from dnt_scale.optim.build import allocate, build_optimizer, set_updates
-from dnt_scale.optim.msgdw import MSGDW, Segment
+from dnt_scale.optim.build import build_optimizer
 from dnt_scale.optim.schedule import Schedule
+from dnt_scale.optim.segments import Segment
+from dnt_scale.optim.sharded_optimizer import ShardedOptimizer
 
 
 def build(config: RunConfig, model_fn: Callable[[], DNT], ranks: Ranks, total_steps: int) -> "DeepSpeedEngine":
@@ -59,9 +60,8 @@ def build(config: RunConfig, model_fn: Callable[[], DNT], ranks: Ranks, total_st
     zero = partitions(engine, {parameter: name for name, parameter in named.items()})
     parts = zero.parts()
     with zero.groups_filled():
-        if isinstance(optimizer, MSGDW):
-            optimizer.segments.update(_segments(optimizer, parts))
-        allocate(optimizer)
+        optimizer.segments.update(_segments(parts))
+        optimizer.allocate()
     _fill(parts, config)
     zero.refresh()
     return DeepSpeedEngine(engine, optimizer, zero, parts, schedule, config, ranks)
@@ -89,14 +89,13 @@ def _sharded(model_fn: Callable[[], DNT], json: JSON) -> DNT:
         return model_fn()
 
 
-def _segments(optimizer: MSGDW, parts: list[Part]) -> dict[Tensor, list[Segment]]:
-    """Where the rows of row-normalised parameters lie in flat tensors."""
+def _segments(parts: list[Part]) -> dict[Tensor, list[Segment]]:
+    """Return where parameters lie in the flat tensors, in the order of ``parts``."""
     segments: dict[Tensor, list[Segment]] = {}
-    for group in optimizer.param_groups:
-        if group["update"] == "row_normalized":
-            for flat in group["params"]:
-                if flat.dim() == 1:
-                    segments[flat] = [Segment(p.shape, p.start, p.offset, p.length) for p in parts if p.flat is flat]
+    for part in parts:
+        if tuple(part.flat.shape) != part.shape:  # in stage 0 it is the parameter itself
+            place = Segment(part.shape, part.start, part.offset, part.length)
+            segments.setdefault(part.flat, []).append(place)
     return segments
 
 
@@ -115,7 +114,7 @@ class DeepSpeedEngine:
     def __init__(
         self,
         engine: Any,
-        optimizer: torch.optim.Optimizer,
+        optimizer: ShardedOptimizer,
         zero: Partitions,
         parts: list[Part],
         schedule: Schedule,
@@ -156,8 +155,7 @@ class DeepSpeedEngine:
                 torch._foreach_mul_(gradients, factor)
             for group in self.optimizer.param_groups:
                 group["lr"] = group["base_lr"] * lr_factor
-            if isinstance(self.optimizer, MSGDW):
-                self.optimizer.updates = self.updates
+            self.optimizer.updates = self.updates
             del gradients  # DeepSpeed frees them as it goes
             self.engine.step()
             assert self.engine.was_step_applied(), "DeepSpeed skipped a step that the judge let through"
@@ -181,8 +179,7 @@ class DeepSpeedEngine:
         replica, replicas = (self.ranks.rank, self.ranks.world_size) if self.zero.replicated else (0, 1)
         boxes: list[Box] = []
         for part in self.parts:
-            held = {"model": part.flat, **self.optimizer.state[part.flat]}
-            held.pop("step", None)  # AdamW's count of updates
+            held = {"model": part.flat, **self.optimizer.buffers(part.flat)}
             for kind, buffer in held.items():
                 run = part.of(buffer)
                 boxes += flat_boxes(f"{kind}.{part.name}", part.shape, part.start, run, replica, replicas)
@@ -193,7 +190,7 @@ class DeepSpeedEngine:
 
     def refresh(self, scalars: Mapping[str, float]) -> None:
         self.step, self.updates = int(scalars["step"]), int(scalars["updates"])
-        set_updates(self.optimizer, self.updates)
+        self.optimizer.set_updates(self.updates)
         self.zero.refresh()
 
     def close(self) -> None:

@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from dnt_scale.config import ConfigError, MSGDWConfig, RunConfig, TorchEngineConfig
+from dnt_scale.config import ConfigError, RunConfig, TorchEngineConfig
 from dnt_scale.config.engine import copies_of
 from dnt_scale.distributed.errors import AgreedError
 from dnt_scale.distributed.process_group import Ranks
@@ -100,9 +100,8 @@ def shard(model: DNT, mesh: DeviceMesh, config: RunConfig) -> None:
     assert isinstance(config.engine, TorchEngineConfig)
     dtype = torch.bfloat16 if config.train.dtype == "bf16" else torch.float32
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    buffered = not isinstance(config.optim, MSGDWConfig) or config.optim.gradient_buffer
     # copies of pinned memory are faster on CUDA, and not waited for: torch 2.11's hooks would see them half made
-    pinned = mesh.device_type == "cuda" and buffered
+    pinned = mesh.device_type == "cuda" and config.optim.gradient_buffer
     offload = CPUOffloadPolicy(pin_memory=pinned) if config.engine.cpu_offload else OffloadPolicy()
     reshard = config.engine.reshard_after_forward
     for block in model.blocks:

@@ -1,4 +1,4 @@
-"""Parameter groups: each parameter's own learning rate, decay and update, by regex over its name."""
+"""Parameter groups: a learning rate, decay and update of their own, by regex over names."""
 
 import re
 from collections.abc import Iterable
@@ -6,18 +6,20 @@ from typing import Any
 
 from torch import nn
 
-from dnt_scale.config import ConfigError, GroupConfig, OptimConfig
+from dnt_scale.config import ConfigError, GroupConfig, OptimizerConfig
+
+Named = Iterable[tuple[str, nn.Parameter]]  # every parameter that is trained, by its name
 
 
-def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], config: OptimConfig) -> list[dict[str, Any]]:
-    """Every parameter in exactly one group; what no pattern matches gets the optimizer's own values.
+def parameter_groups(named: Named, config: OptimizerConfig) -> list[dict[str, Any]]:
+    """Put every parameter in one group; what no pattern matches gets the optimizer's own values.
 
-    Tensors with fewer than two dimensions (gains, biases) are never decayed. Each dict has params, names, lr,
-    base_lr (what the schedule multiplies), weight_decay and update.
+    Tensors with fewer than two dimensions (gains, biases) are never decayed. Each dict has params,
+    names, lr, base_lr (what the schedule multiplies), weight_decay and update.
 
     Raises:
-        ConfigError: a pattern that is no regex or matches nothing, a parameter that two patterns match, or a
-            row-normalised update on a tensor without rows.
+        ConfigError: a pattern that is no regex or matches nothing, a parameter that two patterns
+            match, or an update of matrices on a tensor that is none.
     """
     rules = {}
     for label, group in config.groups.items():
@@ -46,13 +48,14 @@ def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], config: OptimCon
         rule = config.groups.get(label, GroupConfig(pattern=""))
         lr = config.lr if rule.lr is None else rule.lr
         decay = config.weight_decay if rule.weight_decay is None else rule.weight_decay
-        if rule.update == "row_normalized":
-            for name, parameter in inside:
-                if parameter.ndim != 2:
-                    raise ConfigError(
-                        f"optim.groups.{label}: row_normalized needs matrices, but {name} has shape "
-                        f"{tuple(parameter.shape)}; narrow the pattern"
-                    )
+        dimensions = config.updates[rule.update]
+        for name, parameter in inside:
+            if dimensions and parameter.ndim != dimensions:
+                wanted = "matrices" if dimensions == 2 else f"{dimensions} dimensions"
+                raise ConfigError(
+                    f"optim.groups.{label}: {rule.update} needs {wanted}, but {name} has shape "
+                    f"{tuple(parameter.shape)}; narrow the pattern"
+                )
         for decayed in (True, False):
             part = [(name, p) for name, p in inside if (p.ndim >= 2) == decayed]
             if part:

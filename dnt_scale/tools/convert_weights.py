@@ -18,7 +18,6 @@ from dnt_scale.checkpoint.storage import CheckpointError, Storage, fsync_folder
 from dnt_scale.checkpoint.tensor_shards import Region
 from dnt_scale.checkpoint.write import publish, write_file
 
-BUFFERS = {"msgdw": ("momentum_buffer",), "adamw": ("exp_avg", "exp_avg_sq")}
 INTERMEDIATE = ".partial-"
 
 
@@ -102,7 +101,7 @@ def from_file(weights: Path, overrides: Sequence[str]) -> str:
     with torch.device("meta"):
         wanted = {name: tuple(parameter.shape) for name, parameter in DNT(run.model).named_parameters()}
     stored = _weights(source, weights, wanted)
-    buffers = BUFFERS[run.optim.algorithm]
+    buffers = run.optim.buffers()
 
     def chunks() -> Iterator[memoryview]:
         shapes = [(f"{kind}.{name}", shape) for kind in ("model", *buffers) for name, shape in wanted.items()]

@@ -15,8 +15,7 @@ import torch
 from dnt_scale.config import (
     DeepSpeedEngineConfig,
     ModelConfig,
-    MSGDWConfig,
-    OptimConfig,
+    OptimizerConfig,
     RunConfig,
     TorchEngineConfig,
 )
@@ -37,7 +36,7 @@ class Memory:
     weights: int  # fp32, what the optimizer steps
     copies: int  # what the model computes with, where it is kept beside the weights
     gradients: int
-    buffers: int  # momentum; AdamW's two moments
+    buffers: int  # the optimizer's
     host: frozenset[str] = frozenset()  # which of these fields lie in the host's memory
 
     def device(self) -> int:
@@ -78,36 +77,38 @@ def parameters_of(model: ModelConfig) -> int:
 
 def checkpoint_bytes(run: RunConfig) -> int:
     """A checkpoint's tensors: fp32 weights and the optimizer's buffers, whoever shards them; 8 P with a momentum."""
-    return parameters_of(run.model) * (FP32 + _buffer_bytes(run.optim))
+    return parameters_of(run.model) * (FP32 + run.optim.bytes_a_weight)
 
 
 def memory(run: RunConfig, world_size: int, nodes: int = 1) -> Memory:
     """Bytes of the rank that holds most, between backward and update.
 
+    b is what the optimizer's buffers take a weight: 4 for each in fp32, 2 in bf16.
+
     ``ddp``, ``fsdp``, ``hsdp`` with p weights a rank after sharding (``_sharded_rows``):
 
-        weights 4 p,  gradients 4 p or 0 without a gradient buffer,  buffers 4 p, 2 p in bf16, 8 p with AdamW
+        weights 4 p,  gradients 4 p or 0 without a gradient buffer,  buffers b p
 
     ZeRO, c = 4 or 2 bytes to compute with (fp32, bf16), p = P / N after padding (``_flat`` for stages 1 and 2, of each
     parameter for itself in stage 3):
 
         stage   weights   copies   gradients   buffers
-        0       4 P       -        4 P         4 P, 2 P, 8 P
-        1       4 p       c P      4 P         4 p, 2 p, 8 p
-        2       4 p       c P      4 p         "
-        3       4 p       c p      4 p         "
+        0       4 P       -        4 P         b P
+        1       4 p       c P      4 P         b p
+        2       4 p       c P      4 p         b p
+        3       4 p       c p      4 p         b p
 
     With ``offload_optimizer`` gradients are 4 p in stage 1 too, and DeepSpeed's own staging copies, 4 p to 8 p bytes of
     the host's memory, are not counted.
     """
     shapes = shapes_of(run.model)
-    buffer = _buffer_bytes(run.optim)
+    buffer = run.optim.bytes_a_weight
     if isinstance(run.engine, TorchEngineConfig):
         shards = world_size // copies_of(run.engine, world_size, nodes)
         held = sum(_sharded_rows(shape, shards) for shape in shapes.values())
-        kept = not isinstance(run.optim, MSGDWConfig) or run.optim.gradient_buffer
         host = frozenset(FIELDS) if run.engine.cpu_offload else frozenset[str]()
-        return Memory(FP32 * held, 0, FP32 * held if kept else 0, buffer * held, host)
+        gradients = FP32 * held if run.optim.gradient_buffer else 0
+        return Memory(FP32 * held, 0, gradients, buffer * held, host)
     engine, compute = run.engine, _compute_bytes(run)
     whole = sum(_elements(shape) for shape in shapes.values())
     if engine.stage == 0:
@@ -152,8 +153,7 @@ def traffic(run: RunConfig, world_size: int, nodes: int = 1) -> Traffic:
             padded = shards * _sharded_rows(shape, shards)
             gathered += padded * (passes if name.startswith("blocks.") else 1)
             reduced += padded
-        buffered = not isinstance(run.optim, MSGDWConfig) or run.optim.gradient_buffer
-        sums = 1 if buffered else micro_batches
+        sums = 1 if run.optim.gradient_buffer else micro_batches
         return Traffic(
             compute * gathered * micro_batches if shards > 1 else 0,
             FP32 * reduced * micro_batches if shards > 1 else 0,
@@ -172,13 +172,6 @@ def traffic(run: RunConfig, world_size: int, nodes: int = 1) -> Traffic:
         gathered += padded * (1 if _elements(shape) <= PERSISTENT else passes * micro_batches)
         reduced += padded * micro_batches
     return Traffic(compute * gathered, FP32 * reduced, 0)
-
-
-def _buffer_bytes(optim: OptimConfig) -> int:
-    """Optimizer buffers, bytes a weight."""
-    if isinstance(optim, MSGDWConfig):
-        return BF16 if optim.momentum_dtype == "bf16" else FP32
-    return 2 * FP32
 
 
 def _micro_batches(run: RunConfig, world_size: int) -> int:
@@ -208,7 +201,7 @@ def _flat(shapes: Iterable[tuple[int, ...]], world_size: int) -> int:
     return -(-sum(_elements(shape) for shape in shapes) // unit) * unit
 
 
-def _groups(optim: OptimConfig, shapes: Shapes) -> list[list[tuple[int, ...]]]:
+def _groups(optim: OptimizerConfig, shapes: Shapes) -> list[list[tuple[int, ...]]]:
     """The shapes of each optimizer group, which ZeRO 1 and 2 make one flat tensor of."""
     named = ((name, torch.nn.Parameter(torch.empty(shape, device="meta"))) for name, shape in shapes.items())
     return [[tuple(parameter.shape) for parameter in group["params"]] for group in parameter_groups(named, optim)]

@@ -1,6 +1,6 @@
 """What a run that needs more memory than there is can change."""
 
-from dnt_scale.config import MSGDWConfig, RunConfig
+from dnt_scale.config import RunConfig
 from dnt_scale.distributed.heartbeat import main_thread
 from dnt_scale.distributed.host import host
 from dnt_scale.distributed.process_group import Ranks
@@ -13,7 +13,8 @@ def out_of_memory_message(me: Ranks, run: RunConfig) -> str:
         advice.append("engine.activation_checkpointing=full")
     if run.engine.name in ("ddp", "zero0"):
         advice.append("engine=fsdp")
-    if isinstance(run.optim, MSGDWConfig) and run.optim.gradient_buffer and run.engine.name in ("ddp", "fsdp", "hsdp"):
+    droppable = run.optim.gradient_buffer and run.optim.needs_gradient_buffer() is None
+    if droppable and run.engine.name in ("ddp", "fsdp", "hsdp"):
         advice.append("optim.gradient_buffer=false")
     advice.append("more ranks")
     return f"out of memory on rank {me.rank} ({host()}) at {main_thread.where}; try {', '.join(advice)}"

@@ -9,7 +9,6 @@ from pathlib import Path
 from dnt_scale import config
 from dnt_scale.checkpoint import State
 from dnt_scale.config import RunConfig
-from dnt_scale.config.optim import MSGDWConfig
 from dnt_scale.data.sources import weights_of
 from dnt_scale.distributed.process_group import Ranks
 from dnt_scale.model.flops import count_parameters
@@ -52,7 +51,6 @@ def description(run: RunConfig, me: Ranks, commit: str) -> str:
     """The text on the run's page, in Markdown: what it is, where it is, how to go on with it."""
     model, optim, train = run.model, run.optim, run.train
     shape = f"{model.layers} layers, width {model.width}, {model.heads} heads, vocabulary {model.vocab_size:,}"
-    momentum = f"momentum {optim.momentum:g}" if isinstance(optim, MSGDWConfig) else f"betas {optim.betas}"
     budget = f"{train.steps:,} steps" if train.steps else f"{train.tokens:,} tokens"
     batch = f"{budget}, {train.global_batch:,} rows a step, {train.dtype}"
     ranks = "1 rank" if me.world_size == 1 else f"{me.world_size} ranks"
@@ -65,7 +63,8 @@ def description(run: RunConfig, me: Ranks, commit: str) -> str:
     lines = [
         f"{code(model.name)}, setting {model.setting}: {count_parameters(model):,} parameters ({shape})",
         "",
-        f"- **optimizer**: {optim.algorithm}, lr {optim.lr:g}, {momentum}, weight decay {optim.weight_decay:g}, "
+        f"- **optimizer**: {optim.algorithm}, lr {optim.lr:g}, {optim.describe()}, "
+        f"weight decay {optim.weight_decay:g}, "
         f"{optim.schedule.name} schedule with {optim.schedule.warmup_steps:,} warmup steps",
         f"- **budget**: {batch}",
         f"- **data**: {', '.join(sets)}",

@@ -203,8 +203,8 @@ class Snapshot:
     """A copy of what this rank holds of weights and optimizer state, to go back to.
 
     It lives in the host's memory, of which there is several times the GPU's: there it would cost 8 bytes a parameter of
-    a rank's share (mSGDW; 12 with AdamW), most of what sharding has won. Copying it takes a moment every
-    ``snapshot_every`` steps, and a rollback reads no disk.
+    a rank's share (12 with two buffers), most of what sharding has won. Copying it takes a moment
+    every ``snapshot_every`` steps, and a rollback reads no disk.
     """
 
     def __init__(self) -> None:

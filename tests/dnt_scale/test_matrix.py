@@ -1,6 +1,7 @@
 """One line of config chooses the engine and nothing else changes: weights, losses and checkpoints of all of them."""
 
 import json
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -13,18 +14,26 @@ from tests.helpers.engines import ENGINES, STEPS
 from tests.helpers.run import call, same_tensors, tensors, tiny
 
 RANKS = (1, 2, 4)
+# An optimizer is run here if its test has a `reference_update`. Its OVERRIDES choose it; CHANGES says
+# how much of a tensor's change in all steps may differ, for each dtype that it is run in, and ERROR
+# by how much a weight may in fp32.
+OPTIMIZERS = {
+    path.stem.removeprefix("test_"): import_module(f"tests.dnt_scale.optim.{path.stem}")
+    for path in sorted((Path(__file__).parent / "optim").glob("test_*.py"))
+    if "def reference_update" in path.read_text()
+}
 DTYPES = {"fp32": 1e-5, "bf16": 1e-2}  # of a loss
-# of a tensor's change in all steps; one ulp of a gain near 1 is 1e-4 of its change, bf16 itself changes 1 to 2 %
-CHANGES = {"fp32": 1e-3, "bf16": 3e-2}
+CASES = [(name, dtype) for name, module in OPTIMIZERS.items() for dtype in module.CHANGES]
 
 
-def run_all(data: Path, out: Path, dtype: str) -> None:
+def run_all(data: Path, out: Path, dtype: str, overrides: list[str]) -> None:
     """Each engine in turn on this group of ranks: its first weights, its losses, its last weights."""
     from dnt_scale.distributed import process_group
 
     me = process_group.start("cpu")
     for label in ENGINES:
-        with engines.built(label, me, data, f"train.dtype={dtype}", "train.micro_batch=4") as (run, trainer):
+        chosen = [*overrides, f"train.dtype={dtype}", "train.micro_batch=4"]
+        with engines.built(label, me, data, *chosen) as (run, trainer):
             folder = out / f"{label}-{me.world_size}-{dtype}"
             engines.save(trainer, me, folder)
             found = engines.losses(run, trainer, me, 0, STEPS)
@@ -34,19 +43,24 @@ def run_all(data: Path, out: Path, dtype: str) -> None:
     process_group.stop()
 
 
-@pytest.fixture(scope="module", params=DTYPES)
+@pytest.fixture(scope="module", params=CASES, ids="-".join)
 def matrix(request, corpus, tmp_path_factory):
     out = tmp_path_factory.mktemp("matrix")
+    optimizer, dtype = request.param
+    module = OPTIMIZERS[optimizer]
     for ranks in RANKS:
-        call(run_all, corpus, out, request.param, ranks=ranks).ok()
-    runs = [config.load(tiny(corpus, out, f"train.steps={STEPS}", f"train.dtype={dtype}")) for dtype in DTYPES]
-    found = dict(zip(DTYPES, map(engines.reference_losses, runs), strict=True))
-    return out, request.param, *found[request.param], found["fp32"][0]
+        call(run_all, corpus, out, dtype, module.OVERRIDES, ranks=ranks).ok()
+    found = {}
+    for each in {dtype, "fp32"}:
+        chosen = [*module.OVERRIDES, f"train.steps={STEPS}", f"train.dtype={each}"]
+        run = config.load(tiny(corpus, out, *chosen))
+        found[each] = engines.reference_losses(run, module.reference_update)
+    return out, module, run.optim.buffers(), dtype, *found[dtype], found["fp32"][0]
 
 
 @pytest.mark.parametrize("label", ENGINES)
 def test_every_engine_on_any_ranks_is_plain_pytorch(matrix, label):
-    out, dtype, losses, weights, exact = matrix
+    out, module, buffers, dtype, losses, weights, exact = matrix
     first = out / f"fsdp-1-{dtype}" / "step-00000000"
     initial = tensors(first)
     for ranks in RANKS:
@@ -60,9 +74,9 @@ def test_every_engine_on_any_ranks_is_plain_pytorch(matrix, label):
         for name, weight in weights.items():
             change = weight - initial[f"model.{name}"]
             error = last[f"model.{name}"] - weight
-            assert error.norm() <= CHANGES[dtype] * change.norm(), (name, ranks)
-            assert dtype != "fp32" or error.abs().max() <= 1e-5, (name, ranks)
-            assert last[f"momentum_buffer.{name}"].dtype == torch.float32
+            assert error.norm() <= module.CHANGES[dtype] * change.norm(), (name, ranks)
+            assert dtype != "fp32" or error.abs().max() <= module.ERROR, (name, ranks)
+            assert all(last[f"{buffer}.{name}"].dtype == torch.float32 for buffer in buffers)
 
 
 SAVERS = {"ddp": 2, "fsdp": 2, "hsdp": 4, "zero1": 2, "zero3": 2}

@@ -1,11 +1,13 @@
 """Engines on the ranks of a test, without the loop around them: build, step, save, load."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from dnt_scale import checkpoint, config, engine
 from dnt_scale.checkpoint import State
@@ -94,16 +96,21 @@ def load(trainer: Engine, me: Ranks, path: Path) -> None:
     trainer.refresh(checkpoint.read_state(path).engine)
 
 
-def reference_losses(run: RunConfig) -> tuple[list[float], dict[str, torch.Tensor]]:
+# An update of a whole weight in place: (weight, gradient, state, optimizer's section, group's update, lr, decay); the
+# state is the weight's own and empty before the first.
+Update = Callable[[Tensor, Tensor, dict[str, Tensor], Any, str, float, float], None]
+
+
+def reference_losses(run: RunConfig, update: Update) -> tuple[list[float], dict[str, torch.Tensor]]:
     """The run in plain PyTorch: one process, one batch a step, no engine. Its losses and last fp32 weights.
 
-    The optimizer is written out here: momentum, decoupled decay, row-normalised groups, clipping, cosine schedule.
+    All but the rule is written out here: groups, which tensors decay, clipping, the schedule.
     """
-    assert run.optim.algorithm == "msgdw" and run.optim.clip_norm is not None
+    assert run.optim.clip_norm is not None
     model = DNT(run.model)
     init_weights(model, run.run.seed)
     weights = dict(model.named_parameters())
-    momentum = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+    states: dict[str, dict[str, Tensor]] = {name: {} for name in weights}
     dtype = torch.bfloat16 if run.train.dtype == "bf16" else torch.float32
     schedule = Schedule(run.optim.schedule, STEPS)
     found = []
@@ -126,11 +133,7 @@ def reference_losses(run: RunConfig) -> tuple[list[float], dict[str, torch.Tenso
                     decay = (
                         run.optim.weight_decay if group is None or group.weight_decay is None else group.weight_decay
                     )
-                    v = momentum[name].mul_(run.optim.momentum).add_(grad * factor, alpha=1 - run.optim.dampening)
-                    if group is not None and group.update == "row_normalized":
-                        rows = v.norm(dim=1, keepdim=True)
-                        v = v / torch.where(rows > 0, rows, 1.0)
-                    if weight.ndim > 1:
-                        weight.mul_(1 - lr * decay)
-                    weight.sub_(lr * v)
+                    rule = "plain" if group is None else group.update
+                    wd = decay if weight.ndim > 1 else 0.0
+                    update(weight, grad * factor, states[name], run.optim, rule, lr, wd)
     return found, {name: weight.detach() for name, weight in weights.items()}

@@ -27,8 +27,8 @@ from dnt_scale.distributed.process_group import Ranks
 from dnt_scale.engine.base import Engine
 from dnt_scale.engine.parallelize import parallelize
 from dnt_scale.model.dnt import DNT
-from dnt_scale.optim.build import allocate, build_optimizer
-from dnt_scale.optim.msgdw import local
+from dnt_scale.optim.build import build_optimizer
+from dnt_scale.optim.shards import local
 from tests.helpers.run import TINY_RUN, Finished
 
 # which argument is the whole tensor: what a gather makes, what a reduce-scatter is given, what is reduced in place
@@ -174,7 +174,7 @@ def print_simulated(overrides: Sequence[str], world_size: int) -> None:
         model.to_empty(device="cpu")
         rows = [(name, nn.Parameter(local(parameter.detach()))) for name, parameter in model.named_parameters()]
         optimizer = build_optimizer(rows, run.optim, run.run.seed)
-        allocate(optimizer)
+        optimizer.allocate()
         tokens = torch.zeros(1, 8, dtype=torch.int64)
         model(tokens, tokens).backward()
         found = {

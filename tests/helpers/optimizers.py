@@ -6,21 +6,32 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dnt_scale.config import ModelConfig, OptimConfig
+from dnt_scale.config import ModelConfig, OptimizerConfig
 from dnt_scale.model.dnt import DNT
-from dnt_scale.optim.build import allocate, build_optimizer
-from dnt_scale.optim.msgdw import MSGDW
+from dnt_scale.optim.algorithms.msgdw import MSGDWConfig
+from dnt_scale.optim.build import build_optimizer
+from dnt_scale.optim.groups import Named
+from dnt_scale.optim.sharded_optimizer import ShardedOptimizer
 
 
-def new_msgdw(groups: Iterable[dict[str, Any]], **options: Any) -> MSGDW:
-    optimizer = MSGDW(groups, **options)
-    allocate(optimizer)
+def new_msgdw(
+    groups: Iterable[dict[str, Any]],
+    *,
+    seed: int = 0,
+    momentum_dtype: torch.dtype | None = None,
+    **options: Any,
+) -> ShardedOptimizer:
+    """mSGDW of these groups; ``momentum_dtype`` None is each parameter's own."""
+    stored = "bf16" if momentum_dtype == torch.bfloat16 else "fp32"
+    config = MSGDWConfig(algorithm="msgdw", momentum_dtype=stored, **options)
+    optimizer = ShardedOptimizer(config, groups, seed)
+    optimizer.allocate()
     return optimizer
 
 
-def new_optimizer(named: Iterable[tuple[str, nn.Parameter]], config: OptimConfig, seed: int) -> torch.optim.Optimizer:
+def new_optimizer(named: Named, config: OptimizerConfig, seed: int) -> ShardedOptimizer:
     optimizer = build_optimizer(named, config, seed)
-    allocate(optimizer)
+    optimizer.allocate()
     return optimizer
 
 

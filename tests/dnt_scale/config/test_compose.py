@@ -11,9 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from dnt_scale.config import (
-    AdamWConfig,
     ConfigError,
-    MSGDWConfig,
     RunConfig,
     changed,
     config_dir,
@@ -23,6 +21,8 @@ from dnt_scale.config import (
     to_yaml,
     validate,
 )
+from dnt_scale.optim.algorithms.adamw import AdamWConfig
+from dnt_scale.optim.algorithms.msgdw import MSGDWConfig
 
 MINIMAL = ["run.name=try", "data.path=shards"]
 GROUPS = ("model", "optim", "engine", "data", "tracking", "preset")
@@ -158,7 +158,7 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
     "misspelt group key": (["optim.groups.embedding.patern=x"], ["optim.groups.embedding.patern", "pattern?"]),
     "key of another choice": (["optim=adamw", "optim.momentum=0.5"], ["optim.momentum", "other choices"]),
     "unknown model": (["model=dnt_12m"], ["model=dnt_12m", "did you mean dnt_124m?", "gpt_774m", "dnt_nano"]),
-    "unknown optimizer": (["optim=sgd"], ["optim=sgd", "adamw, msgdw, msgdw_r"]),
+    "unknown optimizer": (["optim=sgd"], ["optim=sgd", "adamw, ", "msgdw, msgdw_r"]),
     "unknown engine": (
         ["engine=zero9"],
         ["engine=zero9: no such choice", "ddp, fsdp, hsdp, zero0, zero1, zero2, zero3, zero3_off"],
@@ -166,7 +166,15 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
     "unknown preset": (["preset=dem"], ["did you mean demo?"]),
     "unknown setting": (["model.setting=S6"], ["model.setting", "'S1', 'S2', 'S3', 'S4' or 'S5'", "'S6'"]),
     "unknown norm": (["model.norm=batch"], ["model.norm", "'rmsnorm' or 'layernorm'"]),
-    "unknown algorithm": (["optim.algorithm=lion"], ["optim", "'lion'", "'msgdw', 'adamw'"]),
+    "unknown algorithm": (
+        ["optim.algorithm=msgwd"],
+        ["optim.algorithm: no such optimizer; did you mean msgdw?", "There are: adamw, ", "'msgwd'"],
+    ),
+    "no algorithm": (["~optim.algorithm"], ["optim.algorithm: Field required"]),
+    "an optimizer that is none": (
+        ["optim.algorithm=[1]"],
+        ["optim.algorithm: no such optimizer. There are: adamw, "],
+    ),
     "not a number": (["optim.lr=fast"], ["optim.lr", "number", "'fast'"]),
     "not a whole number": (["train.steps=1.5"], ["train.steps", "integer", "1.5"]),
     "not a truth value": (["model.bias=perhaps"], ["model.bias", "boolean", "'perhaps'"]),
@@ -197,6 +205,14 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
         ["optim: clip is global", "gradient_buffer False", "set optim.clip=tensor or previous"],
     ),
     "a clip that needs no gradient": (["optim.clip=tensor"], ["optim: clip is tensor", "gradient_buffer True"]),
+    "adamw without a gradient": (
+        ["optim=adamw", "optim.gradient_buffer=false", "optim.clip=tensor"],
+        ["optim: adamw needs the gradient after backward; set gradient_buffer: true"],
+    ),
+    "an update that nothing has": (
+        ["optim.groups={e: {pattern: emb, update: rows}}"],
+        ["optim: groups.e.update is rows, which no optimizer has; use plain or row_normalized"],
+    ),
     "nesterov without a gradient": (
         ["optim.gradient_buffer=false", "optim.clip=tensor", "optim.nesterov=true"],
         ["optim: nesterov needs the gradient"],

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dnt_scale.optim import fused_cpu, msgdw
+from dnt_scale.optim import fused_cpu, one_pass
 from tests.helpers.optimizers import new_msgdw
 
 SIZES = [1, 7, 16, 1000, 65_536, 65_537, 1_000_003]
@@ -38,7 +38,7 @@ def test_the_kernel_gives_the_bits_of_torchs_operations(
     try:
         ends = []
         for worth in (0, 1 << 40):
-            monkeypatch.setattr(msgdw, "WORTH_COMPILING", worth)
+            monkeypatch.setattr(one_pass, "WORTH_COMPILING", worth)
             ends.append(after_steps(3, momentum=momentum, dampening=dampening, weight_decay=weight_decay))
     finally:
         torch.set_num_threads(before)
@@ -57,7 +57,7 @@ def test_what_is_not_finite_is_not_hidden() -> None:
 
 @pytest.mark.parametrize("compiler", ["there-is-no-such-compiler", "false"])
 def test_without_a_compiler_torch_steps(compiler: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(msgdw, "WORTH_COMPILING", 0)
+    monkeypatch.setattr(one_pass, "WORTH_COMPILING", 0)
     options = {"momentum": 0.9, "dampening": 0.1, "weight_decay": 0.1}
     expected = after_steps(5, **options)
     monkeypatch.setenv("CC", compiler)

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dnt_scale.distributed import process_group
-from dnt_scale.optim.msgdw import Segment
+from dnt_scale.optim.segments import Segment
 from tests.helpers.optimizers import new_msgdw
 from tests.helpers.run import call
 

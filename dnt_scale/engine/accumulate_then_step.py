@@ -1,0 +1,82 @@
+"""What becomes of gradients: the interface, and the usual way: backward, then the optimizer."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from dnt_scale.engine.reductions import squared_norms
+from dnt_scale.optim.sharded_optimizer import ShardedOptimizer
+
+if TYPE_CHECKING:
+    from dnt_scale.engine.fsdp import Part
+
+
+class GradientStrategy(Protocol):
+    """How gradients get into the weights: `AccumulateThenStep` or `MomentumInBackward`."""
+
+    # Whether copies of the model sum gradients after each micro-batch, or after the last only.
+    sum_copies_each_time: bool
+
+    def before_step(self, backward: Callable[[], tuple[float, float]]) -> None:
+        """Prepare a step; ``backward`` runs its micro-batches and returns loss and norm."""
+        ...
+
+    def before_micro_batch(self, number: int, micro_batches: int) -> None:
+        """Note which of how many micro-batches comes next."""
+        ...
+
+    def norm_squares(self) -> Tensor:
+        """Return this rank's part of squared norms, float64 (n,); their roots' sum is reported."""
+        ...
+
+    def update(self, factor: float, grad_norm: float) -> None:
+        """Change the weights by ``factor`` times the gradient."""
+        ...
+
+    def scalars(self) -> dict[str, float]:
+        """Return what a checkpoint has to keep."""
+        ...
+
+    def refresh(self, scalars: Mapping[str, float]) -> None:
+        """Take that over."""
+        ...
+
+
+class AccumulateThenStep:
+    """Let backward add up gradients, and the optimizer step once they have been judged."""
+
+    sum_copies_each_time = False
+
+    def __init__(self, optimizer: ShardedOptimizer, parts: Sequence["Part"]) -> None:
+        self.optimizer = optimizer
+        self.parts = parts
+
+    def before_step(self, backward: Callable[[], tuple[float, float]]) -> None:
+        pass
+
+    def before_micro_batch(self, number: int, micro_batches: int) -> None:
+        pass
+
+    def norm_squares(self) -> Tensor:
+        """Return the one of the whole gradient."""
+        return squared_norms(self._grads()).sum()[None]
+
+    @torch.no_grad()
+    def update(self, factor: float, grad_norm: float) -> None:
+        if factor != 1.0:
+            torch._foreach_mul_(self._grads(), factor)
+        for part in self.parts:
+            if part.rows.numel():
+                part.rows.grad = part.grad
+        self.optimizer.step()
+
+    def scalars(self) -> dict[str, float]:
+        return {}
+
+    def refresh(self, scalars: Mapping[str, float]) -> None:
+        pass
+
+    def _grads(self) -> list[Tensor]:
+        return [part.grad for part in self.parts]

@@ -1,0 +1,5 @@
+"""One file an optimizer: being in this folder is all that it takes to be known.
+
+docs/extend/optimizer.md shows how to write one. A file here imports torch inside of functions only,
+for configurations are read without it (tests/test_rooms.py).
+"""

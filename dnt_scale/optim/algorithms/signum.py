@@ -1,0 +1,49 @@
+"""Signum, the sign of the momentum (Bernstein et al., arXiv 1802.04434, Algorithm 2): one buffer.
+
+    m <- momentum m + (1 - momentum) g
+    p <- (1 - lr wd) p - lr sign(m)
+
+The paper has no weight decay; here it is decoupled, as in Lion. Every weight moves by lr in every
+step. The momentum is a sum of gradients, so it goes without a gradient buffer too.
+"""
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from dnt_scale.config.optim import Beta, Storage, register
+from dnt_scale.optim.algorithm import Algorithm, Group
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dnt_scale.optim.shards import Shard
+
+
+@register
+class SignumConfig(Algorithm):
+    """Sign of the momentum, with decoupled weight decay."""
+
+    algorithm: Literal["signum"]
+    momentum: Beta = 0.9
+    momentum_dtype: Storage = Field("fp32", description="bf16: 2 bytes, stochastically rounded")
+
+    def buffers(self) -> dict[str, Storage]:
+        return {"momentum_buffer": self.momentum_dtype}
+
+    def describe(self) -> str:
+        return f"momentum {self.momentum:g}"
+
+    def needs_gradient_buffer(self) -> str | None:
+        return None
+
+    def accumulate(self, momentum: "Tensor", gradient: "Tensor", *, first: bool) -> None:
+        if first:
+            momentum.mul_(self.momentum)
+        momentum.add_(gradient, alpha=1 - self.momentum)
+
+    def move(self, shard: "Shard", group: Group) -> None:
+        lr = group["lr"]
+        for part in shard.parts:
+            p, m = shard.weights[part], shard.read("momentum_buffer", part)
+            p.mul_(1 - lr * group["weight_decay"]).add_(m.sign(), alpha=-lr)

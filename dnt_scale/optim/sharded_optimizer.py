@@ -1,0 +1,132 @@
+"""The optimizer as engines have it: an algorithm's rule, on the tensors that they hold."""
+
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dnt_scale.optim.algorithm import Algorithm, Group
+from dnt_scale.optim.segments import Segment
+from dnt_scale.optim.shards import Shard, local
+from dnt_scale.optim.stochastic_rounding import RandomBits
+
+
+class ShardedOptimizer(torch.optim.Optimizer):
+    """Step DTensors, whole tensors or local shards; each rank its own elements.
+
+    ``allocate`` makes the buffers, not the first step: with dampening that would change the first
+    update, and loaders of checkpoints need them. The random bits of a bf16 buffer are a function of
+    (seed, updates, the parameter's place in the groups): a resumed run draws the same.
+
+    Attributes:
+        updates: how many updates were made before; whoever steps sets it. It decides nothing but
+            the random bits.
+        segments: what a flat parameter consists of, for updates that look at rows: every rank lists
+            all of a group's parameters in the same order, with length 0 where it holds nothing of
+            one. The norms of rows that are cut between ranks are summed over all ranks, so all must
+            step. A parameter without an entry holds whole rows.
+
+    Args:
+        groups: dicts of ``params`` and any of lr, weight_decay, update; see `parameter_groups`.
+        seed: seeds the stochastic rounding of buffers in bf16.
+    """
+
+    def __init__(self, algorithm: Algorithm, groups: Iterable[Group], seed: int) -> None:
+        defaults = {"lr": algorithm.lr, "weight_decay": algorithm.weight_decay, "update": "plain"}
+        super().__init__(groups, defaults)
+        self.algorithm = algorithm
+        self.updates = 0
+        self.segments: dict[Tensor, list[Segment]] = {}
+        self._bits = RandomBits(seed)
+        self._place: dict[Tensor, int] = {}  # a parameter's number, over all groups
+        self._roundings: dict[Tensor, int] = {}  # how often its buffer was rounded in this update
+
+    def allocate(self) -> None:
+        """Make the state, all zeros, of the parameters that the groups hold now."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self._place[parameter] = len(self._place)
+                state = self.state[parameter]
+                for name in self.algorithm.counters:
+                    state[name] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+                for name, storage in self.algorithm.buffers().items():
+                    # Only in tests are weights not fp32: then fp64, which buffers have too.
+                    dtype = torch.bfloat16 if storage == "bf16" else parameter.dtype
+                    state[name] = torch.zeros_like(parameter, dtype=dtype)
+
+    def set_updates(self, updates: int) -> None:
+        """Go on as after ``updates`` updates: the random bits, and an algorithm's counters."""
+        self.updates = updates
+        for state in self.state.values():
+            for name in self.algorithm.counters:
+                state[name].fill_(updates)
+
+    def buffers(self, parameter: Tensor) -> dict[str, Tensor]:
+        """Return a parameter's buffers by their names in checkpoints, each of its shape."""
+        state = self.state[parameter]
+        return {name: state[name] for name in self.algorithm.buffers()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Refuse torch's state dicts: they would cast bf16 buffers and replace the groups.
+
+        See ``Engine.boxes`` for what checkpoints do instead.
+        """
+        raise NotImplementedError("copy into the buffers in place, then call set_updates")
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient."""
+        for group in self.param_groups:
+            shards = [self._shard(p, p.grad) for p in group["params"] if p.grad is not None]
+            if shards:
+                self.algorithm.step(shards, group)
+
+    @torch.no_grad()
+    def add_gradient(
+        self,
+        parameter: Tensor,
+        grad: Tensor,
+        *,
+        scale: float | Tensor,
+        first: bool,
+    ) -> None:
+        """Add ``scale`` times a gradient to the momentum, without moving the parameter.
+
+        Args:
+            grad: of the parameter's shape or its local shard's, finite, any float dtype; neither
+                kept nor changed.
+            scale: a number, or a 0-d tensor on the gradient's device, which is not waited for.
+            first: whether this is the update's first gradient of this parameter; micro-batches add
+                more.
+        """
+        rounding = 0 if first else self._roundings[parameter] + 1
+        self._roundings[parameter] = rounding
+        scaled = isinstance(scale, Tensor) or scale != 1.0
+        for _, gradient, momentum in self._shard(parameter, grad, rounding).pieces():
+            added = gradient * scale if scaled else gradient
+            self.algorithm.accumulate(momentum, added, first=first)
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """Move every parameter by its momentum, which ``add_gradient`` has filled."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.algorithm.move(self._shard(parameter, None), group)
+
+    def _shard(self, parameter: Tensor, grad: Tensor | None, rounding: int = 0) -> Shard:
+        weights = local(parameter)
+        flat = weights.view(-1)
+        whole = [Segment(tuple(weights.shape), 0, 0, flat.numel())]
+        buffers = self.buffers(parameter)
+        numbers = self.updates, self._place[parameter], rounding
+        return Shard(
+            weights=flat,
+            gradient=None if grad is None else local(grad).reshape(-1),
+            buffers={name: local(buffer).view(-1) for name, buffer in buffers.items()},
+            counters={name: self.state[parameter][name] for name in self.algorithm.counters},
+            segments=self.segments.get(parameter, whole),
+            divided=parameter in self.segments,
+            generator=partial(self._bits.generator, flat.device, *numbers),
+        )

@@ -1,0 +1,86 @@
+"""A rank's elements of a parameter as an update rule sees them: flat, in pieces, in fp32."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from dnt_scale.optim.segments import Segment, rows_with_norms
+from dnt_scale.optim.stochastic_rounding import stochastic_bf16
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return this rank's shard of a DTensor, or the tensor itself: a view, never a copy."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def piece_length(tensor: Tensor) -> int:
+    """Return how many elements to work on at a time.
+
+    A CPU keeps so many in its cache; a GPU needs many to be busy.
+    """
+    return 1 << 17 if tensor.device.type == "cpu" else 1 << 24
+
+
+@dataclass(frozen=True, eq=False)
+class Shard:
+    """What an update changes of one parameter, as flat views of its storage.
+
+    Attributes:
+        weights: (elements,), fp32.
+        gradient: (elements,), any float dtype; None where backward has added it to the momentum.
+        buffers: by name, (elements,), stored in fp32 or bf16.
+        counters: by name, fp32 scalars.
+        segments: where rows lie in ``weights``.
+        divided: whether other ranks hold other parts of the segments' tensors.
+        generator: makes the random bits of this update and this parameter.
+    """
+
+    weights: Tensor
+    gradient: Tensor | None
+    buffers: Mapping[str, Tensor]
+    counters: Mapping[str, Tensor]
+    segments: Sequence[Segment]
+    divided: bool
+    generator: Callable[[], torch.Generator]
+
+    @property
+    def parts(self) -> list[slice]:
+        """The pieces to work on, so that what is temporary stays small."""
+        length = piece_length(self.weights)
+        return [slice(start, start + length) for start in range(0, self.weights.numel(), length)]
+
+    def read(self, buffer: str, part: slice) -> Tensor:
+        """Return a part of a buffer in the weights' dtype; it may be a view: do not change it."""
+        return self.buffers[buffer][part].to(self.weights.dtype)
+
+    def pieces(self) -> Iterator[tuple[Tensor, ...]]:
+        """Yield (weights, gradient, each buffer) of one piece after the other.
+
+        Weights and buffers may be changed in place. A buffer that is stored in bf16 comes as an
+        fp32 copy, which is rounded back when the next piece is asked for.
+        """
+        assert self.gradient is not None
+        dtype = self.weights.dtype
+        rounded = any(buffer.dtype != dtype for buffer in self.buffers.values())
+        generator = self.generator() if rounded else None
+        for part in self.parts:
+            stored = [buffer[part] for buffer in self.buffers.values()]
+            working = [buffer.to(dtype) for buffer in stored]
+            yield self.weights[part], self.gradient[part], *working
+            for buffer, values in zip(stored, working, strict=True):
+                if buffer.dtype != dtype:
+                    assert generator is not None
+                    buffer.copy_(stochastic_bf16(values, generator))
+
+    def rows(self, values: Callable[[slice], Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield (weights, values, norms of values) by rows, see `rows_with_norms`. A collective."""
+        return rows_with_norms(
+            self.weights,
+            self.segments,
+            values,
+            piece=piece_length(self.weights),
+            divided=self.divided,
+        )
