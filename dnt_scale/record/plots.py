@@ -9,6 +9,8 @@ import numpy as np
 import orjson
 from numpy.typing import ArrayLike, NDArray
 
+from dnt_scale.record.metrics_file import unit_of
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -19,7 +21,6 @@ SMOOTH_SHARE = 0.015  # of the run, the widest half window of the smoothed line
 LONG_RUN = 5000  # points; above it the first 2 % of the run may leave the picture
 MAX_RAW_POINTS = 4000
 UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
-DEFAULT_UNIT = "tokens"  # of a file without a step in it, so without a speed
 
 
 def plot_run(run_dir: Path) -> Path:
@@ -42,7 +43,7 @@ def _draw(run_dir: Path) -> Path:
     from matplotlib.figure import Figure
 
     records = _records(run_dir / "metrics.jsonl")
-    unit = _unit(records)
+    unit = unit_of(records)
     train, val = _series(records, "train/loss", unit), _series(records, "val/loss", unit)
     if not train[0].size and not val[0].size:
         raise ValueError(f"{run_dir / 'metrics.jsonl'} holds no loss yet: nothing to draw; train some steps first")
@@ -83,12 +84,6 @@ def _records(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _unit(records: list[dict[str, Any]]) -> str:
-    """Return what the run's rows are counted in: the count of which there is a speed too."""
-    names = (name.removesuffix("_per_s") for record in records for name in record if name.endswith("_per_s"))
-    return next(names, DEFAULT_UNIT)
-
-
 def _panels(unit: str) -> list[tuple[str, str, bool]]:
     """Return the small pictures: metric, label, whether it is logarithmic."""
     return [
@@ -125,16 +120,16 @@ def _smooth(values: Floats) -> Floats:
 def _draw_losses(
     axes: Axes, train: tuple[Floats, Floats], val: tuple[Floats, Floats], measures: dict[str, float]
 ) -> None:
-    tokens, losses = train
+    counts, losses = train
     seen = val[1]
-    if tokens.size:
-        every = max(1, tokens.size // MAX_RAW_POINTS)
+    if counts.size:
+        every = max(1, counts.size // MAX_RAW_POINTS)
         smooth = _smooth(losses)
-        axes.plot(tokens[::every], losses[::every], color=RAW, lw=0.7, label="train, each step")
-        axes.plot(tokens, smooth, color=TRAIN, lw=1.8, label="train, smoothed")
-        if tokens.size > LONG_RUN:
-            start = tokens.size // 50
-            smooth, seen = smooth[start:], seen[val[0] >= tokens[start]]
+        axes.plot(counts[::every], losses[::every], color=RAW, lw=0.7, label="train, each step")
+        axes.plot(counts, smooth, color=TRAIN, lw=1.8, label="train, smoothed")
+        if counts.size > LONG_RUN:
+            start = counts.size // 50
+            smooth, seen = smooth[start:], seen[val[0] >= counts[start]]
         # From the smoothed line, so that a spike or two do not flatten everything else.
         seen = np.concatenate([seen, smooth])
     low, high = seen.min(), seen.max()
@@ -142,10 +137,10 @@ def _draw_losses(
     axes.set_ylim(low - room, high + room)
     if val[0].size:
         axes.plot(*val, color=VAL, lw=1.2, marker="o", ms=4 if val[0].size < 60 else 2, label="validation", zorder=3)
-        last_tokens, last = val[0][-1], val[1][-1]
+        last_count, last = val[0][-1], val[1][-1]
         axes.annotate(
             "\n".join([f"validation {last:.3f}", *(f"{name} {value:.4g}" for name, value in measures.items())]),
-            (last_tokens, last),
+            (last_count, last),
             xytext=(0, 44),
             textcoords="offset points",
             ha="right",
@@ -165,28 +160,28 @@ def _add_steps(axes: Axes, records: list[dict[str, Any]], unit: str) -> None:
     if not done:
         return
     per_step = done[-1][1] / done[-1][0]
-    if any(abs(tokens - step * per_step) > per_step for step, tokens in done):
+    if any(abs(counts - step * per_step) > per_step for step, counts in done):
         return
 
-    def to_steps(tokens: ArrayLike) -> Floats:
-        steps: Floats = np.asarray(tokens, dtype=np.float64) / per_step
+    def to_steps(counts: ArrayLike) -> Floats:
+        steps: Floats = np.asarray(counts, dtype=np.float64) / per_step
         return steps
 
-    def to_tokens(steps: ArrayLike) -> Floats:
-        tokens: Floats = np.asarray(steps, dtype=np.float64) * per_step
-        return tokens
+    def to_counts(steps: ArrayLike) -> Floats:
+        counts: Floats = np.asarray(steps, dtype=np.float64) * per_step
+        return counts
 
-    upper = axes.secondary_xaxis("top", functions=(to_steps, to_tokens))
+    upper = axes.secondary_xaxis("top", functions=(to_steps, to_counts))
     upper.set_xlabel("steps", color=INK)
     upper.tick_params(colors=INK, labelsize=9)
     upper.spines["top"].set_visible(False)
 
 
-def _draw_panel(axes: Axes, tokens: Floats, values: Floats, label: str, logarithmic: bool) -> None:
+def _draw_panel(axes: Axes, counts: Floats, values: Floats, label: str, logarithmic: bool) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    every = max(1, tokens.size // MAX_RAW_POINTS)
-    axes.plot(tokens[::every], values[::every], color=TRAIN, lw=1)
+    every = max(1, counts.size // MAX_RAW_POINTS)
+    axes.plot(counts[::every], values[::every], color=TRAIN, lw=1)
     axes.set_title(label, fontsize=10, loc="left", color=INK)
     if logarithmic and (values > 0).all() and values.max() > 5 * values.min():
         axes.set_yscale("log")
