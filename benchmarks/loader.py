@@ -33,8 +33,8 @@ from torch import Tensor
 from data_prep import shards
 from data_prep.shards import BLOCK_ROWS, Manifest, Options, Packing, SourceInfo, Split, TokenizerInfo, Tokens
 from dnt_scale.config import DataConfig
-from dnt_scale.data.sources import Source, Sources, load_sources
-from dnt_scale.data.stream import Stream
+from dnt_scale.data.token_sets import TokenSet, TokenSets, load_sets
+from dnt_scale.data.tokens import token_stream
 from dnt_scale.record.files import git_commit
 
 SEQ_LEN = 2048
@@ -60,7 +60,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         source = make_set(Path(folder, "set"), options.blocks)
         padded = make_set(Path(folder, "padded"), options.blocks, "best_fit")
-        mixture = load_sources(
+        mixture = load_sets(
             DataConfig.model_validate(
                 {"mixture": {s.folder.name: {"path": s.folder, "weight": 1} for s in (source, padded)}}
             )
@@ -106,7 +106,7 @@ def main() -> None:
     print(f"wrote {out}")
 
 
-def make_set(folder: Path, blocks: int, packing: Packing = "concat") -> Source:
+def make_set(folder: Path, blocks: int, packing: Packing = "concat") -> TokenSet:
     """A set of random tokens, in our format; of packing "best_fit" each row ends in padding."""
     folder.mkdir()
     made = []
@@ -144,7 +144,7 @@ def make_set(folder: Path, blocks: int, packing: Packing = "concat") -> Source:
         splits={"train": train},
     )
     shards.write_manifest(folder, manifest)
-    return Source("", folder, shards.load_manifest(folder))
+    return TokenSet("", folder, shards.load_manifest(folder))
 
 
 def random_block(block: int, packing: Packing) -> Tokens:
@@ -156,7 +156,7 @@ def random_block(block: int, packing: Packing) -> Tokens:
     return tokens
 
 
-def make_plain_tars(folder: Path, source: Source) -> list[str]:
+def make_plain_tars(folder: Path, source: TokenSet) -> list[str]:
     """The same rows, each a member of its own."""
     paths = []
     for number, shard in enumerate(source.manifest.splits["train"].shards):
@@ -169,9 +169,9 @@ def make_plain_tars(folder: Path, source: Source) -> list[str]:
     return paths
 
 
-def our_batches(sources: Sources, batch: int) -> Iterator[Tensor]:
+def our_batches(sources: TokenSets, batch: int) -> Iterator[Tensor]:
     """As many rows as an epoch of one set has."""
-    with Stream(sources, seed=SEED, global_batch=batch, rank=0, world_size=1) as stream:
+    with token_stream(sources, seed=SEED, global_batch=batch, rank=0, world_size=1) as stream:
         for _ in range(sources[0].manifest.splits["train"].rows // batch):
             yield next(stream)[0]
 
@@ -196,7 +196,7 @@ def tokens_per_s(batches: Callable[[], Iterator[Tensor]]) -> float:
     return tokens / (time.perf_counter() - started)
 
 
-def first_batches(source: Source, batch: int, starts: int) -> tuple[list[float], list[float]]:
+def first_batches(source: TokenSet, batch: int, starts: int) -> tuple[list[float], list[float]]:
     """Seconds to the first batch of fresh streams at position 0, and at random positions."""
     rows = source.manifest.splits["train"].rows
     generator = random.Random(SEED)
@@ -205,7 +205,7 @@ def first_batches(source: Source, batch: int, starts: int) -> tuple[list[float],
         pair = list(zip(found, (0, generator.randrange(1000 * rows)), strict=True))
         for seconds, position in pair if number % 2 else reversed(pair):
             started = time.perf_counter()
-            with Stream(
+            with token_stream(
                 (source,), seed=SEED, global_batch=batch, rank=0, world_size=1, consumed_rows=position
             ) as stream:
                 next(stream)

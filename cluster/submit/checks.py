@@ -22,7 +22,7 @@ from cluster.words import counted, duration, size
 from dnt_scale.config import ConfigError, RunConfig, TorchEngineConfig, check_tracking
 from dnt_scale.config.engine import copies_of
 from dnt_scale.config.tracking_uri import sqlite_file
-from dnt_scale.data.sources import Sources, fitting_sources
+from dnt_scale.data.sources import Source, load_source
 from dnt_scale.data.stream import rows_a_rank
 from dnt_scale.record.run_lock import check_free
 from dnt_scale.tools.memory_plan import checkpoint_bytes
@@ -60,21 +60,21 @@ def before_queue(run: RunConfig, site: ClusterConfig, *, fresh: bool = False) ->
     check_nodes(site, partition, {node.name for one in found.values() for node in one.nodes})
     check_account(site)
     check_signal(site)
-    sources = fitting_sources(run)
+    source = load_source(run)
     check_ranks(run, site)
-    steps = run.total_steps(sources[0].manifest.seq_len)
+    steps = run.total_steps(source.unit.a_row)
     begun = begin(run, Typed(whole=True), fresh=fresh)
-    state, _ = starting_state(begun, sources, steps, site.ranks)
+    state, _ = starting_state(begun, source, steps, site.ranks)
     if state.step >= steps:
         raise ConfigError(f"train.steps: all {steps:,} steps are done; ask for more of them, or of train.tokens")
     check_writable(run)
-    check_shared(run, site, sources, partition.nodes)
+    check_shared(run, site, source, partition.nodes)
     check_room(run, steps)
     start = slurm.expected_start(batch_script(run, site))
-    made = plan.make(run, site, partition, sources, state.step)
+    made = plan.make(run, site, partition, source, state.step)
     notes = [f"SLURM expects the first job to start at {start}"] if start else []
-    notes += [*begun.notes, *changes(begun, sources[0].manifest.seq_len)]
-    return replace(made, notes=(*notes, *warnings(run, site, sources, partition)))
+    notes += [*begun.notes, *changes(begun, source.unit.a_row)]
+    return replace(made, notes=(*notes, *warnings(run, site, source, partition)))
 
 
 def batch_script(run: RunConfig, site: ClusterConfig) -> str:
@@ -256,14 +256,17 @@ def existing(path: Path) -> Path:
     return next(place for place in (path, *path.parents) if place.exists())
 
 
-def check_shared(run: RunConfig, site: ClusterConfig, sources: Sources, nodes: Sequence[Node]) -> None:
+def check_shared(run: RunConfig, site: ClusterConfig, source: Source, nodes: Sequence[Node]) -> None:
     """That all nodes see what the run reads and writes, as far as one machine can tell by the kind of file system.
 
     Raises:
         ConfigError: a folder is in this machine's memory, or on what looks like its disk while nodes are others; unless
             it is below one of ``cluster.shared``.
     """
-    places = [*folders(run), *((source.field, source.folder.absolute()) for source in sources)]
+    places = [
+        *folders(run),
+        *((part.field, Path(part.place).absolute()) for part in source.parts() if "://" not in str(part.place)),
+    ]
     if run.tracking.enabled and run.tracking.uri and (database := sqlite_file(run.tracking.uri)):
         places.append(("tracking.uri", database.absolute()))
     check_seen(places, site, nodes)
@@ -367,8 +370,8 @@ def texts(site: ClusterConfig) -> Iterator[tuple[str, str]]:
 # --- no error, but worth a line --------------------------------------------------------------------------------------
 
 
-def warnings(run: RunConfig, site: ClusterConfig, sources: Sources, partition: Partition) -> Iterator[str]:
-    before = plan.past(run, sources[0].manifest.seq_len)
+def warnings(run: RunConfig, site: ClusterConfig, source: Source, partition: Partition) -> Iterator[str]:
+    before = plan.past(run, source.unit)
     if before and before.save_s is not None and site.signal_s < 2 * (before.step_s + before.save_s):
         yield (
             f"cluster.signal_s is {site.signal_s}, less than twice what a step and a checkpoint took in this run "

@@ -13,14 +13,13 @@ from cluster.cluster_config import ClusterConfig
 from cluster.slurm import Node, Partition
 from cluster.words import counted, duration, size
 from dnt_scale import checkpoint
-from dnt_scale.config import RunConfig
-from dnt_scale.data.sources import Sources
+from dnt_scale.config import RunConfig, Unit
+from dnt_scale.data.sources import Source
 from dnt_scale.distributed import compute_dtype
 from dnt_scale.record import timeline
 from dnt_scale.record.metrics_file import last_metrics
 from dnt_scale.record.speed import PEAK_FLOPS, speed_at
 from dnt_scale.tools.memory_plan import FIELDS, Memory, checkpoint_bytes, memory, parameters_of
-from dnt_scale.train.progress import epochs_of
 
 ASSUMED_MFU = 0.4
 RECENT = 50  # steps whose median tells a run's speed
@@ -45,7 +44,7 @@ class Plan:
     dtype: str  # bf16 or fp32: train.dtype, or what auto is likely to become there
     partition: str
     gpu: str  # SLURM's type of it; empty: it gives none
-    sources: Sources
+    source: Source
     steps: int
     done: int  # of these, by a checkpoint that the run goes on from
     parameters: int
@@ -57,34 +56,34 @@ class Plan:
     notes: tuple[str, ...]
 
     @property
-    def seq_len(self) -> int:
-        return self.sources[0].manifest.seq_len
+    def unit(self) -> Unit:
+        return self.source.unit
 
     @property
     def seconds(self) -> float | None:
         """Of training that is left, if its speed is known."""
-        left = (self.steps - self.done) * self.run.train.global_batch * self.seq_len
+        left = (self.steps - self.done) * self.unit.of(self.run.train.global_batch)
         return left / self.tokens_per_s if self.tokens_per_s else None
 
 
-def make(run: RunConfig, site: ClusterConfig, partition: Partition, sources: Sources, done: int = 0) -> Plan:
+def make(run: RunConfig, site: ClusterConfig, partition: Partition, source: Source, done: int = 0) -> Plan:
     """The plan of a run that fits its cluster, see :func:`cluster.submit.checks.before_queue`.
 
     Args:
         done: steps that the run's newest checkpoint has.
     """
-    seq_len = sources[0].manifest.seq_len
-    steps = run.total_steps(seq_len)
+    unit = source.unit
+    steps = run.total_steps(unit.a_row)
     gpu = type_of_gpu(partition.nodes) if site.gpus_per_node else ""
     likely = compute_dtype.expected(run, gpus=bool(site.gpus_per_node))
-    tokens_per_s, why = expected_speed(likely, seq_len, site.ranks, gpu, past(run, seq_len))
+    tokens_per_s, why = expected_speed(likely, unit, site.ranks, gpu, past(run, unit))
     return Plan(
         run=run,
         site=site,
         dtype=likely.train.dtype,
         partition=partition.name,
         gpu=gpu,
-        sources=sources,
+        source=source,
         steps=steps,
         done=done,
         parameters=parameters_of(run.model),
@@ -100,19 +99,19 @@ def make(run: RunConfig, site: ClusterConfig, partition: Partition, sources: Sou
 # --- how long --------------------------------------------------------------------------------------------------------
 
 
-def past(run: RunConfig, seq_len: int) -> Past | None:
+def past(run: RunConfig, unit: Unit) -> Past | None:
     """The pace of a run that has trained before, from its metrics.jsonl; None where there are no steps."""
-    rows = [row for row in last_metrics(run.run.dir) if row.get("tokens_per_s")]
+    rows = [row for row in last_metrics(run.run.dir) if row.get(f"{unit.name}_per_s")]
     if not rows:
         return None
-    recent = [float(row["tokens_per_s"]) for row in rows[-RECENT:]]
+    recent = [float(row[f"{unit.name}_per_s"]) for row in rows[-RECENT:]]
     started = run_record.last(timeline.read(run.run.dir), "start")
     median = statistics.median(recent)
     return Past(
         tokens_per_s=median,
         steps=len(recent),
         ranks=int(started["ranks"]) if started else 1,
-        step_s=run.train.global_batch * seq_len / median,
+        step_s=unit.of(run.train.global_batch) / median,
         save_s=_save_seconds(run, rows),
     )
 
@@ -125,19 +124,19 @@ def _save_seconds(run: RunConfig, rows: Sequence[dict[str, Any]]) -> float | Non
     return None if ended is None else max(0.0, (newest / "state.json").stat().st_mtime - ended)
 
 
-def expected_speed(run: RunConfig, seq_len: int, ranks: int, gpu: str, before: Past | None) -> tuple[float | None, str]:
-    """Tokens a second over all ranks, and where the number is from: the run's past, else an assumption where the GPU is
+def expected_speed(run: RunConfig, unit: Unit, ranks: int, gpu: str, before: Past | None) -> tuple[float | None, str]:
+    """Units a second over all ranks, and where the number is from: the run's past, else an assumption where the GPU is
     known, else None."""
     if before:
         speed = before.tokens_per_s * ranks / before.ranks
-        why = f"at {speed:,.0f} tokens/s: the median of the run's last {before.steps} steps"
+        why = f"at {speed:,.0f} {unit.name}/s: the median of the run's last {before.steps} steps"
         if ranks != before.ranks:
             why += f" on {counted(before.ranks, 'rank')}, times {ranks}/{before.ranks}"
         return speed, why
     device = known_device(gpu)
     if device and run.run.device != "cpu" and run.train.dtype == "bf16":
-        speed = speed_at(ASSUMED_MFU, PEAK_FLOPS[device], run, seq_len, ranks)
-        return speed, f"at {speed:,.0f} tokens/s: assumes {ASSUMED_MFU:.0%} MFU on {device}, which is not measured"
+        speed = speed_at(ASSUMED_MFU, PEAK_FLOPS[device], run, unit, ranks)
+        return speed, f"at {speed:,.0f} {unit.name}/s: assumes {ASSUMED_MFU:.0%} MFU on {device}, which is not measured"
     return None, "not known before the first steps; `dnt jobs` will tell"
 
 
@@ -181,8 +180,8 @@ def describe(plan: Plan) -> str:
             f"{run.model.name}, {_millions(plan.parameters)} parameters; engine {run.engine.name}, "
             f"optimizer {run.optim.algorithm}, {plan.dtype}{' (expected)' if run.train.dtype == 'auto' else ''}",
         ),
-        *(("data", _set_in_words(plan, number)) for number in range(len(plan.sources))),
-        ("batch", f"{run.train.global_batch} rows of {plan.seq_len} tokens = {_split(plan)}"),
+        *(("data", line) for line in plan.source.describe()),
+        ("batch", f"{run.train.global_batch} rows of {plan.unit.a_row} {plan.unit.name} = {_split(plan)}"),
         ("steps", _steps(plan)),
         ("checkpoints", _checkpoints(plan)),
         ("memory", f"{_memory(plan)}; activations come on top"),
@@ -219,12 +218,6 @@ def _cpus(site: ClusterConfig) -> str:
     return counted((site.cpus_per_rank or 1) * site.tasks_per_node, "CPU") + memory_gb
 
 
-def _set_in_words(plan: Plan, number: int) -> str:
-    source = plan.sources[number]
-    name = f"{source.name} ({source.weight:.1%} of the tokens) " if source.name else ""
-    return f"{name}{source.folder}: {source.manifest.splits['train'].tokens:,} tokens"
-
-
 def _split(plan: Plan) -> str:
     """Global batch = ranks x micro-batches x rows, and what is left over."""
     rows = plan.run.train.global_batch // plan.site.ranks
@@ -238,8 +231,8 @@ def _split(plan: Plan) -> str:
 
 def _steps(plan: Plan) -> str:
     rows = plan.steps * plan.run.train.global_batch
-    a_step = plan.run.train.global_batch * plan.seq_len
-    text = f"{plan.steps:,} of {a_step:,} tokens = {plan.steps * a_step:,} tokens, {epochs_of(plan.sources, rows)}"
+    a_step, name = plan.unit.of(plan.run.train.global_batch), plan.unit.name
+    text = f"{plan.steps:,} of {a_step:,} {name} = {plan.steps * a_step:,} {name}, {plan.source.epochs(rows)}"
     return f"{text}; goes on from step {plan.done:,}" if plan.done else text
 
 

@@ -25,7 +25,7 @@ from cluster.words import counted
 from dnt_scale import config
 from dnt_scale.config import ConfigError, RunConfig, typed
 from dnt_scale.config.tracking_uri import default_uri
-from dnt_scale.data.sources import fitting_sources
+from dnt_scale.data.sources import load_source
 from dnt_scale.record import run_lock, timeline
 
 MOST = 1000  # runs: one less than the largest array that SLURM permits by default
@@ -148,7 +148,7 @@ def before_queue(runs: list[RunConfig], site: ClusterConfig) -> Plan:
         checks.check_ranks(run, site)
         reads = (run.data.model_dump_json(), run.model.model_dump_json())
         if reads not in fitting:
-            fitting_sources(run)
+            load_source(run)
             fitting.add(reads)
     return plan
 

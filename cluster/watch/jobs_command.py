@@ -24,7 +24,7 @@ from cluster.watch.run_state import Asking, Standing
 from dnt_scale import config
 from dnt_scale.config import ConfigError, RunConfig
 from dnt_scale.record.goodput import Goodput, breakdown, table
-from dnt_scale.record.metrics_file import last_metrics
+from dnt_scale.record.metrics_file import last_metrics, unit_of
 from dnt_scale.record.timeline import Event
 
 WATCH_EVERY_S = 2.0
@@ -90,7 +90,7 @@ def look(run_dir: Path, asking: Asking) -> Seen:
     spent = breakdown(events, time.time())
     lines = last_metrics(run_dir)
     steps = [line for line in lines if "train/loss" in line]
-    speeds = [line["tokens_per_s"] for line in steps[-SPEED_STEPS:]]
+    speeds = [line[f"{unit_of(lines)}_per_s"] for line in steps[-SPEED_STEPS:]]
     resolved = config_of(run_dir)
     told = max((event["time"] for event in events), default=0.0)
     total = total_steps(resolved, lines)
@@ -152,8 +152,9 @@ def total_steps(run: RunConfig | None, lines: list[dict[str, Any]]) -> int | Non
         return None
     if run.train.steps is not None:
         return run.train.steps
-    tokens_a_step = next((line["tokens"] / line["step"] for line in reversed(lines) if line["step"]), None)
-    return tokens_a_step and run.total_steps(round(tokens_a_step / run.train.global_batch))
+    unit = unit_of(lines)
+    a_step = next((line[unit] / line["step"] for line in reversed(lines) if line["step"]), None)
+    return a_step and run.total_steps(round(a_step / run.train.global_batch))
 
 
 def left_s(steps: list[dict[str, Any]], total: int | None, events: list[Event]) -> float | None:

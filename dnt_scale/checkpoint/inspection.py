@@ -142,7 +142,7 @@ def summary(folder: Storage, state: State, stored: Parts) -> dict[str, str]:
         "checkpoint": str(folder),
         "run": f"{run.get('name') if isinstance(run, dict) else '?'}, id {state.run_id}",
         "step": f"{state.step:,}, {state.skipped:,} of them skipped",
-        "tokens": f"{state.tokens:,}",
+        **{name: f"{count:,}" for name, count in state.of_source.items() if isinstance(count, int)},
         "data position": f"row {state.consumed_rows:,} of the order of seed {state.seed}",
         "parameters": f"{sum(weights):,} in {len(weights)} tensors",
         "holds": ", ".join(f"{kind} {str(dtype).removeprefix('torch.')}" for kind, dtype in kinds.items()),
@@ -285,12 +285,14 @@ def _difference(name: str, one: Pieces, other: Pieces) -> Difference | None:
 
 def state_differences(one: State, other: State) -> list[str]:
     """The numbers in which two state.json differ: where the run stands, not who ran it."""
-    fields = ("step", "consumed_rows", "tokens", "skipped", "seed", "manifest_sha256", "tokenizer_sha256", "health")
+    fields = ("step", "consumed_rows", "skipped", "seed", "manifest_sha256", "health")
     pairs = [(field, getattr(one, field), getattr(other, field)) for field in fields]
+    a, b = one.of_source, other.of_source
+    pairs += [(name, a.get(name), b.get(name)) for name in sorted(a.keys() | b.keys())]
     names = sorted(one.scalars.keys() | other.scalars.keys())
     pairs += [(f"engine.{name}", one.scalars.get(name), other.scalars.get(name)) for name in names]
-    apart = [(name, a, b) for name, a, b in pairs if repr(a) != repr(b)]
-    return [f"{name}: differs" if name == "health" else f"{name}: {a} and {b}" for name, a, b in apart]
+    apart = [(name, x, y) for name, x, y in pairs if repr(x) != repr(y)]
+    return [f"{name}: differs" if name == "health" else f"{name}: {x} and {y}" for name, x, y in apart]
 
 
 def diff(one: str, other: str) -> bool:

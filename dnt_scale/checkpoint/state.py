@@ -19,27 +19,35 @@ class FileRecord(BaseModel):
 
 
 class State(BaseModel):
-    """Where a run stands. ``files`` is filled by whoever writes it."""
+    """Where a run stands. ``files`` is filled by whoever writes it.
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    Beside the fields here it has those that the run's source gives (``Source.facts``, and the count of
+    its units), under their own names: of text ``tokenizer_sha256`` and ``tokens``.
+    """
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    __pydantic_extra__: dict[str, str | int]
 
     format: str = FORMAT
     version: int = VERSION
     step: int
     consumed_rows: int
-    tokens: int
     skipped: int
     seed: int  # the run's only randomness: initial weights and data order are functions of it
     run_id: str
     manifest_sha256: str  # of a mixture, of what decides its rows
     sets: dict[str, str] = {}  # the manifests' sha256 by the sets' names; not in the checkpoints of old
-    tokenizer_sha256: str
     world_size: int
     config: dict[str, object]
     given: list[str] = []  # what was typed to get it: group=name, key=value; not in the checkpoints of old
     engine: dict[str, float] = {}  # Engine.scalars; not in the checkpoints of old
     health: dict[str, list[float]] = {}  # the spike guard's window
     files: dict[str, FileRecord]
+
+    @property
+    def of_source(self) -> dict[str, str | int]:
+        """What the run's source has given."""
+        return dict(self.__pydantic_extra__)
 
     @property
     def scalars(self) -> dict[str, float]:

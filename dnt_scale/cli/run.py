@@ -54,7 +54,7 @@ def run_train(options: argparse.Namespace) -> int:
 
 def run_generate(options: argparse.Namespace) -> int:
     from dnt_scale.distributed import process_group
-    from dnt_scale.tools.inference import generate
+    from dnt_scale.tools.generate import generate
 
     with process_group.alone() as me:
         for piece in generate(
@@ -75,11 +75,9 @@ def run_generate(options: argparse.Namespace) -> int:
 def run_eval(options: argparse.Namespace) -> int:
     from dnt_scale.distributed import process_group
     from dnt_scale.tools.inference import evaluate
-    from dnt_scale.train.validation import validation_metrics
 
     with process_group.alone() as me:
-        losses, sources = evaluate(options.folder, options.data, options.rows, me)
-    metrics = validation_metrics(losses, sources)
+        metrics = evaluate(options.folder, options.data, options.rows, me)
     width = max(map(len, metrics))
     for name, value in metrics.items():
         print(f"{name:{width}} {value:.4f}")

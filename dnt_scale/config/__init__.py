@@ -18,25 +18,31 @@ from dnt_scale.config.compose import (
     typed_keys,
     validate,
 )
-from dnt_scale.config.data import DataConfig
+from dnt_scale.config.data import SOURCES, DataConfig, DataSection, TokenRows, Unit
 from dnt_scale.config.engine import DeepSpeedEngineConfig, TorchEngineConfig
-from dnt_scale.config.model import ModelConfig, Setting
+from dnt_scale.config.model import MODELS, ModelConfig, ModelSection, Setting
 from dnt_scale.config.optim import GroupConfig, OptimizerConfig, ScheduleConfig
 from dnt_scale.config.run import HealthSection, RunConfig
 
 __all__ = [
+    "MODELS",
+    "SOURCES",
     "ConfigError",
     "DataConfig",
+    "DataSection",
     "DeepSpeedEngineConfig",
     "GroupConfig",
     "HealthSection",
     "ModelConfig",
+    "ModelSection",
     "OptimizerConfig",
     "RunConfig",
     "ScheduleConfig",
     "Setting",
     "Strict",
+    "TokenRows",
     "TorchEngineConfig",
+    "Unit",
     "budget",
     "changed",
     "check_tracking",

@@ -304,7 +304,9 @@ def _known_keys(model: type[BaseModel], prefix: str = "") -> set[str]:
         kinds = typed.kinds(nested)
         for choice in (inner for kind in kinds for inner in get_args(kind) or (kind,)):
             if isinstance(choice, type) and issubclass(choice, BaseModel):
-                keys |= _known_keys(choice, inner_prefix)
+                several = vars(choice).get("kinds")  # of those imported: what was typed has been looked for already
+                for section in several.loaded() if several else [choice]:
+                    keys |= _known_keys(section, inner_prefix)
     return keys
 
 

@@ -1,21 +1,59 @@
-"""`model.*`: the shape of a DNT or of its GPT baseline."""
+"""`model.*`: what a model of any kind has, and the kind `dnt`: the shape of a DNT or of its GPT baseline."""
 
-from typing import Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
     Field,
+    SerializeAsAny,
+    WrapValidator,
     model_validator,
 )
 
-from dnt_scale.config.base import Size, Strict, Text
+from dnt_scale.config.base import ConfigError, Size, Strict, Text
+from dnt_scale.config.data import TokenRows
+from dnt_scale.config.kinds import Kinds, resolved
 
 Setting = Literal["S1", "S2", "S3", "S4", "S5"]
 
+MODELS = Kinds("model", "dnt_scale.model", default="dnt")
 
-class ModelConfig(Strict):
+
+class ModelSection(Strict):
+    """What every kind of model has. A kind is a subclass, with ``kind: Literal["..."] = "..."``, that
+    ``MODELS.register`` is given, from ``dnt_scale/model/KIND.py`` or from a file of one's own."""
+
+    kinds: ClassVar[Kinds] = MODELS
+    reads: ClassVar[type] = object  # The class of a source's ``rows`` that the model takes.
+
+    kind: str
+    name: Text
+
+    def build(self, rows: Any = None) -> Any:
+        """Make the model, a ``dnt_scale.model.task.Task``, on the current device with weights of no meaning.
+
+        Args:
+            rows: what the run's rows are, of the class ``reads``; None where only shapes matter.
+        """
+        raise NotImplementedError
+
+    def check(self, rows: Any) -> None:
+        """Raise ConfigError, naming the field, where rows of the class ``reads`` do not fit this model."""
+
+    def describe(self) -> str:
+        """Return the model's shape in words."""
+        return f"kind {self.kind}"
+
+
+AnyModel = Annotated[SerializeAsAny[ModelSection], WrapValidator(MODELS.validate)]
+
+
+@MODELS.register
+class ModelConfig(ModelSection):
     """A DNT-GPT or its GPT baseline. Which norms stand where is ``setting`` (dnt.md, S1-S5)."""
 
-    name: Text
+    reads: ClassVar[type] = TokenRows
+
+    kind: Literal["dnt"] = "dnt"
     layers: int = Field(gt=0, le=10_000)
     width: Size
     heads: Size
@@ -39,3 +77,24 @@ class ModelConfig(Strict):
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not divisible by heads {self.heads}; change one of them")
         return self
+
+    def build(self, rows: TokenRows | None = None) -> Any:
+        return resolved("dnt_scale.model.dnt:DNT")(self, rows.document_eos if rows else None)
+
+    def check(self, rows: TokenRows) -> None:
+        if rows.vocab_size > self.vocab_size:
+            raise ConfigError(
+                f"model.vocab_size is {self.vocab_size}, but the shards in {rows.folder} have "
+                f"{rows.vocab_size} token ids; set model.vocab_size={rows.vocab_size} or more"
+            )
+        if rows.seq_len > self.context:
+            raise ConfigError(
+                f"model.context is {self.context}, but the rows in {rows.folder} have {rows.seq_len} tokens; "
+                f"set model.context={rows.seq_len} or prepare with --seq-len {self.context}"
+            )
+
+    def describe(self) -> str:
+        return (
+            f"setting {self.setting}, {self.layers} layers, width {self.width}, {self.heads} heads, "
+            f"vocabulary {self.vocab_size:,}"
+        )

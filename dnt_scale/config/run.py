@@ -16,9 +16,9 @@ from pydantic import (
 
 from dnt_scale.config import paths
 from dnt_scale.config.base import _LOGIN, Count, Place, Strict, Text
-from dnt_scale.config.data import DataConfig
+from dnt_scale.config.data import AnyData
 from dnt_scale.config.engine import DeepSpeedEngineConfig, EngineConfig
-from dnt_scale.config.model import ModelConfig
+from dnt_scale.config.model import AnyModel
 from dnt_scale.config.optim import OptimConfig
 
 RESERVED = {"mlartifacts", "mlflow.db", "mlruns"}
@@ -117,10 +117,10 @@ class TrackingSection(Strict):
 class RunConfig(Strict):
     """Everything that defines a run; ``config.yaml`` in the run folder is this, resolved."""
 
-    model: ModelConfig
+    model: AnyModel
     optim: OptimConfig
     engine: EngineConfig
-    data: DataConfig
+    data: AnyData
     tracking: TrackingSection
     run: RunSection
     train: TrainSection
@@ -160,9 +160,9 @@ class RunConfig(Strict):
             return self.run.dir / "checkpoints"
         return chosen if "://" in chosen else Path(chosen)
 
-    def total_steps(self, seq_len: int) -> int:
-        """Optimizer steps of the whole run; rows have ``seq_len`` predicted tokens."""
+    def total_steps(self, units_a_row: int) -> int:
+        """Return the optimizer steps of the whole run; a row counts so many units (of text, tokens)."""
         if self.train.steps is not None:
             return self.train.steps
         assert self.train.tokens is not None
-        return -(-self.train.tokens // (self.train.global_batch * seq_len))
+        return -(-self.train.tokens // (self.train.global_batch * units_a_row))

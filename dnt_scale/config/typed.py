@@ -54,9 +54,18 @@ def inside(found: Kinds, key: str) -> Kinds:
     for kind in found:
         if _origin(kind) is dict:
             more += kinds(get_args(kind)[1])
-        elif _is_model(kind) and key in kind.model_fields:
-            more += kinds(kind.model_fields[key].annotation)
+        elif _is_model(kind):
+            for model in _classes(kind, key):
+                more += kinds(model.model_fields[key].annotation)
     return tuple(more)
+
+
+def _classes(model: type[BaseModel], key: str) -> list[type[BaseModel]]:
+    """The classes that have a field ``key``: of a section that comes in kinds (config/kinds.py), those of its kinds."""
+    if several := vars(model).get("kinds"):
+        found: list[type[BaseModel]] = several.having(key)
+        return found
+    return [model] if key in model.model_fields else []
 
 
 def at(model: type[BaseModel], key: str) -> Kinds:

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from data_prep.shards import Manifest, SplitName
 from dnt_scale.data.order import WINDOW_BLOCKS, Ints
-from dnt_scale.data.sources import Source
+from dnt_scale.data.token_sets import TokenSet
 from dnt_scale.model.dnt import IGNORED
 
 Bytes = npt.NDArray[np.uint8]
@@ -60,7 +60,7 @@ def files_for(sets: int) -> int:
 class RowReader:
     """Rows of one split by (block, row), with one pread each, through ``files``."""
 
-    def __init__(self, source: Source, split: SplitName, files: OpenFiles) -> None:
+    def __init__(self, source: TokenSet, split: SplitName, files: OpenFiles) -> None:
         shards = source.manifest.splits[split].shards
         self.row_bytes = source.manifest.row_bytes
         self.paths = [str(source.folder / shard.file) for shard in shards]

@@ -1,134 +1,168 @@
-"""What a run reads: one prepared set, or several by weight (``data.mixture``)."""
+"""What a run reads, as the loop, resume, validation and inference ask for it, whatever its rows hold.
+
+A row is what the order of data, batches and budgets count: some token ids, an image with its label.
+"""
 
 import hashlib
 import json
-import math
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
-from data_prep.shards import Manifest, load_manifest, manifest_sha256
-from dnt_scale.config import ConfigError, DataConfig, RunConfig
-
-SHARES = 1 << 30  # what the weights of a mixture are scaled to add up to: products with it fit int64
-
-
-@dataclass(frozen=True)
-class Source:
-    """A prepared set. It gives the part ``weight`` of a run's tokens, which takes ``share`` of its rows in the sum of
-    all sources' shares."""
-
-    name: str  # empty: the one set of data.path
-    folder: Path
-    manifest: Manifest
-    share: int = SHARES
-    weight: float = 1.0
-
-    @property
-    def field(self) -> str:
-        """The configuration's key for this set's folder."""
-        return f"data.mixture.{self.name}.path" if self.name else "data.path"
-
-    def shuffle_seed(self, seed: int) -> int:
-        """The seed of this set's own order, below 2^64: ``seed`` for a set alone, another for each of a mixture."""
-        if not self.name:
-            return seed
-        return int.from_bytes(hashlib.sha256(f"{seed}/{self.name}".encode()).digest()[:8], "little")
+from dnt_scale.config import ConfigError, DataSection, RunConfig, Unit
+from dnt_scale.data.stream import Stream
+from dnt_scale.model.batch import Batch
 
 
-Sources = tuple[Source, ...]  # the largest share first, equal ones by name, so that their order in a file is nothing
+class DataPart(NamedTuple):
+    """One of the sets behind a source."""
+
+    name: str  # empty where it is the only one
+    field: str  # the configuration's key that names it
+    place: Path | str
+    sha256: str  # of all that decides its rows
 
 
-def load_sources(data: DataConfig) -> Sources:
-    """The sets that a run reads, which agree in tokenizer, row length and dtype.
+class Missing(NamedTuple):
+    """What a source lacks, for a message."""
+
+    field: str
+    what: str
+    remedy: str
+
+
+class Source(Protocol):
+    """Rows in an endless order for training, and held-out rows for validation.
+
+    Inherit from it to have the methods that are written here; a source adds ``unit``, ``rows``,
+    ``parts``, ``stream`` and ``validation``.
+    """
+
+    unit: Unit  # what rows count towards train.tokens, and speed
+    rows: Any  # what a row is, of a class that models name as ``reads``
+
+    def parts(self) -> list[DataPart]:
+        """Return the sets, as they are now. Raises ValueError if one is gone."""
+        ...
+
+    def stream(self, *, seed: int, global_batch: int, rank: int, world_size: int, consumed_rows: int = 0) -> Stream:
+        """Return this rank's slices of the global batches from row ``consumed_rows`` of the order on.
+
+        The row at a position of the order is a function of (source, seed, position) alone, whoever
+        asks: so the same rows are seen on any number of ranks, and across resumes.
+
+        Raises:
+            ValueError: the ranks cannot share the global batch equally.
+        """
+        ...
+
+    def validation(
+        self, *, rows: int | None, micro_batch: int, rank: int, world_size: int
+    ) -> dict[str, Iterator[Batch]]:
+        """Return held-out batches of each set by name, at most ``rows`` rows of it (None: all), for this rank.
+
+        Every rank gets as many batches as the others, for the engines' collectives; over all ranks each
+        row comes once. What fills a batch up must not count in the model's loss.
+        """
+        ...
+
+    def validation_metrics(self, means: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+        """Return what is told of a validation, ``val/...``, from the means of each set's measures; ``loss`` is one."""
+        [(_, only)] = means.items()
+        return {f"val/{measure}": mean for measure, mean in only.items()}
+
+    def validation_line(self, metrics: Mapping[str, float | None]) -> str:
+        """Return what a person sees of ``validation_metrics``: the loss, and what else there is."""
+        found = [
+            (name.removeprefix("val/").replace("_", " "), value)
+            for name, value in metrics.items()
+            if name.startswith("val/") and name.count("/") == 1 and value is not None
+        ]
+        return ", ".join(f"{name} {value:.4f}" for name, value in found)
+
+    def identity(self) -> str:
+        """Return the hex SHA-256 of what decides the rows and their order, but for the seed. Raises as ``parts``."""
+        parts = self.parts()
+        if len(parts) == 1 and not parts[0].name:
+            return parts[0].sha256
+        return hashlib.sha256(json.dumps([[part.name, part.sha256] for part in parts]).encode()).hexdigest()
+
+    def facts(self) -> dict[str, str]:
+        """Return SHA-256 hashes, as NAME_sha256, of what the model's weights depend on for their meaning."""
+        return {}
+
+    def foreign(self, facts: Mapping[str, Any], newest: Path | str) -> str | None:
+        """Say how this is not data for the checkpoint ``newest`` that has these ``facts``; None where it is."""
+        for name, found in self.facts().items():
+            if found != (wanted := str(facts.get(name, found))):
+                what = name.removesuffix("_sha256").replace("_", " ")
+                return f"made with another {what} (sha256 {found[:12]}) than {newest} (sha256 {wanted[:12]})"
+        return None
+
+    def difference(self, trained: DataSection, parts: Mapping[str, str], newest: Path | str) -> str:
+        """Say what is not as the checkpoint ``newest`` has it, whose sets had these SHA-256 by name."""
+        found = self.parts()
+        changed = [part for part in found if parts.get(part.name, part.sha256) != part.sha256] or found
+        return " or ".join(
+            f"{part.field}: the manifest of {part.place} is not the one that {newest} was trained on"
+            for part in changed
+        )
+
+    def no_validation(self) -> Missing | None:
+        """Return what has no held-out rows, if anything has none."""
+        return None
+
+    def epochs(self, rows: int) -> str:
+        """Say how often so many rows of a run pass the data."""
+        return f"{rows:,} rows"
+
+    def describe(self) -> list[str]:
+        """Return a line for each set."""
+        return [f"{part.name} {part.place}".strip() for part in self.parts()]
+
+    def notes(self, run: RunConfig) -> list[str]:
+        """Return what a person should know who trains ``run`` on this, a line each."""
+        return []
+
+    def rows_behind(self, seed: int, first: int, last: int) -> dict[str, object]:
+        """Return where the rows at positions [first, last) of the order lie, so that a person can look at them."""
+        return {"positions": [first, last]}
+
+
+def load_source(run: RunConfig) -> Source:
+    """Return the source of a run, which fits its model.
 
     Raises:
-        ValueError: a set is damaged, or does not go together with the first one; the message names both.
+        ValueError: a set is damaged, or a field of the configuration does not fit it; the message names both.
     """
-    if data.path is not None:
-        return (Source("", data.path, load_manifest(data.path)),)
-    manifests = {name: load_manifest(entry.path) for name, entry in data.mixture.items()}
-    weights = weights_of(data)
-    rows = {name: weight / tokens_a_place(manifests[name]) for name, weight in weights.items()}
-    total = math.fsum(rows.values())
-    sources = [
-        Source(name, entry.path, manifests[name], max(1, round(rows[name] / total * SHARES)), weights[name])
-        for name, entry in data.mixture.items()
-    ]
-    first, *others = sources = sorted(sources, key=lambda source: (-source.share, source.name))
-    for source in others:
-        for what, expected, found in zip(
-            ("tokenizer (sha256)", "seq_len", "eos_id", "dtype"), _shape(first), _shape(source), strict=True
-        ):
-            if found != expected:
-                raise ConfigError(
-                    f"{source.field}: {source.folder} has {what} {found}, but {first.folder} ({first.name}) has "
-                    f"{expected}; prepare both with the same --tokenizer and --seq-len"
-                )
-    return tuple(sources)
-
-
-def any_source(data: DataConfig) -> Sources:
-    """The first of a run's sets that loads, for what all of them share. Raises ValueError: why the first does not, when
-    none does."""
-    failures = []
-    for one in [DataConfig(path=entry.path) for entry in data.mixture.values()] or [data]:
-        try:
-            return load_sources(one)
-        except (ValueError, OSError) as error:
-            failures.append(error)
-    raise failures[0]
-
-
-def weights_of(data: DataConfig) -> dict[str, float]:
-    """The weights of a mixture by name, as parts of 1."""
-    total = math.fsum(entry.weight for entry in data.mixture.values())
-    return {name: entry.weight / total for name, entry in data.mixture.items()}
-
-
-def tokens_a_place(manifest: Manifest) -> float:
-    """The mean number of tokens that a place of a training row predicts, 1 or less: padding predicts none."""
-    split = manifest.splits["train"]
-    return split.tokens / (split.rows * manifest.seq_len) if manifest.packing == "best_fit" else 1.0
-
-
-def _shape(source: Source) -> tuple[str, int, int, str]:
-    manifest = source.manifest
-    return manifest.tokenizer.sha256[:12], manifest.seq_len, manifest.eos_id, manifest.dtype
-
-
-def fitting_sources(run: RunConfig) -> Sources:
-    """The run's sets. Raises ValueError when one is damaged, or naming the field that does not fit it."""
-    sources = load_sources(run.data)
-    manifest, path = sources[0].manifest, sources[0].folder
-    if manifest.tokenizer.vocab_size > run.model.vocab_size:
+    source: Source = run.data.open()
+    if not isinstance(source.rows, run.model.reads):
         raise ConfigError(
-            f"model.vocab_size is {run.model.vocab_size}, but the shards in {path} have "
-            f"{manifest.tokenizer.vocab_size} token ids; set model.vocab_size={manifest.tokenizer.vocab_size} or more"
+            f"model.kind is {run.model.kind}, which does not read the rows of data.kind={run.data.kind}; "
+            "choose a model= and a data= that go together"
         )
-    if manifest.seq_len > run.model.context:
+    run.model.check(source.rows)
+    if run.train.tokens is not None and source.unit.name != "tokens":
         raise ConfigError(
-            f"model.context is {run.model.context}, but the rows in {path} have {manifest.seq_len} tokens; "
-            f"set model.context={manifest.seq_len} or prepare with --seq-len {run.model.context}"
+            f"train.tokens is {run.train.tokens}, but data.kind={run.data.kind} has {source.unit.name}; "
+            "set train.steps instead"
         )
-    for source in sources:
-        if run.eval.every and "val" not in source.manifest.splits:
+    if run.eval.every and (missing := source.no_validation()):
+        raise ConfigError(
+            f"{missing.field}: eval.every is {run.eval.every}, but {missing.what}; set eval.every=0 or {missing.remedy}"
+        )
+    return source
+
+
+def check_parts(source: Source, wanted: Mapping[str, str]) -> None:
+    """For every rank: that the sets it sees are those that rank 0 decided on, wherever they lie.
+
+    Raises:
+        ConfigError: another manifest than on rank 0.
+    """
+    for part in source.parts():
+        if part.sha256 != (first := wanted.get(part.name, part.sha256)):
             raise ConfigError(
-                f"{source.field}: eval.every is {run.eval.every}, but {source.folder} has no validation split; "
-                "set eval.every=0 or prepare with --val-fraction above 0"
+                f"{part.field}: {part.place} has another manifest here (sha256 {part.sha256[:12]}) than on rank 0 "
+                f"(sha256 {first[:12]}); copy the set to every node again"
             )
-    return sources
-
-
-def identity(sources: Sources) -> str:
-    """Hex SHA-256 of what decides the rows and their order, but for the seed: of a set alone its manifest's, of a
-    mixture that of the sets' names, shares and manifests. Raises ValueError if a manifest is gone."""
-    hashes = manifests_of(sources)
-    if not sources[0].name:
-        return hashes[""]
-    parts = [[source.name, source.share, hashes[source.name]] for source in sources]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-def manifests_of(sources: Sources) -> dict[str, str]:
-    """Hex SHA-256 of the sets' manifests, by name. Raises ValueError if one is gone."""
-    return {source.name: manifest_sha256(source.folder) for source in sources}

@@ -6,10 +6,10 @@ from dnt_scale.config import ConfigError, DeepSpeedEngineConfig, RunConfig
 from dnt_scale.distributed.errors import AgreedError
 from dnt_scale.distributed.process_group import Ranks
 from dnt_scale.engine.base import Engine
-from dnt_scale.model.dnt import DNT
+from dnt_scale.model.task import Task
 
 
-def build(config: RunConfig, model_fn: Callable[[], DNT], ranks: Ranks, total_steps: int) -> Engine:
+def build(config: RunConfig, model_fn: Callable[[], Task], ranks: Ranks, total_steps: int) -> Engine:
     """The engine that ``config.engine`` names, with initial weights and its optimizer allocated.
 
     Args:

@@ -4,9 +4,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from torch import Tensor
-
 from dnt_scale.checkpoint.tensor_shards import Box
+from dnt_scale.model.batch import Batch
 
 # (mean loss, norm of the whole gradient) -> what the gradient is multiplied by; 0.0: skip the step. A pure function of
 # values that all ranks share, so that they decide alike.
@@ -17,7 +16,7 @@ Judge = Callable[[float, float], float]
 class StepStats:
     """One optimizer step, the same values on every rank."""
 
-    loss: float  # mean over the global batch's predicted tokens, nats
+    loss: float  # mean over the targets of the global batch that count
     grad_norm: float  # of the whole gradient, before clipping
     lr: float  # of the default parameter group
     skipped: bool  # the judge said so: weights and momentum are as before (without a gradient buffer: the weights)
@@ -26,15 +25,16 @@ class StepStats:
 class Engine(Protocol):
     """A model, its optimizer and its place on the devices."""
 
-    def train_step(self, batch: Tensor, judge: Judge) -> StepStats:
-        """One optimizer step on this rank's rows of the global batch, int64 of shape (rows, seq_len + 1).
+    def train_step(self, batch: Batch, judge: Judge) -> StepStats:
+        """One optimizer step on this rank's rows of the global batch.
 
         ``judge`` is called once, between the backward pass and the update.
         """
         ...
 
-    def eval_loss(self, batches: Iterable[Tensor]) -> float:
-        """Mean loss in nats a token over all ranks' batches; every rank must pass the same number of them."""
+    def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
+        """The mean of the loss, and of what else the task measures (``Task.eval_sums``), over the targets of all ranks'
+        batches; every rank must pass the same number of them."""
         ...
 
     def boxes(self) -> list[Box]:

@@ -19,17 +19,17 @@ from dnt_scale.config.deepspeed_json import JSON, deepspeed_json
 from dnt_scale.distributed.process_group import Ranks
 from dnt_scale.engine.base import Judge, StepStats
 from dnt_scale.engine.parallelize import prepare_blocks
-from dnt_scale.engine.reductions import over_ranks, squared_norms
+from dnt_scale.engine.reductions import EvalSums, over_ranks, squared_norms
 from dnt_scale.engine.zero_internals import Part, Partitions, free, join, partitions
-from dnt_scale.model.dnt import DNT, IGNORED
-from dnt_scale.model.init import initial_tensor
+from dnt_scale.model.batch import Batch, moved, split
+from dnt_scale.model.task import LossModule, Task, blank_buffers, fill_buffers
 from dnt_scale.optim.build import build_optimizer
 from dnt_scale.optim.schedule import Schedule
 from dnt_scale.optim.segments import Segment
 from dnt_scale.optim.sharded_optimizer import ShardedOptimizer
 
 
-def build(config: RunConfig, model_fn: Callable[[], DNT], ranks: Ranks, total_steps: int) -> "DeepSpeedEngine":
+def build(config: RunConfig, model_fn: Callable[[], Task], ranks: Ranks, total_steps: int) -> "DeepSpeedEngine":
     """Shard ``model_fn()`` as ``engine.name`` says, fill it, and allocate its optimizer; see ``engine.build``.
 
     Raises:
@@ -40,6 +40,7 @@ def build(config: RunConfig, model_fn: Callable[[], DNT], ranks: Ranks, total_st
     schedule = Schedule(config.optim.schedule, total_steps)
     with torch.device("meta"):
         blank = model_fn()
+    buffers = blank_buffers(blank, config.model.kind)
     optimizer = build_optimizer(blank.named_parameters(), config.optim, config.run.seed)
     join(ranks)
     import deepspeed
@@ -49,9 +50,11 @@ def build(config: RunConfig, model_fn: Callable[[], DNT], ranks: Ranks, total_st
     if stage == 3:
         model = _sharded(model_fn, json)
     else:  # filled below; in stage 0 the weights are the fp32 masters
-        model = (blank.to(torch.bfloat16) if bf16 and stage else blank).to_empty(device=ranks.device)
-    prepare_blocks(model, config)
-    named = dict(model.named_parameters())
+        model = LossModule(blank)
+        model = (model.to(torch.bfloat16) if bf16 and stage else model).to_empty(device=ranks.device)
+    task = model.task
+    prepare_blocks(task, config)
+    named = dict(task.named_parameters())
     for group in optimizer.param_groups:  # made from blank: ZeRO 3's parameters have no shape
         group["params"] = [named[name] for name in group["names"]]
     if bf16 and not stage:
@@ -62,9 +65,10 @@ def build(config: RunConfig, model_fn: Callable[[], DNT], ranks: Ranks, total_st
     with zero.groups_filled():
         optimizer.segments.update(_segments(parts))
         optimizer.allocate()
-    _fill(parts, config)
+    _fill(parts, task, config.run.seed)
+    fill_buffers(task, buffers, ranks.device)
     zero.refresh()
-    return DeepSpeedEngine(engine, optimizer, zero, parts, schedule, config, ranks)
+    return DeepSpeedEngine(engine, task, optimizer, zero, parts, schedule, config, ranks)
 
 
 class _InBf16(nn.Module):
@@ -74,19 +78,19 @@ class _InBf16(nn.Module):
         return weight.to(torch.bfloat16)
 
 
-def _compute_in_bf16(model: DNT) -> None:
+def _compute_in_bf16(model: nn.Module) -> None:
     """For stage 0, where DeepSpeed's own bf16 would sum and reduce gradients in bf16."""
     for module in list(model.modules()):
         for name, _ in list(module.named_parameters(recurse=False)):
             register_parametrization(module, name, _InBf16(), unsafe=True)  # unsafe: its dtype is another
 
 
-def _sharded(model_fn: Callable[[], DNT], json: JSON) -> DNT:
+def _sharded(model_fn: Callable[[], Task], json: JSON) -> LossModule:
     """The model, each module's parameters divided over the ranks as soon as they are made."""
     import deepspeed
 
     with torch.random.fork_rng(), deepspeed.zero.Init(config_dict_or_path=json):
-        return model_fn()
+        return LossModule(model_fn())
 
 
 def _segments(parts: list[Part]) -> dict[Tensor, list[Segment]]:
@@ -100,11 +104,11 @@ def _segments(parts: list[Part]) -> dict[Tensor, list[Segment]]:
 
 
 @torch.no_grad()
-def _fill(parts: list[Part], config: RunConfig) -> None:
+def _fill(parts: list[Part], task: Task, seed: int) -> None:
     """Initial master weights: every rank draws a tensor by name and keeps its part, one tensor at a time."""
     for part in parts:
         if part.length:
-            full = initial_tensor(part.name, torch.Size(part.shape), config.model, config.run.seed)
+            full = task.initial(part.name, torch.Size(part.shape), seed)
             part.of(part.flat).copy_(full.view(-1)[part.start : part.start + part.length])
 
 
@@ -114,6 +118,7 @@ class DeepSpeedEngine:
     def __init__(
         self,
         engine: Any,
+        task: Task,
         optimizer: ShardedOptimizer,
         zero: Partitions,
         parts: list[Part],
@@ -122,6 +127,7 @@ class DeepSpeedEngine:
         ranks: Ranks,
     ) -> None:
         self.engine = engine
+        self.task = task
         self.optimizer = optimizer
         self.zero = zero
         self.parts = parts
@@ -131,22 +137,22 @@ class DeepSpeedEngine:
         self.step = 0
         self.updates = 0  # steps that changed the weights
 
-    def train_step(self, batch: Tensor, judge: Judge) -> StepStats:
-        micro_batches = batch.split(self.micro_batch)
-        tokens = float(over_ranks((batch[:, 1:] != IGNORED).sum(), self.ranks.device))
+    def train_step(self, batch: Batch, judge: Judge) -> StepStats:
+        micro_batches = split(batch, self.micro_batch)
+        targets = float(over_ranks(self.task.count(batch), self.ranks.device))
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
         self.engine.train()
         for index, micro in enumerate(micro_batches):
             self.engine.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
-            loss = self._loss_sum(micro)
+            loss = self.engine(moved(micro, self.ranks.device))
             # DeepSpeed averages gradients over ranks, the loss is a sum over them
-            self.engine.backward(loss * (self.ranks.world_size / tokens), scale_wrt_gas=False)
+            self.engine.backward(loss * (self.ranks.world_size / targets), scale_wrt_gas=False)
             loss_sum += loss.detach()
         gradients = self.zero.gradients()
         # also of a gradient that all ranks have: their sums may differ in the last bit, and all must decide alike
         squares = squared_norms(gradients).sum() / (self.ranks.world_size if self.zero.replicated else 1)
         totals = over_ranks(torch.stack([loss_sum, squares.to(self.ranks.device)]), self.ranks.device).tolist()
-        mean_loss, grad_norm = totals[0] / tokens, math.sqrt(totals[1])
+        mean_loss, grad_norm = totals[0] / targets, math.sqrt(totals[1])
 
         lr_factor = self.schedule.factor(self.step)
         factor = judge(mean_loss, grad_norm)
@@ -166,14 +172,12 @@ class DeepSpeedEngine:
         return StepStats(mean_loss, grad_norm, self.optimizer.defaults["lr"] * lr_factor, not factor)
 
     @torch.no_grad()
-    def eval_loss(self, batches: Iterable[Tensor]) -> float:
+    def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
         self.engine.eval()
-        totals = torch.zeros(2, dtype=torch.float64, device=self.ranks.device)
+        sums = EvalSums(self.task, self.ranks.device)
         for batch in batches:
-            totals[0] += self._loss_sum(batch)
-            totals[1] += (batch[:, 1:] != IGNORED).sum().to(self.ranks.device)
-        loss_sum, tokens = over_ranks(totals, self.ranks.device).tolist()
-        return float(loss_sum / tokens)
+            sums.add(self.engine(moved(batch, self.ranks.device), measure=True), batch)
+        return sums.means()
 
     def boxes(self) -> list[Box]:
         replica, replicas = (self.ranks.rank, self.ranks.world_size) if self.zero.replicated else (0, 1)
@@ -196,10 +200,5 @@ class DeepSpeedEngine:
     def close(self) -> None:
         self.optimizer.state.clear()
         free(self.engine)
-        del self.engine, self.optimizer, self.zero, self.parts
+        del self.engine, self.task, self.optimizer, self.zero, self.parts
         gc.collect()  # DeepSpeed's objects refer to each other
-
-    def _loss_sum(self, micro: Tensor) -> Tensor:
-        micro = micro.to(self.ranks.device, non_blocking=True)
-        loss: Tensor = self.engine(micro[:, :-1].clamp(min=0), micro[:, 1:])
-        return loss

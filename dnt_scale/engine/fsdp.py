@@ -18,9 +18,9 @@ from dnt_scale.engine.accumulate_then_step import AccumulateThenStep, GradientSt
 from dnt_scale.engine.base import Judge, StepStats
 from dnt_scale.engine.momentum_in_backward import MomentumInBackward
 from dnt_scale.engine.parallelize import parallelize
-from dnt_scale.engine.reductions import over_ranks
-from dnt_scale.model.dnt import DNT, IGNORED
-from dnt_scale.model.init import initial_tensor
+from dnt_scale.engine.reductions import EvalSums, over_ranks
+from dnt_scale.model.batch import Batch, moved, split
+from dnt_scale.model.task import LossModule, Task, blank_buffers, fill_buffers
 from dnt_scale.optim.build import build_optimizer
 from dnt_scale.optim.schedule import Schedule
 from dnt_scale.optim.sharded_optimizer import ShardedOptimizer
@@ -47,16 +47,19 @@ class Part:
         return local(self.parameter.grad)
 
 
-def build(config: RunConfig, model_fn: Callable[[], DNT], ranks: Ranks, total_steps: int) -> "FSDPEngine":
+def build(config: RunConfig, model_fn: Callable[[], Task], ranks: Ranks, total_steps: int) -> "FSDPEngine":
     """Shard ``model_fn()`` (called on the meta device), fill it, and allocate its optimizer; see ``engine.build``."""
     assert isinstance(config.engine, TorchEngineConfig)
     schedule = Schedule(config.optim.schedule, total_steps)
     with torch.device("meta"):
-        model = model_fn()
+        task = model_fn()
+    buffers = blank_buffers(task, config.model.kind)
+    model = LossModule(task)
     parallelize(model, config, ranks)
     model.to_empty(device="cpu" if config.engine.cpu_offload else ranks.device)
-    parts = [_part(name, parameter) for name, parameter in model.named_parameters()]
-    fill(parts, model, config.run.seed)
+    fill_buffers(task, buffers, ranks.device)
+    parts = [_part(name, parameter) for name, parameter in task.named_parameters()]
+    fill(parts, task, config.run.seed)
     optimizer = build_optimizer([(part.name, part.rows) for part in parts], config.optim, config.run.seed)
     optimizer.allocate()
     return FSDPEngine(model, parts, optimizer, schedule, config, ranks)
@@ -69,10 +72,10 @@ def _part(name: str, parameter: nn.Parameter) -> Part:
 
 
 @torch.no_grad()
-def fill(parts: Iterable[Part], model: DNT, seed: int) -> None:
+def fill(parts: Iterable[Part], task: Task, seed: int) -> None:
     """Initial weights: every rank draws a whole tensor by name and keeps its rows, so sharding changes nothing."""
     for part in parts:
-        whole = initial_tensor(part.name, part.parameter.shape, model.config, seed)
+        whole = task.initial(part.name, part.parameter.shape, seed)
         part.rows.copy_(whole[part.offset[0] :][: len(part.rows)])
 
 
@@ -87,7 +90,7 @@ class FSDPEngine:
 
     def __init__(
         self,
-        model: DNT,
+        model: LossModule,
         parts: Sequence[Part],
         optimizer: ShardedOptimizer,
         schedule: Schedule,
@@ -110,12 +113,12 @@ class FSDPEngine:
             self.gradients = MomentumInBackward(
                 optimizer,
                 config.optim,
-                blockwise(parts),
+                blockwise(parts, model.task),
                 shards,
                 ranks.device,
             )
 
-    def train_step(self, batch: Tensor, judge: Judge) -> StepStats:
+    def train_step(self, batch: Batch, judge: Judge) -> StepStats:
         lr_factor = self.schedule.factor(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * lr_factor
@@ -133,16 +136,14 @@ class FSDPEngine:
         return StepStats(loss, grad_norm, self.optimizer.defaults["lr"] * lr_factor, skipped=not factor)
 
     @torch.no_grad()
-    def eval_loss(self, batches: Iterable[Tensor]) -> float:
-        totals = torch.zeros(2, dtype=torch.float64, device=self.ranks.device)
+    def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
+        sums = EvalSums(self.model.task, self.ranks.device)
         for batch in batches:
-            totals[0] += self._loss_sum(batch)
-            totals[1] += (batch[:, 1:] != IGNORED).sum().to(self.ranks.device)
+            sums.add(self.model(moved(batch, self.ranks.device), measure=True), batch)
         for module in self.model.modules():  # without a backward FSDP2 leaves weights gathered
             if isinstance(module, FSDPModule):
                 module.reshard()
-        loss_sum, tokens = over_ranks(totals, self.ranks.device).tolist()
-        return float(loss_sum / tokens)
+        return sums.means()
 
     def boxes(self) -> list[Box]:
         replica = self.mesh.get_local_rank(0) if self.mesh.ndim == 2 else 0
@@ -170,37 +171,32 @@ class FSDPEngine:
         del self.model, self.optimizer, self.parts, self.gradients
         gc.collect()  # parameters and FSDP2's hooks on them refer to each other
 
-    def _backward(self, batch: Tensor) -> tuple[float, float]:
+    def _backward(self, batch: Batch) -> tuple[float, float]:
         """The mean loss and the gradient's norm, of all ranks; the host waits for the device once, at the end."""
         assert isinstance(self.model, FSDPModule)
         device = self.ranks.device
-        micro_batches = batch.split(self.micro_batch)
-        tokens = over_ranks((batch[:, 1:] != IGNORED).sum(), device)
+        micro_batches = split(batch, self.micro_batch)
+        targets = over_ranks(self.model.task.count(batch), device)
         # FSDP2 averages gradients over ranks, the loss is a sum over them
-        scale = (self.ranks.world_size / tokens).float()
+        scale = (self.ranks.world_size / targets).float()
         loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         for index, micro in enumerate(micro_batches):
             last = index == len(micro_batches) - 1
             self.model.set_requires_all_reduce(last or self.gradients.sum_copies_each_time)
             self.gradients.before_micro_batch(index, len(micro_batches))
-            micro_loss = self._loss_sum(micro)
+            micro_loss = self.model(moved(micro, device))
             (micro_loss * scale).backward()
             loss_sum += micro_loss.detach()
         squares = self.gradients.norm_squares().to(device)
-        totals = over_ranks(torch.cat([(loss_sum / tokens)[None], squares / self.replicas]), device)
+        totals = over_ranks(torch.cat([(loss_sum / targets)[None], squares / self.replicas]), device)
         loss, *whole_squares = totals.tolist()
         return loss, math.fsum(math.sqrt(square) for square in whole_squares)
 
-    def _loss_sum(self, micro: Tensor) -> Tensor:
-        micro = micro.to(self.ranks.device, non_blocking=True)
-        loss: Tensor = self.model(micro[:, :-1].clamp(min=0), micro[:, 1:])
-        return loss
 
-
-def blockwise(parts: Iterable[Part]) -> list[list[Part]]:
+def blockwise(parts: Iterable[Part], task: Task) -> list[list[Part]]:
     """The parts that FSDP2 reduces together: each block's, and the root's."""
-    groups: dict[str, list[Part]] = {}
+    block_of = {id(parameter): number for number, block in enumerate(task.blocks) for parameter in block.parameters()}
+    groups: dict[int | None, list[Part]] = {}
     for part in parts:
-        block = ".".join(part.name.split(".")[:2]) if part.name.startswith("blocks.") else ""
-        groups.setdefault(block, []).append(part)
+        groups.setdefault(block_of.get(id(part.parameter)), []).append(part)
     return list(groups.values())

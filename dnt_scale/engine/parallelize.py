@@ -6,6 +6,7 @@ checkpointing and compilation then see the split blocks, and with mesh dimension
 
 import logging
 import socket
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -18,7 +19,7 @@ from dnt_scale.config import ConfigError, RunConfig, TorchEngineConfig
 from dnt_scale.config.engine import copies_of
 from dnt_scale.distributed.errors import AgreedError
 from dnt_scale.distributed.process_group import Ranks
-from dnt_scale.model.dnt import DNT
+from dnt_scale.model.task import LossModule, Task
 
 _aten = torch.ops.aten
 # what selective checkpointing keeps: matrix products, and attention under each name it has on CPU and CUDA
@@ -35,29 +36,29 @@ KEPT_OPS = [
 ]
 
 
-def parallelize(model: DNT, config: RunConfig, ranks: Ranks) -> None:
+def parallelize(model: LossModule, config: RunConfig, ranks: Ranks) -> None:
     """Spread ``model``, still on the meta device, over the ranks as ``config.engine`` says, in place. A collective.
 
     Raises:
         AgreedError: the copies of hsdp do not share the ranks equally.
     """
     assert isinstance(config.engine, TorchEngineConfig)
-    prepare_blocks(model, config)
+    prepare_blocks(model.task, config)
     mesh = data_mesh(config.engine, ranks)
     shard(model, mesh, config)
     set_prefetch(model, config.engine.prefetch)
 
 
-def prepare_blocks(model: DNT, config: RunConfig) -> None:
+def prepare_blocks(task: Task, config: RunConfig) -> None:
     """Checkpoint the blocks' activations and compile the blocks, as ``config.engine`` says; any engine's.
 
     ``block.forward`` is replaced in place: parameters keep their names, and hooks stay outside of what is
     recomputed and compiled. Blocks of equal shapes share one compilation.
     """
     chosen = config.engine.activation_checkpointing
-    for index, block in enumerate(model.blocks):
+    for index, block in enumerate(task.blocks):
         forward = block.forward
-        # nothing in a block draws random numbers, so no generator's state need be kept
+        # a block draws no random numbers (see Task), so no generator's state need be kept
         recomputed = partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
         if chosen == "selective":
             logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)  # warns of in-place operations
@@ -92,10 +93,12 @@ def _hosts(world: int) -> int:
     return len(set(names))
 
 
-def shard(model: DNT, mesh: DeviceMesh, config: RunConfig) -> None:
-    """Each block is one all-gather and one reduce-scatter; the embeddings and outer norms are the root's.
+def shard(model: LossModule, mesh: DeviceMesh, config: RunConfig) -> None:
+    """Each block is one all-gather and one reduce-scatter; what is in no block (of a DNT, the embeddings and outer
+    norms) is the root's.
 
-    Matrices are multiplied in ``train.dtype``; the shards, and gradients from the reduce-scatter on, are fp32.
+    Matrices are multiplied in ``train.dtype``; the shards, and gradients from the reduce-scatter on, are fp32. The
+    batch comes as the source made it: what of it meets weights, the model casts.
     """
     assert isinstance(config.engine, TorchEngineConfig)
     dtype = torch.bfloat16 if config.train.dtype == "bf16" else torch.float32
@@ -104,15 +107,15 @@ def shard(model: DNT, mesh: DeviceMesh, config: RunConfig) -> None:
     pinned = mesh.device_type == "cuda" and config.optim.gradient_buffer
     offload = CPUOffloadPolicy(pin_memory=pinned) if config.engine.cpu_offload else OffloadPolicy()
     reshard = config.engine.reshard_after_forward
-    for block in model.blocks:
+    for block in model.task.blocks:
         fully_shard(block, mesh=mesh, mp_policy=precision, offload_policy=offload, reshard_after_forward=reshard)
-    fully_shard(model, mesh=mesh, mp_policy=precision, offload_policy=offload)
+    fully_shard(model, mesh=mesh, mp_policy=replace(precision, cast_forward_inputs=False), offload_policy=offload)
 
 
-def set_prefetch(model: DNT, ahead: int) -> None:
+def set_prefetch(model: LossModule, ahead: int) -> None:
     """Gather the weights of ``ahead`` blocks before the one that computes is done, in both passes."""
     assert isinstance(model, FSDPModule)
-    blocks: list[FSDPModule] = list(model.blocks)  # type: ignore[arg-type]
+    blocks: list[FSDPModule] = list(model.task.blocks)  # type: ignore[arg-type]
     model.set_modules_to_forward_prefetch(blocks[:ahead])
     # with an empty list FSDP2 gathers one block ahead in backward; a module that is gathered already does nothing
     model.set_modules_to_backward_prefetch(blocks[::-1][:ahead] or [model])

@@ -1,10 +1,13 @@
 """Sums that engines make: squares of gradients, and anything over the ranks."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from dnt_scale.model.batch import Batch
+from dnt_scale.model.task import Task
 
 # elements whose squares torch may add up in fp32 on a CPU, one after the other: 1e7 are 4e-4 wrong, these 2e-7
 PIECE = 1 << 16
@@ -26,3 +29,24 @@ def over_ranks(values: Tensor, device: torch.device) -> Tensor:
     total = values.detach().to(device, torch.float64, copy=True)
     dist.all_reduce(total)
     return total
+
+
+class EvalSums:
+    """Sums of what a task measures in validation, float64 on a device, and their means over all ranks."""
+
+    def __init__(self, task: Task, device: torch.device) -> None:
+        self.task = task
+        self.device = device
+        self.totals: dict[str, Tensor] = {}
+        self.targets = torch.zeros((), dtype=torch.float64, device=device)
+
+    def add(self, sums: Mapping[str, Tensor], batch: Batch) -> None:
+        """Add what ``Task.eval_sums`` gave for a batch."""
+        for name, value in sums.items():
+            self.totals.setdefault(name, torch.zeros_like(self.targets)).add_(value)
+        self.targets += self.task.count(batch).to(self.device)
+
+    def means(self) -> dict[str, float]:
+        """Return the mean over all targets of all ranks, by name. A collective."""
+        *sums, targets = over_ranks(torch.stack([*self.totals.values(), self.targets]), self.device).tolist()
+        return {name: value / targets for name, value in zip(self.totals, sums, strict=True)}

@@ -16,8 +16,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dnt_scale.config import ModelConfig, Setting
+from dnt_scale.model.batch import Batch
+from dnt_scale.model.init import initial_tensor
+from dnt_scale.model.task import Task
 
 IGNORED = -1  # a target that does not count in the loss
+
+
+def next_tokens(batch: Batch) -> tuple[Tensor, Tensor]:
+    """Return inputs and targets of rows of token ids, each int64 (rows, seq_len): a target is the token that follows.
+
+    Args:
+        batch: int64 (rows, seq_len + 1); ``IGNORED`` is padding, for which token 0 stands as an input.
+    """
+    assert isinstance(batch, Tensor)
+    return batch[:, :-1].clamp(min=0), batch[:, 1:]
 
 
 @dataclass(frozen=True)
@@ -143,8 +156,10 @@ def document_layout(tokens_BT: Tensor, eos: int) -> tuple[Tensor, Tensor]:
     return index_T - begin_BT, (same_BTT & (index_T[:, None] >= index_T))[:, None]
 
 
-class DNT(nn.Module):
+class DNT(nn.Module, Task):
     """A decoder-only language model. Parameters are uninitialised until ``init_weights``.
+
+    Its batches are rows of token ids, see ``next_tokens``.
 
     Args:
         document_eos: the token that stands before and after documents; attention then stays inside a document, and
@@ -199,3 +214,30 @@ class DNT(nn.Module):
         return F.cross_entropy(
             logits_BTV.float().flatten(0, 1), targets_BT.flatten(), ignore_index=IGNORED, reduction="sum"
         )
+
+    def loss_sum(self, batch: Batch) -> Tensor:
+        loss: Tensor = self(*next_tokens(batch))
+        return loss
+
+    def count(self, batch: Batch) -> Tensor:
+        return (next_tokens(batch)[1] != IGNORED).sum()
+
+    def initial(self, name: str, shape: torch.Size, seed: int) -> Tensor:
+        return initial_tensor(name, shape, self.config, seed)
+
+    def count_parameters(self, *, positions: bool = True) -> int:
+        """Return the number of weights, those of the position table only with ``positions``."""
+        table = 0 if self.pos_emb is None or positions else self.pos_emb.weight.numel()
+        return sum(parameter.numel() for parameter in self.parameters()) - table
+
+    def flops_per_token(self, seq_len: int) -> float:
+        """Return the training FLOPs a token, forward and backward: 6 N + 12 layers width seq_len.
+
+        N counts every weight but the position table; a tied head counts once. Attention is counted in full, not
+        halved for causality (PaLM, arXiv 2204.02311, appendix B; nanoGPT and torchtitan count the same way).
+        """
+        config = self.config
+        return 6.0 * self.count_parameters(positions=False) + 12.0 * config.layers * config.width * seq_len
+
+    def flops_per_row(self, units_a_row: int) -> float:
+        return units_a_row * self.flops_per_token(units_a_row)

@@ -104,3 +104,9 @@ def unsent_lines(run_dir: Path) -> int:
     sent_step, sent_names = (state["sent_step"], state["sent_names"]) if same else (-1, [])
     lines = metrics.read_bytes().splitlines()
     return sum(bool(unsent_points(line, sent_step, sent_names, 0)) for line in lines)
+
+
+def unit_of(records: Iterable[dict[str, Any]]) -> str:
+    """Return what a run's rows are counted in: what its records tell the speed of, ``NAME_per_s``; else tokens."""
+    names = (name.removesuffix("_per_s") for record in records for name in record if name.endswith("_per_s"))
+    return next(names, "tokens")

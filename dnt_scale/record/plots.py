@@ -9,6 +9,8 @@ import numpy as np
 import orjson
 from numpy.typing import ArrayLike, NDArray
 
+from dnt_scale.record.metrics_file import unit_of
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -19,18 +21,13 @@ SMOOTH_SHARE = 0.015  # of the run, the widest half window of the smoothed line
 LONG_RUN = 5000  # points; above it the first 2 % of the run may leave the picture
 MAX_RAW_POINTS = 4000
 UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
-PANELS = (
-    # metric, label, unit, logarithmic
-    ("lr", "learning rate", "", False),
-    ("grad_norm", "gradient norm", "", True),
-    ("tokens_per_s", "speed", "tokens/s", False),
-)
 
 
 def plot_run(run_dir: Path) -> Path:
     """Draw ``RUN/plots/loss.png`` from ``RUN/metrics.jsonl`` and return its path.
 
-    Losses in nats per token over tokens (steps on the upper axis); below, learning rate, gradient norm and speed.
+    Losses over what the rows are counted in, of text tokens (steps on the upper axis); below, learning rate, gradient
+    norm and speed.
     The file is replaced in one piece. Raises ValueError when there is no loss to draw, OSError when a file cannot be
     read or written.
     """
@@ -46,22 +43,26 @@ def _draw(run_dir: Path) -> Path:
     from matplotlib.figure import Figure
 
     records = _records(run_dir / "metrics.jsonl")
-    train, val = _series(records, "train/loss"), _series(records, "val/loss")
+    unit = unit_of(records)
+    train, val = _series(records, "train/loss", unit), _series(records, "val/loss", unit)
     if not train[0].size and not val[0].size:
         raise ValueError(f"{run_dir / 'metrics.jsonl'} holds no loss yet: nothing to draw; train some steps first")
-    panels = [(*panel, _series(records, panel[0])) for panel in PANELS]
+    panels = [(*panel, _series(records, panel[0], unit)) for panel in _panels(unit)]
     panels = [panel for panel in panels if panel[-1][0].size]
 
     figure = Figure(figsize=(9, 6.6 if panels else 5), dpi=150, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     grid = figure.add_gridspec(2 if panels else 1, max(1, len(panels)), height_ratios=[3.2, 1] if panels else [1])
     axes = figure.add_subplot(grid[0, :])
-    _draw_losses(axes, train, val)
-    _add_steps(axes, records)
+    _draw_losses(axes, train, val, _last_validation(records))
+    axes.set_xlabel(unit)
+    axes.set_ylabel(f"loss (nats per {unit.removesuffix('s')})")
+    _add_steps(axes, records, unit)
     axes.set_title(run_dir.absolute().name, fontsize=13, fontweight="bold", loc="left", color=INK)
-    for column, (_, label, unit, logarithmic, (tokens, values)) in enumerate(panels):
+    for column, (_, label, logarithmic, series) in enumerate(panels):
         below = figure.add_subplot(grid[1, column])
-        _draw_panel(below, tokens, values, label, unit, logarithmic)
+        _draw_panel(below, *series, label, logarithmic)
+        below.set_xlabel(unit, fontsize=9)
         below.set_xlim(axes.get_xlim())
 
     path = run_dir / "plots" / "loss.png"
@@ -83,9 +84,25 @@ def _records(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _series(records: list[dict[str, Any]], name: str) -> tuple[Floats, Floats]:
-    """Tokens and values of one metric, where it was measured and finite."""
-    pairs = [(r["tokens"], r[name]) for r in records if r.get(name) is not None and r.get("tokens") is not None]
+def _panels(unit: str) -> list[tuple[str, str, bool]]:
+    """Return the small pictures: metric, label, whether it is logarithmic."""
+    return [
+        ("lr", "learning rate", False),
+        ("grad_norm", "gradient norm", True),
+        (f"{unit}_per_s", f"speed ({unit}/s)", False),
+    ]
+
+
+def _last_validation(records: list[dict[str, Any]]) -> dict[str, float]:
+    """Return the measures of the last validation beside its loss."""
+    last: dict[str, Any] = next((record for record in reversed(records) if record.get("val/loss") is not None), {})
+    names = [name for name in last if name.startswith("val/") and name.count("/") == 1 and name != "val/loss"]
+    return {name.removeprefix("val/").replace("_", " "): last[name] for name in names if last[name] is not None}
+
+
+def _series(records: list[dict[str, Any]], name: str, unit: str) -> tuple[Floats, Floats]:
+    """Return the count of units and the value of one metric, where it was measured and finite."""
+    pairs = [(r[unit], r[name]) for r in records if r.get(name) is not None and r.get(unit) is not None]
     table = np.array(pairs, dtype=np.float64).reshape(-1, 2)
     return table[:, 0], table[:, 1]
 
@@ -100,17 +117,19 @@ def _smooth(values: Floats) -> Floats:
     return smooth
 
 
-def _draw_losses(axes: Axes, train: tuple[Floats, Floats], val: tuple[Floats, Floats]) -> None:
-    tokens, losses = train
+def _draw_losses(
+    axes: Axes, train: tuple[Floats, Floats], val: tuple[Floats, Floats], measures: dict[str, float]
+) -> None:
+    counts, losses = train
     seen = val[1]
-    if tokens.size:
-        every = max(1, tokens.size // MAX_RAW_POINTS)
+    if counts.size:
+        every = max(1, counts.size // MAX_RAW_POINTS)
         smooth = _smooth(losses)
-        axes.plot(tokens[::every], losses[::every], color=RAW, lw=0.7, label="train, each step")
-        axes.plot(tokens, smooth, color=TRAIN, lw=1.8, label="train, smoothed")
-        if tokens.size > LONG_RUN:
-            start = tokens.size // 50
-            smooth, seen = smooth[start:], seen[val[0] >= tokens[start]]
+        axes.plot(counts[::every], losses[::every], color=RAW, lw=0.7, label="train, each step")
+        axes.plot(counts, smooth, color=TRAIN, lw=1.8, label="train, smoothed")
+        if counts.size > LONG_RUN:
+            start = counts.size // 50
+            smooth, seen = smooth[start:], seen[val[0] >= counts[start]]
         # From the smoothed line, so that a spike or two do not flatten everything else.
         seen = np.concatenate([seen, smooth])
     low, high = seen.min(), seen.max()
@@ -118,10 +137,10 @@ def _draw_losses(axes: Axes, train: tuple[Floats, Floats], val: tuple[Floats, Fl
     axes.set_ylim(low - room, high + room)
     if val[0].size:
         axes.plot(*val, color=VAL, lw=1.2, marker="o", ms=4 if val[0].size < 60 else 2, label="validation", zorder=3)
-        last_tokens, last = val[0][-1], val[1][-1]
+        last_count, last = val[0][-1], val[1][-1]
         axes.annotate(
-            f"validation {last:.3f}\nperplexity {np.exp(min(last, 700.0)):.4g}",
-            (last_tokens, last),
+            "\n".join([f"validation {last:.3f}", *(f"{name} {value:.4g}" for name, value in measures.items())]),
+            (last_count, last),
             xytext=(0, 44),
             textcoords="offset points",
             ha="right",
@@ -131,42 +150,39 @@ def _draw_losses(axes: Axes, train: tuple[Floats, Floats], val: tuple[Floats, Fl
             fontweight="bold",
             arrowprops={"arrowstyle": "-", "color": VAL, "lw": 0.8, "relpos": (1, 0), "shrinkB": 4},
         )
-    axes.set_xlabel("tokens")
-    axes.set_ylabel("loss (nats per token)")
     axes.legend(frameon=False, loc="upper right")
     _style(axes)
 
 
-def _add_steps(axes: Axes, records: list[dict[str, Any]]) -> None:
-    """A second scale for steps, where every step has the same number of tokens."""
-    done = [(r["step"], r["tokens"]) for r in records if r.get("step") and r.get("tokens")]
+def _add_steps(axes: Axes, records: list[dict[str, Any]], unit: str) -> None:
+    """Add a second scale for steps, where every step has the same number of units."""
+    done = [(r["step"], r[unit]) for r in records if r.get("step") and r.get(unit)]
     if not done:
         return
     per_step = done[-1][1] / done[-1][0]
-    if any(abs(tokens - step * per_step) > per_step for step, tokens in done):
+    if any(abs(counts - step * per_step) > per_step for step, counts in done):
         return
 
-    def to_steps(tokens: ArrayLike) -> Floats:
-        steps: Floats = np.asarray(tokens, dtype=np.float64) / per_step
+    def to_steps(counts: ArrayLike) -> Floats:
+        steps: Floats = np.asarray(counts, dtype=np.float64) / per_step
         return steps
 
-    def to_tokens(steps: ArrayLike) -> Floats:
-        tokens: Floats = np.asarray(steps, dtype=np.float64) * per_step
-        return tokens
+    def to_counts(steps: ArrayLike) -> Floats:
+        counts: Floats = np.asarray(steps, dtype=np.float64) * per_step
+        return counts
 
-    upper = axes.secondary_xaxis("top", functions=(to_steps, to_tokens))
+    upper = axes.secondary_xaxis("top", functions=(to_steps, to_counts))
     upper.set_xlabel("steps", color=INK)
     upper.tick_params(colors=INK, labelsize=9)
     upper.spines["top"].set_visible(False)
 
 
-def _draw_panel(axes: Axes, tokens: Floats, values: Floats, label: str, unit: str, logarithmic: bool) -> None:
+def _draw_panel(axes: Axes, counts: Floats, values: Floats, label: str, logarithmic: bool) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    every = max(1, tokens.size // MAX_RAW_POINTS)
-    axes.plot(tokens[::every], values[::every], color=TRAIN, lw=1)
-    axes.set_title(f"{label} ({unit})" if unit else label, fontsize=10, loc="left", color=INK)
-    axes.set_xlabel("tokens", fontsize=9)
+    every = max(1, counts.size // MAX_RAW_POINTS)
+    axes.plot(counts[::every], values[::every], color=TRAIN, lw=1)
+    axes.set_title(label, fontsize=10, loc="left", color=INK)
     if logarithmic and (values > 0).all() and values.max() > 5 * values.min():
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

@@ -1,10 +1,10 @@
-"""Tokens a second and MFU."""
+"""Units (of text, tokens) a second, and MFU."""
 
 import torch
 
-from dnt_scale.config import RunConfig
+from dnt_scale.config import RunConfig, Unit
 from dnt_scale.distributed.process_group import Ranks
-from dnt_scale.model.flops import flops_per_token
+from dnt_scale.model.task import flops_per_row
 
 Metrics = dict[str, float | int | None]
 
@@ -31,19 +31,21 @@ def peak_flops(device: torch.device) -> float | None:
     return PEAK_FLOPS[max(matching, key=len)] if matching else None
 
 
-def speed(run: RunConfig, seq_len: int, seconds: float, me: Ranks) -> Metrics:
-    """Tokens a second over all ranks; MFU = tokens/s x flops_per_token / (ranks x peak), left out if no peak is known;
-    and on CUDA this rank's peak allocated memory in GB (1e9 bytes)."""
-    tokens_per_s = run.train.global_batch * seq_len / seconds
-    metrics: Metrics = {"tokens_per_s": tokens_per_s}
+def speed(run: RunConfig, unit: Unit, seconds: float, me: Ranks) -> Metrics:
+    """Return what a step of so many seconds tells of a run's speed.
+
+    That is units a second over all ranks (``tokens_per_s``); MFU = rows/s x FLOPs a row / (ranks x peak), left out if
+    no peak is known; and on CUDA this rank's peak allocated memory in GB (1e9 bytes).
+    """
+    metrics: Metrics = {f"{unit.name}_per_s": unit.of(run.train.global_batch) / seconds}
     if peak := peak_flops(me.device):
-        metrics["mfu"] = tokens_per_s * flops_per_token(run.model, seq_len) / (me.world_size * peak)
+        flops = run.train.global_batch * flops_per_row(run.model, unit.a_row)
+        metrics["mfu"] = flops / seconds / (me.world_size * peak)
     if me.device.type == "cuda":
         metrics["memory_gb"] = torch.cuda.max_memory_allocated(me.device) / 1e9
     return metrics
 
 
-def speed_at(mfu: float, peak: float, run: RunConfig, seq_len: int, ranks: int) -> float:
-    """Tokens a second over all ranks when each computes at ``mfu`` of ``peak`` FLOP/s: what ``speed`` reports, turned
-    round."""
-    return mfu * peak * ranks / flops_per_token(run.model, seq_len)
+def speed_at(mfu: float, peak: float, run: RunConfig, unit: Unit, ranks: int) -> float:
+    """Return the units a second over all ranks when each computes at ``mfu`` of ``peak`` FLOP/s."""
+    return mfu * peak * ranks / (flops_per_row(run.model, unit.a_row) / unit.a_row)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from dnt_scale.checkpoint.inspection import bytes_of, checkpoints_at, problems_of, row_chunks, values_of
@@ -79,8 +79,8 @@ def from_file(weights: Path, overrides: Sequence[str]) -> str:
         OSError: the file cannot be read, or the checkpoint not written.
     """
     from dnt_scale import config
-    from dnt_scale.data.sources import fitting_sources
-    from dnt_scale.model.dnt import DNT
+    from dnt_scale.data.sources import load_source
+    from dnt_scale.model.task import shapes_of
     from dnt_scale.record.run_lock import held
     from dnt_scale.train.recorded import Typed
     from dnt_scale.train.resume import starting_state
@@ -89,17 +89,16 @@ def from_file(weights: Path, overrides: Sequence[str]) -> str:
     source = Storage(weights.parent)
     told = _model_told(source, weights, overrides)
     run = config.load([*told, *overrides])
-    sources = fitting_sources(run)
+    data = load_source(run)
     folder = Storage(run.checkpoints)
     if complete(folder):
         raise CheckpointError(f"{folder}: holds checkpoints already; take another run.name")
     begun = begin(run, Typed([*told, *overrides]))
     if begun.start.aside:
         raise CheckpointError(f"{run.run.dir}: holds steps of a run already; take another run.name")
-    state, _ = starting_state(begun, sources, run.total_steps(sources[0].manifest.seq_len), 1)
+    state, _ = starting_state(begun, data, run.total_steps(data.unit.a_row), 1)
     state = state.model_copy(update={"engine": {"step": 0, "updates": 0}})
-    with torch.device("meta"):
-        wanted = {name: tuple(parameter.shape) for name, parameter in DNT(run.model).named_parameters()}
+    wanted = shapes_of(run.model)
     stored = _weights(source, weights, wanted)
     buffers = run.optim.buffers()
 
@@ -138,13 +137,14 @@ def _model_told(source: Storage, file: Path, overrides: Sequence[str]) -> list[s
         ValueError: the metadata's model is none, or ``overrides`` describe no run.
     """
     from dnt_scale import config
+    from dnt_scale.config.model import AnyModel
 
     text = read_head(source, file.name)[1].get("model", "null")
     keys = [override.lstrip("+").partition("=")[0] for override in overrides]
     if text == "null" or "model" in keys:
         return []
     try:
-        told = config.ModelConfig.model_validate_json(text).model_dump()
+        told = TypeAdapter(AnyModel).validate_json(text).model_dump()
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(["model", *map(str, problem["loc"])])
@@ -157,7 +157,7 @@ def _model_told(source: Storage, file: Path, overrides: Sequence[str]) -> list[s
     others = [override for override, key in zip(overrides, keys, strict=True) if not key.startswith("model.")]
     before = config.load([*chosen, *others]).model.model_dump()
     told["name"] = name
-    fields = [key for key, value in told.items() if value != before[key] and f"model.{key}" not in keys]
+    fields = [key for key, value in told.items() if value != before.get(key) and f"model.{key}" not in keys]
     return chosen + [f"model.{key}={told[key]}" for key in fields]
 
 

@@ -14,13 +14,13 @@ import torch
 
 from dnt_scale.config import (
     DeepSpeedEngineConfig,
-    ModelConfig,
+    ModelSection,
     OptimizerConfig,
     RunConfig,
     TorchEngineConfig,
 )
 from dnt_scale.config.engine import copies_of
-from dnt_scale.model.dnt import DNT
+from dnt_scale.model.task import names_in_blocks, shapes_of
 from dnt_scale.optim.groups import parameter_groups
 
 FP32, BF16 = 4, 2
@@ -64,13 +64,7 @@ class Traffic:
         return self.all_gather + self.reduce_scatter + self.all_reduce
 
 
-def shapes_of(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """The shape of every parameter, by name; nothing is allocated."""
-    with torch.device("meta"):
-        return {name: tuple(parameter.shape) for name, parameter in DNT(model).named_parameters()}
-
-
-def parameters_of(model: ModelConfig) -> int:
+def parameters_of(model: ModelSection) -> int:
     """P."""
     return sum(map(_elements, shapes_of(model).values()))
 
@@ -149,9 +143,10 @@ def traffic(run: RunConfig, world_size: int, nodes: int = 1) -> Traffic:
         shards = world_size // copies
         passes = 2 if run.engine.reshard_after_forward else 1
         gathered = reduced = 0
+        inside = names_in_blocks(run.model)
         for name, shape in shapes.items():
             padded = shards * _sharded_rows(shape, shards)
-            gathered += padded * (passes if name.startswith("blocks.") else 1)
+            gathered += padded * (passes if name in inside else 1)
             reduced += padded
         sums = 1 if run.optim.gradient_buffer else micro_batches
         return Traffic(

@@ -33,7 +33,7 @@ from dnt_scale.config import ConfigError, from_yaml, load
 
 # of each step's loss in nats and of each weight, where engines or ranks differ: rounding, over some tens of steps
 TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2}
-NOT_COMPARED = ("time", "tokens_per_s", "mfu", "memory_gb")
+NOT_COMPARED = ("time", "_per_s", "mfu", "memory_gb")  # how the names of metrics end that time decides
 # of whoever started this process
 LAUNCHERS = ("RANK", "LOCAL_", "WORLD_SIZE", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "SLURM_STEP_")
 TRIES = 5  # to kill a run before it is done
@@ -249,7 +249,10 @@ def records(folder: Path) -> list[Record]:
     """The whole lines of metrics.jsonl. JSON keeps every bit of a float."""
     path = folder / "metrics.jsonl"
     whole = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-    return [{k: v for k, v in json.loads(line).items() if k not in NOT_COMPARED} for line in whole]
+    return [
+        {k: v for k, v in json.loads(line).items() if k not in NOT_COMPARED and not k.endswith("_per_s")}
+        for line in whole
+    ]
 
 
 def last_checkpoint(folder: Path) -> Storage:

@@ -9,12 +9,11 @@ from contextlib import closing, suppress
 
 from dnt_scale import checkpoint, engine
 from dnt_scale.checkpoint.replicas import check_replicas
-from dnt_scale.data.sources import fitting_sources
-from dnt_scale.data.stream import Stream
+from dnt_scale.data.sources import check_parts, load_source
 from dnt_scale.distributed.agree import highest, on_first, together
 from dnt_scale.distributed.heartbeat import beat
 from dnt_scale.distributed.process_group import Ranks
-from dnt_scale.model.dnt import DNT
+from dnt_scale.model.task import build_task
 from dnt_scale.record.files import warn
 from dnt_scale.record.metrics_file import last_metrics
 from dnt_scale.record.plots import plot_run
@@ -23,11 +22,11 @@ from dnt_scale.record.system_metrics import sampling
 from dnt_scale.record.timeline import Clock
 from dnt_scale.record.tracker import Status
 from dnt_scale.train.progress import TrainProgress, opening_line
-from dnt_scale.train.resume import changes, check_place, check_sets, starting_state
+from dnt_scale.train.resume import changes, check_place, starting_state
 from dnt_scale.train.run_facts import start_tracking
 from dnt_scale.train.run_start import Begun, make_room
 from dnt_scale.train.signals import stop_signals
-from dnt_scale.train.spike_guard import Guard, HopelessRun, rows_behind
+from dnt_scale.train.spike_guard import Guard, HopelessRun
 from dnt_scale.train.validation import validation
 
 
@@ -41,17 +40,16 @@ def train(begun: Begun, me: Ranks) -> int:
     """
     beat("start")
     run = begun.run
-    sources = together(me, lambda: fitting_sources(run))
-    manifest = sources[0].manifest  # all have its seq_len, eos_id and tokenizer
-    total_steps = run.total_steps(manifest.seq_len)
-    state, newest = on_first(me, lambda: starting_state(begun, sources, total_steps, me.world_size))
-    together(me, lambda: check_sets(sources, state))
+    source = together(me, lambda: load_source(run))
+    unit = source.unit
+    total_steps = run.total_steps(unit.a_row)
+    state, newest = on_first(me, lambda: starting_state(begun, source, total_steps, me.world_size))
+    together(me, lambda: check_parts(source, state.sets))
     if newest:
         checkpoint.check_files(newest, state, me)
     order = {"seed": run.run.seed, "global_batch": run.train.global_batch, "consumed_rows": state.consumed_rows}
-    stream = together(me, lambda: Stream(sources, rank=me.rank, world_size=me.world_size, **order))
-    document_eos = manifest.eos_id if run.data.document_mask else None
-    trainer = engine.build(run, lambda: DNT(run.model, document_eos), me, total_steps)
+    stream = together(me, lambda: source.stream(rank=me.rank, world_size=me.world_size, **order))
+    trainer = engine.build(run, lambda: build_task(run.model, source.rows), me, total_steps)
     on_first(me, lambda: make_room(begun))
     on_first(me, lambda: check_place(run))  # makes the folder, so a run refused above has left none
     clock = Clock(run.run.dir, silent=not me.first)
@@ -77,18 +75,17 @@ def train(begun: Begun, me: Ranks) -> int:
     )
 
     tracker = together(me, lambda: start_tracking(run, state, me) if me.first else None)
-    for line in changes(begun, manifest.seq_len) if me.first else []:
+    for line in changes(begun, unit.a_row) if me.first else []:
         warn(line)
-    progress = TrainProgress(total_steps, state.step, silent=not me.first)
-    progress.say(opening_line(run, sources, total_steps, newest, me))
-    if (unused := run.model.vocab_size - manifest.tokenizer.vocab_size) > manifest.tokenizer.vocab_size:
-        pieces = f"{manifest.tokenizer.vocab_size:,} pieces"
-        progress.say(f"model.vocab_size: {unused:,} rows are never used, for the tokenizer has {pieces} only")
+    progress = TrainProgress(total_steps, state.step, source, silent=not me.first)
+    progress.say(opening_line(run, source, total_steps, newest, me))
+    for line in source.notes(run):
+        progress.say(line)
 
     unwritten: list[OSError] = []
 
     def report(metrics: Metrics) -> None:
-        metrics = {"step": state.step, "tokens": state.tokens, "time": time.time(), **metrics}
+        metrics = {"step": state.step, unit.name: unit.of(state.consumed_rows), "time": time.time(), **metrics}
         if tracker:
             try:
                 tracker.log(metrics)
@@ -106,7 +103,7 @@ def train(begun: Begun, me: Ranks) -> int:
         log = run.run.dir / "logs" / "bad_steps.jsonl" if me.first else None
         try:
             guard.after(
-                state.step, trainer, lambda: rows_behind(sources, run.run.seed, first_row, state.consumed_rows), log
+                state.step, trainer, lambda: source.rows_behind(run.run.seed, first_row, state.consumed_rows), log
             )
         except HopelessRun:
             saver.settle(wait=True)  # of a step that was good
@@ -120,7 +117,7 @@ def train(begun: Begun, me: Ranks) -> int:
             clock.tell("ready", step=state.step, restored=round(restored, 3))
             if newest is None and run.eval.every:
                 with clock.spending("eval"):
-                    report(validation(run, trainer, sources, me))
+                    report(validation(run, trainer, source, me))
             while state.step < total_steps and not stopped_by:
                 beat(f"step {state.step + 1}")
                 started = time.perf_counter()
@@ -133,7 +130,7 @@ def train(begun: Begun, me: Ranks) -> int:
                     update={
                         "step": state.step + 1,
                         "consumed_rows": consumed_rows,
-                        "tokens": state.tokens + run.train.global_batch * manifest.seq_len,
+                        unit.name: unit.of(consumed_rows),
                         "skipped": state.skipped + stats.skipped,
                     }
                 )
@@ -144,11 +141,11 @@ def train(begun: Begun, me: Ranks) -> int:
                     "grad_norm": stats.grad_norm,
                     "skipped": int(stats.skipped),
                     **guard.metrics(),
-                    **speed(run, manifest.seq_len, seconds, me),
+                    **speed(run, unit, seconds, me),
                 }
                 if run.eval.every and (state.step % run.eval.every == 0 or last):
                     with clock.spending("eval"):
-                        metrics |= validation(run, trainer, sources, me)
+                        metrics |= validation(run, trainer, source, me)
                 report(metrics)
                 judged(first_row)
 
@@ -185,5 +182,5 @@ def train(begun: Begun, me: Ranks) -> int:
     skipped = f"{state.skipped} skipped"
     if state.skipped == state.step:
         skipped = "every step was skipped, so the weights are as they were at the start"
-    progress.say(f"done: {state.step} steps, {state.tokens:,} tokens, {skipped}; {run.run.dir}")
+    progress.say(f"done: {state.step} steps, {unit.of(state.consumed_rows):,} {unit.name}, {skipped}; {run.run.dir}")
     return 0

@@ -11,29 +11,19 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from dnt_scale.checkpoint.read import gone_latest
 from dnt_scale.checkpoint.storage import Storage
 from dnt_scale.config import RunConfig
-from dnt_scale.data.sources import Sources
+from dnt_scale.data.sources import Source
 from dnt_scale.distributed.process_group import Ranks
-from dnt_scale.model.flops import count_parameters
+from dnt_scale.model.task import count_parameters
 from dnt_scale.record.speed import Metrics
 
 PLAIN_LINE_SECONDS = 10.0
 
 
-def epochs_of(sources: Sources, rows: int) -> str:
-    """How often ``rows`` of a run pass each of its sets."""
-    a_share = rows / sum(source.share for source in sources)
-    return ", ".join(
-        f"{a_share * source.share / source.manifest.splits['train'].rows:.2f} epochs"
-        f"{source.name and ' of ' + source.name}"
-        for source in sources
-    )
-
-
-def opening_line(run: RunConfig, sources: Sources, total_steps: int, newest: Path | str | None, me: Ranks) -> str:
-    epochs = epochs_of(sources, total_steps * run.train.global_batch)
+def opening_line(run: RunConfig, source: Source, total_steps: int, newest: Path | str | None, me: Ranks) -> str:
+    epochs = source.epochs(total_steps * run.train.global_batch)
     return (
         f"{run.run.name}: {run.model.name}, {count_parameters(run.model) / 1e6:.1f}M parameters, "
-        f"{total_steps} steps of {run.train.global_batch * sources[0].manifest.seq_len:,} tokens ({epochs}) "
+        f"{total_steps} steps of {source.unit.of(run.train.global_batch):,} {source.unit.name} ({epochs}) "
         f"on {me.world_size} x {me.device.type} in {run.train.dtype}, engine {run.engine.name}, "
         + (f"resuming from {newest}" if newest else "from the start")
         + (f" ({gone}, the latest, is gone)" if (gone := gone_latest(Storage(run.checkpoints))) else "")
@@ -41,11 +31,12 @@ def opening_line(run: RunConfig, sources: Sources, total_steps: int, newest: Pat
 
 
 class TrainProgress:
-    """Progress of one run on rank 0's stderr: step, loss, tokens/s, MFU, ETA. Silent on other ranks."""
+    """Progress of one run on rank 0's stderr: step, loss, units a second, MFU, ETA. Silent on other ranks."""
 
-    def __init__(self, total_steps: int, first_step: int, *, silent: bool) -> None:
+    def __init__(self, total_steps: int, first_step: int, source: Source, *, silent: bool) -> None:
         self.console = Console(stderr=True, quiet=silent, highlight=False)
         self.live = self.console.is_terminal
+        self.source = source
         self.total_steps = total_steps
         self.step = self.first_step = first_step
         self.started = time.monotonic()
@@ -77,16 +68,14 @@ class TrainProgress:
     def update(self, step: int, metrics: Metrics) -> None:
         """Show a step's metrics; a validation leaves a line of its own."""
         if "val/loss" in metrics:
-            self.say(
-                f"step {step}: validation loss {metrics['val/loss']:.4f}, perplexity {metrics['val/perplexity']:.2f}, "
-                f"{metrics['val/bits_per_byte']:.4f} bits per byte{of_each_set(metrics)}"
-            )
+            self.say(f"step {step}: validation {self.source.validation_line(metrics)}")
         if "train/loss" not in metrics:
             return
         self.step = step
+        unit = self.source.unit.name
         mfu = metrics.get("mfu")
         line = (
-            f"loss {metrics['train/loss']:.4f}  {metrics['tokens_per_s']:,.0f} tokens/s  "
+            f"loss {metrics['train/loss']:.4f}  {metrics[f'{unit}_per_s']:,.0f} {unit}/s  "
             f"MFU {'unknown' if mfu is None else f'{mfu:.1%}'}  ETA {self.eta()}"
         )
         if self.live:
@@ -101,10 +90,3 @@ class TrainProgress:
         minutes, second = divmod(int(seconds * (self.total_steps - self.step)), 60)
         hour, minute = divmod(minutes, 60)
         return f"{hour}:{minute:02d}:{second:02d}"
-
-
-def of_each_set(metrics: Metrics) -> str:
-    """The losses of a mixture's sets, after the mixture's own."""
-    parts = [(key.split("/"), value) for key, value in metrics.items()]
-    sets = [f"{names[1]} {value:.4f}" for names, value in parts if len(names) == 3 and names[2] == "loss"]
-    return f" ({', '.join(sets)})" if sets else ""

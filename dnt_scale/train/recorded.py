@@ -174,15 +174,15 @@ def shown(value: Any) -> str:
     return f"{value:.12g}" if isinstance(value, float) else str(value)
 
 
-def told(before: RunConfig, now: RunConfig, step: int, seq_len: int) -> Iterator[str]:
+def told(before: RunConfig, now: RunConfig, step: int, units_a_row: int) -> Iterator[str]:
     """Lines on what a resume at ``step`` does otherwise than its checkpoint, ``before``: settings, learning rate."""
     unchosen = ("train.dtype", "auto")  # which keeps what is recorded
     changed = [item for item in differences(before, now) if not _same_place(*item) and (item[0], item[2]) != unchosen]
     if changed:
         yield "other than in the checkpoint: " + ", ".join(f"{key} {shown(a)} -> {shown(b)}" for key, a, b in changed)
-    if step >= now.total_steps(seq_len):
+    if step >= now.total_steps(units_a_row):
         return
-    old, new = rates(before, step, seq_len), rates(now, step, seq_len)
+    old, new = rates(before, step, units_a_row), rates(now, step, units_a_row)
     jumps = [
         f"{f'of {name} ' if name else ''}{old[name]:.4g} -> {rate:.4g}"
         for name, rate in new.items()
@@ -198,9 +198,9 @@ def _same_place(key: str, before: Any, now: Any) -> bool:
     return key in ("run.dir", "checkpoint.dir") and os.path.realpath(str(before)) == os.path.realpath(str(now))
 
 
-def rates(run: RunConfig, step: int, seq_len: int) -> dict[str, float]:
+def rates(run: RunConfig, step: int, units_a_row: int) -> dict[str, float]:
     """The learning rate of the step after ``step``, and those of groups that have their own."""
-    factor = Schedule(run.optim.schedule, run.total_steps(seq_len)).factor(step)
+    factor = Schedule(run.optim.schedule, run.total_steps(units_a_row)).factor(step)
     own = {name: group.lr for name, group in run.optim.groups.items() if group.lr is not None}
     return {name: rate * factor for name, rate in {"": run.optim.lr, **own}.items()}
 

@@ -9,9 +9,8 @@ from pathlib import Path
 from dnt_scale import config
 from dnt_scale.checkpoint import State
 from dnt_scale.config import RunConfig
-from dnt_scale.data.sources import weights_of
 from dnt_scale.distributed.process_group import Ranks
-from dnt_scale.model.flops import count_parameters
+from dnt_scale.model.task import count_parameters
 from dnt_scale.record.files import git_commit
 from dnt_scale.record.tracker import Tracker
 from dnt_scale.train.run_start import write_config
@@ -38,7 +37,7 @@ def start_tracking(run: RunConfig, state: State, me: Ranks) -> Tracker:
         tags={
             "git_commit": commit,
             "manifest_sha256": state.manifest_sha256,
-            "tokenizer_sha256": state.tokenizer_sha256,
+            **{name: fact for name, fact in state.of_source.items() if isinstance(fact, str)},
             "config": config.to_yaml(run),
         },
         enabled=run.tracking.enabled,
@@ -50,24 +49,22 @@ def start_tracking(run: RunConfig, state: State, me: Ranks) -> Tracker:
 def description(run: RunConfig, me: Ranks, commit: str) -> str:
     """The text on the run's page, in Markdown: what it is, where it is, how to go on with it."""
     model, optim, train = run.model, run.optim, run.train
-    shape = f"{model.layers} layers, width {model.width}, {model.heads} heads, vocabulary {model.vocab_size:,}"
     budget = f"{train.steps:,} steps" if train.steps else f"{train.tokens:,} tokens"
     batch = f"{budget}, {train.global_batch:,} rows a step, {train.dtype}"
     ranks = "1 rank" if me.world_size == 1 else f"{me.world_size} ranks"
-    if run.data.mixture:
-        weights = weights_of(run.data)
-        sets = [f"{weights[name]:.3g} {code(name)} {code(entry.path)}" for name, entry in run.data.mixture.items()]
-    else:
-        sets = [code(str(run.data.path))]
+    sets = [
+        f"{found.weight:.3g} {code(found.name)} {code(found.path)}" if found.name else code(found.path)
+        for found in run.data.sets()
+    ]
     job = os.environ.get("SLURM_JOB_ID")
     lines = [
-        f"{code(model.name)}, setting {model.setting}: {count_parameters(model):,} parameters ({shape})",
+        f"{code(model.name)}: {count_parameters(model):,} parameters ({model.describe()})",
         "",
         f"- **optimizer**: {optim.algorithm}, lr {optim.lr:g}, {optim.describe()}, "
         f"weight decay {optim.weight_decay:g}, "
         f"{optim.schedule.name} schedule with {optim.schedule.warmup_steps:,} warmup steps",
         f"- **budget**: {batch}",
-        f"- **data**: {', '.join(sets)}",
+        f"- **data**: {', '.join(sets) or f'kind {run.data.kind}'}",
         f"- **engine**: {run.engine.name} on {ranks} ({me.device.type})",
         f"- **where**: host {code(socket.gethostname())}, folder {code(os.path.realpath(run.run.dir))}"
         + (f", SLURM job {job}" if job else ""),

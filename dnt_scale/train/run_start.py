@@ -33,7 +33,7 @@ from dnt_scale.train import recorded
 from dnt_scale.train.recorded import Typed
 
 SECTIONS = {"model", "optim", "data", "run", "train"}  # that every config.yaml of a run has, of whatever version
-OURS = {"step", "tokens", "time"}  # that every line of metrics.jsonl has
+OURS = {"step", "time"}  # that every line of metrics.jsonl has
 AT_WORK = ("submitted", "allocated", "ended")
 ASIDE = "before-"
 JOB_PATIENCE_S = 120.0  # a file server may notice the end of a lost node so late
@@ -129,7 +129,7 @@ def begun_on_all(run: RunConfig, me: Ranks, typed: Typed, *, fresh: bool) -> Beg
 
 def is_set_path(key: str) -> bool:
     """Whether a flattened configuration's key is the place of a set."""
-    return key == "data.path" or (key.startswith("data.mixture.") and key.endswith(".path"))
+    return key.startswith("data.") and key.endswith(".path")
 
 
 # --- looking ----------------------------------------------------------------------------------------------------------

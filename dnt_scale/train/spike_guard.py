@@ -19,14 +19,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import orjson
 import torch
 from torch import Tensor
 
 from dnt_scale.config import HealthSection
-from dnt_scale.data.order import Order, rows_from
-from dnt_scale.data.sources import Sources
 from dnt_scale.distributed.errors import AgreedError
 from dnt_scale.engine.base import Engine
 
@@ -242,24 +239,3 @@ def record(log: Path, step: int, bad: BadStep, rows: Mapping[str, object]) -> No
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as file:
         file.write(orjson.dumps(entry, option=orjson.OPT_APPEND_NEWLINE))
-
-
-def rows_behind(sources: Sources, seed: int, first: int, last: int) -> dict[str, object]:
-    """Where the rows at positions [first, last) of the training sequence lie, so that a person can look at their text.
-
-    Returns:
-        ``positions``: [first, last]; ``rows``: for each member of a shard that has some of them, in the order of sets,
-        shards and members, its set's folder, shard, member, and rows in it, ascending.
-    """
-    orders = [Order(source.manifest.splits["train"], source.shuffle_seed(seed)) for source in sources]
-    found, blocks, rows = rows_from([source.share for source in sources], orders, first, last - first)
-    places = []
-    for index, source in enumerate(sources):
-        members = [
-            (shard.file, part.name) for shard in source.manifest.splits["train"].shards for part in shard.members
-        ]
-        for block in np.unique(blocks[found == index]).tolist():
-            shard_file, member = members[block]
-            here = np.sort(rows[(found == index) & (blocks == block)]).tolist()
-            places.append({"set": str(source.folder), "shard": shard_file, "member": member, "rows": here})
-    return {"positions": [first, last], "rows": places}

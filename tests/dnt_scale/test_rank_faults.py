@@ -118,8 +118,8 @@ def test_a_rank_that_is_stopped(corpus, undisturbed, tmp_path, ranks, victim):
 
 def train_with_a_nan(overrides: list[str], rank: int, forward: int) -> None:
     """`dnt_scale.train` whose forward pass number ``forward`` gives NaN on one rank."""
+    from dnt_scale.model import dnt
     from dnt_scale.model.dnt import DNT
-    from dnt_scale.train import loop
 
     class Poisoned(DNT):
         passes = 0
@@ -132,7 +132,7 @@ def train_with_a_nan(overrides: list[str], rank: int, forward: int) -> None:
                     return loss * float("nan")
             return loss
 
-    loop.DNT = Poisoned
+    dnt.DNT = Poisoned
     sys.exit(main(overrides))
 
 
@@ -255,6 +255,7 @@ def test_a_rank_whose_configuration_is_none_says_so(tmp_path):
 
 def train_with_a_spike(overrides: list[str], step: int, killed_at: int | None = None) -> None:
     """`dnt_scale.train` whose loss is a thousandfold on rank 1 at ``step``; all ranks die at the step ``killed_at``."""
+    from dnt_scale.model import dnt
     from dnt_scale.model.dnt import DNT
     from dnt_scale.train import loop
 
@@ -271,7 +272,7 @@ def train_with_a_spike(overrides: list[str], step: int, killed_at: int | None = 
             loss = super().forward(tokens_BT, targets_BT)
             return loss * 1000 if now[0] == f"step {step}" and os.environ["RANK"] == "1" else loss
 
-    loop.DNT, loop.beat = Spiked, marked
+    dnt.DNT, loop.beat = Spiked, marked
     sys.exit(main(overrides))
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from dnt_scale import checkpoint, config, engine
 from dnt_scale.checkpoint import State
 from dnt_scale.config import RunConfig
-from dnt_scale.data.sources import load_sources
-from dnt_scale.data.stream import Stream
+from dnt_scale.data.token_sets import load_sets
+from dnt_scale.data.tokens import token_stream
 from dnt_scale.distributed.process_group import Ranks
 from dnt_scale.engine.base import Engine
 from dnt_scale.model.dnt import DNT, IGNORED
@@ -56,8 +56,8 @@ def losses(run: RunConfig, trainer: Engine, me: Ranks, first: int, steps: int) -
     """The losses of ``steps`` steps from step ``first`` on."""
     judge = Guard(run.health, run.optim.clip_norm, run.train.max_skipped).judge
     batch = run.train.global_batch
-    sources = load_sources(run.data)
-    with Stream(
+    sources = load_sets(run.data)
+    with token_stream(
         sources,
         seed=run.run.seed,
         global_batch=batch,
@@ -114,8 +114,8 @@ def reference_losses(run: RunConfig, update: Update) -> tuple[list[float], dict[
     dtype = torch.bfloat16 if run.train.dtype == "bf16" else torch.float32
     schedule = Schedule(run.optim.schedule, STEPS)
     found = []
-    with Stream(
-        load_sources(run.data), seed=run.run.seed, global_batch=run.train.global_batch, rank=0, world_size=1
+    with token_stream(
+        load_sets(run.data), seed=run.run.seed, global_batch=run.train.global_batch, rank=0, world_size=1
     ) as stream:
         for step in range(STEPS):
             batch = next(stream)[0]

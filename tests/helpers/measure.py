@@ -27,6 +27,7 @@ from dnt_scale.distributed.process_group import Ranks
 from dnt_scale.engine.base import Engine
 from dnt_scale.engine.parallelize import parallelize
 from dnt_scale.model.dnt import DNT
+from dnt_scale.model.task import LossModule
 from dnt_scale.optim.build import build_optimizer
 from dnt_scale.optim.shards import local
 from tests.helpers.run import TINY_RUN, Finished
@@ -168,15 +169,14 @@ def print_simulated(overrides: Sequence[str], world_size: int) -> None:
     run = run_config(overrides)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
     with torch.device("meta"):
-        model = DNT(run.model)
+        model = LossModule(DNT(run.model))
     parallelize(model, run, Ranks(0, 0, world_size, torch.device("cpu")))
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
-        rows = [(name, nn.Parameter(local(parameter.detach()))) for name, parameter in model.named_parameters()]
+        rows = [(name, nn.Parameter(local(parameter.detach()))) for name, parameter in model.task.named_parameters()]
         optimizer = build_optimizer(rows, run.optim, run.run.seed)
         optimizer.allocate()
-        tokens = torch.zeros(1, 8, dtype=torch.int64)
-        model(tokens, tokens).backward()
+        model(torch.zeros(1, 9, dtype=torch.int64)).backward()
         found = {
             "weights": storage(parameter for _, parameter in rows),
             "gradients": storage(local(p.grad) for p in model.parameters() if p.grad is not None),

@@ -19,7 +19,7 @@ from cluster.watch.find_runs import runs_under
 from dnt_scale import config
 from dnt_scale.cli.main import main
 from dnt_scale.config import ConfigError, RunConfig
-from dnt_scale.data.sources import load_sources
+from dnt_scale.data.sources import load_source
 from dnt_scale.record import run_lock
 from dnt_scale.record.run_lock import HeldError
 from tests.helpers.folders import submitted_run
@@ -252,17 +252,17 @@ def test_a_disk_is_not_shared_with_other_machines_unless_the_user_says_so(data: 
     kind, _ = checks.file_system(tmp_path)
     if kind in checks.MEMORY or checks.shared(kind):
         pytest.skip(f"needs a temporary folder on a disk; this one is {kind}")
-    sources = load_sources(run.data)
+    source = load_source(run)
     here = Node("node1", "idle", 8, 8000, 0, address="127.0.0.1")
     away = Node("gpu7", "idle", 8, 8000, 0, address="192.0.2.1")  # RFC 5737: nobody's
-    checks.check_shared(run, site, sources, [here])
+    checks.check_shared(run, site, source, [here])
     with pytest.raises(ConfigError, match=rf"run\.dir: {tmp_path}/one lies on {kind} .* gpu7 .*cluster\.shared=\["):
-        checks.check_shared(run, site, sources, [here, away])
+        checks.check_shared(run, site, source, [here, away])
     for path, next_field in ((tmp_path, "data.path"), (data, "tracking.uri")):
         site = site.model_copy(update={"shared": [*site.shared, path]})
         with pytest.raises(ConfigError, match=re.escape(next_field)):
-            checks.check_shared(run, site, sources, [away])
-    checks.check_shared(run, site.model_copy(update={"shared": [*site.shared, Path("/tmp")]}), sources, [away])
+            checks.check_shared(run, site, source, [away])
+    checks.check_shared(run, site.model_copy(update={"shared": [*site.shared, Path("/tmp")]}), source, [away])
 
 
 def test_kinds_of_file_systems() -> None:
@@ -400,7 +400,7 @@ def test_lines_without_a_login_pass() -> None:
 
 def test_gpus_for_nothing_and_nodes_that_are_down(data: Path, tmp_path: Path) -> None:
     run, site = asked(data, tmp_path / "one", "cluster.gpus_per_node=8")
-    found = list(checks.warnings(run, site, load_sources(run.data), partition("idle", "down")))
+    found = list(checks.warnings(run, site, load_source(run), partition("idle", "down")))
     assert found == [
         "run.device is cpu, so the 8 GPUs a node that the jobs ask for have nothing to do",
         "of partition long, n2 cannot be used now",

@@ -16,8 +16,8 @@ from cluster.submit.plan import Past
 from cluster.words import duration, size
 from dnt_scale import config
 from dnt_scale.checkpoint import Saver
-from dnt_scale.config import ConfigError, RunConfig
-from dnt_scale.data.sources import load_sources
+from dnt_scale.config import ConfigError, RunConfig, Unit
+from dnt_scale.data.sources import load_source
 from dnt_scale.distributed import process_group
 from dnt_scale.model.flops import flops_per_token
 from dnt_scale.record.speed import PEAK_FLOPS
@@ -26,6 +26,7 @@ from tests.helpers.boxes import copies, some_state, some_tensors
 from tests.helpers.run import synthetic_set, tiny, train
 
 H100 = Node("gpu1", "idle", 64, 500_000, 8, gpu="nvidia_h100_80gb_hbm3")
+TOKENS = Unit("tokens", 64)
 PLAIN = Node("cpu1", "idle", 64, 500_000, 0)
 
 
@@ -53,7 +54,7 @@ def asked(data: Path, run_dir: Path, *overrides: str) -> tuple[RunConfig, Cluste
 
 def planned(data: Path, run_dir: Path, *overrides: str, nodes: tuple[Node, ...] = (PLAIN,)) -> plan.Plan:
     run, site = asked(data, run_dir, *overrides)
-    return plan.make(run, site, partition(*nodes), load_sources(run.data))
+    return plan.make(run, site, partition(*nodes), load_source(run))
 
 
 def line(text: str, name: str) -> str:
@@ -161,7 +162,7 @@ def test_no_more_checkpoints_than_planned(
 
 def test_the_pace_of_a_real_run(trained: Path) -> None:
     run = config.from_yaml(trained / "config.yaml")
-    before = plan.past(run, 64)
+    before = plan.past(run, TOKENS)
     speeds = [
         row["tokens_per_s"]
         for row in map(json.loads, (trained / "metrics.jsonl").read_text().splitlines())
@@ -193,20 +194,18 @@ def made_up_past(run_dir: Path, steps: int = 200) -> None:
 
 def test_the_pace_is_of_the_last_steps_and_their_newest_checkpoint(data: Path, tmp_path: Path) -> None:
     run, _ = asked(data, tmp_path / "one")
-    assert plan.past(run, 64) is None
+    assert plan.past(run, TOKENS) is None
     made_up_past(tmp_path / "one")
-    assert plan.past(run, 64) == Past(tokens_per_s=500.0, steps=50, ranks=1, step_s=512 / 500, save_s=None)
+    assert plan.past(run, TOKENS) == Past(tokens_per_s=500.0, steps=50, ranks=1, step_s=512 / 500, save_s=None)
     state = tmp_path / "one" / "checkpoints" / "step-00000150" / "state.json"
     state.parent.mkdir(parents=True)
     state.touch()
     os.utime(state, (1e9 + 157, 1e9 + 157))
-    found = plan.past(run, 64)
+    found = plan.past(run, TOKENS)
     assert found and found.save_s == pytest.approx(7.0)
     nodes = partition(replace(PLAIN, address="127.0.0.1"))
     sites = {seconds: asked(data, tmp_path / "one", f"cluster.signal_s={seconds}")[1] for seconds in (16, 17)}
-    warned = {
-        seconds: list(checks.warnings(run, site, load_sources(run.data), nodes)) for seconds, site in sites.items()
-    }
+    warned = {seconds: list(checks.warnings(run, site, load_source(run), nodes)) for seconds, site in sites.items()}
     assert warned[17] == []  # twice a step of 1.024 s and a checkpoint of 7 s is 16.05 s
     assert warned[16] == [
         "cluster.signal_s is 16, less than twice what a step and a checkpoint took in this run (1.02 s and 7 s): "

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 
 from data_prep.shards import Member, Shard, Split, iter_documents, load_manifest, read_block, write_manifest
 from dnt_scale.config import DataConfig
-from dnt_scale.data import stream as stream_module
+from dnt_scale.data import rows as rows_module
 from dnt_scale.data.order import WINDOW_BLOCKS, Order, deal, row_at, rows_from
 from dnt_scale.data.rows import ShardError
-from dnt_scale.data.sources import SHARES, Source, load_sources
-from dnt_scale.data.stream import Stream, validation_batches
+from dnt_scale.data.token_sets import SHARES, TokenSet, load_sets
+from dnt_scale.data.tokens import token_stream, validation_batches
 from dnt_scale.model.dnt import IGNORED
 from tests.helpers.run import call, synthetic_set, write_split
 
@@ -111,7 +111,7 @@ WEIGHTS = st.lists(st.one_of(st.floats(1e-6, 1e6), st.sampled_from([1.0, 2.0])),
 
 
 def shares_of(weights):
-    """What `load_sources` makes of weights."""
+    """What `load_sets` makes of weights."""
     return sorted((max(1, round(weight / sum(weights) * SHARES)) for weight in weights), reverse=True)
 
 
@@ -185,7 +185,7 @@ def test_the_order_of_a_mixture_never_changes():
     source, within = deal(shares, np.arange(10**12, 10**12 + 3))
     assert source.tolist() == [0, 0, 1]
     assert within.tolist() == [700000000186, 700000000187, 200000000186]
-    seeds = [Source(name, Path(), None).shuffle_seed(1234) for name in ("", "wiki", "code")]
+    seeds = [TokenSet(name, Path(), None).shuffle_seed(1234) for name in ("", "wiki", "code")]
     assert seeds == [1234, 8878525314788845825, 2800035312695850502]
 
 
@@ -211,8 +211,8 @@ def plain(corpus):
 
 def batches(corpus, manifest, count, *, seed=7, consumed_rows=0, rank=0, world_size=1, global_batch=8):
     """The first ``count`` batches of one rank, and the states that belong to them."""
-    with Stream(
-        (Source("", corpus, manifest),),
+    with token_stream(
+        (TokenSet("", corpus, manifest),),
         seed=seed,
         global_batch=global_batch,
         rank=rank,
@@ -274,7 +274,7 @@ def test_global_random_states_stay(corpus, manifest):
     torch.manual_seed(3)
     before = random.getstate(), np.random.get_state()[1].tobytes(), torch.get_rng_state()
     batches(corpus, manifest, 3)
-    list(validation_batches(Source("", corpus, manifest), rows=8, micro_batch=4, rank=0, world_size=1))
+    list(validation_batches(TokenSet("", corpus, manifest), rows=8, micro_batch=4, rank=0, world_size=1))
     after = random.getstate(), np.random.get_state()[1].tobytes(), torch.get_rng_state()
     assert before[:2] == after[:2] and torch.equal(before[2], after[2])
 
@@ -287,7 +287,7 @@ def stream_threads():
 def test_leaving_stops_the_thread_and_closes_the_files(corpus, manifest, taken):
     with (
         pytest.raises(ZeroDivisionError),
-        Stream((Source("", corpus, manifest),), seed=0, global_batch=8, rank=0, world_size=1) as stream,
+        token_stream((TokenSet("", corpus, manifest),), seed=0, global_batch=8, rank=0, world_size=1) as stream,
     ):
         for _ in range(taken):
             next(stream)
@@ -299,12 +299,12 @@ def test_leaving_stops_the_thread_and_closes_the_files(corpus, manifest, taken):
 
 def test_a_batch_that_ranks_cannot_share_is_an_error(corpus, manifest):
     with pytest.raises(ValueError, match=r"train\.global_batch is 9, not divisible by 2 ranks"):
-        Stream((Source("", corpus, manifest),), seed=0, global_batch=9, rank=0, world_size=2)
+        token_stream((TokenSet("", corpus, manifest),), seed=0, global_batch=9, rank=0, world_size=2)
 
 
 def test_a_shard_truncated_in_use_is_named(corpus, manifest, tmp_path):
     folder = shutil.copytree(corpus, tmp_path / "set")
-    with Stream((Source("", folder, manifest),), seed=0, global_batch=64, rank=0, world_size=1) as stream:
+    with token_stream((TokenSet("", folder, manifest),), seed=0, global_batch=64, rank=0, world_size=1) as stream:
         next(stream)
         for path in folder.glob("train-*.tar"):
             os.truncate(path, 2048)
@@ -322,7 +322,9 @@ def test_validation_deals_every_row_once(corpus, manifest, plain, world_size, ro
     wanted = every_row[[index * len(every_row) // taken for index in range(taken)]]
     ranks = [
         list(
-            validation_batches(Source("", corpus, manifest), rows=rows, micro_batch=4, rank=rank, world_size=world_size)
+            validation_batches(
+                TokenSet("", corpus, manifest), rows=rows, micro_batch=4, rank=rank, world_size=world_size
+            )
         )
         for rank in range(world_size)
     ]
@@ -340,7 +342,7 @@ def test_validation_deals_every_row_once(corpus, manifest, plain, world_size, ro
 @pytest.fixture(scope="module")
 def mixture(corpus, packed):
     entries = {"docs": {"path": corpus, "weight": 2}, "packed": {"path": packed, "weight": 1}}
-    return load_sources(DataConfig.model_validate({"mixture": entries}))
+    return load_sets(DataConfig.model_validate({"mixture": entries}))
 
 
 def ignoring_padding(row, eos):
@@ -352,7 +354,7 @@ def ignoring_padding(row, eos):
 
 
 def test_a_mixture_reads_each_sets_rows_in_its_own_order(mixture):
-    with Stream(mixture, seed=7, global_batch=30, rank=0, world_size=1) as stream:
+    with token_stream(mixture, seed=7, global_batch=30, rank=0, world_size=1) as stream:
         got = torch.cat([next(stream)[0] for _ in range(20)]).tolist()
     orders = [Order(source.manifest.splits["train"], source.shuffle_seed(7)) for source in mixture]
     assert orders[0].seed != orders[1].seed
@@ -369,7 +371,7 @@ def test_a_mixture_reads_each_sets_rows_in_its_own_order(mixture):
 @pytest.mark.parametrize("world_size", [2, 3, 4])
 def test_ranks_slice_the_same_batches_of_a_mixture(mixture, world_size):
     def read(rank, world_size, consumed_rows=0):
-        with Stream(
+        with token_stream(
             mixture, seed=7, global_batch=12, rank=rank, world_size=world_size, consumed_rows=consumed_rows
         ) as stream:
             return [next(stream)[0] for _ in range(6)]
@@ -382,9 +384,9 @@ def test_ranks_slice_the_same_batches_of_a_mixture(mixture, world_size):
 
 def test_padding_is_all_that_is_ignored(packed):
     """An epoch of a "best_fit" set predicts as many tokens as the manifest says."""
-    [source] = load_sources(DataConfig(path=packed))
+    [source] = load_sets(DataConfig(path=packed))
     split = source.manifest.splits["train"]
-    with Stream((source,), seed=0, global_batch=split.rows, rank=0, world_size=1) as stream:
+    with token_stream((source,), seed=0, global_batch=split.rows, rank=0, world_size=1) as stream:
         tokens = next(stream)[0]
     assert (tokens[:, 0] == source.manifest.eos_id).all()
     assert int((tokens[:, 1:] != IGNORED).sum()) == split.tokens < split.rows * source.manifest.seq_len
@@ -397,14 +399,14 @@ def test_padding_is_all_that_is_ignored(packed):
 
 def test_a_mixture_weighs_tokens_not_rows(corpus, packed):
     entries = {"docs": {"path": corpus, "weight": 1}, "packed": {"path": packed, "weight": 1}}
-    sources = load_sources(DataConfig.model_validate({"mixture": entries}))
+    sources = load_sets(DataConfig.model_validate({"mixture": entries}))
     assert [source.name for source in sources] == [
         "packed",
         "docs",
     ]  # half of the tokens is more rows of the padded one
     rows = sources[0].manifest.splits["train"].rows  # an epoch of it
     count = rows * sum(source.share for source in sources) // sources[0].share
-    with Stream(sources, seed=7, global_batch=count, rank=0, world_size=1) as stream:
+    with token_stream(sources, seed=7, global_batch=count, rank=0, world_size=1) as stream:
         predicted = (next(stream)[0][:, 1:] != IGNORED).sum(1).numpy()
     source, _ = deal([source.share for source in sources], np.arange(count))
     by_set = [int(predicted[source == index].sum()) for index in (0, 1)]
@@ -418,8 +420,8 @@ def test_many_shards_are_read_through_few_open_files(corpus, manifest, monkeypat
 
     wanted = torch.cat(batches(corpus, manifest, 6)[0])
     assert len(manifest.splits["train"].shards) > 2
-    monkeypatch.setattr(stream_module, "OPEN_FILES", 2)
-    with Stream((Source("", corpus, manifest),), seed=7, global_batch=8, rank=0, world_size=1) as stream:
+    monkeypatch.setattr(rows_module, "OPEN_FILES", 2)
+    with token_stream((TokenSet("", corpus, manifest),), seed=7, global_batch=8, rank=0, world_size=1) as stream:
         got = torch.cat([next(stream)[0] for _ in range(6)])
         assert open_files() <= 2
     assert torch.equal(got, wanted)
@@ -450,7 +452,7 @@ def read_with_a_limit_on_files(data, soft, hard):
     """Print how many shards a stream keeps open, the soft limit that it leaves, and the sum of what it reads."""
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     folders = {entry.path for entry in data.mixture.values()}
-    with Stream(load_sources(data), seed=7, global_batch=600, rank=0, world_size=1) as stream:
+    with token_stream(load_sets(data), seed=7, global_batch=600, rank=0, world_size=1) as stream:
         total = sum(int(next(stream)[0].sum()) for _ in range(5))
         opened = sum(path.resolve().parent in folders for path in Path("/proc/self/fd").iterdir())
     print(json.dumps([opened, resource.getrlimit(resource.RLIMIT_NOFILE)[0], total]))

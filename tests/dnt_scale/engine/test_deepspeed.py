@@ -194,14 +194,14 @@ def close(trainer) -> None:
 
 
 def record(trainer, me: process_group.Ranks) -> dict[str, list[float]]:
-    before = trainer.eval_loss([batch_of(99, me)])
+    before = trainer.evaluate([batch_of(99, me)])["loss"]
     stats = [step(trainer, number, me) for number in range(STEPS)]
     assert not any(s.skipped for s in stats)
     return {
         "loss": [s.loss for s in stats],
         "norm": [s.grad_norm for s in stats],
         "lr": [s.lr for s in stats],
-        "eval": [before, trainer.eval_loss([batch_of(99, me)])],
+        "eval": [before, trainer.evaluate([batch_of(99, me)])["loss"]],
     }
 
 
@@ -263,7 +263,7 @@ def skip_and_refresh() -> None:
         step(trainer, 0, me)
         once, scalars = contents(trainer), trainer.scalars()
         step(trainer, 1, me)
-        twice, loss = contents(trainer), trainer.eval_loss([batch_of(99, me)])
+        twice, loss = contents(trainer), trainer.evaluate([batch_of(99, me)])["loss"]
 
         overwrite(trainer, once)
         trainer.refresh(scalars)
@@ -274,7 +274,7 @@ def skip_and_refresh() -> None:
         assert trainer.scalars() == {"step": 2, "updates": 1}
         step(trainer, 1, me)
         assert same(contents(trainer), twice), f"{where}: the step after going back and skipping one"
-        assert trainer.eval_loss([batch_of(99, me)]) == loss, where
+        assert trainer.evaluate([batch_of(99, me)])["loss"] == loss, where
 
         model = DNT(run.model)
         init_weights(model, seed=77)
@@ -282,7 +282,7 @@ def skip_and_refresh() -> None:
         trainer.refresh({"step": 0, "updates": 0})
         tokens = batch_of(99, process_group.Ranks(0, 0, 1, me.device))
         expected = float(model(tokens[:, :-1].clamp(min=0), tokens[:, 1:])) / int((tokens[:, 1:] != -1).sum())
-        found = trainer.eval_loss([batch_of(99, me)])
+        found = trainer.evaluate([batch_of(99, me)])["loss"]
         assert abs(found - expected) < {"fp32": 1e-5, "bf16": 1e-2}[dtype] and found != loss, where
         trainer.close()
     process_group.stop()

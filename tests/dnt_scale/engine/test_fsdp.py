@@ -140,7 +140,7 @@ def run_variants(out: Path) -> None:
             folder = out / f"{me.world_size}-{label}"
             write(engine, folder, me)
             losses = [engine.train_step(rows_of(step, me), clip).loss for step in range(STEPS)]
-            losses.append(engine.eval_loss(rows_of(99, me).split(6)))
+            losses.append(engine.evaluate(rows_of(99, me).split(6))["loss"])
             losses.append(engine.train_step(rows_of(STEPS, me), clip).loss)
             if me.first:
                 (folder / "losses.json").write_text(json.dumps(losses))
@@ -221,7 +221,7 @@ def run_restores(me: Ranks, *overrides: str) -> None:
         saved, scalars = contents(engine), engine.scalars()
         losses = steps(engine)
         for one in (engine, other):
-            one.eval_loss([rows_of(7, me)])  # leaves nothing of the old weights
+            one.evaluate([rows_of(7, me)])  # leaves nothing of the old weights
             for box in one.boxes():
                 box.data.copy_(saved[box.name])
             one.refresh(scalars)

@@ -19,6 +19,7 @@ from dnt_scale.distributed.process_group import Ranks
 from dnt_scale.engine.parallelize import data_mesh, parallelize, prepare_blocks
 from dnt_scale.model.dnt import DNT
 from dnt_scale.model.init import init_weights
+from dnt_scale.model.task import LossModule
 from tests.helpers.run import call, tiny
 
 LAYERS = 4
@@ -130,10 +131,10 @@ def test_blocks_share_one_compilation(how, monkeypatch):
 # --- on ranks ------------------------------------------------------------------------------------------------------
 
 
-def sharded(me: Ranks, *overrides: str) -> DNT:
+def sharded(me: Ranks, *overrides: str) -> LossModule:
     run = chosen(*overrides)
     with torch.device("meta"):
-        model = DNT(run.model)
+        model = LossModule(DNT(run.model))
     parallelize(model, run, me)
     model.to_empty(device="cpu")
     with torch.no_grad():
@@ -142,7 +143,7 @@ def sharded(me: Ranks, *overrides: str) -> DNT:
     return model
 
 
-def gathers(model: DNT) -> tuple[list[int], list[int]]:
+def gathers(model: LossModule) -> tuple[list[int], list[int]]:
     """How many all-gathers there have been when each block computes, forward and backward."""
     forward: list[int] = []
     backward: list[int] = []
@@ -151,10 +152,10 @@ def gathers(model: DNT) -> tuple[list[int], list[int]]:
         def note(where: list[int]) -> None:
             where.append(calls.made["_allgather_base_"])
 
-        for block in model.blocks:
+        for block in model.task.blocks:
             block.ffn.register_forward_pre_hook(lambda *_: note(forward))
             block.ffn.register_full_backward_pre_hook(lambda *_: note(backward))
-        model(TOKENS[:, :-1], TOKENS[:, 1:]).backward()
+        model(TOKENS).backward()
     return forward, backward
 
 

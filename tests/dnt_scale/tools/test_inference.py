@@ -17,7 +17,7 @@ PROMPT = "def main(self, größe):\n"
 def texts(run_dir: Path, settings: list[dict]) -> None:
     """Print the text that each of the settings gives."""
     from dnt_scale.distributed import process_group
-    from dnt_scale.tools.inference import generate
+    from dnt_scale.tools.generate import generate
 
     defaults = {"tokens": 30, "temperature": 0.8, "top_k": 50, "seed": 0, "data": None}
     with process_group.alone() as me:
@@ -51,7 +51,7 @@ def test_sampling_is_a_function_of_its_settings(reference):
 
 
 def test_no_token_beyond_the_tokenizer_is_sampled():
-    from dnt_scale.tools.inference import sample
+    from dnt_scale.tools.generate import sample
 
     logits = torch.tensor([0.0, 1.0, 2.0, -torch.inf, -torch.inf])
     generator = torch.Generator().manual_seed(0)
@@ -64,7 +64,7 @@ def test_no_token_beyond_the_tokenizer_is_sampled():
 @pytest.mark.parametrize("temperature", [5e-324, 1e-38, 1e-10, 1e10, 1e308])
 @pytest.mark.parametrize("top_k", [0, 2, 10**15])
 def test_any_temperature_samples(temperature, top_k):
-    from dnt_scale.tools.inference import sample
+    from dnt_scale.tools.generate import sample
 
     logits = torch.tensor([-80.0, 70.0, 60.0, -torch.inf])
     found = {sample(logits, temperature, top_k, torch.Generator().manual_seed(seed)) for seed in range(30)}
@@ -73,7 +73,7 @@ def test_any_temperature_samples(temperature, top_k):
 
 @pytest.mark.parametrize("spoilt", [torch.nan, torch.inf])
 def test_logits_that_are_not_finite_are_refused(spoilt):
-    from dnt_scale.tools.inference import sample
+    from dnt_scale.tools.generate import sample
 
     for temperature in (0.0, 1.0):
         with pytest.raises(ValueError, match="logits are not finite"):

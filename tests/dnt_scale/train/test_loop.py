@@ -16,14 +16,14 @@ import torch.nn.functional as F
 
 from dnt_scale import config
 from dnt_scale.config import DataConfig
-from dnt_scale.data.sources import load_sources
-from dnt_scale.data.stream import Stream
+from dnt_scale.data.token_sets import load_sets
+from dnt_scale.data.tokens import open_tokens, token_stream
 from dnt_scale.distributed.heartbeat import main_thread
 from dnt_scale.model.dnt import DNT, IGNORED
 from dnt_scale.model.init import init_weights
 from dnt_scale.train.progress import TrainProgress
 from dnt_scale.train.rank import main
-from dnt_scale.train.validation import validation_metrics, watched
+from dnt_scale.train.validation import watched
 from tests.helpers.run import (
     STEPS,
     call,
@@ -164,8 +164,8 @@ def test_a_run_that_never_has_a_loss_says_why(corpus, tmp_path):
 
 def poison_one_rank(data: Path, label: str) -> None:
     """One step with a NaN among the weights that rank 1 computes with, then the same step without."""
-    from dnt_scale.data.sources import load_sources
-    from dnt_scale.data.stream import Stream
+    from dnt_scale.data.token_sets import load_sets
+    from dnt_scale.data.tokens import token_stream
     from dnt_scale.distributed import process_group
     from dnt_scale.train.spike_guard import Guard
     from tests.helpers import engines
@@ -173,7 +173,9 @@ def poison_one_rank(data: Path, label: str) -> None:
     me = process_group.start("cpu")
     with engines.built(label, me, data) as (run, trainer):
         judge = Guard(run.health, run.optim.clip_norm, run.train.max_skipped).judge
-        with Stream(load_sources(run.data), seed=1, global_batch=8, rank=me.rank, world_size=me.world_size) as stream:
+        with token_stream(
+            load_sets(run.data), seed=1, global_batch=8, rank=me.rank, world_size=me.world_size
+        ) as stream:
             first, second = next(stream)[0], next(stream)[0]
 
         def snapshot() -> list[torch.Tensor]:
@@ -212,13 +214,13 @@ def test_each_batch_of_a_validation_moves_the_watchdog():
 
 
 def test_validation_of_a_mixture_is_the_weighted_mean(corpus, packed):
-    sources = load_sources(
+    source = open_tokens(
         DataConfig.model_validate(
             {"mixture": {"docs": {"path": corpus, "weight": 3}, "packed": {"path": packed, "weight": 1}}}
         )
     )
-    splits = [source.manifest.splits["val"] for source in sources]
-    found = validation_metrics([2.0, 4.0], sources)
+    splits = [found.manifest.splits["val"] for found in source.sets]
+    found = source.validation_metrics({"docs": {"loss": 2.0}, "packed": {"loss": 4.0}})
     assert found["val/loss"] == pytest.approx(2.5) and found["val/perplexity"] == pytest.approx(math.exp(2.5))
     # four tokens, three of them of docs: 3 * 2 + 4 nats, over the bytes that such tokens stand for
     bytes_of_four = 3 * splits[0].text_bytes / splits[0].tokens + splits[1].text_bytes / splits[1].tokens
@@ -227,7 +229,7 @@ def test_validation_of_a_mixture_is_the_weighted_mean(corpus, packed):
     assert found["val/packed/perplexity"] == pytest.approx(math.exp(4))
     bits = [loss / math.log(2) * split.tokens / split.text_bytes for loss, split in zip((2, 4), splits, strict=True)]
     assert [found[f"val/{name}/bits_per_byte"] for name in ("docs", "packed")] == pytest.approx(bits)
-    alone = validation_metrics([4.0], load_sources(DataConfig(path=packed)))
+    alone = open_tokens(DataConfig(path=packed)).validation_metrics({"": {"loss": 4.0}})
     assert alone == {key.replace("/packed", ""): value for key, value in found.items() if "/packed" in key}
 
 
@@ -248,8 +250,8 @@ def test_no_metric_stands_in_the_way_of_another(mixed_run):
     assert not [(a, b) for a in names for b in names if b.startswith(f"{a}/")]
 
 
-def test_the_line_of_a_validation_has_each_sets_loss(capsys):
-    progress = TrainProgress(10, 0, silent=False)
+def test_the_line_of_a_validation_has_each_sets_loss(corpus, capsys):
+    progress = TrainProgress(10, 0, open_tokens(DataConfig(path=corpus)), silent=False)
     losses = {"val/loss": 2.0, "val/perplexity": 7.4, "val/bits_per_byte": 1.1}
     progress.update(5, losses)
     progress.update(5, {**losses, "val/wiki/loss": 1.5, "val/wiki/perplexity": 4.5, "val/code/loss": 2.25})
@@ -322,7 +324,7 @@ def test_padding_counts_in_no_loss(packed, tmp_path):
     run = config.load(overrides)
     model = DNT(run.model)
     init_weights(model, run.run.seed)
-    with Stream(load_sources(run.data), seed=run.run.seed, global_batch=8, rank=0, world_size=1) as stream:
+    with token_stream(load_sets(run.data), seed=run.run.seed, global_batch=8, rank=0, world_size=1) as stream:
         batch = next(stream)[0]
     inputs, targets = batch[:, :-1].clamp(min=0), batch[:, 1:]
     counted = targets != IGNORED

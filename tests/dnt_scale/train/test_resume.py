@@ -13,8 +13,8 @@ import yaml
 
 from dnt_scale import config
 from dnt_scale.config.tracking_uri import default_uri
-from dnt_scale.data.sources import load_sources
-from dnt_scale.data.stream import Stream
+from dnt_scale.data.token_sets import load_sets
+from dnt_scale.data.tokens import token_stream
 from dnt_scale.train.rank import main
 from tests.helpers.run import (
     STEPS,
@@ -138,15 +138,16 @@ def test_a_resumed_run_is_one_mlflow_run(corpus, tmp_path):
 
 def train_and_keep_batches(overrides: list[str], folder: Path) -> None:
     """`dnt_scale.train`, leaving each batch that it trains on as a file named by state and rank."""
-    from dnt_scale.train import loop
+    from dnt_scale.data.stream import Stream
 
-    class KeptStream(Stream):
-        def __next__(self):
-            batch, consumed = super().__next__()
-            np.save(folder / f"{consumed:06d}-{self.offset:02d}.npy", batch.numpy())
-            return batch, consumed
+    taken = Stream.__next__
 
-    loop.Stream = KeptStream
+    def kept(self):
+        batch, consumed = taken(self)
+        np.save(folder / f"{consumed:06d}-{self.offset:02d}.npy", batch.numpy())
+        return batch, consumed
+
+    Stream.__next__ = kept
     sys.exit(main(overrides))
 
 
@@ -192,8 +193,8 @@ def test_a_mixture_stopped_on_4_ranks_goes_on_with_the_same_rows_on_fewer(stoppe
     assert not first.keys() & rest.keys()
 
     run = config.load(overrides)
-    sources = load_sources(run.data)
-    with Stream(sources, seed=run.run.seed, global_batch=12, rank=0, world_size=1) as stream:
+    sources = load_sets(run.data)
+    with token_stream(sources, seed=run.run.seed, global_batch=12, rank=0, world_size=1) as stream:
         undisturbed = {consumed: batch.tolist() for batch, consumed in (next(stream) for _ in range(40))}
     assert first | rest == undisturbed
 

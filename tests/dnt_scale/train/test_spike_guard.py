@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from data_prep.shards import load_manifest, read_block
 from dnt_scale.checkpoint.tensor_shards import Box
 from dnt_scale.config import DataConfig, HealthSection
-from dnt_scale.data.sources import load_sources
-from dnt_scale.data.stream import Stream
-from dnt_scale.train.spike_guard import Guard, HopelessRun, Snapshot, limit, rows_behind
+from dnt_scale.data.token_sets import load_sets
+from dnt_scale.data.tokens import open_tokens, token_stream
+from dnt_scale.train.spike_guard import Guard, HopelessRun, Snapshot, limit
 from tests.helpers import engines
 from tests.helpers.run import call
 
@@ -243,12 +243,12 @@ def test_what_was_bad_and_what_was_done_is_a_sentence():
 
 
 def test_a_bad_step_is_written_down_with_its_rows(corpus, tmp_path):
-    sources = load_sources(DataConfig(path=corpus))
+    source = open_tokens(DataConfig(path=corpus))
     log = tmp_path / "logs" / "bad_steps.jsonl"
     one = guard(window=8)
     for step, (loss, norm) in enumerate([*noisy(12), (90.0, 1.0), (math.nan, math.inf)], 1):
         one.judge(loss, norm)
-        one.after(step, Line(), lambda step=step: rows_behind(sources, 5, 4 * step - 4, 4 * step), log)
+        one.after(step, Line(), lambda step=step: source.rows_behind(5, 4 * step - 4, 4 * step), log)
     spike, broken = (json.loads(line) for line in log.read_text().splitlines())
     assert (spike["step"], spike["loss"], spike["why"], spike["action"]) == (13, 90.0, "loss spike", "skip")
     assert spike["window"] == 8 and 4 < spike["limits"]["loss"] < 90
@@ -256,7 +256,7 @@ def test_a_bad_step_is_written_down_with_its_rows(corpus, tmp_path):
 
     # the rows named are those that were trained on
     assert spike["positions"] == [48, 52]
-    with Stream(sources, seed=5, global_batch=4, rank=0, world_size=1, consumed_rows=48) as stream:
+    with source.stream(seed=5, global_batch=4, rank=0, world_size=1, consumed_rows=48) as stream:
         trained, consumed = next(stream)
     assert consumed == 52
     manifest = load_manifest(corpus)
@@ -296,7 +296,7 @@ def roll_each(data: Path) -> None:
     for name, (label, *overrides) in ROLLED.items():
         with (
             engines.built(label, me, data, *overrides) as (run, trainer),
-            Stream(load_sources(run.data), seed=1, global_batch=8, rank=me.rank, world_size=me.world_size) as stream,
+            token_stream(load_sets(run.data), seed=1, global_batch=8, rank=me.rank, world_size=me.world_size) as stream,
         ):
             batches = [next(stream)[0] for _ in range(4)]
             trainer.train_step(batches[0], judge)

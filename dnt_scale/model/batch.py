@@ -1,0 +1,29 @@
+"""Batches: what a source yields and a model takes, which nobody between them looks into."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+# A tensor, or tensors by name, that share dimension 0: the rows. Of text, int64 token ids (rows, seq_len + 1).
+Batch = Tensor | dict[str, Tensor]
+
+
+def each(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
+    """Return the batch with each of its tensors changed."""
+    if isinstance(batch, Tensor):
+        return change(batch)
+    return {name: change(tensor) for name, tensor in batch.items()}
+
+
+def split(batch: Batch, rows: int) -> list[Batch]:
+    """Return the batch in parts of so many rows, views of it; the last one may have fewer."""
+    if isinstance(batch, Tensor):
+        return list(batch.split(rows))
+    parts = [tensor.split(rows) for tensor in batch.values()]
+    return [dict(zip(batch, tensors, strict=True)) for tensors in zip(*parts, strict=True)]
+
+
+def moved(batch: Batch, device: torch.device) -> Batch:
+    """Return the batch on a device; the host does not wait for the copy."""
+    return each(batch, lambda tensor: tensor.to(device, non_blocking=True))
