@@ -19,7 +19,7 @@ from dnt_scale.config import MSGDWConfig, RunConfig, TorchEngineConfig
 from dnt_scale.distributed.process_group import Ranks
 from dnt_scale.engine.base import Judge, StepStats
 from dnt_scale.engine.parallelize import parallelize
-from dnt_scale.engine.reductions import over_ranks, squared_norms
+from dnt_scale.engine.reductions import over_ranks, read_over_ranks, recorded_over_ranks, squared_norms
 from dnt_scale.model.dnt import DNT, IGNORED
 from dnt_scale.model.init import initial_tensor
 from dnt_scale.optim.build import allocate, build_optimizer, set_updates
@@ -128,7 +128,7 @@ class FSDPEngine:
             with self.unbuffered.measuring():
                 norm = self._backward(batch)[1]
             self.unbuffered.previous_norm = norm if math.isfinite(norm) else 0.0
-        loss, grad_norm = self._backward(batch)
+        loss, grad_norm, metrics = self._backward(batch)
 
         factor = judge(loss, grad_norm)
         if factor:
@@ -139,7 +139,8 @@ class FSDPEngine:
         for part in self.parts:
             part.parameter.grad = part.rows.grad = None
         self.step += 1
-        return StepStats(loss, grad_norm, self.optimizer.defaults["lr"] * lr_factor, skipped=not factor)
+        metrics |= recorded_over_ranks(self.ranks.device)
+        return StepStats(loss, grad_norm, self.optimizer.defaults["lr"] * lr_factor, not factor, metrics)
 
     @torch.no_grad()
     def eval_loss(self, batches: Iterable[Tensor]) -> float:
@@ -181,8 +182,9 @@ class FSDPEngine:
         del self.model, self.optimizer, self.parts, self.unbuffered
         gc.collect()  # parameters and FSDP2's hooks on them refer to each other
 
-    def _backward(self, batch: Tensor) -> tuple[float, float]:
-        """The mean loss and the gradient's norm, of all ranks; the host waits for the device once, at the end."""
+    def _backward(self, batch: Tensor) -> tuple[float, float, dict[str, Tensor]]:
+        """The mean loss, the gradient's norm and what was recorded, of all ranks; the host waits for the device once,
+        at the end."""
         assert isinstance(self.model, FSDPModule)
         device = self.ranks.device
         micro_batches = batch.split(self.micro_batch)
@@ -200,9 +202,9 @@ class FSDPEngine:
             loss_sum += micro_loss.detach()
         if not self.unbuffered:
             squares += squared_norms(self._grads()).sum().to(device)
-        totals = over_ranks(torch.cat([(loss_sum / tokens)[None], squares / self.replicas]), device)
-        loss, *whole_squares = totals.tolist()
-        return loss, math.fsum(math.sqrt(square) for square in whole_squares)
+        totals = torch.cat([(loss_sum / tokens)[None], squares / self.replicas])
+        (loss, *whole_squares), metrics = read_over_ranks(totals, device)
+        return loss, math.fsum(math.sqrt(square) for square in whole_squares), metrics
 
     @torch.no_grad()
     def _update(self, factor: float) -> None:

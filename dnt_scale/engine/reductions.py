@@ -6,6 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dnt_scale.distributed import device_metrics
+
 # elements whose squares torch may add up in fp32 on a CPU, one after the other: 1e7 are 4e-4 wrong, these 2e-7
 PIECE = 1 << 16
 
@@ -26,3 +28,30 @@ def over_ranks(values: Tensor, device: torch.device) -> Tensor:
     total = values.detach().to(device, torch.float64, copy=True)
     dist.all_reduce(total)
     return total
+
+
+def read_over_ranks(values: Tensor, device: torch.device) -> tuple[list[float], dict[str, Tensor]]:
+    """Return the sums over all ranks of ``values``, of shape (n,), and the metrics that were recorded until now.
+
+    The host waits for the device here, once for all of them. A collective.
+
+    Returns:
+        The sums, and the means by name: float64 scalars on the host, the same on every rank.
+    """
+    names, recorded = device_metrics.take(device)
+    own = values.detach().to(device, torch.float64)
+    totals = over_ranks(torch.cat([own, recorded.flatten()]), device).cpu()
+    means = totals[len(own) :].view(-1, 2)
+    return totals[: len(own)].tolist(), dict(zip(names, means[:, 0] / means[:, 1], strict=True))
+
+
+def recorded_over_ranks(device: torch.device) -> dict[str, Tensor]:
+    """Return the metrics recorded since the last wait, by name: float64 scalars that are still on ``device``.
+
+    A collective where any were recorded, which is so on all ranks or on none.
+    """
+    names, recorded = device_metrics.take(device)
+    if not names:
+        return {}
+    totals = over_ranks(recorded, device)
+    return dict(zip(names, (totals[:, 0] / totals[:, 1]).unbind(), strict=True))
