@@ -17,7 +17,8 @@ def _window(text: str) -> str:
         raise ValueError(expected)
     first, last = int(found[1]), int(found[2])
     if not 1 <= first <= last:
-        raise ValueError(f"the window ends before it begins; {expected}" if last < first else expected)
+        backwards = "the window ends before it begins; " if last < first else ""
+        raise ValueError(f"{backwards}{expected}")
     return text
 
 
@@ -40,17 +41,13 @@ class ProfileSection(Strict):
 class GarbageSection(Strict):
     """``garbage.*``: when Python looks for objects that refer to each other in a circle."""
 
-    every: Count = Field(
-        100, ge=0, description="steps between collections, the same on all ranks; 0: when Python likes"
-    )
+    every: Count = Field(100, ge=0, description="steps between collections, on all ranks; 0: as Python does")
 
 
 class MeasureSection(Strict):
     """``measure.*``: metrics that cost something (:mod:`dnt_scale.train.hooks.tensor_rms`)."""
 
-    every: Count = Field(
-        0, ge=0, description="steps between measurements of rms/weights and rms/BUFFER; 0: never"
-    )
+    every: Count = Field(0, ge=0, description="steps between measurements of rms/*; 0: never")
 
 
 def check_window(profile: ProfileSection, total_steps: int) -> None:
@@ -61,6 +58,6 @@ def check_window(profile: ProfileSection, total_steps: int) -> None:
     """
     if profile.window and profile.window[-1] > total_steps:
         raise ConfigError(
-            f"profile.steps: the window {profile.steps} ends after the run's last step, {total_steps}; "
-            f"give steps of the run, or profile.steps=null"
+            f"profile.steps: the window {profile.steps} ends after the run's last step, "
+            f"{total_steps}; give steps of the run, or profile.steps=null"
         )

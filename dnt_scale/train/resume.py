@@ -8,6 +8,7 @@ from pathlib import Path
 from dnt_scale.checkpoint import State
 from dnt_scale.checkpoint.storage import Storage
 from dnt_scale.config import ConfigError, DataConfig, RunConfig, to_yaml, validate
+from dnt_scale.config.hooks import check_window
 from dnt_scale.data.sources import Sources, identity, manifests_of, weights_of
 from dnt_scale.optim.schedule import Schedule
 from dnt_scale.train import recorded
@@ -24,10 +25,11 @@ def starting_state(
 
     Raises:
         ValueError: the checkpoint was made with another tokenizer, data or fixed field; or the run is no longer than
-            its warmup.
+            its warmup, or ends before the window of ``profile.steps``.
     """
     run, newest = begun.run, begun.start.newest
     Schedule(run.optim.schedule, total_steps)
+    check_window(run.profile, total_steps)
     settings = run.model_dump(mode="json")
     fresh = State(
         step=0,

@@ -8,6 +8,7 @@ from torch import Tensor
 from dnt_scale.config import RunConfig
 from dnt_scale.data.sources import Sources
 from dnt_scale.data.stream import validation_batches
+from dnt_scale.distributed import device_metrics
 from dnt_scale.distributed.heartbeat import moving
 from dnt_scale.distributed.process_group import Ranks
 from dnt_scale.engine.base import Engine
@@ -16,20 +17,9 @@ from dnt_scale.record.speed import Metrics
 
 def validation(run: RunConfig, trainer: Engine, sources: Sources, me: Ranks) -> Metrics:
     """``validation_metrics`` on ``eval.rows`` evenly spread held-out rows of each set."""
-    losses = [
-        trainer.eval_loss(
-            watched(
-                validation_batches(
-                    source,
-                    rows=run.eval.rows,
-                    micro_batch=run.train.micro_batch,
-                    rank=me.rank,
-                    world_size=me.world_size,
-                )
-            )
-        )
-        for source in sources
-    ]
+    shape = {"rows": run.eval.rows, "micro_batch": run.train.micro_batch, "rank": me.rank, "world_size": me.world_size}
+    with device_metrics.ignored():
+        losses = [trainer.eval_loss(watched(validation_batches(source, **shape))) for source in sources]
     return validation_metrics(losses, sources)
 
 

@@ -119,7 +119,7 @@ def test_a_rank_that_is_stopped(corpus, undisturbed, tmp_path, ranks, victim):
 def train_with_a_nan(overrides: list[str], rank: int, forward: int) -> None:
     """`dnt_scale.train` whose forward pass number ``forward`` gives NaN on one rank."""
     from dnt_scale.model.dnt import DNT
-    from dnt_scale.train import loop
+    from dnt_scale.train import setup
 
     class Poisoned(DNT):
         passes = 0
@@ -132,7 +132,7 @@ def train_with_a_nan(overrides: list[str], rank: int, forward: int) -> None:
                     return loss * float("nan")
             return loss
 
-    loop.DNT = Poisoned
+    setup.DNT = Poisoned
     sys.exit(main(overrides))
 
 
@@ -163,9 +163,9 @@ def test_a_nan_on_one_rank(corpus, tmp_path, ranks, engine):
 
 def train_with_a_flipped_bit(overrides: list[str], rank: int, step: int) -> None:
     """`dnt_scale.train` in which a weight of one rank changes in its last bit before ``step``."""
-    from dnt_scale.train import loop
+    from dnt_scale.train import loop, setup
 
-    beat, build, built = loop.beat, loop.engine.build, []
+    beat, build, built = loop.beat, setup.engine.build, []
 
     def kept(*arguments):
         built.append(build(*arguments))
@@ -176,7 +176,7 @@ def train_with_a_flipped_bit(overrides: list[str], rank: int, step: int) -> None
             built[0].boxes()[0].data.view(torch.int32).flatten()[5] ^= 1
         beat(where)
 
-    loop.engine.build, loop.beat = kept, marked
+    setup.engine.build, loop.beat = kept, marked
     sys.exit(main(overrides))
 
 
@@ -256,7 +256,7 @@ def test_a_rank_whose_configuration_is_none_says_so(tmp_path):
 def train_with_a_spike(overrides: list[str], step: int, killed_at: int | None = None) -> None:
     """`dnt_scale.train` whose loss is a thousandfold on rank 1 at ``step``; all ranks die at the step ``killed_at``."""
     from dnt_scale.model.dnt import DNT
-    from dnt_scale.train import loop
+    from dnt_scale.train import loop, setup
 
     beat, now = loop.beat, [""]
 
@@ -271,7 +271,7 @@ def train_with_a_spike(overrides: list[str], step: int, killed_at: int | None = 
             loss = super().forward(tokens_BT, targets_BT)
             return loss * 1000 if now[0] == f"step {step}" and os.environ["RANK"] == "1" else loss
 
-    loop.DNT, loop.beat = Spiked, marked
+    setup.DNT, loop.beat = Spiked, marked
     sys.exit(main(overrides))
 
 

@@ -138,7 +138,7 @@ def test_a_resumed_run_is_one_mlflow_run(corpus, tmp_path):
 
 def train_and_keep_batches(overrides: list[str], folder: Path) -> None:
     """`dnt_scale.train`, leaving each batch that it trains on as a file named by state and rank."""
-    from dnt_scale.train import loop
+    from dnt_scale.train import setup
 
     class KeptStream(Stream):
         def __next__(self):
@@ -146,7 +146,7 @@ def train_and_keep_batches(overrides: list[str], folder: Path) -> None:
             np.save(folder / f"{consumed:06d}-{self.offset:02d}.npy", batch.numpy())
             return batch, consumed
 
-    loop.Stream = KeptStream
+    setup.Stream = KeptStream
     sys.exit(main(overrides))
 
 
