@@ -134,7 +134,7 @@ def test_all_hooks_are_closed_whatever_one_of_them_raises(made_up, tmp_path):
 
 
 def train_and_tell_of_garbage(overrides: list[str]) -> None:
-    """`dnt_scale.train`; prints the step before each full collection while it trains, and how it leaves the collector."""
+    """`dnt_scale.train`; prints the step before each collection, and how it leaves the collector."""
     from dnt_scale.train import loop
 
     at, gone = [], []
