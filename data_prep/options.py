@@ -54,19 +54,6 @@ class PrepareOptions:
 
 def checked(options: PrepareOptions, base: Manifest | None) -> PrepareOptions:
     """The options, with those of the set to append to filled in. Raises ValueError for one that cannot be."""
-    _check_numbers(options)
-    _check_choices(options)
-    _check_texts(options)
-    if base:
-        options = _as_before(options, base)
-    if options.tokenizer:
-        Tokenizer.load(options.tokenizer, options.encoder)
-    _check_places(options)
-    return options
-
-
-def _check_numbers(options: PrepareOptions) -> None:
-    """Raises ValueError for a number out of its bounds."""
     limits = [
         ("seq_len", options.seq_len, 1, 1_000_000),
         ("vocab_size", options.vocab_size, 1, 10_000_000),
@@ -84,17 +71,14 @@ def _check_numbers(options: PrepareOptions) -> None:
             raise ValueError(f"{name}: found {value!r}, expected {low} to {high}{whole}")
     if type(options.val_fraction) not in (int, float) or not 0 <= options.val_fraction < 1:
         raise ValueError(f"val_fraction: found {options.val_fraction!r}, expected 0 (no validation split) to below 1")
-
-
-def _check_choices(options: PrepareOptions) -> None:
-    """Raises ValueError for a word that is no choice of its option's."""
     for name, choices in (("kind", Kind), ("packing", Packing), ("dedup", Dedup), ("encoder", Encoder)):
         if (found := getattr(options, name)) not in get_args(choices):
             raise ValueError(f"{name}: found {found!r}, expected {' or '.join(map(repr, get_args(choices)))}")
-
-
-def _check_places(options: PrepareOptions) -> None:
-    """Raises ValueError for inputs, an output and tasks that do not go together."""
+    _check_texts(options)
+    if base:
+        options = _as_before(options, base)
+    if options.tokenizer:
+        Tokenizer.load(options.tokenizer, options.encoder)
     if sum(str(item) == "-" for item in options.inputs) > 1:
         raise ValueError("-: found more than once, but standard input can be read once; give it once")
     if any(str(item) != "-" and Path(item).resolve() == Path(options.out).resolve() for item in options.inputs):
@@ -106,6 +90,7 @@ def _check_places(options: PrepareOptions) -> None:
         )
     if options.task and any(str(item) == "-" for item in options.inputs):
         raise ValueError("task: stdin cannot be shared by tasks; write it to a file first")
+    return options
 
 
 def _check_texts(options: PrepareOptions) -> None:

@@ -236,6 +236,22 @@ def c4_quality(settings: C4Quality) -> Rule:
     """
     phrases = [phrase.lower() for phrase in settings.policy_phrases]
 
+    def fault(line: str, suspects: list[str]) -> str | None:
+        if settings.terminal_punctuation and (not line.endswith(C4_LINE_ENDS) or line.endswith("...")):
+            return "lines_without_terminal_punctuation"
+        least = settings.min_line_words
+        if least and len(line.split(None, least - 1)) < least:
+            return "lines_of_few_words"
+        if len(line) > settings.max_word_chars and max(map(len, line.split())) > settings.max_word_chars:
+            return "lines_with_an_enormous_word"
+        if suspects:
+            lower = line.lower()
+            if "javascript" in suspects and "javascript" in lower:
+                return "lines_on_javascript"
+            if any(phrase in lower for phrase in suspects):
+                return "lines_on_policy"
+        return None
+
     def judge(page: Page) -> Outcome:
         if settings.curly_bracket and "{" in page.text:
             return Outcome(None, "has a curly bracket", {"curly_bracket": 1})
@@ -252,7 +268,7 @@ def c4_quality(settings: C4Quality) -> Rule:
                 block = _CITATION.sub("", block)
             lines = []
             for line in filter(None, map(str.strip, block.split("\n"))):
-                if reason := _c4_fault(line, settings, suspects):
+                if reason := fault(line, suspects):
                     counts[reason] += 1
                     continue
                 lines.append(line)
@@ -265,29 +281,6 @@ def c4_quality(settings: C4Quality) -> Rule:
         return Outcome("\n".join(kept), counts=counts)
 
     return judge
-
-
-def _c4_fault(line: str, settings: C4Quality, suspects: list[str]) -> str | None:
-    """Return the reason to remove a line, as it is counted; None to keep it.
-
-    Args:
-        suspects: policy phrases, and "javascript", that are somewhere in the block of the line.
-    """
-    if settings.terminal_punctuation and (not line.endswith(C4_LINE_ENDS) or line.endswith("...")):
-        return "lines_without_terminal_punctuation"
-    least = settings.min_line_words
-    if least and len(line.split(None, least - 1)) < least:
-        return "lines_of_few_words"
-    most = settings.max_word_chars
-    if len(line) > most and max(map(len, line.split())) > most:
-        return "lines_with_an_enormous_word"
-    if suspects:
-        lower = line.lower()
-        if "javascript" in suspects and "javascript" in lower:
-            return "lines_on_javascript"
-        if any(phrase in lower for phrase in suspects):
-            return "lines_on_policy"
-    return None
 
 
 class FinewebQuality(Settings):

@@ -7,7 +7,7 @@ import re
 from collections import deque
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote
@@ -305,67 +305,55 @@ def _walk(root: Path, pattern: Sequence[str]) -> tuple[list[_Found], list[_Passe
     Links to folders are followed once the real folders are done, each folder once for each part of the pattern, known
     by its real path: so loops end, and a file keeps its real name where it has one. Raises OSError.
     """
-    walk = _Walk(deque([("", 0)]))
+    files: dict[str, _Found] = {}
+    passed: dict[str, _Passed] = {}
     done: set[tuple[str, int]] = set()
-    while walk.folders or walk.links:
-        here, at = walk.folders.popleft() if walk.folders else walk.links.popleft()
+    # Of the folders to look into: its name below the root, and how many parts of the pattern led to it.
+    folders, links = deque([("", 0)]), deque[tuple[str, int]]()
+
+    def pass_over(below: str, kind: str, detail: str) -> None:
+        passed[below] = _Passed(below, kind, detail)
+
+    def enter(below: str, entry: os.DirEntry[str], parts: int) -> None:
+        if _is_set(Path(entry.path)):
+            pass_over(below, "prepared_set", "a folder with a prepared set, not entered")
+        else:
+            (links if entry.is_symlink() else folders).append((below, parts))
+
+    while folders or links:
+        here, at = folders.popleft() if folders else links.popleft()
         real = os.path.realpath(root / here)
         if (real, at) in done:
             continue
         done.add((real, at))
         part, last = pattern[at], at == len(pattern) - 1
         if part == ".." or (part == "**" and not last):
-            walk.folders.append((f"{here}/..".lstrip("/") if part == ".." else here, at + 1))
+            folders.append((f"{here}/..".lstrip("/") if part == ".." else here, at + 1))
         if part == "..":
             continue
         with os.scandir(root / here) as entries:
             for entry in sorted(entries, key=lambda entry: entry.name):
-                if part == "**" or entry.name == part or fnmatch.fnmatchcase(entry.name, part):
-                    below = f"{here}/{entry.name}".lstrip("/")
-                    parts = at if part == "**" else at + 1
-                    walk.meet(entry, below, parts, last=last, deeper=parts == at or not last)
-    return sorted(walk.files.values()), sorted(walk.passed.values())
-
-
-@dataclass
-class _Walk:
-    """What ``_walk`` has found, by names below the root, and the folders still to look into."""
-
-    folders: deque[tuple[str, int]]  # each one's name, and how many parts of the pattern led to it
-    links: deque[tuple[str, int]] = field(default_factory=deque)
-    files: dict[str, _Found] = field(default_factory=dict)
-    passed: dict[str, _Passed] = field(default_factory=dict)
-
-    def meet(self, entry: os.DirEntry[str], below: str, parts: int, *, last: bool, deeper: bool) -> None:
-        """Keep a file, put a folder on the list, or pass over what is neither. Raises OSError.
-
-        ``parts`` of the pattern lead to it; ``last``: all do, so that a file is meant; ``deeper``:
-        the pattern goes on below a folder.
-        """
-        path = Path(entry.path)
-        is_folder = path.is_dir() if entry.is_symlink() else entry.is_dir()
-        if entry.name.startswith("."):
-            if is_folder:
-                why = "a folder whose name begins with a dot, not entered"
-                self._pass_over(below, "hidden", why)
-            elif last:
-                self._pass_over(below, "hidden", "a name that begins with a dot")
-        elif is_folder and deeper and _is_set(path):
-            self._pass_over(below, "prepared_set", "a folder with a prepared set, not entered")
-        elif is_folder and deeper:
-            (self.links if entry.is_symlink() else self.folders).append((below, parts))
-        elif is_folder or not last:
-            return
-        elif path.is_file():
-            self.files[below] = _stat(below, path)
-        elif entry.is_symlink():
-            target = _printable(str(path.readlink()))
-            self._pass_over(below, "dead_link", f"a link to {target}, which is not there")
-        else:
-            self._pass_over(below, "not_a_file", "a pipe, a socket or a device")
-
-    def _pass_over(self, below: str, kind: str, detail: str) -> None:
-        self.passed[below] = _Passed(below, kind, detail)
+                if part != "**" and entry.name != part and not fnmatch.fnmatchcase(entry.name, part):
+                    continue
+                below, path = f"{here}/{entry.name}".lstrip("/"), Path(entry.path)
+                is_folder = path.is_dir() if entry.is_symlink() else entry.is_dir()
+                if entry.name.startswith("."):
+                    if is_folder:
+                        pass_over(below, "hidden", "a folder whose name begins with a dot, not entered")
+                    elif last:
+                        pass_over(below, "hidden", "a name that begins with a dot")
+                elif is_folder and (part == "**" or not last):
+                    enter(below, entry, at if part == "**" else at + 1)
+                elif is_folder or not last:
+                    continue
+                elif path.is_file():
+                    files[below] = _stat(below, path)
+                elif entry.is_symlink():
+                    target = _printable(str(path.readlink()))
+                    pass_over(below, "dead_link", f"a link to {target}, which is not there")
+                else:
+                    pass_over(below, "not_a_file", "a pipe, a socket or a device")
+    return sorted(files.values()), sorted(passed.values())
 
 
 def _wanted(files: list[_Found], passed: list[_Passed]) -> tuple[list[_Found], list[_Passed]]:

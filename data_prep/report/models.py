@@ -1,7 +1,7 @@
 """report.html and report.json: what a person opens to judge a prepared set, stage by stage and source by source."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal, NamedTuple
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat
@@ -212,26 +212,21 @@ def notes(report: Report) -> list[str]:
             lines.append(f"Rule {name} dropped {rule.dropped:,} of the {rule.seen:,} documents it saw")
     whole = ratio(sum(source.text_bytes for source in report.sources), sum(source.tokens for source in report.sources))
     for source in report.sources:
-        lines += _source_notes(report, source, whole)
+        name = f'"{source.name}"'
+        count = fate(funnel(report, [source]))
+        if not source.documents:
+            lines.append(f"Nothing of {name} is left")
+        elif count["exact"] + count["near"] > 0.5 * source.read:
+            lines.append(f"Most of {name} is duplicates")
+        if count["unreadable"] > 0.01 * sum(count.values()):
+            lines.append(f"{count['unreadable']:,} of {sum(count.values()):,} records of {name} were unreadable")
+        if source.tokens and source.text_bytes < 0.6 * whole * source.tokens:
+            here = rate(source.text_bytes, source.tokens)
+            lines.append(f"Text of {name} takes a token for every {here} bytes, the whole set for {whole:.2f}")
     for name, split in report.splits.items():
         if split.padding > 0.1 * (split.tokens + split.padding):
             lines.append(f"{percent(split.padding, split.tokens + split.padding)} of the {name} rows is padding")
     return lines
-
-
-def _source_notes(report: Report, source: SourceReport, whole: float) -> Iterator[str]:
-    """What to look at in one source; ``whole`` is the set's bytes a token."""
-    name = f'"{source.name}"'
-    count = fate(funnel(report, [source]))
-    if not source.documents:
-        yield f"Nothing of {name} is left"
-    elif count["exact"] + count["near"] > 0.5 * source.read:
-        yield f"Most of {name} is duplicates"
-    if count["unreadable"] > 0.01 * sum(count.values()):
-        yield f"{count['unreadable']:,} of {sum(count.values()):,} records of {name} were unreadable"
-    if source.tokens and source.text_bytes < 0.6 * whole * source.tokens:
-        here = rate(source.text_bytes, source.tokens)
-        yield f"Text of {name} takes a token for every {here} bytes, the whole set for {whole:.2f}"
 
 
 def left_out_line(found: Mapping[str, int], named: Mapping[str, str]) -> str:

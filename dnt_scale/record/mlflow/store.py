@@ -207,11 +207,6 @@ def remedy(error: BaseException, uri: str, experiment: str) -> str:
             return f"Back the store up, then run `{_mlflow()} db upgrade {store}`."
         python = shlex.quote(sys.executable)
         return f"A newer MLflow made the store: bring this one up to it, `{python} -m pip install --upgrade mlflow`."
-    return _database_remedy(text, uri)
-
-
-def _database_remedy(text: str, uri: str) -> str:
-    """The same where the store is a database that is spoken to without a server; ``text``: of all errors."""
     if "password authentication failed" in text or "no password supplied" in text:
         return "Set PGUSER, and PGPASSWORD or a PGPASSFILE, of that database."
     if "permission denied for" in text:
