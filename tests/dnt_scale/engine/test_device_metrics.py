@@ -67,7 +67,7 @@ def record_in_steps(data: Path, label: str, *more: str) -> None:
     built = engine.build(run, lambda: Recording(run.model), me, 20)
 
     def judge(loss: float, grad_norm: float) -> float:
-        record("judged", torch.tensor(loss + me.rank))  # after the host has waited for the loss
+        record("judged", torch.tensor(loss + me.rank, dtype=torch.float64))  # the host has waited for the loss by now
         return 0.0 if built.scalars()["step"] else 0.5
 
     order = {"seed": 1, "global_batch": 8, "rank": me.rank, "world_size": me.world_size}

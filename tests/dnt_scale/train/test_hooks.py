@@ -227,7 +227,7 @@ def test_a_window_of_steps_is_profiled_and_changes_no_number(made_up, tmp_path):
     page = files["steps-3-4.summary.txt"].read_text().splitlines()
     assert page[0] == "tiny, dnt_nano, steps 3 to 4: 8 rows a step, 4 a micro-batch"
     assert page[1].startswith("fsdp on 2 x cpu in fp32, torch 2.")
-    assert len(page) < 30 and any(line.endswith("  aten::mm") for line in page[3:8])
+    assert len(page) < 30 and any(line.endswith("  aten::mm") for line in page)
     shares = [float(line.split("%")[0]) for line in page[4:-1]]
     assert shares == sorted(shares, reverse=True) and 50 < sum(shares) < 100.5
 
