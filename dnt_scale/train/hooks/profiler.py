@@ -10,13 +10,11 @@ Recording slows them down, and writing it takes seconds, so the window should be
 first steps.
 """
 
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from dnt_scale.distributed.heartbeat import moving
@@ -82,6 +80,9 @@ class ProfilerWindow(Hook):
             run.progress.say(f"profile.steps: {folder / steps}.* {why}")
         else:
             run.progress.say(f"profile.steps: see {folder / steps}.summary.txt")
+        finally:
+            if run.ranks.device.type == "cuda":
+                torch.cuda.memory._record_memory_history(enabled=None)
 
 
 def start(device: torch.device) -> profile:
@@ -98,16 +99,13 @@ def start(device: torch.device) -> profile:
 def stop(profiler: profile) -> None:
     """End the recording; the watchdog is told, for a long window takes a while to be sorted."""
     moving()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torch's, about arguments that we do not give
-        profiler.stop()
+    profiler.stop()
     moving()
 
 
 def dump_memory(path: Path) -> None:
-    """Write the memory snapshot, and end its recording."""
+    """Write the memory snapshot."""
     torch.cuda.memory._dump_snapshot(str(path))
-    torch.cuda.memory._record_memory_history(enabled=None)
 
 
 def put(path: Path, write: Callable[[Path], object]) -> None:
@@ -132,8 +130,8 @@ def heading(run: Training, first: int, last: int) -> str:
 def summary(profiler: profile, steps: int) -> str:
     """Return the page's tables: what took most time on the host, and of a GPU's kernels."""
     events = [event for event in profiler.key_averages() if not event.is_user_annotation]
-    on_host = [event for event in events if event.device_type == DeviceType.CPU]
-    kernels = [event for event in events if event.device_type == DeviceType.CUDA]
+    on_host = [event for event in events if event.device_type.name == "CPU"]
+    kernels = [event for event in events if event.device_type.name == "CUDA"]
     what = "operator on the host, without those that it calls"
     text = "\n" + table(what, on_host, "self_cpu_time_total", steps)
     if kernels:
