@@ -170,3 +170,32 @@ def test_a_room_imports_only_from_the_floors_below(package: str) -> None:
     assert {room for arrow in found for room in arrow} <= floor.keys(), "a new room needs a floor"
     assert len(found) > 20
     assert not {(start, end) for start, end in found if floor[start] <= floor[end]}
+
+
+MOST_LINES = 80  # of a function
+MOST_LOOP_LINES = 60  # of one in the training loop, so that a step is read on one screen
+
+
+def long_functions(path: Path, most: int, source: str | None = None) -> list[str]:
+    """The functions of a file, those inside of others too, that have more than ``most`` lines."""
+    tree = ast.parse(path.read_text() if source is None else source, str(path))
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            first = min([node.lineno, *(line.lineno for line in node.decorator_list)])
+            lines = (node.end_lineno or first) - first + 1
+            if lines > most:
+                found.append(f"{path}: {node.name} has {lines} lines; at most {most}, break it up")
+    return found
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_function_fits_its_bound(name: str) -> None:
+    most = MOST_LOOP_LINES if name == "dnt_scale/train/loop.py" else MOST_LINES
+    assert not long_functions(ROOT / name, most)
+
+
+def test_the_count_of_lines_sees_decorators_and_functions_in_functions() -> None:
+    source = "class A:\n    @one\n    @two(\n        3)\n    def f():\n        async def g():\n            pass\n"
+    found = long_functions(ROOT / "made_up.py", 1, source)
+    assert [line.partition(": ")[2].partition(";")[0] for line in found] == ["f has 6 lines", "g has 2 lines"]

@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from dnt_scale.arguments import path
+from dnt_scale.arguments import Parser, path, path_or_url, word
 
 CHECKPOINT_HELP = """\
 PATH is a run's folder, a folder of checkpoints, one step-NNNNNNNN, or a URL of these (s3:// gs://). Where it holds
@@ -34,6 +34,52 @@ the model that are printed, begins from these weights.
   dnt checkpoint convert demo.safetensors run.name=more data.path=data/mine
   dnt train run.name=more data.path=data/mine model=dnt_nano
 """
+
+
+def add_commands(commands: "argparse._SubParsersAction[Parser]") -> None:
+    """Add `dnt checkpoint` and its commands."""
+    checkpoint = commands.add_parser(
+        "checkpoint",
+        help="look into checkpoints, check and convert them",
+        epilog=CHECKPOINT_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    checkpoint_commands = checkpoint.add_subparsers(required=True, metavar="COMMAND")
+    inspect = checkpoint_commands.add_parser("inspect", help="what a checkpoint is: step, tokens, size, who wrote it")
+    inspect.add_argument(
+        "path", type=path_or_url, metavar="PATH", help="run, folder of checkpoints, step-NNNNNNNN, or a URL of these"
+    )
+    inspect.add_argument("--tensors", action="store_true", help="read all tensors: shape, dtype, norm, min and max")
+    inspect.set_defaults(run=checkpoint_inspect)
+    check = checkpoint_commands.add_parser(
+        "verify", help="re-read every byte: sha256 of each file, and that the parts make up each tensor"
+    )
+    check.add_argument(
+        "path", type=path_or_url, metavar="PATH", help="a run or folder (all its checkpoints), step-NNNNNNNN, or a URL"
+    )
+    check.set_defaults(run=checkpoint_verify)
+    diff = checkpoint_commands.add_parser(
+        "diff", help="compare two checkpoints bit for bit; exit status 0: equal, 1: not, 2: error"
+    )
+    diff.add_argument(
+        "one", type=path_or_url, metavar="A", help="run, folder of checkpoints, step-NNNNNNNN, or a URL of these"
+    )
+    diff.add_argument("other", type=path_or_url, metavar="B")
+    diff.set_defaults(run=checkpoint_diff)
+    convert = checkpoint_commands.add_parser(
+        "convert",
+        help="to and from one safetensors file",
+        epilog=CONVERT_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    convert.add_argument(
+        "source", type=path_or_url, metavar="IN", help="run, folder of checkpoints, step-NNNNNNNN, URL; or .safetensors"
+    )
+    convert.add_argument(
+        "target", nargs="+", type=word, metavar="OUT", help="a .safetensors file; or KEY=VALUE ... of a run"
+    )
+    convert.add_argument("--full", action="store_true", help="optimizer buffers too (default: weights only)")
+    convert.set_defaults(run=checkpoint_convert)
 
 
 def checkpoint_inspect(options: argparse.Namespace) -> int:

@@ -75,24 +75,41 @@ def _for_hydra(line: str, hidden: typed.Hidden, files: dict[str, Path]) -> str:
         ConfigError: it cannot be read.
     """
     prefix, key, value = typed.split(line)
+    _check_key(line, key, value)
+    if "~" in prefix or "@" in key:
+        return line
+    if value is None:
+        raise ConfigError(refusal(line))
+    if key in _groups():
+        return _choice_for_hydra(line, files)
+    return _value_for_hydra(line, key, value, hidden)
+
+
+def _check_key(line: str, key: str, value: str | None) -> None:
+    """Raise ConfigError for a key that no override may have."""
     if problem := paths.unreadable(line):
         raise ConfigError(f"{key.encode(errors='backslashreplace').decode()}: found {line!a}; {problem}")
     if (not key or key.partition(".")[0].partition("/")[0] == "hydra") and (key or value is not None):
         raise ConfigError(f"{line}: no such key; `dnt train --print-config` shows every key")
     if key.partition(".")[0] == "cluster":
         raise ConfigError(f"{line}: no such key; of a run that `dnt submit` queues, with a cluster=NAME")
-    if "~" in prefix or "@" in key:
+
+
+def _choice_for_hydra(line: str, files: dict[str, Path]) -> str:
+    """``group=NAME`` or ``group=PATH``; a path goes into ``files``, under the name that stands for it."""
+    prefix, key, value = typed.split(line)
+    parsed = typed.parse(line)
+    if parsed and parsed.is_sweep_override():
+        raise ConfigError(f"{line}: {SWEEP}")
+    assert value is not None
+    if (path := _file_of(key, value)) is None:
         return line
-    if value is None:
-        raise ConfigError(refusal(line))
-    if key in _groups():
-        parsed = typed.parse(line)
-        if parsed and parsed.is_sweep_override():
-            raise ConfigError(f"{line}: {SWEEP}")
-        if (path := _file_of(key, value)) is None:
-            return line
-        files[f"{key}/dnt_file_{len(files)}"] = path
-        return f"{prefix}{key}=dnt_file_{len(files) - 1}"
+    files[f"{key}/dnt_file_{len(files)}"] = path
+    return f"{prefix}{key}=dnt_file_{len(files) - 1}"
+
+
+def _value_for_hydra(line: str, key: str, value: str, hidden: typed.Hidden) -> str:
+    """``key=value``, with text hidden and what is no number quoted."""
     found = typed.at(RunConfig, key)
     # "++" lets through any key; pydantic then names the unknown ones better than Hydra does
     start = f"++{typed.key_for_hydra(RunConfig, key, hidden)}="

@@ -18,6 +18,7 @@ from dnt_scale.config import paths
 from dnt_scale.config.base import _LOGIN, Count, Place, Strict, Text
 from dnt_scale.config.data import AnyData
 from dnt_scale.config.engine import DeepSpeedEngineConfig, EngineConfig
+from dnt_scale.config.hooks import GarbageSection, MeasureSection, ProfileSection
 from dnt_scale.config.model import AnyModel
 from dnt_scale.config.optim import OptimConfig
 
@@ -127,6 +128,9 @@ class RunConfig(Strict):
     eval: EvalSection
     checkpoint: CheckpointSection
     health: HealthSection = HealthSection()
+    profile: ProfileSection = ProfileSection()
+    garbage: GarbageSection = GarbageSection()
+    measure: MeasureSection = MeasureSection()
 
     @model_validator(mode="after")
     def _a_spike_in_the_momentum_is_only_undone(self) -> Self:

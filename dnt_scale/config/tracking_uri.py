@@ -50,21 +50,18 @@ def _objection(uri: str) -> str:
     if "databricks-uc" in (uri, scheme) or "uc" in (uri, scheme):
         return "names Unity Catalog, which keeps models and takes no runs; give databricks or databricks://PROFILE"
     if scheme in SERVERS:
-        if not parts.hostname or re.search(r"\s", uri):
-            return f"is no server's address; expected {scheme}://HOST:PORT"
-        return ""
+        bad = not parts.hostname or re.search(r"\s", uri)
+        return f"is no server's address; expected {scheme}://HOST:PORT" if bad else ""
     if re.match(r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):\d{1,5}(/|$)", uri):
         return f"has no scheme; for an MLflow server give http://{uri}"
     if uri.startswith("//"):
         return f"has no scheme; for an MLflow server give http:{uri}"
     if scheme in ("", "file") or len(scheme) == 1:
         return _of_a_folder(uri)
-    if database in DATABASES and not uri.startswith(scheme):
-        return f"has a scheme in capitals; give {scheme}{uri[len(scheme) :]}"
-    if database == "sqlite" and driver in ("", "pysqlite"):
-        return _of_sqlite(uri)
     if database in DATABASES:
-        return _of_a_driver(uri)
+        if not uri.startswith(scheme):
+            return f"has a scheme in capitals; give {scheme}{uri[len(scheme) :]}"
+        return _of_sqlite(uri) if database == "sqlite" and driver in ("", "pysqlite") else _of_a_driver(uri)
     if scheme == "postgres":
         return f"has a scheme that SQLAlchemy no longer takes; give postgresql{uri[len(scheme) :]}"
     known = [*SERVERS, *DATABASES, "databricks", *sorted(plugins)]

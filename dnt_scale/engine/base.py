@@ -1,8 +1,10 @@
 """What the training loop asks of an engine. The loop knows nothing of FSDP or ZeRO."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
+
+from torch import Tensor
 
 from dnt_scale.checkpoint.tensor_shards import Box
 from dnt_scale.model.batch import Batch
@@ -20,6 +22,9 @@ class StepStats:
     grad_norm: float  # of the whole gradient, before clipping
     lr: float  # of the default parameter group
     skipped: bool  # the judge said so: weights and momentum are as before (without a gradient buffer: the weights)
+    # what was recorded during the step (distributed/device_metrics.py), by name: scalars, on the host where they came
+    # with the loss, on the device where they were measured after it
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Engine(Protocol):

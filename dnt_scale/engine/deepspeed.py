@@ -19,7 +19,13 @@ from dnt_scale.config.deepspeed_json import JSON, deepspeed_json
 from dnt_scale.distributed.process_group import Ranks
 from dnt_scale.engine.base import Judge, StepStats
 from dnt_scale.engine.parallelize import prepare_blocks
-from dnt_scale.engine.reductions import EvalSums, over_ranks, squared_norms
+from dnt_scale.engine.reductions import (
+    EvalSums,
+    over_ranks,
+    read_over_ranks,
+    recorded_over_ranks,
+    squared_norms,
+)
 from dnt_scale.engine.zero_internals import Part, Partitions, free, join, partitions
 from dnt_scale.model.batch import Batch, moved, split
 from dnt_scale.model.task import LossModule, Task, blank_buffers, fill_buffers
@@ -151,7 +157,7 @@ class DeepSpeedEngine:
         gradients = self.zero.gradients()
         # also of a gradient that all ranks have: their sums may differ in the last bit, and all must decide alike
         squares = squared_norms(gradients).sum() / (self.ranks.world_size if self.zero.replicated else 1)
-        totals = over_ranks(torch.stack([loss_sum, squares.to(self.ranks.device)]), self.ranks.device).tolist()
+        totals, metrics = read_over_ranks(torch.stack([loss_sum, squares.to(loss_sum)]), self.ranks.device)
         mean_loss, grad_norm = totals[0] / targets, math.sqrt(totals[1])
 
         lr_factor = self.schedule.factor(self.step)
@@ -169,7 +175,8 @@ class DeepSpeedEngine:
         else:
             self.zero.drop()
         self.step += 1
-        return StepStats(mean_loss, grad_norm, self.optimizer.defaults["lr"] * lr_factor, not factor)
+        metrics |= recorded_over_ranks(self.ranks.device)
+        return StepStats(mean_loss, grad_norm, self.optimizer.defaults["lr"] * lr_factor, not factor, metrics)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:

@@ -18,7 +18,7 @@ from dnt_scale.engine.accumulate_then_step import AccumulateThenStep, GradientSt
 from dnt_scale.engine.base import Judge, StepStats
 from dnt_scale.engine.momentum_in_backward import MomentumInBackward
 from dnt_scale.engine.parallelize import parallelize
-from dnt_scale.engine.reductions import EvalSums, over_ranks
+from dnt_scale.engine.reductions import EvalSums, over_ranks, read_over_ranks, recorded_over_ranks
 from dnt_scale.model.batch import Batch, moved, split
 from dnt_scale.model.task import LossModule, Task, blank_buffers, fill_buffers
 from dnt_scale.optim.build import build_optimizer
@@ -123,8 +123,8 @@ class FSDPEngine:
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * lr_factor
         self.optimizer.updates = self.updates
-        self.gradients.before_step(lambda: self._backward(batch))
-        loss, grad_norm = self._backward(batch)
+        self.gradients.before_step(lambda: self._backward(batch)[:2])
+        loss, grad_norm, metrics = self._backward(batch)
 
         factor = judge(loss, grad_norm)
         if factor:
@@ -133,7 +133,8 @@ class FSDPEngine:
         for part in self.parts:
             part.parameter.grad = part.rows.grad = None
         self.step += 1
-        return StepStats(loss, grad_norm, self.optimizer.defaults["lr"] * lr_factor, skipped=not factor)
+        metrics |= recorded_over_ranks(self.ranks.device)
+        return StepStats(loss, grad_norm, self.optimizer.defaults["lr"] * lr_factor, not factor, metrics)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
@@ -171,8 +172,11 @@ class FSDPEngine:
         del self.model, self.optimizer, self.parts, self.gradients
         gc.collect()  # parameters and FSDP2's hooks on them refer to each other
 
-    def _backward(self, batch: Batch) -> tuple[float, float]:
-        """The mean loss and the gradient's norm, of all ranks; the host waits for the device once, at the end."""
+    def _backward(self, batch: Batch) -> tuple[float, float, dict[str, Tensor]]:
+        """Return the mean loss, the gradient's norm and what was recorded, of all ranks.
+
+        The host waits for the device once, at the end.
+        """
         assert isinstance(self.model, FSDPModule)
         device = self.ranks.device
         micro_batches = split(batch, self.micro_batch)
@@ -188,9 +192,9 @@ class FSDPEngine:
             (micro_loss * scale).backward()
             loss_sum += micro_loss.detach()
         squares = self.gradients.norm_squares().to(device)
-        totals = over_ranks(torch.cat([(loss_sum / targets)[None], squares / self.replicas]), device)
-        loss, *whole_squares = totals.tolist()
-        return loss, math.fsum(math.sqrt(square) for square in whole_squares)
+        totals = torch.cat([(loss_sum / targets)[None], squares / self.replicas])
+        (loss, *whole_squares), metrics = read_over_ranks(totals, device)
+        return loss, math.fsum(math.sqrt(square) for square in whole_squares), metrics
 
 
 def blockwise(parts: Iterable[Part], task: Task) -> list[list[Part]]:

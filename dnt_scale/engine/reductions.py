@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dnt_scale.distributed import device_metrics
 from dnt_scale.model.batch import Batch
 from dnt_scale.model.task import Task
 
@@ -50,3 +51,30 @@ class EvalSums:
         """Return the mean over all targets of all ranks, by name. A collective."""
         *sums, targets = over_ranks(torch.stack([*self.totals.values(), self.targets]), self.device).tolist()
         return {name: value / targets for name, value in zip(self.totals, sums, strict=True)}
+
+
+def read_over_ranks(values: Tensor, device: torch.device) -> tuple[list[float], dict[str, Tensor]]:
+    """Return the sums over all ranks of ``values``, of shape (n,), and the metrics that were recorded until now.
+
+    The host waits for the device here, once for all of them. A collective.
+
+    Returns:
+        The sums, and the means by name: float64 scalars on the host, the same on every rank.
+    """
+    names, recorded = device_metrics.take(device)
+    own = values.detach().to(device, torch.float64)
+    totals = over_ranks(torch.cat([own, recorded.flatten()]), device).cpu()
+    means = totals[len(own) :].view(-1, 2)
+    return totals[: len(own)].tolist(), dict(zip(names, means[:, 0] / means[:, 1], strict=True))
+
+
+def recorded_over_ranks(device: torch.device) -> dict[str, Tensor]:
+    """Return the metrics recorded since the last wait, by name: float64 scalars that are still on ``device``.
+
+    A collective where any were recorded, which is so on all ranks or on none.
+    """
+    names, recorded = device_metrics.take(device)
+    if not names:
+        return {}
+    totals = over_ranks(recorded, device)
+    return dict(zip(names, (totals[:, 0] / totals[:, 1]).unbind(), strict=True))

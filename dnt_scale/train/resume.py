@@ -7,6 +7,7 @@ from pathlib import Path
 from dnt_scale.checkpoint import State
 from dnt_scale.checkpoint.storage import Storage
 from dnt_scale.config import ConfigError, RunConfig, from_yaml, validate
+from dnt_scale.config.hooks import check_window
 from dnt_scale.data.sources import Source
 from dnt_scale.optim.schedule import Schedule
 from dnt_scale.train import recorded
@@ -21,10 +22,11 @@ def starting_state(begun: Begun, source: Source, total_steps: int, world_size: i
 
     Raises:
         ValueError: the checkpoint was made with other data or another fixed field; or the run is no longer than
-            its warmup.
+            its warmup, or ends before the window of ``profile.steps``.
     """
     run, newest = begun.run, begun.start.newest
     Schedule(run.optim.schedule, total_steps)
+    check_window(run.profile, total_steps)
     settings = run.model_dump(mode="json")
     parts = source.parts()
     fresh = State(

@@ -37,7 +37,7 @@ OURS = {"step", "time"}  # that every line of metrics.jsonl has
 AT_WORK = ("submitted", "allocated", "ended")
 ASIDE = "before-"
 JOB_PATIENCE_S = 120.0  # a file server may notice the end of a lost node so late
-MOVED = ("config.yaml", METRICS, "plots", "logs", "jobs")  # by --fresh, and the checkpoints
+MOVED = ("config.yaml", METRICS, "plots", "profile", "logs", "jobs")  # by --fresh, and the checkpoints
 
 
 @dataclass(frozen=True)

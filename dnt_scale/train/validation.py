@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator
 
 from dnt_scale.config import RunConfig
 from dnt_scale.data.sources import Source
+from dnt_scale.distributed import device_metrics
 from dnt_scale.distributed.heartbeat import moving
 from dnt_scale.distributed.process_group import Ranks
 from dnt_scale.engine.base import Engine
@@ -16,7 +17,9 @@ def validation(run: RunConfig, trainer: Engine, source: Source, me: Ranks) -> Me
     sets = source.validation(
         rows=run.eval.rows, micro_batch=run.train.micro_batch, rank=me.rank, world_size=me.world_size
     )
-    return {**source.validation_metrics({name: trainer.evaluate(watched(sets[name])) for name in sets})}
+    with device_metrics.ignored():
+        means = {name: trainer.evaluate(watched(sets[name])) for name in sets}
+    return {**source.validation_metrics(means)}
 
 
 def watched(batches: Iterable[Batch]) -> Iterator[Batch]:

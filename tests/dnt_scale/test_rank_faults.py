@@ -163,9 +163,9 @@ def test_a_nan_on_one_rank(corpus, tmp_path, ranks, engine):
 
 def train_with_a_flipped_bit(overrides: list[str], rank: int, step: int) -> None:
     """`dnt_scale.train` in which a weight of one rank changes in its last bit before ``step``."""
-    from dnt_scale.train import loop
+    from dnt_scale.train import loop, setup
 
-    beat, build, built = loop.beat, loop.engine.build, []
+    beat, build, built = loop.beat, setup.engine.build, []
 
     def kept(*arguments):
         built.append(build(*arguments))
@@ -176,7 +176,7 @@ def train_with_a_flipped_bit(overrides: list[str], rank: int, step: int) -> None
             built[0].boxes()[0].data.view(torch.int32).flatten()[5] ^= 1
         beat(where)
 
-    loop.engine.build, loop.beat = kept, marked
+    setup.engine.build, loop.beat = kept, marked
     sys.exit(main(overrides))
 
 

@@ -51,6 +51,7 @@ METRICS_A_CALL = 1000  # MLflow refuses more in one log_batch
 PARAMS_A_CALL = 100
 PARAM_CHARS = 6000
 TAG_CHARS = 8000
+ARTIFACTS = ("plots", "profile")  # folders of the run folder, each file put there whole
 ARTIFACT_TRIES = 3  # before it is said that files cannot be stored
 
 LEASE = "dnt.lease"
@@ -412,9 +413,9 @@ class _Sender:
         return True
 
     def _send_artifacts(self, client: MlflowClient) -> None:
-        """Send config.yaml and the plots that changed since they were sent."""
-        plots = (path for path in (self.run_dir / "plots").glob("*") if not path.name.startswith("."))
-        for path in [self.run_dir / "config.yaml", *sorted(plots)]:
+        """Send config.yaml and the files of ``ARTIFACTS`` that changed since they were sent."""
+        files = [path for folder in ARTIFACTS for path in sorted((self.run_dir / folder).glob("[!.]*"))]
+        for path in [self.run_dir / "config.yaml", *files]:
             if path.is_file() and (changed := path.stat().st_mtime_ns) != self._artifacts_sent.get(path):
                 folder = None if path.parent == self.run_dir else path.parent.name
                 client.log_artifact(self.mlflow_run_id, str(path), folder)

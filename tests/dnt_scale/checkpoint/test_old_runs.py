@@ -40,7 +40,7 @@ def test_goes_on_as_it_would_have_then(name, tmp_path):
             *("train.global_batch=4", "train.steps=6"),
             *(f"run.dir={run_dir}", f"run.name={name}", f"data.path={GOLDEN / 'set'}"),
             *("model=dnt_nano", "model.vocab_size=512", "model.context=64", f"engine={name.partition('-')[0]}"),
-                *(["engine.replicas=2"] if name.startswith("hsdp") else []),
+            *(["engine.replicas=2"] if name.startswith("hsdp") else []),
         ],
         ranks=2,
     ).ok()

@@ -227,7 +227,7 @@ def test_a_run_is_measured_afterwards_and_makes_no_text(toy, tmp_path):
 
 
 def steps_of_every_engine(overrides: list[str]) -> None:
-    """Each engine in bf16: the buffer at the start, after a step and after new weights; and the loss before the step."""
+    """Each engine in bf16: the buffer at the start, after a step and after new weights; the loss before the step."""
     me = process_group.start("cpu")
     found = {}
     for label in ENGINES:

@@ -624,13 +624,16 @@ def test_strange_siblings_change_nothing_and_stay(corpus: Path, reference: Path,
 def test_a_refused_start_leaves_somebodys_folder_as_it_was(corpus: Path, tmp_path: Path) -> None:
     folder = tmp_path / "proj"
     (folder / "logs").mkdir(parents=True)
+    (folder / "profile").mkdir()
     (folder / "config.yaml").write_text("mine: precious\n")
     (folder / "metrics.jsonl").write_text('{"mine": 1}\n')
     error = train(tiny(corpus, folder)).error()
     assert error.startswith(f"error: run.dir: {folder}/config.yaml is not a run's")
     assert tree(folder) == {"config.yaml": b"mine: precious\n", "metrics.jsonl": b'{"mine": 1}\n'}
     begun = train([*tiny(corpus, folder, "train.steps=3", "eval.every=0"), "--fresh"]).ok()
-    assert re.search(rf"dnt: config.yaml, logs, metrics.jsonl of {folder} moved into {folder}/before-", begun.err)
+    assert re.search(
+        rf"dnt: config.yaml, logs, metrics.jsonl, profile of {folder} moved into {folder}/before-", begun.err
+    )
     (aside,) = folder.glob("before-*")
     assert (aside / "config.yaml").read_text() == "mine: precious\n" and len(metrics(folder)) == 3
 

@@ -1,0 +1,63 @@
+"""The sections of hooks (:mod:`dnt_scale.train.hooks`) that no other part of a run asks for.
+
+A hook of your own: its section here, a field of that name in ``RunConfig``.
+"""
+
+import re
+from typing import Annotated
+
+from pydantic import AfterValidator, Field
+
+from dnt_scale.config.base import ConfigError, Count, Strict, Text
+
+
+def _window(text: str) -> str:
+    expected = "expected FIRST..LAST, two steps of which the first is 1 or later, such as 10..12"
+    if not (found := re.fullmatch(r"(\d{1,15})\.\.(\d{1,15})", text, re.ASCII)):
+        raise ValueError(expected)
+    first, last = int(found[1]), int(found[2])
+    if not 1 <= first <= last:
+        backwards = "the window ends before it begins; " if last < first else ""
+        raise ValueError(f"{backwards}{expected}")
+    return text
+
+
+class ProfileSection(Strict):
+    """``profile.*``: a window of steps to look into (:mod:`dnt_scale.train.hooks.profiler`)."""
+
+    steps: Annotated[Text, AfterValidator(_window)] | None = Field(
+        None, description="FIRST..LAST: a trace of these steps, in RUN/profile and in MLflow"
+    )
+
+    @property
+    def window(self) -> range:
+        """The numbers of the steps to look into; empty where none are."""
+        if self.steps is None:
+            return range(0)
+        first, _, last = self.steps.partition("..")
+        return range(int(first), int(last) + 1)
+
+
+class GarbageSection(Strict):
+    """``garbage.*``: when Python looks for objects that refer to each other in a circle."""
+
+    every: Count = Field(100, ge=0, description="steps between collections, on all ranks; 0: as Python does")
+
+
+class MeasureSection(Strict):
+    """``measure.*``: metrics that cost something (:mod:`dnt_scale.train.hooks.tensor_rms`)."""
+
+    every: Count = Field(0, ge=0, description="steps between measurements of rms/*; 0: never")
+
+
+def check_window(profile: ProfileSection, total_steps: int) -> None:
+    """Check that the window to look into lies within the run.
+
+    Raises:
+        ConfigError: it ends after the run's last step.
+    """
+    if profile.window and profile.window[-1] > total_steps:
+        raise ConfigError(
+            f"profile.steps: the window {profile.steps} ends after the run's last step, "
+            f"{total_steps}; give steps of the run, or profile.steps=null"
+        )

@@ -1,0 +1,30 @@
+"""Let all ranks know what any of them has met: the one exchange that every step has."""
+
+from dnt_scale.distributed.agree import highest, on_first
+from dnt_scale.train.hooks.base import Hook
+from dnt_scale.train.setup import Step, Training
+
+
+class Agreement(Hook):
+    """Agrees on the signal that ends a run, on writers still at work, and on a line not written."""
+
+    def after_step(self, run: Training, step: Step) -> None:
+        """Exchange three numbers, and end the run where rank 0 could not write the step's line.
+
+        Raises:
+            AgreedError: the line could not be written; a checkpoint that was begun is in place
+            then.
+        """
+        signal = run.signals[0] if run.signals else 0
+        run.stopped_by, writing, failed = highest(signal, run.saver.busy, run.unwritten is not None)
+        step.writing = bool(writing)
+        if failed:
+            # A checkpoint that was begun is whole then, or there is a better reason to end.
+            run.saver.settle(wait=True)
+            on_first(run.ranks, lambda: raise_unwritten(run))
+
+
+def raise_unwritten(run: Training) -> None:
+    """Raise the error of a line that could not be written, if there is one."""
+    if run.unwritten is not None:
+        raise run.unwritten

@@ -1,0 +1,29 @@
+"""Act on a step whose loss or gradient is not as it should be."""
+
+from functools import partial
+
+from dnt_scale.train.hooks.base import Hook
+from dnt_scale.train.setup import Step, Training
+from dnt_scale.train.spike_guard import HopelessRun
+
+
+class BadSteps(Hook):
+    """Lets the guard, which has judged the step, act on it (:mod:`dnt_scale.train.spike_guard`)."""
+
+    def after_step(self, run: Training, step: Step) -> None:
+        """Tell of a bad step, write down where its rows lie, and undo it where that is asked for.
+
+        Raises:
+            HopelessRun: too many steps in a row were lost; a checkpoint that was begun is in place
+            then.
+        """
+        if bad := run.guard.told():
+            run.progress.say(f"step {step.number}: {bad}")
+        log = run.config.run.dir / "logs" / "bad_steps.jsonl" if run.ranks.first else None
+        seed, end = run.config.run.seed, run.state.consumed_rows
+        places = partial(run.source.rows_behind, seed, step.first_row, end)
+        try:
+            run.guard.after(step.number, run.engine, places, log)
+        except HopelessRun:
+            run.saver.settle(wait=True)  # its step was good
+            raise

@@ -1,0 +1,26 @@
+"""Write checkpoints: every ``checkpoint.every`` steps, and after the step that ends the run."""
+
+from dnt_scale.train.hooks.base import Hook
+from dnt_scale.train.setup import Step, Training
+
+
+class Saving(Hook):
+    """Begins checkpoints, and puts them in place once all ranks have written their parts."""
+
+    def after_step(self, run: Training, step: Step) -> None:
+        """Settle the checkpoint that every rank has written, and begin one where it is due."""
+        if run.saver.pending and not step.writing:
+            with run.clock.spending("save"):
+                run.saver.settle()
+        every = run.config.checkpoint.every
+        due = bool(every and step.number % every == 0)
+        step.saved = due or step.last or bool(run.stopped_by)
+        if step.saved:
+            numbers = {"engine": run.engine.scalars(), "health": run.guard.state()}
+            with run.clock.spending("save"):
+                run.saver.save(run.state.model_copy(update=numbers), run.engine.boxes())
+
+    def after_training(self, run: Training) -> None:
+        """Wait until the last checkpoint is in place."""
+        with run.clock.spending("save"):
+            run.saver.settle(wait=True)

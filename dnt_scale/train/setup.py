@@ -1,0 +1,168 @@
+"""What a run is made of: its parts, made in this order on every rank, and where it stands."""
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dnt_scale import checkpoint, engine
+from dnt_scale.checkpoint import State
+from dnt_scale.config import RunConfig, Unit
+from dnt_scale.data.sources import Source, check_parts, load_source
+from dnt_scale.data.stream import Stream
+from dnt_scale.distributed.agree import on_first, together
+from dnt_scale.distributed.process_group import Ranks
+from dnt_scale.engine.base import Engine, StepStats
+from dnt_scale.model.task import build_task
+from dnt_scale.record.files import warn
+from dnt_scale.record.metrics_file import last_metrics
+from dnt_scale.record.speed import Metrics
+from dnt_scale.record.timeline import Clock
+from dnt_scale.record.tracker import Status, Tracker
+from dnt_scale.train.progress import TrainProgress, opening_line
+from dnt_scale.train.resume import changes, check_place, starting_state
+from dnt_scale.train.run_facts import start_tracking
+from dnt_scale.train.run_start import Begun, make_room
+from dnt_scale.train.spike_guard import Guard
+
+
+@dataclass
+class Training:
+    """A run at work on this rank: its parts, and how far it is."""
+
+    config: RunConfig
+    ranks: Ranks
+    source: Source  # of the rows
+    stream: Stream  # global batches, read ahead
+    engine: Engine
+    guard: Guard  # judges each step
+    saver: checkpoint.Saver
+    clock: Clock  # tells the timeline where the seconds go
+    tracker: Tracker | None  # rank 0's
+    progress: TrainProgress  # what a person sees
+    total_steps: int
+    newest: Path | str | None  # the checkpoint that it goes on from
+    restored_s: float  # seconds that reading it took
+
+    state: State  # after the last step
+    signals: list[int] = field(default_factory=list)  # that this rank got and that end a run
+    stopped_by: int = 0  # the signal that ends the run on all ranks; 0: none
+    unwritten: OSError | None = None  # why the last line of metrics.jsonl could not be written
+    outcome: Status = "FAILED"  # until it is known to be better
+
+    @property
+    def unit(self) -> Unit:
+        """What rows count towards the budget and speed."""
+        return self.source.unit
+
+    @property
+    def complete(self) -> bool:
+        """Whether the last step is done."""
+        return self.state.step == self.total_steps
+
+    def report(self, metrics: Metrics) -> None:
+        """Write a line of metrics.jsonl and show it. An error waits for ``hooks.agreement``."""
+        state = self.state
+        done = {"step": state.step, self.unit.name: self.unit.of(state.consumed_rows)}
+        line = {**done, "time": time.time(), **metrics}
+        if self.tracker:
+            try:
+                self.tracker.log(line)
+            except OSError as error:
+                self.unwritten = self.unwritten or error
+        self.progress.update(self.state.step, line)
+
+
+@dataclass
+class Step:
+    """A step that was just done, for the hooks that follow it."""
+
+    number: int  # from 1
+    first_row: int  # of its global batch, in the training sequence
+    last: bool  # the run's last one
+    stats: StepStats
+    metrics: Metrics  # its line of metrics.jsonl, to which a hook before ``records`` may add
+    writing: bool = False  # whether any rank still writes an earlier checkpoint
+    saved: bool = False  # whether a checkpoint of this step was begun
+
+
+def set_up(begun: Begun, ranks: Ranks) -> Training:
+    """Make the parts of a run; one that is refused leaves no folder. A collective.
+
+    Raises:
+        ValueError: the configuration, the data and the checkpoint do not fit together, or a file is
+            damaged.
+        OSError: the run folder cannot be written.
+    """
+    config = begun.run
+    source = together(ranks, lambda: load_source(config))
+    total_steps = config.total_steps(source.unit.a_row)
+    size = ranks.world_size
+    state, newest = on_first(ranks, lambda: starting_state(begun, source, total_steps, size))
+    together(ranks, lambda: check_parts(source, state.sets))
+    if newest:
+        checkpoint.check_files(newest, state, ranks)
+    stream = together(ranks, lambda: open_stream(config, source, state, ranks))
+    built = engine.build(config, lambda: build_task(config.model, source.rows), ranks, total_steps)
+    on_first(ranks, lambda: make_room(begun))
+    on_first(ranks, lambda: check_place(config))  # makes the folder: all refusals are above
+    clock = Clock(config.run.dir, silent=not ranks.first)
+    clock.start(ranks.world_size, last_metrics(config.run.dir)[-1:])
+    guard = Guard(config.health, config.optim.clip_norm, config.train.max_skipped)
+    restored_s = restore(built, guard, newest, state, ranks) if newest else 0.0
+    guard.keep(state.step, built, at_checkpoint=True)
+    saver = together(ranks, lambda: open_saver(config, ranks, clock))
+    tracker = together(ranks, lambda: start_tracking(config, state, ranks) if ranks.first else None)
+    for line in changes(begun, source.unit.a_row) if ranks.first else []:
+        warn(line)
+    progress = TrainProgress(total_steps, state.step, source, silent=not ranks.first)
+    progress.say(opening_line(config, source, total_steps, newest, ranks))
+    for note in source.notes(config):
+        progress.say(note)
+    return Training(
+        config=config,
+        ranks=ranks,
+        source=source,
+        stream=stream,
+        engine=built,
+        guard=guard,
+        saver=saver,
+        clock=clock,
+        tracker=tracker,
+        progress=progress,
+        total_steps=total_steps,
+        newest=newest,
+        restored_s=restored_s,
+        state=state,
+    )
+
+
+def open_stream(config: RunConfig, source: Source, state: State, ranks: Ranks) -> Stream:
+    """Return this rank's batches from where ``state`` stands."""
+    return source.stream(
+        seed=config.run.seed,
+        global_batch=config.train.global_batch,
+        consumed_rows=state.consumed_rows,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+    )
+
+
+def restore(built: Engine, guard: Guard, newest: Path | str, state: State, ranks: Ranks) -> float:
+    """Read a checkpoint into the engine and the guard, and return the seconds that it took."""
+    started = time.perf_counter()
+    checkpoint.read_tensors(newest, built.boxes(), ranks)
+    built.refresh(state.scalars)
+    guard.restore(state.health)
+    return time.perf_counter() - started
+
+
+def open_saver(config: RunConfig, ranks: Ranks, clock: Clock) -> checkpoint.Saver:
+    """Return the saver of the run's checkpoints, which tells the timeline of each."""
+    return checkpoint.Saver(
+        config.checkpoints,
+        ranks,
+        keep=config.checkpoint.keep,
+        keep_every=config.checkpoint.keep_every,
+        background=config.checkpoint.background,
+        in_place=lambda step: clock.tell("saved", step=step),
+    )

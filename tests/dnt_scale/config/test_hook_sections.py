@@ -1,0 +1,46 @@
+"""The sections of hooks: the window to profile, and that runs of before them still read."""
+
+import pytest
+import yaml
+
+from dnt_scale.config import ConfigError, load, to_yaml, validate
+from dnt_scale.config.hooks import ProfileSection, check_window
+
+MINIMAL = ["run.name=try", "data.path=shards"]
+EXPECTED = "expected FIRST..LAST, two steps of which the first is 1 or later, such as 10..12"
+
+
+@pytest.mark.parametrize(
+    ("typed", "steps"), [("null", []), ("10..12", [10, 11, 12]), ("1..1", [1]), ("007..8", [7, 8])]
+)
+def test_a_window(typed: str, steps: list[int]) -> None:
+    assert list(load([*MINIMAL, f"profile.steps={typed}"]).profile.window) == steps
+
+
+@pytest.mark.parametrize(
+    "typed", ["10", "10-12", "10...12", "10..", "..12", "a..b", "0..3", "-1..3", "1.5..3", "[1, 2]", "1..2..3", "٣..٤"]
+)
+def test_what_is_no_window(typed: str) -> None:
+    with pytest.raises(ConfigError, match=r"profile\.steps: ") as caught:
+        load([*MINIMAL, f"profile.steps={typed}"])
+    assert EXPECTED in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_window_that_ends_before_it_begins() -> None:
+    with pytest.raises(ConfigError, match=r"the window ends before it begins; expected FIRST..LAST.*'12\.\.10'"):
+        load([*MINIMAL, "profile.steps=12..10"])
+
+
+def test_a_window_lies_within_the_run() -> None:
+    check_window(ProfileSection(), 5)
+    check_window(ProfileSection(steps="4..5"), 5)
+    with pytest.raises(ConfigError, match=r"the window 4\.\.6 ends after the run's last step, 5; give steps"):
+        check_window(ProfileSection(steps="4..6"), 5)
+
+
+def test_a_run_from_before_there_were_these_sections_still_reads() -> None:
+    run = load(MINIMAL)
+    raw = yaml.safe_load(to_yaml(run))
+    for section in ("profile", "garbage", "measure"):
+        del raw[section]
+    assert validate(raw) == run
