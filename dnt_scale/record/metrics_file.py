@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from dnt_scale.record.files import _replace, read_json
+from dnt_scale.record.files import read_json, replace_file
 from dnt_scale.record.folder_identity import is_copy
 
 METRICS = "metrics.jsonl"
@@ -54,7 +54,7 @@ def _drop_after(path: Path, resume_step: int) -> None:
         if found is not None and 0 < resume_step >= found[0]:
             kept += line + b"\n"
     if kept != data:
-        _replace(path, bytes(kept))
+        replace_file(path, bytes(kept))
 
 
 def last_metrics(run_dir: Path) -> list[dict[str, Any]]:

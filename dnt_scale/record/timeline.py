@@ -26,7 +26,7 @@ from typing import Any
 import orjson
 import psutil
 
-from dnt_scale.distributed.host import host
+from dnt_scale.distributed.host import host, start_ticks
 from dnt_scale.distributed.watchdog import Tell
 
 PROGRESS_EVERY_S = 60.0
@@ -92,9 +92,8 @@ def launched() -> float:
     Linux counts a process's start from the boot, and the boot in whole seconds: what psutil adds up from the two is
     up to a second early, more than a short attempt takes, and before the end of the attempt before this one.
     """
-    try:
-        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-    except OSError:  # not Linux
+    ticks = start_ticks(os.getpid())
+    if not ticks:  # This is not Linux.
         return psutil.Process().create_time()
     age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
     return time.time() - age
