@@ -9,7 +9,7 @@ The first rank of every node appends a line every ``tracking.system_every_s`` se
     gpu0/percent, gpu0/memory_used_gb, gpu0/temperature_c, gpu0/power_w    and so on: the GPUs that this run sees
 
 It is a thread's work, which never reaches training: what cannot be measured or written is left out.
-:mod:`dnt_scale.record.mlflow.sender` passes the lines on as the metrics ``system/NODE/cpu_percent`` and so on.
+:mod:`dnt_scale.record.sender` passes the lines on as the metrics ``system/NODE/cpu_percent`` and so on.
 """
 
 from __future__ import annotations

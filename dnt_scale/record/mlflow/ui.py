@@ -14,7 +14,7 @@ from pathlib import Path
 from dnt_scale.config import tracking_uri
 from dnt_scale.config.tracking_uri import absolute_uri, sqlite_file, sqlite_uri, without_login
 from dnt_scale.record.mlflow.store import KIND, MODEL_TRAINING
-from dnt_scale.record.tracker import sender_environment
+from dnt_scale.record.sender_process import sender_environment
 
 
 def open_ui(uri: str, port: int) -> int:
