@@ -116,8 +116,8 @@ def load(name: str) -> type[Backend]:
         found: type[Backend] = importlib.import_module(f"dnt_scale.record.{name}").BACKEND
         return found
     except (ModuleNotFoundError, AttributeError):
-        place = f"dnt_scale/record/{name}.py"
-        raise ValueError(f"tracking.backends: {name} is no backend: {place} has no BACKEND") from None
+        what = f"{name} is no backend: dnt_scale/record/{name}.py has no BACKEND"
+        raise ValueError(f"tracking.backends: {what}") from None
 
 
 def check_backends(names: Sequence[str]) -> None:

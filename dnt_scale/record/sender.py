@@ -186,7 +186,8 @@ class Sender:
             self._file_failures += 1
             if self._file_failures == FILE_TRIES:
                 has = f"{self.backend.title} has the run's numbers"
-                self.sent.notes.append(f"{has}, but not its config.yaml and plots ({reason(error)})")
+                lacks = f"not its config.yaml and plots ({reason(error)})"
+                self.sent.notes.append(f"{has}, but {lacks}")
             return False
         self._file_failures = 0
         return True

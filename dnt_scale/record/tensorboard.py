@@ -55,7 +55,8 @@ class TensorBoard(Backend):
         """Return what to install where the package is missing."""
         if importlib.util.find_spec("tensorboard"):
             return ""
-        return "needs a package that is not installed; pip install 'dnt-scale[tensorboard]', or take tracking=mlflow"
+        install = "pip install 'dnt-scale[tensorboard]', or take tracking=mlflow"
+        return f"needs a package that is not installed; {install}"
 
     def open(self) -> None:
         """Cut off what was not noted; where something that was noted is missing, begin anew."""
@@ -123,29 +124,33 @@ class TensorBoard(Backend):
 
     def _write(self, action: Callable[[SummaryWriter], None]) -> None:
         """Let ``action`` write to the event file, all of it or nothing."""
-        writer = self._writer or self._new_writer()
-        try:
-            action(writer)
-            writer.flush()
-            self._sizes[self._file.name] = self._file.stat().st_size
-        except BaseException:
-            with contextlib.suppress(Exception):  # The thread of the writer may have ended.
-                writer.close()
-            if self._file.name not in self._sizes:
-                self._file.unlink(missing_ok=True)
-            self._writer = None  # The next call cuts off what was written, and begins another.
-            raise
-
-    def _new_writer(self) -> SummaryWriter:
         from torch.utils.tensorboard import SummaryWriter
 
-        if self._is_incomplete():
-            raise Lost  # Somebody has cleared the folder meanwhile.
-        self.open()
-        before = self._files()
-        self._writer = SummaryWriter(str(self._folder), filename_suffix=SUFFIX)
-        [self._file] = self._files() - before
-        return self._writer
+        if self._writer is None:
+            if self._is_incomplete():
+                raise Lost  # Somebody has cleared the folder meanwhile.
+            self.open()
+        try:
+            if self._writer is None:
+                before = self._files()
+                self._writer = SummaryWriter(str(self._folder), filename_suffix=SUFFIX)
+                [self._file] = self._files() - before
+            action(self._writer)
+            self._writer.flush()
+            self._sizes[self._file.name] = self._file.stat().st_size
+        except BaseException:
+            self._abandon_file()
+            raise
+
+    def _abandon_file(self) -> None:
+        """Write no more to a file with events in part; the next call cuts them off."""
+        with contextlib.suppress(Exception):  # The thread of the writer may have ended.
+            if self._writer:
+                self._writer.close()
+        self._writer = None
+        for file in self._files():
+            if file.name not in self._sizes:
+                file.unlink(missing_ok=True)
 
 
 def _table(values: dict[str, Any]) -> str:

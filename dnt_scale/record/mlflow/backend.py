@@ -126,7 +126,8 @@ class MLflow(Backend):
         """Find or make this folder's MLflow run, and take a new lease on it."""
         self._open_client = None
         parent_status = "RUNNING" if self._live else ""
-        client, experiment_id, self._parent = store.opened(self._run_dir, self._order, parent_status)
+        opened = store.opened(self._run_dir, self._order, parent_status)
+        client, experiment_id, self._parent = opened
         self._run = self._take_lease(client, experiment_id)
         self._open_client = client
 

@@ -33,7 +33,8 @@ def remedy(error: BaseException, uri: str, experiment: str) -> str:
             another = "give the run another with tracking.experiment=NAME"
             return f"Restore it with `{restore}`, or {another}."
     codes = [getattr(each, "error_code", "") for each in found]
-    return _of_a_server(found, text, codes, experiment) or _of_a_database(text, uri) or _of_a_sqlite_file(text, uri)
+    of_a_store = _of_a_database(text, uri) or _of_a_sqlite_file(text, uri)
+    return _of_a_server(found, text, codes, experiment) or of_a_store
 
 
 def _of_a_server(

@@ -90,7 +90,7 @@ def opened(
 
 
 def parent_file(run_dir: Path, parent_id: str) -> Path:
-    """Return where it lies what MLflow was told of a sweep: its store, MLflow run and status."""
+    """Return the file that notes a sweep's store, MLflow run and the status it was told."""
     return run_dir.parent / f".{parent_id}.mlflow.json"
 
 
@@ -106,7 +106,7 @@ def is_parent_finalized(run_dir: Path, order: dict[str, Any], status: str) -> bo
 
 
 def _from_its_folder(uri: str) -> str:
-    """Return ``uri``, or, where its folder's name does not fit into a URI, one from inside that folder.
+    """Return ``uri``, or one from inside the folder of a SQLite file whose name fits in no URI.
 
     SQLAlchemy, by its version, and MLflow read such a URI differently.
     """

@@ -171,7 +171,7 @@ signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 senders.without_processes(pytest.MonkeyPatch())
 run_dir = Path(sys.argv[1])
 senders.start(run_dir, 20, backends=["tensorboard"])
-sender = senders.begin(run_dir, 20, backends=["tensorboard"])
+sender = senders.begin(run_dir, 60, backends=["tensorboard"])
 resource.setrlimit(resource.RLIMIT_FSIZE, (1200, resource.RLIM_INFINITY))
 for _ in range(2):
     try:
@@ -186,7 +186,7 @@ print(send_all(sender, EndedTraining("FINISHED")))
 def test_a_full_disk_leaves_nothing_in_part(tmp_path: Path) -> None:
     said = subprocess.run([sys.executable, "-c", FULL, str(tmp_path / "run")], capture_output=True, text=True)
     assert said.stdout.splitlines()[-3:] == ["File too large", "File too large", "0"], said.stderr
-    assert shown(tmp_path / "run")["train/loss"] == losses(40)
+    assert shown(tmp_path / "run")["train/loss"] == losses(80)
 
 
 def test_folders_that_are_copied_moved_or_cleared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
