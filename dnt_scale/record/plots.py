@@ -128,8 +128,8 @@ def _draw_losses(axes: Axes, train: tuple[Floats, Floats], val: tuple[Floats, Fl
     room = max(0.01, 0.06 * (high - low))
     axes.set_ylim(low - room, high + room)
     if val[0].size:
-        dots = {"marker": "o", "ms": 4 if val[0].size < 60 else 2}
-        axes.plot(*val, color=VAL, lw=1.2, label="validation", zorder=3, **dots)
+        size = 4 if val[0].size < 60 else 2
+        axes.plot(*val, color=VAL, lw=1.2, marker="o", ms=size, label="validation", zorder=3)
         last_tokens, last = val[0][-1], val[1][-1]
         axes.annotate(
             f"validation {last:.3f}\nperplexity {np.exp(min(last, 700.0)):.4g}",

@@ -77,7 +77,8 @@ class Sent:
         self.names: list[str] = before.get("sent_names", [])  # The metrics of that step.
         self.bytes: dict[str, int] = before.get("sent_bytes", {})  # Of each node's samples.
         # The last status told, and the sizes of what was sent by then.
-        self.ended = {name: before[name] for name in ("status", "sizes") if name in before}
+        ended = {"status", "sizes"} & before.keys()
+        self.ended: dict[str, Any] = {name: before[name] for name in ended}
 
     def forget(self) -> None:
         """Have all sent again, for the backend has nothing of this run."""
@@ -85,7 +86,7 @@ class Sent:
 
     def save(self, error: str | None = None, remedy: str = "") -> None:
         """Replace BACKEND.json when it would change, or again for every error. Raises OSError."""
-        state = {
+        state: dict[str, Any] = {
             **self._key,
             **self.own,
             "notes": self.notes,
@@ -104,17 +105,25 @@ class Sent:
             self._saved = content
 
 
-def unsent_lines(run_dir: Path, backend: str = "mlflow") -> int:
-    """Return how many lines of metrics.jsonl a backend lacks; 0 when the run is not sent there."""
+def unsent_lines(run_dir: Path, *backends: str) -> int:
+    """Return how many lines of metrics.jsonl a backend lacks; 0 when the run is sent nowhere.
+
+    Of several ``backends``, or all that the run is sent to where none is named, the most.
+    """
     order, metrics = read_order(run_dir), run_dir / METRICS
-    if backend not in backends_of(order) or not metrics.exists():
+    if not order or not metrics.exists():
         return 0
+    lines = metrics.read_bytes().splitlines()
+    counts = [_count_unsent(run_dir, order, name, lines) for name in backends or backends_of(order)]
+    return max(counts, default=0)
+
+
+def _count_unsent(run_dir: Path, order: Order, backend: str, lines: list[bytes]) -> int:
     state = read_report(run_dir, backend)
     same = key_of(order, backend).items() <= state.items()
     sent_step, sent_names = -1, []
     if same and not is_copy(run_dir, state.get("place")):
         sent_step, sent_names = state["sent_step"], state["sent_names"]
-    lines = metrics.read_bytes().splitlines()
     return sum(bool(unsent_points(line, sent_step, sent_names, 0)) for line in lines)
 
 

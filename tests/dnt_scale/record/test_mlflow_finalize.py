@@ -119,6 +119,9 @@ def test_a_run_that_was_killed_with_its_sender_gets_its_true_status_once(tmp_pat
 def test_a_run_that_is_not_tracked_is_finalized(tmp_path):
     assert finalize_run(tmp_path, "FAILED")
     assert finalize_sweep(tmp_path, "FAILED")
+    command = [sys.executable, "-m", "dnt_scale.record.finalize", str(tmp_path)]
+    assert subprocess.run([*command, "FAILED"]).returncode == 0
+    assert subprocess.run([*command, "RUNNING"], capture_output=True).returncode == 2
 
 
 @pytest.mark.parametrize("answers", [True, False])

@@ -79,7 +79,7 @@ def test_a_run_and_its_resumption_show_each_step_once(corpus: Path, tmp_path: Pa
     assert [step for step, _ in found["train/loss"]] == list(range(1, 15))
     assert [step for step, _ in found["val/loss"]] == [0, 5, 9, 10, 14]
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    assert len(lines) == 15 and unsent_lines(run_dir, "tensorboard") == 0
+    assert len(lines) == 15 and unsent_lines(run_dir) == 0
     assert b"| optim.lr |" in also["params"][0] and len(also["params"]) == 2  # train.steps is another
     assert b"To go on with it" in also["run"][0] and b"git_commit" in also["tags"][0]
     assert once["plots/loss"] == also["plots/loss"][:1]
