@@ -46,7 +46,8 @@ from cluster import run_record, sandbox, slurm
 from dnt_scale.checkpoint.inspection import diff
 from dnt_scale.record import timeline
 from dnt_scale.record.files import git_commit
-from dnt_scale.record.metrics_file import METRICS, unsent_lines
+from dnt_scale.record.metrics_file import METRICS
+from dnt_scale.record.sender_files import unsent_lines
 from tests.helpers.run import TINY_RUN, synthetic_set
 
 EVENTS = [

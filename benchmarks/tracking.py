@@ -35,7 +35,7 @@ from rich.table import Table
 
 from dnt_scale.record import system_metrics
 from dnt_scale.record.files import git_commit
-from dnt_scale.record.metrics_file import unsent_lines
+from dnt_scale.record.sender_files import unsent_lines
 from dnt_scale.record.tracker import Tracker
 from tests.helpers.stores import free_port, mlflow_server, no_postgres, points, postgres, sqlite_store
 
@@ -127,7 +127,8 @@ def measured(run_dir: Path, uri: str, options: argparse.Namespace) -> dict[str, 
         enabled=True,
         resume_step=0,
     )
-    assert tracker._sender is not None
+    sender = tracker.senders[0].process
+    assert sender is not None
     turn, block = (max(1, round(length / (options.step_ms / 1000))) for length in (TURN_S, BLOCK_S))
     spent: dict[bool, list[list[float]]] = {True: [], False: []}  # wall and CPU seconds of each block
     in_log: list[float] = []
@@ -138,7 +139,7 @@ def measured(run_dir: Path, uri: str, options: argparse.Namespace) -> dict[str, 
             spent[True].append([0.0, 0.0])
             spent[False].append([0.0, 0.0])
         for logged in order:
-            tracker._sender.send_signal(signal.SIGCONT if logged else signal.SIGSTOP)
+            sender.send_signal(signal.SIGCONT if logged else signal.SIGSTOP)
             wall, cpu = time.perf_counter(), time.thread_time()
             for step in steps:
                 step_work()
@@ -149,7 +150,7 @@ def measured(run_dir: Path, uri: str, options: argparse.Namespace) -> dict[str, 
             spent[logged][-1][0] += time.perf_counter() - wall
             spent[logged][-1][1] += time.thread_time() - cpu
         order.reverse()  # whoever went second goes first
-    tracker._sender.send_signal(signal.SIGCONT)
+    sender.send_signal(signal.SIGCONT)
     behind = unsent_lines(run_dir)
     ended = time.perf_counter()
     tracker.finish("FINISHED", ARRIVES_IN_S)

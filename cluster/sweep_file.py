@@ -20,7 +20,7 @@ from cluster.run_record import LedgerError
 from dnt_scale.config import Strict
 from dnt_scale.record import timeline
 from dnt_scale.record.files import write_json
-from dnt_scale.record.mlflow.finalize import settle_parent
+from dnt_scale.record.finalize import finalize_sweep
 from dnt_scale.record.tracker import Status
 
 FILE = "sweep.json"
@@ -87,7 +87,7 @@ def settle(folder: Path) -> None:
     places = [folder / run.name for run in load(folder).runs]
     tracked = [place for place in places if (place / "logs" / "tracking.json").exists()]
     if tracked and (status := outcome(folder)):
-        settle_parent(tracked[0], status)
+        finalize_sweep(tracked[0], status)
 
 
 def _end(run_dir: Path) -> str | None:

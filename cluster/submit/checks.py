@@ -24,6 +24,7 @@ from dnt_scale.config.engine import copies_of
 from dnt_scale.config.tracking_uri import sqlite_file
 from dnt_scale.data.sources import Source, load_source
 from dnt_scale.data.stream import rows_a_rank
+from dnt_scale.record.backend import check_backends
 from dnt_scale.record.run_lock import check_free
 from dnt_scale.tools.memory_plan import checkpoint_bytes
 from dnt_scale.train.recorded import Typed
@@ -52,6 +53,8 @@ def before_queue(run: RunConfig, site: ClusterConfig, *, fresh: bool = False) ->
     """
     check_free(run.run.dir)
     check_tracking(run)
+    if run.tracking.enabled:
+        check_backends(run.tracking.backends)
     slurm.check_here()
     check_logins(site)
     found = slurm.partitions()

@@ -19,7 +19,7 @@ from cluster.watch import run_state
 from dnt_scale import startup
 from dnt_scale.distributed import output
 from dnt_scale.record import timeline
-from dnt_scale.record.mlflow.finalize import settle
+from dnt_scale.record.finalize import finalize_run
 
 TAIL_BYTES = 1 << 20  # of a log
 SIGNAL_EARLY_S = 60.0  # by which SLURM may send --signal before its time
@@ -156,7 +156,7 @@ def main(run_dir: Path, srun_status: int) -> int:
 
 def over(run_dir: Path, submission: run_record.Submission, status: EndStatus) -> None:
     """Let MLflow have the true end of a run with which nothing goes on, and of its sweep."""
-    settle(run_dir, run_record.MLFLOW_STATUS[status])
+    finalize_run(run_dir, run_record.MLFLOW_STATUS[status])
     if submission.parent:
         sweep_file.settle(run_dir.parent)
 

@@ -14,7 +14,7 @@ from cluster.run_record import EndStatus, LedgerError, Submission
 from cluster.words import ago
 from dnt_scale.record import timeline
 from dnt_scale.record.files import read_json
-from dnt_scale.record.mlflow.finalize import settle
+from dnt_scale.record.finalize import finalize_run
 from dnt_scale.record.timeline import Event
 
 # SLURM keeps a job for some minutes after its end (MinJobAge, 300 s by default): one that gave a sign of life since and
@@ -253,4 +253,4 @@ def mend_mlflow(run_dir: Path, found: Standing) -> bool:
     if not ours(run_dir):
         return True
     # in the queue KILLED too, until the next attempt says RUNNING
-    return settle(run_dir, run_record.MLFLOW_STATUS.get(found.state, "KILLED"))
+    return finalize_run(run_dir, run_record.MLFLOW_STATUS.get(found.state, "KILLED"))

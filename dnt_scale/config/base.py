@@ -1,6 +1,8 @@
 """What all sections share: strictness, numbers and paths as they are typed, the error."""
 
+import difflib
 import re
+from collections.abc import Iterable
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,6 +18,11 @@ from pydantic import (
 from dnt_scale.config import paths, typed
 
 _LOGIN = re.compile(r"(?i)(^|&)[^=]*(user|password|token)[^=]*=")  # in a URL's query
+
+
+def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """Return the known word that is most like ``word``; "" where none is by ``cutoff``, 0 to 1."""
+    return next(iter(difflib.get_close_matches(word, sorted(known), n=1, cutoff=cutoff)), "")
 
 
 class ConfigError(ValueError):

@@ -4,7 +4,6 @@
 the field, what was found, what was expected, and for a misspelt key its nearest neighbour.
 """
 
-import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import NoneType
@@ -20,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
 from dnt_scale.config import paths, tracking_uri, typed
-from dnt_scale.config.base import ConfigError
+from dnt_scale.config.base import ConfigError, nearest
 from dnt_scale.config.run import RunConfig
 
 # pydantic names the chosen member of a union in an error's place, after the union's field
@@ -210,13 +209,22 @@ def _text_of(path: Path) -> str:
 
 def check_tracking(run: RunConfig) -> None:
     """Raise ConfigError where a run's records would be sent to what can never take them."""
+    tracking, known = run.tracking, _choices("tracking")
+    if not tracking.enabled:
+        return
+    for name in tracking.backends:
+        if name not in known:
+            hint = _nearest(name, set(known)) or "."
+            raise ConfigError(f"tracking.backends: no such backend as {name}{hint} There are: {', '.join(known)}")
+    if "mlflow" not in tracking.backends:
+        return
     try:
-        if run.tracking.enabled and run.tracking.uri:
-            tracking_uri.check(run.tracking.uri)
+        if tracking.uri:
+            tracking_uri.check(tracking.uri)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    if run.tracking.enabled and not 0 < len(run.tracking.experiment.strip()) <= EXPERIMENT_CHARS:
-        found = len(run.tracking.experiment)
+    if not 0 < len(tracking.experiment.strip()) <= EXPERIMENT_CHARS:
+        found = len(tracking.experiment)
         raise ConfigError(f"tracking.experiment: has {found} characters, expected a name of 1 to {EXPERIMENT_CHARS}")
 
 
@@ -330,8 +338,8 @@ def _known_keys(model: type[BaseModel], prefix: str = "") -> set[str]:
 def _nearest(key: str, known: set[str]) -> str:
     if key in known:
         return "; other choices of this group have it, this one does not"
-    close = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else ""
+    close = nearest(key, known, 0.5)
+    return f"; did you mean {close}?" if close else ""
 
 
 def _is_key(key: str, known: set[str]) -> bool:
@@ -365,7 +373,7 @@ def _explain(error: Exception, overrides: list[str]) -> str:
         key, _, value = override.partition("=")
         choices = _choices(key) if key in _groups() else []
         if choices and value.removesuffix(".yaml") not in choices:
-            nearest = _nearest(value, set(choices)) or "."
-            return f"{override}: no such choice{nearest} There are: {', '.join(choices)}"
+            hint = _nearest(value, set(choices)) or "."
+            return f"{override}: no such choice{hint} There are: {', '.join(choices)}"
     field = getattr(error, "full_key", None)  # where an interpolation failed
     return (f"{field}: " if field else "") + text.splitlines()[0]

@@ -3,10 +3,10 @@
 DeepSpeed says nothing of keys that it does not know, or that do nothing in the chosen stage. Here they are errors.
 """
 
-import difflib
 from typing import Any
 
 from dnt_scale.config import ConfigError, DeepSpeedEngineConfig, RunConfig
+from dnt_scale.config.base import nearest
 
 JSON = dict[str, Any]
 PATH = "engine.deepspeed"
@@ -160,9 +160,9 @@ def _check_keys(section: JSON, known: set[str], prefix: str) -> None:
         if path in OWNED:
             raise _error(path, value, f"nothing: {OWNED[path]}")
         if key not in known:
-            close = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.6)
-            nearest = f"did you mean {close[0]}?" if close else "remove it."
-            raise ConfigError(f"{PATH}.{path}: no such key; {nearest} There are: {', '.join(sorted(known))}")
+            close = nearest(key, known)
+            hint = f"did you mean {close}?" if close else "remove it."
+            raise ConfigError(f"{PATH}.{path}: no such key; {hint} There are: {', '.join(sorted(known))}")
         if value == "auto":
             raise _error(path, value, "a value; auto is for Hugging Face's Trainer")
 

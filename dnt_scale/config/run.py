@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 from pydantic import (
     AfterValidator,
     Field,
+    field_validator,
     model_validator,
 )
 
@@ -99,11 +100,21 @@ class HealthSection(Strict):
 
 class TrackingSection(Strict):
     enabled: bool = True
-    uri: str | None = Field(None, description="null: sqlite:///mlflow.db beside the run folder")
-    experiment: Text = "dnt-scale"
+    backends: list[Text] = Field(["mlflow"], description="choices of configs/tracking, one or several")
+    uri: str | None = Field(None, description="MLflow's; null: sqlite:///mlflow.db beside the run folder")
+    experiment: Text = Field("dnt-scale", description="MLflow's")
     system_every_s: float = Field(
         10.0, ge=0, le=1e6, description="between samples of each node's CPU, memory, GPUs; 0: none"
     )
+
+    @field_validator("backends")
+    @classmethod
+    def _each_once(cls, names: list[str]) -> list[str]:
+        if not names:
+            raise ValueError("expected at least one; tracking.enabled=false sends nothing")
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"{twice[0]} is there twice; expected each once")
+        return names
 
     @model_validator(mode="after")
     def _no_login(self) -> Self:

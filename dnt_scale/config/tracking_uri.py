@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import importlib.util
 import os
 import re
 from importlib.metadata import entry_points
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
+
+from dnt_scale.config.base import nearest
 
 SERVERS = ("http", "https")
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
@@ -65,8 +66,8 @@ def _objection(uri: str) -> str:
     if scheme == "postgres":
         return f"has a scheme that SQLAlchemy no longer takes; give postgresql{uri[len(scheme) :]}"
     known = [*SERVERS, *DATABASES, "databricks", *sorted(plugins)]
-    near = difflib.get_close_matches(scheme, known, n=1)
-    hint = f"did you mean {near[0]}{uri[len(scheme) :]}?" if near else f"MLflow takes {', '.join(known)}"
+    near = nearest(scheme, known)
+    hint = f"did you mean {near}{uri[len(scheme) :]}?" if near else f"MLflow takes {', '.join(known)}"
     return f"is of a kind that MLflow does not know; {hint}"
 
 

@@ -2,27 +2,53 @@
 
 import os
 import socket
-from contextlib import suppress
 from pathlib import Path
+
+import psutil
 
 
 def host() -> str:
-    """This machine as its scheduler calls it, which may be shorter than its hostname."""
+    """Return this machine's name as its scheduler has it: its hostname, or a shorter one."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def machine() -> str:
-    """A name for this kernel and set of process numbers (containers have their own)."""
-    parts = []
-    with suppress(OSError):
-        parts = [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), str(Path("/proc/self/ns/pid").readlink())]
-    return " ".join([socket.gethostname(), *parts])
-
-
-def start_time(pid: int) -> int | None:
-    """When a process was started, in clock ticks since boot; None where there is none, or only its exit status."""
+    """Return a name for this kernel and its set of process numbers (containers have their own)."""
     try:
-        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
+    except OSError:  # This is not Linux.
+        return socket.gethostname()
+
+
+def start_ticks(pid: int) -> int:
+    """Return when a process was started, in clock ticks since boot; 0 where Linux does not tell.
+
+    psutil adds the time of the boot, which Linux gives in whole seconds and moves when the clock
+    is set: one process has several such times.
+    """
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
     except OSError:
-        return None
-    return None if state in "ZX" else int(fields[18])
+        return 0
+
+
+def has_ended(pid: int, started: int, machine_of_it: str) -> bool:
+    """Return whether a process is one of this machine that has ended, or left only its exit status.
+
+    Args:
+        started: what ``start_ticks`` said of it, for another process may have its number by now;
+            0: not known.
+        machine_of_it: what ``machine`` said where it runs. Nothing is known of other machines.
+    """
+    if machine_of_it != machine():
+        return False
+    try:
+        if psutil.Process(pid).status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
+            return True
+        now = start_ticks(pid)
+        return bool(started and now and started != now)
+    except psutil.NoSuchProcess:
+        return True
+    except psutil.AccessDenied:
+        return False

@@ -14,9 +14,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 
-import psutil
 import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+
+from dnt_scale.distributed.host import has_ended, machine, start_ticks
 
 SAY_S = 3.0  # until somebody is told who is waited for
 AGAIN_S = 60.0  # until that is told again, if they are others by then
@@ -197,8 +198,8 @@ def connect(host: str, port: int, *, serve: bool) -> TCPStore:
 
 def arrive(store: PrefixStore, rank: int, world_size: int) -> None:
     """Tell that this rank is here. Raises ValueError where it does not fit to those that are there."""
-    process = psutil.Process()
-    me = {"rank": rank, "host": socket.gethostname(), "pid": process.pid, "started": process.create_time()}
+    process = {"pid": os.getpid(), "started": start_ticks(os.getpid()), "machine": machine()}
+    me = {"rank": rank, "host": socket.gethostname(), **process}
     first = json.loads(store.compare_set("world", "", json.dumps({**me, "size": world_size})))
     if first["size"] != world_size:
         raise ValueError(
@@ -209,23 +210,12 @@ def arrive(store: PrefixStore, rank: int, world_size: int) -> None:
     other = json.loads(store.compare_set(key, "", json.dumps(me)))
     if other == me:
         return
-    if not gone(other):
+    if not has_ended(other["pid"], other["started"], other["machine"]):
         raise ValueError(
             f"rank {rank} is here already, as process {other['pid']} on {other['host']}; give every process a RANK of "
             "its own, or end them all and start them again"
         )
     store.set(key, json.dumps(me))
-
-
-def gone(process: dict[str, str | int | float]) -> bool:
-    """Whether a process is one of this machine that has ended."""
-    if process["host"] != socket.gethostname():
-        return False
-    try:
-        found = psutil.Process(int(process["pid"]))
-        return found.create_time() != process["started"] or found.status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
 
 
 def missing(store: PrefixStore, world_size: int) -> list[int]:

@@ -34,7 +34,7 @@ from dnt_scale.distributed import output
 from dnt_scale.distributed.agree import on_first, together
 from dnt_scale.distributed.errors import AgreedError, exit_status, lost_peer, out_of_memory
 from dnt_scale.distributed.heartbeat import main_thread
-from dnt_scale.distributed.host import host, machine, start_time
+from dnt_scale.distributed.host import has_ended, host, machine, start_ticks
 from dnt_scale.distributed.process_group import Ranks
 
 STATUS = 1  # that a hang or a death ends with
@@ -62,7 +62,7 @@ class Pulse:
     host: str
     machine: str  # where process numbers mean the same
     pid: int
-    started: int  # clock tick since boot, that no stranger with the same pid is meant; 0: not known here
+    started: int  # in clock ticks since boot: another process may get its number; 0: not known
 
     @property
     def progress(self) -> tuple[int, int]:
@@ -70,7 +70,7 @@ class Pulse:
 
 
 @dataclass
-class Seen:
+class LastPulse:
     """The last pulse of a rank, and when on the judge's clock it lived and moved last."""
 
     pulse: Pulse
@@ -100,7 +100,7 @@ class Watchdog:
         self.read_every = min(hang_s / 10, max(self.tick, me.world_size / 20))
         self.thread_id = threading.get_ident()
         self.host, self.machine, self.pid = host(), machine(), os.getpid()
-        self.started = start_time(self.pid) or 0
+        self.started = start_ticks(self.pid)
         self.number = 0
         self.clock = 0.0  # the judge's
         self.contact = self.read = 0.0  # when on that clock the store answered last, and when all were read last
@@ -117,14 +117,14 @@ class Watchdog:
         self.told = threading.Event()  # the store holds that this rank left, or why
         self.wake, self.stopping = threading.Event(), threading.Event()
         self.ending = threading.Lock()
-        self.seen = {me.rank: Seen(self._pulse(), 0.0, 0.0)}
+        self.seen = {me.rank: LastPulse(self._pulse(), 0.0, 0.0)}
         self.store: PrefixStore | None = None
         if me.world_size > 1:
             name = on_first(me, lambda: f"watchdog/{os.getpid()}/{time.time_ns()}")  # a store may outlive a run
             address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
             self.store = store = PrefixStore(name, TCPStore(address, port, is_master=False, wait_for_workers=False))
             together(me, lambda: store.set(str(me.rank), encode(self._pulse())))
-            self.seen = {rank: Seen(pulse, 0.0, 0.0) for rank, pulse in enumerate(self._read_all(store))}
+            self.seen = {rank: LastPulse(pulse, 0.0, 0.0) for rank, pulse in enumerate(self._read_all(store))}
         self.judge = threading.Thread(target=self._judge_on, name="judge", daemon=True)
         self.pulse = threading.Thread(target=self._pulse_on, name="pulse", daemon=True)
         self.judge.start()
@@ -189,13 +189,12 @@ class Watchdog:
     def _notice(self, rank: int, pulse: Pulse) -> None:
         before = self.seen[rank]
         if (pulse.progress, pulse.moves) != (before.pulse.progress, before.pulse.moves):
-            self.seen[rank] = Seen(pulse, self.clock, self.clock)
+            self.seen[rank] = LastPulse(pulse, self.clock, self.clock)
         elif pulse.number != before.pulse.number:
-            self.seen[rank] = Seen(pulse, self.clock, before.moved)
+            self.seen[rank] = LastPulse(pulse, self.clock, before.moved)
 
     def _gone(self, pulse: Pulse) -> bool:
-        here = pulse.machine == self.machine and pulse.started > 0
-        return here and not pulse.left and start_time(pulse.pid) != pulse.started
+        return not pulse.left and has_ended(pulse.pid, pulse.started, pulse.machine)
 
     # --- the judge
 
@@ -296,7 +295,7 @@ class Watchdog:
         with suppress(OSError):
             handle = os.pidfd_open(pulse.pid)
             try:
-                if start_time(pulse.pid) == pulse.started:
+                if start_ticks(pulse.pid) == pulse.started:
                     signal.pidfd_send_signal(handle, signal.SIGKILL)
             finally:
                 os.close(handle)

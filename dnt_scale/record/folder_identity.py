@@ -12,22 +12,25 @@ from dnt_scale.record.files import read_json
 
 
 def place_of(run_dir: Path) -> dict[str, Any]:
-    """What tells a run folder from its copies: its real path, and the number that its file system gave it."""
+    """Return what tells a run folder from its copies: its real path, and its inode's number."""
     return {"path": os.path.realpath(run_dir), "inode": run_dir.stat().st_ino}
 
 
 def is_copy(run_dir: Path, place: dict[str, Any] | None) -> bool:
-    """Whether a folder that carries the place of a run is not that run's: neither path nor inode is as it was.
+    """Return whether a folder with a run's ``place`` is not that run's: path and inode differ.
 
-    A renamed folder keeps its inode, a restored one its path. None, of a run of an older dnt: it is not known.
+    A renamed folder keeps its inode, a restored one its path. None, which an older dnt leaves: it
+    is not known, so no.
     """
-    return place is not None and all(value != place.get(key) for key, value in place_of(run_dir).items())
+    now = place_of(run_dir)
+    return place is not None and all(value != place.get(key) for key, value in now.items())
 
 
 def ordered_place(order: dict[str, Any]) -> dict[str, Any] | None:
-    """The place of the folder that ``order`` (a tracking.json) was written in; None where nothing tells.
+    """Return the place of the folder that a tracking.json was written in; None where nothing tells.
 
-    An older dnt wrote down the run's configuration only: where the folder that it names is still this run's.
+    An older dnt wrote down the run's configuration only. It tells where the folder that it names is
+    still this run's.
     """
     if order.get("place") or not order:
         return order.get("place")

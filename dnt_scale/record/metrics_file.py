@@ -1,4 +1,4 @@
-"""RUN/metrics.jsonl, one JSON object a step: what a resume keeps of it, and what MLflow still lacks."""
+"""RUN/metrics.jsonl, one JSON object a step: what a resume keeps of it, and what is yet to send."""
 
 from __future__ import annotations
 
@@ -9,29 +9,24 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from dnt_scale.record.files import _replace, read_json
-from dnt_scale.record.folder_identity import is_copy
+from dnt_scale.record.files import replace_file
 
 METRICS = "metrics.jsonl"
-
-
-TAIL_BYTES = 1 << 20  # of it, for those who want the last lines
-
-
+TAIL_BYTES = 1 << 20  # Read of it for those who want the last lines.
 NOT_METRICS = ("step", "time")
 
 
 class Point(NamedTuple):
-    """One value of one metric, as MLflow takes it."""
+    """One value of one metric."""
 
     step: int
     name: str
     value: float
-    time_ms: int
+    time_ms: int  # Since 1970.
 
 
 def _step_of(line: bytes) -> tuple[int, dict[str, Any]] | None:
-    """The step and content of one line, or None when the line is not a whole record."""
+    """Return the step and content of one line, or None when the line is not a whole record."""
     try:
         record = orjson.loads(line)
         return int(record["step"]), record
@@ -39,11 +34,14 @@ def _step_of(line: bytes) -> tuple[int, dict[str, Any]] | None:
         return None
 
 
-def _drop_after(path: Path, resume_step: int) -> None:
-    """Drop from ``path`` what a run resumed at ``resume_step`` will write again, and lines that are not whole.
+def drop_after(path: Path, resume_step: int) -> None:
+    """Drop what a run resumed at ``resume_step`` will write again, and lines that are not whole.
 
-    A run that starts at step 0 writes every line again, the validation at step 0 included, so nothing is kept.
-    The file is replaced in one piece, and left alone when nothing has to go. Raises OSError.
+    A run that starts at step 0 writes every line again, the validation at step 0 included, so
+    nothing is kept. The file is replaced in one piece, and left alone when nothing has to go.
+
+    Raises:
+        OSError: it cannot be read or replaced.
     """
     if not path.exists():
         return
@@ -54,11 +52,11 @@ def _drop_after(path: Path, resume_step: int) -> None:
         if found is not None and 0 < resume_step >= found[0]:
             kept += line + b"\n"
     if kept != data:
-        _replace(path, bytes(kept))
+        replace_file(path, bytes(kept))
 
 
 def last_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The last whole lines of metrics.jsonl, some thousands; empty where there is none."""
+    """Return the last whole lines of metrics.jsonl, some thousands; empty where there is none."""
     try:
         with (run_dir / METRICS).open("rb") as file:
             size = file.seek(0, 2)
@@ -73,10 +71,19 @@ def last_metrics(run_dir: Path) -> list[dict[str, Any]]:
     return [line for line in found if isinstance(line, dict) and {"step", "time"} <= line.keys()]
 
 
-def unsent_points(line: bytes, sent_step: int, sent_names: Iterable[str], now_ms: int) -> list[Point] | None:
-    """What MLflow still lacks of one line; None when the line is not a whole record.
+def unsent_points(
+    line: bytes,
+    sent_step: int,
+    sent_names: Iterable[str],
+    now_ms: int,
+) -> list[Point] | None:
+    """Return what a backend still lacks of one line; None when the line is not a whole record.
 
-    Steps redone after a resume are already there, with the same values: they are not sent twice.
+    Steps redone after a resume are there already, with the same values: none is sent twice.
+
+    Args:
+        sent_step: the last step sent, and ``sent_names`` the metrics sent of it.
+        now_ms: the time of a line that has none.
     """
     found = _step_of(line)
     if found is None:
@@ -91,19 +98,6 @@ def unsent_points(line: bytes, sent_step: int, sent_names: Iterable[str], now_ms
         and name not in NOT_METRICS
         and (step > sent_step or (step == sent_step and name not in sent_names))
     ]
-
-
-def unsent_lines(run_dir: Path) -> int:
-    """How many lines of ``metrics.jsonl`` have not reached the run's MLflow store; 0 when tracking is off."""
-    order = read_json(run_dir / "logs" / "tracking.json")
-    state = read_json(run_dir / "logs" / "mlflow.json")
-    metrics = run_dir / METRICS
-    if not order or not metrics.exists():
-        return 0
-    same = all(state.get(key) == order["key"][key] for key in order["key"]) and not is_copy(run_dir, state.get("place"))
-    sent_step, sent_names = (state["sent_step"], state["sent_names"]) if same else (-1, [])
-    lines = metrics.read_bytes().splitlines()
-    return sum(bool(unsent_points(line, sent_step, sent_names, 0)) for line in lines)
 
 
 def unit_of(records: Iterable[dict[str, Any]]) -> str:

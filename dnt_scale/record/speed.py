@@ -9,8 +9,8 @@ from dnt_scale.model.task import flops_per_row
 Metrics = dict[str, float | int | None]
 
 
-# Dense bf16 peaks without sparsity, FLOP/s, from the vendors' data sheets. Longest matching name wins; a device
-# that is not here has an unknown MFU rather than a wrong one.
+# Dense bf16 peaks without sparsity, FLOP/s, from the vendors' data sheets. Longest matching name
+# wins; a device that is not here has an unknown MFU rather than a wrong one.
 PEAK_FLOPS = {
     "NVIDIA A100": 312e12,
     "NVIDIA H100": 989e12,
@@ -23,7 +23,7 @@ PEAK_FLOPS = {
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """The device's dense bf16 peak in FLOP/s, or None where it is not known (a CPU, an unlisted GPU)."""
+    """Return the device's dense bf16 peak in FLOP/s; None where it is not known, as of a CPU."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)

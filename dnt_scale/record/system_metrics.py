@@ -1,15 +1,17 @@
 """``RUN/logs/system/NODE.jsonl``: what the machines of a run were doing, over all its attempts.
 
-The first rank of every node appends a line every ``tracking.system_every_s`` seconds: ``time`` (seconds since 1970),
-``step`` (the last one done), and
+The first rank of every node appends a line every ``tracking.system_every_s`` seconds: ``time``
+(seconds since 1970), ``step`` (the last one done), and
 
     cpu_percent            of all cores, whoever used them, since the line before
     memory_used_gb, memory_percent    the host's (GB of 1e9 bytes)
     disk_free_gb           where the run folder lies
-    gpu0/percent, gpu0/memory_used_gb, gpu0/temperature_c, gpu0/power_w    and so on: the GPUs that this run sees
+    gpu0/percent, gpu0/memory_used_gb, gpu0/temperature_c, gpu0/power_w    and so on: the GPUs that
+                           this run sees
 
 It is a thread's work, which never reaches training: what cannot be measured or written is left out.
-:mod:`dnt_scale.record.mlflow.sender` passes the lines on as the metrics ``system/NODE/cpu_percent`` and so on.
+:mod:`dnt_scale.record.sender` passes the lines on as the metrics ``system/NODE/cpu_percent`` and so
+on.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ GB = 1e9
 Sample = dict[str, float]
 
 
-# --- on every node ----------------------------------------------------------------------------------------------------
+# --- on every node ------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -53,33 +55,43 @@ def sampling(run: RunConfig, me: Ranks, step: Callable[[], int]) -> Iterator[Non
     over = threading.Event()
     gpus = me.device.type == "cuda"
     arguments = (run.run.dir, every_s, step, gpus, over)
-    thread = threading.Thread(target=_keep_sampling, args=arguments, name="system metrics", daemon=True)
+    thread = threading.Thread(target=_keep_sampling, args=arguments, name="system metrics")
+    thread.daemon = True
     thread.start()
     try:
         yield
     finally:
         over.set()
-        thread.join(2.0)  # a disk that does not answer is left behind
+        thread.join(2.0)  # A disk that does not answer is left behind.
 
 
-def _keep_sampling(run_dir: Path, every_s: float, step: Callable[[], int], gpus: bool, over: threading.Event) -> None:
+def _keep_sampling(
+    run_dir: Path,
+    every_s: float,
+    step: Callable[[], int],
+    gpus: bool,
+    over: threading.Event,
+) -> None:
     handles: list[Any] = []
-    with suppress(Exception):  # no NVML here, or no right to ask it
+    with suppress(Exception):  # There is no NVML here, or no right to ask it.
         handles = _gpu_handles() if gpus else []
-    psutil.cpu_percent()  # the first answer has nothing to compare with
+    file = folder(run_dir) / f"{socket.gethostname()}.jsonl"
+    psutil.cpu_percent()  # The first answer has nothing to compare with.
     while not over.wait(every_s):
-        with suppress(Exception):  # a disk that is full or away; the next sample may go well
-            _append(folder(run_dir) / f"{socket.gethostname()}.jsonl", step(), {**_host(run_dir), **_gpus(handles)})
+        with suppress(Exception):  # The disk is full or away; the next sample may go well.
+            _append(file, step(), {**_host(run_dir), **_gpus(handles)})
 
 
 def folder(run_dir: Path) -> Path:
+    """Return where the samples lie."""
     return run_dir / "logs" / "system"
 
 
 def _append(file: Path, step: int, sample: Sample) -> None:
     """Add one line, with one write. Raises OSError."""
     rounded = {name: round(value, 3) for name, value in sample.items()}
-    line = orjson.dumps({"time": round(time.time(), 3), "step": step, **rounded}, option=orjson.OPT_APPEND_NEWLINE)
+    content = {"time": round(time.time(), 3), "step": step, **rounded}
+    line = orjson.dumps(content, option=orjson.OPT_APPEND_NEWLINE)
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("ab", buffering=0) as out:
         out.write(line)
@@ -96,12 +108,16 @@ def _host(run_dir: Path) -> Sample:
 
 
 def _gpu_handles() -> list[Any]:
-    """NVML's handles of the GPUs that torch sees, in torch's order. Raises whatever NVML raises."""
+    """Return NVML's handles of the GPUs that torch sees, in torch's order.
+
+    Raises whatever NVML raises.
+    """
     import pynvml
     import torch
 
     pynvml.nvmlInit()
-    uuids = [torch.cuda.get_device_properties(number).uuid for number in range(torch.cuda.device_count())]
+    numbers = range(torch.cuda.device_count())
+    uuids = [torch.cuda.get_device_properties(number).uuid for number in numbers]
     return [pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}") for uuid in uuids]
 
 
@@ -110,25 +126,34 @@ def _gpus(handles: list[Any]) -> Sample:
         return {}
     import pynvml
 
+    sensor = pynvml.NVML_TEMPERATURE_GPU
     values: dict[str, Callable[[Any], float]] = {
         "percent": lambda gpu: pynvml.nvmlDeviceGetUtilizationRates(gpu).gpu,
         "memory_used_gb": lambda gpu: pynvml.nvmlDeviceGetMemoryInfo(gpu).used / GB,
-        "temperature_c": lambda gpu: pynvml.nvmlDeviceGetTemperature(gpu, pynvml.NVML_TEMPERATURE_GPU),
+        "temperature_c": lambda gpu: pynvml.nvmlDeviceGetTemperature(gpu, sensor),
         "power_w": lambda gpu: pynvml.nvmlDeviceGetPowerUsage(gpu) / 1000,
     }
     sample = {}
     for number, gpu in enumerate(handles):
         for name, ask in values.items():
-            with suppress(pynvml.NVMLError):  # a slice of a GPU has no power or temperature of its own
+            # A slice of a GPU has no power or temperature of its own.
+            with suppress(pynvml.NVMLError):
                 sample[f"gpu{number}/{name}"] = float(ask(gpu))
     return sample
 
 
-# --- for the sender ---------------------------------------------------------------------------------------------------
+# --- for the sender -----------------------------------------------------------------------------
 
 
-def read_new(run_dir: Path, taken: dict[str, int], at_most: int) -> tuple[list[Point], dict[str, int]]:
-    """Whole lines after the bytes ``taken`` of each node's file, until there are ``at_most`` points or a line more.
+def read_new(
+    run_dir: Path,
+    taken: dict[str, int],
+    at_most: int,
+) -> tuple[list[Point], dict[str, int]]:
+    """Read whole lines after the bytes ``taken`` of each node's file.
+
+    Args:
+        at_most: how many points make it stop, or a line later.
 
     Returns:
         The points, and the bytes taken with them; the same as before when there is nothing new.
@@ -152,7 +177,7 @@ def read_new(run_dir: Path, taken: dict[str, int], at_most: int) -> tuple[list[P
 
 
 def _points(node: str, line: bytes) -> list[Point]:
-    """Of one line; none when it is not a whole sample."""
+    """Return the points of one line; none when it is not a whole sample."""
     try:
         sample = orjson.loads(line)
         step, time_ms = int(sample["step"]), int(sample["time"] * 1000)

@@ -1,4 +1,4 @@
-"""What a run tells of itself where it starts: config.yaml, and its params, tags and description in MLflow."""
+"""What a run tells of itself where it starts: config.yaml, and its params, tags and description."""
 
 import os
 import shlex
@@ -19,7 +19,7 @@ LINE_CHARS = 90
 
 
 def start_tracking(run: RunConfig, state: State, me: Ranks) -> Tracker:
-    """Write ``config.yaml`` and open metrics.jsonl and MLflow, going on where the checkpoint stands.
+    """Write ``config.yaml`` and open the records, going on where the checkpoint stands.
 
     Raises:
         ValueError: the run folder cannot be written.
@@ -29,6 +29,7 @@ def start_tracking(run: RunConfig, state: State, me: Ranks) -> Tracker:
     commit = git_commit()
     return Tracker.start(
         run.run.dir,
+        backends=run.tracking.backends,
         uri=run.tracking.uri,
         experiment=run.tracking.experiment,
         run_name=run.run.name,

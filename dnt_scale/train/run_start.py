@@ -27,8 +27,10 @@ from dnt_scale.distributed import compute_dtype
 from dnt_scale.distributed.agree import check_settings, on_first
 from dnt_scale.distributed.process_group import Ranks
 from dnt_scale.record import run_lock, timeline
+from dnt_scale.record.backend import check_backends
 from dnt_scale.record.files import warn
 from dnt_scale.record.metrics_file import METRICS, last_metrics
+from dnt_scale.record.sender_files import backends_of, read_order
 from dnt_scale.train import recorded
 from dnt_scale.train.recorded import Typed
 
@@ -37,7 +39,8 @@ OURS = {"step", "time"}  # that every line of metrics.jsonl has
 AT_WORK = ("submitted", "allocated", "ended")
 ASIDE = "before-"
 JOB_PATIENCE_S = 120.0  # a file server may notice the end of a lost node so late
-MOVED = ("config.yaml", METRICS, "plots", "profile", "logs", "jobs")  # by --fresh, and the checkpoints
+# Moved aside by --fresh, with the checkpoints and what trackers made.
+MOVED = ("config.yaml", METRICS, "plots", "profile", "logs", "jobs")
 
 
 @dataclass(frozen=True)
@@ -67,11 +70,14 @@ def begin(run: RunConfig, typed: Typed, *, fresh: bool = False) -> Begun:
 
     Raises:
         ConfigError: as :func:`decide`, or what was typed does not go with what is kept.
+        ValueError: a tracking backend cannot work here.
         CheckpointError: the newest checkpoint is damaged.
         OSError: something cannot be read.
     """
     if os.path.lexists(run.run.dir / "sweep.json"):  # cluster/sweep_file.py
         raise ConfigError(f"run.dir: {run.run.dir} is the folder of a sweep, by its sweep.json; {_elsewhere(run)}")
+    if run.tracking.enabled:
+        check_backends(run.tracking.backends)
     start = _anew_start(run) if fresh else decide(run)
     if start.state is None:
         return Begun(run, start, list(typed.overrides), start.notes)
@@ -410,7 +416,7 @@ def _anew_start(run: RunConfig) -> Start:
             settings = _settings(run)
         with suppress(checkpoint.CheckpointError):  # damaged: the same
             _check_is_ours(run, settings, newest, checkpoint.read_state(newest.path))
-    return Start(aside=MOVED, fresh=True)
+    return Start(aside=(*MOVED, *backends_of(read_order(run.run.dir))), fresh=True)
 
 
 def make_room(begun: Begun) -> None:

@@ -1,4 +1,4 @@
-"""Starts of a run as its MLflow sender sees them, without training and in this process.
+"""Starts of a run as a sender of its sees them, without training and in this process.
 
 The sender's own code, real MLflow and real SQLite; a process of its own would import MLflow for seconds every time.
 """
@@ -9,17 +9,18 @@ from typing import Any
 import pytest
 
 from dnt_scale.record.files import read_json
-from dnt_scale.record.metrics_file import unsent_lines
-from dnt_scale.record.mlflow import sender
+from dnt_scale.record.sender import Sender, send_all
+from dnt_scale.record.sender_files import read_order, unsent_lines
 from dnt_scale.record.tracker import Tracker
+from dnt_scale.record.training_process import EndedTraining
 
 
 def without_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let ``Tracker.start`` leave the sender to ``begin`` and ``start``."""
-    monkeypatch.setattr(Tracker, "_start_sender", lambda self: None)
+    monkeypatch.setattr(Tracker, "_start_senders", lambda self, order: None)
 
 
-def begin(run_dir: Path, steps: int, run_id: str = "trained", **changes: Any) -> sender._Sender:
+def begin(run_dir: Path, steps: int, run_id: str = "trained", **changes: Any) -> Sender:
     """What training does at a start and in ``steps`` steps more, and its sender, which has sent nothing yet."""
     done = (run_dir / "metrics.jsonl").read_bytes().count(b"\n") if (run_dir / "metrics.jsonl").exists() else 0
     options: dict[str, Any] = {
@@ -34,15 +35,21 @@ def begin(run_dir: Path, steps: int, run_id: str = "trained", **changes: Any) ->
     for step in range(done + 1, done + steps + 1):
         tracker.log({"step": step, "time": float(step), "train/loss": 1 / step})
     tracker.finish("FINISHED")
-    return sender._Sender(run_dir, read_json(run_dir / "logs" / "tracking.json"), live=True)
+    order = read_order(run_dir)
+    return Sender(run_dir, order, order["backends"][0], live=True)
 
 
 def start(run_dir: Path, steps: int = 2, **changes: Any) -> str:
     """One start from its first step to its end; returns the id of its MLflow run."""
     started = begin(run_dir, steps, **changes)
-    assert sender._send_all(started, sender._Gone("FINISHED")) == 0
+    assert send_all(started, EndedTraining("FINISHED")) == 0
     assert unsent_lines(run_dir) == 0
-    return started.mlflow_run_id
+    return mlflow_run_of(started)
+
+
+def mlflow_run_of(sender: Sender) -> str:
+    """The id of the MLflow run that a sender fills; "" where it sends to another backend."""
+    return str(sender.sent.own.get("mlflow_run_id", ""))
 
 
 def client(run_dir: Path) -> Any:

@@ -1,27 +1,21 @@
-"""What a run needs in MLflow, found or made once: the store itself, the experiment, the run, and a sweep's parent run;
-and what a person has to do where MLflow will not have it.
+"""What a run needs in MLflow, found or made once: store, experiment, run, and a sweep's parent run.
 
-Nothing is made twice, however many runs start at once: whoever looks for something to make it holds a lock (flock).
-It lies beside a SQLite store; for others in the folder of the run folders, which the runs of a sweep must share.
-All functions may raise whatever MLflow raises.
+Nothing is made twice, however many runs start at once: whoever looks for something to make it holds
+a lock (flock). It lies beside a SQLite store; for others in the folder of the run folders, which
+the runs of a sweep must share. All functions may raise whatever MLflow raises.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
-import shlex
-import shutil
-import sys
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dnt_scale.config.tracking_uri import sqlite_file, sqlite_uri, without_login
-from dnt_scale.record.files import causes, read_json, write_json
-from dnt_scale.record.folder_identity import is_copy, place_of
+from dnt_scale.config.tracking_uri import sqlite_file, sqlite_uri
+from dnt_scale.record.files import locked, read_json, write_json
+from dnt_scale.record.folder_identity import is_copy, ordered_place, place_of
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -29,7 +23,7 @@ if TYPE_CHECKING:
 
 RUN_ID = "dnt.run_id"
 KIND = "mlflow.experimentKind"
-MODEL_TRAINING = "custom_model_development"  # MLflow's page shows such an experiment as model training
+MODEL_TRAINING = "custom_model_development"  # MLflow's page shows such as model training.
 
 
 class ExperimentDeleted(Exception):
@@ -40,10 +34,18 @@ class ExperimentDeleted(Exception):
         self.id = experiment_id
 
 
-def opened(run_dir: Path, order: dict[str, Any], parent_status: str) -> tuple[MlflowClient, str, str]:
-    """The store that ``order`` (tracking.json) names, its experiment's id, and the parent run's id, "" without one.
+def opened(
+    run_dir: Path,
+    order: dict[str, Any],
+    parent_status: str,
+) -> tuple[MlflowClient, str, str]:
+    """Open the store that ``order`` (tracking.json) names, and make what is missing there.
 
-    The parent run is marked with ``parent_status``, unless that is "".
+    Args:
+        parent_status: what the sweep's parent run is marked with; "": as it is.
+
+    Returns:
+        The store, its experiment's id, and the parent run's id, "" without one.
     """
     from mlflow import MlflowClient
 
@@ -51,21 +53,23 @@ def opened(run_dir: Path, order: dict[str, Any], parent_status: str) -> tuple[Ml
     if _is_database(uri):
         _connect(uri)
     if artifacts := _artifacts(run_dir, uri):
-        # Of the experiment that MLflow makes in a new store: its own choice is below the working folder, and with a '
-        # in that folder's name it makes none.
+        # This is for the experiment that MLflow makes in a new store. Its own choice is below the
+        # working folder, and with a ' in that folder's name it makes none.
         os.environ["_MLFLOW_SERVER_ARTIFACT_ROOT"] = artifacts
-    with _locked(run_dir, uri):
+    lock = _lock_file(run_dir, uri)
+    with locked(lock):
         client = MlflowClient(tracking_uri=_from_its_folder(uri))
         experiment_id = _experiment(client, run_dir, uri, order["experiment"])
         if not (parent := order.get("parent")):
             return client, experiment_id, ""
-        told = before = read_json(file := parent_file(run_dir, parent["id"]))
-        if is_copy(run_dir.parent, before.get("place")):  # of a whole sweep: it has a parent run of its own
-            told = {"own_id": uuid.uuid4().hex}
-        own_id = told.get("own_id", parent["id"])
-        found = find_run(client, experiment_id, own_id, told.get("mlflow_run_id", ""))
+        noted = before = read_json(file := parent_file(run_dir, parent["id"]))
+        if is_copy(run_dir.parent, before.get("place")):
+            noted = {"own_id": uuid.uuid4().hex}  # A copied sweep has a parent run of its own.
+        own_id = noted.get("own_id", parent["id"])
+        found = find_run(client, experiment_id, own_id, noted.get("mlflow_run_id", ""))
         if found is None:
-            found = client.create_run(experiment_id, tags={RUN_ID: own_id}, run_name=parent["name"])
+            tags = {RUN_ID: own_id}
+            found = client.create_run(experiment_id, tags=tags, run_name=parent["name"])
         mlflow_run_id, status = found.info.run_id, found.info.status
         if parent_status not in ("", status):
             if parent_status == "RUNNING":
@@ -73,19 +77,36 @@ def opened(run_dir: Path, order: dict[str, Any], parent_status: str) -> tuple[Ml
             else:
                 client.set_terminated(mlflow_run_id, parent_status)
             status = parent_status
-        now = {"uri": uri, "own_id": own_id, "mlflow_run_id": mlflow_run_id, "status": status}
-        if before != (now := {**now, "place": place_of(run_dir.parent)}):
+        now = {
+            "uri": uri,
+            "own_id": own_id,
+            "mlflow_run_id": mlflow_run_id,
+            "status": status,
+            "place": place_of(run_dir.parent),
+        }
+        if before != now:
             write_json(file, now)
     return client, experiment_id, mlflow_run_id
 
 
 def parent_file(run_dir: Path, parent_id: str) -> Path:
-    """What was last told to MLflow of a sweep: its store, MLflow run and status."""
+    """Return the file that notes a sweep's store, MLflow run and the status it was told."""
     return run_dir.parent / f".{parent_id}.mlflow.json"
 
 
+def is_parent_finalized(run_dir: Path, order: dict[str, Any], status: str) -> bool:
+    """Return whether the sweep's parent run was told ``status``.
+
+    True too for a run that is not part of one, and for a copied folder not started since.
+    """
+    if not (parent := order.get("parent")) or is_copy(run_dir, ordered_place(order)):
+        return True
+    noted = read_json(parent_file(run_dir, parent["id"]))
+    return [noted.get("uri"), noted.get("status")] == [order["key"]["uri"], status]
+
+
 def _from_its_folder(uri: str) -> str:
-    """``uri``, or where a SQLite file lies in a folder whose name a URI cannot hold as it is: from inside that folder.
+    """Return ``uri``, or one from inside the folder of a SQLite file whose name fits in no URI.
 
     SQLAlchemy, by its version, and MLflow read such a URI differently.
     """
@@ -97,64 +118,65 @@ def _from_its_folder(uri: str) -> str:
 
 
 def _is_database(uri: str) -> bool:
-    """Whether ``uri`` names a database server, which MLflow's client talks to itself."""
+    """Return whether ``uri`` names a database server, which MLflow's client talks to itself."""
     return uri.startswith(("postgresql", "mysql", "mssql"))
 
 
 def _connect(uri: str) -> None:
-    """Raise at once where the database does not answer: MLflow itself tries for 100 seconds before it says why."""
+    """Raise at once where the database does not answer: MLflow tries for 100 seconds first."""
     import sqlalchemy
 
     try:
         engine = sqlalchemy.create_engine(uri)
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"{error}; for PostgreSQL, pip install 'dnt-scale[postgres]'") from None
+        remedy = "for PostgreSQL, pip install 'dnt-scale[postgres]'"
+        raise ModuleNotFoundError(f"{error}; {remedy}") from None
     engine.connect().close()
     engine.dispose()
 
 
-@contextlib.contextmanager
-def _locked(run_dir: Path, uri: str) -> Iterator[None]:
-    """Held by one process at a time. MLflow processes that create a database's tables at once all fail."""
+def _lock_file(run_dir: Path, uri: str) -> Path:
+    """Return what one process at a time holds: two that create a database's tables both fail."""
     file = sqlite_file(uri)
     path = file.with_name(f".{file.name}.lock") if file else run_dir.parent / ".mlflow.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     if not file and not os.access(path.parent, os.W_OK) and not path.exists():
-        path = run_dir / "logs" / ".mlflow-store.lock"
-    with path.open("wb") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+        return run_dir / "logs" / ".mlflow-store.lock"
+    return path
 
 
 def _experiment(client: MlflowClient, run_dir: Path, uri: str, name: str) -> str:
-    """The id of the experiment ``name``, made when missing. Raises ExperimentDeleted."""
+    """Return the id of the experiment ``name``, made when missing. Raises ExperimentDeleted."""
     from mlflow.exceptions import MlflowException
 
     if (found := client.get_experiment_by_name(name)) is None:
         try:
-            return str(
-                client.create_experiment(name, artifact_location=_artifacts(run_dir, uri), tags={KIND: MODEL_TRAINING})
-            )
+            place, tags = _artifacts(run_dir, uri), {KIND: MODEL_TRAINING}
+            return str(client.create_experiment(name, artifact_location=place, tags=tags))
         except Exception:
-            if (found := client.get_experiment_by_name(name)) is None:  # else another made it just now
-                raise
+            if (found := client.get_experiment_by_name(name)) is None:
+                raise  # Else another process made it just now.
     if found.lifecycle_stage != "active":
         raise ExperimentDeleted(name, str(found.experiment_id))
     if KIND not in found.tags:
-        with contextlib.suppress(MlflowException):  # somebody else's experiment, perhaps
+        with contextlib.suppress(MlflowException):  # It is somebody else's experiment, perhaps.
             client.set_experiment_tag(found.experiment_id, KIND, MODEL_TRAINING)
     return str(found.experiment_id)
 
 
 def _artifacts(run_dir: Path, uri: str) -> str | None:
-    """Where artifacts go when no server decides: MLflow would take ./mlruns of whatever folder training ran in."""
+    """Return where artifacts go when no server decides; MLflow would take ./mlruns."""
     if (file := sqlite_file(uri)) is not None:
         return (file.parent / "mlartifacts").as_uri()
     return (run_dir.parent / "mlartifacts").as_uri() if _is_database(uri) else None
 
 
 def find_run(client: MlflowClient, experiment_id: str, run_id: str, known: str = "") -> Run | None:
-    """The MLflow run whose tag ``dnt.run_id`` is ``run_id``, looked up as ``known`` first; None: there is none."""
+    """Return the MLflow run whose tag ``dnt.run_id`` is ``run_id``; None where there is none.
+
+    Args:
+        known: the MLflow run's own id, where it was noted: looked up first.
+    """
     from mlflow.exceptions import MlflowException
 
     if known:
@@ -165,12 +187,8 @@ def find_run(client: MlflowClient, experiment_id: str, run_id: str, known: str =
         except MlflowException as error:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
-    for found in client.search_runs([experiment_id], f"tags.`{RUN_ID}` = '{run_id}'", max_results=1):
-        return found
-    return None
-
-
-# --- what a person has to do ------------------------------------------------------------------------------------------
+    query = f"tags.`{RUN_ID}` = '{run_id}'"
+    return next(iter(client.search_runs([experiment_id], query, max_results=1)), None)
 
 
 def check_active(client: MlflowClient, mlflow_run_id: str) -> None:
@@ -178,61 +196,3 @@ def check_active(client: MlflowClient, mlflow_run_id: str) -> None:
     experiment = client.get_experiment(client.get_run(mlflow_run_id).info.experiment_id)
     if experiment.lifecycle_stage != "active":
         raise ExperimentDeleted(experiment.name, str(experiment.experiment_id))
-
-
-def remedy(error: BaseException, uri: str, experiment: str) -> str:
-    """What a person has to do before MLflow takes anything, in whole sentences; "" where it may come back by itself."""
-    found = list(causes(error))
-    text = " ".join(str(each) for each in found)
-    store = shlex.quote(without_login(uri))
-    for each in found:
-        if isinstance(each, ExperimentDeleted):
-            restore = f"MLFLOW_TRACKING_URI={store} {_mlflow()} experiments restore --experiment-id {each.id}"
-            return f"Restore it with `{restore}`, or give the run another with tracking.experiment=NAME."
-    if "Invalid Host header" in text:
-        return "Start the server with the host that the URI names in `mlflow server --allowed-hosts`."
-    status = next((each.get_http_status_code() for each in found if hasattr(each, "get_http_status_code")), 0)
-    if status == 401:
-        return "Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, of that server."
-    if status == 403:
-        return (
-            f"Let the server's administrator permit this user to edit the experiment {experiment!r}, log in as another "
-            "(MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD), or give an experiment of yours, "
-            "tracking.experiment=NAME."
-        )
-    if "ENDPOINT_NOT_FOUND" in [getattr(each, "error_code", "") for each in found] or "not in a valid JSON" in text:
-        return "No MLflow server answers there: check tracking.uri."
-    if "out-of-date database schema" in text:
-        if _is_older(text):
-            return f"Back the store up, then run `{_mlflow()} db upgrade {store}`."
-        python = shlex.quote(sys.executable)
-        return f"A newer MLflow made the store: bring this one up to it, `{python} -m pip install --upgrade mlflow`."
-    if "password authentication failed" in text or "no password supplied" in text:
-        return "Set PGUSER, and PGPASSWORD or a PGPASSFILE, of that database."
-    if "permission denied for" in text:
-        return "Let the database's administrator grant PGUSER the right to create and write MLflow's tables."
-    if (file := sqlite_file(uri)) and any(
-        word in text for word in ("readonly database", "unable to open database", "Permission denied", "Read-only file")
-    ):
-        return f"Make {file} and its folder writable for you, or give another store with tracking.uri=sqlite:///FILE."
-    if file and "file is not a database" in text:
-        return f"{file} is no SQLite database: give another file with tracking.uri=sqlite:///FILE."
-    return ""
-
-
-def _mlflow() -> str:
-    """The `mlflow` command of this Python."""
-    beside = Path(sys.executable).with_name("mlflow")
-    found = shutil.which("mlflow")
-    same = found and Path(found).resolve() == beside.resolve()
-    return "mlflow" if same else f"{shlex.quote(sys.executable)} -m mlflow"
-
-
-def _is_older(text: str) -> bool:
-    """Whether the schema version that MLflow found is one that it knows, so that it can bring it up to date."""
-    from alembic.script import ScriptDirectory
-    from mlflow.store import db_migrations
-
-    version = text.partition("found version ")[2].partition(",")[0]
-    scripts = ScriptDirectory(str(Path(db_migrations.__path__[0])))
-    return version in {script.revision for script in scripts.walk_revisions()}

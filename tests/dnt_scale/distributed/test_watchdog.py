@@ -16,7 +16,7 @@ import torch.distributed as dist
 from dnt_scale.distributed import process_group
 from dnt_scale.distributed.errors import AgreedError, Fault, exit_status, lost_peer, out_of_memory
 from dnt_scale.distributed.heartbeat import beat, moving
-from dnt_scale.distributed.watchdog import Seen, Watchdog, watching
+from dnt_scale.distributed.watchdog import LastPulse, Watchdog, watching
 from tests.helpers.run import Ranks
 
 HANG_S = 2.0
@@ -145,8 +145,8 @@ def test_who_waited_for_a_slow_rank_is_not_blamed_when_that_goes_on():
     def at(read: float, entered: int, moved: float):
         watch.read = read
         watch.seen = {
-            0: Seen(replace(pulse, collectives=5, left=False), read, 0.0),
-            1: Seen(replace(pulse, collectives=entered, moves=7, left=False), read, moved),
+            0: LastPulse(replace(pulse, collectives=5, left=False), read, 0.0),
+            1: LastPulse(replace(pulse, collectives=entered, moves=7, left=False), read, moved),
         }
         return watch._furthest_behind()
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from dnt_scale.record.mlflow.finalize import settle, settle_parent
+from dnt_scale.record.finalize import finalize_run, finalize_sweep
 from dnt_scale.record.tracker import Tracker
 from tests.helpers.stores import PATIENCE_S, points, runs, until
 
@@ -30,7 +30,7 @@ tracker = Tracker.start(run_dir, uri=uri, experiment="tests", run_name=run_dir.n
                         params={}, tags={}, enabled=True, resume_step=0)
 for step in range(1, lines + 1):
     tracker.log({"step": step, "tokens": step, "train/loss": 1 / step})
-print(tracker._sender.pid, flush=True)
+print(tracker.senders[0].process.pid, flush=True)
 signal.pause()
 """
 
@@ -82,7 +82,7 @@ def test_a_run_that_was_killed_with_its_sender_gets_its_true_status_once(tmp_pat
         weight = Path(f"/proc/{processes[1]}/autogroup")
         if weight.exists():  # else its niceness alone says what it may take from training
             assert weight.read_text().endswith(" nice 10\n")
-        assert not settle(run_dir, "FAILED")  # its sender is at work
+        assert not finalize_run(run_dir, "FAILED")  # its sender is at work
         assert "MLflow was not told that victim is FAILED: its sender is still at work" in capfd.readouterr().err
         kill(processes)
     assert runs(uri)["victim"].info.status == "RUNNING"
@@ -95,7 +95,7 @@ def test_a_run_that_was_killed_with_its_sender_gets_its_true_status_once(tmp_pat
     (run_dir / "plots").mkdir()
     (run_dir / "plots" / "loss.png").write_bytes(b"a picture")
 
-    assert settle(run_dir, "FAILED")
+    assert finalize_run(run_dir, "FAILED")
     run = runs(uri)["victim"]
     assert run.info.status == "FAILED"
     assert run.info.end_time == 2_000_000_000_000  # when it gave its last sign
@@ -106,19 +106,22 @@ def test_a_run_that_was_killed_with_its_sender_gets_its_true_status_once(tmp_pat
 
     log = (run_dir / "logs" / "mlflow.log").stat()
     before = state(run_dir)
-    assert settle(run_dir, "FAILED")  # nothing to do: no process is started, which would write
+    assert finalize_run(run_dir, "FAILED")  # nothing to do: no process is started, which would write
     assert state(run_dir) == before
     assert (run_dir / "logs" / "mlflow.log").stat() == log
-    assert settle(run_dir, "KILLED")  # somebody knows better
+    assert finalize_run(run_dir, "KILLED")  # somebody knows better
     assert runs(uri)["victim"].info.status == "KILLED"
     assert len(points(uri, "victim", "train/loss")) == 51
     assert len(points(uri, "victim", "system/node1/cpu_percent")) == 2
     assert capfd.readouterr().err == ""
 
 
-def test_a_run_that_is_not_tracked_is_settled(tmp_path):
-    assert settle(tmp_path, "FAILED")
-    assert settle_parent(tmp_path, "FAILED")
+def test_a_run_that_is_not_tracked_is_finalized(tmp_path):
+    assert finalize_run(tmp_path, "FAILED")
+    assert finalize_sweep(tmp_path, "FAILED")
+    command = [sys.executable, "-m", "dnt_scale.record.finalize", str(tmp_path)]
+    assert subprocess.run([*command, "FAILED"]).returncode == 0
+    assert subprocess.run([*command, "RUNNING"], capture_output=True).returncode == 2
 
 
 @pytest.mark.parametrize("answers", [True, False])
@@ -131,7 +134,7 @@ def test_a_store_that_does_not_answer_is_left_alone(tmp_path, capfd, monkeypatch
             server.listen()
         with tracked(run_dir, f"http://127.0.0.1:{server.getsockname()[1]}", 3) as processes:
             kill(processes)
-        assert not settle(run_dir, "KILLED")
+        assert not finalize_run(run_dir, "KILLED")
     said = capfd.readouterr().err
     assert said.count("\n") == 1
     assert f"MLflow was not told that cut-off is KILLED: see {run_dir}/logs/mlflow.log" in said
@@ -145,7 +148,7 @@ def test_another_users_run_folder_does_not_say_where_ones_password_goes(tmp_path
     order = {"key": {"uri": "http://127.0.0.1:9", "run_id": "x"}}
     (run_dir / "logs" / "tracking.json").write_text(json.dumps(order))
     shutil.chown(run_dir, "nobody")
-    assert not settle(run_dir, "FAILED")
+    assert not finalize_run(run_dir, "FAILED")
     assert "it is another user's" in capfd.readouterr().err
     assert not (run_dir / "logs" / "mlflow.log").exists()
 
@@ -180,10 +183,10 @@ def test_children_that_start_at_once_share_one_parent(tmp_path, uri, monkeypatch
     assert {run.info.status for run in found.values()} == {"FINISHED"}
 
     one = tmp_path / "runs" / "lr-2"
-    assert settle_parent(one, "FAILED")
+    assert finalize_sweep(one, "FAILED")
     assert runs(uri)["learning rates"].info.status == "FAILED"
     before = (one / "logs" / "mlflow.log").stat()
-    assert settle_parent(tmp_path / "runs" / "lr-0", "FAILED")
+    assert finalize_sweep(tmp_path / "runs" / "lr-0", "FAILED")
     assert (one / "logs" / "mlflow.log").stat() == before
 
     # a child is run again, so the sweep goes on

@@ -9,9 +9,12 @@ from pathlib import Path
 import pytest
 
 from dnt_scale.record.files import read_json
-from dnt_scale.record.mlflow import sender
-from dnt_scale.record.mlflow.finalize import settle
-from tests.helpers.senders import begin, client, shown, start, without_processes
+from dnt_scale.record.finalize import finalize_run
+from dnt_scale.record.mlflow.backend import LEASE
+from dnt_scale.record.sender import finalize_here, send_all
+from dnt_scale.record.sender_files import Sent
+from dnt_scale.record.training_process import EndedTraining
+from tests.helpers.senders import begin, client, mlflow_run_of, shown, start, without_processes
 
 pytestmark = pytest.mark.slow
 
@@ -36,7 +39,7 @@ def made_by_an_older_dnt(run_dir: Path) -> None:
     for name, fields in (("mlflow.json", OLD_FIELDS), ("tracking.json", ("place", "former_place", "description"))):
         file = run_dir / "logs" / name
         file.write_text(json.dumps({k: v for k, v in read_json(file).items() if k not in fields}))
-    client(run_dir).delete_tag(read_json(run_dir / "logs" / "mlflow.json")["mlflow_run_id"], sender.LEASE)
+    client(run_dir).delete_tag(read_json(run_dir / "logs" / "mlflow.json")["mlflow_run_id"], LEASE)
 
 
 def copy(a: Path, b: Path) -> None:
@@ -181,15 +184,15 @@ def test_a_start_that_is_killed_while_it_takes_the_lease(
     made = start(a) if killed.startswith("before it") else ""
     started, told = begin(a, 1), []
 
-    def report(self: sender._Sender, error: str | None, remedy: str = "") -> None:
+    def save(self: Sent, error: str | None = None, remedy: str = "") -> None:
         if told:
             raise KeyboardInterrupt
         told.append(error)
         write(self, error, remedy)
 
-    write = sender._Sender.report
+    write = Sent.save
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(sender._Sender, "report", report)
+        patched.setattr(Sent, "save", save)
         started.send()
     assert start(a) == made or not made
     assert len(client(a).search_runs([client(a).get_experiment_by_name("tests").experiment_id])) == 1
@@ -207,38 +210,38 @@ def test_both_go_on_when_neither_place_nor_start_could_tell_them_apart(runs_dir:
         file.write_text(json.dumps(read_json(file) | {"place": place}))
     senders = [begin(a, 3, run_name="a"), begin(there, 5, run_name="a")]
     assert senders[0].send()  # at work on the run ...
-    assert senders[1].mlflow_run_id == origin
+    assert mlflow_run_of(senders[1]) == origin
     for each in reversed(senders):
-        assert sender._send_all(each, sender._Gone("FINISHED")) == 0
-    assert len({each.mlflow_run_id for each in senders}) == 2
+        assert send_all(each, EndedTraining("FINISHED")) == 0
+    assert len({mlflow_run_of(each) for each in senders}) == 2
     assert shown(a) == ("a", [1, 2, 3, 4, 5])
     assert shown(there) == ("a", [1, 2, 3, 4, 5, 6, 7])
 
 
-def test_settling_a_copy_tells_nothing_of_the_original(runs_dir: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_finalizing_a_copy_tells_nothing_of_the_original(runs_dir: Path, capfd: pytest.CaptureFixture[str]) -> None:
     a, b, c = (runs_dir / name for name in "abc")
     made = start(a)
     copy(a, b)
-    before = client(a).get_run(made).data.tags[sender.LEASE]
-    assert settle(b, "FAILED")
+    before = client(a).get_run(made).data.tags[LEASE]
+    assert finalize_run(b, "FAILED")
     assert client(a).get_run(made).info.status == "FINISHED"
-    assert client(a).get_run(made).data.tags[sender.LEASE] == before
+    assert client(a).get_run(made).data.tags[LEASE] == before
     made_by_an_older_dnt(a)
     copy(a, c)
-    assert settle(c, "FAILED")
+    assert finalize_run(c, "FAILED")
     assert client(a).get_run(made).info.status == "FINISHED"
     # a copy that was killed before its sender had MLflow's answer
     begin(b, 1)
-    assert sender.settle_here(b, "KILLED") == 0
+    assert finalize_here(b, "mlflow", "KILLED") == 0
     mine = read_json(b / "logs" / "mlflow.json")["mlflow_run_id"]
     assert mine != made
     assert client(b).get_run(mine).info.status == "KILLED"
     assert shown(b) == ("b", [1, 2, 3])
     # a run that another has taken over since is the other's to tell
-    client(b).set_tag(mine, sender.LEASE, "another's")
-    assert sender.settle_here(b, "FAILED") == 0
+    client(b).set_tag(mine, LEASE, "another's")
+    assert finalize_here(b, "mlflow", "FAILED") == 0
     assert client(b).get_run(mine).info.status == "KILLED"
-    assert settle(b, "FAILED")  # starts no process any more
+    assert finalize_run(b, "FAILED")  # starts no process any more
     assert capfd.readouterr().err == ""
 
 

@@ -17,7 +17,9 @@ from dnt_scale import config
 from dnt_scale.config import tracking_uri
 from dnt_scale.record.files import read_json
 from dnt_scale.record.mlflow import store
+from dnt_scale.record.sender import send_all
 from dnt_scale.record.tracker import Tracker
+from dnt_scale.record.training_process import EndedTraining
 from tests.helpers.run import can_mount
 from tests.helpers.senders import begin, client, shown, start, without_processes
 from tests.helpers.stores import PATIENCE_S
@@ -35,9 +37,9 @@ def runs_dir(empty_store: Path, tmp_path: Path) -> Path:
 def refused(run_dir: Path, **changes: object) -> tuple[str, str]:
     """The error and the remedy that a start's sender reports; its store takes nothing."""
     sender = begin(run_dir, 2, **changes)
-    gone = sender._Gone("FINISHED")
-    gone.patience_s = -1.0  # one try
-    assert sender._send_all(sender, gone) == 1
+    training = EndedTraining("FINISHED")
+    training.patience_s = -1.0  # one try
+    assert send_all(sender, training) == 1
     state = read_json(run_dir / "logs" / "mlflow.json")
     return state["error"], state["remedy"]
 
@@ -62,7 +64,7 @@ def test_a_deleted_experiment_is_restored_or_another_is_taken(
         page.delete_experiment(number)
         with pytest.raises(Exception, match="active") as raised:  # while it is at work
             sender.end("FINISHED")
-        assert sender.explain(raised.value)[0] == "the experiment 'tests' was deleted"
+        assert sender.backend.explain(raised.value)[0] == "the experiment 'tests' was deleted"
         begin(a, 2)  # lines that nobody sends
 
     names = {"uri": None, "experiment": "tests", "run_name": "a", "run_id": "trained", "params": {}, "tags": {}}
@@ -72,9 +74,10 @@ def test_a_deleted_experiment_is_restored_or_another_is_taken(
     assert said.count("\n") == 1
     assert f"2 lines of {a / 'metrics.jsonl'} are not in MLflow" in said
     assert "(the experiment 'tests' was deleted). Restore it with `" in said
-    assert tracker._sender is not None
-    tracker._sender.kill()  # it would go on trying for two minutes
-    tracker._sender.wait()
+    process = tracker.senders[0].process
+    assert process is not None
+    process.kill()  # it would go on trying for two minutes
+    process.wait()
 
     without_processes(monkeypatch)
     other = start(b, experiment="another")

@@ -19,8 +19,19 @@ import psutil
 import pytest
 
 from dnt_scale.config import ConfigError
+from dnt_scale.distributed.host import start_ticks
 from dnt_scale.record import run_lock
-from dnt_scale.record.run_lock import FILE, HeldError, HeldFault, Holder, check_free, held, look, take, this_process
+from dnt_scale.record.run_lock import (
+    FILE,
+    HeldError,
+    HeldFault,
+    Holder,
+    check_free,
+    current_holder,
+    held,
+    take,
+    this_process,
+)
 from tests.helpers.run import STEPS, Ranks, metrics, start, tiny, train, until
 
 
@@ -69,11 +80,11 @@ def test_a_second_one_is_told_who_writes(holder: Ranks, tmp_path: Path) -> None:
     with pytest.raises(HeldError, match=rf"^run\.dir: {run_dir} is being trained by pid {pid} on \S+ since") as caught:
         take(run_dir, me())
     assert str(caught.value).endswith(": wait for it, stop it, or take another run.name")
-    found = look(run_dir)
+    found = current_holder(run_dir)
     assert found is not None and found.pid == pid
     with pytest.raises(HeldError, match=f"pid {pid}"), held(run_dir, "dnt submit"):
         raise AssertionError
-    assert look(run_dir) == found  # nobody's look or try changes it
+    assert current_holder(run_dir) == found  # asking and trying change nothing
 
 
 def test_kill_9_leaves_a_lock_that_the_next_one_takes_over_at_once(
@@ -82,12 +93,12 @@ def test_kill_9_leaves_a_lock_that_the_next_one_takes_over_at_once(
     run_dir, pid = tmp_path / "run", holder.processes[0].pid
     holder.kill(signal.SIGKILL)
     holder.wait()
-    assert look(run_dir) is None
+    assert current_holder(run_dir) is None
     with take(run_dir, me()):
         assert f"{run_dir} was left locked by pid {pid} on" in capsys.readouterr().err
-        now = look(run_dir)
+        now = current_holder(run_dir)
         assert now is not None and now.pid == os.getpid()
-    assert look(run_dir) is None and (run_dir / FILE).read_bytes() == b""
+    assert current_holder(run_dir) is None and (run_dir / FILE).read_bytes() == b""
     with take(run_dir, me()):
         pass
     assert capsys.readouterr().err == ""  # a lock that was released is nothing to tell
@@ -103,7 +114,7 @@ def test_a_child_that_outlives_the_holder_is_named(tmp_path: Path, monkeypatch: 
             take(run_dir, me())
     finally:
         os.kill(child, signal.SIGKILL)
-    until(lambda: look(run_dir) is None)
+    until(lambda: current_holder(run_dir) is None)
     take(run_dir, me()).release()
 
 
@@ -121,11 +132,11 @@ def test_a_moved_folder_takes_its_lock_along_and_a_copied_one_does_not(holder: R
 def test_where_locks_do_not_work_the_process_itself_counts(tmp_path: Path) -> None:
     """The record says that this very process, or one that is gone, holds it; nobody has an flock."""
     parent = os.getppid()
-    alive = {"pid": parent, "created": psutil.Process(parent).create_time()}
+    alive = {"pid": parent, "started": start_ticks(parent)}
     left_behind(tmp_path / "alive", **alive)
     with pytest.raises(HeldError, match=f"pid {parent}"):
         take(tmp_path / "alive", me())
-    left_behind(tmp_path / "reused", **{**alive, "created": 1.0})  # another process has the number now
+    left_behind(tmp_path / "reused", **{**alive, "started": 1})  # another process has the number now
     take(tmp_path / "reused", me()).release()
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
@@ -133,11 +144,24 @@ def test_where_locks_do_not_work_the_process_itself_counts(tmp_path: Path) -> No
     take(tmp_path / "gone", me()).release()
 
 
+def test_a_record_of_an_older_dnt_has_no_clock_ticks(tmp_path: Path) -> None:
+    parent = os.getppid()
+    created = psutil.Process(parent).create_time()
+    for name, time_of_start in (("alive", created), ("reused", 1.0)):
+        file = left_behind(tmp_path / name, pid=parent, created=time_of_start)
+        record = json.loads(file.read_text())
+        del record["started"]
+        file.write_text(json.dumps(record))
+    with pytest.raises(HeldError, match=f"pid {parent}"):
+        take(tmp_path / "alive", me())
+    take(tmp_path / "reused", me()).release()
+
+
 def test_a_holder_on_another_machine_is_watched_for_signs_of_life(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(run_lock, "BEAT_S", 1.0)
-    monkeypatch.setattr(run_lock, "LOOK_S", 0.05)
+    monkeypatch.setattr(run_lock, "POLL_S", 0.05)
     file = left_behind(tmp_path / "run", machine="elsewhere", host="node7", pid=1)
     over = threading.Event()
 
@@ -198,7 +222,7 @@ def no_flock(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
         raise OSError(request.param, os.strerror(request.param))
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    monkeypatch.setattr(run_lock, "SETTLE_S", 0.2)
+    monkeypatch.setattr(run_lock, "RACE_S", 0.2)
 
 
 @pytest.mark.usefixtures("no_flock")
@@ -207,9 +231,9 @@ def test_without_flock_the_record_decides(tmp_path: Path) -> None:
     with take(run_dir, me()):
         with pytest.raises(HeldError, match=f"pid {os.getpid()}"):
             take(run_dir, me())
-        check = look(run_dir)
+        check = current_holder(run_dir)
         assert check is not None and check.pid == os.getpid()
-    assert look(run_dir) is None
+    assert current_holder(run_dir) is None
     take(run_dir, me()).release()
 
 
@@ -235,7 +259,7 @@ def test_without_flock_one_of_many_at_once_gets_it(tmp_path: Path) -> None:
 
 
 def test_a_job_waits_for_what_will_pass_and_for_nothing_else(tmp_path: Path) -> None:
-    parent = {"pid": os.getppid(), "created": psutil.Process(os.getppid()).create_time()}
+    parent = {"pid": os.getppid(), "started": start_ticks(os.getppid())}
     mine = me(attempt="12.1")
     left_behind(tmp_path / "local", **parent)
     with pytest.raises(HeldError) as caught:

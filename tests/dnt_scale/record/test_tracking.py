@@ -18,9 +18,9 @@ import pytest
 from dnt_scale import config
 from dnt_scale.config.tracking_uri import default_uri, sqlite_uri
 from dnt_scale.record.files import git_commit
-from dnt_scale.record.metrics_file import unsent_lines
 from dnt_scale.record.mlflow.ui import open_ui
 from dnt_scale.record.plots import plot_run
+from dnt_scale.record.sender_files import unsent_lines
 from dnt_scale.record.tracker import Tracker
 from tests.helpers.stores import free_port, mlflow_server, until
 
@@ -159,7 +159,7 @@ for step in range(1, 501):
     tracker.log({{"step": step, "tokens": step, "train/loss": 1 / step}})
 if os.fork() == 0:  # like a data loader's worker: it outlives the kill and holds the sender's pipe open
     os.sched_yield(); signal.pause()
-print(os.getpid(), tracker._sender.pid, flush=True)
+print(os.getpid(), tracker.senders[0].process.pid, flush=True)
 signal.pause()
 """
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, start_new_session=True)
@@ -203,8 +203,8 @@ def test_a_server_that_is_down_costs_a_warning_and_gets_everything_later_once(tm
     assert steps_in(run_dir) == list(range(1, 201))
 
     def warned(tracker: Tracker) -> bool:
-        tracker._look()
-        return tracker._warned
+        tracker.check_senders()
+        return tracker.senders[0].warned
 
     patient.log(line(1))
     until(lambda: warned(patient))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dnt_scale.record.mlflow.finalize import settle
+from dnt_scale.record.finalize import finalize_run
 from dnt_scale.record.tracker import Tracker
 from tests.helpers.stores import PASSWORD, PATIENCE_S, no_postgres, points, postgres, runs
 
@@ -69,10 +69,11 @@ def test_postgresql_takes_its_password_from_the_environment(tmp_path, database, 
     assert capfd.readouterr().err == ""
     refused.finish("FAILED", PATIENCE_S)
     assert "password authentication failed" in capfd.readouterr().err
-    assert refused._sender is not None
-    refused._sender.kill()  # it would go on trying for two minutes
-    refused._sender.wait()
-    assert settle(refused.run_dir, "FAILED")  # with the right one now
+    [sender] = refused.senders
+    assert sender.process is not None
+    sender.process.kill()  # it would go on trying for two minutes
+    sender.process.wait()
+    assert finalize_run(refused.run_dir, "FAILED")  # with the right one now
 
     found = runs(uri)
     assert {name: run.info.status for name, run in found.items()} == {
