@@ -3,7 +3,6 @@
 import difflib
 import sys
 from pathlib import Path
-from types import NoneType
 from typing import Annotated, Any, Literal, Self
 
 from omegaconf import OmegaConf
@@ -92,29 +91,27 @@ class ClusterConfig(Strict):
         return self.nodes * self.tasks_per_node
 
 
-def load(overrides: list[str]) -> tuple[ClusterConfig, list[str]]:
-    """The cluster that ``cluster=NAME`` (or a path to a YAML file) and ``cluster.KEY=VALUE`` describe, and the rest
-    of the overrides, which are the run's.
+def read_cluster(overrides: list[str]) -> tuple[ClusterConfig, list[str]]:
+    """Read the cluster that ``cluster=NAME`` (or a path to a YAML file) and ``cluster.KEY=VALUE`` describe.
+
+    Returns:
+        The cluster, and the rest of the overrides, which are the run's.
 
     Raises:
         ConfigError: no such cluster, an unknown key, a wrong value.
     """
-    name, changes, rest = None, [], []
-    for override in overrides:
-        key, _, value = override.partition("=")
-        if key == "cluster":
-            name = value
-        elif key.startswith("cluster."):
-            changes.append(f"{key.removeprefix('cluster.')}={value}")
-        else:
-            rest.append(override)
+    ours, rest = split_overrides(overrides)
+    names = [value for _, key, value in map(typed.split, ours) if key == "cluster" and value]
+    changes = [override for override in ours if "." in typed.split(override)[1]]
     known = sorted(path.stem for path in (config_dir() / "cluster").glob("*.yaml"))
-    if name is None:
+    if not names:
         raise ConfigError(
             f"cluster: say which, cluster=NAME; found none of {', '.join(known)}, or a path to a YAML file"
         )
+    name = names[-1]
     given = Path(paths.expanded(typed.meant(name, place=True)))
-    file = given if "/" in name or name.endswith((".yaml", ".yml")) else config_dir() / "cluster" / f"{name}.yaml"
+    is_path = "/" in name or given.suffix in (".yaml", ".yml")
+    file = given if is_path else config_dir() / "cluster" / f"{name}.yaml"
     try:
         tree = typed.read_yaml(file.read_text("utf-8"), (ClusterConfig,))
     except (OSError, ValueError) as error:
@@ -126,30 +123,37 @@ def load(overrides: list[str]) -> tuple[ClusterConfig, list[str]]:
         raise ConfigError(f"cluster: {file}: not readable as YAML ({error})") from None
     if not isinstance(tree := {} if tree is None else tree, dict):
         raise ConfigError(f"cluster: {file}: found {tree!r:.60}, expected lines such as `partition: main`")
-    return _merged(tree, changes, f"cluster={name}"), rest
-
-
-def changed(cluster: ClusterConfig, overrides: list[str]) -> ClusterConfig:
-    """``cluster`` with ``cluster.KEY=VALUE`` overrides. Raises ConfigError."""
-    changes = [override.removeprefix("cluster.") for override in overrides]
-    return _merged(cluster.model_dump(mode="json"), changes, "cluster", settled=True)
-
-
-def _merged(tree: dict[str, Any], changes: list[str], origin: str, *, settled: bool = False) -> ClusterConfig:
-    """A cluster and changes of it; a tree that is ``settled`` has no references to resolve. Raises ConfigError."""
     hidden = typed.Hidden()
-    tree = hidden.hide_all(tree) if settled else hidden.carry_all(tree, ClusterConfig)
-    for change in changes:
-        key, _, value = change.partition("=")
-        if problem := paths.unreadable(change):
-            raise ConfigError(f"{f'cluster.{change}'!a}: {problem}")
-        section = tree
-        *sections, last = key.split(".")
-        for name in sections:
-            if not isinstance(section.get(name), dict):
-                section[name] = {}
-            section = section[name]
-        section[last] = hidden.carry_all(_value(key, value), ClusterConfig)
+    return _merged(hidden.carry_all(tree, ClusterConfig), changes, hidden, f"cluster={name}"), rest
+
+
+def split_overrides(overrides: list[str]) -> tuple[list[str], list[str]]:
+    """Return the overrides that are the cluster's, then those that are the run's."""
+    ours, runs = [], []
+    for override in overrides:
+        is_ours = typed.split(override)[1].partition(".")[0] == "cluster"
+        (ours if is_ours else runs).append(override)
+    return ours, runs
+
+
+def change_cluster(cluster: ClusterConfig, overrides: list[str]) -> ClusterConfig:
+    """Return ``cluster`` with ``cluster.KEY=VALUE`` overrides, or another one with ``cluster=NAME`` among them.
+
+    Raises:
+        ConfigError: as :func:`read_cluster`.
+    """
+    if any("." not in typed.split(override)[1] for override in overrides):
+        return read_cluster(overrides)[0]
+    hidden = typed.Hidden()
+    # What was resolved once holds no references any more, whatever it looks like.
+    tree = hidden.hide_all(cluster.model_dump(mode="json"))
+    return _merged(tree, overrides, hidden, "cluster")
+
+
+def _merged(tree: dict[str, Any], overrides: list[str], hidden: typed.Hidden, origin: str) -> ClusterConfig:
+    """Return the cluster that a tree and overrides of it describe. Raises ConfigError."""
+    for override in overrides:
+        _override(tree, override, hidden)
     try:
         raw = OmegaConf.to_container(OmegaConf.create(tree), resolve=True, throw_on_missing=True)
     except (OmegaConfBaseException, ValueError, RecursionError) as error:
@@ -157,20 +161,47 @@ def _merged(tree: dict[str, Any], changes: list[str], origin: str, *, settled: b
     return from_raw(hidden.show(raw), origin)
 
 
-def _value(key: str, text: str) -> Any:
-    """The value of an override: as it was typed where a text is expected, else as YAML has it. Raises ConfigError."""
-    found = typed.at(ClusterConfig, key)
-    if typed.is_text(found):
-        if text == "null" and NoneType in found:
-            return None
-        if bool in found and text in ("true", "false"):
-            return text == "true"
-        return typed.meant(text, place=typed.is_place(found, key))
+def _override(tree: dict[str, Any], override: str, hidden: typed.Hidden) -> None:
+    """Set, or with a leading ~ remove, what one override of the cluster names. Raises ConfigError."""
+    if problem := paths.unreadable(override):
+        raise ConfigError(f"{override!a}: {problem}")
+    prefix, key, value = typed.split(override)
+    if value is None and "~" not in prefix:
+        raise ConfigError(f"{override}: expected cluster.KEY=VALUE")
+    section, (*sections, last) = tree, key.split(".")[1:]
+    for name in sections:
+        if not isinstance(section.get(name), dict):
+            section[name] = {}
+        section = section[name]
+    if "~" not in prefix:
+        section[last] = _read_value(key, value or "", hidden)
+    elif section.pop(last, None) is None:
+        raise ConfigError(f"{override}: there is no {key} to remove; leave it out")
+
+
+def _read_value(key: str, text: str, hidden: typed.Hidden) -> Any:
+    """Return the value of an override, as Hydra's grammar has it or, where that has none, YAML.
+
+    Raises:
+        ConfigError: neither can read it, or it lists several values.
+    """
+    field = key.partition(".")[2]
+    found = typed.at(ClusterConfig, field)
     try:
-        return typed.read_yaml(text, found)
+        read = typed.value_for_hydra(ClusterConfig, field, text, hidden)
+        parsed = typed.parse(f"x={read}") if read else None
+        # YAML has what Hydra has not: nothing for null, and lists and mappings without brackets.
+        is_bare = typed.is_container(found) and not text.lstrip().startswith(("[", "{"))
+        if parsed is None or (is_bare and found):
+            return hidden.carry_all(typed.read_yaml(text, found), ClusterConfig)
+        return parsed.value()
+    except typed.SeveralValuesError:
+        raise ConfigError(
+            f"{key}={text}: several values are a sweep, which can be of the run's settings only; give one value"
+        ) from None
     except ValueError:
         raise ConfigError(
-            f"cluster.{key}: {text} cannot be read; write a list as [a,b], and quote what holds a quote"
+            f"{key}: {text} cannot be read; write a list as [a,b], and quote what holds a quote"
         ) from None
 
 

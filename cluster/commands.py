@@ -175,7 +175,7 @@ def run_submit(options: argparse.Namespace) -> int:
     from dnt_scale.train.recorded import Typed
     from dnt_scale.train.run_start import begin
 
-    site, overrides = cluster_config.load(options.overrides)
+    site, overrides = cluster_config.read_cluster(options.overrides)
     if options.multirun:
         if options.fresh:
             raise ValueError("--fresh: a sweep is made in a new folder; take another run.name")

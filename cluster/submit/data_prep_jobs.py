@@ -109,10 +109,9 @@ def on_cluster(options: PrepareOptions, overrides: list[str]) -> tuple[PrepareOp
         ConfigError: no such cluster, or a wrong value.
     """
     name, *changes = overrides
-    for change in changes:
-        if not change.startswith("cluster."):
-            raise ConfigError(f"--cluster: after the name it takes cluster.KEY=VALUE, found {change}; put INPUT first")
-    site, _ = cluster_config.load([f"cluster={name}", *changes])
+    site, others = cluster_config.read_cluster([f"cluster={name}", *changes])
+    if others:
+        raise ConfigError(f"--cluster: after the name it takes cluster.KEY=VALUE, found {others[0]}; put INPUT first")
     workers = options.workers or site.cpus_per_rank or 1
     site = site.model_copy(
         update={"nodes": 1, "ranks_per_node": 1, "gpus_per_node": 0, "cpus_per_rank": workers, "signal": "USR1"}

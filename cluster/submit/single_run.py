@@ -94,10 +94,9 @@ def changed(run_dir: Path, overrides: list[str]) -> tuple[RunConfig, ClusterConf
     """
     submission = run_record.load(run_dir)
     check_over(run_dir, submission)
-    ours = [override for override in overrides if override.startswith("cluster.")]
-    site = cluster_config.changed(submission.cluster, ours) if ours else submission.cluster
-    file = run_record.config_file(run_dir)
-    run = config.changed(config.from_yaml(file), [override for override in overrides if override not in ours])
+    ours, overrides = cluster_config.split_overrides(overrides)
+    site = cluster_config.change_cluster(submission.cluster, ours)
+    run = config.changed(config.from_yaml(run_record.config_file(run_dir)), overrides)
     return at(run, run_dir), site
 
 

@@ -10,8 +10,6 @@ from functools import partial
 from pathlib import Path
 
 import submitit
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
 from rich.console import Console
 
 from cluster import run_record, slurm, sweep_file
@@ -50,16 +48,16 @@ def combinations(overrides: list[str]) -> list[tuple[dict[str, str], list[str]]]
             texts = typed.choices(value)
             choices.append([(prefix + key, text) for text in texts] if len(texts) > 1 else [("", line)])
             continue
-        try:
-            override = OverridesParser.create().parse_override(line)
-            if not override.is_sweep_override():
-                choices.append([("", line)])
-            elif override.is_discrete_sweep():
-                choices.append([(override.get_key_element(), value) for value in override.sweep_string_iterator()])
-            else:
-                raise ConfigError(f"{line}: a sweep needs single values; write them out, or as range(from,to,step)")
-        except (HydraException, RecursionError):
-            raise ConfigError(f"{config.refusal(line)}; write several values as KEY=A,B,C") from None
+        override = typed.parse(line)
+        if override is None:
+            raise ConfigError(f"{config.refusal(line)}; write several values as KEY=A,B,C")
+        if not override.is_sweep_override():
+            choices.append([("", line)])
+        elif override.is_discrete_sweep():
+            values = override.sweep_string_iterator()
+            choices.append([(override.get_key_element(), value) for value in values])
+        else:
+            raise ConfigError(f"{line}: a sweep needs single values; write them out, or as range(from,to,step)")
     count = 1
     for options in choices:
         count *= len(options)

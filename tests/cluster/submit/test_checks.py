@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from cluster import run_record, slurm
-from cluster.cluster_config import ClusterConfig, load
+from cluster.cluster_config import ClusterConfig, read_cluster
 from cluster.run_record import LedgerError
 from cluster.slurm import Node, Partition, SlurmError
 from cluster.submit import checks, single_run, sweep_run
@@ -34,11 +34,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def site_of(*overrides: str) -> ClusterConfig:
-    return load(["cluster=sandbox", *overrides])[0]
+    return read_cluster(["cluster=sandbox", *overrides])[0]
 
 
 def asked(data: Path, run_dir: Path, *overrides: str) -> tuple[RunConfig, ClusterConfig]:
-    site, rest = load(["cluster=sandbox", *overrides])
+    site, rest = read_cluster(["cluster=sandbox", *overrides])
     return config.load(tiny(data, run_dir, *rest)), site
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.cluster_config import ClusterConfig, load
+from cluster.cluster_config import ClusterConfig, read_cluster
 from cluster.slurm import Node, Partition
 from cluster.submit import checks, plan
 from cluster.submit.plan import Past
@@ -47,7 +47,7 @@ def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def asked(data: Path, run_dir: Path, *overrides: str) -> tuple[RunConfig, ClusterConfig]:
-    site, rest = load(["cluster=sandbox", *overrides])
+    site, rest = read_cluster(["cluster=sandbox", *overrides])
     return config.load(tiny(data, run_dir, *rest)), site
 
 
@@ -259,7 +259,7 @@ def test_devices_by_slurms_types() -> None:
 
 
 def test_jobs_and_words_for_numbers() -> None:
-    site = load(["cluster=sandbox", "cluster.time=1:00:00", "cluster.signal_s=600"])[0]
+    site = read_cluster(["cluster=sandbox", "cluster.time=1:00:00", "cluster.signal_s=600"])[0]
     assert [plan.jobs_needed(seconds, site) for seconds in (1, 3000, 3001, 30_000)] == [1, 1, 2, 10]
     assert [duration(s) for s in (40, 600, 3600, 86400, 5 * 86400)] == ["40 s", "10 min", "1 h", "24 h", "5 days"]
     assert [size(n) for n in (10_000, 1_500_000, 2 * 10**9, 3 * 10**12)] == [

@@ -35,7 +35,7 @@ def submitted(tmp_path: Path) -> Iterator[Submit]:
     jobs = []
 
     def submit_run(run_dir: Path, *site: str) -> run_record.Submission:
-        cluster, _ = cluster_config.load(["cluster=sandbox", "cluster.preflight=false", *site])
+        cluster, _ = cluster_config.read_cluster(["cluster=sandbox", "cluster.preflight=false", *site])
         more = (f"run.name={run_dir.name}", "train.steps=100000", "checkpoint.every=50", "eval.every=0")
         jobs.append(submit(config.load(tiny(tmp_path / "set", run_dir, *more)), cluster))
         return jobs[-1]
