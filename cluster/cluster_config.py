@@ -1,17 +1,17 @@
 """``configs/cluster/NAME.yaml``: where jobs run and how, as a pydantic model."""
 
-import difflib
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
+from data_prep.words import Problem, closest, problems_of
+from dnt_scale.config import ConfigError, Strict, config_dir, paths, typed
+from dnt_scale.config.base import Count, Place, Size, Text
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from cluster.slurm import minutes_of
-from dnt_scale.config import ConfigError, Strict, config_dir, paths, typed
-from dnt_scale.config.base import Count, Place, Size, Text
 
 
 def _minutes(time: object) -> object:
@@ -34,34 +34,56 @@ class ClusterConfig(Strict):
     qos: Text | None = None
     nodes: Size = 1
     gpus_per_node: int = Field(0, ge=0, le=4096, description="0: ranks run on CPUs")
-    ranks_per_node: int | None = Field(None, gt=0, le=4096, description="null: one a GPU, or one where there is none")
+    ranks_per_node: int | None = Field(
+        None, gt=0, le=4096, description="null: one a GPU, or one where there is none"
+    )
     cpus_per_rank: int | None = Field(None, gt=0, le=65536)
     mem_gb: float | None = Field(None, ge=0, le=1e6, description="a node; 0: all of it")
-    time: Minutes = Field(description="limit of one job, in minutes or SLURM's formats; the run goes on in the next")
+    time: Minutes = Field(
+        description="limit of one job, in minutes or SLURM's formats; the run goes on in the next"
+    )
     constraint: Text | None = None
     nodelist: Text | None = None
     exclude: list[Node] = Field([], description="nodes")
-    setup: list[str] = Field([], description="shell lines before Python starts: modules, environment")
+    setup: list[str] = Field(
+        [], description="shell lines before Python starts: modules, environment"
+    )
     shared: list[Place] = Field(
         [], description="folders that all nodes see, though their file system looks like a disk"
     )
     python: Annotated[Text, BeforeValidator(_program)] = Field(
         sys.executable, description="on the nodes, and inside the container where there is one"
     )
-    container: list[str] = Field([], description="srun's options for it, such as --container-image=... (pyxis)")
+    container: list[str] = Field(
+        [], description="srun's options for it, such as --container-image=... (pyxis)"
+    )
     sbatch: dict[Text, str | int | bool] = Field(
         {}, description="more of sbatch's options by name; true: without a value"
     )
     srun: list[str] = Field([], description="more options of srun")
 
-    signal: Literal["USR1", "USR2", "TERM"] = Field("USR1", description="what SLURM sends before the time limit")
+    signal: Literal["USR1", "USR2", "TERM"] = Field(
+        "USR1", description="what SLURM sends before the time limit"
+    )
     signal_s: int = Field(120, gt=0, le=65535, description="how many seconds before")
-    requeue: bool = Field(True, description="false where jobs may not be requeued: a new job goes on with the run")
-    max_crashes: Count = Field(3, gt=0, description="crashes in a row without a new checkpoint, that end the run")
-    exclude_after: Count = Field(2, gt=0, description="faults of a node in a day, after which the run avoids it")
-    preflight: bool = Field(True, description="check devices, arithmetic, network and disk before training")
-    sweep_parallel: Count | None = Field(None, gt=0, description="runs of a sweep at a time; null: no limit")
-    min_bandwidth_gb_s: float = Field(0.0, ge=0, description="preflight: of an all-reduce; slower is refused. 0: any")
+    requeue: bool = Field(
+        True, description="false where jobs may not be requeued: a new job goes on with the run"
+    )
+    max_crashes: Count = Field(
+        3, gt=0, description="crashes in a row without a new checkpoint, that end the run"
+    )
+    exclude_after: Count = Field(
+        2, gt=0, description="faults of a node in a day, after which the run avoids it"
+    )
+    preflight: bool = Field(
+        True, description="check devices, arithmetic, network and disk before training"
+    )
+    sweep_parallel: Count | None = Field(
+        None, gt=0, description="runs of a sweep at a time; null: no limit"
+    )
+    min_bandwidth_gb_s: float = Field(
+        0.0, ge=0, description="preflight: of an all-reduce; slower is refused. 0: any"
+    )
 
     @model_validator(mode="after")
     def _ours(self) -> Self:
@@ -79,7 +101,9 @@ class ClusterConfig(Strict):
             "nodes",
         }
         if taken := sorted(ours & {name.replace("_", "-") for name in self.sbatch}):
-            raise ValueError(f"sbatch holds {', '.join(taken)}, which dnt sets itself; leave it out")
+            raise ValueError(
+                f"sbatch holds {', '.join(taken)}, which dnt sets itself; leave it out"
+            )
         return self
 
     @property
@@ -122,14 +146,17 @@ def read_cluster(overrides: list[str]) -> tuple[ClusterConfig, list[str]]:
             ) from None
         raise ConfigError(f"cluster: {file}: not readable as YAML ({error})") from None
     if not isinstance(tree := {} if tree is None else tree, dict):
-        raise ConfigError(f"cluster: {file}: found {tree!r:.60}, expected lines such as `partition: main`")
+        raise ConfigError(
+            f"cluster: {file}: found {tree!r:.60}, expected lines such as `partition: main`"
+        )
     hidden = typed.Hidden()
     return _merged(hidden.carry_all(tree, ClusterConfig), changes, hidden, f"cluster={name}"), rest
 
 
 def split_overrides(overrides: list[str]) -> tuple[list[str], list[str]]:
     """Return the overrides that are the cluster's, then those that are the run's."""
-    ours, runs = [], []
+    ours: list[str] = []
+    runs: list[str] = []
     for override in overrides:
         is_ours = typed.split(override)[1].partition(".")[0] == "cluster"
         (ours if is_ours else runs).append(override)
@@ -150,7 +177,9 @@ def change_cluster(cluster: ClusterConfig, overrides: list[str]) -> ClusterConfi
     return _merged(tree, overrides, hidden, "cluster")
 
 
-def _merged(tree: dict[str, Any], overrides: list[str], hidden: typed.Hidden, origin: str) -> ClusterConfig:
+def _merged(
+    tree: dict[str, Any], overrides: list[str], hidden: typed.Hidden, origin: str
+) -> ClusterConfig:
     """Return the cluster that a tree and overrides of it describe. Raises ConfigError."""
     for override in overrides:
         _override(tree, override, hidden)
@@ -210,15 +239,22 @@ def from_raw(raw: Any, origin: str) -> ClusterConfig:
     try:
         return ClusterConfig.model_validate(raw)
     except ValidationError as error:
-        lines = []
-        for item in error.errors():
-            field = ".".join(["cluster", *(str(part) for part in item["loc"])])
-            message = item["msg"].removeprefix("Value error, ")
-            if item["type"] == "extra_forbidden":
-                near = difflib.get_close_matches(str(item["loc"][0]), ClusterConfig.model_fields, n=1)
-                message = "no such field; " + (
-                    f"did you mean cluster.{near[0]}?" if near else f"there are {', '.join(ClusterConfig.model_fields)}"
-                )
-            found = "" if isinstance(item["input"], dict) else f" (found {item['input']!r:.300})"
-            lines.append(f"{field}: {message}{found}")
-        raise ConfigError(f"{origin}: " + "; ".join(lines)) from None
+        raise ConfigError(
+            f"{origin}: " + "; ".join(map(_format_problem, problems_of(error)))
+        ) from None
+
+
+def _format_problem(problem: Problem) -> str:
+    """Return a wrong field of the cluster in one line."""
+    message, found = problem.message, ""
+    if problem.kind == "extra_forbidden":
+        near = closest(problem.field[0], ClusterConfig.model_fields)
+        known = (
+            f"did you mean cluster.{near}?"
+            if near
+            else f"there are {', '.join(ClusterConfig.model_fields)}"
+        )
+        message = f"no such field; {known}"
+    if not isinstance(problem.found, dict):
+        found = f" (found {problem.found!r:.300})"
+    return f"{'.'.join(['cluster', *problem.field])}: {message}{found}"

@@ -84,47 +84,85 @@ jobs the others preempt: low's go back into the queue, spot's end.
 def add(commands: "argparse._SubParsersAction[Parser]") -> None:
     raw = argparse.RawDescriptionHelpFormatter
 
-    submit = commands.add_parser("submit", help="train a run as SLURM jobs", epilog=SUBMIT_HELP, formatter_class=raw)
-    submit.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
-    submit.add_argument("--dry-run", action="store_true", help="check, show the plan and the batch script, and stop")
-    submit.add_argument(
-        "--fresh", action="store_true", help="move aside what an earlier run has left in the folder; begin at step 0"
+    submit = commands.add_parser(
+        "submit", help="train a run as SLURM jobs", epilog=SUBMIT_HELP, formatter_class=raw
     )
-    submit.add_argument("--multirun", action="store_true", help="a run for each combination of values KEY=A,B,C")
+    submit.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    submit.add_argument(
+        "--dry-run", action="store_true", help="check, show the plan and the batch script, and stop"
+    )
+    submit.add_argument(
+        "--fresh",
+        action="store_true",
+        help="move aside what an earlier run has left in the folder; begin at step 0",
+    )
+    submit.add_argument(
+        "--multirun", action="store_true", help="a run for each combination of values KEY=A,B,C"
+    )
     submit.set_defaults(run=run_submit)
 
     resubmit = commands.add_parser(
         "resubmit", help="go on with a submitted run", epilog=RESUBMIT_HELP, formatter_class=raw
     )
-    resubmit.add_argument("folder", type=path_or_url, metavar="RUN", help="its folder, or its name in runs/")
-    resubmit.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="changes of the run or the cluster")
-    resubmit.add_argument("--update-code", action="store_true", help="run dnt as it is now, not as it was submitted")
-    resubmit.add_argument("--dry-run", action="store_true", help="check and print the plan and the batch script only")
+    resubmit.add_argument(
+        "folder", type=path_or_url, metavar="RUN", help="its folder, or its name in runs/"
+    )
+    resubmit.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="changes of the run or the cluster"
+    )
+    resubmit.add_argument(
+        "--update-code", action="store_true", help="run dnt as it is now, not as it was submitted"
+    )
+    resubmit.add_argument(
+        "--dry-run", action="store_true", help="check and print the plan and the batch script only"
+    )
     resubmit.set_defaults(run=run_resubmit)
 
-    jobs = commands.add_parser("jobs", help="what submitted runs are doing", epilog=JOBS_HELP, formatter_class=raw)
-    jobs.add_argument("runs", nargs="*", type=path_or_url, metavar="RUN|FOLDER", help="default: all in runs/")
+    jobs = commands.add_parser(
+        "jobs", help="what submitted runs are doing", epilog=JOBS_HELP, formatter_class=raw
+    )
+    jobs.add_argument(
+        "runs", nargs="*", type=path_or_url, metavar="RUN|FOLDER", help="default: all in runs/"
+    )
     form = jobs.add_mutually_exclusive_group()
-    form.add_argument("--watch", action="store_true", help="show it anew every two seconds; Ctrl-C ends that")
+    form.add_argument(
+        "--watch", action="store_true", help="show it anew every two seconds; Ctrl-C ends that"
+    )
     form.add_argument("--json", action="store_true", help="the same as data")
     jobs.set_defaults(run=run_jobs)
 
-    logs = commands.add_parser("logs", help="what a submitted run wrote", epilog=LOGS_HELP, formatter_class=raw)
-    logs.add_argument("folder", type=path_or_url, metavar="RUN", help="its folder, or its name in runs/")
+    logs = commands.add_parser(
+        "logs", help="what a submitted run wrote", epilog=LOGS_HELP, formatter_class=raw
+    )
+    logs.add_argument(
+        "folder", type=path_or_url, metavar="RUN", help="its folder, or its name in runs/"
+    )
     logs.add_argument("-f", "--follow", action="store_true", help="go on until the run is over")
-    logs.add_argument("--rank", type=whole(0, 10**6), default=0, metavar="K", help="of which rank (default: 0)")
+    logs.add_argument(
+        "--rank", type=whole(0, 10**6), default=0, metavar="K", help="of which rank (default: 0)"
+    )
     logs.set_defaults(run=run_logs)
 
     cancel = commands.add_parser(
-        "cancel", help="end a run's job, and let none follow", epilog=CANCEL_HELP, formatter_class=raw
+        "cancel",
+        help="end a run's job, and let none follow",
+        epilog=CANCEL_HELP,
+        formatter_class=raw,
     )
     cancel.add_argument(
-        "runs", nargs="+", type=path_or_url, metavar="RUN", help="its folder or name in runs/; a sweep's: all its runs"
+        "runs",
+        nargs="+",
+        type=path_or_url,
+        metavar="RUN",
+        help="its folder or name in runs/; a sweep's: all its runs",
     )
     cancel.set_defaults(run=run_cancel)
 
     sandbox = commands.add_parser(
-        "sandbox", help="a real SLURM on this one machine, to try jobs on", epilog=SANDBOX_HELP, formatter_class=raw
+        "sandbox",
+        help="a real SLURM on this one machine, to try jobs on",
+        epilog=SANDBOX_HELP,
+        formatter_class=raw,
     )
     add_sandbox_commands(sandbox.add_subparsers(required=True, metavar="COMMAND"))
 
@@ -132,10 +170,22 @@ def add(commands: "argparse._SubParsersAction[Parser]") -> None:
 def add_sandbox_commands(commands: "argparse._SubParsersAction[Parser]") -> None:
     from cluster.sandbox import MOST_CPUS, MOST_GPUS, MOST_NODES
 
-    up = commands.add_parser("up", help="start it, or change it to these options; running jobs live on")
-    up.add_argument("--nodes", type=whole(1, MOST_NODES), default=3, metavar="N", help="node1 to nodeN (default: 3)")
+    up = commands.add_parser(
+        "up", help="start it, or change it to these options; running jobs live on"
+    )
     up.add_argument(
-        "--cpus", type=whole(1, MOST_CPUS), default=8, metavar="N", help="a node, whatever the machine has (default: 8)"
+        "--nodes",
+        type=whole(1, MOST_NODES),
+        default=3,
+        metavar="N",
+        help="node1 to nodeN (default: 3)",
+    )
+    up.add_argument(
+        "--cpus",
+        type=whole(1, MOST_CPUS),
+        default=8,
+        metavar="N",
+        help="a node, whatever the machine has (default: 8)",
     )
     up.add_argument(
         "--gpus",
@@ -144,7 +194,9 @@ def add_sandbox_commands(commands: "argparse._SubParsersAction[Parser]") -> None
         metavar="N",
         help="a node; stand-ins for SLURM to hand out (default: 8)",
     )
-    up.add_argument("--no-accounting", dest="accounting", action="store_false", help="no slurmdbd, so no sacct")
+    up.add_argument(
+        "--no-accounting", dest="accounting", action="store_false", help="no slurmdbd, so no sacct"
+    )
     up.add_argument(
         "--no-preempt-signal",
         dest="preempt_signal",
@@ -154,10 +206,14 @@ def add_sandbox_commands(commands: "argparse._SubParsersAction[Parser]") -> None
     up.set_defaults(run=run_sandbox, action="up")
     down = commands.add_parser("down", help="cancel its jobs and stop it; the packages stay")
     down.add_argument(
-        "--wipe", action="store_true", help="remove its files and configuration, and what jobs there were"
+        "--wipe",
+        action="store_true",
+        help="remove its files and configuration, and what jobs there were",
     )
     down.set_defaults(run=run_sandbox, action="down")
-    status = commands.add_parser("status", help="what runs; exit status 0: it runs, 1: not, 2: another SLURM is here")
+    status = commands.add_parser(
+        "status", help="what runs; exit status 0: it runs, 1: not, 2: another SLURM is here"
+    )
     status.set_defaults(run=run_sandbox, action="status")
     kill = commands.add_parser("kill-node", help="lose a node: kill -9 of all its processes")
     kill.add_argument("node", type=word, metavar="NODE", help="for example node2")
@@ -168,63 +224,70 @@ def add_sandbox_commands(commands: "argparse._SubParsersAction[Parser]") -> None
 
 
 def run_submit(options: argparse.Namespace) -> int:
-    from cluster import cluster_config
-    from cluster.submit import checks, plan, single_run
-    from cluster.watch.find_runs import handle
     from dnt_scale import config
     from dnt_scale.train.recorded import Typed
     from dnt_scale.train.run_start import begin
+
+    from cluster import cluster_config
+    from cluster.submit import checks, plan, single_run
+    from cluster.watch.find_runs import short_name
 
     site, overrides = cluster_config.read_cluster(options.overrides)
     if options.multirun:
         if options.fresh:
             raise ValueError("--fresh: a sweep is made in a new folder; take another run.name")
-        return submit_sweep(overrides, site, dry_run=options.dry_run)
+        return run_submit_sweep(overrides, site, dry_run=options.dry_run)
     run = config.load(overrides)
     single_run.check_new(run, fresh=options.fresh)
     begun = begin(run, Typed(overrides), fresh=options.fresh)
-    planned = checks.before_queue(run := begun.run, site, fresh=options.fresh)
-    print(plan.describe(replace(planned, notes=tuple(dict.fromkeys([*planned.notes, *begun.notes])))))
+    planned = checks.check_and_plan(run := begun.run, site, fresh=options.fresh)
+    print(
+        plan.format_plan(
+            replace(planned, notes=tuple(dict.fromkeys([*planned.notes, *begun.notes])))
+        )
+    )
     if options.dry_run:
         print(f"\n{checks.batch_script(run, site)}")
         return 0
     os.umask(0o077)
     job = single_run.submit(run, site, given=begun.given, fresh=options.fresh).job
-    print(f"\nsubmitted as job {job}; `dnt jobs` shows it, `dnt logs {handle(run.run.dir)} -f` what it prints")
+    print(
+        f"\nsubmitted as job {job}; `dnt jobs` shows it, `dnt logs {short_name(run.run.dir)} -f` what it prints"
+    )
     return 0
 
 
-def submit_sweep(overrides: list[str], site: "ClusterConfig", *, dry_run: bool) -> int:
+def run_submit_sweep(overrides: list[str], site: "ClusterConfig", *, dry_run: bool) -> int:
     from cluster.submit import plan, sweep_run
-    from cluster.watch.find_runs import handle
+    from cluster.watch.find_runs import short_name
 
-    sweep, runs = sweep_run.load(overrides)
-    print(plan.describe(sweep_run.before_queue(runs, site)))
-    print(sweep_run.describe(sweep, site))
+    sweep, runs = sweep_run.expand_sweep(overrides)
+    print(plan.format_plan(sweep_run.check_and_plan(runs, site)))
+    print(sweep_run.format_sweep(sweep, site))
     sweep_dir = runs[0].run.dir.parent
     if dry_run:
         print(f"\n{sweep_run.batch_script(sweep, sweep_dir.absolute(), site)}")
         return 0
     os.umask(0o077)
-    array = sweep_run.queue(sweep, runs, site)
-    of_it = f"`dnt jobs {handle(sweep_dir)}` shows it, `dnt logs {handle(runs[0].run.dir)} -f` a run of it"
+    array = sweep_run.submit_sweep(sweep, runs, site)
+    of_it = f"`dnt jobs {short_name(sweep_dir)}` shows it, `dnt logs {short_name(runs[0].run.dir)} -f` a run of it"
     print(f"\nsubmitted as array {array}; {of_it}")
     return 0
 
 
 def run_resubmit(options: argparse.Namespace) -> int:
     from cluster.submit import checks, plan, single_run
-    from cluster.watch.find_runs import find_run, handle
+    from cluster.watch.find_runs import find_run, short_name
 
     run_dir = find_run(options.folder)
-    run, site = single_run.changed(run_dir, options.overrides)
-    print(plan.describe(checks.before_queue(run, site)))
+    run, site = single_run.change_run(run_dir, options.overrides)
+    print(plan.format_plan(checks.check_and_plan(run, site)))
     if options.dry_run:
         print(f"\n{checks.batch_script(run, site)}")
         return 0
     os.umask(0o077)
     job = single_run.resubmit(run_dir, run, site, update_code=options.update_code).job
-    print(f"\nsubmitted as job {job}; `dnt jobs {handle(run_dir)}` shows the chain")
+    print(f"\nsubmitted as job {job}; `dnt jobs {short_name(run_dir)}` shows the chain")
     return 0
 
 
@@ -253,5 +316,9 @@ def run_cancel(options: argparse.Namespace) -> int:
 def run_sandbox(options: argparse.Namespace) -> int:
     from cluster import sandbox
 
-    arguments = {name: value for name, value in vars(options).items() if name not in ("run", "action", "command")}
+    arguments = {
+        name: value
+        for name, value in vars(options).items()
+        if name not in ("run", "action", "command")
+    }
     return int(getattr(sandbox, options.action)(**arguments))

@@ -10,7 +10,13 @@ SCRIPT = Path(__file__).with_name("sandbox.sh")
 MOST_NODES, MOST_CPUS, MOST_GPUS = 64, 4096, 64
 
 
-def up(nodes: int = 3, cpus: int = 8, gpus: int = 8, accounting: bool = True, preempt_signal: bool = True) -> int:
+def up(
+    nodes: int = 3,
+    cpus: int = 8,
+    gpus: int = 8,
+    accounting: bool = True,
+    preempt_signal: bool = True,
+) -> int:
     """Start it, or change what runs to these options; what is right already stays as it is. Jobs live on.
 
     Args:

@@ -57,14 +57,14 @@ def run(*command: str) -> str:
     Raises:
         SlurmError: there is no such command here, it failed, or did not answer within a minute.
     """
-    done = _answer(command)
+    done = _run_unchecked(command)
     if done.returncode:
         words = " ".join((done.stderr or done.stdout).split())
         raise SlurmError(f"`{' '.join(command)}` failed: {words}")
     return done.stdout
 
 
-def _answer(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
+def _run_unchecked(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
     _check_command(command[0])
     try:
         return subprocess.run(
@@ -73,17 +73,22 @@ def _answer(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
             text=True,
             timeout=TIMEOUT_S,
             stdin=subprocess.DEVNULL,
-            env={**os.environ, "SLURM_TIME_FORMAT": "standard"},  # which a user may have set otherwise
+            env={
+                **os.environ,
+                "SLURM_TIME_FORMAT": "standard",
+            },  # which a user may have set otherwise
         )
     except subprocess.TimeoutExpired:
-        raise SlurmError(f"`{' '.join(command)}` gave no answer within {TIMEOUT_S:.0f} s; is SLURM up?") from None
+        raise SlurmError(
+            f"`{' '.join(command)}` gave no answer within {TIMEOUT_S:.0f} s; is SLURM up?"
+        ) from None
 
 
 def check_here() -> None:
     """Raises SlurmError where there is no SLURM, or its controller does not answer."""
     for command in ("sbatch", "srun", "scontrol", "squeue", "scancel", "sinfo"):
         _check_command(command)
-    done = _answer(("scontrol", "ping"))  # fails where it is down
+    done = _run_unchecked(("scontrol", "ping"))  # fails where it is down
     if "is UP" not in done.stdout:
         words = " ".join((done.stdout or done.stderr).replace("*", "").split())
         raise SlurmError(f"SLURM's controller does not answer: {words}; try again when it is back")
@@ -107,7 +112,7 @@ def job(job_id: str) -> Job | None:
         # the second for a task of an array that was cancelled in the queue
         if "Invalid job id" not in str(error) and "not found" not in str(error):
             raise
-        return _accounted(job_id)
+        return _from_sacct(job_id)
     return _from_scontrol(job_id, text.splitlines()[0])
 
 
@@ -159,7 +164,7 @@ def _from_scontrol(job_id: str, line: str) -> Job:
     )
 
 
-def _accounted(job_id: str) -> Job | None:
+def _from_sacct(job_id: str) -> Job | None:
     """The last run of a job by sacct, None without one."""
     columns = "JobID,State,NodeList,Submit,Eligible,Start,End"
     try:
@@ -172,7 +177,9 @@ def _accounted(job_id: str) -> Job | None:
     _, state, nodes, *times = rows[-1].split("|")
     submitted, eligible, started, ended = map(_seconds, times)
     nodes = "" if nodes == "None assigned" else nodes
-    return Job(job_id, state.split()[0], "", nodes, len(rows) - 1, submitted, eligible, started, ended)
+    return Job(
+        job_id, state.split()[0], "", nodes, len(rows) - 1, submitted, eligible, started, ended
+    )
 
 
 def _fields(line: str) -> dict[str, str]:
@@ -249,11 +256,15 @@ def accounts() -> tuple[set[str], set[str]]:
     """The accounts and the QOS that this user may ask for; empty where accounting (sacctmgr) does not say."""
     user = pwd.getpwuid(os.getuid()).pw_name
     try:
-        rows = run("sacctmgr", "-n", "-P", "show", "assoc", f"user={user}", "format=account,qos").splitlines()
+        rows = run(
+            "sacctmgr", "-n", "-P", "show", "assoc", f"user={user}", "format=account,qos"
+        ).splitlines()
     except SlurmError:
         return set(), set()
     columns = [row.split("|") for row in rows]
-    return {account for account, _ in columns}, {name for _, qos in columns for name in qos.split(",") if name}
+    return {account for account, _ in columns}, {
+        name for _, qos in columns for name in qos.split(",") if name
+    }
 
 
 def expected_start(script: str) -> str:
@@ -265,7 +276,7 @@ def expected_start(script: str) -> str:
     with tempfile.NamedTemporaryFile("w", prefix="dnt-", suffix=".sh") as file:
         file.write(script)
         file.flush()
-        done = _answer(("sbatch", "--test-only", file.name))
+        done = _run_unchecked(("sbatch", "--test-only", file.name))
     words = " ".join(done.stderr.split()).replace("sbatch: error: ", "").removeprefix("sbatch: ")
     if done.returncode:
         raise SlurmError(f"SLURM would refuse the job: {words}")

@@ -13,15 +13,16 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from pydantic import ValidationError
-
-from cluster import run_record
-from cluster.run_record import LedgerError
+from data_prep.words import first_problem
 from dnt_scale.config import Strict
 from dnt_scale.record import timeline
 from dnt_scale.record.files import write_json
 from dnt_scale.record.mlflow.finalize import settle_parent
 from dnt_scale.record.tracker import Status
+from pydantic import ValidationError
+
+from cluster import run_record
+from cluster.run_record import RecordError
 
 FILE = "sweep.json"
 
@@ -43,15 +44,15 @@ def is_sweep(folder: Path) -> bool:
     return (folder / FILE).exists()
 
 
-def load(folder: Path) -> Sweep:
+def read_sweep(folder: Path) -> Sweep:
     """Raises LedgerError when the folder's sweep.json cannot be read."""
     try:
         return Sweep.model_validate_json((folder / FILE).read_bytes())
     except (OSError, ValidationError) as error:
-        raise LedgerError(f"{folder / FILE}: cannot be read ({str(error).splitlines()[0]})") from None
+        raise RecordError(f"{folder / FILE}: cannot be read ({first_problem(error)})") from None
 
 
-def save(folder: Path, sweep: Sweep) -> None:
+def write_sweep(folder: Path, sweep: Sweep) -> None:
     """Raises OSError."""
     write_json(folder / FILE, sweep.model_dump(mode="json"))
 
@@ -64,17 +65,21 @@ def run_of_task(folder: Path) -> Path:
     """
     if not is_sweep(folder):
         return folder
-    return folder / load(folder).runs[int(os.environ["SLURM_ARRAY_TASK_ID"])].name
+    return folder / read_sweep(folder).runs[int(os.environ["SLURM_ARRAY_TASK_ID"])].name
 
 
-def folders(run_dirs: Iterable[Path]) -> list[Path]:
+def sweeps_of(run_dirs: Iterable[Path]) -> list[Path]:
     """The sweeps that some of the runs are part of, each once."""
-    return [folder for folder in dict.fromkeys(run_dir.parent for run_dir in run_dirs) if is_sweep(folder)]
+    return [
+        folder
+        for folder in dict.fromkeys(run_dir.parent for run_dir in run_dirs)
+        if is_sweep(folder)
+    ]
 
 
 def outcome(folder: Path) -> Status | None:
     """How the sweep ended; None while something goes on with one of its runs. Raises LedgerError."""
-    ends = [_end(folder / run.name) for run in load(folder).runs]
+    ends = [_final_status(folder / run.name) for run in read_sweep(folder).runs]
     if None in ends:
         return None
     found = {run_record.MLFLOW_STATUS.get(end, "KILLED") for end in ends if end}
@@ -82,16 +87,20 @@ def outcome(folder: Path) -> Status | None:
     return next(status for status in order if status in found)
 
 
-def settle(folder: Path) -> None:
+def finalize_sweep(folder: Path) -> None:
     """Let MLflow have the sweep's true end, once it is over. Raises LedgerError."""
-    places = [folder / run.name for run in load(folder).runs]
+    places = [folder / run.name for run in read_sweep(folder).runs]
     tracked = [place for place in places if (place / "logs" / "tracking.json").exists()]
     if tracked and (status := outcome(folder)):
         settle_parent(tracked[0], status)
 
 
-def _end(run_dir: Path) -> str | None:
+def _final_status(run_dir: Path) -> str | None:
     """How a run ended for good; None while it has not."""
-    told = [event for event in timeline.read(run_dir) if event["event"] in ("submitted", "allocated", "ended")]
+    told = [
+        event
+        for event in timeline.read(run_dir)
+        if event["event"] in ("submitted", "allocated", "ended")
+    ]
     over = told and told[-1]["event"] == "ended" and told[-1]["next"] == "none"
     return str(told[-1]["status"]) if over else None

@@ -18,14 +18,15 @@ from rich.console import Console
 
 from data_prep import shards
 from data_prep.clean.cleaner import CleanConfig, Cleaner, CleanStats
+from data_prep.files import write_whole
 from data_prep.identity import held_out, library_versions, text_hash, unit_parts
-from data_prep.process_pool import spread
+from data_prep.process_pool import ordered_map
 from data_prep.progress import stage
 from data_prep.read.documents import Document, Findings, read_documents
 from data_prep.read.pieces import Piece, Unit, read_pieces, stored_bytes
 from data_prep.shards import Dedup, SplitName, Tokens
 from data_prep.tokenizer import Encoder, Tokenizer
-from data_prep.work_folder import key, write_whole
+from data_prep.work_folder import key
 
 VERSION = 2  # raise it when the code makes another chunk of the same piece
 CHECK_CHARS = 1 << 15
@@ -53,11 +54,17 @@ class Recipe:
     def _content(self) -> list[Any]:
         rules = self.rules.fingerprint() if self.rules else None
         model = hashlib.sha256(self.model.read_bytes()).hexdigest()
-        options = [self.encoder, self.text_field, self.val_fraction, self.dedup != "none", self.strict]
+        options = [
+            self.encoder,
+            self.text_field,
+            self.val_fraction,
+            self.dedup != "none",
+            self.strict,
+        ]
         return [VERSION, library_versions(), model, rules, options]
 
 
-class Made(NamedTuple):
+class ChunkResult(NamedTuple):
     """What a finished chunk tells the progress bar."""
 
     unit: int
@@ -74,7 +81,7 @@ class ChunkMaker:
         self._tokenizer = Tokenizer.load(recipe.model, recipe.encoder)
         self._clean = Cleaner(recipe.rules) if recipe.rules else None
 
-    def __call__(self, item: tuple[int, Piece, Path]) -> Made:
+    def __call__(self, item: tuple[int, Piece, Path]) -> ChunkResult:
         unit, piece, path = item
         recipe, tokenizer = self._recipe, self._tokenizer
         dtype = np.dtype(shards.dtype_for(tokenizer.vocab_size))
@@ -106,7 +113,9 @@ class ChunkMaker:
             sizes.append(len(raw))
             ranks.append(rank)
             documents.append(document)
-        by_rank = [documents[place] for place in np.argsort(np.array(ranks, np.uint64), kind="stable")]
+        by_rank = [
+            documents[place] for place in np.argsort(np.array(ranks, np.uint64), kind="stable")
+        ]
         files = list(dict.fromkeys(document.file for document in documents))
         meta = {
             "read": read,
@@ -135,7 +144,7 @@ class ChunkMaker:
 
             arrays["fingerprints"] = fingerprints([document.text for document in documents])
         write_whole(path, lambda beside: _savez(beside, arrays))
-        return Made(unit, piece.input_bytes, read_bytes, int(arrays["lengths"].sum()))
+        return ChunkResult(unit, piece.input_bytes, read_bytes, int(arrays["lengths"].sum()))
 
 
 class Chunk:
@@ -145,10 +154,10 @@ class Chunk:
         self.path = path
 
     def __getitem__(self, name: str) -> Tokens:
-        [array] = self.load(name)
+        [array] = self.read(name)
         return array
 
-    def load(self, *names: str) -> list[Tokens]:
+    def read(self, *names: str) -> list[Tokens]:
         """Several arrays at once, for opening the file takes longer than reading a small one."""
         try:
             with np.load(self.path, allow_pickle=False) as arrays:
@@ -168,7 +177,7 @@ class Chunk:
         return "val" if self["held"][document] else "train"
 
 
-def tokenise(
+def make_chunks(
     recipe: Recipe, units: Sequence[Unit], folders: Sequence[Path], workers: int, console: Console
 ) -> list[list[Path]]:
     """The chunk files of each unit, in order, in its folder; those that an earlier run left are not made again.
@@ -190,7 +199,9 @@ def tokenise(
                         advance(piece.input_bytes)
                 journal.was_read(number)
 
-        with closing(spread(functools.partial(ChunkMaker, recipe), items(), workers)) as results:
+        with closing(
+            ordered_map(functools.partial(ChunkMaker, recipe), items(), workers)
+        ) as results:
             for made in results:
                 advance(made.input_bytes, made.text_bytes, made.tokens)
                 journal.was_made(made.unit)

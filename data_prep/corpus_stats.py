@@ -11,7 +11,7 @@ import numpy as np
 
 from data_prep.chunks import Chunk
 from data_prep.clean.cleaner import CleanStats
-from data_prep.pack import Layout, Part, contribution_size, kept, predicted
+from data_prep.pack import Layout, StreamSlice, predicted_tokens, slice_size, which_stay
 from data_prep.read.documents import Findings, place_name
 from data_prep.read.inputs import Source
 from data_prep.read.pieces import Unit
@@ -38,7 +38,7 @@ class Duplicates(NamedTuple):
 
 
 @dataclass
-class Totals:
+class SplitTotals:
     """Of one split: documents that stay, their UTF-8 bytes, and the tokens that a model predicts of them."""
 
     documents: int = 0
@@ -47,7 +47,7 @@ class Totals:
 
 
 @dataclass
-class SourceTally:
+class SourceStats:
     """Of one source. `read` and `read_bytes` count before cleaning, the lengths (powers of two) what stays; `named` has
     the place of the first finding of each kind."""
 
@@ -76,12 +76,12 @@ class SourceTally:
 
 
 @dataclass
-class Tally:
+class CorpusStats:
     """Of the whole corpus. `places` are (number of the first document, chunk, lines before its unit)."""
 
-    sources: dict[str, SourceTally]
-    splits: dict[SplitName, Totals]
-    parts: dict[SplitName, list[Part]]
+    sources: dict[str, SourceStats]
+    splits: dict[SplitName, SplitTotals]
+    parts: dict[SplitName, list[StreamSlice]]
     places: list[tuple[int, Path, int]] = field(default_factory=list)
     rejects: list[dict[str, Any]] = field(default_factory=list)
     checked: Counter[str] = field(default_factory=Counter)
@@ -92,10 +92,14 @@ class Tally:
         first, path, lines = self.places[int(np.searchsorted(firsts, number, side="right")) - 1]
         chunk, inside = Chunk(path), number - first
         line = int(chunk["line"][inside])
-        return path, inside, place_name(chunk.meta["files"][int(chunk["origin"][inside])], line and line + lines)
+        return (
+            path,
+            inside,
+            place_name(chunk.meta["files"][int(chunk["origin"][inside])], line and line + lines),
+        )
 
 
-def tally(
+def count_corpus(
     sources: Sequence[Source],
     units: Sequence[Unit],
     chunks: Sequence[Sequence[Path]],
@@ -104,15 +108,15 @@ def tally(
     names: Sequence[SplitName],
     rejects: Path,
     advance: Callable[[int], object],
-) -> Tally:
+) -> CorpusStats:
     """Count the chunks of each unit, and write every finding, of the sources first, to `rejects`, a .jsonl, with lines
     counted from the file's beginning.
 
     `near` tells of each document that does not stay whether it is a near duplicate (else an exact one).
     """
-    result = Tally(
-        {unit.source: SourceTally() for unit in units},
-        {name: Totals() for name in names},
+    result = CorpusStats(
+        {unit.source: SourceStats() for unit in units},
+        {name: SplitTotals() for name in names},
         {name: [] for name in names},
     )
     first = lines = 0
@@ -139,8 +143,10 @@ def tally(
             result.sources[unit.source].files += 0 if unit.start else len(unit.files)
             lines_before = lines
             for path in paths:
-                lengths, held, text_bytes, raw_meta = Chunk(path).load("lengths", "held", "text_bytes", "meta")
-                keep = kept(layout, first, len(lengths))
+                lengths, held, text_bytes, raw_meta = Chunk(path).read(
+                    "lengths", "held", "text_bytes", "meta"
+                )
+                keep = which_stay(layout, first, len(lengths))
                 meta = json.loads(raw_meta.tobytes())
                 for entry in (*meta["findings"]["records"], *meta["examples"]):
                     entry["line"] += lines_before if entry["line"] else 0
@@ -154,11 +160,13 @@ def tally(
                 for name in names:
                     here = held == (name == "val")
                     stay = keep & here
-                    result.parts[name].append(Part(path, first, contribution_size(layout, lengths[stay])))
+                    result.parts[name].append(
+                        StreamSlice(path, first, slice_size(layout, lengths[stay]))
+                    )
                     totals = result.splits[name]
                     totals.documents += int(stay.sum())
                     totals.text_bytes += int(text_bytes[stay].sum(dtype=np.int64))
-                    totals.tokens += predicted(layout, lengths[stay])
+                    totals.tokens += predicted_tokens(layout, lengths[stay])
                 result.places.append((first, path, lines_before))
                 first += len(lengths)
                 lines += meta["lines"]
@@ -166,7 +174,7 @@ def tally(
     return result
 
 
-def _count_meta(result: Tally, name: str, meta: dict[str, Any]) -> None:
+def _count_meta(result: CorpusStats, name: str, meta: dict[str, Any]) -> None:
     """Add a chunk's own numbers to its source's."""
     source = result.sources[name]
     source.read += meta["read"]
@@ -174,11 +182,13 @@ def _count_meta(result: Tally, name: str, meta: dict[str, Any]) -> None:
     source.stats.merge(CleanStats.from_json(meta["clean"]))
     source.wordless += meta["wordless"]
     for example in meta["examples"][: EXAMPLES - len(source.examples)]:
-        source.examples.append({"place": place_name(example["file"], example["line"]), "text": example["text"]})
+        source.examples.append(
+            {"place": place_name(example["file"], example["line"]), "text": example["text"]}
+        )
     result.checked.update(meta["checked"])
 
 
-def _count_kept(source: SourceTally, text_bytes: Tokens, lengths: Tokens) -> None:
+def _count_kept(source: SourceStats, text_bytes: Tokens, lengths: Tokens) -> None:
     source.documents += len(lengths)
     source.text_bytes += int(text_bytes.sum(dtype=np.int64))
     source.tokens += int(lengths.sum(dtype=np.int64))

@@ -34,7 +34,9 @@ LARGEST = 20  # how many of the largest clusters are listed
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-FINGERPRINT = np.dtype([("exact", "<u8", (2,)), ("bands", "<u8", (BANDS,)), ("signature", "u1", (PERMUTATIONS,))])
+FINGERPRINT = np.dtype(
+    [("exact", "<u8", (2,)), ("bands", "<u8", (BANDS,)), ("signature", "u1", (PERMUTATIONS,))]
+)
 
 _CHANCE = 1 / 256  # that the low bytes of two different minhashes agree
 _AGREEING = math.ceil(PERMUTATIONS * (THRESHOLD + (1 - THRESHOLD) * _CHANCE))
@@ -110,10 +112,14 @@ def fingerprints(texts: Sequence[str]) -> Array:
     if not len(texts):
         return found
     normal = [" ".join(text.casefold().split()) for text in texts]
-    digests = b"".join(xxhash.xxh3_128_digest(text.encode("utf-8", "surrogatepass")) for text in normal)
+    digests = b"".join(
+        xxhash.xxh3_128_digest(text.encode("utf-8", "surrogatepass")) for text in normal
+    )
     found["exact"] = np.frombuffer(digests, ">u8").reshape(-1, 2)
     shingles, offsets = _shingles(normal, found["exact"][:, 1])
-    matrix = rensa.RMinHash.digest_matrix_from_flat_token_hashes(shingles, offsets, PERMUTATIONS, _SEED)
+    matrix = rensa.RMinHash.digest_matrix_from_flat_token_hashes(
+        shingles, offsets, PERMUTATIONS, _SEED
+    )
     minhashes = np.array(matrix.to_rows(), np.uint32)
     found["signature"] = minhashes.astype(np.uint8)
     rows = minhashes[:, : BANDS * BAND_ROWS].reshape(-1, BANDS, BAND_ROWS).astype(np.uint64)
@@ -303,7 +309,11 @@ def _write_columns(parts: Iterable[Array], folder: Path, near: bool) -> int:
     """Write a file a column, and return the number of documents."""
     count = 0
     with contextlib.ExitStack() as stack:
-        names = ["exact", *([f"band-{band}" for band in range(BANDS)] if near else []), *(["signature"] * near)]
+        names = [
+            "exact",
+            *([f"band-{band}" for band in range(BANDS)] if near else []),
+            *(["signature"] * near),
+        ]
         files = [stack.enter_context(Path(folder, name).open("wb")) for name in names]
         for part in parts:
             if part.dtype != FINGERPRINT or part.ndim != 1:
@@ -318,7 +328,9 @@ def _write_columns(parts: Iterable[Array], folder: Path, near: bool) -> int:
     return count
 
 
-def _groups(column: Path, width: int, original: Array, memory_bytes: int) -> Iterator[tuple[Array, Array]]:
+def _groups(
+    column: Path, width: int, original: Array, memory_bytes: int
+) -> Iterator[tuple[Array, Array]]:
     """Groups of documents with equal keys, of those that stay so far: (starts, members) a partition of the hashes.
 
     `column` holds keys of `width` uint64. members: document indices int64 (m,), group after group, ascending in each;
@@ -348,7 +360,10 @@ def _groups(column: Path, width: int, original: Array, memory_bytes: int) -> Ite
         entries = entries[_repeated(entries[:, :width])]
         if len(entries):
             changes = (entries[1:, :width] != entries[:-1, :width]).any(axis=1)
-            yield np.concatenate([[0], np.flatnonzero(changes) + 1]), entries[:, width].astype(np.int64)
+            yield (
+                np.concatenate([[0], np.flatnonzero(changes) + 1]),
+                entries[:, width].astype(np.int64),
+            )
 
 
 def _repeated(keys: Array) -> Array:
@@ -384,7 +399,9 @@ class _Signatures:
         return found
 
 
-def _find_near(folder: Path, original: Array, memory_bytes: int, tell: Callable[[int], object]) -> int:
+def _find_near(
+    folder: Path, original: Array, memory_bytes: int, tell: Callable[[int], object]
+) -> int:
     """Set `original` of near duplicates; how many pairs were compared."""
     signatures = _Signatures(folder / "signature", memory_bytes)
     links = np.zeros((0, 2), np.int64)
@@ -397,7 +414,9 @@ def _find_near(folder: Path, original: Array, memory_bytes: int, tell: Callable[
         links = np.column_stack([_bounds(starts, members)[0], members])
         tell(len(original))
     starts, members = _components(links)
-    for pairs in _stars(starts, members, signatures, max(_BUCKET_ROUNDS, _COMPARISONS // max(1, len(members)))):
+    for pairs in _stars(
+        starts, members, signatures, max(_BUCKET_ROUNDS, _COMPARISONS // max(1, len(members)))
+    ):
         original[pairs[:, 1]] = pairs[:, 0]
     return signatures.compared
 

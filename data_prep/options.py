@@ -70,20 +70,40 @@ def checked(options: PrepareOptions, base: Manifest | None) -> PrepareOptions:
             whole = "" if type(value) is int else ", a whole number"
             raise ValueError(f"{name}: found {value!r}, expected {low} to {high}{whole}")
     if type(options.val_fraction) not in (int, float) or not 0 <= options.val_fraction < 1:
-        raise ValueError(f"val_fraction: found {options.val_fraction!r}, expected 0 (no validation split) to below 1")
-    for name, choices in (("kind", Kind), ("packing", Packing), ("dedup", Dedup), ("encoder", Encoder)):
+        raise ValueError(
+            f"val_fraction: found {options.val_fraction!r}, expected 0 (no validation split) to below 1"
+        )
+    for name, choices in (
+        ("kind", Kind),
+        ("packing", Packing),
+        ("dedup", Dedup),
+        ("encoder", Encoder),
+    ):
         if (found := getattr(options, name)) not in get_args(choices):
-            raise ValueError(f"{name}: found {found!r}, expected {' or '.join(map(repr, get_args(choices)))}")
+            raise ValueError(
+                f"{name}: found {found!r}, expected {' or '.join(map(repr, get_args(choices)))}"
+            )
     _check_texts(options)
     if base:
         options = _as_before(options, base)
     if options.tokenizer:
         Tokenizer.load(options.tokenizer, options.encoder)
     if sum(str(item) == "-" for item in options.inputs) > 1:
-        raise ValueError("-: found more than once, but standard input can be read once; give it once")
-    if any(str(item) != "-" and Path(item).resolve() == Path(options.out).resolve() for item in options.inputs):
-        raise ValueError(f"{options.out}: is an INPUT, and cannot be --out as well; choose another folder")
-    if options.task and not options.tokenizer and not any((Path(options.out) / PARTIAL).glob("tokenizer-*.model")):
+        raise ValueError(
+            "-: found more than once, but standard input can be read once; give it once"
+        )
+    if any(
+        str(item) != "-" and Path(item).resolve() == Path(options.out).resolve()
+        for item in options.inputs
+    ):
+        raise ValueError(
+            f"{options.out}: is an INPUT, and cannot be --out as well; choose another folder"
+        )
+    if (
+        options.task
+        and not options.tokenizer
+        and not any((Path(options.out) / PARTIAL).glob("tokenizer-*.model"))
+    ):
         raise ValueError(
             "task: tasks need a tokenizer that all of them share; train one with `dnt data tokenizer`, "
             "then give --tokenizer FILE"
@@ -97,11 +117,15 @@ def _check_texts(options: PrepareOptions) -> None:
     """Raises ValueError for a field or a path that can name none."""
     field = options.text_field
     if not isinstance(field, str) or not field or SURROGATE.search(field):
-        raise ValueError(f"text_field: found {field!r}, expected the name of a field or column, in UTF-8")
+        raise ValueError(
+            f"text_field: found {field!r}, expected the name of a field or column, in UTF-8"
+        )
     for name in ("out", "append", "tokenizer", "rules"):
         path = getattr(options, name)
         if path is not None and ("\0" in str(path) or not str(path)):
-            raise ValueError(f"{name}: found {str(path)!r}, expected a path, in which no NUL can be")
+            raise ValueError(
+                f"{name}: found {str(path)!r}, expected a path, in which no NUL can be"
+            )
 
 
 def _as_before(options: PrepareOptions, base: Manifest) -> PrepareOptions:
@@ -109,9 +133,14 @@ def _as_before(options: PrepareOptions, base: Manifest) -> PrepareOptions:
     if the files beside its shards are not those of its manifest."""
     assert options.append
     folder = Path(options.append)
-    for name, sha256 in ((shards.TOKENIZER, base.tokenizer.sha256), (shards.FINGERPRINTS, base.fingerprints)):
+    for name, sha256 in (
+        (shards.TOKENIZER, base.tokenizer.sha256),
+        (shards.FINGERPRINTS, base.fingerprints),
+    ):
         for problem in check_file(folder / name, sha256) if sha256 else ():
-            raise ValueError(f"{problem}; the set to append to must be whole: copy or prepare it again")
+            raise ValueError(
+                f"{problem}; the set to append to must be whole: copy or prepare it again"
+            )
     fixed: dict[str, Any] = {
         "seq_len": base.seq_len,
         "packing": base.packing,
@@ -124,7 +153,9 @@ def _as_before(options: PrepareOptions, base: Manifest) -> PrepareOptions:
     for name, value in fixed.items():
         asked = getattr(options, name)
         if asked not in (defaults[name], value):
-            raise ValueError(f"{name}: found {asked}, but {folder} was made with {value}; leave the option out")
+            raise ValueError(
+                f"{name}: found {asked}, but {folder} was made with {value}; leave the option out"
+            )
     return dataclasses.replace(options, **fixed)
 
 

@@ -14,11 +14,11 @@ import numpy as np
 
 from data_prep import shards
 from data_prep.chunks import Chunk
+from data_prep.files import write_whole
 from data_prep.shards import BLOCK_ROWS, Packing, Shard, SplitName, Tokens
-from data_prep.work_folder import write_whole
 
 
-class Part(NamedTuple):
+class StreamSlice(NamedTuple):
     """What one file gives to a split's stream: a chunk, whose documents have numbers from `first` on among all, or a
     .npy of tokens. `tokens` is how many."""
 
@@ -64,18 +64,18 @@ class ShardJob(NamedTuple):
     split: SplitName
     first_block: int
     rows: int
-    parts: tuple[Part, ...]
+    parts: tuple[StreamSlice, ...]
     skip: int
 
 
-def kept(layout: Layout, first: int, documents: int) -> Tokens:
+def which_stay(layout: Layout, first: int, documents: int) -> Tokens:
     """Which of the documents from number `first` on stay: bool (documents,)."""
     if layout.keep is None:
         return np.ones(documents, bool)
     return np.array(np.load(layout.keep, mmap_mode="r")[first : first + documents])
 
 
-def contribution_size(layout: Layout, lengths: Tokens) -> int:
+def slice_size(layout: Layout, lengths: Tokens) -> int:
     """Tokens that documents of these lengths (n,), eos included, give to a stream."""
     if layout.packing == "concat":
         return int(lengths.sum(dtype=np.int64))
@@ -83,7 +83,12 @@ def contribution_size(layout: Layout, lengths: Tokens) -> int:
 
 
 def shard_jobs(
-    layout: Layout, folder: Path, split: SplitName, parts: Sequence[Part], first_shard: int, first_block: int
+    layout: Layout,
+    folder: Path,
+    split: SplitName,
+    parts: Sequence[StreamSlice],
+    first_shard: int,
+    first_block: int,
 ) -> list[ShardJob]:
     """The shards of a stream, numbered from `first_shard` on, to be written in `folder`."""
     ends = np.cumsum([part.tokens for part in parts], dtype=np.int64)
@@ -93,7 +98,10 @@ def shard_jobs(
         count = min(layout.shard_rows(), rows - first)
         start = first * layout.stride
         low = int(np.searchsorted(ends, start, side="right"))
-        high = int(np.searchsorted(ends, start + count * layout.stride + layout.overlap, side="left")) + 1
+        high = (
+            int(np.searchsorted(ends, start + count * layout.stride + layout.overlap, side="left"))
+            + 1
+        )
         jobs.append(
             ShardJob(
                 path=folder / shards.shard_name(split, first_shard + number),
@@ -130,7 +138,7 @@ def shard_writer(layout: Layout) -> Callable[[ShardJob], Shard]:
     return write
 
 
-def tail(layout: Layout, split: SplitName, parts: Sequence[Part]) -> Tokens:
+def tail(layout: Layout, split: SplitName, parts: Sequence[StreamSlice]) -> Tokens:
     """What is left of a "concat" stream after its last whole row, from that row's last token on."""
     left = sum(part.tokens for part in parts)
     left -= layout.rows(left) * layout.stride
@@ -138,20 +146,20 @@ def tail(layout: Layout, split: SplitName, parts: Sequence[Part]) -> Tokens:
     for part in reversed(parts):
         if left <= 0:
             break
-        tokens = contribution(layout, split, part)
+        tokens = slice_tokens(layout, split, part)
         taken.append(tokens[max(0, len(tokens) - left) :])
         left -= len(taken[-1])
     return np.concatenate(taken[::-1])
 
 
-def contribution(layout: Layout, split: SplitName, part: Part) -> Tokens:
+def slice_tokens(layout: Layout, split: SplitName, part: StreamSlice) -> Tokens:
     """The tokens (part.tokens,) that a part gives to a split's stream. Raises ValueError if its file is damaged."""
     if part.path.suffix == ".npy":
         given: Tokens = np.load(part.path, allow_pickle=False)
         return given
-    ids, held, lengths = Chunk(part.path).load(f"{split}_ids", "held", "lengths")
+    ids, held, lengths = Chunk(part.path).read(f"{split}_ids", "held", "lengths")
     here = held == (split == "val")
-    lengths, keep = lengths[here], kept(layout, part.first, len(held))[here]
+    lengths, keep = lengths[here], which_stay(layout, part.first, len(held))[here]
     if not keep.all():
         ids, lengths = ids[np.repeat(keep, lengths)], lengths[keep]
     if layout.packing == "concat":
@@ -166,7 +174,7 @@ def contribution(layout: Layout, split: SplitName, part: Part) -> Tokens:
     return packed.ravel()
 
 
-def predicted(layout: Layout, lengths: Tokens) -> int:
+def predicted_tokens(layout: Layout, lengths: Tokens) -> int:
     """Tokens that a model predicts of documents of these lengths (n,), eos included."""
     total = int(lengths.sum(dtype=np.int64))
     if layout.packing == "best_fit":
@@ -218,10 +226,13 @@ def _blocks(layout: Layout, job: ShardJob) -> Iterator[Tokens]:
     pending = np.empty(0, layout.dtype)
     skip = job.skip
     for part in job.parts:
-        pending = np.concatenate([pending, contribution(layout, job.split, part)[skip:]])
+        pending = np.concatenate([pending, slice_tokens(layout, job.split, part)[skip:]])
         skip = 0
         while left and len(pending) >= (count := min(left, BLOCK_ROWS)) * stride + overlap:
-            shape, strides = (count, layout.seq_len + 1), (stride * pending.itemsize, pending.itemsize)
+            shape, strides = (
+                (count, layout.seq_len + 1),
+                (stride * pending.itemsize, pending.itemsize),
+            )
             yield np.lib.stride_tricks.as_strided(pending, shape, strides, writeable=False)
             pending = pending[count * stride :]
             left -= count

@@ -16,7 +16,9 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def spread(make: Callable[[], Callable[[Item], Result]], items: Iterable[Item], workers: int) -> Generator[Result]:
+def ordered_map(
+    make: Callable[[], Callable[[Item], Result]], items: Iterable[Item], workers: int
+) -> Generator[Result]:
     """The results of `make()`'s function over the items, in their order; each worker process makes its own function.
 
     With one worker everything runs in this process. Items are drawn as they are needed. Close the generator (or use it

@@ -8,6 +8,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from data_prep.words import clock
+
 LOG_SECONDS = 10.0
 
 
@@ -50,7 +52,7 @@ def stage(console: Console, name: str, total: int | None, unit: str = "MB") -> I
             line = f"{name:9} {_amount(state.done, unit)}"
             if total and state.done:
                 left = (now - start) * (total - state.done) / state.done
-                line += f" of {_amount(total, unit)} ({state.done / total:.0%}), {_clock(left)} left"
+                line += f" of {_amount(total, unit)} ({state.done / total:.0%}), {clock(left)} left"
             console.print(f"{line}, {rate}", highlight=False, soft_wrap=True)
 
     state = Stage(show)
@@ -81,9 +83,3 @@ def _rate(state: Stage, seconds: float, unit: str) -> str:
 
 def _amount(value: float, unit: str) -> str:
     return f"{value / 1e6:,.1f} MB" if unit == "MB" else f"{value:,.0f} {unit}"
-
-
-def _clock(seconds: float) -> str:
-    minutes, whole = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{whole:02}" if hours else f"{minutes}:{whole:02}"

@@ -24,6 +24,8 @@ from typing import Annotated, Any, Literal, Self
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from data_prep.words import problems_of
+
 FORMAT = "dnt-shards"
 VERSION = 1
 MANIFEST = "manifest.json"
@@ -43,11 +45,11 @@ Positive = Annotated[int, Field(ge=1)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
-class _Part(BaseModel):
+class _Model(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
-class Member(_Part):
+class Member(_Model):
     """A block of rows in a tar: `offset` is the byte of row 0, `crc32` that of the rows' bytes."""
 
     name: Annotated[str, Field(pattern=r"^\d{6,}\.tokens\.npy$")]
@@ -56,7 +58,7 @@ class Member(_Part):
     crc32: Count
 
 
-class Shard(_Part):
+class Shard(_Model):
     """One tar file; `tokens` are the predicted ones, rows * seq_len."""
 
     file: Annotated[str, Field(pattern=r"^(train|val)-\d{6,}\.tar$")]
@@ -67,7 +69,7 @@ class Shard(_Part):
     members: tuple[Member, ...]
 
 
-class Split(_Part):
+class Split(_Model):
     """Train or val: `tokens` are predicted ones. In "concat", `rows * seq_len` of them are in rows, the rest in `tail`;
     in "best_fit" all are in rows, beside padding, and `tail` is empty."""
 
@@ -79,7 +81,7 @@ class Split(_Part):
     shards: tuple[Shard, ...]
 
 
-class TokenizerInfo(_Part):
+class TokenizerInfo(_Model):
     """`round_trip` is whether a sample of the corpus decoded to exactly the text that went in."""
 
     file: Literal["tokenizer.model"]
@@ -88,7 +90,7 @@ class TokenizerInfo(_Part):
     round_trip: bool
 
 
-class SourceInfo(_Part):
+class SourceInfo(_Model):
     """One INPUT: the documents that stayed; how many of those read held broken UTF-8 (`replaced`) or were `empty`, were
     `dropped` by which cleaning rule or finding, or were `duplicates`; and the SHA-256 of the cleaning `rules`."""
 
@@ -103,7 +105,7 @@ class SourceInfo(_Part):
     rules: Sha256 | None = None
 
 
-class Options(_Part):
+class Options(_Model):
     """The options that decide the bytes; the first three are null for a tokenizer that was given."""
 
     vocab_size: Positive | None
@@ -114,7 +116,7 @@ class Options(_Part):
     dedup: Dedup = "none"
 
 
-class Manifest(_Part):
+class Manifest(_Model):
     """manifest.json: everything about a prepared set; its numbers are checked against one another."""
 
     format: Literal["dnt-shards"]
@@ -142,46 +144,60 @@ class Manifest(_Part):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         vocab_size = self.tokenizer.vocab_size
-        _same("dtype", self.dtype, dtype_for(vocab_size))
+        _check_equal("dtype", self.dtype, dtype_for(vocab_size))
         if self.eos_id >= vocab_size:
-            raise ValueError(f"eos_id is {self.eos_id}, expected less than the vocabulary's {vocab_size}")
+            raise ValueError(
+                f"eos_id is {self.eos_id}, expected less than the vocabulary's {vocab_size}"
+            )
         if "train" not in self.splits:
             raise ValueError('splits has no "train"')
         for name, split in self.splits.items():
             self._check_split(name, split)
         for field in ("documents", "text_bytes"):
             found = sum(getattr(split, field) for split in self.splits.values())
-            _same(f"{field} in splits", found, sum(getattr(source, field) for source in self.sources))
+            _check_equal(
+                f"{field} in splits", found, sum(getattr(source, field) for source in self.sources)
+            )
         return self
 
     def _check_split(self, name: str, split: Split) -> None:
         block = 0
         for number, shard in enumerate(split.shards):
             where = f"splits.{name}.shards.{number}"
-            _same(f"{where}.file", shard.file, shard_name(name, number))
-            _same(f"{where}.rows", shard.rows, sum(member.rows for member in shard.members))
-            _same(f"{where}.tokens", shard.tokens, shard.rows * self.seq_len)
+            _check_equal(f"{where}.file", shard.file, shard_name(name, number))
+            _check_equal(f"{where}.rows", shard.rows, sum(member.rows for member in shard.members))
+            _check_equal(f"{where}.tokens", shard.tokens, shard.rows * self.seq_len)
             end = 0
             for member in shard.members:
-                _same(f"{where}.members name", member.name, member_name(block))
+                _check_equal(f"{where}.members name", member.name, member_name(block))
                 if member.offset < end + TAR_BLOCK:
-                    raise ValueError(f"{where}: {member.name} at {member.offset} lies on the one before")
+                    raise ValueError(
+                        f"{where}: {member.name} at {member.offset} lies on the one before"
+                    )
                 end = member.offset + member.rows * self.row_bytes
                 block += 1
             if end > shard.bytes:
-                raise ValueError(f"{where}: its members end at {end}, beyond its {shard.bytes} bytes")
+                raise ValueError(
+                    f"{where}: its members end at {end}, beyond its {shard.bytes} bytes"
+                )
         members = [member for shard in split.shards for member in shard.members]
-        _same(f"splits.{name}.rows", split.rows, sum(member.rows for member in members))
+        _check_equal(f"splits.{name}.rows", split.rows, sum(member.rows for member in members))
         for member in members[:-1]:
-            _same(f"splits.{name}: rows of {member.name}", member.rows, BLOCK_ROWS)
+            _check_equal(f"splits.{name}: rows of {member.name}", member.rows, BLOCK_ROWS)
         if self.packing == "best_fit":
-            _same(f"splits.{name}.tail", split.tail, ())
+            _check_equal(f"splits.{name}.tail", split.tail, ())
             if not split.tokens <= split.rows * self.seq_len:
-                raise ValueError(f"splits.{name}.tokens is {split.tokens}, more than its {split.rows} rows hold")
+                raise ValueError(
+                    f"splits.{name}.tokens is {split.tokens}, more than its {split.rows} rows hold"
+                )
             return
-        _same(f"splits.{name}.tokens", split.tokens, split.rows * self.seq_len + len(split.tail) - 1)
+        _check_equal(
+            f"splits.{name}.tokens", split.tokens, split.rows * self.seq_len + len(split.tail) - 1
+        )
         if not 1 <= len(split.tail) <= self.seq_len:
-            raise ValueError(f"splits.{name}.tail has {len(split.tail)} tokens, expected 1 to {self.seq_len}")
+            raise ValueError(
+                f"splits.{name}.tail has {len(split.tail)} tokens, expected 1 to {self.seq_len}"
+            )
         if max(split.tail) >= self.tokenizer.vocab_size:
             raise ValueError(f"splits.{name}.tail holds {max(split.tail)}, beyond the vocabulary")
 
@@ -208,10 +224,17 @@ def load_manifest(folder: Path) -> Manifest:
     another format or version, a missing or truncated shard.
     """
     manifest = read_manifest(Path(folder))
-    if problems := [p for split in manifest.splits.values() for s in split.shards if (p := size_problem(folder, s))]:
+    if problems := [
+        p
+        for split in manifest.splits.values()
+        for s in split.shards
+        if (p := size_problem(folder, s))
+    ]:
         raise ValueError(problems[0])
     if not Path(folder, TOKENIZER).is_file():
-        raise ValueError(f"{Path(folder, TOKENIZER)}: missing; copy the set again or prepare it again")
+        raise ValueError(
+            f"{Path(folder, TOKENIZER)}: missing; copy the set again or prepare it again"
+        )
     return manifest
 
 
@@ -219,7 +242,9 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write manifest.json: the same bytes for the same manifest."""
     text = json.dumps(manifest.model_dump(mode="json"), indent=2, ensure_ascii=False)
     # Lists of numbers and objects of plain values on one line each: a member is a line, not five.
-    text = re.sub(r"\[[\d,\s]+\]|\{[^{}\[\]]*\}", lambda found: re.sub(r"\n\s*", " ", found[0]), text)
+    text = re.sub(
+        r"\[[\d,\s]+\]|\{[^{}\[\]]*\}", lambda found: re.sub(r"\n\s*", " ", found[0]), text
+    )
     with Path(folder, MANIFEST).open("wb") as file:
         file.write(text.encode() + b"\n")
         file.flush()
@@ -258,7 +283,11 @@ def iter_documents(folder: Path, split: str) -> Iterator[list[int]]:
             for member in shard.members:
                 for row in _read_member(folder, manifest, shard, member):
                     ends = np.flatnonzero(row == manifest.eos_id)
-                    yield from (ids.tolist() for a in np.split(row, ends) if len(ids := a[a != manifest.eos_id]))
+                    yield from (
+                        ids.tolist()
+                        for a in np.split(row, ends)
+                        if len(ids := a[a != manifest.eos_id])
+                    )
         return
     open_document: list[int] = []
     first = True
@@ -358,7 +387,9 @@ def _read_member(folder: Path, manifest: Manifest, shard: Shard, member: Member)
         file.seek(member.offset)
         raw = file.read(member.rows * manifest.row_bytes)
     if zlib.crc32(raw) != member.crc32:
-        raise ValueError(f"{path}: {member.name} is damaged (CRC-32 differs); copy the set again or prepare it again")
+        raise ValueError(
+            f"{path}: {member.name} is damaged (CRC-32 differs); copy the set again or prepare it again"
+        )
     return np.frombuffer(raw, manifest.numpy_dtype).reshape(member.rows, manifest.seq_len + 1)
 
 
@@ -389,9 +420,13 @@ def _manifest_bytes(folder: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         if not folder.is_dir():
-            raise ValueError(f"{folder}: no such folder; expected one made by `dnt data prepare`") from error
+            raise ValueError(
+                f"{folder}: no such folder; expected one made by `dnt data prepare`"
+            ) from error
         reason = "no manifest here" if isinstance(error, FileNotFoundError) else error.strerror
-        raise ValueError(f"{path}: {reason}; expected a folder made by `dnt data prepare`") from error
+        raise ValueError(
+            f"{path}: {reason}; expected a folder made by `dnt data prepare`"
+        ) from error
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -401,7 +436,9 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         value = json.loads(raw.decode())
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: truncated or damaged ({error}); copy the set again or prepare it again") from error
+        raise ValueError(
+            f"{path}: truncated or damaged ({error}); copy the set again or prepare it again"
+        ) from error
     found = (value.get("format"), value.get("version")) if isinstance(value, dict) else (None, None)
     if found != (FORMAT, VERSION):
         raise ValueError(
@@ -411,15 +448,14 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         return Manifest.model_validate_json(raw)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        message = first["msg"].removeprefix("Value error, ")
-        given = f" (found {first['input']!r:.60})" if where else ""
+        first = problems_of(error)[0]
+        where = ".".join(first.field)
+        given = f" (found {first.found!r:.60})" if where else ""
         raise ValueError(
-            f"{path}: {f'{where}: ' if where else ''}{message}{given}; copy the set again or prepare it again"
+            f"{path}: {f'{where}: ' if where else ''}{first.message}{given}; copy the set again or prepare it again"
         ) from error
 
 
-def _same(what: str, found: object, expected: object) -> None:
+def _check_equal(what: str, found: object, expected: object) -> None:
     if found != expected:
         raise ValueError(f"{what} is {found}, expected {expected}")

@@ -42,7 +42,9 @@ class Tokenizer:
                 raise RuntimeError("empty")
             self._sp.LoadFromSerializedProto(model)
         except RuntimeError as error:
-            raise ValueError(f"{name}: not readable as a tokenizer, {wanted}; check the file") from error
+            raise ValueError(
+                f"{name}: not readable as a tokenizer, {wanted}; check the file"
+            ) from error
         self.sha256 = hashlib.sha256(model).hexdigest()
         self.vocab_size: int = self._sp.vocab_size()
         self.eos_id: int = self._sp.eos_id()
@@ -52,7 +54,9 @@ class Tokenizer:
                 "train one with an eos_id, or leave --tokenizer out"
             )
         pieces = [self._sp.PieceToId(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
-        self._mark_ids = np.array(pieces if all(self._sp.IsByte(piece) for piece in pieces) else [], np.int32)
+        self._mark_ids = np.array(
+            pieces if all(self._sp.IsByte(piece) for piece in pieces) else [], np.int32
+        )
         # A model that adds a space in front, say, must see every document whole.
         self._splits = self.decode(self._sp.Encode("a\n") + self._sp.Encode(" b\n")) == "a\n b\n"
         self._fast = _kitoken(model, name) if encoder == "kitoken" else None
@@ -67,7 +71,9 @@ class Tokenizer:
         try:
             model = Path(path).read_bytes()
         except OSError as error:
-            raise ValueError(f"{path}: cannot read the tokenizer: {error.strerror}; check the path") from error
+            raise ValueError(
+                f"{path}: cannot read the tokenizer: {error.strerror}; check the path"
+            ) from error
         return cls(model, str(path), encoder)
 
     def encode(self, text: str) -> list[int]:
@@ -81,7 +87,10 @@ class Tokenizer:
 
     def compare_with_sentencepiece(self, text: str, place: str) -> None:
         """Raises FastPathDiffers, naming `place`, if another encoder gives other ids for a text than SentencePiece."""
-        if self._fast and self.encode(text) != np.concatenate(self._encode_with(self._slow, text)).tolist():
+        if (
+            self._fast
+            and self.encode(text) != np.concatenate(self._encode_with(self._slow, text)).tolist()
+        ):
             raise FastPathDiffers(f"{place}: kitoken and SentencePiece give different ids")
 
     def _slow(self, text: str) -> Ids:
@@ -104,7 +113,9 @@ class Tokenizer:
         """The text of ids; eos and other control symbols give nothing. Raises ValueError for an id out of range."""
         listed = [int(i) for i in ids]
         if listed and not 0 <= min(listed) <= max(listed) < self.vocab_size:
-            raise ValueError(f"token ids {min(listed)}..{max(listed)}, expected 0 <= id < {self.vocab_size}")
+            raise ValueError(
+                f"token ids {min(listed)}..{max(listed)}, expected 0 <= id < {self.vocab_size}"
+            )
         text: str = self._sp.Decode(listed)
         return text
 
@@ -119,7 +130,9 @@ def _kitoken(model: bytes, name: str) -> Callable[[str], Ids]:
     try:
         fast = kitoken.Kitoken.from_sentencepiece(model)
     except Exception as error:  # it names no error class of its own
-        raise ValueError(f"{name}: kitoken cannot take this model ({error}); leave --encoder kitoken out") from error
+        raise ValueError(
+            f"{name}: kitoken cannot take this model ({error}); leave --encoder kitoken out"
+        ) from error
 
     def encode(text: str) -> Ids:
         ids = fast.encode(text, False)

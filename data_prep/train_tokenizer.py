@@ -16,13 +16,14 @@ from rich.console import Console
 
 from data_prep.chunks import VERSION
 from data_prep.clean.cleaner import CleanConfig, Cleaner, CleanStats
+from data_prep.files import write_whole
 from data_prep.identity import held_out, library_versions, text_hash, unit_parts
-from data_prep.process_pool import spread
+from data_prep.process_pool import ordered_map
 from data_prep.progress import stage
 from data_prep.read.documents import Findings, LeftOut, place_name, read_documents
 from data_prep.read.pieces import Piece, Unit, read_pieces, stored_bytes
 from data_prep.tokenizer import LINE_CHARS, TRAIN_THREADS, Kind
-from data_prep.work_folder import key, write_whole
+from data_prep.work_folder import key
 
 # Findings of which each is a text, or a file of them, that was not to be had.
 LOSING = ("malformed_json", "no_text", "other_encoding", "not_text", "stand_in", "other_json")
@@ -31,7 +32,7 @@ SAMPLE_BYTES = {"bpe": 32_000_000, "unigram": 4_000_000}
 
 
 @dataclass(frozen=True)
-class Lesson:
+class TokenizerSpec:
     """What decides a tokenizer, beside the corpus."""
 
     kind: Kind
@@ -45,19 +46,28 @@ class Lesson:
     def key(self, units: Sequence[Unit]) -> str:
         """The name of the tokenizer of a corpus."""
         rules = self.rules.fingerprint() if self.rules else None
-        options = [self.kind, self.vocab_size, self.sample_bytes, self.text_field, self.val_fraction, self.strict]
-        return key(VERSION, library_versions(), rules, options, [unit_parts(unit) for unit in units])
+        options = [
+            self.kind,
+            self.vocab_size,
+            self.sample_bytes,
+            self.text_field,
+            self.val_fraction,
+            self.strict,
+        ]
+        return key(
+            VERSION, library_versions(), rules, options, [unit_parts(unit) for unit in units]
+        )
 
 
-class Sampler:
+class PieceSampler:
     """Offers what a tokenizer may learn from; one a worker process. Called with (piece, limit): texts of a hash below
     `limit` are wanted."""
 
-    def __init__(self, lesson: Lesson):
+    def __init__(self, lesson: TokenizerSpec):
         self._lesson = lesson
         self._clean = Cleaner(lesson.rules) if lesson.rules else None
 
-    def __call__(self, item: tuple[Piece, int]) -> "Offer":
+    def __call__(self, item: tuple[Piece, int]) -> "SampledPiece":
         """What a piece has to offer: texts hashed as they were read, and as they were cleaned."""
         piece, limit = item
         documents = 0
@@ -73,10 +83,12 @@ class Sampler:
                 chosen.add(rank, text)
         lost = next((record for record in findings.records if record["kind"] in LOSING), None)
         first = place_name(lost["file"], lost["line"]) + f": {lost['detail']}" if lost else ""
-        return Offer(piece.input_bytes, documents, first, stats.dropped(), chosen.items(), findings)
+        return SampledPiece(
+            piece.input_bytes, documents, first, stats.dropped(), chosen.items(), findings
+        )
 
 
-class Offer(NamedTuple):
+class SampledPiece(NamedTuple):
     """Of a piece: stored bytes read, documents, the first line or row without a text, documents that the rules dropped
     (of those that were tried), (hash, text) to choose from, and what was found wrong."""
 
@@ -88,9 +100,9 @@ class Offer(NamedTuple):
     findings: Findings
 
 
-def learn(
+def find_or_train(
     work: Path,
-    lesson: Lesson,
+    lesson: TokenizerSpec,
     units: Sequence[Unit],
     workers: int,
     console: Console,
@@ -115,7 +127,7 @@ def learn(
 
     with (
         stage(console, "sample", sum(map(stored_bytes, units))) as advance,
-        closing(spread(functools.partial(Sampler, lesson), items(), workers)) as offers,
+        closing(ordered_map(functools.partial(PieceSampler, lesson), items(), workers)) as offers,
     ):
         for offer in offers:
             documents += offer.documents
@@ -131,7 +143,9 @@ def learn(
         found = f" ({without_text}); name another --text-field, or" if without_text else ";"
         raise ValueError(f"the corpus is empty: no text in the input{found} give some text")
     if not texts:
-        by_rule = "".join(f", {count:,} dropped by {rule}" for rule, count in dropped.items() if count)
+        by_rule = "".join(
+            f", {count:,} dropped by {rule}" for rule, count in dropped.items() if count
+        )
         raise ValueError(
             f"none of the {documents:,} documents is left to learn from: {documents - sum(dropped.values()):,} held out"
             f"{by_rule}; use a smaller --val-fraction or other --clean rules"
@@ -173,7 +187,7 @@ def train(texts: Iterable[str], vocab_size: int, out: Path, kind: Kind = "bpe") 
             minloglevel=4,
         )
     except RuntimeError as error:
-        raise ValueError(_why(str(error), vocab_size)) from error
+        raise ValueError(_explain(str(error), vocab_size)) from error
     Path(out).write_bytes(model.getvalue())
 
 
@@ -227,7 +241,7 @@ def _training_lines(texts: Iterable[str]) -> Iterator[str]:
                 yield line[start : start + LINE_CHARS]
 
 
-def _why(message: str, vocab_size: int) -> str:
+def _explain(message: str, vocab_size: int) -> str:
     if most := re.search(r"too high .*<= (\d+)", message):
         return (
             f"vocab_size: found {vocab_size}, but the largest that this corpus supports is {most[1]}; "

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data_prep.files import sha256_of
 from data_prep.shards import (
     FINGERPRINTS,
     MANIFEST,
@@ -40,7 +41,11 @@ def verify(folder: Path, progress: Callable[[int], object] | None = None) -> lis
         problems += check_file(folder / FINGERPRINTS, manifest.fingerprints)
     for name, split in manifest.splits.items():
         check = _StreamCheck(manifest)
-        bad = [p for shard in split.shards for p in _check_shard(folder, manifest, shard, check, progress)]
+        bad = [
+            p
+            for shard in split.shards
+            for p in _check_shard(folder, manifest, shard, check, progress)
+        ]
         problems += bad
         if bad:
             continue
@@ -49,10 +54,14 @@ def verify(folder: Path, progress: Callable[[int], object] | None = None) -> lis
         # The stream has one eos in front and one after each document; rows count without their last token.
         documents = check.documents + split.tail.count(manifest.eos_id) - bool(split.tail)
         if not split.tail and check.predicted != split.tokens:
-            problems.append(f"{MANIFEST}: splits.{name}.tokens is {split.tokens}, the rows hold {check.predicted}")
+            problems.append(
+                f"{MANIFEST}: splits.{name}.tokens is {split.tokens}, the rows hold {check.predicted}"
+            )
         # In "best_fit" a document that ends with its row has no eos there.
         if documents > split.documents or (split.tail and documents < split.documents):
-            problems.append(f"{MANIFEST}: splits.{name}.documents is {split.documents}, the rows hold {documents}")
+            problems.append(
+                f"{MANIFEST}: splits.{name}.documents is {split.documents}, the rows hold {documents}"
+            )
     return problems
 
 
@@ -94,9 +103,7 @@ def check_file(path: Path, sha256: str) -> Iterator[str]:
     if not path.is_file():
         yield f"{path}: missing"
         return
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != sha256:
+    if (found := sha256_of(path)) != sha256:
         yield f"{path}: SHA-256 is {found[:12]}..., the manifest says {sha256[:12]}..."
 
 
@@ -148,7 +155,9 @@ def _check_shard(
         yield f"{path}: SHA-256 is {digest.hexdigest()[:12]}..., the manifest says {shard.sha256[:12]}..."
 
 
-def _check_member(raw: bytes, start: int, manifest: Manifest, member: Member, check: _StreamCheck) -> str | None:
+def _check_member(
+    raw: bytes, start: int, manifest: Manifest, member: Member, check: _StreamCheck
+) -> str | None:
     """What is wrong with a member, given its bytes in the tar, of which the rows begin at `start`."""
     size = member.rows * manifest.row_bytes
     data = raw[start : start + size]
@@ -169,5 +178,7 @@ def _check_member(raw: bytes, start: int, manifest: Manifest, member: Member, ch
     if (shape, fortran, dtype, npy.tell()) != (rows.shape, False, rows.dtype, start - TAR_BLOCK):
         return f"its .npy header tells of {dtype} {shape}, expected {rows.dtype} {rows.shape}"
     if zlib.crc32(data) != member.crc32:
-        return f"its rows are altered: CRC-32 is {zlib.crc32(data)}, the manifest says {member.crc32}"
+        return (
+            f"its rows are altered: CRC-32 is {zlib.crc32(data)}, the manifest says {member.crc32}"
+        )
     return stream_problem

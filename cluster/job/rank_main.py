@@ -13,12 +13,13 @@ from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
-from cluster import run_record, slurm
-from cluster.run_record import EndStatus, LedgerError, Submission
 from dnt_scale import config, startup
 from dnt_scale.config import ConfigError, RunConfig
 from dnt_scale.distributed import output
 from dnt_scale.record import timeline
+
+from cluster import run_record, slurm
+from cluster.run_record import EndStatus, RecordError, Submission
 
 
 def rank(run_dir: str) -> None:
@@ -43,13 +44,16 @@ def rank(run_dir: str) -> None:
         signal.signal(stop, leave)
     status = 1
     try:
-        run, submission = config.from_yaml(run_record.config_file(place)), run_record.load(place)
+        run, submission = (
+            config.from_yaml(run_record.config_file(place)),
+            run_record.read_submission(place),
+        )
         # wherever the folder was when it was submitted
         run = run.model_copy(update={"run": run.run.model_copy(update={"dir": place})})
         if number == 0:
-            begin(place, attempt, submission)
+            begin_attempt(place, attempt, submission)
         status = train(run, submission)
-    except (ConfigError, LedgerError) as error:
+    except (ConfigError, RecordError) as error:
         print(f"error: {error}", file=sys.stderr)
         status = 2
     finally:
@@ -71,7 +75,7 @@ def train(run: RunConfig, submission: Submission) -> int:
     return run_rank(run, lambda me: check(me, run, submission.cluster), typed=typed)
 
 
-def begin(run_dir: Path, attempt: str, submission: Submission) -> None:
+def begin_attempt(run_dir: Path, attempt: str, submission: Submission) -> None:
     """Rank 0 tells the timeline that the run has its nodes, and how earlier attempts ended that could not say so."""
     this = slurm.this_job()
     now = None
@@ -81,22 +85,27 @@ def begin(run_dir: Path, attempt: str, submission: Submission) -> None:
     for earlier in run_record.open_attempts(events):
         same = earlier.partition(".")[0] == this
         requeued = now.submitted if now and same else 0.0  # SLURM counts from the requeue
-        run_record.found_ended(run_dir, events, earlier, then="requeued" if same else "resubmitted", until=requeued)
-    if found := objection(run_dir, submission, this):
+        run_record.record_silent_end(
+            run_dir, events, earlier, then="requeued" if same else "resubmitted", until=requeued
+        )
+    if found := reason_not_to_train(run_dir, submission, this):
         status, why = found
-        run_record.ended(run_dir, attempt, status, "none", why)
+        run_record.record_end(run_dir, attempt, status, "none", why)
         print(f"error: {why}; this job ends", file=sys.stderr, flush=True)
         with suppress(slurm.SlurmError):
             slurm.cancel(this)
             time.sleep(60)  # until SLURM has ended it
         raise SystemExit(0)
-    run_record.update(run_dir, lambda current: current.with_job(this))
+    run_record.update_submission(run_dir, lambda current: current.with_job(this))
     waits: list[float] = [
         event.get("until") or event["time"]
         for event in timeline.read(run_dir)
         if event["event"] in ("ended", "submitted")
     ]
-    started, nodes = now.started if now and now.started else time.time(), [os.environ.get("SLURM_JOB_NODELIST", "")]
+    started, nodes = (
+        now.started if now and now.started else time.time(),
+        [os.environ.get("SLURM_JOB_NODELIST", "")],
+    )
     with suppress(slurm.SlurmError):
         nodes = slurm.hostnames(nodes[0])
     timeline.append(
@@ -110,13 +119,20 @@ def begin(run_dir: Path, attempt: str, submission: Submission) -> None:
     )
 
 
-def objection(run_dir: Path, submission: Submission, this: str) -> tuple[EndStatus, str] | None:
+def reason_not_to_train(
+    run_dir: Path, submission: Submission, this: str
+) -> tuple[EndStatus, str] | None:
     """How the run ends if this job may not train it, and why: SLURM starts what a person or another job has ended."""
     if submission.cancelled:
         return "cancelled", "the run was cancelled"
-    crashes = run_record.crashes_in_a_row(timeline.read(run_dir), run_record.newest_checkpoint(submission))
+    crashes = run_record.crashes_in_a_row(
+        timeline.read(run_dir), run_record.newest_checkpoint(submission)
+    )
     if crashes >= submission.cluster.max_crashes:
-        return "crashed", f"{crashes} crashes in a row without a new checkpoint (cluster.max_crashes)"
+        return (
+            "crashed",
+            f"{crashes} crashes in a row without a new checkpoint (cluster.max_crashes)",
+        )
     with suppress(slurm.SlurmError):
         for other in submission.jobs:
             if other != this and (found := slurm.job(other)) and found.state == "RUNNING":

@@ -1,9 +1,7 @@
 """Before the queue: whatever would end a job later is refused here, in one line that names the field."""
 
-import difflib
 import ipaddress
 import re
-import shutil
 import socket
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -11,14 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import psutil
-
-from cluster import run_record, slurm
-from cluster.cluster_config import ClusterConfig
-from cluster.run_record import Submission
-from cluster.slurm import Node, Partition
-from cluster.submit import plan, single_run
-from cluster.submit.plan import Plan
-from cluster.words import counted, duration, size
+from data_prep.files import free_bytes, nearest_existing
+from data_prep.words import closest, counted, duration, megabytes
 from dnt_scale.config import ConfigError, RunConfig, TorchEngineConfig, check_tracking
 from dnt_scale.config.engine import copies_of
 from dnt_scale.config.tracking_uri import sqlite_file
@@ -30,14 +22,34 @@ from dnt_scale.train.recorded import Typed
 from dnt_scale.train.resume import changes, check_place, starting_state
 from dnt_scale.train.run_start import begin
 
+from cluster import run_record, slurm
+from cluster.cluster_config import ClusterConfig
+from cluster.run_record import Submission
+from cluster.slurm import Node, Partition
+from cluster.submit import plan, single_run
+from cluster.submit.plan import Plan
+
 # file systems that several machines see, and those that are one machine's memory; what is in neither may be a disk
-NETWORK = {"afs", "beegfs", "ceph", "cifs", "gfs2", "gpfs", "lustre", "nfs", "nfs4", "ocfs2", "orangefs", "panfs"}
+NETWORK = {
+    "afs",
+    "beegfs",
+    "ceph",
+    "cifs",
+    "gfs2",
+    "gpfs",
+    "lustre",
+    "nfs",
+    "nfs4",
+    "ocfs2",
+    "orangefs",
+    "panfs",
+}
 NETWORK |= {"pvfs2", "smb3", "wekafs"}
 MEMORY = {"devtmpfs", "ramfs", "tmpfs"}
 SHOWN = 6  # names in a message
 
 
-def before_queue(run: RunConfig, site: ClusterConfig, *, fresh: bool = False) -> Plan:
+def check_and_plan(run: RunConfig, site: ClusterConfig, *, fresh: bool = False) -> Plan:
     """What the run's jobs are going to do, once nothing speaks against them. Leaves nothing behind.
 
     Args:
@@ -55,7 +67,7 @@ def before_queue(run: RunConfig, site: ClusterConfig, *, fresh: bool = False) ->
     slurm.check_here()
     check_logins(site)
     found = slurm.partitions()
-    partition = chosen_partition(site, found)
+    partition = choose_partition(site, found)
     check_limits(site, partition)
     check_nodes(site, partition, {node.name for one in found.values() for node in one.nodes})
     check_account(site)
@@ -66,39 +78,43 @@ def before_queue(run: RunConfig, site: ClusterConfig, *, fresh: bool = False) ->
     begun = begin(run, Typed(whole=True), fresh=fresh)
     state, _ = starting_state(begun, sources, steps, site.ranks)
     if state.step >= steps:
-        raise ConfigError(f"train.steps: all {steps:,} steps are done; ask for more of them, or of train.tokens")
+        raise ConfigError(
+            f"train.steps: all {steps:,} steps are done; ask for more of them, or of train.tokens"
+        )
     check_writable(run)
     check_shared(run, site, sources, partition.nodes)
     check_room(run, steps)
     start = slurm.expected_start(batch_script(run, site))
-    made = plan.make(run, site, partition, sources, state.step)
+    made = plan.make_plan(run, site, partition, sources, state.step)
     notes = [f"SLURM expects the first job to start at {start}"] if start else []
     notes += [*begun.notes, *changes(begun, sources[0].manifest.seq_len)]
-    return replace(made, notes=(*notes, *warnings(run, site, sources, partition)))
+    return replace(made, notes=(*notes, *find_warnings(run, site, sources, partition)))
 
 
 def batch_script(run: RunConfig, site: ClusterConfig) -> str:
     """The script of the run's first job; its folder is not made. Raises SlurmError."""
     run_dir = run.run.dir.absolute()
-    logs = run_record.folder(run_dir) / "slurm"
+    logs = run_record.jobs_folder(run_dir) / "slurm"
     first = Submission(name=run.run.name, cluster=site, logs=logs)
-    return single_run.script(single_run.executor_for(run_dir, first))
+    return single_run.format_script(single_run.executor_for(run_dir, first))
 
 
 # --- what SLURM has --------------------------------------------------------------------------------------------------
 
 
-def chosen_partition(site: ClusterConfig, found: dict[str, Partition]) -> Partition:
+def choose_partition(site: ClusterConfig, found: dict[str, Partition]) -> Partition:
     """The partition that is asked for, else the default one.
 
     Raises:
         ConfigError: there is none of that name, it is down, or none is the default.
     """
-    names = few(sorted(found))
+    names = first_names(sorted(found))
     if site.partition is None:
         default = next((partition for partition in found.values() if partition.default), None)
         if default is None:
-            raise ConfigError(f"cluster.partition: is null and SLURM here has no default; set it to one of {names}")
+            raise ConfigError(
+                f"cluster.partition: is null and SLURM here has no default; set it to one of {names}"
+            )
         partition = default
     elif site.partition in found:
         partition = found[site.partition]
@@ -107,7 +123,9 @@ def chosen_partition(site: ClusterConfig, found: dict[str, Partition]) -> Partit
             f"cluster.partition: there is no {site.partition}{nearest(site.partition, found)}; there are {names}"
         )
     if not partition.up:
-        raise ConfigError(f"cluster.partition: {partition.name} is not up; wait, or take another of {names}")
+        raise ConfigError(
+            f"cluster.partition: {partition.name} is not up; wait, or take another of {names}"
+        )
     return partition
 
 
@@ -121,7 +139,9 @@ def check_limits(site: ClusterConfig, partition: Partition) -> None:
     most = min(len(partition.nodes), partition.max_nodes or len(partition.nodes))
     if site.nodes > most:
         has = f"permits {most} a job" if most == partition.max_nodes else f"has {most}"
-        raise ConfigError(f"cluster.nodes is {site.nodes}, but partition {partition.name} {has}; ask for no more")
+        raise ConfigError(
+            f"cluster.nodes is {site.nodes}, but partition {partition.name} {has}; ask for no more"
+        )
 
 
 def check_nodes(site: ClusterConfig, partition: Partition, everywhere: set[str]) -> None:
@@ -130,17 +150,21 @@ def check_nodes(site: ClusterConfig, partition: Partition, everywhere: set[str])
     Args:
         everywhere: the names of all nodes that SLURM has.
     """
-    wanted = expanded("cluster.nodelist", site.nodelist or "")
-    excluded = expanded("cluster.exclude", ",".join(site.exclude))
+    wanted = expand_nodes("cluster.nodelist", site.nodelist or "")
+    excluded = expand_nodes("cluster.exclude", ",".join(site.exclude))
     inside = {node.name for node in partition.nodes}
     for field, names, known, where in (
         ("cluster.nodelist", wanted, inside, f"partition {partition.name}"),
         ("cluster.exclude", excluded, everywhere, "SLURM here"),
     ):
         if strangers := sorted(set(names) - known):
-            raise ConfigError(f"{field}: {where} has no {few(strangers)}; it has {few(sorted(known))}")
+            raise ConfigError(
+                f"{field}: {where} has no {first_names(strangers)}; it has {first_names(sorted(known))}"
+            )
     if both := sorted(set(wanted) & set(excluded)):
-        raise ConfigError(f"cluster.exclude holds {few(both)}, which cluster.nodelist asks for; take it out of one")
+        raise ConfigError(
+            f"cluster.exclude holds {first_names(both)}, which cluster.nodelist asks for; take it out of one"
+        )
 
     left = [node for node in partition.nodes if node.name not in excluded]
     if len(left) < site.nodes:
@@ -148,10 +172,18 @@ def check_nodes(site: ClusterConfig, partition: Partition, everywhere: set[str])
             f"cluster.nodes is {site.nodes}, but partition {partition.name} has {len(left)} without those of "
             "cluster.exclude; ask for no more"
         )
-    cpus, memory_mb = (site.cpus_per_rank or 1) * site.tasks_per_node, round((site.mem_gb or 0) * 1024)
+    cpus, memory_mb = (
+        (site.cpus_per_rank or 1) * site.tasks_per_node,
+        round((site.mem_gb or 0) * 1024),
+    )
     needs: list[tuple[str, str, int, Callable[[Node], int]]] = [
         ("cluster.gpus_per_node", "GPUs", site.gpus_per_node, lambda node: node.gpus),
-        ("cluster.cpus_per_rank", f"CPUs for {counted(site.tasks_per_node, 'rank')}", cpus, lambda node: node.cpus),
+        (
+            "cluster.cpus_per_rank",
+            f"CPUs for {counted(site.tasks_per_node, 'rank')}",
+            cpus,
+            lambda node: node.cpus,
+        ),
         ("cluster.mem_gb", "MB of memory", memory_mb, lambda node: node.memory_mb),
     ]
     fit = left
@@ -173,14 +205,16 @@ def check_nodes(site: ClusterConfig, partition: Partition, everywhere: set[str])
         )
 
 
-def expanded(field: str, nodes: str) -> list[str]:
+def expand_nodes(field: str, nodes: str) -> list[str]:
     """The names behind ``node[1-3,7]``. Raises ConfigError."""
     try:
         names = slurm.hostnames(nodes)
     except slurm.SlurmError:
         names = []
     if nodes and not names:  # scontrol may complain and end with status 0
-        raise ConfigError(f"{field}: {nodes} is no list of nodes; expected names such as node1 or node[1-3,7]")
+        raise ConfigError(
+            f"{field}: {nodes} is no list of nodes; expected names such as node1 or node[1-3,7]"
+        )
     return names
 
 
@@ -188,10 +222,12 @@ def check_account(site: ClusterConfig) -> None:
     """Raises ConfigError for an account or a QOS that accounting does not know this user by; it may not say."""
     if site.account is None and site.qos is None:
         return
-    for field, asked, yours in zip(("account", "qos"), (site.account, site.qos), slurm.accounts(), strict=True):
+    for field, asked, yours in zip(
+        ("account", "qos"), (site.account, site.qos), slurm.accounts(), strict=True
+    ):
         if asked is not None and yours and asked.lower() not in yours:
             raise ConfigError(
-                f"cluster.{field}: {asked} is none of yours{nearest(asked, yours)}; you have {few(sorted(yours))}"
+                f"cluster.{field}: {asked} is none of yours{nearest(asked, yours)}; you have {first_names(sorted(yours))}"
             )
 
 
@@ -213,8 +249,14 @@ def check_ranks(run: RunConfig, site: ClusterConfig) -> None:
     if isinstance(run.engine, TorchEngineConfig):
         copies_of(run.engine, site.ranks, site.nodes)
     gpus = site.gpus_per_node
-    if run.run.device == "cuda" and not gpus and not any(name.startswith(("gpus", "gres")) for name in site.sbatch):
-        raise ConfigError("run.device is cuda, but cluster.gpus_per_node is 0; ask for GPUs, or use run.device=cpu")
+    if (
+        run.run.device == "cuda"
+        and not gpus
+        and not any(name.startswith(("gpus", "gres")) for name in site.sbatch)
+    ):
+        raise ConfigError(
+            "run.device is cuda, but cluster.gpus_per_node is 0; ask for GPUs, or use run.device=cpu"
+        )
     if run.run.device != "cpu" and gpus and site.tasks_per_node > gpus:
         raise ConfigError(
             f"cluster.ranks_per_node is {site.tasks_per_node}, but cluster.gpus_per_node is {gpus}; "
@@ -231,9 +273,9 @@ def check_writable(run: RunConfig) -> None:
     Raises:
         ConfigError: they cannot.
     """
-    for field, path in folders(run):
+    for field, path in written_folders(run):
         try:
-            with tempfile.TemporaryDirectory(prefix=".dnt-", dir=existing(path)):
+            with tempfile.TemporaryDirectory(prefix=".dnt-", dir=nearest_existing(path)):
                 pass
         except OSError as error:
             raise ConfigError(
@@ -243,7 +285,7 @@ def check_writable(run: RunConfig) -> None:
         check_place(run)
 
 
-def folders(run: RunConfig) -> list[tuple[str, Path]]:
+def written_folders(run: RunConfig) -> list[tuple[str, Path]]:
     """The local folders that a run writes, with their fields."""
     found = [("run.dir", run.run.dir.absolute())]
     if run.checkpoint.dir is not None and isinstance(run.checkpoints, Path):
@@ -251,71 +293,74 @@ def folders(run: RunConfig) -> list[tuple[str, Path]]:
     return found
 
 
-def existing(path: Path) -> Path:
-    """The path itself, or the nearest folder above it that there is."""
-    return next(place for place in (path, *path.parents) if place.exists())
-
-
-def check_shared(run: RunConfig, site: ClusterConfig, sources: Sources, nodes: Sequence[Node]) -> None:
+def check_shared(
+    run: RunConfig, site: ClusterConfig, sources: Sources, nodes: Sequence[Node]
+) -> None:
     """That all nodes see what the run reads and writes, as far as one machine can tell by the kind of file system.
 
     Raises:
         ConfigError: a folder is in this machine's memory, or on what looks like its disk while nodes are others; unless
             it is below one of ``cluster.shared``.
     """
-    places = [*folders(run), *((source.field, source.folder.absolute()) for source in sources)]
+    places = [
+        *written_folders(run),
+        *((source.field, source.folder.absolute()) for source in sources),
+    ]
     if run.tracking.enabled and run.tracking.uri and (database := sqlite_file(run.tracking.uri)):
         places.append(("tracking.uri", database.absolute()))
-    check_seen(places, site, nodes)
+    check_places_shared(places, site, nodes)
 
 
-def check_seen(places: list[tuple[str, Path]], site: ClusterConfig, nodes: Sequence[Node]) -> None:
+def check_places_shared(
+    places: list[tuple[str, Path]], site: ClusterConfig, nodes: Sequence[Node]
+) -> None:
     """:func:`check_shared` of fields and the local paths they hold. Raises ConfigError."""
-    other = stranger(nodes)
+    other = first_other_machine(nodes)
     for field, path in places:
         if any(path.is_relative_to(folder.absolute()) for folder in site.shared):
             continue
-        kind, mount = file_system(path)
+        kind, mount = mount_of(path)
         if kind in MEMORY:
             raise ConfigError(
                 f"{field}: {path} lies in the memory of this machine ({kind} on {mount}), which no other sees and a "
                 "restart empties; give a folder on a file system that the nodes share"
             )
-        if other and not shared(kind):
+        if other and not is_network_kind(kind):
             raise ConfigError(
                 f"{field}: {path} lies on {kind} ({mount}), by its kind a disk of this machine, which {other} does not "
                 f"see; give a folder that the nodes share, or, if they do see it, cluster.shared=[{path}]"
             )
 
 
-def shared(kind: str) -> bool:
+def is_network_kind(kind: str) -> bool:
     return kind in NETWORK or kind.startswith("fuse.")
 
 
-def file_system(path: Path) -> tuple[str, Path]:
+def mount_of(path: Path) -> tuple[str, Path]:
     """The kind of file system that holds a path, or is going to, and where it is mounted."""
     place = path.resolve()
-    mounts = {}
-    for line in Path("/proc/self/mounts").read_text().splitlines():
-        _, where, kind, *_ = line.split(" ")
-        mounts[Path(re.sub(r"\\(\d{3})", lambda octal: chr(int(octal[1], 8)), where))] = kind  # the last one counts
+    # Of several file systems that are mounted at one place the last one counts.
+    mounts = {Path(disk.mountpoint): disk.fstype for disk in psutil.disk_partitions(all=True)}
     mount = next(above for above in (place, *place.parents) if above in mounts)
     return mounts[mount], mount
 
 
-def stranger(nodes: Sequence[Node]) -> str | None:
+def first_other_machine(nodes: Sequence[Node]) -> str | None:
     """The first node that is another machine than this one, if any."""
-    return next((node.name for node in nodes if not is_here(node.address)), None)
+    return next((node.name for node in nodes if not is_this_machine(node.address)), None)
 
 
-def is_here(address: str) -> bool:
+def is_this_machine(address: str) -> bool:
     """Whether a node's address, by number or name, is this machine's."""
     mine = {item.address for addresses in psutil.net_if_addrs().values() for item in addresses}
     try:
         found = {str(info[4][0]) for info in socket.getaddrinfo(address, None)}
     except OSError:
         return False
-    return all(number in mine or ipaddress.ip_address(number.partition("%")[0]).is_loopback for number in found)
+    return all(
+        number in mine or ipaddress.ip_address(number.partition("%")[0]).is_loopback
+        for number in found
+    )
 
 
 def check_room(run: RunConfig, steps: int, runs: int = 1) -> None:
@@ -325,13 +370,17 @@ def check_room(run: RunConfig, steps: int, runs: int = 1) -> None:
         return
     each, count = checkpoint_bytes(run), plan.most_checkpoints(run, steps) * runs
     there = sum(file.stat().st_size for file in place.glob("step-*/*"))
-    free = shutil.disk_usage(existing(place.absolute())).free
+    free = free_bytes(place)
     if each * count > there + free:
-        forever = "" if run.checkpoint.keep_every is None else f" and checkpoint.keep_every {run.checkpoint.keep_every}"
+        forever = (
+            ""
+            if run.checkpoint.keep_every is None
+            else f" and checkpoint.keep_every {run.checkpoint.keep_every}"
+        )
         raise ConfigError(
-            f"{'run.dir' if run.checkpoint.dir is None else 'checkpoint.dir'}: {count} checkpoints of {size(each)} "
-            f"(checkpoint.keep {run.checkpoint.keep}{forever}, one being written) take {size(each * count)}, but "
-            f"{place} has room for {size(there + free)}; free some, keep fewer, or give another folder"
+            f"{'run.dir' if run.checkpoint.dir is None else 'checkpoint.dir'}: {count} checkpoints of {megabytes(each)} "
+            f"(checkpoint.keep {run.checkpoint.keep}{forever}, one being written) take {megabytes(each * count)}, but "
+            f"{place} has room for {megabytes(there + free)}; free some, keep fewer, or give another folder"
         )
 
 
@@ -346,16 +395,18 @@ _SECRET = re.compile(
 
 def check_logins(site: ClusterConfig) -> None:
     """Raises ConfigError, which does not repeat it, when an option or a line for the batch script holds a login."""
-    for field, text in texts(site):
+    for field, text in script_texts(site):
         if match := _SECRET.search(text):
-            what = f"gives {match['name']} a value" if match["name"] else "has a URL with a password"
+            what = (
+                f"gives {match['name']} a value" if match["name"] else "has a URL with a password"
+            )
             raise ConfigError(
                 f"{field} {what}, which would be kept in the run folder and shown by --dry-run and scontrol; put it "
                 "into a file that only you can read, and `source` that in cluster.setup"
             )
 
 
-def texts(site: ClusterConfig) -> Iterator[tuple[str, str]]:
+def script_texts(site: ClusterConfig) -> Iterator[tuple[str, str]]:
     """All that a cluster's settings add to the batch script, with where it is from."""
     for field in ("setup", "container", "srun"):
         for number, line in enumerate(getattr(site, field), 1):
@@ -367,8 +418,10 @@ def texts(site: ClusterConfig) -> Iterator[tuple[str, str]]:
 # --- no error, but worth a line --------------------------------------------------------------------------------------
 
 
-def warnings(run: RunConfig, site: ClusterConfig, sources: Sources, partition: Partition) -> Iterator[str]:
-    before = plan.past(run, sources[0].manifest.seq_len)
+def find_warnings(
+    run: RunConfig, site: ClusterConfig, sources: Sources, partition: Partition
+) -> Iterator[str]:
+    before = plan.read_past_pace(run, sources[0].manifest.seq_len)
     if before and before.save_s is not None and site.signal_s < 2 * (before.step_s + before.save_s):
         yield (
             f"cluster.signal_s is {site.signal_s}, less than twice what a step and a checkpoint took in this run "
@@ -377,19 +430,26 @@ def warnings(run: RunConfig, site: ClusterConfig, sources: Sources, partition: P
     if run.run.device == "cpu" and site.gpus_per_node:
         yield f"run.device is cpu, so the {site.gpus_per_node} GPUs a node that the jobs ask for have nothing to do"
     python = Path(site.python)
-    vouched = site.container or any(python.is_relative_to(place.absolute()) for place in site.shared)
-    if python.is_absolute() and not vouched and not shared(file_system(python.parent)[0]) and stranger(partition.nodes):
+    vouched = site.container or any(
+        python.is_relative_to(place.absolute()) for place in site.shared
+    )
+    if (
+        python.is_absolute()
+        and not vouched
+        and not is_network_kind(mount_of(python.parent)[0])
+        and first_other_machine(partition.nodes)
+    ):
         yield f"cluster.python: {site.python} looks like a file of this machine only; the nodes need it too"
     unable = [node.name for node in partition.nodes if not node.able]
     if unable:
-        yield f"of partition {partition.name}, {few(unable)} cannot be used now"
+        yield f"of partition {partition.name}, {first_names(unable)} cannot be used now"
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f" (did you mean {close[0]}?)" if close else ""
+    near = closest(word, known)
+    return f" (did you mean {near}?)" if near else ""
 
 
-def few(names: Sequence[str]) -> str:
+def first_names(names: Sequence[str]) -> str:
     more = len(names) - SHOWN
     return ", ".join(names[:SHOWN]) + (f" and {more} more" if more > 0 else "")

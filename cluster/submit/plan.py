@@ -8,10 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster import run_record
-from cluster.cluster_config import ClusterConfig
-from cluster.slurm import Node, Partition
-from cluster.words import counted, duration, size
+from data_prep.words import counted, duration, megabytes
 from dnt_scale import checkpoint
 from dnt_scale.config import AdamWConfig, RunConfig
 from dnt_scale.data.sources import Sources
@@ -22,20 +19,26 @@ from dnt_scale.record.speed import PEAK_FLOPS, speed_at
 from dnt_scale.tools.memory_plan import FIELDS, Memory, checkpoint_bytes, memory, parameters_of
 from dnt_scale.train.progress import epochs_of
 
+from cluster import run_record
+from cluster.cluster_config import ClusterConfig
+from cluster.slurm import Node, Partition
+
 ASSUMED_MFU = 0.4
 RECENT = 50  # steps whose median tells a run's speed
 COLUMNS = 100
 
 
 @dataclass(frozen=True)
-class Past:
+class PastPace:
     """What a run's own folder tells of its pace."""
 
     tokens_per_s: float  # median of the last steps
     steps: int  # how many these are
     ranks: int
     step_s: float
-    save_s: float | None  # from the end of a step until its checkpoint was in place; None: not known
+    save_s: (
+        float | None
+    )  # from the end of a step until its checkpoint was in place; None: not known
 
 
 @dataclass(frozen=True)
@@ -67,8 +70,10 @@ class Plan:
         return left / self.tokens_per_s if self.tokens_per_s else None
 
 
-def make(run: RunConfig, site: ClusterConfig, partition: Partition, sources: Sources, done: int = 0) -> Plan:
-    """The plan of a run that fits its cluster, see :func:`cluster.submit.checks.before_queue`.
+def make_plan(
+    run: RunConfig, site: ClusterConfig, partition: Partition, sources: Sources, done: int = 0
+) -> Plan:
+    """The plan of a run that fits its cluster, see :func:`cluster.submit.checks.check_and_plan`.
 
     Args:
         done: steps that the run's newest checkpoint has.
@@ -77,7 +82,9 @@ def make(run: RunConfig, site: ClusterConfig, partition: Partition, sources: Sou
     steps = run.total_steps(seq_len)
     gpu = type_of_gpu(partition.nodes) if site.gpus_per_node else ""
     likely = compute_dtype.expected(run, gpus=bool(site.gpus_per_node))
-    tokens_per_s, why = expected_speed(likely, seq_len, site.ranks, gpu, past(run, seq_len))
+    tokens_per_s, why = expected_speed(
+        likely, seq_len, site.ranks, gpu, read_past_pace(run, seq_len)
+    )
     return Plan(
         run=run,
         site=site,
@@ -100,15 +107,15 @@ def make(run: RunConfig, site: ClusterConfig, partition: Partition, sources: Sou
 # --- how long --------------------------------------------------------------------------------------------------------
 
 
-def past(run: RunConfig, seq_len: int) -> Past | None:
+def read_past_pace(run: RunConfig, seq_len: int) -> PastPace | None:
     """The pace of a run that has trained before, from its metrics.jsonl; None where there are no steps."""
     rows = [row for row in last_metrics(run.run.dir) if row.get("tokens_per_s")]
     if not rows:
         return None
     recent = [float(row["tokens_per_s"]) for row in rows[-RECENT:]]
-    started = run_record.last(timeline.read(run.run.dir), "start")
+    started = run_record.last_event(timeline.read(run.run.dir), "start")
     median = statistics.median(recent)
-    return Past(
+    return PastPace(
         tokens_per_s=median,
         steps=len(recent),
         ranks=int(started["ranks"]) if started else 1,
@@ -121,11 +128,15 @@ def _save_seconds(run: RunConfig, rows: Sequence[dict[str, Any]]) -> float | Non
     newest = checkpoint.newest(run.checkpoints)
     if not isinstance(newest, Path):
         return None
-    ended = next((row["time"] for row in rows if row["step"] == int(newest.name.removeprefix("step-"))), None)
+    ended = next(
+        (row["time"] for row in rows if row["step"] == int(newest.name.removeprefix("step-"))), None
+    )
     return None if ended is None else max(0.0, (newest / "state.json").stat().st_mtime - ended)
 
 
-def expected_speed(run: RunConfig, seq_len: int, ranks: int, gpu: str, before: Past | None) -> tuple[float | None, str]:
+def expected_speed(
+    run: RunConfig, seq_len: int, ranks: int, gpu: str, before: PastPace | None
+) -> tuple[float | None, str]:
     """Tokens a second over all ranks, and where the number is from: the run's past, else an assumption where the GPU is
     known, else None."""
     if before:
@@ -137,7 +148,10 @@ def expected_speed(run: RunConfig, seq_len: int, ranks: int, gpu: str, before: P
     device = known_device(gpu)
     if device and run.run.device != "cpu" and run.train.dtype == "bf16":
         speed = speed_at(ASSUMED_MFU, PEAK_FLOPS[device], run, seq_len, ranks)
-        return speed, f"at {speed:,.0f} tokens/s: assumes {ASSUMED_MFU:.0%} MFU on {device}, which is not measured"
+        return (
+            speed,
+            f"at {speed:,.0f} tokens/s: assumes {ASSUMED_MFU:.0%} MFU on {device}, which is not measured",
+        )
     return None, "not known before the first steps; `dnt jobs` will tell"
 
 
@@ -150,7 +164,11 @@ def type_of_gpu(nodes: Sequence[Node]) -> str:
 def known_device(gpu: str) -> str | None:
     """The device of ``PEAK_FLOPS`` behind a type such as ``h100`` or ``nvidia_h100_80gb_hbm3``, if any."""
     words = gpu.lower().replace("-", "_").split("_")
-    fits = [name for name in PEAK_FLOPS if all(part in words for part in name.removeprefix("NVIDIA ").lower().split())]
+    fits = [
+        name
+        for name in PEAK_FLOPS
+        if all(part in words for part in name.removeprefix("NVIDIA ").lower().split())
+    ]
     return max(fits, key=len, default=None)
 
 
@@ -163,30 +181,40 @@ def most_checkpoints(run: RunConfig, steps: int) -> int:
     """How many lie on disk at a time, at most: the newest, one that is being written, and those kept for good."""
     settings = run.checkpoint
     saved = math.ceil(steps / settings.every) if settings.every else 1
-    kept = steps // math.lcm(settings.every, settings.keep_every) if settings.every and settings.keep_every else 0
+    kept = (
+        steps // math.lcm(settings.every, settings.keep_every)
+        if settings.every and settings.keep_every
+        else 0
+    )
     return min(saved, settings.keep + 1 + kept)
 
 
 # --- in words --------------------------------------------------------------------------------------------------------
 
 
-def describe(plan: Plan) -> str:
+def format_plan(plan: Plan) -> str:
     """The plan as lines of a name and what there is to say, for a terminal."""
     run, site = plan.run, plan.site
     lines = [
         ("run", f"{run.run.name} in {run.run.dir.absolute()}"),
-        ("cluster", f"partition {plan.partition}: {_ranks(plan)}; jobs of {duration(site.time * 60)}"),
+        (
+            "cluster",
+            f"partition {plan.partition}: {_format_ranks(plan)}; jobs of {duration(site.time * 60)}",
+        ),
         (
             "model",
-            f"{run.model.name}, {_millions(plan.parameters)} parameters; engine {run.engine.name}, "
+            f"{run.model.name}, {_format_parameters(plan.parameters)} parameters; engine {run.engine.name}, "
             f"optimizer {run.optim.algorithm}, {plan.dtype}{' (expected)' if run.train.dtype == 'auto' else ''}",
         ),
-        *(("data", _set_in_words(plan, number)) for number in range(len(plan.sources))),
-        ("batch", f"{run.train.global_batch} rows of {plan.seq_len} tokens = {_split(plan)}"),
-        ("steps", _steps(plan)),
-        ("checkpoints", _checkpoints(plan)),
-        ("memory", f"{_memory(plan)}; activations come on top"),
-        ("expected", _expected(plan)),
+        *(("data", _format_set(plan, number)) for number in range(len(plan.sources))),
+        (
+            "batch",
+            f"{run.train.global_batch} rows of {plan.seq_len} tokens = {_format_split(plan)}",
+        ),
+        ("steps", _format_steps(plan)),
+        ("checkpoints", _format_checkpoints(plan)),
+        ("memory", f"{_format_memory(plan)}; activations come on top"),
+        ("expected", _format_expected(plan)),
         *(("note", note) for note in plan.notes),
     ]
     width = max(len(name) for name, _ in lines) + 2
@@ -203,66 +231,82 @@ def describe(plan: Plan) -> str:
     )
 
 
-def _millions(parameters: int) -> str:
+def _format_parameters(parameters: int) -> str:
     return f"{parameters / 1e9:.2f}B" if parameters >= 1e9 else f"{parameters / 1e6:.1f}M"
 
 
-def _ranks(plan: Plan) -> str:
+def _format_ranks(plan: Plan) -> str:
     site = plan.site
     each = counted(site.tasks_per_node, "rank")
-    gpus = f"{counted(site.gpus_per_node, (plan.gpu + ' GPU').strip())}" if site.gpus_per_node else "no GPUs"
-    return f"{counted(site.nodes, 'node')} x {each} = {counted(site.ranks, 'rank')}; a node: {gpus}, {_cpus(site)}"
+    gpus = (
+        f"{counted(site.gpus_per_node, (plan.gpu + ' GPU').strip())}"
+        if site.gpus_per_node
+        else "no GPUs"
+    )
+    return f"{counted(site.nodes, 'node')} x {each} = {counted(site.ranks, 'rank')}; a node: {gpus}, {_format_cpus(site)}"
 
 
-def _cpus(site: ClusterConfig) -> str:
-    memory_gb = "" if site.mem_gb is None else ", all memory" if site.mem_gb == 0 else f", {site.mem_gb:g} GB memory"
+def _format_cpus(site: ClusterConfig) -> str:
+    memory_gb = (
+        ""
+        if site.mem_gb is None
+        else ", all memory"
+        if site.mem_gb == 0
+        else f", {site.mem_gb:g} GB memory"
+    )
     return counted((site.cpus_per_rank or 1) * site.tasks_per_node, "CPU") + memory_gb
 
 
-def _set_in_words(plan: Plan, number: int) -> str:
+def _format_set(plan: Plan, number: int) -> str:
     source = plan.sources[number]
     name = f"{source.name} ({source.weight:.1%} of the tokens) " if source.name else ""
     return f"{name}{source.folder}: {source.manifest.splits['train'].tokens:,} tokens"
 
 
-def _split(plan: Plan) -> str:
+def _format_split(plan: Plan) -> str:
     """Global batch = ranks x micro-batches x rows, and what is left over."""
     rows = plan.run.train.global_batch // plan.site.ranks
     micro = min(plan.run.train.micro_batch, rows)
     full, rest = divmod(rows, micro)
     ranks = counted(plan.site.ranks, "rank")
     if not rest:
-        return f"{ranks} x {counted(full, 'micro-batch', 'es')} x {counted(micro, 'row')}"
-    return f"{ranks} x ({counted(full, 'micro-batch', 'es')} of {counted(micro, 'row')} and one of {rest})"
+        return (
+            f"{ranks} x {counted(full, 'micro-batch', 'micro-batches')} x {counted(micro, 'row')}"
+        )
+    return f"{ranks} x ({counted(full, 'micro-batch', 'micro-batches')} of {counted(micro, 'row')} and one of {rest})"
 
 
-def _steps(plan: Plan) -> str:
+def _format_steps(plan: Plan) -> str:
     rows = plan.steps * plan.run.train.global_batch
     a_step = plan.run.train.global_batch * plan.seq_len
     text = f"{plan.steps:,} of {a_step:,} tokens = {plan.steps * a_step:,} tokens, {epochs_of(plan.sources, rows)}"
     return f"{text}; goes on from step {plan.done:,}" if plan.done else text
 
 
-def _checkpoints(plan: Plan) -> str:
+def _format_checkpoints(plan: Plan) -> str:
     settings = plan.run.checkpoint
     when = f"every {settings.every:,} steps" if settings.every else "at the end"
     return (
-        f"{size(plan.checkpoint_bytes)} each, {when}, at most {plan.most_checkpoints} at a time "
-        f"({size(plan.most_checkpoints * plan.checkpoint_bytes)}), in {plan.run.checkpoints}"
+        f"{megabytes(plan.checkpoint_bytes)} each, {when}, at most {plan.most_checkpoints} at a time "
+        f"({megabytes(plan.most_checkpoints * plan.checkpoint_bytes)}), in {plan.run.checkpoints}"
     )
 
 
-def _memory(plan: Plan) -> str:
+def _format_memory(plan: Plan) -> str:
     found = plan.memory
     names = {"buffers": "moments" if isinstance(plan.run.optim, AdamWConfig) else "momentum"}
     names["copies"] = f"{plan.dtype} weights"
     parts = [(field, getattr(found, field)) for field in FIELDS if getattr(found, field)]
-    words = " + ".join(f"{names.get(field, field)} {size(count)}" for field, count in parts)
-    host = f", of which {size(found.total() - found.device())} in the host's memory" if found.host else ""
-    return f"{size(found.total())} a rank: {words}{host}"
+    words = " + ".join(f"{names.get(field, field)} {megabytes(count)}" for field, count in parts)
+    host = (
+        f", of which {megabytes(found.total() - found.device())} in the host's memory"
+        if found.host
+        else ""
+    )
+    return f"{megabytes(found.total())} a rank: {words}{host}"
 
 
-def _expected(plan: Plan) -> str:
+def _format_expected(plan: Plan) -> str:
     if plan.seconds is None:
         return plan.why
     jobs = counted(jobs_needed(plan.seconds, plan.site), "job")

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cluster import run_record, sweep_file
-from cluster.run_record import LedgerError
+from cluster.run_record import RecordError
 
 RUNS = Path("runs")
 
@@ -26,17 +26,19 @@ def find_run(word: str) -> Path:
         LedgerError: there is none.
     """
     for place in (Path(word), RUNS / word):
-        if run_record.submitted(place):
+        if run_record.is_submitted(place):
             return place
         if sweep_file.is_sweep(place):
-            raise LedgerError(f"{place} is a sweep; name one of its runs, which `dnt jobs {word}` shows")
+            raise RecordError(
+                f"{place} is a sweep; name one of its runs, which `dnt jobs {word}` shows"
+            )
     names = ", ".join(str(run.relative_to(RUNS)) for run in runs_under(RUNS)) or "none"
-    raise LedgerError(
+    raise RecordError(
         f"{word}: no job was submitted for a run in {word} or {RUNS / word}; runs in {RUNS.absolute()}: {names}"
     )
 
 
-def handle(run_dir: Path) -> str:
+def short_name(run_dir: Path) -> str:
     """What a user may call a run."""
     for runs in (RUNS, RUNS.absolute()):
         if run_dir.is_relative_to(runs):
@@ -61,7 +63,7 @@ def find_runs(words: list[str]) -> list[Path]:
 def runs_in(word: str) -> list[Path]:
     """The runs in a folder of runs or a sweep, found as in :func:`find_run`; none where it is a run itself."""
     for place in (Path(word), RUNS / word):
-        if run_record.submitted(place):
+        if run_record.is_submitted(place):
             return []
         if runs := list(runs_under(place)):
             return runs

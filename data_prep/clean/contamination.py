@@ -14,7 +14,9 @@ from data_prep.clean.page import ODD, Array, apart_from_marks, blocks, hash_word
 @functools.cache
 def _plain_word() -> re.Pattern[str]:
     """Runs of letters, digits, and the marks that combine with them, without which a word of Hindi would be many."""
-    others = [chr(code) for code in range(1 << 16) if unicodedata.category(chr(code))[0] not in "LNM"]
+    others = [
+        chr(code) for code in range(1 << 16) if unicodedata.category(chr(code))[0] not in "LNM"
+    ]
     return re.compile(f"[^{re.escape(''.join(others))}]+")
 
 
@@ -51,7 +53,9 @@ def test_texts(path: Path) -> Iterator[str]:
                 if line.strip():
                     yield from _strings(_parsed(path, number, line))
     except OSError as error:
-        raise ValueError(f"{path}: cannot read the test file: {error.strerror}; check decontaminate.files") from error
+        raise ValueError(
+            f"{path}: cannot read the test file: {error.strerror}; check decontaminate.files"
+        ) from error
 
 
 def _parsed(path: Path, number: int, line: str) -> Any:

@@ -51,7 +51,9 @@ class Page:
     def paragraphs(self) -> Strings:
         """What lies between empty lines."""
         parts = (_PARAGRAPH.split(block) for block in blocks(self.text, "\n\n"))
-        return _measured(([part for part in map(str.strip, some) if part] for some in parts), _hash_lines)
+        return _measured(
+            ([part for part in map(str.strip, some) if part] for some in parts), _hash_lines
+        )
 
     def line_blocks(self) -> Iterator[list[str]]:
         """The lines that are not empty, without the spaces around them, some at a time."""
@@ -127,7 +129,9 @@ def apart_from_marks(change: Callable[[str], str], text: str) -> str:
 def _marks() -> tuple[re.Pattern[str], re.Pattern[str]]:
     """A fast search for what may be such a run, and a slow one for the run."""
     marks = "".join(filter(unicodedata.combining, map(chr, range(0x110000))))
-    others = re.escape("".join(char for char in map(chr, range(1 << 16)) if not unicodedata.combining(char)))
+    others = re.escape(
+        "".join(char for char in map(chr, range(1 << 16)) if not unicodedata.combining(char))
+    )
     return re.compile(f"[^{others}]{{31}}"), re.compile(f"([{marks}]{{31,}})")
 
 

@@ -41,7 +41,9 @@ def mask_phones(text: str) -> tuple[str, int]:
     return _masked(_PHONE, "<PHONE>", _is_phone, text)
 
 
-def _masked(pattern: re.Pattern[str], mask: str, valid: Callable[[str], bool], text: str) -> tuple[str, int]:
+def _masked(
+    pattern: re.Pattern[str], mask: str, valid: Callable[[str], bool], text: str
+) -> tuple[str, int]:
     count = 0
 
     def replace(match: re.Match[str]) -> str:

@@ -99,20 +99,22 @@ def language(settings: Language) -> Rule:
     detector = LangDetector(LangDetectConfig(max_input_length=None, normalize_input=False))
 
     def detect(text: str, chars: int) -> tuple[str, float]:
-        sample = _spread(text, chars).encode("utf-8", "replace").decode()
+        sample = _sample_evenly(text, chars).encode("utf-8", "replace").decode()
         # The model takes English in capitals for Japanese. "lite" is the one in the wheel; others may be downloaded.
         found = detector.detect(sample.lower() if sample.isupper() else sample, model="lite")[0]
         return found["lang"], found["score"]
 
-    def judge(page: Page) -> Outcome:
+    def check(page: Page) -> Outcome:
         code, score = detect(page.text, settings.sample_chars // 16)
         if code not in settings.keep or score < max(settings.min_score, SURE_SCORE):
             code, score = detect(page.text, settings.sample_chars)
         if code not in settings.keep:
-            return Outcome(None, f"language {code} ({score:.2f}), not {' or '.join(settings.keep)}", {code: 1})
-        return _judge(page, [(f"score_{code}", score, settings.min_score, 1)])
+            return Outcome(
+                None, f"language {code} ({score:.2f}), not {' or '.join(settings.keep)}", {code: 1}
+            )
+        return _check_bounds(page, [(f"score_{code}", score, settings.min_score, 1)])
 
-    return judge
+    return check
 
 
 class GopherQuality(Settings):
@@ -143,7 +145,9 @@ def gopher_quality(settings: GopherQuality) -> Rule:
     def stop_words(hashes: Array) -> int:
         found: set[str] = set()
         for start in range(0, len(hashes), 512):
-            found.update(forms[word] for word in forms.keys() & set(hashes[start : start + 512].tolist()))
+            found.update(
+                forms[word] for word in forms.keys() & set(hashes[start : start + 512].tolist())
+            )
             if len(found) >= settings.min_stop_words:
                 break
         return len(found)
@@ -154,7 +158,12 @@ def gopher_quality(settings: GopherQuality) -> Rule:
         yield "words", len(hashes), settings.min_words, settings.max_words
         mean = float(lengths.sum()) / words
         yield "mean_word_length", mean, settings.min_mean_word_length, settings.max_mean_word_length
-        yield "alphabetic_words", int((hashes & np.uint64(1)).sum()) / words, settings.min_alphabetic_words, 1
+        yield (
+            "alphabetic_words",
+            int((hashes & np.uint64(1)).sum()) / words,
+            settings.min_alphabetic_words,
+            1,
+        )
         yield "stop_words", stop_words(hashes), settings.min_stop_words, None
         yield "hashes_per_word", page.text.count("#") / words, 0, settings.max_symbols_per_word
         ellipses = sum(map(page.text.count, ELLIPSES))
@@ -167,7 +176,7 @@ def gopher_quality(settings: GopherQuality) -> Rule:
         yield "bullet_lines", bullets / max(lines, 1), 0, settings.max_bullet_lines
         yield "ellipsis_lines", trailing / max(lines, 1), 0, settings.max_ellipsis_lines
 
-    return lambda page: _judge(page, measures(page))
+    return lambda page: _check_bounds(page, measures(page))
 
 
 class GopherRepetition(Settings):
@@ -178,7 +187,14 @@ class GopherRepetition(Settings):
     max_duplicate_line_chars: Share = 0.2
     max_duplicate_paragraph_chars: Share = 0.2
     max_top_ngram: dict[Ngram, Share] = {2: 0.2, 3: 0.18, 4: 0.16}
-    max_duplicate_ngrams: dict[Ngram, Share] = {5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.1}
+    max_duplicate_ngrams: dict[Ngram, Share] = {
+        5: 0.15,
+        6: 0.14,
+        7: 0.13,
+        8: 0.12,
+        9: 0.11,
+        10: 0.1,
+    }
 
 
 def gopher_repetition(settings: GopherRepetition) -> Rule:
@@ -193,7 +209,12 @@ def gopher_repetition(settings: GopherRepetition) -> Rule:
     def measures(page: Page) -> "Measures":
         for kind, strings, most, most_chars in (
             ("line", page.lines, settings.max_duplicate_lines, settings.max_duplicate_line_chars),
-            ("paragraph", page.paragraphs, settings.max_duplicate_paragraphs, settings.max_duplicate_paragraph_chars),
+            (
+                "paragraph",
+                page.paragraphs,
+                settings.max_duplicate_paragraphs,
+                settings.max_duplicate_paragraph_chars,
+            ),
         ):
             share, char_share = duplicate_shares(strings)
             yield f"duplicate_{kind}s", share, 0, most
@@ -207,9 +228,14 @@ def gopher_repetition(settings: GopherRepetition) -> Rule:
                 group = again.positions[firsts[chosen] : firsts[chosen] + sizes[chosen]]
                 yield f"top_{n}_gram", covered(lengths, group, n), 0, top[n]
             if n in duplicate:
-                yield f"duplicate_{n}_grams", covered(lengths, again.positions[again.mask], n), 0, duplicate[n]
+                yield (
+                    f"duplicate_{n}_grams",
+                    covered(lengths, again.positions[again.mask], n),
+                    0,
+                    duplicate[n],
+                )
 
-    return lambda page: _judge(page, measures(page))
+    return lambda page: _check_bounds(page, measures(page))
 
 
 class C4Quality(Settings):
@@ -237,12 +263,17 @@ def c4_quality(settings: C4Quality) -> Rule:
     phrases = [phrase.lower() for phrase in settings.policy_phrases]
 
     def fault(line: str, suspects: list[str]) -> str | None:
-        if settings.terminal_punctuation and (not line.endswith(C4_LINE_ENDS) or line.endswith("...")):
+        if settings.terminal_punctuation and (
+            not line.endswith(C4_LINE_ENDS) or line.endswith("...")
+        ):
             return "lines_without_terminal_punctuation"
         least = settings.min_line_words
         if least and len(line.split(None, least - 1)) < least:
             return "lines_of_few_words"
-        if len(line) > settings.max_word_chars and max(map(len, line.split())) > settings.max_word_chars:
+        if (
+            len(line) > settings.max_word_chars
+            and max(map(len, line.split())) > settings.max_word_chars
+        ):
             return "lines_with_an_enormous_word"
         if suspects:
             lower = line.lower()
@@ -252,7 +283,7 @@ def c4_quality(settings: C4Quality) -> Rule:
                 return "lines_on_policy"
         return None
 
-    def judge(page: Page) -> Outcome:
+    def check(page: Page) -> Outcome:
         if settings.curly_bracket and "{" in page.text:
             return Outcome(None, "has a curly bracket", {"curly_bracket": 1})
         kept: list[str] = []
@@ -277,10 +308,10 @@ def c4_quality(settings: C4Quality) -> Rule:
             if lines:
                 kept.append("\n".join(lines))
         if sentences < settings.min_sentences:
-            return _judge(page, [("sentences", sentences, settings.min_sentences, None)])
+            return _check_bounds(page, [("sentences", sentences, settings.min_sentences, None)])
         return Outcome("\n".join(kept), counts=counts)
 
-    return judge
+    return check
 
 
 class FinewebQuality(Settings):
@@ -301,11 +332,16 @@ def fineweb_quality(settings: FinewebQuality) -> Rule:
         total = max(len(page.lines.lengths), 1)
         ended = sum(line.endswith(LINE_ENDS) for block in page.line_blocks() for line in block)
         yield "punctuated_lines", ended / total, settings.min_punctuated_lines, 1
-        yield "duplicate_line_chars", duplicate_shares(page.lines)[1], 0, settings.max_duplicate_line_chars
+        yield (
+            "duplicate_line_chars",
+            duplicate_shares(page.lines)[1],
+            0,
+            settings.max_duplicate_line_chars,
+        )
         short = int((page.lines.lengths < settings.short_line_chars).sum())
         yield "short_lines", short / total, 0, settings.max_short_lines
 
-    return lambda page: _judge(page, measures(page))
+    return lambda page: _check_bounds(page, measures(page))
 
 
 class MaskPii(Settings):
@@ -329,13 +365,13 @@ def mask_pii(settings: MaskPii) -> Rule:
         if wanted
     }
 
-    def judge(page: Page) -> Outcome:
+    def check(page: Page) -> Outcome:
         text, counts = page.text, dict.fromkeys(masks, 0)
         for kind, mask in masks.items():
             text, counts[kind] = mask(text)
         return Outcome(text, counts={kind: count for kind, count in counts.items() if count})
 
-    return judge
+    return check
 
 
 class Decontaminate(Settings):
@@ -354,19 +390,26 @@ def decontaminate(settings: Decontaminate) -> Rule:
     Raises ValueError naming file and line if one cannot be read or is not JSON.
     """
     n = settings.ngram
-    parts = [grams for path in settings.files for text in test_texts(Path(path)) for _, grams in plain_ngrams(text, n)]
+    parts = [
+        grams
+        for path in settings.files
+        for text in test_texts(Path(path))
+        for _, grams in plain_ngrams(text, n)
+    ]
     known = np.unique(np.concatenate([np.empty(0, np.uint64), *parts]))
 
-    def judge(page: Page) -> Outcome:
+    def check(page: Page) -> Outcome:
         for words, grams in plain_ngrams(page.text, n) if len(known) else ():
             places = np.minimum(np.searchsorted(known, grams), len(known) - 1)
             hits = np.flatnonzero(known[places] == grams)
             if len(hits):
                 shared = " ".join(words[hits[0] : hits[0] + n])
-                return Outcome(None, f"shares {n} words with a test file: {shared:.200}", {"documents": 1})
+                return Outcome(
+                    None, f"shares {n} words with a test file: {shared:.200}", {"documents": 1}
+                )
         return Outcome(page.text)
 
-    return judge
+    return check
 
 
 RULES: dict[str, tuple[type[Settings], Callable[[Any], Rule]]] = {
@@ -385,7 +428,7 @@ RULES: dict[str, tuple[type[Settings], Callable[[Any], Rule]]] = {
 Measures = Iterable[tuple[str, float, float, float | None]]
 
 
-def _judge(page: Page, measures: Measures) -> Outcome:
+def _check_bounds(page: Page, measures: Measures) -> Outcome:
     """Drop the page for the first measure out of bounds."""
     for name, found, least, most in measures:
         if found < least or (most is not None and found > most):
@@ -394,9 +437,11 @@ def _judge(page: Page, measures: Measures) -> Outcome:
     return Outcome(page.text)
 
 
-def _spread(text: str, size: int) -> str:
+def _sample_evenly(text: str, size: int) -> str:
     """About `size` characters: the text, or four parts of it from beginning to end."""
     if len(text) <= size:
         return text
     part = size // 4
-    return " ".join(text[start : start + part] for start in ((len(text) - part) * k // 3 for k in range(4)))
+    return " ".join(
+        text[start : start + part] for start in ((len(text) - part) * k // 3 for k in range(4))
+    )

@@ -82,7 +82,13 @@ class Findings:
         raw, detail = finding.raw, finding.detail
         if (left_out := max(finding.size, len(raw)) - RAW_BYTES) > 0:
             detail += f"; {left_out:,} bytes are left out here"
-        record = {"kind": finding.kind, "file": finding.file, "line": finding.line, "action": action, "detail": detail}
+        record = {
+            "kind": finding.kind,
+            "file": finding.file,
+            "line": finding.line,
+            "action": action,
+            "detail": detail,
+        }
         self.records.append(record | {"raw": raw[:RAW_BYTES].decode("utf-8", "backslashreplace")})
 
     def to_json(self) -> dict[str, Any]:
@@ -109,7 +115,9 @@ def place_name(file: str, line: int) -> str:
     return f"{file}, line {line}" if line else file
 
 
-def read_documents(piece: Piece, text_field: str, findings: Findings, strict: bool) -> Iterator[Document]:
+def read_documents(
+    piece: Piece, text_field: str, findings: Findings, strict: bool
+) -> Iterator[Document]:
     """The documents of a piece, in order; adds what is wrong with them to `findings`.
 
     Text is left exactly as it is, line ends and byte order marks included, but for broken UTF-8 and lone surrogates,
@@ -192,7 +200,15 @@ def _from_odd_line(raw: bytes, piece: Piece, line: int, text_field: str, note: N
             note(Finding("malformed_json", piece.name, line, detail, dropped))
             return None
         except RecursionError:
-            note(Finding("malformed_json", piece.name, line, "JSON that is nested too deeply to be read", dropped))
+            note(
+                Finding(
+                    "malformed_json",
+                    piece.name,
+                    line,
+                    "JSON that is nested too deeply to be read",
+                    dropped,
+                )
+            )
             return None
     text = value.get(text_field) if isinstance(value, dict) else None
     if not isinstance(text, str):
@@ -227,7 +243,9 @@ def _decoded(raw: bytes, file: str, line: int) -> tuple[str, Finding | None]:
         first = f"byte 0x{raw[error.start]:02x} at {error.start}, the first of {bad} places that are no UTF-8"
         # A word in Cyrillic is one place, and so is a line in Chinese.
         places = min(bad, len(re.findall("\ufffd+", text)))
-        if bad >= FEW and (places > BROKEN_PLACES * len(text) or bad > BROKEN_CHARACTERS * len(text)):
+        if bad >= FEW and (
+            places > BROKEN_PLACES * len(text) or bad > BROKEN_CHARACTERS * len(text)
+        ):
             detail = f"{first}, of {len(text):,} characters"
             return text, Finding("other_encoding", file, line, detail, raw[:EXCERPT_BYTES])
         return text, Finding("broken_utf8", file, line, first)
@@ -241,12 +259,16 @@ def _remark(text: str, file: str, line: int, note: Note) -> bool:
     if "\0" in text:
         nuls = text.count("\0")
         if nuls >= FEW and nuls > NULS * len(text):
-            detail = f"{nuls:,} NUL among {len(text):,} characters: binary, or UTF-16 without its mark"
+            detail = (
+                f"{nuls:,} NUL among {len(text):,} characters: binary, or UTF-16 without its mark"
+            )
             note(Finding("not_text", file, line, detail, text[:EXCERPT_BYTES].encode()))
             return False
         note(Finding("nul", file, line, f"{nuls} NUL characters"))
     if "\r" in text and "\r\n" in text:  # one character is looked for much faster than two
-        note(Finding("crlf", file, line, f"{text.count(chr(13) + chr(10))} lines that end in \\r\\n"))
+        note(
+            Finding("crlf", file, line, f"{text.count(chr(13) + chr(10))} lines that end in \\r\\n")
+        )
     if text.startswith("\ufeff"):
         note(Finding("byte_order_mark", file, line, "a byte order mark"))
     return True

@@ -13,19 +13,108 @@ from typing import Any, NamedTuple
 from urllib.parse import unquote
 
 from data_prep.read.pieces import Finding, Unit
-from data_prep.read.sniff import HEAD_BYTES, holds_records, look
+from data_prep.read.sniff import HEAD_BYTES, holds_records, sniff_file
 from data_prep.read.streams import PACKED, File, Kind, Stored, file_system, is_http, is_url, packing
 from data_prep.shards import MANIFEST, PARTIAL, TOKENIZER
 
 JSONL_SUFFIXES = (".jsonl", ".ndjson")
 JSON_SUFFIXES = (*JSONL_SUFFIXES, ".json")
 TEXT_SUFFIXES = (
-    *(".txt", ".text", ".md", ".markdown", ".rst", ".adoc", ".org", ".tex", ".html", ".htm", ".xhtml", ".xml"),
-    *(".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".cxx", ".hh", ".hpp", ".cu", ".cuh", ".m", ".mm", ".java", ".kt"),
-    *(".scala", ".groovy", ".clj", ".js", ".mjs", ".jsx", ".ts", ".tsx", ".vue", ".css", ".scss", ".go", ".rs"),
-    *(".swift", ".cs", ".fs", ".vb", ".rb", ".php", ".pl", ".pm", ".lua", ".r", ".jl", ".f", ".f90", ".f95", ".pas"),
-    *(".hs", ".ml", ".mli", ".erl", ".ex", ".exs", ".elm", ".lisp", ".el", ".scm", ".rkt", ".d", ".nim", ".zig"),
-    *(".dart", ".v", ".sv", ".vhd", ".asm", ".s", ".sh", ".bash", ".zsh", ".fish", ".ps1", ".bat", ".sql", ".proto"),
+    *(
+        ".txt",
+        ".text",
+        ".md",
+        ".markdown",
+        ".rst",
+        ".adoc",
+        ".org",
+        ".tex",
+        ".html",
+        ".htm",
+        ".xhtml",
+        ".xml",
+    ),
+    *(
+        ".py",
+        ".pyi",
+        ".c",
+        ".h",
+        ".cc",
+        ".cpp",
+        ".cxx",
+        ".hh",
+        ".hpp",
+        ".cu",
+        ".cuh",
+        ".m",
+        ".mm",
+        ".java",
+        ".kt",
+    ),
+    *(
+        ".scala",
+        ".groovy",
+        ".clj",
+        ".js",
+        ".mjs",
+        ".jsx",
+        ".ts",
+        ".tsx",
+        ".vue",
+        ".css",
+        ".scss",
+        ".go",
+        ".rs",
+    ),
+    *(
+        ".swift",
+        ".cs",
+        ".fs",
+        ".vb",
+        ".rb",
+        ".php",
+        ".pl",
+        ".pm",
+        ".lua",
+        ".r",
+        ".jl",
+        ".f",
+        ".f90",
+        ".f95",
+        ".pas",
+    ),
+    *(
+        ".hs",
+        ".ml",
+        ".mli",
+        ".erl",
+        ".ex",
+        ".exs",
+        ".elm",
+        ".lisp",
+        ".el",
+        ".scm",
+        ".rkt",
+        ".d",
+        ".nim",
+        ".zig",
+    ),
+    *(
+        ".dart",
+        ".v",
+        ".sv",
+        ".vhd",
+        ".asm",
+        ".s",
+        ".sh",
+        ".bash",
+        ".zsh",
+        ".fish",
+        ".ps1",
+        ".bat",
+        ".sql",
+        ".proto",
+    ),
     *(".yaml", ".yml", ".toml", ".ini", ".cfg", ".cmake", ".mk", ".gradle", ".tf"),
 )
 # What stands beside data to tell of it.
@@ -100,14 +189,20 @@ def find_sources(inputs: Sequence[str | Path], out: Path | None = None) -> list[
     if not inputs:
         raise ValueError("no input given: name at least one folder, file or glob")
     seen: set[str] = set()
-    told = {os.path.realpath(path) for path in (out, out.parent / f".{out.name}.prepare")} if out else set()
+    told = (
+        {os.path.realpath(path) for path in (out, out.parent / f".{out.name}.prepare")}
+        if out
+        else set()
+    )
     found: list[tuple[str, list[File], list[Finding]]] = []
     lone: list[File] = []
     used: dict[str, int] = {}
     homeless: list[Finding] = []
     for item in map(str, inputs):
         try:
-            given = _find_remote(item) if is_url(item) and not _is_there(item) else _find_local(item)
+            given = (
+                _find_remote(item) if is_url(item) and not _is_there(item) else _find_local(item)
+            )
         except ValueError as error:
             raise ValueError(_printable(str(error))) from error
         name = unused(_printable(given.name), used)
@@ -117,12 +212,16 @@ def find_sources(inputs: Sequence[str | Path], out: Path | None = None) -> list[
             if real not in seen:
                 seen.add(real)
                 below = file.below if given.is_file else f"{name}/{file.below}"
-                new.append(File(_printable(below), file.path, _kind(file.below), file.size, file.stamp))
+                new.append(
+                    File(_printable(below), file.path, _kind(file.below), file.size, file.stamp)
+                )
         passed = []
         for each in given.passed:
             if (place := os.path.join(given.root, each.below)) not in told:  # noqa: PTH118  # it may be a URL
                 told.add(place)
-                passed.append(Finding(each.kind, _printable(f"{name}/{each.below}"), 0, each.detail))
+                passed.append(
+                    Finding(each.kind, _printable(f"{name}/{each.below}"), 0, each.detail)
+                )
         if given.is_file and new and new[0].kind == "text":
             if not lone:
                 found.append((unused("files", used), lone, []))
@@ -159,7 +258,9 @@ def plan_units(sources: Sequence[Source]) -> list[Unit]:
                 size += file.size
             elif file.kind == "jsonl" and file.size > UNIT_BYTES and _is_plain_lines(file):
                 for start in range(0, file.size, UNIT_BYTES):
-                    units.append(Unit(source.name, (file,), start, min(start + UNIT_BYTES, file.size)))
+                    units.append(
+                        Unit(source.name, (file,), start, min(start + UNIT_BYTES, file.size))
+                    )
             else:
                 units.append(Unit(source.name, (file,)))
         if texts:
@@ -171,7 +272,9 @@ def _is_plain_lines(file: File) -> bool:
     if packing(file.name) or is_http(file.path):
         return False
     with closing(Stored(file)) as stored:
-        found = look(file.name, file.kind, stored.peek(HEAD_BYTES), file.size <= HEAD_BYTES, "")
+        found = sniff_file(
+            file.name, file.kind, stored.peek(HEAD_BYTES), file.size <= HEAD_BYTES, ""
+        )
     return found.form == "lines" and found.encoding == "utf-8"
 
 
@@ -194,7 +297,9 @@ def _is_there(item: str) -> bool:
 def _find_local(item: str) -> _Input:
     """What is behind an INPUT here."""
     if not item:
-        raise ValueError("an INPUT is empty; name a file, a folder or a glob (. is the folder you are in)")
+        raise ValueError(
+            "an INPUT is empty; name a file, a folder or a glob (. is the folder you are in)"
+        )
     try:
         path = Path(item)
         if item.startswith("~") and not _is_there(item):
@@ -221,13 +326,25 @@ def _find_local(item: str) -> _Input:
                 )
             root = Path(*parts[:fixed])
             files, passed = _walk(root, list(parts[fixed:]))
-            return _Input(_name(root), False, _matching(item, files), passed + _beside(files), os.path.realpath(root))
+            return _Input(
+                _name(root),
+                False,
+                _matching(item, files),
+                passed + _beside(files),
+                os.path.realpath(root),
+            )
         if path.is_symlink():
-            raise ValueError(f"{item}: a link to {path.readlink()}, which is not there; check the path")
+            raise ValueError(
+                f"{item}: a link to {path.readlink()}, which is not there; check the path"
+            )
         if path.exists():
-            raise ValueError(f"{item}: neither a file nor a folder; write it to a file, or pipe it to the input -")
+            raise ValueError(
+                f"{item}: neither a file nor a folder; write it to a file, or pipe it to the input -"
+            )
     except OSError as error:
-        raise ValueError(f"{error.filename or item}: cannot be read: {error.strerror}; check the path") from error
+        raise ValueError(
+            f"{error.filename or item}: cannot be read: {error.strerror}; check the path"
+        ) from error
     except RuntimeError as error:  # no such user behind ~
         raise ValueError(f"{item}: {error}; write the path out") from error
     raise ValueError(f"{item}: no such file or folder; check the path")
@@ -248,7 +365,11 @@ def _find_remote(item: str) -> _Input:
                 ends = range(len(parts) - 1, 0, -1)
                 root = next((there for n in ends if fs.isdir(there := "/".join(parts[:n]))), root)
             pattern = glob.escape(root) + path[len(root) :]
-            found = {name: info for name, info in fs.glob(pattern, detail=True).items() if info["type"] == "file"}
+            found = {
+                name: info
+                for name, info in fs.glob(pattern, detail=True).items()
+                if info["type"] == "file"
+            }
             files, passed = _listed(fs, root, found)
             return _Input(_last(root), False, _matching(item, files), passed + _beside(files), root)
         if item.endswith("/") if web else fs.isdir(path):
@@ -263,7 +384,9 @@ def _find_remote(item: str) -> _Input:
     except FileNotFoundError as error:
         raise ValueError(f"{item}: not there, or not to be reached; check the URL") from error
     except Exception as error:  # every remote file system has its own classes
-        raise ValueError(f"{item}: cannot be read: {type(error).__name__} {error}; check the URL") from error
+        raise ValueError(
+            f"{item}: cannot be read: {type(error).__name__} {error}; check the URL"
+        ) from error
 
 
 def _name(path: Path) -> str:
@@ -271,17 +394,23 @@ def _name(path: Path) -> str:
     return path.name if path.name not in ("", "..") else path.resolve().name or "root"
 
 
-def _listed(fs: Any, root: str, found: dict[str, dict[str, Any]]) -> tuple[list[_Found], list[_Passed]]:
+def _listed(
+    fs: Any, root: str, found: dict[str, dict[str, Any]]
+) -> tuple[list[_Found], list[_Passed]]:
     files, passed = [], []
     for path, info in found.items():
         below = _readable(path).removeprefix(_readable(root)).lstrip("/")
         if _is_hidden(below):
             passed.append(_Passed(below, "hidden", "a name that begins with a dot"))
         elif not _is_wanted(below) and not info.get("size"):
-            files.append(_Found(below, path, 0, ""))  # perhaps not to be read, so a web server is not asked
+            files.append(
+                _Found(below, path, 0, "")
+            )  # perhaps not to be read, so a web server is not asked
         else:
             # A web server's list has no sizes.
-            files.append(_remote(fs, below, path, info if info.get("size") is not None else fs.info(path)))
+            files.append(
+                _remote(fs, below, path, info if info.get("size") is not None else fs.info(path))
+            )
     return sorted(files), sorted(passed)
 
 
@@ -333,13 +462,19 @@ def _walk(root: Path, pattern: Sequence[str]) -> tuple[list[_Found], list[_Passe
             continue
         with os.scandir(root / here) as entries:
             for entry in sorted(entries, key=lambda entry: entry.name):
-                if part != "**" and entry.name != part and not fnmatch.fnmatchcase(entry.name, part):
+                if (
+                    part != "**"
+                    and entry.name != part
+                    and not fnmatch.fnmatchcase(entry.name, part)
+                ):
                     continue
                 below, path = f"{here}/{entry.name}".lstrip("/"), Path(entry.path)
                 is_folder = path.is_dir() if entry.is_symlink() else entry.is_dir()
                 if entry.name.startswith("."):
                     if is_folder:
-                        pass_over(below, "hidden", "a folder whose name begins with a dot, not entered")
+                        pass_over(
+                            below, "hidden", "a folder whose name begins with a dot, not entered"
+                        )
                     elif last:
                         pass_over(below, "hidden", "a name that begins with a dot")
                 elif is_folder and (part == "**" or not last):
@@ -369,12 +504,16 @@ def _suffix(below: str) -> str:
     return f"the suffix {_printable(suffix)}" if suffix else "a name without a suffix"
 
 
-def _without_cards(files: list[_Found], passed: list[_Passed]) -> tuple[list[_Found], list[_Passed]]:
+def _without_cards(
+    files: list[_Found], passed: list[_Passed]
+) -> tuple[list[_Found], list[_Passed]]:
     """The files without the texts that only tell of the data beside or below them; of other texts there it is noted
     that they are read."""
     beside = _texts_beside_data(files)
     cards = [file for file in beside if _is_card(file)]
-    passed = passed + [_Passed(file.below, "card", "it stands beside data, and tells of it") for file in cards]
+    passed = passed + [
+        _Passed(file.below, "card", "it stands beside data, and tells of it") for file in cards
+    ]
     gone = {file.below for file in cards}
     files = [file for file in files if file.below not in gone]
     return files, sorted(passed + _noted(files, [file for file in beside if not _is_card(file)]))
@@ -389,7 +528,10 @@ def _noted(files: list[_Found], beside: list[_Found]) -> list[_Passed]:
     data = sum(file.size for file in files if _kind(file.below) != "text")
     if sum(file.size for file in beside) > data:
         return []
-    return [_Passed(file.below, "beside_data", "a text file beside JSON lines or parquet, read") for file in beside]
+    return [
+        _Passed(file.below, "beside_data", "a text file beside JSON lines or parquet, read")
+        for file in beside
+    ]
 
 
 def _texts_beside_data(files: list[_Found]) -> list[_Found]:
@@ -428,7 +570,9 @@ def _is_card(file: _Found) -> bool:
 
 def _is_set(folder: Path) -> bool:
     """Whether a folder holds a prepared set, or one in the making: its report and rejects are no corpus."""
-    return (folder / PARTIAL).is_dir() or ((folder / MANIFEST).is_file() and (folder / TOKENIZER).is_file())
+    return (folder / PARTIAL).is_dir() or (
+        (folder / MANIFEST).is_file() and (folder / TOKENIZER).is_file()
+    )
 
 
 def _stat(below: str, path: Path) -> _Found:
@@ -439,14 +583,22 @@ def _stat(below: str, path: Path) -> _Found:
 def _some(item: str, files: list[_Found], passed: list[_Passed]) -> list[_Found]:
     if not files:
         wanted = " ".join((*TEXT_SUFFIXES[:3], "...", *JSON_SUFFIXES, ".parquet"))
-        left = f" (passed over: {len(passed):,}, such as {_printable(passed[0].below)})" if passed else ""
-        raise ValueError(f"{item}: no readable file in this folder{left}, expected some ending in {wanted}")
+        left = (
+            f" (passed over: {len(passed):,}, such as {_printable(passed[0].below)})"
+            if passed
+            else ""
+        )
+        raise ValueError(
+            f"{item}: no readable file in this folder{left}, expected some ending in {wanted}"
+        )
     return files
 
 
 def _matching(item: str, files: list[_Found]) -> list[_Found]:
     if not files:
-        raise ValueError(f"{item}: no file matches this pattern; check it, and quote it for the shell")
+        raise ValueError(
+            f"{item}: no file matches this pattern; check it, and quote it for the shell"
+        )
     for file in files:
         _refuse_archives(file.path, file.below)
     return files
@@ -463,7 +615,9 @@ def _refuse_archives(path: str, name: str) -> None:
 
 def _is_wanted(name: str) -> bool:
     bare = _bare(name)
-    return bare.endswith((*TEXT_SUFFIXES, *JSON_SUFFIXES)) or (bare.endswith(".parquet") and not packing(name))
+    return bare.endswith((*TEXT_SUFFIXES, *JSON_SUFFIXES)) or (
+        bare.endswith(".parquet") and not packing(name)
+    )
 
 
 def _is_hidden(below: str) -> bool:

@@ -137,7 +137,9 @@ class _Scanner:
                 return start, self._before + self._at - 1
             # What stops the match may be an escape that the window cuts.
             if len(self._window) - self._at >= _ESCAPE_BYTES or not self._refill():
-                raise self._malformed(self._window[self._at :][:1], "a character, a valid escape or the string's end")
+                raise self._malformed(
+                    self._window[self._at :][:1], "a character, a valid escape or the string's end"
+                )
 
     def is_string(self, wanted: str) -> bool:
         """Go past a string; whether it is `wanted`."""

@@ -11,7 +11,7 @@ from typing import IO, Any, NamedTuple
 import orjson
 
 from data_prep.read import oversize
-from data_prep.read.sniff import HEAD_BYTES, Form, as_lines, look, stand_in, transcoded
+from data_prep.read.sniff import HEAD_BYTES, Form, as_lines, sniff_file, stand_in, transcoded
 from data_prep.read.streams import File, Stored, packing, seekable, unpacked
 
 PIECE_BYTES = 4 << 20
@@ -143,9 +143,11 @@ def opened(file: File, stored: Stored, text_field: str) -> Opened:
         if size >= HEAD_BYTES:
             break
     head = b"".join(begun)[:HEAD_BYTES]
-    found_out = look(file.name, file.kind, head, size < HEAD_BYTES, text_field)
+    found_out = sniff_file(file.name, file.kind, head, size < HEAD_BYTES, text_field)
     if found_out.kind:
-        return Opened("nothing", iter(()), (Finding(found_out.kind, file.name, 0, found_out.detail),))
+        return Opened(
+            "nothing", iter(()), (Finding(found_out.kind, file.name, 0, found_out.detail),)
+        )
     chunks = itertools.chain(begun, chunks)
     findings = []
     if found_out.encoding != "utf-8":
@@ -170,7 +172,9 @@ def _files(unit: Unit, text_field: str) -> Iterator[tuple[Text | Finding, int]]:
             before = end if file.size else before + stored.position
 
 
-def _content(file: File, stored: Stored, content: Opened, text_field: str) -> Iterator[Text | Finding]:
+def _content(
+    file: File, stored: Stored, content: Opened, text_field: str
+) -> Iterator[Text | Finding]:
     """A text file's document or its parts, or the lines of JSON that it holds."""
     if content.form == "text":
         yield from _parts(file.name, 0, content.chunks)
@@ -192,7 +196,9 @@ def _content(file: File, stored: Stored, content: Opened, text_field: str) -> It
 
 
 def _trailing(file: File, stored: Stored) -> Finding:
-    return Finding("trailing_bytes", file.name, 0, f"{stored.trailing:,} bytes after the last whole member")
+    return Finding(
+        "trailing_bytes", file.name, 0, f"{stored.trailing:,} bytes after the last whole member"
+    )
 
 
 def _parts(name: str, line: int, chunks: Iterable[bytes]) -> Iterator[Text | Finding]:
@@ -228,7 +234,11 @@ def _rows(file: File, text_field: str) -> Iterator[tuple[Text | Finding, int]]:
                     column = column.dictionary_decode()
                 for value in column.cast(pa.large_binary()).to_pylist():
                     row += 1
-                    for item in [Text(file.name, row, None)] if value is None else _parts(file.name, row, [value]):
+                    for item in (
+                        [Text(file.name, row, None)]
+                        if value is None
+                        else _parts(file.name, row, [value])
+                    ):
                         yield item, file.size * row // rows
         except (pa.ArrowException, OSError) as error:
             raise ValueError(
@@ -266,7 +276,13 @@ def _check_column(file: File, schema: Any, text_field: str) -> None:
         )
     kind = schema.field(text_field).type
     value = kind.value_type if pa.types.is_dictionary(kind) else kind
-    if value not in (pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary()):
+    if value not in (
+        pa.string(),
+        pa.large_string(),
+        pa.string_view(),
+        pa.binary(),
+        pa.large_binary(),
+    ):
         raise ValueError(
             f"{file.path}: found column {text_field!r} of type {kind}, expected string; "
             "name the column of the text with --text-field"
@@ -278,7 +294,11 @@ def _json_lines(unit: Unit, text_field: str) -> Iterator[tuple[Piece, int]]:
     first_line = 1
     with closing(Stored(file, max(unit.start - 1, 0))) as stored:
         # Only a file that is plain lines is cut in ranges (data_prep.read.inputs).
-        content = Opened("lines", unpacked(file, stored)) if unit.start else opened(file, stored, text_field)
+        content = (
+            Opened("lines", unpacked(file, stored))
+            if unit.start
+            else opened(file, stored, text_field)
+        )
         findings = content.findings
         for run in _runs(_lines_in_range(content.chunks, unit)):
             piece = Piece(0, file.name, first_line, start=unit.start, findings=findings)
@@ -322,7 +342,10 @@ def _lines_in_range(chunks: Iterator[bytes], unit: Unit) -> Iterator[bytes]:
                 return
             chunk = chunk[skipped:]
         # The last line is the one whose newline is at end - 1 or, the first such, after it.
-        if unit.end is not None and (stop := chunk.find(b"\n", max(unit.end - 1 - position, 0))) >= 0:
+        if (
+            unit.end is not None
+            and (stop := chunk.find(b"\n", max(unit.end - 1 - position, 0))) >= 0
+        ):
             yield chunk[: stop + 1]
             return
         position += len(chunk)
@@ -350,7 +373,9 @@ def _runs(chunks: Iterator[bytes]) -> Iterator[bytes | _LongLine]:
         long = False
         while len(block) - start >= PIECE_BYTES:
             end = block.rfind(b"\n", start, start + PIECE_BYTES) + 1
-            end = end or block.find(b"\n", start + PIECE_BYTES, start + oversize.MAX_DOCUMENT + 1) + 1
+            end = (
+                end or block.find(b"\n", start + PIECE_BYTES, start + oversize.MAX_DOCUMENT + 1) + 1
+            )
             if end:
                 yield block[start:end]
                 start = end
@@ -384,7 +409,11 @@ def _long_line(file: IO[bytes], piece: Piece, text_field: str) -> Iterator[Piece
     line, size = piece.first_line, file.tell()
     file.seek(0)
     raw = file.read(RAW_BYTES)
-    start = len(codecs.BOM_UTF8) if line == 1 and not piece.start and raw.startswith(codecs.BOM_UTF8) else 0
+    start = (
+        len(codecs.BOM_UTF8)
+        if line == 1 and not piece.start and raw.startswith(codecs.BOM_UTF8)
+        else 0
+    )
     findings = list(piece.findings)
     if start:
         findings.append(Finding("byte_order_mark", piece.name, line, "a byte order mark"))
@@ -403,9 +432,13 @@ def _long_line(file: IO[bytes], piece: Piece, text_field: str) -> Iterator[Piece
     if body_bytes > oversize.MAX_DOCUMENT:
         findings.append(_cut(piece.name, line, body_bytes))
     for body in oversize.cut_string(file, *place):
-        yield piece._replace(lines=b'{%b:"%b"}' % (orjson.dumps(text_field), body), findings=tuple(findings))
+        yield piece._replace(
+            lines=b'{%b:"%b"}' % (orjson.dumps(text_field), body), findings=tuple(findings)
+        )
         piece, findings = piece._replace(line_count=0), []
 
 
 def _cut(name: str, line: int, size: int) -> Finding:
-    return Finding("cut", name, line, f"{size:,} bytes, cut in documents of at most {oversize.MAX_DOCUMENT:,}")
+    return Finding(
+        "cut", name, line, f"{size:,} bytes, cut in documents of at most {oversize.MAX_DOCUMENT:,}"
+    )

@@ -72,10 +72,15 @@ _POINTERS = {
         rb"version https://(?:git-lfs\.github|hawser)\.com/spec/v"
     ): "a pointer of Git LFS; `git lfs pull` gets it",
     re.compile(rb"# xet version \d"): "a pointer of Xet; download it again",
-    re.compile(rb"(?:\S*/)?(?:\.git)?/annex/objects/\S+\s*\Z"): "a pointer of git-annex; `git annex get` gets the file",
+    re.compile(
+        rb"(?:\S*/)?(?:\.git)?/annex/objects/\S+\s*\Z"
+    ): "a pointer of git-annex; `git annex get` gets the file",
 }
 _XML_ERROR = re.compile(rb"\s*(?:<\?xml[^>]*>\s*)?<Error(?:\s[^>]*)?>\s*<Code>\s*([^<]{1,80})")
-_PAGE = re.compile(rb"\s*(?:<\?xml[^>]*>\s*|<!--.*?-->\s*)*(?:<!doctype\s+html|<html[\s>])", re.IGNORECASE | re.DOTALL)
+_PAGE = re.compile(
+    rb"\s*(?:<\?xml[^>]*>\s*|<!--.*?-->\s*)*(?:<!doctype\s+html|<html[\s>])",
+    re.IGNORECASE | re.DOTALL,
+)
 _TITLE = re.compile(rb"<(?:title|h1)[^>]*>([^<]{0,200})", re.IGNORECASE)
 _ERROR_TITLE = re.compile(
     rb"\b[45]\d\d\b|error|not found|forbidden|denied|unavailable|unauthori[sz]ed|bad gateway|timed? ?out|moved|redirect"
@@ -91,13 +96,23 @@ _ERROR_LINE = re.compile(
     rb"|access to (?:model|dataset) .{1,200})[.!]?\s*\Z",
     re.IGNORECASE,
 )
-_ERROR_KEYS = {"error", "errors", "message", "detail", "code", "status", "statusCode", "documentation_url", "requestId"}
+_ERROR_KEYS = {
+    "error",
+    "errors",
+    "message",
+    "detail",
+    "code",
+    "status",
+    "statusCode",
+    "documentation_url",
+    "requestId",
+}
 
 # lines: an object a line. values: objects after one another, over several lines. elements: an array of objects.
 Form = Literal["text", "lines", "values", "elements", "nothing"]
 
 
-class Look(NamedTuple):
+class Sniffed(NamedTuple):
     """What a file is: how to read it and in which encoding; or, if there is nothing to read, of which kind of finding
     (data_prep.read.documents) that is, and what was found."""
 
@@ -107,14 +122,18 @@ class Look(NamedTuple):
     detail: str = ""
 
 
-def look(name: str, kind: Kind, head: bytes, whole: bool, text_field: str) -> Look:
+def sniff_file(name: str, kind: Kind, head: bytes, whole: bool, text_field: str) -> Sniffed:
     """What a file is by its unpacked beginning: `head` is HEAD_BYTES, or all there is (`whole`).
 
     Names count little: of a file of `kind` jsonl whatever is not clearly something else is read as lines, one of kind
     json must hold records, and any other is text unless it clearly holds records with a text.
     """
     if not head:
-        return Look("nothing", kind="empty", detail="an empty document" if kind == "text" else "an empty file")
+        return Sniffed(
+            "nothing",
+            kind="empty",
+            detail="an empty document" if kind == "text" else "an empty file",
+        )
     # Lines of JSON stay that, whatever their first line looks like.
     is_sure = kind == "jsonl" and _json_form(head, whole)[1] > 0
     encoding = "utf-8" if is_sure else _encoding(head)
@@ -124,30 +143,37 @@ def look(name: str, kind: Kind, head: bytes, whole: bool, text_field: str) -> Lo
     elif not is_sure and (found := _magic(head)):
         suffix = "" if packing(name) else _READ_AS.get(found, "")
         advice = f"; with the suffix {suffix} it is read" if suffix else ""
-        return Look("nothing", kind="not_text", detail=f"the beginning of {found} data{advice}")
+        return Sniffed("nothing", kind="not_text", detail=f"the beginning of {found} data{advice}")
     head = head.removeprefix(codecs.BOM_UTF8)
     if found := stand_in(name, kind, head, whole, text_field):
-        return Look("nothing", kind="stand_in", detail=found)
+        return Sniffed("nothing", kind="stand_in", detail=found)
     form, objects = _json_form(head, whole)
     keys = b"|".join(
-        re.escape(json.dumps(text_field, ensure_ascii=ascii_only).encode()) for ascii_only in (False, True)
+        re.escape(json.dumps(text_field, ensure_ascii=ascii_only).encode())
+        for ascii_only in (False, True)
     )
     named = re.search(rb"(?:%b)\s*:\s*\"" % keys, head) is not None
     match kind, form:
-        case "jsonl", "values" | "elements" if not whole or head.rstrip()[-1:] == (b"}" if form == "values" else b"]"):
-            return Look(form, encoding)
+        case "jsonl", "values" | "elements" if not whole or head.rstrip()[-1:] == (
+            b"}" if form == "values" else b"]"
+        ):
+            return Sniffed(form, encoding)
         case "jsonl", _:
-            return Look("lines", encoding)
+            return Sniffed("lines", encoding)
         case "json", "text":
-            return Look("nothing", kind="other_json", detail="no JSON object and no array of any")
+            return Sniffed(
+                "nothing", kind="other_json", detail="no JSON object and no array of any"
+            )
         case "json", _:
             if named or not whole or objects > 1:
-                return Look(form, encoding)
-            return Look("nothing", kind="other_json", detail=f"JSON without a string {text_field!r}")
+                return Sniffed(form, encoding)
+            return Sniffed(
+                "nothing", kind="other_json", detail=f"JSON without a string {text_field!r}"
+            )
         case _, "lines":
-            return Look("lines" if named or objects > 1 else "text", encoding)
+            return Sniffed("lines" if named or objects > 1 else "text", encoding)
         case _:
-            return Look(form if named else "text", encoding)
+            return Sniffed(form if named else "text", encoding)
 
 
 def stand_in(name: str, kind: Kind, head: bytes, whole: bool, text_field: str) -> str:
@@ -190,7 +216,9 @@ def transcoded(chunks: Iterable[bytes], encoding: str) -> Iterator[bytes]:
     first = True
     for chunk in chunks:
         if text := decoder.decode(chunk):
-            if encoded := (text.removeprefix("\ufeff") if first else text).encode(errors="surrogateescape"):
+            if encoded := (text.removeprefix("\ufeff") if first else text).encode(
+                errors="surrogateescape"
+            ):
                 yield encoded
             first = False
     if end := decoder.decode(b"", True).encode(errors="surrogateescape"):
@@ -246,7 +274,10 @@ def _encoding(head: bytes) -> str:
     if mark is None:
         return "utf-8"
     text = head[len(mark) :][: 4 * SAMPLE_CHARS].decode(MARKS[mark], "replace")[:SAMPLE_CHARS]
-    odd = sum(unicodedata.category(char) in ("Cc", "Cn", "Co", "Cs") and char not in "\t\n\r\f" for char in text)
+    odd = sum(
+        unicodedata.category(char) in ("Cc", "Cn", "Co", "Cs") and char not in "\t\n\r\f"
+        for char in text
+    )
     return MARKS[mark] if (odd + text.count("\ufffd")) * 20 <= len(text) + 20 else "utf-8"
 
 

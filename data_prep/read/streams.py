@@ -94,7 +94,9 @@ class Stored:
             yield
         except Exception as error:  # every remote file system has its own classes
             why = getattr(error, "strerror", None) or f"{type(error).__name__} {error}".strip()
-            raise ValueError(f"{self._file.path}: cannot be read: {why}; check the file, then run again") from error
+            raise ValueError(
+                f"{self._file.path}: cannot be read: {why}; check the file, then run again"
+            ) from error
 
 
 def is_url(path: str) -> bool:
@@ -113,15 +115,21 @@ def file_system(url: str) -> tuple[Any, str]:
         import aiohttp
 
         # The default ends a download after five minutes.
-        options["client_kwargs"] = {"timeout": aiohttp.ClientTimeout(total=None, sock_connect=60, sock_read=300)}
+        options["client_kwargs"] = {
+            "timeout": aiohttp.ClientTimeout(total=None, sock_connect=60, sock_read=300)
+        }
     try:
         fs, path = url_to_fs(url, **options)
         return fs, path
     except ImportError as error:
         package = known_implementations[protocol]["class"].split(".")[0]
-        raise ValueError(f"{url}: {protocol}:// needs a package that is not here; pip install {package}") from error
+        raise ValueError(
+            f"{url}: {protocol}:// needs a package that is not here; pip install {package}"
+        ) from error
     except ValueError as error:
-        raise ValueError(f"{url}: {error}; expected a path, s3://, gs://, https:// or another of fsspec's") from error
+        raise ValueError(
+            f"{url}: {error}; expected a path, s3://, gs://, https:// or another of fsspec's"
+        ) from error
 
 
 def open_file(path: str) -> Any:
@@ -252,14 +260,20 @@ class _Archive(NamedTuple):
 
     def begins(self, data: bytes) -> bool:
         """Whether a member begins here, perhaps one that is cut short within its first bytes."""
-        return data[: len(self.magic)] == self.magic[: len(data)] or bool(self.other and self.other.match(data))
+        return data[: len(self.magic)] == self.magic[: len(data)] or bool(
+            self.other and self.other.match(data)
+        )
 
 
 _ARCHIVES = {
     ".gz": _Archive(_Gzip, b"\x1f\x8b\x08", padding=b"\0"),
-    ".zst": _Archive(_Zstd, b"\x28\xb5\x2f\xfd", re.compile(rb"[\x50-\x5f]\x2a\x4d\x18")),  # skippable frames
+    ".zst": _Archive(
+        _Zstd, b"\x28\xb5\x2f\xfd", re.compile(rb"[\x50-\x5f]\x2a\x4d\x18")
+    ),  # skippable frames
     ".bz2": _Archive(bz2.BZ2Decompressor, b"BZh"),
-    ".xz": _Archive(lzma.LZMADecompressor, b"\xfd7zXZ\0", re.compile(rb"\x5d\0\0"), padding=b"\0"),  # and .lzma
+    ".xz": _Archive(
+        lzma.LZMADecompressor, b"\xfd7zXZ\0", re.compile(rb"\x5d\0\0"), padding=b"\0"
+    ),  # and .lzma
 }
 
 
@@ -295,7 +309,11 @@ class _Members:
         while not decoder.eof:
             data = b""
             if decoder.needs_input:
-                size = LITTLE if len(unpacked) > CHUNK else min(SLICE, max(LITTLE, self.position // 16))
+                size = (
+                    LITTLE
+                    if len(unpacked) > CHUNK
+                    else min(SLICE, max(LITTLE, self.position // 16))
+                )
                 if not (data := self._next(size)):
                     raise EOFError("the last member is cut short")
                 self._skip(len(data))

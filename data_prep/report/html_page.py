@@ -20,15 +20,19 @@ from data_prep.report.markup import (
     facts,
     folded,
     histogram,
-    many,
     node,
-    percent,
-    rate,
-    ratio,
-    scaled,
     table,
 )
-from data_prep.report.models import STAGES, Report, SourceReport, Stage, fate, funnel, notes
+from data_prep.report.models import (
+    STAGES,
+    Report,
+    SourceReport,
+    Stage,
+    count_by_stage,
+    find_notes,
+    funnel,
+)
+from data_prep.words import counted, percent, rate, ratio, scaled
 
 OPEN_SOURCES = 8
 FINDINGS = {
@@ -68,7 +72,9 @@ def write_report(folder: Path, report: Report) -> None:
 
 def page(report: Report) -> str:
     """The whole page: nothing on it runs or is fetched, and whatever came from the corpus is escaped."""
-    options: list[tuple[str, Child]] = [(name, _plain(value)) for name, value in report.options.items()]
+    options: list[tuple[str, Child]] = [
+        (name, _plain(value)) for name, value in report.options.items()
+    ]
     sections = {
         "Where the documents went": _funnel(report),
         "Sources": _sources(report),
@@ -82,16 +88,18 @@ def page(report: Report) -> str:
     anchors = {heading: heading.split()[-1].lower() for heading in sections}
     links = [node("a", heading, href=f"#{anchors[heading]}") for heading in sections]
     parts: list[Child] = [node("h1", report.name), node("nav", *links), _headline(report)]
-    if lines := notes(report):
+    if lines := find_notes(report):
         items = [node("li", line) for line in lines]
-        parts.append(node("div", node("h3", "Worth a look"), node("ul", *items), class_="card notes"))
+        parts.append(
+            node("div", node("h3", "Worth a look"), node("ul", *items), class_="card notes")
+        )
     for heading, content in sections.items():
         parts.append(node("section", node("h2", heading), content, id=anchors[heading]))
     return document(f"{report.name}: prepared set", *parts)
 
 
 def _headline(report: Report) -> Element:
-    count = fate(funnel(report, report.sources))
+    count = count_by_stage(funnel(report, report.sources))
     found = sum(count.values())
     text_bytes = sum(source.text_bytes for source in report.sources)
     tokens = sum(source.tokens for source in report.sources)
@@ -99,25 +107,43 @@ def _headline(report: Report) -> Element:
         "tokens": node("span", scaled(tokens, ("", "K", "M", "B", "T")), title=f"{tokens:,}"),
         "of text": exact_size(text_bytes),
         "documents": f"{count['kept']:,}",
-        f"of {many(found, 'document')} found": percent(count["kept"], found),
+        f"of {counted(found, 'document')} found": percent(count["kept"], found),
         "bytes a token": rate(text_bytes, tokens),
         "pieces of vocabulary": f"{report.tokenizer.vocab_size:,}",
     }
-    boxes = [node("div", node("b", value), node("small", label), class_="tile") for label, value in tiles.items()]
+    boxes = [
+        node("div", node("b", value), node("small", label), class_="tile")
+        for label, value in tiles.items()
+    ]
     return node("div", *boxes, class_="tiles")
 
 
 def _funnel(report: Report) -> Element:
     steps = funnel(report, report.sources)
     found = left = sum(step.lost for step in steps)
-    rows: list[list[Cell]] = [["found", bar(("kept", float(found > 0), f"{found:,}")), "", "", found]]
+    rows: list[list[Cell]] = [
+        ["found", bar(("kept", float(found > 0), f"{found:,}")), "", "", found]
+    ]
     for stage, label, lost in steps[:-1]:
         left -= lost
-        parts = bar(("kept", ratio(left, found), f"{left:,} left"), (stage, ratio(lost, found), f"{lost:,} left out"))
+        parts = bar(
+            ("kept", ratio(left, found), f"{left:,} left"),
+            (stage, ratio(lost, found), f"{lost:,} left out"),
+        )
         rows.append([label, parts, f"{-lost:,}", percent(lost, found) if lost else "", left])
-    rows.append(["kept", bar(("kept", ratio(left, found), f"{left:,} kept")), "", "", node("b", f"{left:,}")])
+    rows.append(
+        [
+            "kept",
+            bar(("kept", ratio(left, found), f"{left:,} kept")),
+            "",
+            "",
+            node("b", f"{left:,}"),
+        ]
+    )
     note = "What each stage left out of the documents that reached it. Shares are of all that were found."
-    return node("div", node("p", note), card(table("lwrrr", ["stage", "", "left out", "", "left"], rows)))
+    return node(
+        "div", node("p", note), card(table("lwrrr", ["stage", "", "left out", "", "left"], rows))
+    )
 
 
 def _sources(report: Report) -> Element:
@@ -128,21 +154,29 @@ def _sources(report: Report) -> Element:
         "div",
         card(*_fates(report)),
         card(_amounts(report)),
-        card(node("h3", "All sources"), _lengths(report.sources, byte_span, token_span)) if several else None,
-        *(_source(source, byte_span, token_span, len(report.sources) <= OPEN_SOURCES) for source in report.sources),
+        card(node("h3", "All sources"), _lengths(report.sources, byte_span, token_span))
+        if several
+        else None,
+        *(
+            _source(source, byte_span, token_span, len(report.sources) <= OPEN_SOURCES)
+            for source in report.sources
+        ),
     )
 
 
 def _fates(report: Report) -> tuple[Element, Element]:
     """How many documents of each source every stage left out, and the legend of its bars."""
-    total = fate(funnel(report, report.sources))
+    total = count_by_stage(funnel(report, report.sources))
     looked: tuple[Stage, ...] = ("kept", "exact", "near") if report.duplicates else ("kept",)
     stages = [stage for stage in STAGES if total[stage] or stage in looked]
     rows: list[list[Cell]] = []
     for source in report.sources:
-        count = fate(funnel(report, [source]))
+        count = count_by_stage(funnel(report, [source]))
         found = sum(count.values())
-        parts = [(stage, ratio(count[stage], found), f"{STAGES[stage]}: {count[stage]:,}") for stage in stages]
+        parts = [
+            (stage, ratio(count[stage], found), f"{STAGES[stage]}: {count[stage]:,}")
+            for stage in stages
+        ]
         rows.append([source.name, bar(*parts), found, *(count[stage] for stage in stages)])
     legend = [node("span", node("i", class_=stage), STAGES[stage]) for stage in stages]
     head = ["source", "documents", "found", *(STAGES[stage] for stage in stages)]
@@ -169,28 +203,47 @@ def _amounts(report: Report) -> Element:
                 each,
             ]
         )
-    return table("lrrwrwr", ["source", "text", "tokens", "share of tokens", "", "bytes a token", ""], rows)
+    return table(
+        "lrrwrwr", ["source", "text", "tokens", "share of tokens", "", "bytes a token", ""], rows
+    )
 
 
-def _source(source: SourceReport, byte_span: tuple[int, int], token_span: tuple[int, int], unfolded: bool) -> Element:
+def _source(
+    source: SourceReport, byte_span: tuple[int, int], token_span: tuple[int, int], unfolded: bool
+) -> Element:
     lines: list[tuple[str, Child]] = [
-        ("read", node("span", many(source.read, "document"), ", ", exact_size(source.read_bytes))),
+        (
+            "read",
+            node("span", counted(source.read, "document"), ", ", exact_size(source.read_bytes)),
+        ),
         ("files", f"{source.files:,}"),
     ]
-    for name, counts in (("dropped", source.dropped), ("changed", source.changed), ("findings", source.findings)):
+    for name, counts in (
+        ("dropped", source.dropped),
+        ("changed", source.changed),
+        ("findings", source.findings),
+    ):
         if any(counts.values()):
-            lines.append((name, ", ".join(f"{kind} {count:,}" for kind, count in counts.items() if count)))
+            lines.append(
+                (name, ", ".join(f"{kind} {count:,}" for kind, count in counts.items() if count))
+            )
     plots = _lengths([source], byte_span, token_span) if source.documents else None
-    texts = [part for example in source.examples for part in (node("h3", example.place), excerpt(example.text))]
+    texts = [
+        part
+        for example in source.examples
+        for part in (node("h3", example.place), excerpt(example.text))
+    ]
     folds = folded(f"How kept documents begin ({len(source.examples)})", *texts) if texts else None
-    summary = node("summary", f"{source.name}: {many(source.documents, 'document')} kept")
+    summary = node("summary", f"{source.name}: {counted(source.documents, 'document')} kept")
     box = node("details", summary, facts(lines), plots, folds, class_="card")
     if unfolded:
         box.set("open", "")
     return box
 
 
-def _lengths(sources: Sequence[SourceReport], byte_span: tuple[int, int], token_span: tuple[int, int]) -> Element:
+def _lengths(
+    sources: Sequence[SourceReport], byte_span: tuple[int, int], token_span: tuple[int, int]
+) -> Element:
     """How long the kept documents are, in bytes and in tokens."""
     documents = sum(source.documents for source in sources)
     figures = []
@@ -212,10 +265,18 @@ def _rules(report: Report) -> Element:
     samples = []
     for name, rule in report.rules.items():
         dropped = bar(("rules", ratio(rule.dropped, most), f"{rule.dropped:,} dropped"))
-        rows.append([name, dropped, rule.dropped, percent(rule.dropped, rule.seen), rule.changed, rule.seen])
-        texts = [part for sample in rule.samples for part in (node("h3", sample.detail), excerpt(sample.text))]
+        rows.append(
+            [name, dropped, rule.dropped, percent(rule.dropped, rule.seen), rule.changed, rule.seen]
+        )
+        texts = [
+            part
+            for sample in rule.samples
+            for part in (node("h3", sample.detail), excerpt(sample.text))
+        ]
         if texts:
-            samples.append(folded(f"{many(len(rule.samples), 'document')} that {name} dropped", *texts))
+            samples.append(
+                folded(f"{counted(len(rule.samples), 'document')} that {name} dropped", *texts)
+            )
     head = ["rule", "", "dropped", "of seen", "changed", "seen"]
     note = "In the order in which they ran: a rule sees what those before it have kept."
     return node("div", node("p", note), card(table("lwrrrr", head, rows), *samples))
@@ -225,19 +286,29 @@ def _duplicates(report: Report) -> Element:
     copies = report.duplicates
     if copies is None:
         return node("p", "Duplicates were not looked for.")
-    exact, near = many(copies.exact, "exact copy", "exact copies"), many(copies.near, "near duplicate")
+    exact, near = (
+        counted(copies.exact, "exact copy", "exact copies"),
+        counted(copies.near, "near duplicate"),
+    )
     note = node(
         "p",
-        f"{exact} and {near} were left out, in {many(copies.clusters, 'cluster')}. "
+        f"{exact} and {near} were left out, in {counted(copies.clusters, 'cluster')}. "
         "Of a cluster, the first document in reading order stayed.",
     )
     boxes = []
     if copies.largest:
         most = max(count for count, _ in copies.largest)
         rows: list[list[Cell]] = [
-            [place, bar(("near", ratio(count, most), f"{count:,} documents")), count] for count, place in copies.largest
+            [place, bar(("near", ratio(count, most), f"{count:,} documents")), count]
+            for count, place in copies.largest
         ]
-        boxes.append(card(table("lwr", ["largest clusters, by the document that stayed", "", "documents"], rows)))
+        boxes.append(
+            card(
+                table(
+                    "lwr", ["largest clusters, by the document that stayed", "", "documents"], rows
+                )
+            )
+        )
     pairs = []
     for example in copies.examples:
         kept, dropped = differing(example.kept_text, example.dropped_text)
@@ -259,7 +330,9 @@ def differing(left: str, right: str) -> tuple[list[Child], list[Child]]:
     """Both texts, cut into parts, of which those that the other lacks are marked."""
     ours, theirs = (re.findall(r"\s+|\S+", text) for text in (left, right))
     sides: tuple[list[Child], list[Child]] = ([], [])
-    for kind, i, j, k, m in difflib.SequenceMatcher(None, ours, theirs, autojunk=False).get_opcodes():
+    for kind, i, j, k, m in difflib.SequenceMatcher(
+        None, ours, theirs, autojunk=False
+    ).get_opcodes():
         for side, text in zip(sides, ("".join(ours[i:j]), "".join(theirs[k:m])), strict=True):
             side.append(node("mark", text) if text and kind != "equal" else text)
     return sides
@@ -271,11 +344,21 @@ def _findings(report: Report) -> Element:
         total.update(source.findings)
     if not total.total() and not report.rejects:
         return node("p", "None: every record was read as it stood.")
-    rows: list[list[Cell]] = [[kind, FINDINGS.get(kind, ""), count] for kind, count in total.most_common()]
+    rows: list[list[Cell]] = [
+        [kind, FINDINGS.get(kind, ""), count] for kind, count in total.most_common()
+    ]
     rejects: list[list[Cell]] = []
     for reject in report.rejects:
         place = f"{reject.file}, line {reject.line:,}" if reject.line else reject.file
-        rejects.append([reject.kind, place, reject.action, reject.detail, excerpt(reject.raw) if reject.raw else ""])
+        rejects.append(
+            [
+                reject.kind,
+                place,
+                reject.action,
+                reject.detail,
+                excerpt(reject.raw) if reject.raw else "",
+            ]
+        )
     first = table("lllll", ["finding", "where", "action", "detail", "what stood there"], rejects)
     return node(
         "div",
@@ -291,10 +374,14 @@ def _tokenizer(report: Report) -> Element:
     tokenizer = report.tokenizer
     model: Child = "given"
     if tokenizer.kind:
-        sample = exact_size(tokenizer.sample_bytes) if tokenizer.sample_bytes is not None else "a sample"
+        sample = (
+            exact_size(tokenizer.sample_bytes) if tokenizer.sample_bytes is not None else "a sample"
+        )
         model = node("span", f"{tokenizer.kind}, trained on ", sample, " of this text")
-    outcome = "the exact text came back" if tokenizer.round_trip else "the exact text did NOT come back"
-    checked = many(tokenizer.checked_documents, "document")
+    outcome = (
+        "the exact text came back" if tokenizer.round_trip else "the exact text did NOT come back"
+    )
+    checked = counted(tokenizer.checked_documents, "document")
     text_bytes = sum(source.text_bytes for source in report.sources)
     tokens = sum(source.tokens for source in report.sources)
     return card(
@@ -304,14 +391,28 @@ def _tokenizer(report: Report) -> Element:
                 ("vocabulary", f"{tokenizer.vocab_size:,} pieces"),
                 ("encoder", tokenizer.encoder),
                 ("compression", f"{rate(text_bytes, tokens)} bytes a token"),
-                ("round trip", node("span", f"{outcome}: {checked}, ", exact_size(tokenizer.checked_bytes))),
+                (
+                    "round trip",
+                    node("span", f"{outcome}: {checked}, ", exact_size(tokenizer.checked_bytes)),
+                ),
             ]
         )
     )
 
 
 def _splits(report: Report) -> Element:
-    head = ["split", "documents", "text", "tokens", "bytes a token", "rows", "padding", "", "shards", "on disk"]
+    head = [
+        "split",
+        "documents",
+        "text",
+        "tokens",
+        "bytes a token",
+        "rows",
+        "padding",
+        "",
+        "shards",
+        "on disk",
+    ]
     rows: list[list[Cell]] = [
         [
             name,

@@ -9,6 +9,8 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from xml.etree.ElementTree import Element, tostring
 
+from data_prep.words import size
+
 Child = str | Element | None
 Cell = Child | int
 
@@ -53,7 +55,13 @@ def table(columns: str, head: Sequence[str], rows: Iterable[Sequence[Cell]]) -> 
 
     def line(tag: str, cells: Sequence[Cell]) -> Element:
         texts = [f"{cell:,}" if isinstance(cell, int) else cell for cell in cells]
-        return node("tr", *(node(tag, text, class_=style[kind]) for kind, text in zip(columns, texts, strict=True)))
+        return node(
+            "tr",
+            *(
+                node(tag, text, class_=style[kind])
+                for kind, text in zip(columns, texts, strict=True)
+            ),
+        )
 
     body = node("tbody", *(line("td", row) for row in rows))
     return node("div", node("table", node("thead", line("th", head)), body), class_="scroll")
@@ -81,7 +89,9 @@ def folded(summary: str, *children: Child) -> Element:
 
 def facts(pairs: Iterable[tuple[str, Child]]) -> Element:
     """Names and values."""
-    return node("dl", *(part for name, value in pairs for part in (node("dt", name), node("dd", value))))
+    return node(
+        "dl", *(part for name, value in pairs for part in (node("dt", name), node("dd", value)))
+    )
 
 
 def card(*children: Child) -> Element:
@@ -106,7 +116,12 @@ def histogram(counts: Sequence[int], low: int, high: int, unit: str) -> Element:
         if value := counts[exponent] if exponent < len(counts) else 0:
             tall = max(PLOT_HEIGHT * value / most, 1.5)
             title = f"{2**exponent:,} to {2 ** (exponent + 1) - 1:,} {unit}: {value:,} documents, {value / total:.1%}"
-            box = {"x": x, "y": f"{bottom - tall:.1f}", "width": f"{step - 2:.1f}", "height": f"{tall:.1f}"}
+            box = {
+                "x": x,
+                "y": f"{bottom - tall:.1f}",
+                "width": f"{step - 2:.1f}",
+                "height": f"{tall:.1f}",
+            }
             marks.append(node("rect", node("title", title), rx="2", **box))
         if place % -(-(high - low) // AXIS_LABELS) == 0:
             marks.append(node("text", power(exponent), x=x, y=str(bottom + 14)))
@@ -121,42 +136,6 @@ def histogram(counts: Sequence[int], low: int, high: int, unit: str) -> Element:
     )
 
 
-def many(count: int, one: str, several: str = "") -> str:
-    """1 document, 2 documents."""
-    return f"{count:,} {one if count == 1 else several or one + 's'}"
-
-
-def ratio(part: float, whole: float) -> float:
-    """part / whole, 0 of nothing."""
-    return part / whole if whole else 0.0
-
-
-def rate(part: int, whole: int) -> str:
-    """part / whole with two decimals, a dash of nothing."""
-    return f"{part / whole:.2f}" if whole else "-"
-
-
-def percent(part: int, whole: int) -> str:
-    """A share, never rounded to nothing or to all; a dash of nothing."""
-    if not whole or part in (0, whole):
-        return f"{100 * part // whole} %" if whole else "-"
-    share = 100 * part / whole
-    return "<0.1 %" if share < 0.1 else ">99.9 %" if 99.9 < share < 100 else f"{share:.1f} %"
-
-
-def scaled(value: float, units: Sequence[str]) -> str:
-    """Three digits or so of a number, with the unit for its power of 1000."""
-    power = 0
-    while value >= 999.95 and power < len(units) - 1:
-        value, power = value / 1000, power + 1
-    return f"{value:,.1f} {units[power]}" if power else f"{value:,.0f} {units[0]}".rstrip()
-
-
-def size(count: int) -> str:
-    """Bytes for a person: 12.3 MB."""
-    return scaled(count, ("bytes", "kB", "MB", "GB", "TB"))
-
-
 def exact_size(count: int) -> Element:
     """`size`, and the number of bytes under the pointer."""
     return node("span", size(count), title=f"{count:,} bytes")
@@ -164,7 +143,10 @@ def exact_size(count: int) -> Element:
 
 def document(title: str, *children: Child) -> str:
     """The whole page as text."""
-    policy = {"http-equiv": "Content-Security-Policy", "content": "default-src 'none'; style-src 'unsafe-inline'"}
+    policy = {
+        "http-equiv": "Content-Security-Policy",
+        "content": "default-src 'none'; style-src 'unsafe-inline'",
+    }
     head = node(
         "head",
         node("meta", charset="utf-8"),

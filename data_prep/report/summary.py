@@ -8,7 +8,7 @@ import numpy as np
 
 from data_prep.chunks import EXCERPT, Chunk, Recipe
 from data_prep.clean.cleaner import CleanStats
-from data_prep.corpus_stats import Duplicates, SourceTally, Tally
+from data_prep.corpus_stats import CorpusStats, Duplicates, SourceStats
 from data_prep.options import PrepareOptions
 from data_prep.report.models import (
     DuplicateReport,
@@ -29,7 +29,7 @@ def make_report(
     options: PrepareOptions,
     recipe: Recipe,
     manifest: Manifest,
-    counted: Tally,
+    counted: CorpusStats,
     duplicates: Duplicates | None,
     tokenizer: Tokenizer,
 ) -> Report:
@@ -55,7 +55,9 @@ def make_report(
                 seen=rule.seen,
                 changed=rule.changed,
                 dropped=rule.dropped,
-                samples=tuple(Sample(text=sample.text, detail=sample.detail) for sample in rule.samples),
+                samples=tuple(
+                    Sample(text=sample.text, detail=sample.detail) for sample in rule.samples
+                ),
             )
             for name, rule in stats.rules.items()
         },
@@ -77,7 +79,9 @@ def make_report(
                 rows=split.rows,
                 shards=len(split.shards),
                 shard_bytes=sum(shard.bytes for shard in split.shards),
-                padding=split.rows * manifest.seq_len - split.tokens if manifest.packing == "best_fit" else 0,
+                padding=split.rows * manifest.seq_len - split.tokens
+                if manifest.packing == "best_fit"
+                else 0,
             )
             for name, split in manifest.splits.items()
         },
@@ -85,7 +89,7 @@ def make_report(
     )
 
 
-def _source(name: str, source: SourceTally) -> SourceReport:
+def _source(name: str, source: SourceStats) -> SourceReport:
     return SourceReport(
         name=name,
         files=source.files,
@@ -94,7 +98,9 @@ def _source(name: str, source: SourceTally) -> SourceReport:
         findings=dict(source.findings),
         named=source.named,
         dropped=source.dropped,
-        changed={rule: stats.changed for rule, stats in source.stats.rules.items() if stats.changed},
+        changed={
+            rule: stats.changed for rule, stats in source.stats.rules.items() if stats.changed
+        },
         exact=source.exact,
         near=source.near,
         documents=source.documents,
@@ -111,7 +117,9 @@ def _trimmed(counts: Tokens) -> list[int]:
     return counts[: filled[-1] + 1].tolist() if len(filled) else []
 
 
-def _duplicates(counted: Tally, duplicates: Duplicates, tokenizer: Tokenizer) -> DuplicateReport:
+def _duplicates(
+    counted: CorpusStats, duplicates: Duplicates, tokenizer: Tokenizer
+) -> DuplicateReport:
     before = duplicates.facts["before"]
 
     def place(number: int) -> str:
@@ -126,13 +134,17 @@ def _duplicates(counted: Tally, duplicates: Duplicates, tokenizer: Tokenizer) ->
     )
 
 
-def _examples(counted: Tally, duplicates: Duplicates, tokenizer: Tokenizer, before: int) -> Iterator[dict[str, Any]]:
+def _examples(
+    counted: CorpusStats, duplicates: Duplicates, tokenizer: Tokenizer, before: int
+) -> Iterator[dict[str, Any]]:
     """Near duplicates beside what they are like, from all over the corpus; exact ones tell nothing."""
     from data_prep.dedup import similarity
 
     original = np.load(duplicates.original, mmap_mode="r")[before:]
     candidates = np.flatnonzero(np.load(duplicates.near, mmap_mode="r") & (original >= before))
-    for number in candidates[:: max(1, len(candidates) // DUPLICATE_EXAMPLES)][:DUPLICATE_EXAMPLES].tolist():
+    for number in candidates[:: max(1, len(candidates) // DUPLICATE_EXAMPLES)][
+        :DUPLICATE_EXAMPLES
+    ].tolist():
         kept = int(original[number]) - before
         one, other = _fingerprint(counted, kept), _fingerprint(counted, number)
         yield {
@@ -144,12 +156,12 @@ def _examples(counted: Tally, duplicates: Duplicates, tokenizer: Tokenizer, befo
         }
 
 
-def _fingerprint(counted: Tally, number: int) -> Any:
+def _fingerprint(counted: CorpusStats, number: int) -> Any:
     path, inside, _ = counted.place(number)
     return Chunk(path)["fingerprints"][inside]
 
 
-def _text(counted: Tally, number: int, tokenizer: Tokenizer) -> str:
+def _text(counted: CorpusStats, number: int, tokenizer: Tokenizer) -> str:
     """The beginning of a document, out of its tokens."""
     path, inside, _ = counted.place(number)
     chunk = Chunk(path)

@@ -3,16 +3,24 @@
 from pathlib import Path
 
 import pytest
-
 from cluster.cluster_config import change_cluster, read_cluster, split_overrides
 from dnt_scale.config import ConfigError
 
 
 @pytest.mark.parametrize(
     ("written", "minutes"),
-    [("90", 90), ("1:00:00", 60), ("12:00:00", 720), ("30:00", 30), ("1-00:00:00", 1440), ("'2:00:00'", 120)],
+    [
+        ("90", 90),
+        ("1:00:00", 60),
+        ("12:00:00", 720),
+        ("30:00", 30),
+        ("1-00:00:00", 1440),
+        ("'2:00:00'", 120),
+    ],
 )
-def test_a_time_is_a_time_with_and_without_quotes(written: str, minutes: int, tmp_path: Path) -> None:
+def test_a_time_is_a_time_with_and_without_quotes(
+    written: str, minutes: int, tmp_path: Path
+) -> None:
     """YAML takes 12:00:00 for the number 43200."""
     file = tmp_path / "site.yaml"
     file.write_text(f"time: {written}\n")
@@ -45,7 +53,10 @@ def test_overrides_have_the_grammar_of_a_run_s() -> None:
     [
         ("cluster.exclude=[n1", r"cluster\.exclude: \[n1 cannot be read; write a list as \[a,b\]"),
         ("cluster.nodes_=3", r"cluster\.nodes_: no such field; did you mean cluster\.nodes\?"),
-        ("cluster.nodes=1,2", r"cluster\.nodes=1,2: several values are a sweep, .*; give one value"),
+        (
+            "cluster.nodes=1,2",
+            r"cluster\.nodes=1,2: several values are a sweep, .*; give one value",
+        ),
         ("cluster.nodes", r"cluster\.nodes: expected cluster\.KEY=VALUE"),
         ("~cluster.qos", r"~cluster\.qos: there is no cluster\.qos to remove; leave it out"),
     ],
@@ -62,7 +73,11 @@ def test_a_wrong_override_is_named(override: str, message: str) -> None:
         ("setup=['it''s']", "setup", ["it's"]),
         ("setup=- a", "setup", ["a"]),
         ("exclude=[n1, n2,]", "exclude", ["n1", "n2"]),
-        ("sbatch={gres: gpu:2, exclusive: True, nice: 5}", "sbatch", {"gres": "gpu:2", "exclusive": True, "nice": "5"}),
+        (
+            "sbatch={gres: gpu:2, exclusive: True, nice: 5}",
+            "sbatch",
+            {"gres": "gpu:2", "exclusive": True, "nice": "5"},
+        ),
         ("sbatch=gres: gpu:2", "sbatch", {"gres": "gpu:2"}),
         ("sbatch.comment=", "sbatch", {"comment": ""}),
         ("ranks_per_node=", "ranks_per_node", None),
@@ -87,7 +102,14 @@ def test_a_submitted_run_takes_the_same_overrides(tmp_path: Path) -> None:
 
 
 def test_overrides_are_the_cluster_s_or_the_run_s() -> None:
-    given = ["+cluster.nodes=1", "optim.lr=1", "cluster=x", "~cluster.qos", "clusters.a=1", "data.path=cluster.x"]
+    given = [
+        "+cluster.nodes=1",
+        "optim.lr=1",
+        "cluster=x",
+        "~cluster.qos",
+        "clusters.a=1",
+        "data.path=cluster.x",
+    ]
     assert split_overrides(given) == (
         ["+cluster.nodes=1", "cluster=x", "~cluster.qos"],
         ["optim.lr=1", "clusters.a=1", "data.path=cluster.x"],

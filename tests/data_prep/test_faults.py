@@ -20,13 +20,12 @@ from typing import Any
 
 import pytest
 import zstandard
-from rich.console import Console
-
 from data_prep.options import PrepareOptions
 from data_prep.pipeline import prepare
 from data_prep.read import inputs, pieces
 from data_prep.shards import PARTIAL, Packing, load_manifest
 from data_prep.verify import verify
+from rich.console import Console
 from tests.helpers.corpus import contents, python_source_files, small_set
 
 pytestmark = pytest.mark.slow
@@ -125,7 +124,9 @@ KILLS: dict[Packing, str] = {
 
 
 @pytest.mark.parametrize(("packing", "stages"), [("concat", 4), ("best_fit", 2)])
-def test_kill_9_at_any_moment_and_a_rerun_make_the_same_bytes(tmp_path: Path, packing: Packing, stages: int) -> None:
+def test_kill_9_at_any_moment_and_a_rerun_make_the_same_bytes(
+    tmp_path: Path, packing: Packing, stages: int
+) -> None:
     """Up to packing a run does the same whatever the packing."""
     options = dataclasses.replace(every_stage(tmp_path), packing=packing)
     steps: list[str] = []
@@ -148,7 +149,9 @@ def test_kill_9_at_any_moment_and_a_rerun_make_the_same_bytes(tmp_path: Path, pa
         else:
             with pytest.raises(ValueError, match="already holds a prepared set"):
                 prepare(options, QUIET)
-        assert contents(options.out) == whole, f"kill before step {number}, {steps[number]}, which left {sorted(left)}"
+        assert contents(options.out) == whole, (
+            f"kill before step {number}, {steps[number]}, which left {sorted(left)}"
+        )
     assert len(reached) >= stages, "the kills did not reach different stages"
 
 
@@ -218,7 +221,9 @@ def start_script(folder: Path) -> subprocess.Popen[bytes]:
     (folder / "script.py").write_text(SCRIPT)
     command = [sys.executable, "script.py", str(folder / "out")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        command, cwd=folder, env=environment, start_new_session=True, stderr=subprocess.PIPE
+    )
     while not (folder / "reached").exists():
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.01)
@@ -284,11 +289,17 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     return contents(out)
 
 
-@pytest.mark.parametrize(("kilobytes", "workers"), [(8, 1), (60, 2), (300, 1), (400, 2), (600, 1), (800, 1)])
-def test_a_full_disk(disk: tuple[Path, Disk], undisturbed: dict[str, bytes], kilobytes: int, workers: int) -> None:
+@pytest.mark.parametrize(
+    ("kilobytes", "workers"), [(8, 1), (60, 2), (300, 1), (400, 2), (600, 1), (800, 1)]
+)
+def test_a_full_disk(
+    disk: tuple[Path, Disk], undisturbed: dict[str, bytes], kilobytes: int, workers: int
+) -> None:
     folder, remount = disk
     remount(f"size={kilobytes}k")
-    with pytest.raises(ValueError, match=r"the disk is full .* bytes free.* choose another --out") as caught:
+    with pytest.raises(
+        ValueError, match=r"the disk is full .* bytes free.* choose another --out"
+    ) as caught:
         small_set(folder / "set", limit_bytes=500_000, val_fraction=0.3, workers=workers)
     assert str(folder / "set") in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
@@ -301,7 +312,9 @@ def test_a_full_disk(disk: tuple[Path, Disk], undisturbed: dict[str, bytes], kil
 def test_a_read_only_disk(disk: tuple[Path, Disk], tmp_path: Path) -> None:
     folder, remount = disk
     remount("ro,size=50m")
-    with pytest.raises(ValueError, match=r"cannot be read or written: Read-only file system; check the path") as caught:
+    with pytest.raises(
+        ValueError, match=r"cannot be read or written: Read-only file system; check the path"
+    ) as caught:
         small_set(folder / "set", limit_bytes=100_000, val_fraction=0.3)
     assert str(folder / "set") in str(caught.value)
     remount("rw")
@@ -333,7 +346,9 @@ def all_stages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     return contents(options.out)
 
 
-def test_input_that_is_damaged_and_then_mended(all_stages: dict[str, bytes], tmp_path: Path) -> None:
+def test_input_that_is_damaged_and_then_mended(
+    all_stages: dict[str, bytes], tmp_path: Path
+) -> None:
     options = every_stage(tmp_path)
     path = tmp_path / "packed.jsonl.zst"
     good, stat = path.read_bytes(), path.stat()
@@ -382,7 +397,9 @@ def test_input_that_grows_while_it_is_read(tmp_path: Path) -> None:
                 with path.open("a") as file:
                     file.write('{"text": "one more"}\n')
 
-    with pytest.raises(ValueError, match="the corpus changed while it was read; run the command again"):
+    with pytest.raises(
+        ValueError, match="the corpus changed while it was read; run the command again"
+    ):
         prepare(options, Growing(quiet=True))
     prepare(options, QUIET)
     assert verify(options.out) == []

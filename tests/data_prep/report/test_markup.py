@@ -2,10 +2,10 @@ import unicodedata
 from xml.etree.ElementTree import Element
 
 import pytest
+from data_prep.report.markup import bar, histogram, node, power, table, visible
+from data_prep.words import counted, percent, rate, scaled, size
 from hypothesis import given
 from hypothesis import strategies as st
-
-from data_prep.report.markup import bar, histogram, many, node, percent, power, rate, scaled, size, table, visible
 
 
 @given(st.text(st.characters(codec=None, exclude_categories=())))
@@ -23,7 +23,12 @@ def test_nothing_unseen_is_left(text: str) -> None:
 
 
 def test_ordinary_text_stays_and_the_rest_is_numbered() -> None:
-    for text in ("plain\ttext\n", "Ελληνικά 日本語 हिन्दी", "क\u094d\u200dष", 'a_b <c> & "d" — e\u0301 😀'):
+    for text in (
+        "plain\ttext\n",
+        "Ελληνικά 日本語 हिन्दी",
+        "क\u094d\u200dष",
+        'a_b <c> & "d" — e\u0301 😀',
+    ):
         assert visible(text) == text
     assert visible("a\0b\r\x7f\x85\u202e\ufeff\u2028\ud800\ue000\U0010ffff") == (
         "a⟨U+0000⟩b⟨U+000D⟩⟨U+007F⟩⟨U+0085⟩⟨U+202E⟩⟨U+FEFF⟩⟨U+2028⟩⟨U+D800⟩⟨U+E000⟩⟨U+10FFFF⟩"
@@ -67,7 +72,17 @@ def test_a_histogram_is_to_scale_and_tells_its_numbers() -> None:
         "16 to 31 bytes: 100 documents, 57.1%",
         "32 to 63 bytes: 25 documents, 14.3%",
     ]
-    assert [text.text for text in plot.iter("text")] == ["100", "4", "8", "16", "32", "64", "128", "256", "512"]
+    assert [text.text for text in plot.iter("text")] == [
+        "100",
+        "4",
+        "8",
+        "16",
+        "32",
+        "64",
+        "128",
+        "256",
+        "512",
+    ]
 
 
 def test_a_histogram_of_nothing_and_of_a_lone_document_among_many() -> None:
@@ -77,8 +92,12 @@ def test_a_histogram_of_nothing_and_of_a_lone_document_among_many() -> None:
 
 def test_numbers_for_people() -> None:
     assert [power(i) for i in (0, 9, 10, 21, 63)] == ["1", "512", "1K", "2M", "8E"]
-    assert [many(n, "copy", "copies") for n in (0, 1, 1234)] == ["0 copies", "1 copy", "1,234 copies"]
-    assert [many(n, "row") for n in (1, 2)] == ["1 row", "2 rows"]
+    assert [counted(n, "copy", "copies") for n in (0, 1, 1234)] == [
+        "0 copies",
+        "1 copy",
+        "1,234 copies",
+    ]
+    assert [counted(n, "row") for n in (1, 2)] == ["1 row", "2 rows"]
     assert [rate(9, 4), rate(0, 0)] == ["2.25", "-"]
     assert [size(n) for n in (0, 999, 1000, 999_949, 999_950, 10**16)] == [
         "0 bytes",
@@ -93,4 +112,11 @@ def test_numbers_for_people() -> None:
 
 def test_a_share_is_never_rounded_to_nothing_or_to_all() -> None:
     shares = [(0, 7), (7, 7), (1, 10**6), (10**6 - 1, 10**6), (1, 3), (0, 0)]
-    assert [percent(part, whole) for part, whole in shares] == ["0 %", "100 %", "<0.1 %", ">99.9 %", "33.3 %", "-"]
+    assert [percent(part, whole) for part, whole in shares] == [
+        "0 %",
+        "100 %",
+        "<0.1 %",
+        ">99.9 %",
+        "33.3 %",
+        "-",
+    ]

@@ -336,7 +336,9 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
 
 def refused_cluster(*overrides: str) -> str:
     with pytest.raises(ConfigError) as caught:
-        cluster_settings.read_cluster([*overrides] if overrides[0].startswith("cluster=") else ["cluster=sandbox", *overrides])
+        cluster_settings.read_cluster(
+            [*overrides] if overrides[0].startswith("cluster=") else ["cluster=sandbox", *overrides]
+        )
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -378,11 +380,13 @@ def test_a_run_that_goes_on_takes_text_as_it_was_typed(tmp_path: Path) -> None:
 
 
 def test_a_sweep_splits_text_at_commas_and_leaves_it_as_it_is(tmp_path: Path) -> None:
-    found, runs = sweep_run.load([*MINIMAL, f'data.path={tmp_path}/a(b),"{tmp_path}/c,d"', "model.name=1.10,007"])
+    found, runs = sweep_run.expand_sweep(
+        [*MINIMAL, f'data.path={tmp_path}/a(b),"{tmp_path}/c,d"', "model.name=1.10,007"]
+    )
     assert [(each.data.path, each.model.name) for each in runs] == [
         (tmp_path / path, name) for path in ("a(b)", "c,d") for name in ("1.10", "007")
     ]
     assert found.runs[3].values == {"data.path": f"{tmp_path}/c,d", "model.name": "007"}
     assert found.runs[3].name.endswith("c_d-name_007")
-    named, _ = sweep_run.load([*MINIMAL, "run.name=1.10", "optim.lr=1,2"])
+    named, _ = sweep_run.expand_sweep([*MINIMAL, "run.name=1.10", "optim.lr=1,2"])
     assert named.name == "1.10"
