@@ -4,14 +4,14 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from data_prep.words import Problem, closest, problems_of
-from dnt_scale.config import ConfigError, Strict, config_dir, paths, typed
-from dnt_scale.config.base import Count, Place, Size, Text
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from cluster.slurm import minutes_of
+from data_prep.words import Problem, closest, problems_of
+from dnt_scale.config import ConfigError, Strict, config_dir, paths, typed
+from dnt_scale.config.base import Count, Place, Size, Text
 
 
 def _minutes(time: object) -> object:
@@ -116,7 +116,8 @@ class ClusterConfig(Strict):
 
 
 def read_cluster(overrides: list[str]) -> tuple[ClusterConfig, list[str]]:
-    """Read the cluster that ``cluster=NAME`` (or a path to a YAML file) and ``cluster.KEY=VALUE`` describe.
+    """Read the cluster that ``cluster=NAME`` (or a path to a YAML file) and ``cluster.KEY=VALUE``
+    describe.
 
     Returns:
         The cluster, and the rest of the overrides, which are the run's.
@@ -130,7 +131,8 @@ def read_cluster(overrides: list[str]) -> tuple[ClusterConfig, list[str]]:
     known = sorted(path.stem for path in (config_dir() / "cluster").glob("*.yaml"))
     if not names:
         raise ConfigError(
-            f"cluster: say which, cluster=NAME; found none of {', '.join(known)}, or a path to a YAML file"
+            f"cluster: say which, cluster=NAME; found none of {', '.join(known)}, or a path to a "
+            "YAML file"
         )
     name = names[-1]
     given = Path(paths.expanded(typed.meant(name, place=True)))
@@ -142,7 +144,8 @@ def read_cluster(overrides: list[str]) -> tuple[ClusterConfig, list[str]]:
         if isinstance(error, OSError) or "\0" in name:
             why = getattr(error, "strerror", None) or error
             raise ConfigError(
-                f"cluster: {str(file)!r} cannot be read ({why}); there are {', '.join(known)}, or give a path"
+                f"cluster: {str(file)!r} cannot be read ({why}); there are {', '.join(known)}, or "
+                "give a path"
             ) from None
         raise ConfigError(f"cluster: {file}: not readable as YAML ({error})") from None
     if not isinstance(tree := {} if tree is None else tree, dict):
@@ -164,7 +167,8 @@ def split_overrides(overrides: list[str]) -> tuple[list[str], list[str]]:
 
 
 def change_cluster(cluster: ClusterConfig, overrides: list[str]) -> ClusterConfig:
-    """Return ``cluster`` with ``cluster.KEY=VALUE`` overrides, or another one with ``cluster=NAME`` among them.
+    """Return ``cluster`` with ``cluster.KEY=VALUE`` overrides, or another one with ``cluster=NAME``
+    among them.
 
     Raises:
         ConfigError: as :func:`read_cluster`.
@@ -191,7 +195,8 @@ def _merged(
 
 
 def _override(tree: dict[str, Any], override: str, hidden: typed.Hidden) -> None:
-    """Set, or with a leading ~ remove, what one override of the cluster names. Raises ConfigError."""
+    """Set, or with a leading ~ remove, what one override of the cluster names. Raises
+    ConfigError."""
     if problem := paths.unreadable(override):
         raise ConfigError(f"{override!a}: {problem}")
     prefix, key, value = typed.split(override)
@@ -226,7 +231,8 @@ def _read_value(key: str, text: str, hidden: typed.Hidden) -> Any:
         return parsed.value()
     except typed.SeveralValuesError:
         raise ConfigError(
-            f"{key}={text}: several values are a sweep, which can be of the run's settings only; give one value"
+            f"{key}={text}: several values are a sweep, which can be of the run's settings only; "
+            "give one value"
         ) from None
     except ValueError:
         raise ConfigError(
@@ -235,7 +241,7 @@ def _read_value(key: str, text: str, hidden: typed.Hidden) -> Any:
 
 
 def from_raw(raw: Any, origin: str) -> ClusterConfig:
-    """Raises ConfigError, which names every wrong field."""
+    """Return the cluster of plain values. Raises ConfigError, which names every wrong field."""
     try:
         return ClusterConfig.model_validate(raw)
     except ValidationError as error:

@@ -11,15 +11,17 @@ if TYPE_CHECKING:
     from cluster.cluster_config import ClusterConfig
 
 SUBMIT_HELP = """\
-Overrides are those of `dnt train`, and of the cluster: cluster=NAME is a file of configs/cluster or a path to your own,
-cluster.KEY=VALUE changes it. What jobs run is kept in the run's folder, so later edits change nothing.
+Overrides are those of `dnt train`, and of the cluster: cluster=NAME is a file of configs/cluster
+or a path to your own, cluster.KEY=VALUE changes it. What jobs run is kept in the run's folder, so
+later edits change nothing.
 
   dnt submit preset=demo cluster=sandbox --dry-run
   dnt submit model=dnt_1.4b data.path=data/mine run.name=big cluster=./site.yaml cluster.nodes=8
-  dnt submit --multirun optim.lr=0.3,1,3 optim=msgdw_r,adamw data.path=data/mine run.name=lrs cluster=gpu
+  dnt submit --multirun optim.lr=0.3,1,3 optim=msgdw_r,adamw preset=demo run.name=lrs cluster=gpu
 
-Shown and checked first: how the run spreads over ranks, its data, the disks, the cluster's limits. The run goes on over
-time limits, preemption, lost nodes and crashes until its token budget is spent, as one run in MLflow. Then:
+Shown and checked first: how the run spreads over ranks, its data, the disks, the cluster's
+limits. The run goes on over time limits, preemption, lost nodes and crashes until its token
+budget is spent, as one run in MLflow. Then:
 
   dnt jobs             what all runs are doing
   dnt logs big -f      what it prints
@@ -27,26 +29,29 @@ time limits, preemption, lost nodes and crashes until its token budget is spent,
 """
 
 RESUBMIT_HELP = """\
-For a run that was cancelled, crashed too often, was refused for something you have mended, or that should go on with
-other nodes or longer. It goes on from its newest checkpoint, on any number of ranks.
+For a run that was cancelled, crashed too often, was refused for something you have mended, or
+that should go on with other nodes or longer. It goes on from its newest checkpoint, on any number
+of ranks.
 
   dnt resubmit big
   dnt resubmit big cluster.nodes=4 cluster.time=12:00:00
   dnt resubmit big train.tokens=40e9
+  dnt resubmit big cluster=./other.yaml
 """
 
 JOBS_HELP = """\
-RUN is a run's folder or its name in runs/; FOLDER holds runs. Without any: all in runs/. One RUN alone is shown with
-the chain of its attempts and where their time went.
+RUN is a run's folder or its name in runs/; FOLDER holds runs. Without any: all in runs/. One RUN
+alone is shown with the chain of its attempts and where their time went.
 
   dnt jobs
   dnt jobs big
   dnt jobs --watch
   dnt jobs --json | jq '.runs[] | select(.live) | .name'
 
-States: queued (SLURM's reason), starting, running, requeued (it goes on by itself), cancelling; then finished (its
-token budget is spent), crashed (too often in a row), refused (an error to mend first), cancelled, killed (without a
-word). Where SLURM has forgotten a job, or there is no SLURM, the run folder counts.
+States: queued (SLURM's reason), starting, running, requeued (it goes on by itself), cancelling;
+then finished (its token budget is spent), crashed (too often in a row), refused (an error to mend
+first), cancelled, killed (without a word). Where SLURM has forgotten a job, or there is no SLURM,
+the run folder counts.
 """
 
 LOGS_HELP = """\
@@ -58,18 +63,20 @@ All jobs of the run, oldest first, with a line at each start of one.
 """
 
 CANCEL_HELP = """\
-Ranks get the signal that comes before a time limit, write a checkpoint and end; where they have not after
-cluster.signal_s seconds, SLURM ends them. Nothing goes on with the run by itself; `dnt resubmit RUN` does.
+Ranks get the signal that comes before a time limit, write a checkpoint and end; where they have
+not after cluster.signal_s seconds, SLURM ends them. Nothing goes on with the run by itself; `dnt
+resubmit RUN` does.
 
   dnt cancel big
   dnt cancel lrs lrs-2                   # all runs of two sweeps
 """
 
 SANDBOX_HELP = """\
-As root, on Debian or Ubuntu. The first `up` installs SLURM with apt-get, later ones take seconds. All of it listens on
-127.0.0.1 only and lies in /var/lib/dnt-sandbox and /etc/slurm. Where there is another SLURM, nothing is touched. Nodes
-are node1, node2 ..., each with its hostname. Partitions: main; short (2 hours, 2 nodes); high; and low and spot, whose
-jobs the others preempt: low's go back into the queue, spot's end.
+As root, on Debian or Ubuntu. The first `up` installs SLURM with apt-get, later ones take seconds.
+All of it listens on 127.0.0.1 only and lies in /var/lib/dnt-sandbox and /etc/slurm. Where there
+is another SLURM, nothing is touched. Nodes are node1, node2 ..., each with its hostname.
+Partitions: main; short (2 hours, 2 nodes); high; and low and spot, whose jobs the others preempt:
+low's go back into the queue, spot's end.
 
   sudo dnt sandbox up
   dnt sandbox status
@@ -201,7 +208,8 @@ def add_sandbox_commands(commands: "argparse._SubParsersAction[Parser]") -> None
         "--no-preempt-signal",
         dest="preempt_signal",
         action="store_false",
-        help="preempted jobs get SIGTERM only, as at most sites (default: first the signal that they asked for)",
+        help="preempted jobs get SIGTERM only, as at most sites "
+        "(default: first the signal that they asked for)",
     )
     up.set_defaults(run=run_sandbox, action="up")
     down = commands.add_parser("down", help="cancel its jobs and stop it; the packages stay")
@@ -224,13 +232,12 @@ def add_sandbox_commands(commands: "argparse._SubParsersAction[Parser]") -> None
 
 
 def run_submit(options: argparse.Namespace) -> int:
-    from dnt_scale import config
-    from dnt_scale.train.recorded import Typed
-    from dnt_scale.train.run_start import begin
-
     from cluster import cluster_config
     from cluster.submit import checks, plan, single_run
     from cluster.watch.find_runs import short_name
+    from dnt_scale import config
+    from dnt_scale.train.recorded import Typed
+    from dnt_scale.train.run_start import begin
 
     site, overrides = cluster_config.read_cluster(options.overrides)
     if options.multirun:
@@ -252,7 +259,8 @@ def run_submit(options: argparse.Namespace) -> int:
     os.umask(0o077)
     job = single_run.submit(run, site, given=begun.given, fresh=options.fresh).job
     print(
-        f"\nsubmitted as job {job}; `dnt jobs` shows it, `dnt logs {short_name(run.run.dir)} -f` what it prints"
+        f"\nsubmitted as job {job}; `dnt jobs` shows it, `dnt logs {short_name(run.run.dir)} -f` "
+        "what it prints"
     )
     return 0
 
@@ -270,7 +278,10 @@ def run_submit_sweep(overrides: list[str], site: "ClusterConfig", *, dry_run: bo
         return 0
     os.umask(0o077)
     array = sweep_run.submit_sweep(sweep, runs, site)
-    of_it = f"`dnt jobs {short_name(sweep_dir)}` shows it, `dnt logs {short_name(runs[0].run.dir)} -f` a run of it"
+    of_it = (
+        f"`dnt jobs {short_name(sweep_dir)}` shows it, `dnt logs {short_name(runs[0].run.dir)} -f` "
+        f"a run of it"
+    )
     print(f"\nsubmitted as array {array}; {of_it}")
     return 0
 

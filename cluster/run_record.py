@@ -1,4 +1,5 @@
-"""``RUN/jobs/``: what a run's jobs need and what became of them. All that decides is here, nothing in a pickle.
+"""``RUN/jobs/``: what a run's jobs need and what became of them. All that decides is here, nothing
+in a pickle.
 
     run.json              the submission: cluster, jobs, what is left out (:class:`Submission`)
     config.yaml           the run, resolved when it was submitted
@@ -7,11 +8,12 @@
     slurm/                submitit's folder: JOB_submission.sh, JOB_submitted.pkl, JOB_RANK_log.out
     exits/JOB.RESTART/N.json    how rank N ended: host, status. None after a kill
 
-And events in ``RUN/logs/timeline-HOST.jsonl`` beside those of training (:mod:`dnt_scale.record.timeline`):
+And events in ``RUN/logs/timeline-HOST.jsonl`` beside those of training
+(:mod:`dnt_scale.record.timeline`):
 
     submitted   job, nodes, ranks; attempt is the job's id
     allocated   nodes, ranks, queued (since when it waited), started: rank 0 runs
-    ended       status, next, reason, blamed (hosts), until (when): an attempt is over, see :data:`EndStatus`
+    ended       status (:data:`EndStatus`), next, reason, blamed (hosts), until (when)
 """
 
 import os
@@ -24,6 +26,9 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import orjson
+from pydantic import Field, ValidationError
+
+from cluster.cluster_config import ClusterConfig
 from data_prep.files import file_lock
 from data_prep.words import first_problem
 from dnt_scale.config import Strict
@@ -32,9 +37,6 @@ from dnt_scale.record import timeline
 from dnt_scale.record.files import read_json, write_json
 from dnt_scale.record.timeline import Event
 from dnt_scale.record.tracker import Status
-from pydantic import Field, ValidationError
-
-from cluster.cluster_config import ClusterConfig
 
 EndStatus = Literal[
     "finished",  # the token budget is spent
@@ -75,7 +77,7 @@ class Submission(Strict):
     checkpoints: str = ""  # their folder or URL
     excluded: list[str] = Field([], description="nodes that failed too often")
     cancelled: bool = False  # by `dnt cancel`; nothing goes on with it until `dnt resubmit`
-    parent: str | None = None  # of a sweep: ID:NAME
+    parent: str | None = None  # the sweep that it is part of, as ID:NAME
 
     def with_job(self, job_id: str) -> Self:
         return self.model_copy(
@@ -84,7 +86,7 @@ class Submission(Strict):
 
     @property
     def job(self) -> str:
-        """The newest; empty before there is one."""
+        """Return the newest job's id; empty before there is one."""
         return self.jobs[-1] if self.jobs else ""
 
 
@@ -102,7 +104,7 @@ def write_given(run_dir: Path, given: Sequence[str]) -> None:
 
 
 def read_given(run_dir: Path) -> list[str]:
-    """What was typed for the run; empty where that was not kept."""
+    """Return what was typed for the run; empty where that was not kept."""
     return [str(word) for word in read_json(jobs_folder(run_dir) / "given.json").get("given", [])]
 
 
@@ -111,10 +113,10 @@ def is_submitted(run_dir: Path) -> bool:
 
 
 def read_submission(run_dir: Path, *, of_any_owner: bool = False) -> Submission:
-    """The submission of ``run_dir``; only ``of_any_owner``, when nothing of it is run or changed, whoever it belongs to.
+    """Read the submission of ``run_dir``.
 
     Raises:
-        LedgerError: it was never submitted, the file is damaged, or the folder is another user's.
+        RecordError: it was never submitted, the file is damaged, or the folder is another user's.
     """
     file = jobs_folder(run_dir) / "run.json"
     try:
@@ -132,17 +134,18 @@ def read_submission(run_dir: Path, *, of_any_owner: bool = False) -> Submission:
 
 
 def check_owner(path: Path) -> None:
-    """Jobs run code and pickles from a run folder, so it must be of the user who starts them.
+    """Check that a path is this user's alone: jobs run code and pickles from a run folder.
 
     Raises:
-        LedgerError: it is another user's, or others may write there.
+        RecordError: it is another user's, or others may write there.
         OSError: there is no such file.
     """
     for place in (path, path.parent):
         found = place.stat()
         if found.st_uid != os.getuid():
             raise RecordError(
-                f"{place} belongs to another user (uid {found.st_uid}, you are {os.getuid()}); copy the run"
+                f"{place} belongs to another user (uid {found.st_uid}, you are {os.getuid()}); "
+                "copy the run"
             )
         if found.st_mode & 0o022:
             raise RecordError(
@@ -151,7 +154,7 @@ def check_owner(path: Path) -> None:
 
 
 def write_submission(run_dir: Path, submission: Submission) -> None:
-    """Raises OSError."""
+    """Write ``run.json``. Raises OSError."""
     write_json(jobs_folder(run_dir) / "run.json", submission.model_dump(mode="json"))
 
 
@@ -159,7 +162,7 @@ def update_submission(run_dir: Path, change: Callable[[Submission], Submission])
     """Change ``run.json``, one process after another, and return what it holds then.
 
     Raises:
-        LedgerError: as :func:`read_submission`.
+        RecordError: as :func:`read_submission`.
         OSError: it cannot be written.
     """
     with ExitStack() as stack:
@@ -170,7 +173,7 @@ def update_submission(run_dir: Path, change: Callable[[Submission], Submission])
     return submission
 
 
-# --- attempts ---------------------------------------------------------------------------------------------------------
+# --- attempts -------------------------------------------------------------------------------------
 
 
 def exits_folder(run_dir: Path, attempt: str) -> Path:
@@ -178,14 +181,14 @@ def exits_folder(run_dir: Path, attempt: str) -> Path:
 
 
 def write_exit(run_dir: Path, attempt: str, rank: int, status: int) -> None:
-    """Called by a rank that ends by itself. Raises OSError."""
+    """Keep how a rank ended, which calls this itself. Raises OSError."""
     place = exits_folder(run_dir, attempt)
     place.mkdir(parents=True, exist_ok=True)
     write_json(place / f"{rank}.json", {"host": host(), "status": status})
 
 
 def read_exits(run_dir: Path, attempt: str) -> dict[int, tuple[str, int]]:
-    """Host and exit status of each rank that ended by itself."""
+    """Return host and exit status of each rank that ended by itself."""
     found = {}
     for file in exits_folder(run_dir, attempt).glob("*.json"):
         end = orjson.loads(file.read_bytes())
@@ -216,10 +219,12 @@ def record_end(
 def record_silent_end(
     run_dir: Path, events: list[Event], attempt: str, then: Next, until: float = 0.0
 ) -> None:
-    """The same of an attempt that ended without saying so, found out later. Raises OSError.
+    """Tell the timeline of the end of an attempt that could not say so itself, found out later.
+    Raises OSError.
 
     Args:
-        until: when SLURM took its nodes back, where that is known; its last sign of life counts if it is later.
+        until: when SLURM took its nodes back, where that is known; its last sign of life counts if
+            it is later.
     """
     until = max([until, *(event["time"] for event in events if event["attempt"] == attempt)])
     end = last_event(events, "end", attempt)
@@ -234,7 +239,7 @@ def record_silent_end(
 
 
 def open_attempts(events: list[Event]) -> list[str]:
-    """Attempts that were allocated and have no ``ended``, oldest first."""
+    """Return the attempts that were allocated and have no ``ended``, oldest first."""
     over = {event["attempt"] for event in events if event["event"] == "ended"}
     return [
         event["attempt"]
@@ -244,7 +249,7 @@ def open_attempts(events: list[Event]) -> list[str]:
 
 
 def last_event(events: list[Event], kind: str, attempt: str | None = None) -> Event | None:
-    """The newest event of a kind, of any attempt or of one."""
+    """Return the newest event of a kind, of any attempt or of one."""
     return next(
         (
             event
@@ -256,7 +261,8 @@ def last_event(events: list[Event], kind: str, attempt: str | None = None) -> Ev
 
 
 def end_of_each_attempt(events: list[Event]) -> list[Event]:
-    """The ``ended`` of each attempt, oldest first. Two lookers may both find an end out: the first to say so counts."""
+    """Return the ``ended`` of each attempt, oldest first. Two lookers may both find an end out: the
+    first to say so counts."""
     found: dict[str, Event] = {}
     for event in events:
         if event["event"] == "ended":
@@ -265,7 +271,8 @@ def end_of_each_attempt(events: list[Event]) -> list[Event]:
 
 
 def crashes_in_a_row(events: list[Event], newest: int | None = None) -> int:
-    """Attempts at the end that crashed or were killed, since the last one that ended well or a checkpoint moved on.
+    """Count the attempts at the end that crashed or were killed, since the last one that ended well
+    or a checkpoint moved on.
 
     Args:
         newest: the step of the newest checkpoint, where that is known.
@@ -289,7 +296,7 @@ def crashes_in_a_row(events: list[Event], newest: int | None = None) -> int:
 
 
 def unreliable_hosts(events: list[Event], now: float, faults: int) -> list[str]:
-    """Hosts that were to blame for ``faults`` ends at least in the last day."""
+    """Return the hosts that were to blame for ``faults`` ends at least in the last day."""
     blamed: Counter[str] = Counter()
     for event in end_of_each_attempt(events):
         if now - event["time"] < DAY_S:
@@ -298,7 +305,8 @@ def unreliable_hosts(events: list[Event], now: float, faults: int) -> list[str]:
 
 
 def newest_checkpoint(submission: Submission) -> int | None:
-    """The step of the run's newest checkpoint; None without one, or where they are at a URL."""
+    """Return the step of the run's newest checkpoint; None without one, or where they are at a
+    URL."""
     if not submission.checkpoints or "://" in submission.checkpoints:
         return None
     places = [place.name for place in Path(submission.checkpoints).glob("step-*") if place.is_dir()]
@@ -309,6 +317,6 @@ def newest_checkpoint(submission: Submission) -> int | None:
 
 
 def blamed_hosts(events: list[Event], attempt: str) -> tuple[list[str], str]:
-    """The hosts at fault for the end of an attempt, and why: what a rank said of them."""
+    """Return the hosts at fault for the end of an attempt, and why: what a rank said of them."""
     found: Any = last_event(events, "lost", attempt)
     return (list(found["hosts"]), str(found["message"])) if found else ([], "")

@@ -3,32 +3,33 @@
     SWEEP/sweep.json      its runs (:class:`Sweep`); the array's task K trains the K-th of them
     SWEEP/jobs/code/      the packages, for all runs
     SWEEP/jobs/slurm/     submitit's folder, for all runs
-    SWEEP/RUN/            a run folder as any other (:mod:`cluster.run_record`); its jobs/code is a link to the sweep's
+    SWEEP/RUN/            a run folder as any other (:mod:`cluster.run_record`); its jobs/code is a
+                          link to the sweep's
 
-Each run then goes its own way: requeued as a task of the array, or on with a job of its own. In MLflow they are the
-children of one run.
+Each run then goes its own way: requeued as a task of the array, or on with a job of its own. In
+MLflow they are the children of one run.
 """
 
 import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from pydantic import ValidationError
+
+from cluster import run_record
+from cluster.run_record import RecordError
 from data_prep.words import first_problem
 from dnt_scale.config import Strict
 from dnt_scale.record import timeline
 from dnt_scale.record.files import write_json
 from dnt_scale.record.mlflow.finalize import settle_parent
 from dnt_scale.record.tracker import Status
-from pydantic import ValidationError
-
-from cluster import run_record
-from cluster.run_record import RecordError
 
 FILE = "sweep.json"
 
 
 class SweepRun(Strict):
-    name: str  # of its folder too
+    name: str  # its folder has the same name
     values: dict[str, str]  # what it has of its own, by field
 
 
@@ -36,7 +37,7 @@ class Sweep(Strict):
     """``sweep.json``."""
 
     name: str
-    id: str  # of the parent run in MLflow
+    id: str  # the parent run in MLflow has it
     runs: list[SweepRun]  # in the order of the array's tasks
 
 
@@ -45,7 +46,7 @@ def is_sweep(folder: Path) -> bool:
 
 
 def read_sweep(folder: Path) -> Sweep:
-    """Raises LedgerError when the folder's sweep.json cannot be read."""
+    """Read the folder's sweep.json. Raises RecordError when that fails."""
     try:
         return Sweep.model_validate_json((folder / FILE).read_bytes())
     except (OSError, ValidationError) as error:
@@ -53,15 +54,16 @@ def read_sweep(folder: Path) -> Sweep:
 
 
 def write_sweep(folder: Path, sweep: Sweep) -> None:
-    """Raises OSError."""
+    """Write the folder's sweep.json. Raises OSError."""
     write_json(folder / FILE, sweep.model_dump(mode="json"))
 
 
 def run_of_task(folder: Path) -> Path:
-    """The run folder that this job works on: of a sweep's array, its task's; ``folder`` itself where it is a run.
+    """Return the run folder that this job works on: of a sweep's array, its task's; ``folder``
+    itself where it is a run.
 
     Raises:
-        LedgerError: sweep.json cannot be read.
+        RecordError: sweep.json cannot be read.
     """
     if not is_sweep(folder):
         return folder
@@ -69,7 +71,7 @@ def run_of_task(folder: Path) -> Path:
 
 
 def sweeps_of(run_dirs: Iterable[Path]) -> list[Path]:
-    """The sweeps that some of the runs are part of, each once."""
+    """Return the sweeps that some of the runs are part of, each once."""
     return [
         folder
         for folder in dict.fromkeys(run_dir.parent for run_dir in run_dirs)
@@ -78,7 +80,8 @@ def sweeps_of(run_dirs: Iterable[Path]) -> list[Path]:
 
 
 def outcome(folder: Path) -> Status | None:
-    """How the sweep ended; None while something goes on with one of its runs. Raises LedgerError."""
+    """Return how the sweep ended; None while something goes on with one of its runs. Raises
+    RecordError."""
     ends = [_final_status(folder / run.name) for run in read_sweep(folder).runs]
     if None in ends:
         return None
@@ -88,7 +91,7 @@ def outcome(folder: Path) -> Status | None:
 
 
 def finalize_sweep(folder: Path) -> None:
-    """Let MLflow have the sweep's true end, once it is over. Raises LedgerError."""
+    """Let MLflow have the sweep's true end, once it is over. Raises RecordError."""
     places = [folder / run.name for run in read_sweep(folder).runs]
     tracked = [place for place in places if (place / "logs" / "tracking.json").exists()]
     if tracked and (status := outcome(folder)):
@@ -96,7 +99,7 @@ def finalize_sweep(folder: Path) -> None:
 
 
 def _final_status(run_dir: Path) -> str | None:
-    """How a run ended for good; None while it has not."""
+    """Return how a run ended for good; None while it has not."""
     told = [
         event
         for event in timeline.read(run_dir)

@@ -1,6 +1,8 @@
-"""A piece of the corpus becomes a chunk: its documents parsed, cleaned, fingerprinted and tokenised, in one file.
+"""A piece of the corpus becomes a chunk: its documents parsed, cleaned, fingerprinted and
+tokenised, in one file.
 
-A chunk is a function of the recipe and the piece alone, so it is the same on any number of workers and any machine.
+A chunk is a function of the recipe and the piece alone, so it is the same on any number of workers
+and any machine.
 """
 
 import functools
@@ -47,7 +49,7 @@ class Recipe:
     strict: bool
 
     def folders(self, work: Path, units: Sequence[Unit]) -> list[Path]:
-        """Where each unit's chunks are."""
+        """Return where each unit's chunks are."""
         return [work / "chunks" / key(self._content, unit_parts(unit)) for unit in units]
 
     @functools.cached_property
@@ -74,7 +76,8 @@ class ChunkResult(NamedTuple):
 
 
 class ChunkMaker:
-    """Makes chunk files; one a worker process. Called with (unit's number, piece, where to write)."""
+    """Makes chunk files; one a worker process. Called with (unit's number, piece, where to
+    write)."""
 
     def __init__(self, recipe: Recipe):
         self._recipe = recipe
@@ -158,13 +161,15 @@ class Chunk:
         return array
 
     def read(self, *names: str) -> list[Tokens]:
-        """Several arrays at once, for opening the file takes longer than reading a small one."""
+        """Read several arrays at once, for opening the file takes longer than reading a small
+        one."""
         try:
             with np.load(self.path, allow_pickle=False) as arrays:
                 return [arrays[name] for name in names]
         except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
             raise ValueError(
-                f"{self.path}: damaged ({error}); remove it and run the same command again to make it anew"
+                f"{self.path}: damaged ({error}); remove it and run the same command again to make "
+                "it anew"
             ) from error
 
     @property
@@ -173,16 +178,18 @@ class Chunk:
         return meta
 
     def split_of(self, document: int) -> SplitName:
-        """The split of the document of this number in the chunk."""
+        """Return the split of the document of this number in the chunk."""
         return "val" if self["held"][document] else "train"
 
 
 def make_chunks(
     recipe: Recipe, units: Sequence[Unit], folders: Sequence[Path], workers: int, console: Console
 ) -> list[list[Path]]:
-    """The chunk files of each unit, in order, in its folder; those that an earlier run left are not made again.
+    """Return the chunk files of each unit, in order, in its folder; those that an earlier run left
+    are not made again.
 
-    Raises ValueError for input that cannot be read or, in `recipe.strict`, has findings; FastPathDiffers.
+    Raises ValueError for input that cannot be read or, in `recipe.strict`, has findings;
+    FastPathDiffers.
     """
     journal = _Journal(folders)
     with stage(console, "tokenise", sum(map(stored_bytes, units))) as advance:
@@ -230,7 +237,7 @@ class _Journal:
         return True
 
     def missing(self, unit: int, piece: int) -> Path | None:
-        """Where to write a chunk, or None if it is there."""
+        """Return where to write a chunk, or None if it is there."""
         path = self._folders[unit] / f"{piece:06}.npz"
         self.paths[unit].append(path)
         if zipfile.is_zipfile(path):
@@ -258,7 +265,8 @@ def _savez(path: Path, arrays: dict[str, Tokens]) -> None:
 
 
 def _check(tokenizer: Tokenizer, documents: list[Document]) -> dict[str, int]:
-    """Try the tokenizer on CHECK_CHARS of the documents: does the text come back, and does a fast encoder agree?
+    """Try the tokenizer on CHECK_CHARS of the documents: does the text come back, and does a fast
+    encoder agree?
 
     Raises FastPathDiffers at the first difference from SentencePiece.
     """

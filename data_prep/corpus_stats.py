@@ -1,4 +1,5 @@
-"""One pass over finished chunks: what each source and split holds, and what the report tells of it."""
+"""One pass over finished chunks: what each source and split holds, and what the report tells of
+it."""
 
 import json
 from collections import Counter
@@ -27,8 +28,8 @@ REJECTS_OF_A_KIND = 4
 class Duplicates(NamedTuple):
     """What the dedup stage left: files with an entry a document, and numbers for the report.
 
-    `original` (int64) is -1 or the number of the document that stays instead, counted from the set appended to on, if
-    any; `keep` and `near` (bool) leave that set out.
+    `original` (int64) is -1 or the number of the document that stays instead, counted from the set
+    appended to on, if any; `keep` and `near` (bool) leave that set out.
     """
 
     original: Path
@@ -39,7 +40,8 @@ class Duplicates(NamedTuple):
 
 @dataclass
 class SplitTotals:
-    """Of one split: documents that stay, their UTF-8 bytes, and the tokens that a model predicts of them."""
+    """Of one split: documents that stay, their UTF-8 bytes, and the tokens that a model predicts of
+    them."""
 
     documents: int = 0
     text_bytes: int = 0
@@ -48,8 +50,8 @@ class SplitTotals:
 
 @dataclass
 class SourceStats:
-    """Of one source. `read` and `read_bytes` count before cleaning, the lengths (powers of two) what stays; `named` has
-    the place of the first finding of each kind."""
+    """Of one source. `read` and `read_bytes` count before cleaning, the lengths (powers of two)
+    what stays; `named` has the place of the first finding of each kind."""
 
     files: int = 0
     read: int = 0
@@ -69,7 +71,7 @@ class SourceStats:
 
     @property
     def dropped(self) -> dict[str, int]:
-        """Documents left out, by finding or rule, before duplicates."""
+        """Return how many documents were left out, by finding or rule, before duplicates."""
         counts = {kind: self.findings[kind] for kind in LOSING if self.findings[kind]}
         counts |= {rule: count for rule, count in self.stats.dropped().items() if count}
         return counts | ({"no_tokens": self.wordless} if self.wordless else {})
@@ -77,7 +79,8 @@ class SourceStats:
 
 @dataclass
 class CorpusStats:
-    """Of the whole corpus. `places` are (number of the first document, chunk, lines before its unit)."""
+    """Of the whole corpus. `places` are (number of the first document, chunk, lines before its
+    unit)."""
 
     sources: dict[str, SourceStats]
     splits: dict[SplitName, SplitTotals]
@@ -87,7 +90,8 @@ class CorpusStats:
     checked: Counter[str] = field(default_factory=Counter)
 
     def place(self, number: int) -> tuple[Path, int, str]:
-        """Chunk, number in it, and file and line of a document."""
+        """Return where a document is: its chunk, its number in that, and its file and line in
+        words."""
         firsts = [first for first, _, _ in self.places]
         first, path, lines = self.places[int(np.searchsorted(firsts, number, side="right")) - 1]
         chunk, inside = Chunk(path), number - first
@@ -109,10 +113,11 @@ def count_corpus(
     rejects: Path,
     advance: Callable[[int], object],
 ) -> CorpusStats:
-    """Count the chunks of each unit, and write every finding, of the sources first, to `rejects`, a .jsonl, with lines
-    counted from the file's beginning.
+    """Count the chunks of each unit, and write every finding, of the sources first, to `rejects`, a
+    .jsonl, with lines counted from the file's beginning.
 
-    `near` tells of each document that does not stay whether it is a near duplicate (else an exact one).
+    `near` tells of each document that does not stay whether it is a near duplicate (else an exact
+    one).
     """
     result = CorpusStats(
         {unit.source: SourceStats() for unit in units},

@@ -1,15 +1,18 @@
-"""Which documents duplicate an earlier one: exact, by the hash of the normalised text, and near, by MinHash and LSH.
+"""Which documents duplicate an earlier one: exact, by the hash of the normalised text, and near, by
+MinHash and LSH.
 
-Similarity is the Jaccard index of two documents' sets of shingles, 5 consecutive words each. Words are the runs between
-spaces of the text in lower case (str.casefold), without punctuation, symbols and control characters. Scripts that write
-no spaces between words (Chinese, Japanese, Thai, Lao, Khmer, Burmese, Tibetan) count every character as a word. A text
-of fewer than 5 words is one shingle of them all; one of no words is like its exact copies only.
+Similarity is the Jaccard index of two documents' sets of shingles, 5 consecutive words each. Words
+are the runs between spaces of the text in lower case (str.casefold), without punctuation, symbols
+and control characters. Scripts that write no spaces between words (Chinese, Japanese, Thai, Lao,
+Khmer, Burmese, Tibetan) count every character as a word. A text of fewer than 5 words is one
+shingle of them all; one of no words is like its exact copies only.
 
-MinHash: Broder 1997; LSH by bands: Leskovec, Rajaraman, Ullman, Mining of Massive Datasets, ch. 3. Two documents of
-similarity J share a band with probability 1 - (1 - J^6)^21: 0.9983 at J = 0.8, 0.28 at 0.5, 0.015 at 0.3. Sharing one
-is a hint alone: they are duplicates if 90 of the 128 low bytes of their minhashes agree (b-bit MinHash: Li, Koenig
-2010), an estimate of 0.70. A pair agrees in a byte with probability J + (1 - J) / 256, so that 99.7 % of pairs of
-J = 0.8 pass (binomial distribution), and of pairs below 0.5 at most 3 in a million.
+MinHash: Broder 1997; LSH by bands: Leskovec, Rajaraman, Ullman, Mining of Massive Datasets, ch. 3.
+Two documents of similarity J share a band with probability 1 - (1 - J^6)^21: 0.9983 at J = 0.8,
+0.28 at 0.5, 0.015 at 0.3. Sharing one is a hint alone: they are duplicates if 90 of the 128 low
+bytes of their minhashes agree (b-bit MinHash: Li, Koenig 2010), an estimate of 0.70. A pair agrees
+in a byte with probability J + (1 - J) / 256, so that 99.7 % of pairs of J = 0.8 pass (binomial
+distribution), and of pairs below 0.5 at most 3 in a million.
 """
 
 import contextlib
@@ -38,12 +41,13 @@ FINGERPRINT = np.dtype(
     [("exact", "<u8", (2,)), ("bands", "<u8", (BANDS,)), ("signature", "u1", (PERMUTATIONS,))]
 )
 
-_CHANCE = 1 / 256  # that the low bytes of two different minhashes agree
+_CHANCE = 1 / 256  # how likely the low bytes of two different minhashes agree
 _AGREEING = math.ceil(PERMUTATIONS * (THRESHOLD + (1 - THRESHOLD) * _CHANCE))
 _SEED = 1
 _BASE = 0x9E3779B97F4A7C15  # B: odd, so that it has an inverse modulo 2^64
 _RENSA_VERSION = 2
-# Characters hashed at a time: temporary arrays that fit the cache, and bounded memory for a document of any length.
+# Characters hashed at a time: temporary arrays that fit the cache, and bounded memory for a
+# document of any length.
 _BLOCK_CHARS = 1 << 17
 # Documents compared or moved at a time.
 _CHUNK = 1 << 16
@@ -52,9 +56,11 @@ _SORT_BYTES = 64
 _MOST_PARTITIONS = 256
 # The kernel maps up to this much around a page that is touched.
 _FAULT_BYTES = 1 << 16
-# Leaders a bucket is compared with before the rest is left to the other bands: keeps boilerplate linear.
+# Leaders a bucket is compared with before the rest is left to the other bands: keeps boilerplate
+# linear.
 _BUCKET_ROUNDS = 128
-# Of clusters in all, a minute or two. A chain of a hundred thousand documents comes near it, and may stay in part.
+# Of clusters in all, a minute or two. A chain of a hundred thousand documents comes near it, and
+# may stay in part.
 _COMPARISONS = 1 << 30
 
 _DROPPED, _LETTER, _SPACE, _ALONE = range(4)
@@ -75,13 +81,12 @@ _NO_SPACES = [
 
 @dataclass(frozen=True)
 class Duplicates:
-    """Attributes:
-    original: int64 (n,), -1 for a document that stays, else the index of the one that stays and that it duplicates.
-    is_near: bool (n,), which of those removed are near duplicates; one that is near and exact counts as exact.
-    exact, near: how many documents are removed as exact and as near duplicates.
-    clusters: how many of the documents that stay have duplicates.
-    largest: of the largest clusters (copies, index of the one that stays), largest first; copies count that one too.
-    compared: how many pairs of signatures were compared.
+    """Attributes: original: int64 (n,), -1 for a document that stays, else the index of the one
+    that stays and that it duplicates. is_near: bool (n,), which of those removed are near
+    duplicates; one that is near and exact counts as exact. exact, near: how many documents are
+    removed as exact and as near duplicates. clusters: how many of the documents that stay have
+    duplicates. largest: of the largest clusters (copies, index of the one that stays), largest
+    first; copies count that one too. compared: how many pairs of signatures were compared.
     """
 
     original: Array
@@ -94,18 +99,20 @@ class Duplicates:
 
 
 def fingerprints(texts: Sequence[str]) -> Array:
-    """FINGERPRINT (n,) of n texts: a function of each text alone, the same on every machine.
+    """Return FINGERPRINTs (n,) of n texts: a function of each text alone, the same on every
+    machine.
 
     exact: xxh3_128 of the text in lower case, every run of white space one space, high half first.
-    bands: a hash of 6 minhashes each. signature: the low byte of each of the 128 minhashes.
-    Raises ValueError if the installed rensa makes other minhashes than those of stored fingerprints.
+    bands: a hash of 6 minhashes each. signature: the low byte of each of the 128 minhashes. Raises
+    ValueError if the installed rensa makes other minhashes than those of stored fingerprints.
     """
     import rensa
     import xxhash
 
     if rensa.RMinHash.ALGORITHM_VERSION != _RENSA_VERSION:
         raise ValueError(
-            f"rensa: found version {rensa.RMinHash.ALGORITHM_VERSION} of its MinHash, expected {_RENSA_VERSION}; "
+            f"rensa: found version {rensa.RMinHash.ALGORITHM_VERSION} of its MinHash, expected "
+            f"{_RENSA_VERSION}; "
             'pip install "rensa>=0.5,<0.6"'
         )
     found = np.zeros(len(texts), FINGERPRINT)
@@ -128,7 +135,8 @@ def fingerprints(texts: Sequence[str]) -> Array:
 
 
 def similarity(a: Array, b: Array) -> Array:
-    """Estimated Jaccard index of FINGERPRINTs, broadcast: agreeing bytes, less those that agree by chance.
+    """Estimate the Jaccard index of FINGERPRINTs, broadcast: agreeing bytes, less those that agree
+    by chance.
 
     Its standard error is at most 0.044. Raises nothing.
     """
@@ -144,18 +152,21 @@ def find_duplicates(
     memory_bytes: int = 256 << 20,
     progress: Callable[[int], object] | None = None,
 ) -> Duplicates:
-    """Which documents to leave out, given all fingerprints in reading order, in parts of any sizes.
+    """Return which documents to leave out, given all fingerprints in reading order, in parts of any
+    sizes.
 
-    Of exact duplicates the first stays. Near ones: candidates that share a band and pass the estimate are joined to
-    clusters; in a cluster, in reading order, a document stays unless it is estimated at 0.7 or more with one that
-    stays. So whatever is removed resembles a document that stays, and chains remove nothing.
+    Of exact duplicates the first stays. Near ones: candidates that share a band and pass the
+    estimate are joined to clusters; in a cluster, in reading order, a document stays unless it is
+    estimated at 0.7 or more with one that stays. So whatever is removed resembles a document that
+    stays, and chains remove nothing.
 
-    Holds `memory_bytes`, a part, 8 bytes a document and some 100 bytes a near duplicate in memory; the rest is in a
-    folder under `scratch` (some 340 bytes a document) that is removed at the end. `progress` is given numbers of
-    documents that add up to n, or with `near` to n * (1 + BANDS). The result does not depend on `memory_bytes` or on
-    the parts.
+    Holds `memory_bytes`, a part, 8 bytes a document and some 100 bytes a near duplicate in memory;
+    the rest is in a folder under `scratch` (some 340 bytes a document) that is removed at the end.
+    `progress` is given numbers of documents that add up to n, or with `near` to n * (1 + BANDS).
+    The result does not depend on `memory_bytes` or on the parts.
 
-    Raises ValueError for fingerprints of another layout, OSError if the scratch folder cannot be written.
+    Raises ValueError for fingerprints of another layout, OSError if the scratch folder cannot be
+    written.
     """
     scratch.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="dedup-", dir=scratch) as name:
@@ -191,7 +202,8 @@ def find_duplicates(
 
 
 def _shingles(texts: Sequence[str], exact: Array) -> tuple[Array, Array]:
-    """Hashes of the texts' shingles, uint64, and the n + 1 offsets of each text's in them, uint64."""
+    """Return hashes of the texts' shingles, uint64, and the n + 1 offsets of each text's in them,
+    uint64."""
     words, counts = _words(texts)
     # Zeros after each text, so that no shingle reaches into the next.
     gap = SHINGLE_WORDS - 1
@@ -210,7 +222,7 @@ def _shingles(texts: Sequence[str], exact: Array) -> tuple[Array, Array]:
 
 
 def _words(texts: Sequence[str]) -> tuple[Array, Array]:
-    """Hashes of the texts' words, uint64, and how many each text has, int64 (n,)."""
+    """Return hashes of the texts' words, uint64, and how many each text has, int64 (n,)."""
     counts = np.zeros(len(texts), np.int64)
     hashes = [np.zeros(0, np.uint64)]
     for owners, pieces in _blocks(texts):
@@ -222,7 +234,7 @@ def _words(texts: Sequence[str]) -> tuple[Array, Array]:
 
 
 def _blocks(texts: Sequence[str]) -> Iterator[tuple[list[int], list[str]]]:
-    """The texts in blocks of bounded size: of each piece the text's number, and the piece."""
+    """Yield the texts in blocks of bounded size: of each piece the text's number, and the piece."""
     owners: list[int] = []
     pieces: list[str] = []
     size = 0
@@ -239,7 +251,8 @@ def _blocks(texts: Sequence[str]) -> Iterator[tuple[list[int], list[str]]]:
 
 
 def _cut(text: str) -> Iterator[str]:
-    """Pieces of at most a block, cut at a space where there is one: only a longer word counts as several."""
+    """Yield pieces of at most a block, cut at a space where there is one: only a longer word counts
+    as several."""
     start = 0
     while len(text) - start > _BLOCK_CHARS:
         end = text.rfind(" ", start + 1, start + _BLOCK_CHARS)
@@ -250,7 +263,7 @@ def _cut(text: str) -> Iterator[str]:
 
 
 def _hash_words(text: str) -> tuple[Array, Array]:
-    """Hashes of the words of a text, uint64, and the index of each one's first character."""
+    """Return hashes of the words of a text, uint64, and the index of each one's first character."""
     if text.isascii():
         characters = np.frombuffer(text.encode("ascii"), np.uint8)
     else:
@@ -267,7 +280,8 @@ def _hash_words(text: str) -> tuple[Array, Array]:
     ends[:-1] &= ~letter[1:]
     first = np.flatnonzero(starts | alone)
     last = np.flatnonzero(ends | alone)
-    # A word's hash is sum c_k B^k modulo 2^64 over its characters, as a difference of the block's running sums.
+    # A word's hash is sum c_k B^k modulo 2^64 over its characters, as a difference of the block's
+    # running sums.
     powers, inverses = _powers(_BLOCK_CHARS + 1)
     terms = characters[where] * powers[: len(where)]
     sums = np.cumsum(terms, dtype=np.uint64)
@@ -276,7 +290,8 @@ def _hash_words(text: str) -> tuple[Array, Array]:
 
 @functools.cache
 def _kinds() -> Array:
-    """The kind of every code point, uint8: dropped, part of a word, a space, or a word by itself."""
+    """Return the kind of every code point, uint8: dropped, part of a word, a space, or a word by
+    itself."""
     kinds = np.full(0x110000, _LETTER, np.uint8)
     for low, high in _NO_SPACES:
         kinds[low : high + 1] = _ALONE
@@ -290,7 +305,7 @@ def _kinds() -> Array:
 
 @functools.cache
 def _powers(count: int) -> tuple[Array, Array]:
-    """B^0 .. B^(count - 1) modulo 2^64, and their inverses, uint64."""
+    """Return B^0 .. B^(count - 1) modulo 2^64, and their inverses, uint64."""
     factors = np.full((2, count), [[_BASE], [pow(_BASE, -1, 1 << 64)]], np.uint64)
     factors[:, 0] = 1
     powers, inverses = np.cumprod(factors, axis=1, dtype=np.uint64)
@@ -298,7 +313,8 @@ def _powers(count: int) -> tuple[Array, Array]:
 
 
 def _mix(values: Array) -> Array:
-    """The finaliser of splitmix64 (Steele, Lea, Flood 2014), which makes every bit depend on all: uint64."""
+    """Apply the finaliser of splitmix64 (Steele, Lea, Flood 2014), which makes every bit depend on
+    all: uint64."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     values ^= values >> np.uint64(31)
@@ -318,7 +334,8 @@ def _write_columns(parts: Iterable[Array], folder: Path, near: bool) -> int:
         for part in parts:
             if part.dtype != FINGERPRINT or part.ndim != 1:
                 raise ValueError(
-                    f"fingerprints: found {part.dtype} of shape {part.shape}, expected {FINGERPRINT} of one dimension; "
+                    f"fingerprints: found {part.dtype} of shape {part.shape}, expected "
+                    f"{FINGERPRINT} of one dimension; "
                     "make them again with this release"
                 )
             columns = [part["exact"], *part["bands"].T, part["signature"]]
@@ -331,9 +348,11 @@ def _write_columns(parts: Iterable[Array], folder: Path, near: bool) -> int:
 def _groups(
     column: Path, width: int, original: Array, memory_bytes: int
 ) -> Iterator[tuple[Array, Array]]:
-    """Groups of documents with equal keys, of those that stay so far: (starts, members) a partition of the hashes.
+    """Yield groups of documents with equal keys, of those that stay so far: (starts, members) a
+    partition of the hashes.
 
-    `column` holds keys of `width` uint64. members: document indices int64 (m,), group after group, ascending in each;
+    `column` holds keys of `width` uint64. members: document indices int64 (m,), group after group,
+    ascending in each;
     starts: where in members each group starts.
     """
     bits = max(0, math.ceil(math.log2(max(1, len(original) * _SORT_BYTES / memory_bytes))))
@@ -367,7 +386,7 @@ def _groups(
 
 
 def _repeated(keys: Array) -> Array:
-    """Which of sorted keys (m, width) equal a neighbour: bool (m,)."""
+    """Return which of sorted keys (m, width) equal a neighbour: bool (m,)."""
     same = (keys[1:] == keys[:-1]).all(axis=1)
     found = np.zeros(len(keys), bool)
     found[1:] |= same
@@ -376,7 +395,8 @@ def _repeated(keys: Array) -> Array:
 
 
 class _Signatures:
-    """The column of signatures, compared from disk in bounded memory; `compared` counts the pairs."""
+    """The column of signatures, compared from disk in bounded memory; `compared` counts the
+    pairs."""
 
     def __init__(self, path: Path, memory_bytes: int):
         with path.open("rb") as file:
@@ -387,7 +407,7 @@ class _Signatures:
         self.compared = 0
 
     def alike(self, first: Array, second: Array) -> Array:
-        """Which pairs of documents, by index, pass the threshold: bool (m,)."""
+        """Return which pairs of documents, by index, pass the threshold: bool (m,)."""
         found = np.zeros(len(first), bool)
         for begin in range(0, len(first), self._chunk):
             some = slice(begin, begin + self._chunk)
@@ -422,7 +442,8 @@ def _find_near(
 
 
 def _stars(starts: Array, members: Array, signatures: _Signatures, rounds: int) -> Iterator[Array]:
-    """Compare each group's members with its first; those unlike it form a group anew, in up to `rounds` rounds.
+    """Compare each group's members with its first; those unlike it form a group anew, in up to
+    `rounds` rounds.
 
     Yields int64 (m, 2): a first, and a member like it.
     """
@@ -440,7 +461,7 @@ def _stars(starts: Array, members: Array, signatures: _Signatures, rounds: int) 
 
 
 def _components(links: Array) -> tuple[Array, Array]:
-    """Clusters of documents that links (m, 2) connect, as the groups of `_groups`."""
+    """Return the clusters of documents that links (m, 2) connect, as the groups of `_groups`."""
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
@@ -454,6 +475,6 @@ def _components(links: Array) -> tuple[Array, Array]:
 
 
 def _bounds(starts: Array, members: Array) -> tuple[Array, Array]:
-    """Of groups: each member's first of its group (m,), and the sizes (groups,)."""
+    """Return for groups each member's first of its group (m,), and the sizes (groups,)."""
     sizes = np.diff(starts, append=len(members))
     return np.repeat(members[starts], sizes), sizes

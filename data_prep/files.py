@@ -11,7 +11,8 @@ from pathlib import Path
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """`write` a file under another name and rename it: `path` is whole or not there. Raises OSError."""
+    """Write a file under another name and rename it: `path` is whole or not there. Raises
+    OSError."""
     # The name is random, for processes of several machines may make the same file in one folder.
     beside = path.with_name(f"{path.stem}.{secrets.token_hex(8)}.tmp{path.suffix}")
     try:
@@ -40,7 +41,8 @@ def sha256_of(path: Path) -> str:
 
 @contextlib.contextmanager
 def file_lock(path: Path, *, shared: bool = False, wait: bool = False) -> Iterator[None]:
-    """Hold a lock on a file (flock), which is made where it is not there, for as long as the block takes.
+    """Hold a lock on a file (flock), which is made where it is not there, for as long as the block
+    takes.
 
     Args:
         shared: several may hold it at once, but none alone.
@@ -64,5 +66,6 @@ def nearest_existing(path: Path) -> Path:
 
 
 def free_bytes(path: Path) -> int:
-    """Return the room on the disk that holds a path, or is going to. Quotas are not seen. Raises OSError."""
+    """Return the room on the disk that holds a path, or is going to. Quotas are not seen. Raises
+    OSError."""
     return shutil.disk_usage(nearest_existing(path)).free

@@ -56,7 +56,7 @@ def finish(
     chunks: list[list[Path]],
     console: Console,
 ) -> Manifest:
-    """From chunks to a published set: duplicates, tally, shards, manifest, report."""
+    """Make chunks a published set: duplicates, statistics, shards, manifest, report."""
     out = Path(options.out)
     paths = list(itertools.chain.from_iterable(chunks))
     tokenizer = Tokenizer.load(recipe.model)
@@ -91,7 +91,8 @@ def finish(
     inexact = counted.checked["inexact"]
     if inexact:
         console.print(
-            "warning: this tokenizer does not decode to exactly the text that goes in (it normalises, or lacks "
+            "warning: this tokenizer does not decode to exactly the text that goes in (it "
+            "normalises, or lacks "
             "characters); the manifest records that"
         )
     manifest = Manifest(
@@ -136,7 +137,8 @@ def _deduplicate(
     paths: Sequence[Path],
     console: Console,
 ) -> Duplicates | None:
-    """Which documents stay, where that is asked for; those of a set that is appended to come first of all."""
+    """Find which documents stay, where that is asked for; those of a set that is appended to come
+    first of all."""
     if options.dedup == "none":
         return None
     name = key(
@@ -182,7 +184,8 @@ def _pack(
     counted: CorpusStats,
     console: Console,
 ) -> dict[SplitName, Split]:
-    """Write the shards of each split; a set that is appended to gives its own, but for the last of each split."""
+    """Write the shards of each split; a set that is appended to gives its own, but for the last of
+    each split."""
     jobs = {}
     parts: dict[SplitName, list[StreamSlice]] = {}
     for name, new in counted.parts.items():
@@ -233,7 +236,8 @@ def _pack(
 def _lead(
     folder: Path, layout: Layout, options: PrepareOptions, base: Manifest | None, name: SplitName
 ) -> StreamSlice:
-    """What a split's stream begins with: eos, or the last shard and the tail of the set that is appended to."""
+    """Write what a split's stream begins with: eos, or the last shard and the tail of the set that
+    is appended to."""
     dtype = np.dtype(layout.dtype)
     lead = np.array([layout.eos_id] if layout.packing == "concat" else [], dtype)
     if base and options.append:
@@ -252,7 +256,7 @@ def _write_fingerprints(
     layout: Layout,
     paths: Sequence[Path],
 ) -> None:
-    """The fingerprints of all documents of the set, for what may be appended to it."""
+    """Write the fingerprints of all documents of the set, for what may be appended to it."""
     from data_prep.dedup import FINGERPRINT
 
     assert layout.keep
@@ -323,7 +327,10 @@ def _nothing_left(counted: CorpusStats) -> str:
             if lost
             else f"{empty} empty documents"
         )
-        return f"the corpus is empty: no text in the input ({found}); name another --text-field, or give some text"
+        return (
+            f"the corpus is empty: no text in the input ({found}); name another --text-field, or "
+            f"give some text"
+        )
     by_rule = ", ".join(f"{count:,} dropped by {rule}" for rule, count in dropped.items())
     return (
         f"none of the {read:,} documents is left ({by_rule}); use other --clean rules or more text"
@@ -333,12 +340,15 @@ def _nothing_left(counted: CorpusStats) -> str:
 def _too_short(
     name: SplitName, layout: Layout, options: PrepareOptions, counted: CorpusStats
 ) -> str:
-    """That a split has not one whole row, and what may help."""
+    """Say that a split has not one whole row, and what may help."""
     totals, documents = (
         counted.splits[name],
         sum(total.documents for total in counted.splits.values()),
     )
-    found = f"the {name} split has {totals.tokens} tokens in {totals.documents} documents of {documents:,}"
+    found = (
+        f"the {name} split has {totals.tokens} tokens in {totals.documents} documents of "
+        f"{documents:,}"
+    )
     another = (
         "a smaller"
         if name == "train"
@@ -351,11 +361,11 @@ def _too_short(
 
 
 def _link(source: Path, target: Path) -> None:
-    """The same file under another name, or a copy where the file system has no links."""
+    """Give a file another name too, or copy it where the file system has no links."""
     if target.exists():
         return
     try:
-        os.link(source.resolve(), target)  # of a symbolic link, the file behind it
+        os.link(source.resolve(), target)  # behind a symbolic link lies the file
     except OSError:
         write_whole(target, lambda beside: shutil.copyfile(source, beside))
 

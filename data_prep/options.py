@@ -20,16 +20,18 @@ class PrepareOptions:
     """What `prepare` needs to know.
 
     inputs: files, folders, globs, URLs, "-" for stdin.
-    append: a set to go on from, with its tokenizer and options; `out` is a new set, and only `inputs` are prepared.
-    tokenizer: a SentencePiece model to use; without one, a `kind` model of `vocab_size` pieces is trained on about
-        `sample_bytes` of the corpus (default: SAMPLE_BYTES of the kind).
+    append: a set to go on from, with its tokenizer and options; `out` is a new set, and only
+    `inputs` are prepared.
+    tokenizer: a SentencePiece model to use; without one, a `kind` model of `vocab_size` pieces is
+    trained on about `sample_bytes` of the corpus (default: SAMPLE_BYTES of the kind).
     val_fraction: share of the documents held out.
     rules: a YAML file of cleaning rules (data_prep.clean.cleaner).
-    dedup: "exact" or "near" (MinHash) duplicates are left out; the first copy in reading order stays.
+    dedup: "exact" or "near" (MinHash) duplicates are left out; the first copy in reading order
+    stays.
     encoder: "kitoken" is checked against SentencePiece, and given up at the first difference.
     strict: the first finding in the input (data_prep.read.documents) is an error.
-    task: (i, n) makes the chunks of the i-th of n parts of the plan, and nothing else.
-    workers (default: one for each CPU this process may use) changes the time and nothing else.
+    task: (i, n) makes the chunks of the i-th of n parts of the plan, and nothing else. workers
+    (default: one for each CPU this process may use) changes the time and nothing else.
     """
 
     inputs: Sequence[str | Path]
@@ -53,7 +55,8 @@ class PrepareOptions:
 
 
 def checked(options: PrepareOptions, base: Manifest | None) -> PrepareOptions:
-    """The options, with those of the set to append to filled in. Raises ValueError for one that cannot be."""
+    """Return the options, with those of the set to append to filled in. Raises ValueError for one
+    that cannot be."""
     limits = [
         ("seq_len", options.seq_len, 1, 1_000_000),
         ("vocab_size", options.vocab_size, 1, 10_000_000),
@@ -71,7 +74,8 @@ def checked(options: PrepareOptions, base: Manifest | None) -> PrepareOptions:
             raise ValueError(f"{name}: found {value!r}, expected {low} to {high}{whole}")
     if type(options.val_fraction) not in (int, float) or not 0 <= options.val_fraction < 1:
         raise ValueError(
-            f"val_fraction: found {options.val_fraction!r}, expected 0 (no validation split) to below 1"
+            f"val_fraction: found {options.val_fraction!r}, expected 0 (no validation split) to "
+            "below 1"
         )
     for name, choices in (
         ("kind", Kind),
@@ -105,7 +109,8 @@ def checked(options: PrepareOptions, base: Manifest | None) -> PrepareOptions:
         and not any((Path(options.out) / PARTIAL).glob("tokenizer-*.model"))
     ):
         raise ValueError(
-            "task: tasks need a tokenizer that all of them share; train one with `dnt data tokenizer`, "
+            "task: tasks need a tokenizer that all of them share; train one with `dnt data "
+            "tokenizer`, "
             "then give --tokenizer FILE"
         )
     if options.task and any(str(item) == "-" for item in options.inputs):
@@ -114,7 +119,7 @@ def checked(options: PrepareOptions, base: Manifest | None) -> PrepareOptions:
 
 
 def _check_texts(options: PrepareOptions) -> None:
-    """Raises ValueError for a field or a path that can name none."""
+    """Raise ValueError for a field or a path that can name none."""
     field = options.text_field
     if not isinstance(field, str) or not field or SURROGATE.search(field):
         raise ValueError(
@@ -129,8 +134,7 @@ def _check_texts(options: PrepareOptions) -> None:
 
 
 def _as_before(options: PrepareOptions, base: Manifest) -> PrepareOptions:
-    """The options with what the set to append to was made with. Raises ValueError where another value was asked for, or
-    if the files beside its shards are not those of its manifest."""
+    """Return the options with what the set to append to was made with."""
     assert options.append
     folder = Path(options.append)
     for name, sha256 in (
@@ -160,10 +164,10 @@ def _as_before(options: PrepareOptions, base: Manifest) -> PrepareOptions:
 
 
 def sample_bytes(options: PrepareOptions) -> int:
-    """How much text a tokenizer is trained on."""
+    """Return how many bytes of text a tokenizer is trained on."""
     return options.sample_bytes or SAMPLE_BYTES[options.kind]
 
 
 def workers(options: PrepareOptions) -> int:
-    """Processes to use."""
+    """Return how many processes to use."""
     return options.workers or cpus()

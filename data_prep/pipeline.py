@@ -1,8 +1,9 @@
-"""From a corpus to a set of shards: plan, learn a tokenizer, tokenise in chunks, remove duplicates, pack, publish.
+"""From a corpus to a set of shards: plan, learn a tokenizer, tokenise in chunks, remove duplicates,
+pack, publish.
 
 Each stage leaves its result in the work folder under a name that is a hash of all it was made from
-(data_prep.work_folder). So a rerun after kill -9 goes on where it was, and the N tasks of one plan are N processes that
-fill the same folder.
+(data_prep.work_folder). So a rerun after kill -9 goes on where it was, and the N tasks of one plan
+are N processes that fill the same folder.
 """
 
 import contextlib
@@ -36,13 +37,15 @@ from data_prep.work_folder import key, spool_stdin, work_folder
 
 
 def prepare(options: PrepareOptions, console: Console | None = None) -> Manifest | None:
-    """Make a set of shards in `options.out`, which appears whole or not at all; progress goes to stderr.
+    """Make a set of shards in `options.out`, which appears whole or not at all; progress goes to
+    stderr.
 
-    What is finished is kept through Ctrl-C, kill -9 and errors: the same call goes on from there, to the same bytes.
-    Returns the manifest, or None for a task.
+    What is finished is kept through Ctrl-C, kill -9 and errors: the same call goes on from there,
+    to the same bytes. Returns the manifest, or None for a task.
 
-    Raises ValueError, in one or two lines, for: bad options or input, a folder that already holds a set, a corpus that
-    is empty or smaller than one row, a vocabulary that the corpus does not support, a full disk.
+    Raises ValueError, in one or two lines, for: bad options or input, a folder that already holds a
+    set, a corpus that is empty or smaller than one row, a vocabulary that the corpus does not
+    support, a full disk.
     """
     console = console or Console(stderr=True)
     base = shards.load_manifest(options.append) if options.append else None
@@ -73,7 +76,8 @@ def prepare(options: PrepareOptions, console: Console | None = None) -> Manifest
             chunks = _make_chunks(work, options, recipe, units, console)
         if options.task:
             console.print(
-                f"task {options.task[0]} of {options.task[1]} is done; when all are, the same command without --task "
+                f"task {options.task[0]} of {options.task[1]} is done; when all are, the same "
+                "command without --task "
                 f"makes the set in {escape(visible(str(out)))}",
                 highlight=False,
             )
@@ -116,15 +120,15 @@ def train_tokenizer(
         shutil.move(learnt, model)
         shutil.rmtree(work)
     print_left_out(left_out, console)
-    with contextlib.suppress(
-        OSError
-    ):  # of an earlier run that was killed, the folder is not this one's to remove
+    # A folder that an earlier run has left is not this one's to remove.
+    with contextlib.suppress(OSError):
         Path(options.out).rmdir()
     return Tokenizer.load(model)
 
 
 def train_tokenizer_first(options: PrepareOptions, console: Console | None = None) -> None:
-    """Train the tokenizer in the work folder, where `prepare` and its tasks with the same options then find it.
+    """Train the tokenizer in the work folder, where `prepare` and its tasks with the same options
+    then find it.
 
     Raises ValueError as `prepare` does.
     """
@@ -142,7 +146,7 @@ def train_tokenizer_first(options: PrepareOptions, console: Console | None = Non
 
 
 def found_before_reading(sources: Sequence[Source]) -> LeftOut:
-    """What the sources pass over."""
+    """Return what the sources pass over."""
     passed, left_out = Findings(), LeftOut()
     for source in sources:
         for finding in source.passed:
@@ -159,7 +163,8 @@ def print_left_out(left_out: LeftOut, console: Console) -> None:
 
 @contextlib.contextmanager
 def _print_left_out_on_error(sources: Sequence[Source], console: Console) -> Iterator[LeftOut]:
-    """What is left out explains many an error, and there will be no summary to tell it."""
+    """Print what is left out if the block fails: it explains many an error, and there will be no
+    summary to tell it."""
     left_out = found_before_reading(sources)
     try:
         yield left_out
@@ -169,7 +174,7 @@ def _print_left_out_on_error(sources: Sequence[Source], console: Console) -> Ite
 
 
 def _given_tokenizer(work: Path, options: PrepareOptions) -> Path | None:
-    """A copy of the tokenizer that was given: the file itself may change while the set is made."""
+    """Copy the tokenizer that was given: the file itself may change while the set is made."""
     if options.tokenizer is None:
         return None
     model = options.tokenizer.read_bytes()
@@ -179,7 +184,7 @@ def _given_tokenizer(work: Path, options: PrepareOptions) -> Path | None:
 
 
 def tokenizer_spec(options: PrepareOptions, rules: CleanConfig | None) -> TokenizerSpec:
-    """What decides the tokenizer that is trained."""
+    """Return what decides the tokenizer that is trained."""
     return TokenizerSpec(
         options.kind,
         options.vocab_size,
@@ -192,7 +197,7 @@ def tokenizer_spec(options: PrepareOptions, rules: CleanConfig | None) -> Tokeni
 
 
 def recipe_of(options: PrepareOptions, rules: CleanConfig | None, model: Path) -> Recipe:
-    """What decides the chunks."""
+    """Return what decides the chunks."""
     return Recipe(
         model,
         options.encoder,
@@ -205,11 +210,11 @@ def recipe_of(options: PrepareOptions, rules: CleanConfig | None, model: Path) -
 
 
 def units_of_task(units: Sequence[Unit], task: int, tasks: int) -> list[int]:
-    """Which units are in one of `tasks` parts of about equal size, the same for every task that asks."""
+    """Return which units are in one of `tasks` parts of about equal size, the same for every task
+    that asks."""
     parts: list[tuple[int, int, list[int]]] = [(0, number, []) for number in range(tasks)]
-    sizes = [
-        max(1, stored_bytes(unit)) for unit in units
-    ]  # of some web servers' files it is not known
+    # Some web servers do not tell how large their files are.
+    sizes = [max(1, stored_bytes(unit)) for unit in units]
     for number in sorted(range(len(units)), key=lambda number: -sizes[number]):
         size, part, numbers = heapq.heappop(parts)
         numbers.append(number)
@@ -221,7 +226,7 @@ def units_of_task(units: Sequence[Unit], task: int, tasks: int) -> list[int]:
 def _make_chunks(
     work: Path, options: PrepareOptions, recipe: Recipe, units: Sequence[Unit], console: Console
 ) -> list[list[Path]]:
-    """The chunks of all units, or of the task's."""
+    """Make the chunks of all units, or of the task's."""
     mine = units_of_task(units, *options.task) if options.task else list(range(len(units)))
     folders = recipe.folders(work, units)
     return make_chunks(
@@ -230,7 +235,7 @@ def _make_chunks(
 
 
 def _print_reused_parts(work: Path, folders: Sequence[Path], console: Console) -> None:
-    """Of finished parts in the work folder, how many are gone on with, and that others do not fit."""
+    """Print how many finished parts in the work folder are reused, and that others do not fit."""
     there = {folder for folder in (work / "chunks").glob("*") if any(folder.glob("*.npz"))}
     if going_on := sum(len(list(folder.glob("*.npz"))) for folder in there.intersection(folders)):
         console.print(
@@ -239,8 +244,10 @@ def _print_reused_parts(work: Path, folders: Sequence[Path], console: Console) -
         )
     if others := there.difference(folders):
         console.print(
-            f"warning: finished parts of {len(others):,} units in {work} are of another input, other options or "
-            "other library versions, and are not used; if that is not meant, stop and give the same options",
+            f"warning: finished parts of {len(others):,} units in {work} are of another input, "
+            "other options or "
+            "other library versions, and are not used; if that is not meant, stop and give the "
+            "same options",
             highlight=False,
             markup=False,
             soft_wrap=True,

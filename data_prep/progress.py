@@ -1,4 +1,5 @@
-"""What a person sees while a stage runs: a bar with rates and the time left; in a log, a line every ten seconds."""
+"""What a person sees while a stage runs: a bar with rates and the time left; in a log, a line every
+ten seconds."""
 
 import contextlib
 import time
@@ -14,7 +15,8 @@ LOG_SECONDS = 10.0
 
 
 class Stage:
-    """Told how far a stage is: `done` of its total, and perhaps bytes of text and tokens; each adds up."""
+    """Told how far a stage is: `done` of its total, and perhaps bytes of text and tokens; each adds
+    up."""
 
     def __init__(self, show: Callable[["Stage"], None]):
         self.done = self.text_bytes = self.tokens = 0
@@ -29,7 +31,8 @@ class Stage:
 
 @contextlib.contextmanager
 def stage(console: Console, name: str, total: int | None, unit: str = "MB") -> Iterator[Stage]:
-    """Show a stage; `total` and what `Stage` is told are in bytes, or in whatever else `unit` names."""
+    """Show a stage; `total` and what `Stage` is told are in bytes, or in whatever else `unit`
+    names."""
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -60,7 +63,8 @@ def stage(console: Console, name: str, total: int | None, unit: str = "MB") -> I
         yield state
     seconds = time.monotonic() - start
     console.print(
-        f"{name:9} {_amount(state.text_bytes or state.done, 'MB' if state.text_bytes else unit)} in {seconds:.1f} s, "
+        f"{name:9} {_amount(state.text_bytes or state.done, 'MB' if state.text_bytes else unit)} "
+        f"in {seconds:.1f} s, "
         f"{_rate(state, seconds, unit)}",
         highlight=False,
         soft_wrap=True,

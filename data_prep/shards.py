@@ -1,12 +1,14 @@
 """THE FORMAT: token rows in plain WebDataset tars beside a manifest that can prove them whole.
 
-Packing "concat": a split's stream of tokens is `eos doc eos doc eos ... doc eos`. Row i is `stream[i*seq_len :
-(i+1)*seq_len + 1]`, so a row's last token is the next row's first and every token after the first is predicted exactly
-once. What is left after the last whole row is the split's `tail` in the manifest.
+Packing "concat": a split's stream of tokens is `eos doc eos doc eos ... doc eos`. Row i is
+`stream[i*seq_len : (i+1)*seq_len + 1]`, so a row's last token is the next row's first and every
+token after the first is predicted exactly once. What is left after the last whole row is the
+split's `tail` in the manifest.
 
-Packing "best_fit": a row is `eos`, whole documents each followed by eos, and further eos as padding. A document that is
-longer than a row is cut into pieces of seq_len tokens, of which all but the last fill a row each. So an eos after an
-eos is padding, which is not predicted; every other token after a row's first is predicted exactly once.
+Packing "best_fit": a row is `eos`, whole documents each followed by eos, and further eos as
+padding. A document that is longer than a row is cut into pieces of seq_len tokens, of which all but
+the last fill a row each. So an eos after an eos is padding, which is not predicted; every other
+token after a row's first is predicted exactly once.
 """
 
 import contextlib
@@ -70,8 +72,8 @@ class Shard(_Model):
 
 
 class Split(_Model):
-    """Train or val: `tokens` are predicted ones. In "concat", `rows * seq_len` of them are in rows, the rest in `tail`;
-    in "best_fit" all are in rows, beside padding, and `tail` is empty."""
+    """Train or val: `tokens` are predicted ones. In "concat", `rows * seq_len` of them are in rows,
+    the rest in `tail`; in "best_fit" all are in rows, beside padding, and `tail` is empty."""
 
     documents: Positive
     tokens: Positive
@@ -91,8 +93,9 @@ class TokenizerInfo(_Model):
 
 
 class SourceInfo(_Model):
-    """One INPUT: the documents that stayed; how many of those read held broken UTF-8 (`replaced`) or were `empty`, were
-    `dropped` by which cleaning rule or finding, or were `duplicates`; and the SHA-256 of the cleaning `rules`."""
+    """One INPUT: the documents that stayed; how many of those read held broken UTF-8 (`replaced`)
+    or were `empty`, were `dropped` by which cleaning rule or finding, or were `duplicates`; and the
+    SHA-256 of the cleaning `rules`."""
 
     name: str
     documents: Count
@@ -106,7 +109,8 @@ class SourceInfo(_Model):
 
 
 class Options(_Model):
-    """The options that decide the bytes; the first three are null for a tokenizer that was given."""
+    """The options that decide the bytes; the first three are null for a tokenizer that was
+    given."""
 
     vocab_size: Positive | None
     kind: Literal["bpe", "unigram"] | None
@@ -117,7 +121,8 @@ class Options(_Model):
 
 
 class Manifest(_Model):
-    """manifest.json: everything about a prepared set; its numbers are checked against one another."""
+    """manifest.json: everything about a prepared set; its numbers are checked against one
+    another."""
 
     format: Literal["dnt-shards"]
     version: Literal[1]
@@ -133,12 +138,13 @@ class Manifest(_Model):
 
     @property
     def numpy_dtype(self) -> np.dtype[Any]:
-        """Little-endian uint16 or uint32."""
+        """Return little-endian uint16 or uint32."""
         return np.dtype("<u2" if self.dtype == "uint16" else "<u4")
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one row of seq_len + 1 tokens: row r of a member starts at `offset + r * row_bytes`."""
+        """Return the bytes of one row of seq_len + 1 tokens: row r of a member starts at `offset +
+        r * row_bytes`."""
         return (self.seq_len + 1) * self.numpy_dtype.itemsize
 
     @model_validator(mode="after")
@@ -203,25 +209,26 @@ class Manifest(_Model):
 
 
 def dtype_for(vocab_size: int) -> Literal["uint16", "uint32"]:
-    """The narrower of the two that holds every id of a vocabulary."""
+    """Return the narrower of the two that holds every id of a vocabulary."""
     return "uint16" if vocab_size <= 1 << 16 else "uint32"
 
 
 def shard_name(split: str, number: int) -> str:
-    """File name of a split's n-th tar."""
+    """Return the file name of a split's n-th tar."""
     return f"{split}-{number:06d}.tar"
 
 
 def member_name(block: int) -> str:
-    """Name in the tar of a split's n-th block."""
+    """Return the name in the tar of a split's n-th block."""
     return f"{block:06d}.tokens.npy"
 
 
 def load_manifest(folder: Path) -> Manifest:
-    """The manifest of a prepared set, after checking that every file it names is there and of the right size.
+    """Read the manifest of a prepared set, and check that every file it names is there and of the
+    right size.
 
-    Raises ValueError naming the file and what is wrong: no such folder, no manifest, a truncated or altered one,
-    another format or version, a missing or truncated shard.
+    Raises ValueError naming the file and what is wrong: no such folder, no manifest, a truncated or
+    altered one, another format or version, a missing or truncated shard.
     """
     manifest = read_manifest(Path(folder))
     if problems := [
@@ -252,15 +259,17 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def manifest_sha256(folder: Path) -> str:
-    """Hex SHA-256 of the manifest file: the identity of a prepared set. Raises ValueError if it is not there."""
+    """Return the hex SHA-256 of the manifest file: the identity of a prepared set. Raises
+    ValueError if it is not there."""
     return hashlib.sha256(_manifest_bytes(Path(folder))).hexdigest()
 
 
 def read_block(folder: Path, manifest: Manifest, split: str, block: int) -> Tokens:
-    """The block-th member of a split: an array (rows, seq_len + 1), little-endian uint16 or uint32.
+    """Read the block-th member of a split: an array (rows, seq_len + 1), little-endian uint16 or
+    uint32.
 
-    Raises ValueError naming shard and member if the bytes are not those that were written, IndexError if
-    there is no such block.
+    Raises ValueError naming shard and member if the bytes are not those that were written,
+    IndexError if there is no such block.
     """
     first = 0
     for shard in manifest.splits[_split_name(manifest, split)].shards:
@@ -271,10 +280,11 @@ def read_block(folder: Path, manifest: Manifest, split: str, block: int) -> Toke
 
 
 def iter_documents(folder: Path, split: str) -> Iterator[list[int]]:
-    """The token ids of every document of a split, without eos: "concat" in the order they went in, "best_fit" in the
-    order of the rows and longer ones than a row in pieces.
+    """Yield the token ids of every document of a split, without eos: "concat" in the order they
+    went in, "best_fit" in the order of the rows and longer ones than a row in pieces.
 
-    Raises ValueError as `load_manifest` and `read_block` do, and for a split that the set does not have.
+    Raises ValueError as `load_manifest` and `read_block` do, and for a split that the set does not
+    have.
     """
     manifest = load_manifest(folder)
     part = manifest.splits[_split_name(manifest, split)]
@@ -303,17 +313,17 @@ def iter_documents(folder: Path, split: str) -> Iterator[list[int]]:
 
 
 def blocks_per_shard(row_bytes: int, shard_bytes: int) -> int:
-    """Whole blocks of BLOCK_ROWS rows that fit a tar of `shard_bytes`; at least one."""
+    """Return how many whole blocks of BLOCK_ROWS rows fit a tar of `shard_bytes`; at least one."""
     member = TAR_BLOCK + _padded(NPY_HEADER + BLOCK_ROWS * row_bytes)
     return max(1, (shard_bytes - TAR_BLOCK) // member)
 
 
 def write_shard(path: Path, name: str, blocks: Iterable[Tokens], first_block: int) -> Shard:
-    """Write the tar `name`, for now at `path`: blocks (rows, seq_len + 1) of uint16 or uint32, numbered from
-    `first_block`; fsynced.
+    """Write the tar `name`, for now at `path`: blocks (rows, seq_len + 1) of uint16 or uint32,
+    numbered from `first_block`; fsynced.
 
-    The bytes are those that `webdataset.TarWriter` writes (a test compares them), and depend on the arguments alone.
-    Raises OSError if writing fails, FileExistsError if the file is there.
+    The bytes are those that `webdataset.TarWriter` writes (a test compares them), and depend on the
+    arguments alone. Raises OSError if writing fails, FileExistsError if the file is there.
     """
     members: list[Member] = []
     with contextlib.closing(_HashingFile(path)) as file:
@@ -371,13 +381,17 @@ def _padded(size: int) -> int:
 
 
 def size_problem(folder: Path, shard: Shard) -> str | None:
-    """What is wrong with a shard's file, seen from outside: missing or of another size; else None."""
+    """Return what is wrong with a shard's file, seen from outside: missing or of another size; else
+    None."""
     path = Path(folder, shard.file)
     if not path.is_file():
         return f"{path}: missing; copy the set again or prepare it again"
     if (found := path.stat().st_size) != shard.bytes:
         kind = "truncated" if found < shard.bytes else "altered"
-        return f"{path}: {kind}, {found} bytes where the manifest says {shard.bytes}; copy or prepare the set again"
+        return (
+            f"{path}: {kind}, {found} bytes where the manifest says {shard.bytes}; copy or prepare "
+            f"the set again"
+        )
     return None
 
 
@@ -388,20 +402,22 @@ def _read_member(folder: Path, manifest: Manifest, shard: Shard, member: Member)
         raw = file.read(member.rows * manifest.row_bytes)
     if zlib.crc32(raw) != member.crc32:
         raise ValueError(
-            f"{path}: {member.name} is damaged (CRC-32 differs); copy the set again or prepare it again"
+            f"{path}: {member.name} is damaged (CRC-32 differs); copy the set again or prepare it "
+            "again"
         )
     return np.frombuffer(raw, manifest.numpy_dtype).reshape(member.rows, manifest.seq_len + 1)
 
 
 def _stream(folder: Path, manifest: Manifest, split: Split) -> Iterator[Tokens]:
-    """The stream of tokens of a split of packing "concat" in parts, each once."""
+    """Yield the stream of tokens of a split of packing "concat" in parts, each once."""
     for shard in split.shards:
         yield from shard_stream(folder, manifest, shard)
     yield np.array(split.tail, manifest.numpy_dtype)
 
 
 def shard_stream(folder: Path, manifest: Manifest, shard: Shard) -> Iterator[Tokens]:
-    """A shard's tokens, a block at a time and each once: "concat" without the last of a row, which is in the next."""
+    """Yield a shard's tokens, a block at a time and each once: "concat" without the last of a row,
+    which is in the next."""
     for member in shard.members:
         rows = _read_member(folder, manifest, shard, member)
         yield (rows[:, :-1] if manifest.packing == "concat" else rows).ravel()
@@ -430,7 +446,7 @@ def _manifest_bytes(folder: Path) -> bytes:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest by itself, without a look at the files beside it."""
+    """Read the manifest by itself, without a look at the files beside it."""
     path = folder / MANIFEST
     raw = _manifest_bytes(folder)
     try:
@@ -442,7 +458,8 @@ def read_manifest(folder: Path) -> Manifest:
     found = (value.get("format"), value.get("version")) if isinstance(value, dict) else (None, None)
     if found != (FORMAT, VERSION):
         raise ValueError(
-            f"{path}: found format {found[0]!r} version {found[1]!r}, expected {FORMAT!r} version {VERSION}; "
+            f"{path}: found format {found[0]!r} version {found[1]!r}, expected {FORMAT!r} version "
+            f"{VERSION}; "
             "prepare the set again with this release"
         )
     try:
@@ -452,7 +469,8 @@ def read_manifest(folder: Path) -> Manifest:
         where = ".".join(first.field)
         given = f" (found {first.found!r:.60})" if where else ""
         raise ValueError(
-            f"{path}: {f'{where}: ' if where else ''}{first.message}{given}; copy the set again or prepare it again"
+            f"{path}: {f'{where}: ' if where else ''}{first.message}{given}; copy the set again or "
+            "prepare it again"
         ) from error
 
 

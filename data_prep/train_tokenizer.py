@@ -1,4 +1,5 @@
-"""A tokenizer for a corpus: a sample of it, chosen by hash over all processes, and SentencePiece's training."""
+"""A tokenizer for a corpus: a sample of it, chosen by hash over all processes, and SentencePiece's
+training."""
 
 import functools
 import heapq
@@ -44,7 +45,7 @@ class TokenizerSpec:
     strict: bool
 
     def key(self, units: Sequence[Unit]) -> str:
-        """The name of the tokenizer of a corpus."""
+        """Return the name of the tokenizer of a corpus."""
         rules = self.rules.fingerprint() if self.rules else None
         options = [
             self.kind,
@@ -60,15 +61,16 @@ class TokenizerSpec:
 
 
 class PieceSampler:
-    """Offers what a tokenizer may learn from; one a worker process. Called with (piece, limit): texts of a hash below
-    `limit` are wanted."""
+    """Offers what a tokenizer may learn from; one a worker process. Called with (piece, limit):
+    texts of a hash below `limit` are wanted."""
 
     def __init__(self, lesson: TokenizerSpec):
         self._lesson = lesson
         self._clean = Cleaner(lesson.rules) if lesson.rules else None
 
     def __call__(self, item: tuple[Piece, int]) -> "SampledPiece":
-        """What a piece has to offer: texts hashed as they were read, and as they were cleaned."""
+        """Return what a piece has to offer: texts hashed as they were read, and as they were
+        cleaned."""
         piece, limit = item
         documents = 0
         findings = Findings()
@@ -89,8 +91,9 @@ class PieceSampler:
 
 
 class SampledPiece(NamedTuple):
-    """Of a piece: stored bytes read, documents, the first line or row without a text, documents that the rules dropped
-    (of those that were tried), (hash, text) to choose from, and what was found wrong."""
+    """Of a piece: stored bytes read, documents, the first line or row without a text, documents
+    that the rules dropped (of those that were tried), (hash, text) to choose from, and what was
+    found wrong."""
 
     input_bytes: int
     documents: int
@@ -108,11 +111,11 @@ def find_or_train(
     console: Console,
     left_out: LeftOut | None = None,
 ) -> Path:
-    """The tokenizer of a corpus, a .model file in the work folder: trained, or found there. What is found wrong in the
-    input on the way is added to `left_out`.
+    """Return the tokenizer of a corpus, a .model file in the work folder: trained, or found there.
+    What is found wrong in the input on the way is added to `left_out`.
 
-    Raises ValueError for input that cannot be read, and where there is nothing to learn from or a vocabulary of that
-    size does not come of it.
+    Raises ValueError for input that cannot be read, and where there is nothing to learn from or a
+    vocabulary of that size does not come of it.
     """
     model = work / f"tokenizer-{lesson.key(units)}.model"
     if model.exists():
@@ -147,7 +150,8 @@ def find_or_train(
             f", {count:,} dropped by {rule}" for rule, count in dropped.items() if count
         )
         raise ValueError(
-            f"none of the {documents:,} documents is left to learn from: {documents - sum(dropped.values()):,} held out"
+            f"none of the {documents:,} documents is left to learn from: "
+            f"{documents - sum(dropped.values()):,} held out"
             f"{by_rule}; use a smaller --val-fraction or other --clean rules"
         )
     with stage(console, "learn", None) as advance:
@@ -159,8 +163,9 @@ def find_or_train(
 def train(texts: Iterable[str], vocab_size: int, out: Path, kind: Kind = "bpe") -> None:
     """Train a SentencePiece model on the texts and write it to `out`.
 
-    Nothing is normalised and unknown characters fall back to bytes, so any text decodes to itself. Only `unk`
-    (id 0) and `eos` (id 1) are special. The same texts in the same order give the same file on any machine.
+    Nothing is normalised and unknown characters fall back to bytes, so any text decodes to itself.
+    Only `unk` (id 0) and `eos` (id 1) are special. The same texts in the same order give the same
+    file on any machine.
 
     Raises ValueError if `vocab_size` is larger or smaller than the texts allow, naming the limit.
     """
@@ -194,8 +199,8 @@ def train(texts: Iterable[str], vocab_size: int, out: Path, kind: Kind = "bpe") 
 class Sample:
     """A choice of different texts of about `max_bytes` of UTF-8 in all, those of the smallest hash.
 
-    So it depends on the texts alone, not on their order or on who reads them. Holds no more than the choice in memory;
-    a text longer than the whole budget is cut.
+    So it depends on the texts alone, not on their order or on who reads them. Holds no more than
+    the choice in memory; a text longer than the whole budget is cut.
     """
 
     def __init__(self, max_bytes: int, limit: int = 1 << 64):
@@ -206,7 +211,7 @@ class Sample:
 
     @property
     def limit(self) -> int:
-        """Texts of this hash or a larger one are not wanted."""
+        """Return the hash that texts must be below to be wanted."""
         return min(self._limit, -self._heap[0][0]) if self._held >= self._max_bytes else self._limit
 
     def wants(self, rank: int) -> bool:
@@ -228,14 +233,14 @@ class Sample:
             self._held -= size
 
     def items(self) -> list[tuple[int, str]]:
-        """(hash, text) of what was chosen, the smallest hash first."""
+        """Return (hash, text) of what was chosen, the smallest hash first."""
         return sorted((-negative, text) for negative, _, text in self._heap)
 
 
 def _training_lines(texts: Iterable[str]) -> Iterator[str]:
     for text in texts:
-        # Neither mark may become part of a piece: the first stands for a space, the second is SentencePiece's own
-        # sign for "unknown", for which it would drop the line.
+        # Neither mark may become part of a piece: the first stands for a space, the second is
+        # SentencePiece's own sign for "unknown", for which it would drop the line.
         for line in re.split("[\n\u2581\u2585]", text):
             for start in range(0, len(line), LINE_CHARS):
                 yield line[start : start + LINE_CHARS]
@@ -244,12 +249,14 @@ def _training_lines(texts: Iterable[str]) -> Iterator[str]:
 def _explain(message: str, vocab_size: int) -> str:
     if most := re.search(r"too high .*<= (\d+)", message):
         return (
-            f"vocab_size: found {vocab_size}, but the largest that this corpus supports is {most[1]}; "
+            f"vocab_size: found {vocab_size}, but the largest that this corpus supports is "
+            f"{most[1]}; "
             f"use --vocab-size {most[1]} or less, or more text"
         )
     if least := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
         return (
-            f"vocab_size: found {vocab_size}, but the 256 bytes and the corpus's own characters need {least[1]}; "
+            f"vocab_size: found {vocab_size}, but the 256 bytes and the corpus's own characters "
+            f"need {least[1]}; "
             f"use --vocab-size {least[1]} or more"
         )
     if "sentences_.empty()" in message or "all_chars_count" in message:

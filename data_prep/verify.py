@@ -25,11 +25,13 @@ from data_prep.shards import (
 
 
 def verify(folder: Path, progress: Callable[[int], object] | None = None) -> list[str]:
-    """Read everything again and compare it with the manifest; `progress` is told the bytes of each read.
+    """Read everything again and compare it with the manifest; `progress` is told the bytes of each
+    read.
 
-    Checks the sizes and SHA-256 of the shards and the tokenizer; every member's name, place, shape, type
-    and CRC; that ids lie in the vocabulary, rows overlap by one token, and the documents are as many as they
-    should be. Returns the problems, a line each, naming the file and where possible the member; [] if it is whole.
+    Checks the sizes and SHA-256 of the shards and the tokenizer; every member's name, place, shape,
+    type and CRC; that ids lie in the vocabulary, rows overlap by one token, and the documents are
+    as many as they should be. Returns the problems, a line each, naming the file and where possible
+    the member; [] if it is whole.
     """
     folder = Path(folder)
     try:
@@ -51,23 +53,26 @@ def verify(folder: Path, progress: Callable[[int], object] | None = None) -> lis
             continue
         if split.tail and check.last != split.tail[0]:
             problems.append(f"{MANIFEST}: splits.{name}.tail does not go on from the last row")
-        # The stream has one eos in front and one after each document; rows count without their last token.
+        # The stream has one eos in front and one after each document; rows count without their last
+        # token.
         documents = check.documents + split.tail.count(manifest.eos_id) - bool(split.tail)
         if not split.tail and check.predicted != split.tokens:
             problems.append(
-                f"{MANIFEST}: splits.{name}.tokens is {split.tokens}, the rows hold {check.predicted}"
+                f"{MANIFEST}: splits.{name}.tokens is {split.tokens}, the rows hold "
+                f"{check.predicted}"
             )
         # In "best_fit" a document that ends with its row has no eos there.
         if documents > split.documents or (split.tail and documents < split.documents):
             problems.append(
-                f"{MANIFEST}: splits.{name}.documents is {split.documents}, the rows hold {documents}"
+                f"{MANIFEST}: splits.{name}.documents is {split.documents}, the rows hold "
+                f"{documents}"
             )
     return problems
 
 
 class _StreamCheck:
-    """What `verify` carries from member to member: the last token seen, and the documents, which end in eos; in
-    "best_fit", also the tokens that are predicted."""
+    """What `verify` carries from member to member: the last token seen, and the documents, which
+    end in eos; in "best_fit", also the tokens that are predicted."""
 
     def __init__(self, manifest: Manifest):
         self.manifest = manifest
@@ -99,7 +104,7 @@ class _StreamCheck:
 
 
 def check_file(path: Path, sha256: str) -> Iterator[str]:
-    """What is wrong with a file that should have this SHA-256, if anything."""
+    """Yield what is wrong with a file that should have this SHA-256, if anything."""
     if not path.is_file():
         yield f"{path}: missing"
         return
@@ -152,13 +157,17 @@ def _check_shard(
         check.last = None
         return
     if digest.hexdigest() != shard.sha256 and not named:
-        yield f"{path}: SHA-256 is {digest.hexdigest()[:12]}..., the manifest says {shard.sha256[:12]}..."
+        yield (
+            f"{path}: SHA-256 is {digest.hexdigest()[:12]}..., the manifest says "
+            f"{shard.sha256[:12]}..."
+        )
 
 
 def _check_member(
     raw: bytes, start: int, manifest: Manifest, member: Member, check: _StreamCheck
 ) -> str | None:
-    """What is wrong with a member, given its bytes in the tar, of which the rows begin at `start`."""
+    """Return what is wrong with a member, given its bytes in the tar, of which the rows begin at
+    `start`."""
     size = member.rows * manifest.row_bytes
     data = raw[start : start + size]
     rows = np.frombuffer(data, manifest.numpy_dtype).reshape(member.rows, manifest.seq_len + 1)

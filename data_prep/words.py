@@ -1,4 +1,5 @@
-"""Counts, sizes, shares and lengths of time as people read them, and what a misspelt word was meant to be."""
+"""Counts, sizes, shares and lengths of time as people read them, and what a misspelt word was meant
+to be."""
 
 import difflib
 import math
@@ -28,7 +29,8 @@ def size(count: int) -> str:
 
 
 def megabytes(count: int) -> str:
-    """Return bytes in MB, GB or TB with two decimals: figures that stand beside each other compare."""
+    """Return bytes in MB, GB or TB with two decimals: figures that stand beside each other
+    compare."""
     for limit, unit in ((1e12, "TB"), (1e9, "GB")):
         if count >= limit:
             return f"{count / limit:.2f} {unit}"
@@ -88,7 +90,8 @@ class Problem(NamedTuple):
 
 
 def problems_of(error: "ValidationError") -> list[Problem]:
-    """Return what pydantic has found wrong, with messages of our own validators as they were raised."""
+    """Return what pydantic has found wrong, with messages of our own validators as they were
+    raised."""
     return [
         Problem(
             tuple(map(str, item["loc"])),
@@ -101,7 +104,8 @@ def problems_of(error: "ValidationError") -> list[Problem]:
 
 
 def first_problem(error: "OSError | ValidationError") -> str:
-    """Return in one line why a file of ours cannot be read: the system's word, or the first wrong field."""
+    """Return in one line why a file of ours cannot be read: the system's word, or the first wrong
+    field."""
     if isinstance(error, OSError):
         return error.strerror or str(error)
     first = problems_of(error)[0]

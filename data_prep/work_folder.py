@@ -1,7 +1,9 @@
-"""The work folder of a set in the making: what is finished stays through kill -9, and the next run finds it.
+"""The work folder of a set in the making: what is finished stays through kill -9, and the next run
+finds it.
 
-Everything in it is named by a key, a hash of all that decides its content, and is renamed into place when it is whole.
-So there is no log to replay: what exists under the right name is done, and anything else is made.
+Everything in it is named by a key, a hash of all that decides its content, and is renamed into
+place when it is whole. So there is no log to replay: what exists under the right name is done, and
+anything else is made.
 """
 
 import codecs
@@ -28,17 +30,18 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def key(*parts: Any) -> str:
-    """A name for what depends on `parts` (anything JSON can hold) and on nothing else."""
+    """Return a name for what depends on `parts` (anything JSON can hold) and on nothing else."""
     text = json.dumps(parts, sort_keys=True, ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()[:20]
 
 
 @contextlib.contextmanager
 def work_folder(out: Path, *, shared: bool = False) -> Iterator[Path]:
-    """The work folder in `out`, locked: alone, or `shared` by the tasks of one plan. Kept if the block fails, unless it
-    holds nothing.
+    """Make and lock the work folder in `out`: alone, or `shared` by the tasks of one plan. It is
+    kept if the block fails, unless it holds nothing.
 
-    Raises ValueError if `out` is a file, holds a set or another program's files, is in use, or cannot be written.
+    Raises ValueError if `out` is a file, holds a set or another program's files, is in use, or
+    cannot be written.
     """
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out}: is a file, expected a folder or a new name; choose another --out")
@@ -46,7 +49,8 @@ def work_folder(out: Path, *, shared: bool = False) -> Iterator[Path]:
     partial = out / PARTIAL
     if (ours := our_files(out)) and not partial.exists():
         raise ValueError(
-            f"{out}: holds {ours[0].name} but no {shards.MANIFEST}; move it away or choose another --out"
+            f"{out}: holds {ours[0].name} but no {shards.MANIFEST}; move it away or choose another "
+            "--out"
         )
     created = not out.exists()
     try:
@@ -83,7 +87,8 @@ def work_folder(out: Path, *, shared: bool = False) -> Iterator[Path]:
                 f"check the path, then run again.{kept}"
             ) from error
         raise ValueError(
-            f"{out}: the disk is full or a limit is reached ({error.strerror}; {free_bytes(out):,} bytes free); "
+            f"{out}: the disk is full or a limit is reached ({error.strerror}; {free_bytes(out):,} "
+            "bytes free); "
             f"free some space or choose another --out.{kept}"
         ) from error
 
@@ -91,7 +96,8 @@ def work_folder(out: Path, *, shared: bool = False) -> Iterator[Path]:
 def publish(out: Path, files: Iterable[Path], manifest: Path) -> None:
     """Put finished files into `out`, the manifest last, and remove the work folder.
 
-    Linked, not moved, where the file system can: a kill in between leaves the work whole and the next run begins here.
+    Linked, not moved, where the file system can: a kill in between leaves the work whole and the
+    next run begins here.
     """
     for path in our_files(out):
         path.unlink()
@@ -107,7 +113,8 @@ def publish(out: Path, files: Iterable[Path], manifest: Path) -> None:
 
 
 def spool_stdin(work: Path) -> Path:
-    """Standard input as a file of the work folder, named by its content: .jsonl if it begins with "{", else .txt."""
+    """Write standard input to a file of the work folder, named by its content: .jsonl if it begins
+    with "{", else .txt."""
     digest, first = hashlib.sha256(), b""
     spool = work / "stdin.tmp"
     with spool.open("wb") as file:
@@ -122,7 +129,7 @@ def spool_stdin(work: Path) -> Path:
 
 
 def our_files(out: Path) -> list[Path]:
-    """What an earlier run may have put into `out`."""
+    """Return what an earlier run may have put into `out`."""
     return (
         sorted(path for path in out.iterdir() if OUR_FILES.fullmatch(path.name))
         if out.is_dir()
@@ -132,9 +139,8 @@ def our_files(out: Path) -> list[Path]:
 
 def _refuse_a_set(out: Path) -> None:
     if (out / shards.MANIFEST).exists():
-        shutil.rmtree(
-            out / PARTIAL, ignore_errors=True
-        )  # of a run that was killed right after its manifest
+        # A run that was killed right after its manifest has left it.
+        shutil.rmtree(out / PARTIAL, ignore_errors=True)
         raise ValueError(
             f"{out}: already holds a prepared set; choose another --out, or delete that one first"
         )

@@ -1,7 +1,9 @@
-"""What is looked at on the nodes once the ranks have met and before they train, in a few seconds: :func:`check`.
+"""What is looked at on the nodes once the ranks have met and before they train, in a few seconds:
+:func:`check`.
 
-A node that is bad is named and ends all ranks with status 1, so that the next attempt may leave it out; what the user
-has to mend ends them with status 2. All ranks decide alike, from what all have found.
+A node that is bad is named and ends all ranks with status 1, so that the next attempt may leave it
+out; what the user has to mend ends them with status 2. All ranks decide alike, from what all have
+found.
 """
 
 import math
@@ -22,6 +24,9 @@ from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+
+from cluster.cluster_config import ClusterConfig
 from data_prep.files import free_bytes
 from data_prep.words import megabytes
 from dnt_scale import checkpoint
@@ -35,23 +40,22 @@ from dnt_scale.distributed.host import host
 from dnt_scale.distributed.process_group import Ranks
 from dnt_scale.record import timeline
 from dnt_scale.tools.memory_plan import checkpoint_bytes
-from torch import Tensor
-
-from cluster.cluster_config import ClusterConfig
 
 T = TypeVar("T")
 
-SIDE = {"cpu": 512, "cuda": 4096}  # of the square matrices that are multiplied
+SIDE = {"cpu": 512, "cuda": 4096}  # rows of the square matrices that are multiplied
 REDUCED_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}
 EXCHANGED_BYTES = {"cpu": 4 << 20, "cuda": 64 << 20}
-TIMING_S = 0.2  # of a product, again and again: a GPU's clocks rise
-SLOW = 0.5  # of the median
+# A product is timed again and again for this long, for a GPU's clocks rise.
+TIMING_S = 0.2
+SLOW = 0.5  # what is below this share of the median is slow
+# So much of a GPU's memory may be taken without another job on it.
 OTHERS_BYTES, OTHERS_SHARE = (
     2e9,
     0.05,
-)  # of a GPU's memory, that need not mean that another job is on it
-CLOCKS_S = 5.0  # apart
-SEEN_S = 5.0  # until a file is seen on every node
+)
+CLOCKS_S = 5.0  # clocks that are further apart than this are told of
+SEEN_S = 5.0  # a file has to be seen on every node by then
 
 Multiply = Callable[[Tensor, Tensor], Tensor]
 
@@ -65,18 +69,20 @@ class NodeReport:
     faults: Sequence[str]  # in words
     blind: str  # why the run folder is not rank 0's, in words
     tflops: float
-    checksum: int  # of the product that was timed
+    checksum: int  # made of the bits of the product that was timed
 
 
 def check(me: Ranks, run: RunConfig, cluster: ClusterConfig, multiply: Multiply = torch.mm) -> None:
-    """Check devices, arithmetic, network, clocks and disks; rank 0 says in one line what was found. A collective.
+    """Check devices, arithmetic, network, clocks and disks; rank 0 says in one line what was found.
+    A collective.
 
     Args:
         multiply: what makes the products that are checked.
 
     Raises:
         AgreedFault: on every rank; a node is bad. The timeline has its name in an event ``lost``.
-        AgreedError: on every rank; no room for checkpoints, or a run folder that cannot be written or is not shared.
+        AgreedError: on every rank; no room for checkpoints, or a run folder that cannot be written
+            or is not shared.
     """
     beat("preflight: disks, devices and arithmetic")
     free = on_first(me, lambda: check_free_space(run))
@@ -98,7 +104,8 @@ def check(me: Ranks, run: RunConfig, cluster: ClusterConfig, multiply: Multiply 
         fail(
             me,
             run,
-            f"an all-reduce over {me.world_size} rank{'s' * (me.world_size > 1)} moves {gb_s:.3g} GB/s, less than "
+            f"an all-reduce over {me.world_size} rank{'s' * (me.world_size > 1)} moves {gb_s:.3g} "
+            "GB/s, less than "
             f"cluster.min_bandwidth_gb_s ({cluster.min_bandwidth_gb_s:g}); {how}",
             slow,
         )
@@ -121,7 +128,7 @@ def check(me: Ranks, run: RunConfig, cluster: ClusterConfig, multiply: Multiply 
 
 
 def gather(me: Ranks, mine: T) -> list[T]:
-    """Every rank's, by rank. A collective."""
+    """Return what every rank has, by rank. A collective."""
     every = [mine] * me.world_size
     dist.all_gather_object(every, mine)
     return every
@@ -165,11 +172,11 @@ def format_summary(
     return "; ".join(parts)
 
 
-# --- disks ------------------------------------------------------------------------------------------------------------
+# --- disks ----------------------------------------------------------------------------------------
 
 
 def check_free_space(run: RunConfig) -> int | None:
-    """Bytes free where checkpoints are to lie; None at a URL.
+    """Return the bytes that are free where checkpoints are to lie; None at a URL.
 
     Raises:
         ConfigError: less than the first two take, or the next one where there is one already.
@@ -181,14 +188,17 @@ def check_free_space(run: RunConfig) -> int | None:
     count = 1 if checkpoint.newest(place) else 2
     if free < (needed := count * checkpoint_bytes(run)):
         raise ConfigError(
-            f"{'run.dir' if run.checkpoint.dir is None else 'checkpoint.dir'}: {place} has room for {megabytes(free)}, but "
-            f"{count} checkpoint{'s' * (count > 1)} take{'s' * (count == 1)} {megabytes(needed)}; free some, or give another"
+            f"{'run.dir' if run.checkpoint.dir is None else 'checkpoint.dir'}: {place} has room "
+            f"for {megabytes(free)}, but "
+            f"{count} checkpoint{'s' * (count > 1)} take{'s' * (count == 1)} {megabytes(needed)}; "
+            "free some, or give another"
         )
     return free
 
 
 def leave_mark(run: RunConfig) -> Path:
-    """A file in the run folder's logs/ that the other ranks are to see; it holds its name.
+    """Write a file into the run folder's logs/ that the other ranks are to see; it holds its own
+    name.
 
     Raises:
         ConfigError: nothing can be written there.
@@ -197,18 +207,19 @@ def leave_mark(run: RunConfig) -> Path:
     mark = logs / f".preflight-{uuid.uuid4().hex}"
     try:
         logs.mkdir(parents=True, exist_ok=True)
-        for left in logs.glob(".preflight-*"):  # by a kill
+        for left in logs.glob(".preflight-*"):  # what a kill has left
             left.unlink(missing_ok=True)
         mark.write_text(mark.name)
     except OSError as error:
         raise ConfigError(
-            f"run.dir: nothing can be written to {logs} on {host()} ({error.strerror or error}); give another"
+            f"run.dir: nothing can be written to {logs} on {host()} ({error.strerror or error}); "
+            "give another"
         ) from None
     return mark
 
 
 def why_not_shared(me: Ranks, mark: Path) -> str:
-    """Why this rank cannot read rank 0's mark, or write beside it; empty where it can."""
+    """Return why this rank cannot read rank 0's mark, or write beside it; empty where it can."""
     deadline = time.monotonic() + SEEN_S
     while not holds_its_name(mark):  # not yet: a file system of several machines takes its time
         if time.monotonic() > deadline:
@@ -231,7 +242,7 @@ def holds_its_name(mark: Path) -> bool:
 
 
 def check_shared(me: Ranks, run: RunConfig, folder: Path, found: Sequence[NodeReport]) -> None:
-    """That all ranks see one run folder, which is ``folder`` to rank 0.
+    """Check that all ranks see one run folder, which is ``folder`` to rank 0.
 
     Raises:
         AgreedFault: less than half of the nodes do not.
@@ -250,11 +261,11 @@ def check_shared(me: Ranks, run: RunConfig, folder: Path, found: Sequence[NodeRe
     raise AgreedError(f"{what}; give a path that the nodes share")
 
 
-# --- devices and arithmetic -------------------------------------------------------------------------------------------
+# --- devices and arithmetic -----------------------------------------------------------------------
 
 
 def inspect_rank(me: Ranks, mark: Path, dtype: torch.dtype, multiply: Multiply) -> NodeReport:
-    """What this rank finds of its node, without the others."""
+    """Report what this rank finds of its node, without the others."""
     faults = []
     try:
         with tempfile.TemporaryFile() as file:
@@ -286,7 +297,7 @@ def device_name(device: torch.device) -> str:
 
 
 def memory_taken(device: torch.device) -> list[str]:
-    """That other processes hold a good part of the device's memory, in words."""
+    """Say, where it is so, that other processes hold a good part of the device's memory."""
     if device.type != "cuda":
         return []
     free, total = torch.cuda.mem_get_info(device)
@@ -299,17 +310,18 @@ def memory_taken(device: torch.device) -> list[str]:
 def check_product(
     device: torch.device, dtype: torch.dtype, multiply: Multiply
 ) -> tuple[float, int, list[str]]:
-    """Return the TFLOP/s of a product in ``dtype``, the checksum of its bits, and what is wrong with it, in words.
+    """Return the TFLOP/s of a product in ``dtype``, the checksum of its bits, and what is wrong
+    with it, in words.
 
     One in fp32 is checked first, whatever the dtype.
 
-    The matrices hold integers so small that every sum of products is an integer below 2^24: exact in fp32, whatever the
-    order. So the fp32 product is known, and is checked on the host: C w = A (B w), in float64 exact as well.
+    The matrices hold integers so small that every sum of products is an integer below 2^24: exact
+    in fp32, whatever the order. So the fp32 product is known, and is checked on the host: C w = A
+    (B w), in float64 exact as well.
     """
     side = SIDE[device.type]
-    largest = min(
-        255, math.isqrt(3 * (1 << 24) // side)
-    )  # which bf16 holds, and (largest / 2)^2 side < 2^24
+    # bf16 holds such a number, and (largest / 2)^2 side < 2^24.
+    largest = min(255, math.isqrt(3 * (1 << 24) // side))
     seed = torch.Generator().manual_seed(0)
     a, b = (
         torch.randint(-largest, largest + 1, (side, side), generator=seed).float() for _ in range(2)
@@ -346,7 +358,8 @@ def check_product(
 def compare_reports(
     found: Sequence[NodeReport], *, may_be_shared: bool
 ) -> tuple[dict[str, str], list[str]]:
-    """Faults by host, and warnings, in words: what each has found, and how it compares with those of the same device.
+    """Return faults by host, and warnings, in words: what each rank has found, and how it compares
+    with those of the same device.
 
     Args:
         may_be_shared: other jobs may run on the device, so that a slow one is no fault.
@@ -386,19 +399,20 @@ def wait_for_device(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-# --- network and clocks -----------------------------------------------------------------------------------------------
+# --- network and clocks ---------------------------------------------------------------------------
 
 
 def measure_network(me: Ranks) -> tuple[float, list[float]]:
-    """An all-reduce's bus bandwidth in GB/s, and every rank's clock at one moment, in seconds since 1970. A collective.
+    """Return the bus bandwidth of an all-reduce in GB/s, and every rank's clock at one moment, in
+    seconds since 1970. A collective.
 
-    Bus bandwidth is that of nccl-tests: 2 (N - 1) / N bytes over the seconds that N ranks take, what a ring puts on
-    every link; the best of four, of the slowest rank. Infinite for one rank.
+    Bus bandwidth is that of nccl-tests: 2 (N - 1) / N bytes over the seconds that N ranks take,
+    what a ring puts on every link; the best of four, of the slowest rank. Infinite for one rank.
     """
     data = torch.ones(REDUCED_BYTES[me.device.type] // 4, device=me.device)
     best = math.inf
     for _ in range(4):
-        highest(0)  # that all begin together
+        highest(0)  # all ranks begin together
         started = time.perf_counter()
         dist.all_reduce(data)
         wait_for_device(me.device)
@@ -412,10 +426,11 @@ def measure_network(me: Ranks) -> tuple[float, list[float]]:
 
 
 def find_slow_nodes(me: Ranks, hosts: Sequence[str]) -> tuple[list[str], str]:
-    """Which nodes are slow, and how that is known, in words. A collective.
+    """Return which nodes are slow, and how that is known, in words. A collective.
 
-    Nodes in a ring exchange data with one neighbour and then with the other. The neighbours of a slow one have another.
-    Of two nodes both may be; where more are all alike none is: the network is slow, or was never as fast as was asked.
+    Nodes in a ring exchange data with one neighbour and then with the other. The neighbours of a
+    slow one have another. Of two nodes both may be; where more are all alike none is: the network
+    is slow, or was never as fast as was asked.
 
     Args:
         hosts: by rank.
@@ -428,9 +443,8 @@ def find_slow_nodes(me: Ranks, hosts: Sequence[str]) -> tuple[list[str], str]:
     members = [[rank for rank, host in enumerate(hosts) if host == node] for node in nodes]
     here, count = nodes.index(hosts[me.rank]), len(nodes)
     place = members[here].index(me.rank)
-    turns = [
-        edge % 2 for edge in range(count)
-    ]  # edge e joins node e and the next one; a node has one edge a turn
+    # Edge e joins node e and the next one; a node has one edge a turn.
+    turns = [edge % 2 for edge in range(count)]
     turns[-1] = 2 if count % 2 else 1
     speeds = []
     for turn in range(max(turns) + 1):
@@ -456,7 +470,8 @@ def find_slow_nodes(me: Ranks, hosts: Sequence[str]) -> tuple[list[str], str]:
 
 
 def measure_exchange(me: Ranks, partner: int | None) -> float:
-    """GB/s that this rank sends to its partner while it receives as much, the better of two. A collective."""
+    """Return the GB/s that this rank sends to its partner while it receives as much, the better of
+    two. A collective."""
     mine = torch.ones(EXCHANGED_BYTES[me.device.type] // 4, device=me.device)
     theirs, best = torch.empty_like(mine), 0.0
     for _ in range(2):

@@ -1,8 +1,9 @@
 """What runs on every rank of a SLURM job: the run as it was submitted, from what is on disk.
 
-``python -m cluster.job.rank_main FOLDER`` is submitit's own start of a task but for what :func:`name_files_only` mends.
-submitit calls :func:`rank` in each task of the job's one srun step. What comes after the ranks is for
-:mod:`cluster.submit.on_exit`, which the batch script calls when srun has returned.
+``python -m cluster.job.rank_main FOLDER`` is submitit's own start of a task but for what
+:func:`name_files_only` mends. submitit calls :func:`rank` in each task of the job's one srun step.
+What comes after the ranks is for :mod:`cluster.submit.on_exit`, which the batch script calls when
+srun has returned.
 """
 
 import os
@@ -13,17 +14,17 @@ from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
+from cluster import run_record, slurm
+from cluster.run_record import EndStatus, RecordError, Submission
 from dnt_scale import config, startup
 from dnt_scale.config import ConfigError, RunConfig
 from dnt_scale.distributed import output
 from dnt_scale.record import timeline
 
-from cluster import run_record, slurm
-from cluster.run_record import EndStatus, RecordError, Submission
-
 
 def rank(run_dir: str) -> None:
-    """Be one rank of an attempt; ends the process with the exit status of ``dnt_scale.train.run_rank``."""
+    """Be one rank of an attempt, and end the process with the exit status of
+    ``dnt_scale.train.run_rank``."""
     place = Path(run_dir)
     attempt = slurm.this_attempt()
     os.environ["DNT_ATTEMPT"] = attempt
@@ -36,7 +37,8 @@ def rank(run_dir: str) -> None:
         return 0 if status > 128 else status
 
     def leave(received: int, frame: FrameType | None) -> None:
-        """For a signal before the first step or after the last, when there is nothing to save."""
+        """End at once, for a signal before the first step or after the last, when there is nothing
+        to save."""
         os._exit(told(128 + received))
 
     # submitit's own would save and requeue on one rank; training takes these over while it can save
@@ -76,7 +78,8 @@ def train(run: RunConfig, submission: Submission) -> int:
 
 
 def begin_attempt(run_dir: Path, attempt: str, submission: Submission) -> None:
-    """Rank 0 tells the timeline that the run has its nodes, and how earlier attempts ended that could not say so."""
+    """Tell the timeline, on rank 0, that the run has its nodes, and how earlier attempts ended that
+    could not say so."""
     this = slurm.this_job()
     now = None
     with suppress(slurm.SlurmError):  # a container may lack SLURM's commands
@@ -122,7 +125,8 @@ def begin_attempt(run_dir: Path, attempt: str, submission: Submission) -> None:
 def reason_not_to_train(
     run_dir: Path, submission: Submission, this: str
 ) -> tuple[EndStatus, str] | None:
-    """How the run ends if this job may not train it, and why: SLURM starts what a person or another job has ended."""
+    """Return how the run ends if this job may not train it, and why: SLURM starts what a person or
+    another job has ended."""
     if submission.cancelled:
         return "cancelled", "the run was cancelled"
     crashes = run_record.crashes_in_a_row(
@@ -141,7 +145,8 @@ def reason_not_to_train(
 
 
 def name_files_only() -> None:
-    """Let submitit put a job's number into the names of its files, not into a folder above that is called ``50%j``."""
+    """Let submitit put a job's number into the names of its files, not into a folder above that is
+    called ``50%j``."""
     from submitit.core.utils import JobPaths
 
     if getattr(JobPaths, "_with_folders", None):

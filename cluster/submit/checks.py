@@ -1,4 +1,5 @@
-"""Before the queue: whatever would end a job later is refused here, in one line that names the field."""
+"""Before the queue: whatever would end a job later is refused here, in one line that names the
+field."""
 
 import ipaddress
 import re
@@ -9,6 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import psutil
+
+from cluster import run_record, slurm
+from cluster.cluster_config import ClusterConfig
+from cluster.run_record import Submission
+from cluster.slurm import Node, Partition
+from cluster.submit import plan, single_run
+from cluster.submit.plan import Plan
 from data_prep.files import free_bytes, nearest_existing
 from data_prep.words import closest, counted, duration, megabytes
 from dnt_scale.config import ConfigError, RunConfig, TorchEngineConfig, check_tracking
@@ -22,14 +30,8 @@ from dnt_scale.train.recorded import Typed
 from dnt_scale.train.resume import changes, check_place, starting_state
 from dnt_scale.train.run_start import begin
 
-from cluster import run_record, slurm
-from cluster.cluster_config import ClusterConfig
-from cluster.run_record import Submission
-from cluster.slurm import Node, Partition
-from cluster.submit import plan, single_run
-from cluster.submit.plan import Plan
-
-# file systems that several machines see, and those that are one machine's memory; what is in neither may be a disk
+# file systems that several machines see, and those that are one machine's memory; what is in
+# neither may be a disk
 NETWORK = {
     "afs",
     "beegfs",
@@ -46,18 +48,19 @@ NETWORK = {
 }
 NETWORK |= {"pvfs2", "smb3", "wekafs"}
 MEMORY = {"devtmpfs", "ramfs", "tmpfs"}
-SHOWN = 6  # names in a message
+SHOWN = 6  # so many names are shown in a message
 
 
 def check_and_plan(run: RunConfig, site: ClusterConfig, *, fresh: bool = False) -> Plan:
-    """What the run's jobs are going to do, once nothing speaks against them. Leaves nothing behind.
+    """Return what the run's jobs are going to do, once nothing speaks against them. Leaves nothing
+    behind.
 
     Args:
         fresh: what is in the run folder is going to be moved aside.
 
     Raises:
-        ConfigError: a field of the run or the cluster that does not fit SLURM, the data or the disks; or a process
-            writes the run folder.
+        ConfigError: a field of the run or the cluster that does not fit SLURM, the data or the
+            disks; or a process writes the run folder.
         SlurmError: there is no SLURM here, or it would refuse the job.
         ValueError: a set or a checkpoint is damaged.
         OSError: a folder cannot be read.
@@ -92,18 +95,18 @@ def check_and_plan(run: RunConfig, site: ClusterConfig, *, fresh: bool = False) 
 
 
 def batch_script(run: RunConfig, site: ClusterConfig) -> str:
-    """The script of the run's first job; its folder is not made. Raises SlurmError."""
+    """Return the script of the run's first job; its folder is not made. Raises SlurmError."""
     run_dir = run.run.dir.absolute()
     logs = run_record.jobs_folder(run_dir) / "slurm"
     first = Submission(name=run.run.name, cluster=site, logs=logs)
     return single_run.format_script(single_run.executor_for(run_dir, first))
 
 
-# --- what SLURM has --------------------------------------------------------------------------------------------------
+# --- what SLURM has -------------------------------------------------------------------------------
 
 
 def choose_partition(site: ClusterConfig, found: dict[str, Partition]) -> Partition:
-    """The partition that is asked for, else the default one.
+    """Return the partition that is asked for, else the default one.
 
     Raises:
         ConfigError: there is none of that name, it is down, or none is the default.
@@ -113,14 +116,16 @@ def choose_partition(site: ClusterConfig, found: dict[str, Partition]) -> Partit
         default = next((partition for partition in found.values() if partition.default), None)
         if default is None:
             raise ConfigError(
-                f"cluster.partition: is null and SLURM here has no default; set it to one of {names}"
+                "cluster.partition: is null and SLURM here has no default; set it to one of "
+                f"{names}"
             )
         partition = default
     elif site.partition in found:
         partition = found[site.partition]
     else:
         raise ConfigError(
-            f"cluster.partition: there is no {site.partition}{nearest(site.partition, found)}; there are {names}"
+            f"cluster.partition: there is no {site.partition}{nearest(site.partition, found)}; "
+            f"there are {names}"
         )
     if not partition.up:
         raise ConfigError(
@@ -130,10 +135,11 @@ def choose_partition(site: ClusterConfig, found: dict[str, Partition]) -> Partit
 
 
 def check_limits(site: ClusterConfig, partition: Partition) -> None:
-    """Raises ConfigError when a job is longer or larger than the partition permits."""
+    """Raise ConfigError when a job is longer or larger than the partition permits."""
     if partition.max_minutes is not None and site.time > partition.max_minutes:
         raise ConfigError(
-            f"cluster.time is {site.time} minutes, but partition {partition.name} permits {partition.max_minutes}; "
+            f"cluster.time is {site.time} minutes, but partition {partition.name} permits "
+            f"{partition.max_minutes}; "
             "ask for no more (a run that needs longer goes on in its next job)"
         )
     most = min(len(partition.nodes), partition.max_nodes or len(partition.nodes))
@@ -145,7 +151,7 @@ def check_limits(site: ClusterConfig, partition: Partition) -> None:
 
 
 def check_nodes(site: ClusterConfig, partition: Partition, everywhere: set[str]) -> None:
-    """Raises ConfigError when no choice of nodes that work has what a job asks for.
+    """Raise ConfigError when no choice of nodes that work has what a job asks for.
 
     Args:
         everywhere: the names of all nodes that SLURM has.
@@ -159,17 +165,20 @@ def check_nodes(site: ClusterConfig, partition: Partition, everywhere: set[str])
     ):
         if strangers := sorted(set(names) - known):
             raise ConfigError(
-                f"{field}: {where} has no {first_names(strangers)}; it has {first_names(sorted(known))}"
+                f"{field}: {where} has no {first_names(strangers)}; it has "
+                f"{first_names(sorted(known))}"
             )
     if both := sorted(set(wanted) & set(excluded)):
         raise ConfigError(
-            f"cluster.exclude holds {first_names(both)}, which cluster.nodelist asks for; take it out of one"
+            f"cluster.exclude holds {first_names(both)}, which cluster.nodelist asks for; take it "
+            "out of one"
         )
 
     left = [node for node in partition.nodes if node.name not in excluded]
     if len(left) < site.nodes:
         raise ConfigError(
-            f"cluster.nodes is {site.nodes}, but partition {partition.name} has {len(left)} without those of "
+            f"cluster.nodes is {site.nodes}, but partition {partition.name} has {len(left)} "
+            "without those of "
             "cluster.exclude; ask for no more"
         )
     cpus, memory_mb = (
@@ -192,21 +201,25 @@ def check_nodes(site: ClusterConfig, partition: Partition, everywhere: set[str])
         if len(fit) < site.nodes:
             most = max(of(node) for node in left)
             raise ConfigError(
-                f"{field}: a job needs {counted(site.nodes, 'node')} with {count} {what}, but partition "
-                f"{partition.name} has {len(fit)} (the most in a node is {most}); ask for less, or another partition"
+                f"{field}: a job needs {counted(site.nodes, 'node')} with {count} {what}, but "
+                "partition "
+                f"{partition.name} has {len(fit)} (the most in a node is {most}); ask for less, or "
+                "another partition"
             )
     able = [node for node in fit if node.able]
     unable = [node for node in fit if not node.able and (not wanted or node.name in wanted)]
     if len(able) < site.nodes or (wanted and unable):
         down = ", ".join(f"{node.name} is {node.state}" for node in unable[:SHOWN])
         raise ConfigError(
-            f"{'cluster.nodelist' if wanted else 'cluster.nodes'}: a job needs {counted(site.nodes, 'node')}, and "
-            f"partition {partition.name} has {len(able)} that fit and can be used ({down}); ask for others, or wait"
+            f"{'cluster.nodelist' if wanted else 'cluster.nodes'}: a job needs "
+            f"{counted(site.nodes, 'node')}, and "
+            f"partition {partition.name} has {len(able)} that fit and can be used ({down}); ask "
+            "for others, or wait"
         )
 
 
 def expand_nodes(field: str, nodes: str) -> list[str]:
-    """The names behind ``node[1-3,7]``. Raises ConfigError."""
+    """Return the names behind ``node[1-3,7]``. Raises ConfigError."""
     try:
         names = slurm.hostnames(nodes)
     except slurm.SlurmError:
@@ -219,7 +232,8 @@ def expand_nodes(field: str, nodes: str) -> list[str]:
 
 
 def check_account(site: ClusterConfig) -> None:
-    """Raises ConfigError for an account or a QOS that accounting does not know this user by; it may not say."""
+    """Raise ConfigError for an account or a QOS that accounting does not know this user by; it may
+    not say."""
     if site.account is None and site.qos is None:
         return
     for field, asked, yours in zip(
@@ -227,24 +241,27 @@ def check_account(site: ClusterConfig) -> None:
     ):
         if asked is not None and yours and asked.lower() not in yours:
             raise ConfigError(
-                f"cluster.{field}: {asked} is none of yours{nearest(asked, yours)}; you have {first_names(sorted(yours))}"
+                f"cluster.{field}: {asked} is none of yours{nearest(asked, yours)}; you have "
+                f"{first_names(sorted(yours))}"
             )
 
 
 def check_signal(site: ClusterConfig) -> None:
-    """Raises ConfigError when a job would be told to stop before it is half over."""
+    """Raise ConfigError when a job would be told to stop before it is half over."""
     if 2 * site.signal_s > 60 * site.time:
         raise ConfigError(
-            f"cluster.signal_s is {site.signal_s}, more than half of a job of {60 * site.time} s (cluster.time is "
+            f"cluster.signal_s is {site.signal_s}, more than half of a job of {60 * site.time} s "
+            "(cluster.time is "
             f"{site.time} min), which would hardly train; ask for less, or for longer jobs"
         )
 
 
-# --- the run on its ranks --------------------------------------------------------------------------------------------
+# --- the run on its ranks -------------------------------------------------------------------------
 
 
 def check_ranks(run: RunConfig, site: ClusterConfig) -> None:
-    """Raises ValueError when the batch, the engine or the device does not go with the ranks; in training's words."""
+    """Raise ValueError, in training's words, when the batch, the engine or the device does not go
+    with the ranks."""
     rows_a_rank(run.train.global_batch, site.ranks)
     if isinstance(run.engine, TorchEngineConfig):
         copies_of(run.engine, site.ranks, site.nodes)
@@ -255,20 +272,22 @@ def check_ranks(run: RunConfig, site: ClusterConfig) -> None:
         and not any(name.startswith(("gpus", "gres")) for name in site.sbatch)
     ):
         raise ConfigError(
-            "run.device is cuda, but cluster.gpus_per_node is 0; ask for GPUs, or use run.device=cpu"
+            "run.device is cuda, but cluster.gpus_per_node is 0; ask for GPUs, or use "
+            "run.device=cpu"
         )
     if run.run.device != "cpu" and gpus and site.tasks_per_node > gpus:
         raise ConfigError(
-            f"cluster.ranks_per_node is {site.tasks_per_node}, but cluster.gpus_per_node is {gpus}; "
+            f"cluster.ranks_per_node is {site.tasks_per_node}, but cluster.gpus_per_node is "
+            f"{gpus}; "
             "start one rank a GPU, or use run.device=cpu"
         )
 
 
-# --- folders ---------------------------------------------------------------------------------------------------------
+# --- folders --------------------------------------------------------------------------------------
 
 
 def check_writable(run: RunConfig) -> None:
-    """That the run folder and the checkpoints' can be made and written; no folder is made.
+    """Check that the run folder and the checkpoints' can be made and written; no folder is made.
 
     Raises:
         ConfigError: they cannot.
@@ -279,14 +298,15 @@ def check_writable(run: RunConfig) -> None:
                 pass
         except OSError as error:
             raise ConfigError(
-                f"{field}: nothing can be written to {path} ({error.strerror or error}); give another"
+                f"{field}: nothing can be written to {path} ({error.strerror or error}); give "
+                "another"
             ) from None
     if not isinstance(run.checkpoints, Path):
         check_place(run)
 
 
 def written_folders(run: RunConfig) -> list[tuple[str, Path]]:
-    """The local folders that a run writes, with their fields."""
+    """Return the local folders that a run writes, with their fields."""
     found = [("run.dir", run.run.dir.absolute())]
     if run.checkpoint.dir is not None and isinstance(run.checkpoints, Path):
         found.append(("checkpoint.dir", run.checkpoints.absolute()))
@@ -296,11 +316,12 @@ def written_folders(run: RunConfig) -> list[tuple[str, Path]]:
 def check_shared(
     run: RunConfig, site: ClusterConfig, sources: Sources, nodes: Sequence[Node]
 ) -> None:
-    """That all nodes see what the run reads and writes, as far as one machine can tell by the kind of file system.
+    """Check that all nodes see what the run reads and writes, as far as one machine can tell by the
+    kind of file system.
 
     Raises:
-        ConfigError: a folder is in this machine's memory, or on what looks like its disk while nodes are others; unless
-            it is below one of ``cluster.shared``.
+        ConfigError: a folder is in this machine's memory, or on what looks like its disk while
+            nodes are others; unless it is below one of ``cluster.shared``.
     """
     places = [
         *written_folders(run),
@@ -314,7 +335,8 @@ def check_shared(
 def check_places_shared(
     places: list[tuple[str, Path]], site: ClusterConfig, nodes: Sequence[Node]
 ) -> None:
-    """:func:`check_shared` of fields and the local paths they hold. Raises ConfigError."""
+    """Do what :func:`check_shared` does for fields and the local paths they hold. Raises
+    ConfigError."""
     other = first_other_machine(nodes)
     for field, path in places:
         if any(path.is_relative_to(folder.absolute()) for folder in site.shared):
@@ -322,13 +344,16 @@ def check_places_shared(
         kind, mount = mount_of(path)
         if kind in MEMORY:
             raise ConfigError(
-                f"{field}: {path} lies in the memory of this machine ({kind} on {mount}), which no other sees and a "
+                f"{field}: {path} lies in the memory of this machine ({kind} on {mount}), which no "
+                "other sees and a "
                 "restart empties; give a folder on a file system that the nodes share"
             )
         if other and not is_network_kind(kind):
             raise ConfigError(
-                f"{field}: {path} lies on {kind} ({mount}), by its kind a disk of this machine, which {other} does not "
-                f"see; give a folder that the nodes share, or, if they do see it, cluster.shared=[{path}]"
+                f"{field}: {path} lies on {kind} ({mount}), by its kind a disk of this machine, "
+                f"which {other} does not "
+                "see; give a folder that the nodes share, or, if they do see it, "
+                f"cluster.shared=[{path}]"
             )
 
 
@@ -337,7 +362,7 @@ def is_network_kind(kind: str) -> bool:
 
 
 def mount_of(path: Path) -> tuple[str, Path]:
-    """The kind of file system that holds a path, or is going to, and where it is mounted."""
+    """Return the kind of file system that holds a path, or is going to, and where it is mounted."""
     place = path.resolve()
     # Of several file systems that are mounted at one place the last one counts.
     mounts = {Path(disk.mountpoint): disk.fstype for disk in psutil.disk_partitions(all=True)}
@@ -346,7 +371,7 @@ def mount_of(path: Path) -> tuple[str, Path]:
 
 
 def first_other_machine(nodes: Sequence[Node]) -> str | None:
-    """The first node that is another machine than this one, if any."""
+    """Return the first node that is another machine than this one, if any."""
     return next((node.name for node in nodes if not is_this_machine(node.address)), None)
 
 
@@ -364,7 +389,8 @@ def is_this_machine(address: str) -> bool:
 
 
 def check_room(run: RunConfig, steps: int, runs: int = 1) -> None:
-    """Raises ConfigError when the disk has no room for the checkpoints that so many runs keep; quotas are not seen."""
+    """Raise ConfigError when the disk has no room for the checkpoints that so many runs keep;
+    quotas are not seen."""
     place = run.checkpoints
     if not isinstance(place, Path):
         return
@@ -378,36 +404,43 @@ def check_room(run: RunConfig, steps: int, runs: int = 1) -> None:
             else f" and checkpoint.keep_every {run.checkpoint.keep_every}"
         )
         raise ConfigError(
-            f"{'run.dir' if run.checkpoint.dir is None else 'checkpoint.dir'}: {count} checkpoints of {megabytes(each)} "
-            f"(checkpoint.keep {run.checkpoint.keep}{forever}, one being written) take {megabytes(each * count)}, but "
-            f"{place} has room for {megabytes(there + free)}; free some, keep fewer, or give another folder"
+            f"{'run.dir' if run.checkpoint.dir is None else 'checkpoint.dir'}: {count} checkpoints "
+            f"of {megabytes(each)} "
+            f"(checkpoint.keep {run.checkpoint.keep}{forever}, one being written) take "
+            f"{megabytes(each * count)}, but "
+            f"{place} has room for {megabytes(there + free)}; free some, keep fewer, or give "
+            "another folder"
         )
 
 
-# --- logins ----------------------------------------------------------------------------------------------------------
+# --- logins ---------------------------------------------------------------------------------------
 
-# NAME=VALUE with a value that stands there, rather than $VARIABLE or $(command); and a login in a URL
+# Find NAME=VALUE with a value that stands there, rather than $VARIABLE or $(command), and a login
+# in a URL.
 _SECRET = re.compile(
-    r"""(?ix) \b (?P<name> \w*(?:token|passw(?:or)?d|secret|api_?key) | (?:\w*_)?key) = ["']? [^\s"'$`]
+    r"""(?ix) \b (?P<name> \w*(?:token|passw(?:or)?d|secret|api_?key) | (?:\w*_)?key)
+      = ["']? [^\s"'$`]
     | (?P<url> ://[^/\s:@"']*:[^/\s@"'$][^/\s@"']*@)"""
 )
 
 
 def check_logins(site: ClusterConfig) -> None:
-    """Raises ConfigError, which does not repeat it, when an option or a line for the batch script holds a login."""
+    """Raise ConfigError, which does not repeat it, when an option or a line for the batch script
+    holds a login."""
     for field, text in script_texts(site):
         if match := _SECRET.search(text):
             what = (
                 f"gives {match['name']} a value" if match["name"] else "has a URL with a password"
             )
             raise ConfigError(
-                f"{field} {what}, which would be kept in the run folder and shown by --dry-run and scontrol; put it "
+                f"{field} {what}, which would be kept in the run folder and shown by --dry-run and "
+                "scontrol; put it "
                 "into a file that only you can read, and `source` that in cluster.setup"
             )
 
 
 def script_texts(site: ClusterConfig) -> Iterator[tuple[str, str]]:
-    """All that a cluster's settings add to the batch script, with where it is from."""
+    """Return all that a cluster's settings add to the batch script, with where it is from."""
     for field in ("setup", "container", "srun"):
         for number, line in enumerate(getattr(site, field), 1):
             yield f"cluster.{field}: item {number}", line
@@ -415,7 +448,7 @@ def script_texts(site: ClusterConfig) -> Iterator[tuple[str, str]]:
         yield f"cluster.sbatch.{name}", f"{name}={value}"
 
 
-# --- no error, but worth a line --------------------------------------------------------------------------------------
+# --- no error, but worth a line -------------------------------------------------------------------
 
 
 def find_warnings(
@@ -424,11 +457,16 @@ def find_warnings(
     before = plan.read_past_pace(run, sources[0].manifest.seq_len)
     if before and before.save_s is not None and site.signal_s < 2 * (before.step_s + before.save_s):
         yield (
-            f"cluster.signal_s is {site.signal_s}, less than twice what a step and a checkpoint took in this run "
-            f"({duration(before.step_s)} and {duration(before.save_s)}): a job may end before it has saved"
+            f"cluster.signal_s is {site.signal_s}, less than twice what a step and a checkpoint "
+            "took in this run "
+            f"({duration(before.step_s)} and {duration(before.save_s)}): a job may end before it "
+            "has saved"
         )
     if run.run.device == "cpu" and site.gpus_per_node:
-        yield f"run.device is cpu, so the {site.gpus_per_node} GPUs a node that the jobs ask for have nothing to do"
+        yield (
+            f"run.device is cpu, so the {site.gpus_per_node} GPUs a node that the jobs ask for "
+            f"have nothing to do"
+        )
     python = Path(site.python)
     vouched = site.container or any(
         python.is_relative_to(place.absolute()) for place in site.shared
@@ -439,7 +477,10 @@ def find_warnings(
         and not is_network_kind(mount_of(python.parent)[0])
         and first_other_machine(partition.nodes)
     ):
-        yield f"cluster.python: {site.python} looks like a file of this machine only; the nodes need it too"
+        yield (
+            f"cluster.python: {site.python} looks like a file of this machine only; the nodes need "
+            f"it too"
+        )
     unable = [node.name for node in partition.nodes if not node.able]
     if unable:
         yield f"of partition {partition.name}, {first_names(unable)} cannot be used now"

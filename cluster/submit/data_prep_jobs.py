@@ -1,10 +1,11 @@
-"""`dnt data prepare --cluster`: a job that trains the tokenizer, an array of tasks, a job that puts the parts together.
+"""`dnt data prepare --cluster`: a job that trains the tokenizer, an array of tasks, a job that puts
+the parts together.
 
-They do what the same command does without ``--cluster``, in the same work folder and to the same bytes. What they need,
-and what became of them, lies beside the set, for its owner only:
+They do what the same command does without ``--cluster``, in the same work folder and to the same
+bytes. What they need, and what became of them, lies beside the set, for its owner only:
 
     .SET.prepare/prepare.json        what was asked for, and the jobs (:class:`Order`)
-    .SET.prepare/jobs/code/ slurm/   the packages as they were then, and the logs, as in a run's folder
+    .SET.prepare/jobs/code/ slurm/   the packages as they were then, and the logs, as in a run's
     .SET.prepare/ended/PART.json     how a part ended last: status, message
 """
 
@@ -18,6 +19,13 @@ from pathlib import Path
 from types import FrameType
 
 import submitit
+from pydantic import ValidationError
+
+from cluster import cluster_config, run_record, slurm
+from cluster.cluster_config import ClusterConfig
+from cluster.run_record import RecordError, Submission
+from cluster.slurm import Job
+from cluster.submit import checks, single_run
 from data_prep import pipeline, shards
 from data_prep.clean.cleaner import read_rules
 from data_prep.options import PrepareOptions, checked
@@ -27,13 +35,6 @@ from data_prep.report import terminal
 from data_prep.words import counted, first_problem
 from dnt_scale.config import ConfigError, Strict, config_dir
 from dnt_scale.record.files import read_json, write_json
-from pydantic import ValidationError
-
-from cluster import cluster_config, run_record, slurm
-from cluster.cluster_config import ClusterConfig
-from cluster.run_record import RecordError, Submission
-from cluster.slurm import Job
-from cluster.submit import checks, single_run
 
 MOST_TASKS = 16  # unless it is said how many
 TOKENIZER, MERGE = "tokenizer", "merge"  # the other parts are task-0, task-1, ...
@@ -44,13 +45,13 @@ class Order(Strict):
 
     asked: PrepareOptions  # rules of ours by their place in configs/
     here: Path  # where relative paths are seen from
-    umask: int  # of the user, for the files of the set
+    umask: int  # the user's, for the files of the set
     tasks: int
     jobs: dict[str, str]  # the newest job of each part; of an array's task ARRAY_TASK
 
     @property
     def parts(self) -> list[str]:
-        """In the order of their work."""
+        """Return the parts in the order of their work."""
         given = self.asked.tokenizer or self.asked.append
         return [
             *([] if given else [TOKENIZER]),
@@ -66,12 +67,14 @@ class Order(Strict):
 
     @property
     def options(self) -> PrepareOptions:
-        """With rules of ours from the configs in use; in a job these are the snapshot's."""
+        """Return what was asked for, with rules of ours from the configs in use; in a job these are
+        the snapshot's."""
         return replace(self.asked, rules=self.asked.rules and config_dir() / self.asked.rules)
 
 
 def main(options: PrepareOptions, overrides: list[str], tasks: int | None, *, dry_run: bool) -> int:
-    """Queue the jobs that make a set; or tell how far they are, where the same command has queued them before.
+    """Queue the jobs that make a set; or tell how far they are, where the same command has queued
+    them before.
 
     Args:
         overrides: the cluster's name, then cluster.KEY=VALUE.
@@ -81,8 +84,9 @@ def main(options: PrepareOptions, overrides: list[str], tasks: int | None, *, dr
         The exit status.
 
     Raises:
-        ValueError, OSError: as `data_prep.pipeline.prepare` and :mod:`cluster.submit.checks` do; SlurmError when SLURM
-            refuses a job; LedgerError while jobs of another command make a set in the same folder.
+        ValueError, OSError: as `data_prep.pipeline.prepare` and :mod:`cluster.submit.checks` do;
+            SlurmError when SLURM refuses a job; RecordError while jobs of another command make a
+            set in the same folder.
     """
     folder = state_folder(options.out)
     asked, site = on_cluster(options, overrides)
@@ -97,7 +101,8 @@ def main(options: PrepareOptions, overrides: list[str], tasks: int | None, *, dr
         print(f"\n{batch_script(order, folder, site)}")
         others = [f"{part} job" for part in order.parts if part in (TOKENIZER, MERGE)]
         print(
-            f"\n# above: the array of {counted(order.tasks, 'task')}; like it, each once: {', '.join(others)}"
+            f"\n# above: the array of {counted(order.tasks, 'task')}; like it, each once: "
+            f"{', '.join(others)}"
         )
         return 0
     order = enqueue(order, folder, site)
@@ -109,14 +114,15 @@ def main(options: PrepareOptions, overrides: list[str], tasks: int | None, *, dr
 
 
 def state_folder(out: Path) -> Path:
-    """Hidden: it must not become an input of a set that is made from the folder around it."""
+    """Return where a set's jobs keep what they need: hidden, for it must not become an input of a
+    set that is made from the folder around it."""
     return out.absolute().parent / f".{out.name}.prepare"
 
 
 def on_cluster(
     options: PrepareOptions, overrides: list[str]
 ) -> tuple[PrepareOptions, ClusterConfig]:
-    """The options and the cluster of the jobs: one rank with a CPU a worker.
+    """Return the options and the cluster of the jobs: one rank with a CPU a worker.
 
     Raises:
         ConfigError: no such cluster, or a wrong value.
@@ -125,7 +131,8 @@ def on_cluster(
     site, others = cluster_config.read_cluster([f"cluster={name}", *changes])
     if others:
         raise ConfigError(
-            f"--cluster: after the name it takes cluster.KEY=VALUE, found {others[0]}; put INPUT first"
+            f"--cluster: after the name it takes cluster.KEY=VALUE, found {others[0]}; put INPUT "
+            "first"
         )
     workers = options.workers or site.cpus_per_rank or 1
     site = site.model_copy(
@@ -153,11 +160,11 @@ def umask() -> int:
     return found
 
 
-# --- what is on disk --------------------------------------------------------------------------------------------------
+# --- what is on disk ------------------------------------------------------------------------------
 
 
 def read_order(folder: Path) -> Order:
-    """Raises LedgerError when prepare.json cannot be read, or is another user's."""
+    """Read prepare.json. Raises RecordError when it cannot be read, or is another user's."""
     file = folder / "prepare.json"
     try:
         run_record.check_owner(file)
@@ -188,14 +195,15 @@ def log_of(folder: Path, job_id: str) -> Path:
     return run_record.jobs_folder(folder) / "slurm" / f"{job_id}_0_log.out"
 
 
-# --- what became of it ------------------------------------------------------------------------------------------------
+# --- what became of it ----------------------------------------------------------------------------
 
 
 def report_earlier_jobs(order: Order, folder: Path, tasks: int | None) -> bool:
-    """Tell what became of the jobs of an earlier call; whether they are at work or have made the set.
+    """Tell what became of the jobs of an earlier call; whether they are at work or have made the
+    set.
 
     Raises:
-        LedgerError: jobs of a command with other options are at work on the same folder.
+        RecordError: jobs of a command with other options are at work on the same folder.
         ValueError: the set is there, and another command made it.
     """
     before = read_order(folder) if (folder / "prepare.json").exists() else None
@@ -204,7 +212,8 @@ def report_earlier_jobs(order: Order, folder: Path, tasks: int | None) -> bool:
     same = before is not None and before.same_set(order)
     if live and not same:
         raise RecordError(
-            f"{order.asked.out}: jobs of a command with other options are at work on it; wait for them, or "
+            f"{order.asked.out}: jobs of a command with other options are at work on it; wait for "
+            "them, or "
             f"`scancel {format_job_ids(live)}`"
         )
     if before and same and (live or is_made(order)):
@@ -214,7 +223,8 @@ def report_earlier_jobs(order: Order, folder: Path, tasks: int | None) -> bool:
         return True
     if is_made(order):
         raise ValueError(
-            f"{order.asked.out}: already holds a prepared set; choose another --out, or delete it first"
+            f"{order.asked.out}: already holds a prepared set; choose another --out, or delete it "
+            "first"
         )
     kept = (order.asked.out / shards.PARTIAL).exists() or not (
         before and any(is_done(folder, p) for p in before.parts)
@@ -228,7 +238,7 @@ def report_earlier_jobs(order: Order, folder: Path, tasks: int | None) -> bool:
 
 
 def format_progress(order: Order, folder: Path, queue: dict[str, Job]) -> str:
-    """How far the jobs are, in lines."""
+    """Return how far the jobs are, in lines."""
     found = {part: part_status(order, folder, queue, part) for part in order.parts}
     lines = []
     for name in (TOKENIZER, "task", MERGE):
@@ -250,7 +260,7 @@ def format_progress(order: Order, folder: Path, queue: dict[str, Job]) -> str:
 
 
 def part_status(order: Order, folder: Path, queue: dict[str, Job], part: str) -> tuple[str, str]:
-    """What a part is doing, and why where it failed."""
+    """Return what a part is doing, and why where it failed."""
     job_id = order.jobs.get(part, "")
     if is_done(folder, part):
         return "finished", ""
@@ -266,15 +276,15 @@ def part_status(order: Order, folder: Path, queue: dict[str, Job], part: str) ->
 
 
 def format_job_ids(jobs: list[str]) -> str:
-    """Job ids as scancel takes them, an array's once."""
+    """Return job ids as scancel takes them, an array's once."""
     return " ".join(dict.fromkeys(job.partition("_")[0] for job in jobs))
 
 
-# --- into the queue ---------------------------------------------------------------------------------------------------
+# --- into the queue -------------------------------------------------------------------------------
 
 
 def check_before_queue(order: Order, site: ClusterConfig) -> int:
-    """How many units the input has, once nothing speaks against making it on the cluster.
+    """Return how many units the input has, once nothing speaks against making it on the cluster.
 
     Raises:
         ValueError, OSError: see :func:`main`.
@@ -307,18 +317,20 @@ def check_before_queue(order: Order, site: ClusterConfig) -> int:
 
 
 def batch_script(order: Order, folder: Path, site: ClusterConfig) -> str:
-    """The script of the array of tasks, made without its folder; those of the other jobs ask for the same."""
+    """Return the script of the array of tasks, made without its folder; those of the other jobs ask
+    for the same."""
     executor = executor_for(order, folder, site, "task", array=True)
     executor.update_parameters(array_parallelism=order.tasks)
     return single_run.format_script(executor, order.tasks)
 
 
 def enqueue(order: Order, folder: Path, site: ClusterConfig) -> Order:
-    """Queue a job for each part that is not finished, each after those it needs; returns the order with their ids.
+    """Queue a job for each part that is not finished, each after those it needs; returns the order
+    with their ids.
 
     Raises:
         SlurmError: SLURM refuses a job; none stays in the queue then.
-        LedgerError: another command queues them just now.
+        RecordError: another command queues them just now.
         OSError: the folder cannot be written.
     """
     single_run.make_private(folder)
@@ -330,9 +342,8 @@ def enqueue(order: Order, folder: Path, site: ClusterConfig) -> Order:
         jobs = {
             part: job for part, job in before.items() if part in order.parts and part not in missing
         }
-        write_order(
-            folder, order.model_copy(update={"jobs": jobs})
-        )  # before the jobs: they may start at once
+        # Written before there are jobs: they may start at once.
+        write_order(folder, order.model_copy(update={"jobs": jobs}))
         queued: list[str] = []
         try:
             for stage in (TOKENIZER, "task", MERGE):
@@ -391,17 +402,19 @@ def executor_for(
     return executor
 
 
-# --- in a job ---------------------------------------------------------------------------------------------------------
+# --- in a job -------------------------------------------------------------------------------------
 
 
 def work(folder: str, part: str) -> None:
-    """Make one part, and write down how that ended; submitit calls it. Ends the process, unless the status is 0."""
+    """Make one part, and write down how that ended; submitit calls it. Ends the process, unless the
+    status is 0."""
     place = Path(folder)
     order = read_order(place)
     caught: list[int] = []
 
     def stop(number: int, frame: FrameType | None) -> None:
-        """SLURM's: the time is up, or it is cancelled or preempted. Finished pieces are kept."""
+        """End for a signal of SLURM's: the time is up, or the job is cancelled or preempted.
+        Finished pieces are kept."""
         for other in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
             signal.signal(other, signal.SIG_IGN)
         caught.append(number)
@@ -409,12 +422,12 @@ def work(folder: str, part: str) -> None:
 
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, stop)
-    ended_file(place, part).unlink(missing_ok=True)  # of an earlier start
+    ended_file(place, part).unlink(missing_ok=True)  # an earlier start may have left one
     os.chdir(order.here)
     os.umask(order.umask)
     status, message = 1, "an error of ours"
     try:
-        if not is_made(order):  # by an earlier start that was ended right after
+        if not is_made(order):  # an earlier start may have made it and been ended right after
             make_part(order, part)
         status, message = 0, ""
     except (ValueError, OSError) as error:

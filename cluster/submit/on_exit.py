@@ -1,7 +1,9 @@
-"""``python -m cluster.submit.on_exit FOLDER STATUS``: what the batch script runs once its srun has ended with STATUS.
+"""``python -m cluster.submit.on_exit FOLDER STATUS``: what the batch script runs once its srun has
+ended with STATUS.
 
-Decides whether the run is finished, goes on in this job (requeued) or a new one, or ends here; and writes that down.
-SLURM may be about to kill the job, KillWait seconds (30 by default) after it began to: nothing slow is imported here.
+Decides whether the run is finished, goes on in this job (requeued) or a new one, or ends here; and
+writes that down. SLURM may be about to kill the job, KillWait seconds (30 by default) after it
+began to: nothing slow is imported here.
 """
 
 import os
@@ -13,17 +15,17 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from cluster import run_record, slurm, sweep_file
+from cluster.run_record import EndStatus, Next
+from cluster.watch import run_state
 from dnt_scale import startup
 from dnt_scale.distributed import output
 from dnt_scale.record import timeline
 from dnt_scale.record.mlflow.finalize import settle
 
-from cluster import run_record, slurm, sweep_file
-from cluster.run_record import EndStatus, Next
-from cluster.watch import run_state
-
-TAIL_BYTES = 1 << 20  # of a log
-SIGNAL_EARLY_S = 60.0  # by which SLURM may send --signal before its time
+TAIL_BYTES = 1 << 20  # so much of a log's end is read
+# SLURM may send --signal this much before its time.
+SIGNAL_EARLY_S = 60.0
 SIGNALLED = "Killed|Segmentation fault|Bus error|Aborted"
 FIRST_END = r"^srun: error: (?:(\S+): tasks? \S+: (.*)|Node failure on (\S+).*)$"
 STOPS = {
@@ -37,7 +39,7 @@ class Facts:
     """All that the decision depends on."""
 
     outcome: str | None  # training's last word: FINISHED, FAILED, KILLED
-    exits: frozenset[int]  # of the ranks that ended by themselves
+    exits: frozenset[int]  # exit statuses of the ranks that ended by themselves
     all_ended: bool  # every rank did
     srun: int  # srun's exit status
     cancelled: bool  # by `dnt cancel`
@@ -62,7 +64,7 @@ class Decision:
 
 
 def decide(facts: Facts) -> Decision:
-    """What became of an attempt, and whether the run goes on."""
+    """Return what became of an attempt, and whether the run goes on."""
     if facts.outcome == "FINISHED":
         return Decision("finished", False, "the token budget is spent")
     if facts.cancelled:
@@ -190,7 +192,8 @@ def finalize(run_dir: Path, submission: run_record.Submission, status: EndStatus
 
 
 def ask_slurm() -> slurm.Job | None:
-    """SLURM's word on this job; None where it does not answer in a minute, and the run goes on without it."""
+    """Return SLURM's word on this job; None where it does not answer in a minute, and the run goes
+    on without it."""
     for pause in (2, 5, 10, 20, 0):
         try:
             return slurm.job(slurm.this_job())
@@ -203,7 +206,8 @@ def ask_slurm() -> slurm.Job | None:
 def requeue_or_resubmit(
     run_dir: Path, submission: run_record.Submission, excluded: list[str]
 ) -> tuple[Next, str]:
-    """Requeue this job or, where that is not permitted or other nodes are wanted, submit another one.
+    """Requeue this job or, where that is not permitted or other nodes are wanted, submit another
+    one.
 
     A busy or restarting controller is asked again, over some minutes.
 
@@ -219,8 +223,9 @@ def requeue_or_resubmit(
                 return "requeued", ""
         except slurm.SlurmError as error:
             print(f"dnt: {error}; submitting a new job instead", flush=True)
+        # This imports submitit, for which a job that is being killed may have no time.
         from cluster.submit.single_run import (
-            enqueue,  # imports submitit, for which a job that is being killed may have no time
+            enqueue,
         )
 
         run_record.update_submission(run_dir, partial(leaving_out, nodes=excluded))
@@ -242,7 +247,8 @@ def leaving_out(submission: run_record.Submission, nodes: list[str]) -> run_reco
 
 
 def find_killed_host(log: Path) -> tuple[list[str], str]:
-    """The host of the first rank that a signal ended in the newest attempt, and srun's words for it, from the log.
+    """Return the host of the first rank that a signal ended in the newest attempt, and srun's words
+    for it, from the log.
 
     srun then ends the other ranks, often before they can say which one they miss.
     """
@@ -260,7 +266,8 @@ def find_killed_host(log: Path) -> tuple[list[str], str]:
 
 
 def find_failed_host(exits: dict[int, tuple[str, int]]) -> tuple[list[str], str]:
-    """The host whose ranks alone failed by themselves, as those of a dead GPU do; srun ended the others."""
+    """Return the host whose ranks alone failed by themselves, as those of a dead GPU do; srun ended
+    the others."""
     hosts = {host for host, status in exits.values() if status == 1}
     if len(hosts) != 1 or hosts == {host for host, _ in exits.values()}:
         return [], ""

@@ -1,4 +1,5 @@
-"""What a submission is going to do: how the run spreads over ranks, what it holds and writes, how long it may take."""
+"""What a submission is going to do: how the run spreads over ranks, what it holds and writes, how
+long it may take."""
 
 import math
 import statistics
@@ -8,6 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cluster import run_record
+from cluster.cluster_config import ClusterConfig
+from cluster.slurm import Node, Partition
 from data_prep.words import counted, duration, megabytes
 from dnt_scale import checkpoint
 from dnt_scale.config import AdamWConfig, RunConfig
@@ -19,10 +23,6 @@ from dnt_scale.record.speed import PEAK_FLOPS, speed_at
 from dnt_scale.tools.memory_plan import FIELDS, Memory, checkpoint_bytes, memory, parameters_of
 from dnt_scale.train.progress import epochs_of
 
-from cluster import run_record
-from cluster.cluster_config import ClusterConfig
-from cluster.slurm import Node, Partition
-
 ASSUMED_MFU = 0.4
 RECENT = 50  # steps whose median tells a run's speed
 COLUMNS = 100
@@ -33,12 +33,11 @@ class PastPace:
     """What a run's own folder tells of its pace."""
 
     tokens_per_s: float  # median of the last steps
-    steps: int  # how many these are
+    steps: int  # how many steps the median is of
     ranks: int
     step_s: float
-    save_s: (
-        float | None
-    )  # from the end of a step until its checkpoint was in place; None: not known
+    # From the end of a step until its checkpoint was in place; None: not known.
+    save_s: float | None
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class Plan:
     gpu: str  # SLURM's type of it; empty: it gives none
     sources: Sources
     steps: int
-    done: int  # of these, by a checkpoint that the run goes on from
+    done: int  # how many of them a checkpoint has that the run goes on from
     parameters: int
     checkpoint_bytes: int
     most_checkpoints: int  # on disk at a time, one that is being written included
@@ -65,7 +64,7 @@ class Plan:
 
     @property
     def seconds(self) -> float | None:
-        """Of training that is left, if its speed is known."""
+        """Return the seconds of training that are left, if its speed is known."""
         left = (self.steps - self.done) * self.run.train.global_batch * self.seq_len
         return left / self.tokens_per_s if self.tokens_per_s else None
 
@@ -73,7 +72,8 @@ class Plan:
 def make_plan(
     run: RunConfig, site: ClusterConfig, partition: Partition, sources: Sources, done: int = 0
 ) -> Plan:
-    """The plan of a run that fits its cluster, see :func:`cluster.submit.checks.check_and_plan`.
+    """Return the plan of a run that fits its cluster, see
+    :func:`cluster.submit.checks.check_and_plan`.
 
     Args:
         done: steps that the run's newest checkpoint has.
@@ -104,11 +104,12 @@ def make_plan(
     )
 
 
-# --- how long --------------------------------------------------------------------------------------------------------
+# --- how long -------------------------------------------------------------------------------------
 
 
 def read_past_pace(run: RunConfig, seq_len: int) -> PastPace | None:
-    """The pace of a run that has trained before, from its metrics.jsonl; None where there are no steps."""
+    """Return the pace of a run that has trained before, from its metrics.jsonl; None where there
+    are no steps."""
     rows = [row for row in last_metrics(run.run.dir) if row.get("tokens_per_s")]
     if not rows:
         return None
@@ -137,8 +138,8 @@ def _save_seconds(run: RunConfig, rows: Sequence[dict[str, Any]]) -> float | Non
 def expected_speed(
     run: RunConfig, seq_len: int, ranks: int, gpu: str, before: PastPace | None
 ) -> tuple[float | None, str]:
-    """Tokens a second over all ranks, and where the number is from: the run's past, else an assumption where the GPU is
-    known, else None."""
+    """Return tokens a second over all ranks, and where the number is from: the run's past, else an
+    assumption where the GPU is known, else None."""
     if before:
         speed = before.tokens_per_s * ranks / before.ranks
         why = f"at {speed:,.0f} tokens/s: the median of the run's last {before.steps} steps"
@@ -148,21 +149,20 @@ def expected_speed(
     device = known_device(gpu)
     if device and run.run.device != "cpu" and run.train.dtype == "bf16":
         speed = speed_at(ASSUMED_MFU, PEAK_FLOPS[device], run, seq_len, ranks)
-        return (
-            speed,
-            f"at {speed:,.0f} tokens/s: assumes {ASSUMED_MFU:.0%} MFU on {device}, which is not measured",
-        )
+        assumed = f"assumes {ASSUMED_MFU:.0%} MFU on {device}, which is not measured"
+        return speed, f"at {speed:,.0f} tokens/s: {assumed}"
     return None, "not known before the first steps; `dnt jobs` will tell"
 
 
 def type_of_gpu(nodes: Sequence[Node]) -> str:
-    """SLURM's type of the nodes' GPUs, empty if they have none or several."""
+    """Return SLURM's type of the nodes' GPUs, empty if they have none or several."""
     kinds = {node.gpu for node in nodes if node.gpus}
     return kinds.pop() if len(kinds) == 1 else ""
 
 
 def known_device(gpu: str) -> str | None:
-    """The device of ``PEAK_FLOPS`` behind a type such as ``h100`` or ``nvidia_h100_80gb_hbm3``, if any."""
+    """Return the device of ``PEAK_FLOPS`` behind a type such as ``h100`` or
+    ``nvidia_h100_80gb_hbm3``, if any."""
     words = gpu.lower().replace("-", "_").split("_")
     fits = [
         name
@@ -173,12 +173,14 @@ def known_device(gpu: str) -> str | None:
 
 
 def jobs_needed(seconds: float, site: ClusterConfig) -> int:
-    """Jobs that so much training takes; each one stops ``signal_s`` before its time is up."""
+    """Return how many jobs so much training takes; each one stops ``signal_s`` before its time is
+    up."""
     return max(1, math.ceil(seconds / (site.time * 60 - site.signal_s)))
 
 
 def most_checkpoints(run: RunConfig, steps: int) -> int:
-    """How many lie on disk at a time, at most: the newest, one that is being written, and those kept for good."""
+    """Return how many lie on disk at a time, at most: the newest, one that is being written, and
+    those kept for good."""
     settings = run.checkpoint
     saved = math.ceil(steps / settings.every) if settings.every else 1
     kept = (
@@ -189,22 +191,22 @@ def most_checkpoints(run: RunConfig, steps: int) -> int:
     return min(saved, settings.keep + 1 + kept)
 
 
-# --- in words --------------------------------------------------------------------------------------------------------
+# --- in words -------------------------------------------------------------------------------------
 
 
 def format_plan(plan: Plan) -> str:
-    """The plan as lines of a name and what there is to say, for a terminal."""
+    """Return the plan as lines of a name and what there is to say, for a terminal."""
     run, site = plan.run, plan.site
+    each_job = duration(site.time * 60)
     lines = [
         ("run", f"{run.run.name} in {run.run.dir.absolute()}"),
-        (
-            "cluster",
-            f"partition {plan.partition}: {_format_ranks(plan)}; jobs of {duration(site.time * 60)}",
-        ),
+        ("cluster", f"partition {plan.partition}: {_format_ranks(plan)}; jobs of {each_job}"),
         (
             "model",
-            f"{run.model.name}, {_format_parameters(plan.parameters)} parameters; engine {run.engine.name}, "
-            f"optimizer {run.optim.algorithm}, {plan.dtype}{' (expected)' if run.train.dtype == 'auto' else ''}",
+            f"{run.model.name}, {_format_parameters(plan.parameters)} parameters; engine "
+            f"{run.engine.name}, "
+            f"optimizer {run.optim.algorithm}, "
+            f"{plan.dtype}{' (expected)' if run.train.dtype == 'auto' else ''}",
         ),
         *(("data", _format_set(plan, number)) for number in range(len(plan.sources))),
         (
@@ -243,7 +245,10 @@ def _format_ranks(plan: Plan) -> str:
         if site.gpus_per_node
         else "no GPUs"
     )
-    return f"{counted(site.nodes, 'node')} x {each} = {counted(site.ranks, 'rank')}; a node: {gpus}, {_format_cpus(site)}"
+    return (
+        f"{counted(site.nodes, 'node')} x {each} = {counted(site.ranks, 'rank')}; a node: {gpus}, "
+        f"{_format_cpus(site)}"
+    )
 
 
 def _format_cpus(site: ClusterConfig) -> str:
@@ -264,7 +269,7 @@ def _format_set(plan: Plan, number: int) -> str:
 
 
 def _format_split(plan: Plan) -> str:
-    """Global batch = ranks x micro-batches x rows, and what is left over."""
+    """Return the global batch as ranks x micro-batches x rows, and what is left over."""
     rows = plan.run.train.global_batch // plan.site.ranks
     micro = min(plan.run.train.micro_batch, rows)
     full, rest = divmod(rows, micro)
@@ -273,13 +278,19 @@ def _format_split(plan: Plan) -> str:
         return (
             f"{ranks} x {counted(full, 'micro-batch', 'micro-batches')} x {counted(micro, 'row')}"
         )
-    return f"{ranks} x ({counted(full, 'micro-batch', 'micro-batches')} of {counted(micro, 'row')} and one of {rest})"
+    return (
+        f"{ranks} x ({counted(full, 'micro-batch', 'micro-batches')} of {counted(micro, 'row')} "
+        f"and one of {rest})"
+    )
 
 
 def _format_steps(plan: Plan) -> str:
     rows = plan.steps * plan.run.train.global_batch
     a_step = plan.run.train.global_batch * plan.seq_len
-    text = f"{plan.steps:,} of {a_step:,} tokens = {plan.steps * a_step:,} tokens, {epochs_of(plan.sources, rows)}"
+    text = (
+        f"{plan.steps:,} of {a_step:,} tokens = {plan.steps * a_step:,} tokens, "
+        f"{epochs_of(plan.sources, rows)}"
+    )
     return f"{text}; goes on from step {plan.done:,}" if plan.done else text
 
 
@@ -287,7 +298,8 @@ def _format_checkpoints(plan: Plan) -> str:
     settings = plan.run.checkpoint
     when = f"every {settings.every:,} steps" if settings.every else "at the end"
     return (
-        f"{megabytes(plan.checkpoint_bytes)} each, {when}, at most {plan.most_checkpoints} at a time "
+        f"{megabytes(plan.checkpoint_bytes)} each, {when}, at most {plan.most_checkpoints} at a "
+        "time "
         f"({megabytes(plan.most_checkpoints * plan.checkpoint_bytes)}), in {plan.run.checkpoints}"
     )
 

@@ -1,4 +1,5 @@
-"""`dnt submit` and `dnt resubmit`: a run folder with all that its jobs need, then a job that trains it."""
+"""`dnt submit` and `dnt resubmit`: a run folder with all that its jobs need, then a job that trains
+it."""
 
 import os
 import shlex
@@ -8,9 +9,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import submitit
+
+import cluster
 import data_prep
 import dnt_scale
-import submitit
+from cluster import cluster_config, run_record, slurm, sweep_file
+from cluster.cluster_config import ClusterConfig
+from cluster.job import rank_main
+from cluster.run_record import RecordError, Submission
+from cluster.watch import run_state
+from cluster.watch.run_state import SlurmQuery
 from data_prep.files import file_lock
 from dnt_scale import config, startup
 from dnt_scale.config import RunConfig, config_dir
@@ -19,14 +28,6 @@ from dnt_scale.record.files import git_commit
 from dnt_scale.record.run_lock import held
 from dnt_scale.train.recorded import Typed
 from dnt_scale.train.run_start import begin, make_room
-
-import cluster
-from cluster import cluster_config, run_record, slurm, sweep_file
-from cluster.cluster_config import ClusterConfig
-from cluster.job import rank_main
-from cluster.run_record import RecordError, Submission
-from cluster.watch import run_state
-from cluster.watch.run_state import SlurmQuery
 
 
 def submit(
@@ -39,7 +40,8 @@ def submit(
         fresh: move aside what is in the folder.
 
     Raises:
-        LedgerError: the run was submitted before, or with ``fresh`` its job is in the queue or running.
+        RecordError: the run was submitted before, or with ``fresh`` its job is in the queue or
+            running.
         ConfigError: a process writes the run folder.
         SlurmError: SLURM refuses the job.
         OSError: the run folder cannot be written.
@@ -64,23 +66,24 @@ def submit(
             )
             return enqueue(run_dir, by_user=True)
         except BaseException:
-            (run_record.jobs_folder(run_dir) / "run.json").unlink(
-                missing_ok=True
-            )  # so that it can be submitted again
+            # Without run.json it can be submitted again.
+            (run_record.jobs_folder(run_dir) / "run.json").unlink(missing_ok=True)
             raise
 
 
 def checkpoints_of(run: RunConfig) -> str:
-    """Where they are to lie, from whatever folder that is asked."""
+    """Return where the checkpoints are to lie, from whatever folder that is asked."""
     place = run.checkpoints
     return str(place.absolute()) if isinstance(place, Path) else place
 
 
 def check_new(run: RunConfig, *, fresh: bool = False) -> None:
-    """Raises LedgerError when the run, or a sweep of its name, was submitted before; if ``fresh``, when it is live."""
+    """Raise RecordError when the run, or a sweep of its name, was submitted before; if ``fresh``,
+    when it is live."""
     if sweep_file.is_sweep(run.run.dir):
         raise RecordError(
-            f"run.name: {run.run.name} is a sweep, see `dnt jobs {run.run.dir}`; take another run.name"
+            f"run.name: {run.run.name} is a sweep, see `dnt jobs {run.run.dir}`; take another "
+            "run.name"
         )
     if fresh and run_record.is_submitted(run.run.dir):
         check_no_live_job(run.run.dir, run_record.read_submission(run.run.dir))
@@ -88,15 +91,17 @@ def check_new(run: RunConfig, *, fresh: bool = False) -> None:
         jobs = run_record.read_submission(run.run.dir).jobs
         raise RecordError(
             f"run.name: {run.run.name} was submitted before{f' (job {jobs[-1]})' if jobs else ''}; "
-            f"`dnt resubmit {run.run.dir}` goes on with it, --fresh begins anew, or take another run.name"
+            f"`dnt resubmit {run.run.dir}` goes on with it, --fresh begins anew, or take another "
+            "run.name"
         )
 
 
 def change_run(run_dir: Path, overrides: list[str]) -> tuple[RunConfig, ClusterConfig]:
-    """A submitted run and its cluster, changed by ``overrides``, for :func:`resubmit`.
+    """Return a submitted run and its cluster, changed by ``overrides``, for :func:`resubmit`.
 
     Raises:
-        LedgerError: it was never submitted, is another user's, or its job is in the queue or running.
+        RecordError: it was never submitted, is another user's, or its job is in the queue or
+            running.
         ConfigError: a wrong override.
         SlurmError: there is no SLURM here, or not the one that has its jobs.
     """
@@ -109,12 +114,13 @@ def change_run(run_dir: Path, overrides: list[str]) -> tuple[RunConfig, ClusterC
 
 
 def placed_in(run: RunConfig, run_dir: Path) -> RunConfig:
-    """The run in ``run_dir``, wherever that folder was when it was submitted."""
+    """Return the run in ``run_dir``, wherever that folder was when it was submitted."""
     return run.model_copy(update={"run": run.run.model_copy(update={"dir": run_dir.absolute()})})
 
 
 def check_no_live_job(run_dir: Path, submission: Submission) -> None:
-    """Raises LedgerError while a job of the run is in the queue or running, SlurmError where SLURM cannot tell."""
+    """Raise RecordError while a job of the run is in the queue or running, SlurmError where SLURM
+    cannot tell."""
     if submission.jobs:
         asking = SlurmQuery()
         last = asking.job(submission)
@@ -125,17 +131,19 @@ def check_no_live_job(run_dir: Path, submission: Submission) -> None:
             raise slurm.SlurmError(f"{run_dir}: {asking.problem}")
         if last and last.live:
             raise RecordError(
-                f"{run_dir}: job {last.id} of it is {last.state.lower()}; `dnt cancel {run_dir}` ends it first"
+                f"{run_dir}: job {last.id} of it is {last.state.lower()}; `dnt cancel {run_dir}` "
+                "ends it first"
             )
 
 
 def resubmit(
     run_dir: Path, run: RunConfig, site: ClusterConfig, *, update_code: bool
 ) -> Submission:
-    """Queue a job that goes on with a run whose last job is over, as ``run`` and on ``site``: see :func:`change_run`.
+    """Queue a job that goes on with a run whose last job is over, as ``run`` and on ``site``: see
+    :func:`change_run`.
 
     Raises:
-        LedgerError: as :func:`change_run`, or another command submits it just now.
+        RecordError: as :func:`change_run`, or another command submits it just now.
         ConfigError: a process writes the run folder.
         SlurmError: SLURM refuses the job.
     """
@@ -145,7 +153,8 @@ def resubmit(
         and not (run_record.jobs_folder(run_dir) / "code/cluster/job/rank_main.py").exists()
     ):
         raise RecordError(
-            f"{run_dir}: was submitted by an older dnt, whose jobs begin otherwise; add --update-code"
+            f"{run_dir}: was submitted by an older dnt, whose jobs begin otherwise; add "
+            "--update-code"
         )
     with held(run_dir, "dnt resubmit"), submission_lock(run_dir):
         submission = run_record.read_submission(run_dir)
@@ -168,16 +177,16 @@ def resubmit(
         excluded = run_state.nodes_to_leave_out(site, timeline.read(run_dir), [])
         changes: dict[str, object] = {"cluster": site, "cancelled": False, "excluded": excluded}
         changes |= {"slurm": slurm.cluster_name(), "checkpoints": checkpoints_of(run)}
-        if (
-            submission.parent is None or not submission.logs.is_dir()
-        ):  # the folder may have been moved or copied
+        # The folder may have been moved or copied since.
+        if submission.parent is None or not submission.logs.is_dir():
             changes["logs"] = run_record.jobs_folder(run_dir) / "slurm"
         run_record.update_submission(run_dir, lambda now: now.model_copy(update=changes))
         return enqueue(run_dir, by_user=True)
 
 
 def enqueue(run_dir: Path, *, by_user: bool) -> Submission:
-    """Queue a job that goes on with the run, as run.json has it; returns the submission with its id.
+    """Queue a job that goes on with the run, as run.json has it; returns the submission with its
+    id.
 
     Raises:
         SlurmError: SLURM refuses the job.
@@ -199,13 +208,13 @@ def enqueue(run_dir: Path, *, by_user: bool) -> Submission:
         by_user=by_user,
         time=asked,
     )
-    if submission.cancelled:  # meanwhile
+    if submission.cancelled:  # a cancellation may have come meanwhile
         slurm.cancel(queued.job_id)
     return submission
 
 
 def sbatch_complaint(words: str) -> str:
-    """sbatch's own complaint out of submitit's report."""
+    """Return sbatch's own complaint out of submitit's report."""
     lines = [
         line.strip() for line in words.splitlines() if "error:" in line and "Command" not in line
     ]
@@ -217,11 +226,12 @@ def sbatch_complaint(words: str) -> str:
 def executor_for(
     run_dir: Path, submission: Submission, *, array: bool = False
 ) -> submitit.SlurmExecutor:
-    """submitit's executor with every option of the submission; it is to submit an ``array`` or a single job.
+    """Return submitit's executor with every option of the submission; it is to submit an ``array``
+    or a single job.
 
     Raises:
         SlurmError: there is no SLURM here.
-        LedgerError: SLURM cannot have logs in the run folder.
+        RecordError: SLURM cannot have logs in the run folder.
     """
     site = submission.cluster
     slurm.check_here()
@@ -272,10 +282,11 @@ class Executor(submitit.SlurmExecutor):
 
 
 def log_files(logs: Path, *, array: bool, task: str) -> str:
-    """SLURM's pattern for the logs of a job's tasks: as submitit's, with the folder's own ``%`` left alone.
+    """Return SLURM's pattern for the logs of a job's tasks: as submitit's, with the folder's own
+    ``%`` left alone.
 
     Raises:
-        LedgerError: SLURM cannot have logs there.
+        RecordError: SLURM cannot have logs there.
     """
     for sign, name in (("\\", "a backslash"), ("\n", "a line break"), (":", "a colon")):
         if sign in str(logs):
@@ -286,11 +297,11 @@ def log_files(logs: Path, *, array: bool, task: str) -> str:
 
 
 def setup_lines(run_dir: Path, site: ClusterConfig) -> list[str]:
-    """What the batch script does before the ranks start."""
+    """Return what the batch script does before the ranks start."""
     code = shlex.quote(str(run_record.jobs_folder(run_dir) / "code"))
     return [
         "umask 077",
-        "trap : TERM USR1 USR2  # the ranks see to these; what comes after them decides what is next",
+        "trap : TERM USR1 USR2  # the ranks see to these; what comes after them decides",
         f"export PYTHONPATH={code}${{PYTHONPATH:+:$PYTHONPATH}}",
         'export OMP_NUM_THREADS="${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}"',
         *site.setup,
@@ -299,28 +310,29 @@ def setup_lines(run_dir: Path, site: ClusterConfig) -> list[str]:
 
 
 def teardown_lines(run_dir: Path, site: ClusterConfig) -> list[str]:
-    """What it does when they have ended."""
+    """Return what the batch script does when the ranks have ended."""
+    python, folder = shlex.quote(site.python), shlex.quote(str(run_dir))
     return [
         "status=$?",
-        f'{shlex.quote(site.python)} -P -m cluster.submit.on_exit {shlex.quote(str(run_dir))} "$status"',
+        f'{python} -P -m cluster.submit.on_exit {folder} "$status"',
         'exit "$status"',
     ]
 
 
 def srun_options(site: ClusterConfig) -> list[str]:
-    per_rank = (
-        [] if site.cpus_per_rank is None else [f"--cpus-per-task={site.cpus_per_rank}"]
-    )  # not passed on since 22.05
+    # SLURM does not pass this on from sbatch since 22.05.
+    per_rank = [] if site.cpus_per_rank is None else [f"--cpus-per-task={site.cpus_per_rank}"]
     return ["--kill-on-bad-exit=1", *per_rank, *site.container, *site.srun]
 
 
 def format_script(executor: submitit.SlurmExecutor, tasks: int | None = None) -> str:
-    """The batch script of a job, or of an array of ``tasks``, that an executor would submit."""
+    """Return the batch script of a job, or of an array of ``tasks``, that an executor would
+    submit."""
     executor.parameters["map_count"] = tasks
     return executor._make_submission_file_text(executor._submitit_command_str, "dry-run")
 
 
-# --- the run folder ---------------------------------------------------------------------------------------------------
+# --- the run folder -------------------------------------------------------------------------------
 
 
 def make_private(run_dir: Path) -> None:
@@ -335,7 +347,7 @@ def make_private(run_dir: Path) -> None:
 
 @contextmanager
 def submission_lock(run_dir: Path) -> Iterator[None]:
-    """One submission of a run at a time. Raises LedgerError when another goes on."""
+    """Let one submission of a run go on at a time. Raises RecordError while there is another."""
     with ExitStack() as stack:
         try:
             stack.enter_context(file_lock(run_record.jobs_folder(run_dir) / ".lock"))
@@ -347,7 +359,8 @@ def submission_lock(run_dir: Path) -> Iterator[None]:
 
 
 def copy_code(run_dir: Path) -> None:
-    """Copy our packages and configs into the run folder, so that edits do not reach its jobs. Raises OSError."""
+    """Copy our packages and configs into the run folder, so that edits do not reach its jobs.
+    Raises OSError."""
     code = run_record.jobs_folder(run_dir) / "code"
     partial = code.with_name("code.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -358,14 +371,15 @@ def copy_code(run_dir: Path) -> None:
     if not (partial / "dnt_scale" / "configs").is_dir():  # a checkout has them beside the packages
         shutil.copytree(config_dir(), partial / "configs")
     (partial / "COMMIT").write_text(git_commit() + "\n")
-    if code.is_symlink():  # to a sweep's
+    if code.is_symlink():  # a link to a sweep's code
         code.unlink()
     shutil.rmtree(code, ignore_errors=True)
     partial.rename(code)
 
 
 def without_job_variables() -> None:
-    """Take the variables of a job that this process is in out of the environment, which sbatch hands on to the next."""
+    """Take the variables of a job that this process is in out of the environment, which sbatch
+    hands on to the next."""
     startup.forget()
     for name in [name for name in os.environ if name.startswith("SLURM_") and name != "SLURM_CONF"]:
         del os.environ[name]

@@ -1,4 +1,5 @@
-"""`dnt submit --multirun`: every combination of the values that overrides list, as one SLURM array (a sweep)."""
+"""`dnt submit --multirun`: every combination of the values that overrides list, as one SLURM array
+(a sweep)."""
 
 import itertools
 import re
@@ -10,12 +11,6 @@ from functools import partial
 from pathlib import Path
 
 import submitit
-from data_prep.words import counted
-from dnt_scale import config
-from dnt_scale.config import ConfigError, RunConfig, typed
-from dnt_scale.config.tracking_uri import default_uri
-from dnt_scale.data.sources import fitting_sources
-from dnt_scale.record import run_lock, timeline
 from rich.console import Console
 
 from cluster import run_record, slurm, sweep_file
@@ -25,13 +20,20 @@ from cluster.run_record import RecordError, Submission
 from cluster.submit import checks, single_run
 from cluster.submit.plan import Plan
 from cluster.sweep_file import Sweep, SweepRun
+from data_prep.words import counted
+from dnt_scale import config
+from dnt_scale.config import ConfigError, RunConfig, typed
+from dnt_scale.config.tracking_uri import default_uri
+from dnt_scale.data.sources import fitting_sources
+from dnt_scale.record import run_lock, timeline
 
 MOST = 1000  # runs: one less than the largest array that SLURM permits by default
 NAME_LENGTH = 100
 
 
 def combinations(overrides: list[str]) -> list[tuple[dict[str, str], list[str]]]:
-    """Each combination of the values that ``overrides`` list in Hydra's grammar (``KEY=A,B``, choice(), range()).
+    """Return each combination of the values that ``overrides`` list in Hydra's grammar
+    (``KEY=A,B``, choice(), range()).
 
     Names and paths are the text between the commas; one that holds a comma stands in quotes.
 
@@ -39,11 +41,11 @@ def combinations(overrides: list[str]) -> list[tuple[dict[str, str], list[str]]]
         For each its values by key, and all overrides with these in place.
 
     Raises:
-        ConfigError: an override cannot be read, none has several values, or there are too many combinations.
+        ConfigError: an override cannot be read, none has several values, or there are too many
+            combinations.
     """
-    choices: list[
-        list[tuple[str, str]]
-    ] = []  # of each override: key and value, the key "" where it is not swept
+    # For each override its (key, value) pairs; the key is "" where it is not swept.
+    choices: list[list[tuple[str, str]]] = []
     for line in overrides:
         prefix, key, value = typed.split(line)
         if value is not None and "~" not in prefix and typed.is_text(typed.at(RunConfig, key)):
@@ -73,7 +75,8 @@ def combinations(overrides: list[str]) -> list[tuple[dict[str, str], list[str]]]
         )
     if count > MOST:
         raise ConfigError(
-            f"--multirun: {count:,} combinations of values, at most {MOST:,} are possible; give fewer"
+            f"--multirun: {count:,} combinations of values, at most {MOST:,} are possible; give "
+            "fewer"
         )
     found = []
     for chosen in itertools.product(*choices):
@@ -88,7 +91,7 @@ def combinations(overrides: list[str]) -> list[tuple[dict[str, str], list[str]]]
 
 
 def name_runs(values: list[dict[str, str]]) -> list[str]:
-    """A name for each run: its number and its values."""
+    """Return a name for each run: its number and its values."""
     last = Counter(key.rpartition(".")[2] for key in values[0])
     width = len(str(len(values) - 1))
     found = []
@@ -102,10 +105,12 @@ def name_runs(values: list[dict[str, str]]) -> list[str]:
 
 
 def expand_sweep(overrides: list[str]) -> tuple[Sweep, list[RunConfig]]:
-    """The sweep that ``overrides`` describe, whose folder is the ``run.dir`` they give, and its runs.
+    """Return the sweep that ``overrides`` describe, whose folder is the ``run.dir`` they give, and
+    its runs.
 
     Raises:
-        ConfigError: see :func:`combinations`; a combination that is no valid run; or run.name or run.dir differ.
+        ConfigError: see :func:`combinations`; a combination that is no valid run; or run.name or
+            run.dir differ.
     """
     found = combinations(overrides)
     runs = []
@@ -116,7 +121,8 @@ def expand_sweep(overrides: list[str]) -> tuple[Sweep, list[RunConfig]]:
     own = runs[0].run
     if any((run.run.name, run.run.dir) != (own.name, own.dir) for run in runs):
         raise ConfigError(
-            "run.name and run.dir are the sweep's; give one of each, the runs get names of their own"
+            "run.name and run.dir are the sweep's; give one of each, the runs get names of their "
+            "own"
         )
     chosen = name_runs([values for values, _ in found])
     made = [
@@ -129,7 +135,8 @@ def expand_sweep(overrides: list[str]) -> tuple[Sweep, list[RunConfig]]:
 
 
 def run_in_sweep(run: RunConfig, name: str) -> RunConfig:
-    """The run with a name and folders of its own inside the sweep's, and the sweep's MLflow store."""
+    """Return the run with a name and folders of its own inside the sweep's, and the sweep's MLflow
+    store."""
     kept = run.checkpoint.dir
     return run.model_copy(
         update={
@@ -145,10 +152,12 @@ def run_in_sweep(run: RunConfig, name: str) -> RunConfig:
 
 
 def check_new(sweep_dir: Path) -> None:
-    """Raises LedgerError when a sweep or a run was submitted from there, or a run was trained or is training there."""
+    """Raise RecordError when a sweep or a run was submitted from there, or a run was trained or is
+    training there."""
     if sweep_file.is_sweep(sweep_dir) or run_record.is_submitted(sweep_dir):
         raise RecordError(
-            f"run.name: {sweep_dir.name} was submitted before; `dnt jobs {sweep_dir}` shows it; take another run.name"
+            f"run.name: {sweep_dir.name} was submitted before; `dnt jobs {sweep_dir}` shows it; "
+            "take another run.name"
         )
     run_lock.check_free(sweep_dir)
     if (sweep_dir / "config.yaml").exists():
@@ -158,7 +167,7 @@ def check_new(sweep_dir: Path) -> None:
 
 
 def check_and_plan(runs: list[RunConfig], site: ClusterConfig) -> Plan:
-    """The plan of the first run, once nothing speaks against any of them.
+    """Return the plan of the first run, once nothing speaks against any of them.
 
     Raises:
         ValueError, OSError: as :func:`cluster.submit.checks.check_and_plan`.
@@ -177,14 +186,15 @@ def check_and_plan(runs: list[RunConfig], site: ClusterConfig) -> Plan:
 
 
 def format_sweep(found: Sweep, site: ClusterConfig) -> str:
-    """The sweep's runs and their values, in lines below those of the plan."""
+    """Return the sweep's runs and their values, in lines below those of the plan."""
     at_once = (
         "all at once"
         if not site.sweep_parallel
         else f"{site.sweep_parallel} at a time (cluster.sweep_parallel)"
     )
     lines = [
-        f"sweep        {counted(len(found.runs), 'run')} as one array, {at_once}; above is the first of them"
+        f"sweep        {counted(len(found.runs), 'run')} as one array, {at_once}; above is the "
+        "first of them"
     ]
     width = max(len(run.name) for run in found.runs)
     for run in found.runs:
@@ -194,7 +204,7 @@ def format_sweep(found: Sweep, site: ClusterConfig) -> str:
 
 
 def array_submission(found: Sweep, logs: Path, site: ClusterConfig) -> Submission:
-    """What the array's batch script is made from, as a run's."""
+    """Return what the array's batch script is made from, in the form of a run's."""
     return Submission(name=found.name, cluster=site, logs=logs)
 
 
@@ -208,7 +218,7 @@ def submit_sweep(found: Sweep, runs: list[RunConfig], site: ClusterConfig) -> st
     """Make the folders of the sweep and its runs, and queue them; returns the array job's id.
 
     Raises:
-        LedgerError: it was submitted before.
+        RecordError: it was submitted before.
         SlurmError: SLURM refuses the job.
         OSError: a folder cannot be written.
     """
@@ -261,6 +271,6 @@ def _submit_array(executor: submitit.SlurmExecutor, places: list[Path]) -> str:
 
 
 def batch_script(found: Sweep, sweep_dir: Path, site: ClusterConfig) -> str:
-    """The array's script, made without its folder. Raises SlurmError."""
+    """Return the array's script, made without its folder. Raises SlurmError."""
     array = array_submission(found, run_record.jobs_folder(sweep_dir) / "slurm", site)
     return single_run.format_script(executor_for(found, sweep_dir, array), len(found.runs))

@@ -6,9 +6,6 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from data_prep.words import counted
-from dnt_scale.record import timeline
-from dnt_scale.record.metrics_file import last_metrics
 from rich.console import Console
 
 from cluster import run_record, slurm, sweep_file
@@ -17,6 +14,9 @@ from cluster.slurm import SlurmError
 from cluster.watch import run_state
 from cluster.watch.find_runs import short_name
 from cluster.watch.run_state import RunStatus, SlurmQuery
+from data_prep.words import counted
+from dnt_scale.record import timeline
+from dnt_scale.record.metrics_file import last_metrics
 
 POLL_S = 1.0
 KILLED_WITHIN_S = (
@@ -25,10 +25,11 @@ KILLED_WITHIN_S = (
 
 
 def cancel(run_dirs: list[Path]) -> Iterator[str]:
-    """Cancel runs that are queued or running, all at once, and wait until their jobs are gone; a line to say of each.
+    """Cancel runs that are queued or running, all at once, and wait until their jobs are gone; a
+    line to say of each.
 
     Raises:
-        LedgerError: a run was never submitted, or is another user's.
+        RecordError: a run was never submitted, or is another user's.
         SlurmError: there is no SLURM here, it refuses, or a job did not go.
     """
     submissions = {run_dir: run_record.read_submission(run_dir) for run_dir in run_dirs}
@@ -44,7 +45,8 @@ def cancel(run_dirs: list[Path]) -> Iterator[str]:
     with Console(stderr=True).status("") as status:
         while left:
             status.update(
-                f"waiting for the end of job {submissions[left[0]].job}, {counted(len(left), 'run')} to go"
+                f"waiting for the end of job {submissions[left[0]].job}, "
+                f"{counted(len(left), 'run')} to go"
             )
             ended |= {run_dir: over for run_dir in left if (over := end_job(run_dir, asked))}
             left = [run_dir for run_dir in left if run_dir not in ended]
@@ -64,9 +66,11 @@ def cancel(run_dirs: list[Path]) -> Iterator[str]:
 
 
 def end_job(run_dir: Path, asked: dict[str, float]) -> RunStatus | None:
-    """Bring the run's job, or the one that follows it, nearer to its end; how it ended, once it is gone.
+    """Bring the run's job, or the one that follows it, nearer to its end; how it ended, once it is
+    gone.
 
-    Ranks get the signal that comes before a time limit, and as long as then to write a checkpoint; then scancel.
+    Ranks get the signal that comes before a time limit, and as long as then to write a checkpoint;
+    then scancel.
 
     Args:
         asked: when each job got the signal; filled in here.
@@ -75,7 +79,8 @@ def end_job(run_dir: Path, asked: dict[str, float]) -> RunStatus | None:
         SlurmError: it did not go.
     """
     submission = run_record.read_submission(run_dir)
-    if not submission.cancelled:  # also after a new job's, which had been on its way
+    # A new job, which had been on its way, may have come since; then it is marked again.
+    if not submission.cancelled:
         submission = run_record.update_submission(
             run_dir, lambda now: now.model_copy(update={"cancelled": True})
         )
@@ -93,14 +98,15 @@ def end_job(run_dir: Path, asked: dict[str, float]) -> RunStatus | None:
         slurm.cancel(job.id)
     if waited > submission.cluster.signal_s + KILLED_WITHIN_S:
         raise SlurmError(
-            f"job {job.id} of {submission.name} did not end in {waited:.0f} s; it is marked cancelled and will "
+            f"job {job.id} of {submission.name} did not end in {waited:.0f} s; it is marked "
+            "cancelled and will "
             f"not go on; `scontrol show job {job.id}` may tell why"
         )
     return None
 
 
 def read_end(run_dir: Path, submission: Submission, job: slurm.Job | None) -> RunStatus:
-    """How it ended, by the job's own word or, where it could give none, ours."""
+    """Return how a run ended, by its job's own word or, where that could give none, ours."""
     events = timeline.read(run_dir)
     found = run_state.decide_status(submission, events, job, time.time(), asked=True)
     if found.unrecorded:

@@ -11,12 +11,6 @@ from statistics import median
 from typing import Any
 
 import orjson
-from data_prep.words import clock
-from dnt_scale import config
-from dnt_scale.config import ConfigError, RunConfig
-from dnt_scale.record.goodput import Goodput, breakdown, table
-from dnt_scale.record.metrics_file import last_metrics
-from dnt_scale.record.timeline import Event
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
@@ -27,10 +21,17 @@ from cluster.run_record import RecordError
 from cluster.watch import run_state
 from cluster.watch.find_runs import RUNS, find_runs, short_name
 from cluster.watch.run_state import RunStatus, SlurmQuery
+from data_prep.words import clock
+from dnt_scale import config
+from dnt_scale.config import ConfigError, RunConfig
+from dnt_scale.record.goodput import Goodput, breakdown, table
+from dnt_scale.record.metrics_file import last_metrics
+from dnt_scale.record.timeline import Event
 
 WATCH_EVERY_S = 2.0
 SPEED_STEPS = 20
-QUIET_S = 60.0  # until then a job's own last processes may still be telling MLflow
+# Until then a job's own last processes may still be telling MLflow.
+QUIET_S = 60.0
 COLOURS = {
     "running": "green",
     "finished": "cyan",
@@ -40,7 +41,7 @@ COLOURS = {
 }
 
 
-# --- what there is to say of a run ------------------------------------------------------------------------------------
+# --- what there is to say of a run ----------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -73,9 +74,8 @@ class Run:
     tokens_per_s: float | None = None
     left_s: float | None = None  # at the pace of the last steps, while it runs
     goodput: float | None = None
-    seconds: dict[str, float] = field(
-        default_factory=dict
-    )  # where the time went, see dnt_scale.record.goodput
+    # Where the time went, see dnt_scale.record.goodput.
+    seconds: dict[str, float] = field(default_factory=dict)
     mlflow: str | None = None  # the status it was told last
     left_out: list[str] = field(default_factory=list)  # nodes that failed too often
     attempts: list[Attempt] = field(default_factory=list)
@@ -90,7 +90,7 @@ class RunView:
 
 
 def read_view(run_dir: Path, asking: SlurmQuery) -> RunView:
-    """Find out all about a run. Raises LedgerError where its run.json cannot be read."""
+    """Find out all about a run. Raises RecordError where its run.json cannot be read."""
     submission = run_record.read_submission(run_dir, of_any_owner=True)
     found, events = run_state.read_status(run_dir, submission, asking)
     spent = breakdown(events, time.time())
@@ -127,7 +127,8 @@ def read_view(run_dir: Path, asking: SlurmQuery) -> RunView:
 
 
 def list_attempts(events: list[Event], found: RunStatus, jobs: list[str]) -> list[Attempt]:
-    """Each start of each job, oldest first, and the job that waits for its first or next one."""
+    """Return each start of each job, oldest first, and the job that waits for its first or next
+    one."""
     chain: dict[str, Attempt] = {}
     for event in events:
         name = event["attempt"]
@@ -147,7 +148,8 @@ def list_attempts(events: list[Event], found: RunStatus, jobs: list[str]) -> lis
 
 
 def read_config(run_dir: Path) -> RunConfig | None:
-    """The run's configuration; None where this version of dnt, or this user, cannot read it."""
+    """Read the run's configuration; None where this version of dnt, or this user, cannot read
+    it."""
     try:
         return config.from_yaml(run_record.config_file(run_dir))
     except (ConfigError, OSError):
@@ -155,7 +157,8 @@ def read_config(run_dir: Path) -> RunConfig | None:
 
 
 def total_steps(run: RunConfig | None, lines: list[dict[str, Any]]) -> int | None:
-    """How many steps the run is to have; None before the first where its configuration gives tokens."""
+    """Return how many steps the run is to have; None before the first where its configuration gives
+    tokens."""
     if run is None:
         return None
     if run.train.steps is not None:
@@ -169,7 +172,8 @@ def total_steps(run: RunConfig | None, lines: list[dict[str, Any]]) -> int | Non
 def seconds_left(
     steps: list[dict[str, Any]], total: int | None, events: list[Event]
 ) -> float | None:
-    """Seconds left at the mean pace of the newest attempt's last steps, validations and checkpoints included."""
+    """Return the seconds left at the mean pace of the newest attempt's last steps, validations and
+    checkpoints included."""
     ready = run_record.last_event(events, "ready")
     paced = [line for line in steps if ready and line["time"] >= ready["time"]]
     if total is None or len(paced) < 2:
@@ -180,14 +184,14 @@ def seconds_left(
     )
 
 
-# --- shown ------------------------------------------------------------------------------------------------------------
+# --- shown ----------------------------------------------------------------------------------------
 
 
 def main(words: list[str], *, watch: bool, as_json: bool) -> int:
-    """`dnt jobs`; returns the exit status.
+    """Run `dnt jobs` and return the exit status.
 
     Raises:
-        LedgerError: there is no such run.
+        RecordError: there is no such run.
     """
     console = Console(highlight=False)
     if watch:
@@ -222,7 +226,8 @@ def watch_runs(words: list[str], console: Console) -> int:
 
 
 def read_views(words: list[str]) -> tuple[list[RunView], list[str]]:
-    """The runs, live ones first, then the newest; and what kept us from knowing more, a line each."""
+    """Return the runs, live ones first, then the newest; and what kept us from knowing more, a line
+    each."""
     asking, seen, problems = SlurmQuery(), [], []
     for run_dir in find_runs(words):
         try:
@@ -235,7 +240,8 @@ def read_views(words: list[str]) -> tuple[list[RunView], list[str]]:
 
 
 def correct_mlflow(seen: list[RunView], tried: set[tuple[Path, str]]) -> None:
-    """Let MLflow have the true status of runs where nothing goes on, up to the first where it does not answer."""
+    """Let MLflow have the true status of runs where nothing goes on, up to the first where it does
+    not answer."""
     for each in seen:
         key = (each.run.folder, each.run.state)
         if key not in tried and time.time() - each.told > QUIET_S:
@@ -332,7 +338,7 @@ def format_attempts(found: list[Attempt]) -> Table:
 
 
 def format_state(words: str, state: str) -> Text:
-    """Words that begin with a state, in its colour."""
+    """Return words that begin with a state, in its colour."""
     text = Text(words)
     text.stylize(COLOURS.get(state, ""), 0, len(state))
     return text
@@ -360,7 +366,7 @@ def format_number(value: float | None, form: str) -> str:
 
 
 def format_rate(value: float | None) -> str:
-    """Three digits: 950, 12.3k, 1.20M."""
+    """Return a number in three digits: 950, 12.3k, 1.20M."""
     for unit, size in (("M", 1e6), ("k", 1e3)):
         if value is not None and value >= size:
             return f"{value / size:.3g}{unit}"
@@ -368,10 +374,11 @@ def format_rate(value: float | None) -> str:
 
 
 def format_results(runs: Sequence[Run]) -> list[Table]:
-    """Of each sweep among the runs what its values led to so far, the lowest validation loss first.
+    """Return for each sweep among the runs what its values led to so far, the lowest validation
+    loss first.
 
     Raises:
-        LedgerError: a sweep.json cannot be read.
+        RecordError: a sweep.json cannot be read.
     """
     found = sweep_file.sweeps_of(run.folder for run in runs)
     return [

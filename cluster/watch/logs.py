@@ -10,15 +10,15 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from dnt_scale.record import timeline
-
 from cluster import run_record
 from cluster.run_record import RecordError, Submission
 from cluster.watch import run_state
 from cluster.watch.run_state import SlurmQuery
+from dnt_scale.record import timeline
 
 POLL_S = 0.5
-QUIET_S = 3.0  # without a new line, until SLURM is asked what goes on
+# After this long without a new line SLURM is asked what goes on.
+QUIET_S = 3.0
 START = re.compile(
     r"submitit INFO \((.*),\d+\) - Starting with JobEnvironment\(job_id=(\w+), hostname=([^,]+),"
 )
@@ -33,7 +33,8 @@ class LogReader:
         self._read: dict[Path, int] = {}  # bytes of each file
 
     def show(self, submission: Submission, *, to_the_end: bool) -> bool:
-        """Print new lines, with a heading at each start; what is not a whole line yet only ``to_the_end``.
+        """Print new lines, with a heading at each start; what is not a whole line yet only
+        ``to_the_end``.
 
         Returns:
             Whether there was anything.
@@ -66,10 +67,11 @@ def print_line(line: str) -> None:
 
 
 def main(run_dir: Path, rank: int, *, follow: bool) -> int:
-    """`dnt logs`; returns the exit status. With ``follow`` until the run is over, or Ctrl-C.
+    """Run `dnt logs` and return the exit status. With ``follow`` it goes on until the run is over,
+    or Ctrl-C.
 
     Raises:
-        LedgerError: the run was never submitted, or has no such rank.
+        RecordError: the run was never submitted, or has no such rank.
     """
     submission = run_record.read_submission(run_dir, of_any_owner=True)
     check_rank(submission, rank)
@@ -84,7 +86,7 @@ def main(run_dir: Path, rank: int, *, follow: bool) -> int:
 
 
 def check_rank(submission: Submission, rank: int) -> None:
-    """Raises LedgerError for a rank that the run has not and had not."""
+    """Raise RecordError for a rank that the run has not and had not."""
     logged = {
         int(file.name.split("_")[-2])
         for job in submission.jobs
@@ -121,12 +123,13 @@ def follow_log(run_dir: Path, reader: LogReader) -> None:
                 )
         if not found.live:
             time.sleep(POLL_S)
-            reader.show(submission, to_the_end=True)  # what came after the word of the end
+            # Show what came after the word of the end.
+            reader.show(submission, to_the_end=True)
             print_note(f"{submission.name}: {found.text}")
             return
         time.sleep(POLL_S)
 
 
 def print_note(line: str) -> None:
-    """Beside the log, which goes to stdout."""
+    """Print a line beside the log, which goes to stdout."""
     print(f"dnt: {line}", file=sys.stderr, flush=True)

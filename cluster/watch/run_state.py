@@ -1,4 +1,5 @@
-"""What a run is doing now: found out from its folder and from SLURM, and written down where nobody else did."""
+"""What a run is doing now: found out from its folder and from SLURM, and written down where nobody
+else did."""
 
 import time
 from collections.abc import Mapping
@@ -8,21 +9,21 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import cast
 
+from cluster import run_record, slurm
+from cluster.cluster_config import ClusterConfig
+from cluster.run_record import EndStatus, RecordError, Submission
 from data_prep.words import duration
 from dnt_scale.record import timeline
 from dnt_scale.record.files import read_json
 from dnt_scale.record.mlflow.finalize import settle
 from dnt_scale.record.timeline import Event
 
-from cluster import run_record, slurm
-from cluster.cluster_config import ClusterConfig
-from cluster.run_record import EndStatus, RecordError, Submission
-
-# SLURM keeps a job for some minutes after its end (MinJobAge, 300 s by default): one that gave a sign of life since and
-# is unknown to it is another cluster's.
+# SLURM keeps a job for some minutes after its end (MinJobAge, 300 s by default): one that gave a
+# sign of life since and is unknown to it is another cluster's.
 FORGETS_S = 300.0
 SILENT_S = 120.0
-WRITTEN_AFTER_S = 30.0  # after a job's end, until what it wrote can be read on every machine
+# What a job wrote can be read on every machine this long after its end.
+WRITTEN_AFTER_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class RunStatus:
     live: bool  # it goes on by itself
     why: str = ""
     nodes: str = ""
-    attempt: str = ""  # that has ended, or has its nodes
+    attempt: str = ""  # the attempt that has ended, or has its nodes
     unrecorded: bool = False  # it ended, and no event says so
 
     @property
@@ -43,7 +44,7 @@ class RunStatus:
 def decide_status(
     submission: Submission, events: list[Event], job: slurm.Job | None, now: float, asked: bool
 ) -> RunStatus:
-    """What a run is doing.
+    """Return what a run is doing.
 
     Args:
         events: its timeline.
@@ -129,7 +130,8 @@ def _working_status(events: list[Event], attempt: str, nodes: str, why: str) -> 
 def _status_after_job(
     submission: Submission, events: list[Event], job: slurm.Job | None
 ) -> RunStatus:
-    """Its job is over, and nothing was said of an end or of what was to go on."""
+    """Return how a run ended whose job is over, where nothing was said of an end or of what was to
+    go on."""
     begun = [
         event["attempt"]
         for event in events
@@ -155,14 +157,15 @@ def _status_after_job(
     return RunStatus(status, False, why, attempt=attempt, unrecorded=True)
 
 
-# --- from disk --------------------------------------------------------------------------------------------------------
+# --- from disk ------------------------------------------------------------------------------------
 
 
 class SlurmQuery:
-    """SLURM, asked about the queue once, and about one job after another that is not in it until it does not answer."""
+    """SLURM, asked about the queue once, and about one job after another that is not in it until it
+    does not answer."""
 
     def __init__(self) -> None:
-        self.name = ""  # of the SLURM here
+        self.name = ""  # the name of the SLURM here; empty until it was asked
         self.queue: dict[str, slurm.Job] = {}
         self.down = ""  # why it cannot be asked at all
         self.problem = ""  # why it could not be asked about the last job
@@ -188,7 +191,8 @@ class SlurmQuery:
 def newest_job(
     submission: Submission, queue: Mapping[str, slurm.Job] = MappingProxyType({})
 ) -> slurm.Job | None:
-    """The newest of a run's jobs, from the ``queue`` or by asking; None when SLURM does not know it. Raises SlurmError.
+    """Return the newest of a run's jobs, from the ``queue`` or by asking; None when SLURM does not
+    know it. Raises SlurmError.
 
     Where SLURM was set up anew its numbers begin anew: another job may have this one's.
     """
@@ -197,7 +201,7 @@ def newest_job(
 
 
 def check_idle(run_dir: Path) -> None:
-    """Raises LedgerError while jobs work on the run folder, or wait to."""
+    """Raise RecordError while jobs work on the run folder, or wait to."""
     if run_record.is_submitted(run_dir):
         asking = SlurmQuery()
         found, _ = read_status(
@@ -206,16 +210,21 @@ def check_idle(run_dir: Path) -> None:
         if found.live:
             ends = f"`dnt cancel {run_dir}` ends that"
             if asking.problem:
-                ends = f"{asking.problem}; if that job is surely over, delete {run_record.jobs_folder(run_dir) / 'run.json'}"
+                ends = (
+                    f"{asking.problem}; if that job is surely over, delete "
+                    f"{run_record.jobs_folder(run_dir) / 'run.json'}"
+                )
             raise RecordError(
-                f"run.dir: {run_dir} is in use by its job: {found.text}; {ends}, or take another run.name"
+                f"run.dir: {run_dir} is in use by its job: {found.text}; {ends}, or take another "
+                "run.name"
             )
 
 
 def read_status(
     run_dir: Path, submission: Submission, asking: SlurmQuery
 ) -> tuple[RunStatus, list[Event]]:
-    """What a run is doing now, and its timeline. An end that nobody wrote down is written now, by the run's owner.
+    """Return what a run is doing now, and its timeline. An end that nobody wrote down is written
+    now, by the run's owner.
 
     SLURM is asked only about a run that its folder does not tell to be over.
     """
@@ -224,21 +233,24 @@ def read_status(
     if not found.live or not submission.jobs:
         return found, events
     job = asking.job(submission)
-    events = timeline.read(run_dir)  # again: a job that is over wrote its last before we asked
+    # Read them again: a job that is over wrote its last before we asked.
+    events = timeline.read(run_dir)
     now = time.time()
     found = decide_status(submission, events, job, now, asked=not asking.problem)
     if found.unrecorded and (job is None or now - job.ends > WRITTEN_AFTER_S) and is_ours(run_dir):
-        with suppress(OSError):  # a full disk: it is found out again
+        with suppress(OSError):  # on a full disk it is found out again
             record_found_end(run_dir, found, events, job)
         events = timeline.read(run_dir)
     return found, events
 
 
 def nodes_to_leave_out(site: ClusterConfig, events: list[Event], before: list[str]) -> list[str]:
-    """The nodes that a run's next job leaves out: those that failed too often in a day, while enough are left.
+    """Return the nodes that a run's next job leaves out: those that failed too often in a day,
+    while enough are left.
 
     Args:
-        before: what it left out so far, and goes on to where SLURM does not tell, or certain nodes were asked for.
+        before: what it left out so far, and goes on to where SLURM does not tell, or certain nodes
+            were asked for.
     """
     found = run_record.unreliable_hosts(events, time.time(), site.exclude_after)
     if site.nodelist or found == before:
@@ -279,13 +291,14 @@ def is_ours(run_dir: Path) -> bool:
 
 
 def read_mlflow_status(run_dir: Path) -> str | None:
-    """What MLflow was told last of the run; None: nothing yet, or tracking is off."""
+    """Return what MLflow was told last of the run; None: nothing yet, or tracking is off."""
     status = read_json(run_dir / "logs" / "mlflow.json").get("status")
     return str(status) if status else None
 
 
 def correct_mlflow(run_dir: Path, found: RunStatus) -> bool:
-    """Let MLflow have the true status of a run of ours that no process works on, and what it lacks of it.
+    """Let MLflow have the true status of a run of ours that no process works on, and what it lacks
+    of it.
 
     Returns:
         False when it could not be told; a line on stderr says why.

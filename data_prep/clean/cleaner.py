@@ -31,7 +31,8 @@ TEST_FILES = (".txt", ".jsonl")
 
 
 class Verdict(NamedTuple):
-    """`text` is None if the `rule` dropped the document because of `detail`, else what the rules made of it."""
+    """`text` is None if the `rule` dropped the document because of `detail`, else what the rules
+    made of it."""
 
     text: str | None
     rule: str | None
@@ -48,8 +49,9 @@ class Sample(NamedTuple):
 
 @dataclass
 class RuleStats:
-    """Of one rule: documents that reached it, that it changed, that it dropped; `counts` of what in it acted how often
-    (drops by measure, masks by kind, lines by fault); up to SAMPLES of the dropped ones, those of the smallest hash."""
+    """Of one rule: documents that reached it, that it changed, that it dropped; `counts` of what in
+    it acted how often (drops by measure, masks by kind, lines by fault); up to SAMPLES of the
+    dropped ones, those of the smallest hash."""
 
     seen: int = 0
     changed: int = 0
@@ -77,11 +79,12 @@ class CleanStats:
             self.rules.setdefault(name, RuleStats()).merge(stats)
 
     def dropped(self) -> dict[str, int]:
-        """Documents dropped, by rule."""
+        """Return how many documents were dropped, by rule."""
         return {name: stats.dropped for name, stats in self.rules.items()}
 
     def to_json(self) -> dict[str, Any]:
-        """As plain values: {rule: {seen, changed, dropped, counts: {what: n}, samples: [{rank, text, detail}]}}."""
+        """Return plain values: {rule: {seen, changed, dropped, counts: {what: n}, samples: [{rank,
+        text, detail}]}}."""
         return {
             name: {
                 "seen": stats.seen,
@@ -95,7 +98,7 @@ class CleanStats:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "CleanStats":
-        """What `to_json` gave."""
+        """Return what `to_json` was called on."""
         rules = {
             name: RuleStats(
                 stats["seen"],
@@ -116,7 +119,8 @@ class CleanConfig:
     rules: tuple[tuple[str, Settings], ...]
 
     def fingerprint(self) -> str:
-        """SHA-256, hex, of all that decides a verdict: rules, settings, and the content of the test files.
+        """Return the hex SHA-256 of all that decides a verdict: rules, settings, and the content of
+        the test files.
 
         Raises ValueError for a test file that cannot be read.
         """
@@ -201,14 +205,16 @@ def read_rules(path: Path) -> CleanConfig:
         raise ValueError(f"{path}: found {found}, expected one field, rules, with a list of rules")
     if not isinstance(value["rules"], list):
         raise ValueError(
-            f"{path}: rules: found {value['rules']!r:.60}, expected a list such as `- normalize: {{}}`"
+            f"{path}: rules: found {value['rules']!r:.60}, expected a list such as `- normalize: "
+            f"{{}}`"
         )
     rules: dict[str, Settings] = {}
     for number, entry in enumerate(value["rules"]):
         where = f"{path}: rules.{number}"
         if not isinstance(entry, dict) or len(entry) != 1:
             raise ValueError(
-                f"{where}: found {entry!r:.60}, expected one rule and its settings, as `normalize: {{}}`"
+                f"{where}: found {entry!r:.60}, expected one rule and its settings, as `normalize: "
+                f"{{}}`"
             )
         [(name, settings)] = entry.items()
         if name not in RULES:
@@ -254,7 +260,8 @@ def _test_files(where: str, folder: Path, pattern: str) -> list[str]:
     found = sorted(glob.glob(str(place), recursive=True))  # noqa: PTH207 (a pattern may be absolute)
     if not found:
         raise ValueError(
-            f"{where}: no file matches {pattern!r} in {folder}; expected .txt or .jsonl test files there"
+            f"{where}: no file matches {pattern!r} in {folder}; expected .txt or .jsonl test files "
+            "there"
         )
     for file in found:
         if not file.endswith(TEST_FILES):

@@ -1,4 +1,5 @@
-"""Which n-grams of words a text has, whatever its case and punctuation: to find test data in training data."""
+"""Which n-grams of words a text has, whatever its case and punctuation: to find test data in
+training data."""
 
 import functools
 import json
@@ -13,7 +14,8 @@ from data_prep.clean.page import ODD, Array, apart_from_marks, blocks, hash_word
 
 @functools.cache
 def _plain_word() -> re.Pattern[str]:
-    """Runs of letters, digits, and the marks that combine with them, without which a word of Hindi would be many."""
+    """Return a pattern for runs of letters, digits, and the marks that combine with them, without
+    which a word of Hindi would be many."""
     others = [
         chr(code) for code in range(1 << 16) if unicodedata.category(chr(code))[0] not in "LNM"
     ]
@@ -21,7 +23,8 @@ def _plain_word() -> re.Pattern[str]:
 
 
 def plain_ngrams(text: str, n: int) -> Iterator[tuple[list[str], Array]]:
-    """Plain words of a text, and hashes of the n-grams that begin at each, uint64 (words - n + 1,): a block at a time.
+    """Yield plain words of a text, and hashes of the n-grams that begin at each, uint64 (words - n
+    + 1,): a block at a time.
 
     Plain words are the runs of letters and digits, in lower case (str.casefold).
     """
@@ -40,7 +43,7 @@ def plain_ngrams(text: str, n: int) -> Iterator[tuple[list[str], Array]]:
 
 
 def test_texts(path: Path) -> Iterator[str]:
-    """The text of a .txt file, or every string in every line of a .jsonl file.
+    """Yield the text of a .txt file, or every string in every line of a .jsonl file.
 
     Raises ValueError naming file and line if it cannot be read or is not JSON.
     """
@@ -63,7 +66,8 @@ def _parsed(path: Path, number: int, line: str) -> Any:
         return json.loads(line)
     except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(
-            f"{path}, line {number}: not JSON ({error}), expected an object a line; correct it or name the file .txt"
+            f"{path}, line {number}: not JSON ({error}), expected an object a line; correct it or "
+            "name the file .txt"
         ) from error
 
 

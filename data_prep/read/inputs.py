@@ -38,7 +38,8 @@ UNIT_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class Source:
-    """One INPUT, or all text files that were named one by one: its files in reading order, and what was passed over."""
+    """One INPUT, or all text files that were named one by one: its files in reading order, and what
+    was passed over."""
 
     name: str
     files: tuple[File, ...]
@@ -54,18 +55,20 @@ class _Input(NamedTuple):
 
 
 def find_sources(inputs: Sequence[str | Path], out: Path | None = None) -> list[Source]:
-    """The files behind each INPUT: a folder (recursive), a file, or a glob such as `docs/**/*.md`, each as a local path
-    or as a URL that fsspec opens.
+    """Find the files behind each INPUT: a folder (recursive), a file, or a glob such as
+    `docs/**/*.md`, each as a local path or as a URL that fsspec opens.
 
-    In a folder count files ending in .jsonl .ndjson .json .parquet or one of TEXT_SUFFIXES, all but parquet also with
-    .gz .zst .bz2 .xz behind it, sorted by their path; names that start with a dot, and texts that tell of the data that
-    they stand beside (CARD), are passed over. A file named on its own or matched by a glob may have any suffix, and is
-    read as text unless it ends in one of the first four. Links are followed, to each folder once. Text files named one
-    by one are one source called "files". A file reached twice is read once. No two sources have one name.
+    In a folder count files ending in .jsonl .ndjson .json .parquet or one of TEXT_SUFFIXES, all but
+    parquet also with .gz .zst .bz2 .xz behind it, sorted by their path; names that start with a
+    dot, and texts that tell of the data that they stand beside (CARD), are passed over. A file
+    named on its own or matched by a glob may have any suffix, and is read as text unless it ends in
+    one of the first four. Links are followed, to each folder once. Text files named one by one are
+    one source called "files". A file reached twice is read once. No two sources have one name.
 
     Of what is made in `out`, or beside it by jobs, nothing is told: it may be there or not.
 
-    Raises ValueError where an INPUT does not exist, matches nothing, or is an archive this cannot read.
+    Raises ValueError where an INPUT does not exist, matches nothing, or is an archive this cannot
+    read.
     """
     if not inputs:
         raise ValueError("no input given: name at least one folder, file or glob")
@@ -117,9 +120,10 @@ def find_sources(inputs: Sequence[str | Path], out: Path | None = None) -> list[
 
 
 def plan_units(sources: Sequence[Source]) -> list[Unit]:
-    """The units of all sources, in reading order, of up to UNIT_BYTES of stored bytes where they can be: neighbouring
-    files of text or JSON together, plain JSON lines in ranges. A file that is compressed, parquet, or behind http is
-    not cut, nor one that is something else than its name says.
+    """Return the units of all sources, in reading order, of up to UNIT_BYTES of stored bytes where
+    they can be: neighbouring files of text or JSON together, plain JSON lines in ranges. A file
+    that is compressed, parquet, or behind http is not cut, nor one that is something else than its
+    name says.
 
     Raises ValueError for a file that cannot be read.
     """
@@ -158,7 +162,8 @@ def _is_plain_lines(file: File) -> bool:
 
 
 def unused(name: str, used: dict[str, int]) -> str:
-    """The name, or if it is in `used`, "name (2)" or the next that is free; `used` counts what was tried."""
+    """Return the name, or if it is in `used`, "name (2)" or the next that is free; `used` counts
+    what was tried."""
     fresh = name
     while fresh in used:
         used[name] += 1
@@ -174,7 +179,7 @@ def _is_there(item: str) -> bool:
 
 
 def _find_local(item: str) -> _Input:
-    """What is behind an INPUT here."""
+    """Find what is behind an INPUT here."""
     if not item:
         raise ValueError(
             "an INPUT is empty; name a file, a folder or a glob (. is the folder you are in)"
@@ -190,7 +195,8 @@ def _find_local(item: str) -> _Input:
         if path.is_dir():
             if (path / MANIFEST).is_file() and (path / TOKENIZER).is_file():
                 raise ValueError(
-                    f"{item}: a prepared set, whose documents are tokens already; give the text it was made of"
+                    f"{item}: a prepared set, whose documents are tokens already; give the text it "
+                    "was made of"
                 )
             found, passed = walk(path, ["**"])
             files, passed = _without_cards(*_wanted(found, passed))
@@ -201,7 +207,8 @@ def _find_local(item: str) -> _Input:
             fixed = next(n for n in range(len(parts), -1, -1) if Path(*parts[:n]).is_dir())
             if any("**" in part and part != "**" for part in parts[fixed:]):
                 raise ValueError(
-                    f"{item}: ** stands for folders and must be alone between slashes; write **/*.txt, say"
+                    f"{item}: ** stands for folders and must be alone between slashes; write "
+                    "**/*.txt, say"
                 )
             root = Path(*parts[:fixed])
             files, passed = walk(root, list(parts[fixed:]))
@@ -218,7 +225,8 @@ def _find_local(item: str) -> _Input:
             )
         if path.exists():
             raise ValueError(
-                f"{item}: neither a file nor a folder; write it to a file, or pipe it to the input -"
+                f"{item}: neither a file nor a folder; write it to a file, or pipe it to the input "
+                "-"
             )
     except OSError as error:
         raise ValueError(
@@ -230,7 +238,7 @@ def _find_local(item: str) -> _Input:
 
 
 def _find_remote(item: str) -> _Input:
-    """As `_find_local`, at a URL."""
+    """Do as `_find_local`, at a URL."""
     if item.startswith("file://"):
         return _find_local(item.removeprefix("file://"))
     fs, path = file_system(item)
@@ -273,12 +281,12 @@ def _find_remote(item: str) -> _Input:
 
 
 def _name(path: Path) -> str:
-    """The last part of a path, also of "." and "..", which must be looked up."""
+    """Return the last part of a path, also of "." and "..", which must be looked up."""
     return path.name if path.name not in ("", "..") else path.resolve().name or "root"
 
 
 def _wanted(files: list[Found], passed: list[Passed]) -> tuple[list[Found], list[Passed]]:
-    """Of the files in a folder those of a suffix that is read; the others are passed over."""
+    """Keep of the files in a folder those of a suffix that is read; the others are passed over."""
     others = [file for file in files if not is_wanted(file.below)]
     passed = passed + [
         Passed(file.below, "other_suffix", describe_suffix(file.below)) for file in others
@@ -287,8 +295,8 @@ def _wanted(files: list[Found], passed: list[Passed]) -> tuple[list[Found], list
 
 
 def _without_cards(files: list[Found], passed: list[Passed]) -> tuple[list[Found], list[Passed]]:
-    """The files without the texts that only tell of the data beside or below them; of other texts there it is noted
-    that they are read."""
+    """Return the files without the texts that only tell of the data beside or below them; of other
+    texts there it is noted that they are read."""
     beside = _texts_beside_data(files)
     cards = [file for file in beside if is_card_name(file.below)]
     passed = passed + [
@@ -306,7 +314,8 @@ def _beside(files: list[Found]) -> list[Passed]:
 
 
 def _noted(files: list[Found], beside: list[Found]) -> list[Passed]:
-    """That texts are read which stand beside data, where the data is the most: else they are the corpus."""
+    """Note that texts are read which stand beside data, where the data is the most: else they are
+    the corpus."""
     data = sum(file.size for file in files if kind_of(file.below) != "text")
     if sum(file.size for file in beside) > data:
         return []
@@ -317,7 +326,7 @@ def _noted(files: list[Found], beside: list[Found]) -> list[Passed]:
 
 
 def _texts_beside_data(files: list[Found]) -> list[Found]:
-    """Text files that have JSON lines or parquet beside or below them."""
+    """Return the text files that have JSON lines or parquet beside or below them."""
     texts = [file for file in files if kind_of(file.below) == "text"]
     folders = {file.below.rpartition("/")[0] for file in texts}
     with_cards = {file.below.rpartition("/")[0] for file in texts if is_card_name(file.below)}

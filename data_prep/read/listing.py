@@ -34,7 +34,8 @@ class Found(NamedTuple):
 
 
 class Passed(NamedTuple):
-    """What is not read: where it is below the INPUT, the kind of finding that this is, and what was found."""
+    """What is not read: where it is below the INPUT, the kind of finding that this is, and what was
+    found."""
 
     below: str
     kind: str
@@ -42,16 +43,18 @@ class Passed(NamedTuple):
 
 
 def walk(root: Path, pattern: Sequence[str]) -> tuple[list[Found], list[Passed]]:
-    """The files below a folder that match the parts of a pattern, sorted by their name below it, and what lies there
-    and cannot be read or is not meant to be.
+    """Find the files below a folder that match the parts of a pattern, sorted by their name below
+    it, and what lies there and cannot be read or is not meant to be.
 
-    Links to folders are followed once the real folders are done, each folder once for each part of the pattern, known
-    by its real path: so loops end, and a file keeps its real name where it has one. Raises OSError.
+    Links to folders are followed once the real folders are done, each folder once for each part of
+    the pattern, known by its real path: so loops end, and a file keeps its real name where it has
+    one. Raises OSError.
     """
     files: dict[str, Found] = {}
     passed: dict[str, Passed] = {}
     done: set[tuple[str, int]] = set()
-    # Of the folders to look into: its name below the root, and how many parts of the pattern led to it.
+    # Of the folders to look into: its name below the root, and how many parts of the pattern led to
+    # it.
     folders, links = deque([("", 0)]), deque[tuple[str, int]]()
 
     def pass_over(below: str, kind: str, detail: str) -> None:
@@ -106,7 +109,8 @@ def walk(root: Path, pattern: Sequence[str]) -> tuple[list[Found], list[Passed]]
 
 
 def is_prepared_set(folder: Path) -> bool:
-    """Whether a folder holds a prepared set, or one in the making: its report and rejects are no corpus."""
+    """Return whether a folder holds a prepared set, or one in the making: its report and rejects
+    are no corpus."""
     return (folder / PARTIAL).is_dir() or (
         (folder / MANIFEST).is_file() and (folder / TOKENIZER).is_file()
     )
@@ -126,9 +130,8 @@ def list_remote(
         if is_hidden(below):
             passed.append(Passed(below, "hidden", "a name that begins with a dot"))
         elif not is_wanted(below) and not info.get("size"):
-            files.append(
-                Found(below, path, 0, "")
-            )  # perhaps not to be read, so a web server is not asked
+            # It is perhaps not to be read, so a web server is not asked for its size.
+            files.append(Found(below, path, 0, ""))
         else:
             # A web server's list has no sizes.
             files.append(

@@ -49,8 +49,8 @@ class Finding(NamedTuple):
 
 
 class Text(NamedTuple):
-    """A document: a text file or a part of one (`line` is 0), or a parquet row (from 1), None for a null. Or, if it is
-    `json`, whole lines of JSON, of which `line` is the number of the first."""
+    """A document: a text file or a part of one (`line` is 0), or a parquet row (from 1), None for a
+    null. Or, if it is `json`, whole lines of JSON, of which `line` is the number of the first."""
 
     file: str
     line: int
@@ -59,7 +59,8 @@ class Text(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """Either `lines`, whole lines of JSON of the file `name`, or `texts`; and what was found wrong when it was cut.
+    """Either `lines`, whole lines of JSON of the file `name`, or `texts`; and what was found wrong
+    when it was cut.
 
     first_line: number of the first line, counted from 1 at byte `start` of the file.
     line_count: newlines that were read for it.
@@ -78,15 +79,17 @@ class Piece(NamedTuple):
 
 
 def read_pieces(unit: Unit, text_field: str = "text") -> Iterator[Piece]:
-    """The pieces of a unit, of about PIECE_BYTES, or of one longer document; a function of the unit's content alone.
+    """Yield the pieces of a unit, of about PIECE_BYTES, or of one longer document; a function of
+    the unit's content alone.
 
-    Documents above MAX_DOCUMENT bytes are cut (data_prep.read.oversize); nothing larger is held in memory, but for a
-    row of parquet, which its library reads whole.
+    Documents above MAX_DOCUMENT bytes are cut (data_prep.read.oversize); nothing larger is held in
+    memory, but for a row of parquet, which its library reads whole.
 
-    A file that is hardly the text that was meant (data_prep.read.sniff) gives a finding and nothing else.
+    A file that is hardly the text that was meant (data_prep.read.sniff) gives a finding and nothing
+    else.
 
-    Raises ValueError naming the file if it is missing, cannot be read, is damaged or changed, or is parquet without a
-    string column `text_field`.
+    Raises ValueError naming the file if it is missing, cannot be read, is damaged or changed, or is
+    parquet without a string column `text_field`.
     """
     match unit.files[0].kind:
         case "text" | "json":
@@ -102,7 +105,7 @@ def read_pieces(unit: Unit, text_field: str = "text") -> Iterator[Piece]:
 
 
 def _gathered(items: Iterable[tuple[Text | Finding, int]]) -> Iterator[tuple[Piece, int]]:
-    """Pieces out of (a text or a finding, stored bytes read)."""
+    """Yield pieces out of (a text or a finding, stored bytes read)."""
     texts: list[Text] = []
     findings: list[Finding] = []
     size = position = 0
@@ -130,7 +133,8 @@ class Opened(NamedTuple):
 
 
 def opened(file: File, stored: Stored, text_field: str) -> Opened:
-    """What a file of text or JSON holds, by its content. Raises ValueError as `read_pieces` does."""
+    """Return what a file of text or JSON holds, by its content. Raises ValueError as `read_pieces`
+    does."""
     if packing(file.name):
         first = stored.peek(HEAD_BYTES)
         if found := stand_in(file.name, file.kind, first, len(first) < HEAD_BYTES, text_field):
@@ -175,7 +179,7 @@ def _files(unit: Unit, text_field: str) -> Iterator[tuple[Text | Finding, int]]:
 def _content(
     file: File, stored: Stored, content: Opened, text_field: str
 ) -> Iterator[Text | Finding]:
-    """A text file's document or its parts, or the lines of JSON that it holds."""
+    """Yield a text file's document or its parts, or the lines of JSON that it holds."""
     if content.form == "text":
         yield from _parts(file.name, 0, content.chunks)
     elif content.form != "nothing":
@@ -202,7 +206,7 @@ def _trailing(file: File, stored: Stored) -> Finding:
 
 
 def _parts(name: str, line: int, chunks: Iterable[bytes]) -> Iterator[Text | Finding]:
-    """A document, or the parts of one that is too large and a finding."""
+    """Yield a document, or the parts of one that is too large and a finding."""
     count = size = 0
     for part in oversize.cut_text(chunks):
         yield Text(name, line, part)
@@ -228,7 +232,8 @@ def _rows(file: File, text_field: str) -> Iterator[tuple[Text | Finding, int]]:
             rows = parquet.metadata.num_rows
             _check_column(file, parquet.schema_arrow, text_field)
             for batch in parquet.iter_batches(BATCH_ROWS, columns=[text_field], use_threads=False):
-                # Of a name with a dot the library takes all columns that begin with what stands before it.
+                # Of a name with a dot the library takes all columns that begin with what stands
+                # before it.
                 column = batch.column(batch.schema.get_field_index(text_field))
                 if pa.types.is_dictionary(column.type):
                     column = column.dictionary_decode()
@@ -242,7 +247,8 @@ def _rows(file: File, text_field: str) -> Iterator[tuple[Text | Finding, int]]:
                         yield item, file.size * row // rows
         except (pa.ArrowException, OSError) as error:
             raise ValueError(
-                f"{file.path}: damaged after row {row}: {error}; expected a whole parquet file, make it again"
+                f"{file.path}: damaged after row {row}: {error}; expected a whole parquet file, "
+                "make it again"
             ) from error
 
 
@@ -254,7 +260,8 @@ def _no_parquet(file: File, first: bytes, text_field: str) -> tuple[Finding, ...
 
 
 def first_findings(file: File, text_field: str) -> tuple[Finding, ...]:
-    """What is to be said of a file by its beginning. Raises ValueError as `read_pieces` does."""
+    """Return what is to be said of a file by its beginning. Raises ValueError as `read_pieces`
+    does."""
     with closing(Stored(file)) as stored:
         if file.kind == "parquet":
             return _no_parquet(file, stored.peek(HEAD_BYTES), text_field)
@@ -266,12 +273,14 @@ def _check_column(file: File, schema: Any, text_field: str) -> None:
 
     if (same := schema.names.count(text_field)) > 1:
         raise ValueError(
-            f"{file.path}: found {same} columns {text_field!r}, expected one; rename the others, or name the column of "
+            f"{file.path}: found {same} columns {text_field!r}, expected one; rename the others, "
+            "or name the column of "
             "the text with --text-field"
         )
     if not same:
         raise ValueError(
-            f"{file.path}: found no column {text_field!r}, but {', '.join(map(repr, schema.names)) or 'none at all'}; "
+            f"{file.path}: found no column {text_field!r}, but "
+            f"{', '.join(map(repr, schema.names)) or 'none at all'}; "
             "name the column of the text with --text-field"
         )
     kind = schema.field(text_field).type
@@ -320,7 +329,7 @@ def _json_lines(unit: Unit, text_field: str) -> Iterator[tuple[Piece, int]]:
 
 
 def stored_bytes(unit: Unit) -> int:
-    """Bytes that reading a unit takes from disk or network; 0 if they are not known."""
+    """Return how many bytes reading a unit takes from disk or network; 0 if they are not known."""
     return sum(file.size for file in unit.files) if unit.end is None else unit.end - unit.start
 
 
@@ -329,7 +338,8 @@ def _read_of(unit: Unit, stored: Stored) -> int:
 
 
 def _lines_in_range(chunks: Iterator[bytes], unit: Unit) -> Iterator[bytes]:
-    """The unit's lines, out of chunks that begin one byte before it (that byte may be a newline)."""
+    """Yield the unit's lines, out of chunks that begin one byte before it (that byte may be a
+    newline)."""
     position = max(unit.start - 1, 0)
     begun = not unit.start
     for chunk in chunks:
@@ -360,7 +370,8 @@ class _LongLine(NamedTuple):
 
 
 def _runs(chunks: Iterator[bytes]) -> Iterator[bytes | _LongLine]:
-    """Runs of whole lines, of PIECE_BYTES or less, or of one line, up to MAX_DOCUMENT, that is longer; longer lines."""
+    """Yield runs of whole lines, of PIECE_BYTES or less, or of one line, up to MAX_DOCUMENT, that
+    is longer; and longer lines."""
     held: list[bytes] = []
     size = 0
     long = False  # what is held is PIECE_BYTES or more of one line
@@ -392,7 +403,8 @@ def _runs(chunks: Iterator[bytes]) -> Iterator[bytes | _LongLine]:
 
 
 def _spool(begun: bytes, chunks: Iterator[bytes]) -> tuple[_LongLine, bytes]:
-    """A line that begins with `begun`, and what was read behind it. The file is the caller's to close."""
+    """Write a line that begins with `begun` to a file, and return also what was read behind it. The
+    file is the caller's to close."""
     file = tempfile.TemporaryFile()  # noqa: SIM115
     rest = begun
     while rest and (newline := rest.find(b"\n")) < 0:
@@ -405,7 +417,7 @@ def _spool(begun: bytes, chunks: Iterator[bytes]) -> tuple[_LongLine, bytes]:
 
 
 def _long_line(file: IO[bytes], piece: Piece, text_field: str) -> Iterator[Piece]:
-    """One piece for each part of the text in a long line, as if each were a line of JSON."""
+    """Yield one piece for each part of the text in a long line, as if each were a line of JSON."""
     line, size = piece.first_line, file.tell()
     file.seek(0)
     raw = file.read(RAW_BYTES)

@@ -1,4 +1,5 @@
-"""What the beginning of a file says it is, whatever its name says: text, JSON lines, other JSON, or nothing to read."""
+"""What the beginning of a file says it is, whatever its name says: text, JSON lines, other JSON, or
+nothing to read."""
 
 import codecs
 import json
@@ -83,15 +84,18 @@ _PAGE = re.compile(
 )
 _TITLE = re.compile(rb"<(?:title|h1)[^>]*>([^<]{0,200})", re.IGNORECASE)
 _ERROR_TITLE = re.compile(
-    rb"\b[45]\d\d\b|error|not found|forbidden|denied|unavailable|unauthori[sz]ed|bad gateway|timed? ?out|moved|redirect"
-    rb"|sign in|log ?in|just a moment|attention required|captcha|rate limit|too many requests|quota|virus scan",
+    rb"\b[45]\d\d\b|error|not found|forbidden|denied|unavailable|unauthori[sz]ed|bad "
+    rb"gateway|timed? ?out|moved|redirect"
+    rb"|sign in|log ?in|just a moment|attention required|captcha|rate limit|too many "
+    rb"requests|quota|virus scan",
     re.IGNORECASE,
 )
 # What some servers send instead of a file, whole.
 _ERROR_LINE = re.compile(
     rb"\s*(?:(?:HTTP )?(?:Error )?[45]\d\d:? ?)?"
     rb"(?:entry not found|not found|file not found|repository not found|forbidden"
-    rb"|unauthori[sz]ed|access denied|bad gateway|service unavailable|gateway time-?out|internal server error"
+    rb"|unauthori[sz]ed|access denied|bad gateway|service unavailable|gateway time-?out|internal "
+    rb"server error"
     rb"|too many requests|invalid username or password|rate limit exceeded"
     rb"|access to (?:model|dataset) .{1,200})[.!]?\s*\Z",
     re.IGNORECASE,
@@ -108,13 +112,14 @@ _ERROR_KEYS = {
     "requestId",
 }
 
-# lines: an object a line. values: objects after one another, over several lines. elements: an array of objects.
+# lines: an object a line. values: objects after one another, over several lines. elements: an array
+# of objects.
 Form = Literal["text", "lines", "values", "elements", "nothing"]
 
 
 class Sniffed(NamedTuple):
-    """What a file is: how to read it and in which encoding; or, if there is nothing to read, of which kind of finding
-    (data_prep.read.documents) that is, and what was found."""
+    """What a file is: how to read it and in which encoding; or, if there is nothing to read, of
+    which kind of finding (data_prep.read.documents) that is, and what was found."""
 
     form: Form
     encoding: str = "utf-8"
@@ -123,10 +128,12 @@ class Sniffed(NamedTuple):
 
 
 def sniff_file(name: str, kind: Kind, head: bytes, whole: bool, text_field: str) -> Sniffed:
-    """What a file is by its unpacked beginning: `head` is HEAD_BYTES, or all there is (`whole`).
+    """Return what a file is by its unpacked beginning: `head` is HEAD_BYTES, or all there is
+    (`whole`).
 
-    Names count little: of a file of `kind` jsonl whatever is not clearly something else is read as lines, one of kind
-    json must hold records, and any other is text unless it clearly holds records with a text.
+    Names count little: of a file of `kind` jsonl whatever is not clearly something else is read as
+    lines, one of kind json must hold records, and any other is text unless it clearly holds records
+    with a text.
     """
     if not head:
         return Sniffed(
@@ -177,8 +184,9 @@ def sniff_file(name: str, kind: Kind, head: bytes, whole: bool, text_field: str)
 
 
 def stand_in(name: str, kind: Kind, head: bytes, whole: bool, text_field: str) -> str:
-    """What stands here in place of the file, or "": a pointer that some tool left, or a server's word that there is
-    none. `head` is as for `look`, or the beginning of a file as it is stored."""
+    """Return what stands here in place of the file, or "": a pointer that some tool left, or a
+    server's word that there is none. `head` is as for `sniff_file`, or the beginning of a file as
+    it is stored."""
     small = whole and len(head) <= SMALL_BYTES
     if small:
         for pattern, what in _POINTERS.items():
@@ -196,7 +204,10 @@ def stand_in(name: str, kind: Kind, head: bytes, whole: bool, text_field: str) -
         found_title = _TITLE.search(head[: 4 * SMALL_BYTES])
         title = found_title[1] if found_title else b""
         if kind != "text" or packing(name) or _ERROR_TITLE.search(title):
-            return f"an HTML page: {' '.join(title.decode(errors='replace').split()) or 'without a title'}"
+            return (
+                f"an HTML page: "
+                f"{' '.join(title.decode(errors='replace').split()) or 'without a title'}"
+            )
     return ""
 
 
@@ -211,7 +222,8 @@ codecs.register_error(_BAD, lambda error: ("\udcff", error.end))  # type: ignore
 
 
 def transcoded(chunks: Iterable[bytes], encoding: str) -> Iterator[bytes]:
-    """The text in chunks of UTF-8, without its mark; what is no text becomes a byte that is none in UTF-8 either."""
+    """Yield the text in chunks of UTF-8, without its mark; what is no text becomes a byte that is
+    none in UTF-8 either."""
     decoder = codecs.getincrementaldecoder(encoding)(_BAD)
     first = True
     for chunk in chunks:
@@ -230,7 +242,8 @@ _INSIDE = re.compile(rb'["\\]')
 
 
 def as_lines(chunks: Iterable[bytes], form: Form) -> Iterator[bytes]:
-    """JSON values (form "values"), or the elements of arrays ("elements"), a line each, however they were written.
+    """Yield JSON values (form "values"), or the elements of arrays ("elements"), a line each,
+    however they were written.
 
     It looks at brackets and strings alone, so what is no JSON comes out as lines that are none.
     """
@@ -269,7 +282,7 @@ def as_lines(chunks: Iterable[bytes], form: Form) -> Iterator[bytes]:
 
 
 def _encoding(head: bytes) -> str:
-    """The encoding by a mark at the beginning, if what follows is text in it; else UTF-8."""
+    """Return the encoding by a mark at the beginning, if what follows is text in it; else UTF-8."""
     mark = next((mark for mark in MARKS if head.startswith(mark)), None)
     if mark is None:
         return "utf-8"
@@ -288,7 +301,8 @@ def _magic(head: bytes) -> str:
 
 
 def _json_form(head: bytes, whole: bool) -> tuple[Form, int]:
-    """How the records stand in a file that may be JSON, and how many of its first lines are objects."""
+    """Return how the records stand in a file that may be JSON, and how many of its first lines are
+    objects."""
     lines = head.split(b"\n")
     if not whole and len(lines) > 1:
         lines.pop()

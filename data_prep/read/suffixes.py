@@ -72,11 +72,12 @@ def refuse_archive(path: str, name: str) -> None:
     bare = bare_name(name)
     if bare.endswith(ARCHIVES) or (bare.endswith(".parquet") and packing(name)):
         raise ValueError(
-            f"{path}: expected text, {', '.join(JSON_SUFFIXES)}, each also with {', '.join(PACKED)}, or .parquet; "
+            f"{path}: expected text, {', '.join(JSON_SUFFIXES)}, each also with "
+            f"{', '.join(PACKED)}, or .parquet; "
             "unpack it first"
         )
 
 
 def printable(name: str) -> str:
-    """A name without what could break a line, a terminal or an encoding."""
+    """Return a name without what could break a line, a terminal or an encoding."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)

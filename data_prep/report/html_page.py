@@ -50,10 +50,12 @@ FINDINGS = {
     "utf32": "files in UTF-32 with a byte order mark, read as such",
     "other_encoding": "texts of which much is not UTF-8, left out: convert them (iconv)",
     "not_text": "packed or binary content under the name of a text, left out",
-    "stand_in": "files that only stand for another (a pointer, a server's error page), left out: fetch the real ones",
+    "stand_in": "files that only stand for another (a pointer, a server's error page), "
+    "left out: fetch the real ones",
     "other_json": "JSON that holds no text in the text field, left out: --text-field names another",
     "trailing_bytes": "compressed files with bytes after their end, which are left out",
-    "other_suffix": "files of another kind, passed over; name them or a glob to have them read as text",
+    "other_suffix": "files of another kind, passed over; name them or a glob to have them "
+    "read as text",
     "card": "README, licence and the like beside data, passed over; name them to have them read",
     "hidden": "files and folders whose name begins with a dot, passed over",
     "prepared_set": "folders that hold a prepared set, not entered",
@@ -64,14 +66,16 @@ FINDINGS = {
 
 
 def write_report(folder: Path, report: Report) -> None:
-    """Write report.json and report.html into the folder; the same report gives the same bytes. Raises OSError."""
+    """Write report.json and report.html into the folder; the same report gives the same bytes.
+    Raises OSError."""
     text = json.dumps(report.model_dump(mode="json"), ensure_ascii=True, indent=1)
     (folder / "report.json").write_text(text + "\n", encoding="utf-8")
     (folder / "report.html").write_text(page(report), encoding="utf-8")
 
 
 def page(report: Report) -> str:
-    """The whole page: nothing on it runs or is fetched, and whatever came from the corpus is escaped."""
+    """Render the whole page: nothing on it runs or is fetched, and whatever came from the corpus is
+    escaped."""
     options: list[tuple[str, Child]] = [
         (name, _plain(value)) for name, value in report.options.items()
     ]
@@ -140,7 +144,10 @@ def _funnel(report: Report) -> Element:
             node("b", f"{left:,}"),
         ]
     )
-    note = "What each stage left out of the documents that reached it. Shares are of all that were found."
+    note = (
+        "What each stage left out of the documents that reached it. Shares are of all that were "
+        "found."
+    )
     return node(
         "div", node("p", note), card(table("lwrrr", ["stage", "", "left out", "", "left"], rows))
     )
@@ -327,7 +334,7 @@ def _duplicates(report: Report) -> Element:
 
 
 def differing(left: str, right: str) -> tuple[list[Child], list[Child]]:
-    """Both texts, cut into parts, of which those that the other lacks are marked."""
+    """Cut both texts into parts, and mark those that the other lacks."""
     ours, theirs = (re.findall(r"\s+|\S+", text) for text in (left, right))
     sides: tuple[list[Child], list[Child]] = ([], [])
     for kind, i, j, k, m in difflib.SequenceMatcher(
@@ -432,7 +439,8 @@ def _splits(report: Report) -> Element:
 
 
 def _span(lengths: Iterable[Sequence[int]]) -> tuple[int, int]:
-    """The powers of two that any document falls in, as a range of eight at least, for all plots to share."""
+    """Return the powers of two that any document falls in, as a range of eight at least, for all
+    plots to share."""
     powers = [place for counts in lengths for place, count in enumerate(counts) if count]
     low = min(powers, default=0)
     return low, max(max(powers, default=0) + 1, low + 8)

@@ -1,7 +1,9 @@
-"""Parts of a self-contained HTML page: elements, tables, bars, histograms. Nothing on it runs or is fetched.
+"""Parts of a self-contained HTML page: elements, tables, bars, histograms. Nothing on it runs or is
+fetched.
 
-Whatever text goes into `node` is escaped, and characters that could hide or reorder other text are shown by their
-numbers. So text from a corpus can stand anywhere, and the page is well-formed by construction.
+Whatever text goes into `node` is escaped, and characters that could hide or reorder other text are
+shown by their numbers. So text from a corpus can stand anywhere, and the page is well-formed by
+construction.
 """
 
 import re
@@ -14,7 +16,8 @@ from data_prep.words import size
 Child = str | Element | None
 Cell = Child | int
 
-# zero-width joiners shape the letters of Persian, Hindi and emoji; without them such text cannot be read
+# zero-width joiners shape the letters of Persian, Hindi and emoji; without them such text cannot be
+# read
 JOINERS = "\u200c\u200d"
 UNSEEN = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
 PLOT_WIDTH, PLOT_HEIGHT, PLOT_TOP = 400, 96, 16
@@ -22,7 +25,8 @@ AXIS_LABELS = 8
 
 
 def visible(text: str) -> str:
-    """The text with every control, format, private or unassigned character but tab and line feed shown by number.
+    """Show every control, format, private or unassigned character but tab and line feed by its
+    number.
 
     So `visible("a\\0b\\u202e")` is "a⟨U+0000⟩b⟨U+202E⟩".
     """
@@ -50,7 +54,8 @@ def node(tag: str, *children: Child, **attributes: str) -> Element:
 
 
 def table(columns: str, head: Sequence[str], rows: Iterable[Sequence[Cell]]) -> Element:
-    """A table that scrolls sideways where it must; `columns` has an "l" (text), "r" (number) or "w" (wide) a column."""
+    """A table that scrolls sideways where it must; `columns` has an "l" (text), "r" (number) or "w"
+    (wide) a column."""
     style = {"l": "text", "r": "number", "w": "wide"}
 
     def line(tag: str, cells: Sequence[Cell]) -> Element:
@@ -68,7 +73,8 @@ def table(columns: str, head: Sequence[str], rows: Iterable[Sequence[Cell]]) -> 
 
 
 def bar(*parts: tuple[str, float, str]) -> Element:
-    """A horizontal bar, filled by (CSS class, share of the bar's width in [0, 1], what the pointer shows)."""
+    """A horizontal bar, filled by (CSS class, share of the bar's width in [0, 1], what the pointer
+    shows)."""
     spans = [
         node("span", class_=name, style=f"width:{100 * share:.2f}%", title=title)
         for name, share, title in parts
@@ -106,7 +112,8 @@ def power(exponent: int) -> str:
 
 
 def histogram(counts: Sequence[int], low: int, high: int, unit: str) -> Element:
-    """A plot of documents a power of two: bar i, for low <= i < high, is of those of [2**i, 2**(i+1)) `unit`."""
+    """A plot of documents a power of two: bar i, for low <= i < high, is of those of [2**i,
+    2**(i+1)) `unit`."""
     step, most = PLOT_WIDTH / (high - low), max([*counts, 1])
     total = max(sum(counts), 1)
     bottom = PLOT_TOP + PLOT_HEIGHT
@@ -115,7 +122,10 @@ def histogram(counts: Sequence[int], low: int, high: int, unit: str) -> Element:
         x = f"{place * step + 1:.1f}"
         if value := counts[exponent] if exponent < len(counts) else 0:
             tall = max(PLOT_HEIGHT * value / most, 1.5)
-            title = f"{2**exponent:,} to {2 ** (exponent + 1) - 1:,} {unit}: {value:,} documents, {value / total:.1%}"
+            title = (
+                f"{2**exponent:,} to {2 ** (exponent + 1) - 1:,} {unit}: {value:,} documents, "
+                f"{value / total:.1%}"
+            )
             box = {
                 "x": x,
                 "y": f"{bottom - tall:.1f}",

@@ -1,4 +1,5 @@
-"""report.html and report.json: what a person opens to judge a prepared set, stage by stage and source by source."""
+"""report.html and report.json: what a person opens to judge a prepared set, stage by stage and
+source by source."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -29,7 +30,8 @@ LINES = ("malformed_json", "empty_line")
 
 
 def _shortened(value: object) -> object:
-    """At most EXCERPT_CHARS characters of a text, with lone surrogates, which no file can hold, escaped."""
+    """Cut a text to EXCERPT_CHARS characters, with lone surrogates, which no file can hold,
+    escaped."""
     if not isinstance(value, str):
         return value
     text = value[: EXCERPT_CHARS + 1].encode("utf-8", "backslashreplace").decode()
@@ -51,11 +53,12 @@ class Example(_Model):
 
 
 class SourceReport(_Model):
-    """One INPUT. Counts are of documents; `read` and `read_bytes` (UTF-8) before cleaning, `documents` and what follows
-    after it and without duplicates. `findings` are by kind, and `named` is where the first of each is; `dropped` and
-    `changed` are by rule.
+    """One INPUT. Counts are of documents; `read` and `read_bytes` (UTF-8) before cleaning,
+    `documents` and what follows after it and without duplicates. `findings` are by kind, and
+    `named` is where the first of each is; `dropped` and `changed` are by rule.
 
-    `byte_lengths[i]` and `token_lengths[i]` count the kept documents of 2**i to 2**(i+1) - 1 bytes and tokens.
+    `byte_lengths[i]` and `token_lengths[i]` count the kept documents of 2**i to 2**(i+1) - 1 bytes
+    and tokens.
     """
 
     name: Text
@@ -93,7 +96,8 @@ class RuleReport(_Model):
 
 
 class DuplicateExample(_Model):
-    """A kept and a dropped document (places and beginnings) and the estimated Jaccard similarity of their shingles."""
+    """A kept and a dropped document (places and beginnings) and the estimated Jaccard similarity of
+    their shingles."""
 
     kept: Text
     dropped: Text
@@ -103,7 +107,8 @@ class DuplicateExample(_Model):
 
 
 class DuplicateReport(_Model):
-    """Documents left out as copies; `largest` holds (documents in the cluster, place of the kept one)."""
+    """Documents left out as copies; `largest` holds (documents in the cluster, place of the kept
+    one)."""
 
     exact: Count
     near: Count
@@ -113,8 +118,8 @@ class DuplicateReport(_Model):
 
 
 class TokenizerReport(_Model):
-    """`kind` and `sample_bytes` are null for a tokenizer that was given; `round_trip`: all that was checked came back
-    exactly."""
+    """`kind` and `sample_bytes` are null for a tokenizer that was given; `round_trip`: all that was
+    checked came back exactly."""
 
     kind: Text | None
     vocab_size: Count
@@ -149,7 +154,8 @@ class Reject(_Model):
 
 
 class Report(_Model):
-    """All of report.json. Texts are cut to EXCERPT_CHARS characters; `rules` are in order of application."""
+    """All of report.json. Texts are cut to EXCERPT_CHARS characters; `rules` are in order of
+    application."""
 
     name: Text
     options: dict[Text, Text | int | FiniteFloat | bool | None]
@@ -181,7 +187,8 @@ class Step(NamedTuple):
 
 
 def funnel(report: Report, sources: Sequence[SourceReport]) -> list[Step]:
-    """Where records of the sources went, in the order in which they are left out; what stayed last."""
+    """Return where records of the sources went, in the order in which they are left out; what
+    stayed last."""
     findings: Counter[str] = Counter()
     dropped: Counter[str] = Counter()
     for source in sources:
@@ -201,12 +208,12 @@ def funnel(report: Report, sources: Sequence[SourceReport]) -> list[Step]:
 
 
 def count_by_stage(steps: Sequence[Step]) -> dict[Stage, int]:
-    """Documents a stage of a funnel."""
+    """Return how many documents leave a funnel at each stage."""
     return {stage: sum(step.lost for step in steps if step.stage == stage) for stage in STAGES}
 
 
 def find_notes(report: Report) -> list[str]:
-    """What somebody who is about to train on the set should look at first, a line each."""
+    """Return what somebody who is about to train on the set should look at first, a line each."""
     found, named = Counter[str](), dict[str, str]()
     for source in report.sources:
         found.update(source.findings)
@@ -236,23 +243,27 @@ def find_notes(report: Report) -> list[str]:
             lines.append(f"Most of {name} is duplicates")
         if count["unreadable"] > 0.01 * sum(count.values()):
             lines.append(
-                f"{count['unreadable']:,} of {sum(count.values()):,} records of {name} were unreadable"
+                f"{count['unreadable']:,} of {sum(count.values()):,} records of {name} were "
+                "unreadable"
             )
         if source.tokens and source.text_bytes < 0.6 * whole * source.tokens:
             here = rate(source.text_bytes, source.tokens)
             lines.append(
-                f"Text of {name} takes a token for every {here} bytes, the whole set for {whole:.2f}"
+                f"Text of {name} takes a token for every {here} bytes, the whole set for "
+                f"{whole:.2f}"
             )
     for name, split in report.splits.items():
         if split.padding > 0.1 * (split.tokens + split.padding):
             lines.append(
-                f"{percent(split.padding, split.tokens + split.padding)} of the {name} rows is padding"
+                f"{percent(split.padding, split.tokens + split.padding)} of the {name} rows is "
+                "padding"
             )
     return lines
 
 
 def format_left_out(found: Mapping[str, int], named: Mapping[str, str]) -> str:
-    """Return what of the input was left out, single bad lines aside, kind by kind, the largest first; "" for nothing.
+    """Return what of the input was left out, single bad lines aside, kind by kind, the largest
+    first; "" for nothing.
 
     `named` is where the first of each kind is.
     """
@@ -275,13 +286,15 @@ def format_left_out(found: Mapping[str, int], named: Mapping[str, str]) -> str:
     parts = [f"left out: {left}"] if left else []
     if beside:
         parts.append(
-            f"read as documents: {counted(beside, 'text file')} beside data{example('beside_data', beside)}"
+            f"read as documents: {counted(beside, 'text file')} beside "
+            f"data{example('beside_data', beside)}"
         )
     return "; ".join(parts)
 
 
 def format_summary(report: Report) -> str:
-    """Six to twelve lines for a terminal, without control characters: the funnel, the tokenizer, the splits."""
+    """Return six to twelve lines for a terminal, without control characters: the funnel, the
+    tokenizer, the splits."""
     steps = funnel(report, report.sources)
     count = count_by_stage(steps)
     found, kept = sum(count.values()), count["kept"]
@@ -313,7 +326,10 @@ def format_summary(report: Report) -> str:
     model = f"{tokenizer.kind or 'given'}, {tokenizer.vocab_size:,} pieces, {exact}"
     lines.append(("tokens", f"{tokens:,}, {rate(text_bytes, tokens)} bytes a token ({model})"))
     for name, split in report.splits.items():
-        line = f"{counted(split.documents, 'document')}, {counted(split.rows, 'row')}, {counted(split.shards, 'shard')}"
+        line = (
+            f"{counted(split.documents, 'document')}, {counted(split.rows, 'row')}, "
+            f"{counted(split.shards, 'shard')}"
+        )
         padding = percent(split.padding, split.tokens + split.padding)
         lines.append((name, f"{line}, {padding} padding" if split.padding else line))
     lines += [("note", line) for line in find_notes(report)[:SUMMARY_NOTES]]

@@ -33,7 +33,8 @@ def make_report(
     duplicates: Duplicates | None,
     tokenizer: Tokenizer,
 ) -> Report:
-    """What report.html and report.json tell of a set; of a set that was appended to, what is new in it."""
+    """Return what report.html and report.json tell of a set; of a set that was appended to, what is
+    new in it."""
     stats = CleanStats()
     for source in counted.sources.values():
         stats.merge(source.stats)
@@ -137,7 +138,8 @@ def _duplicates(
 def _examples(
     counted: CorpusStats, duplicates: Duplicates, tokenizer: Tokenizer, before: int
 ) -> Iterator[dict[str, Any]]:
-    """Near duplicates beside what they are like, from all over the corpus; exact ones tell nothing."""
+    """Yield near duplicates beside what they are like, from all over the corpus; exact ones tell
+    nothing."""
     from data_prep.dedup import similarity
 
     original = np.load(duplicates.original, mmap_mode="r")[before:]
@@ -162,7 +164,7 @@ def _fingerprint(counted: CorpusStats, number: int) -> Any:
 
 
 def _text(counted: CorpusStats, number: int, tokenizer: Tokenizer) -> str:
-    """The beginning of a document, out of its tokens."""
+    """Return the beginning of a document, out of its tokens."""
     path, inside, _ = counted.place(number)
     chunk = Chunk(path)
     split = chunk.split_of(inside)

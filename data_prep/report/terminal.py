@@ -22,7 +22,8 @@ from data_prep.verify import verify as verify_set
 
 
 def verify_with_progress(folder: Path, console: Console | None = None) -> list[str]:
-    """`verify.verify` with a progress line on stderr: the problems, a line each, or []."""
+    """Run `verify.verify` with a progress line on stderr, and return the problems, a line each, or
+    []."""
     console = console or Console(stderr=True)
     total = sum(path.stat().st_size for path in Path(folder).glob("*.tar"))
     with stage(console, "verify", total) as advance:
@@ -64,7 +65,8 @@ def print_info(folder: Path, console: Console | None = None) -> None:
         else "does NOT decode to exactly the text"
     )
     lines = [
-        f"row        {manifest.seq_len} + 1 tokens of {manifest.dtype}, packed by {manifest.packing}",
+        f"row        {manifest.seq_len} + 1 tokens of {manifest.dtype}, "
+        f"packed by {manifest.packing}",
         f"tokenizer  {tokenizer.vocab_size:,} pieces ({origin}); {exact}",
         f"manifest   sha256 {shards.manifest_sha256(folder)}",
     ]
@@ -83,10 +85,12 @@ def print_info(folder: Path, console: Console | None = None) -> None:
 
 
 def print_plan(options: PrepareOptions, console: Console | None = None) -> None:
-    """Print what `prepare` would do, on stdout, and write nothing. Raises ValueError for options and input."""
+    """Print what `prepare` would do, on stdout, and write nothing. Raises ValueError for options
+    and input."""
     if (options.out / shards.MANIFEST).exists():
         raise ValueError(
-            f"{options.out}: already holds a prepared set; choose another --out, or delete that one first"
+            f"{options.out}: already holds a prepared set; choose another --out, or delete that "
+            "one first"
         )
     base = shards.load_manifest(options.append) if options.append else None
     options = checked(options, base)
@@ -101,13 +105,17 @@ def print_plan(options: PrepareOptions, console: Console | None = None) -> None:
             escape(source.name), f"{len(source.files):,}", f"{stored:,.1f}", f"{len(here):,}"
         )
     tokenizer = visible(str(options.tokenizer)) if options.tokenizer else None
-    learned = f"train {options.kind} of {options.vocab_size:,} pieces on {sample_bytes(options) / 1e6:,.0f} MB"
+    learned = (
+        f"train {options.kind} of {options.vocab_size:,} pieces on "
+        f"{sample_bytes(options) / 1e6:,.0f} MB"
+    )
     rules = read_rules(options.rules) if options.rules else None
     lines = [
         f"tokenizer  {tokenizer or learned}; encoded by {options.encoder}",
         f"clean      {', '.join(name for name, _ in rules.rules) if rules else 'none'}",
         f"dedup      {options.dedup}",
-        f"pack       {options.packing}, rows of {options.seq_len} + 1 tokens, {options.val_fraction:.2%} held out",
+        f"pack       {options.packing}, rows of {options.seq_len} + 1 tokens, "
+        f"{options.val_fraction:.2%} held out",
         f"work       {workers(options)} processes in {visible(str(options.out / PARTIAL))}",
     ]
     if options.tokenizer:
@@ -131,7 +139,8 @@ def print_plan(options: PrepareOptions, console: Console | None = None) -> None:
 
 
 def _by_their_beginnings(units: Sequence[Unit], text_field: str) -> Findings:
-    """Which files are hardly the text that was meant, as far as their first bytes tell. URLs are not fetched."""
+    """Find which files are hardly the text that was meant, as far as their first bytes tell. URLs
+    are not fetched."""
     findings = Findings()
     for unit in units:
         for file in unit.files:

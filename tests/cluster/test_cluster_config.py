@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+
 from cluster.cluster_config import change_cluster, read_cluster, split_overrides
 from dnt_scale.config import ConfigError
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+
 from cluster import run_record, slurm
 from cluster.job import rank_main
 from cluster.run_record import RecordError

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from benchmarks.soak import soak, steps_for
 from cluster import run_record
 from dnt_scale.record import timeline

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+
 from tests.helpers.run import Finished, python
 from tests.helpers.slurm import (
     BASE,
@@ -104,7 +105,10 @@ def test_a_job_has_two_nodes_with_their_names_and_gpus() -> None:
 
 @on_slurm
 def test_a_node_is_lost_and_comes_back(tmp_path: Path) -> None:
-    script = f"srun bash -c 'echo $$ > {tmp_path}/$(hostname).part; mv {tmp_path}/$(hostname).part {tmp_path}/$(hostname)"
+    script = (
+        f"srun bash -c 'echo $$ > {tmp_path}/$(hostname).part; mv {tmp_path}/$(hostname).part "
+        f"{tmp_path}/$(hostname)"
+    )
     job = submit(
         f"{script}; sleep 600'",
         "--partition=low",
@@ -250,7 +254,10 @@ def test_left_out_tests_are_counted_out_loud(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SLURM_CONF", "/srv/slurm/slurm.conf")
-    imports = "from tests.conftest import pytest_terminal_summary; from tests.cluster.conftest import slurm"
+    imports = (
+        "from tests.conftest import pytest_terminal_summary; from tests.cluster.conftest import "
+        "slurm"
+    )
     pytester.makeconftest(imports)
     pytester.makepyfile("def test_one(slurm): ...\ndef test_two(slurm): ...\ndef test_other(): ...")
     result = pytester.runpytest_inprocess()

@@ -8,6 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from datasketch import MinHash, MinHashLSH
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from data_prep import dedup
 from data_prep.dedup import (
     BANDS,
@@ -18,9 +22,6 @@ from data_prep.dedup import (
     fingerprints,
     similarity,
 )
-from datasketch import MinHash, MinHashLSH
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from tests.helpers.corpus import python_source_files
 
 pytestmark = pytest.mark.slow
@@ -285,7 +286,8 @@ def test_a_fingerprint_is_pinned() -> None:
 def test_threads_and_kernels_do_not_matter() -> None:
     code = (
         "import hashlib, random; from data_prep.dedup import fingerprints; rng = random.Random(0)\n"
-        "texts = [' '.join(str(rng.randrange(99)) for _ in range(rng.randrange(900))) for _ in range(600)]\n"
+        "texts = [' '.join(str(rng.randrange(99)) for _ in range(rng.randrange(900))) for _ in "
+        "range(600)]\n"
         "print(hashlib.sha256(fingerprints(texts).tobytes()).hexdigest())"
     )
     settings_of = (

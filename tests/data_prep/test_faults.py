@@ -20,12 +20,13 @@ from typing import Any
 
 import pytest
 import zstandard
+from rich.console import Console
+
 from data_prep.options import PrepareOptions
 from data_prep.pipeline import prepare
 from data_prep.read import inputs, pieces
 from data_prep.shards import PARTIAL, Packing, load_manifest
 from data_prep.verify import verify
-from rich.console import Console
 from tests.helpers.corpus import contents, python_source_files, small_set
 
 pytestmark = pytest.mark.slow

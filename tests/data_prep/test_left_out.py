@@ -8,6 +8,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from rich.console import Console
+
 from data_prep import chunks
 from data_prep.options import PrepareOptions
 from data_prep.pipeline import prepare, train_tokenizer
@@ -16,7 +18,6 @@ from data_prep.report.terminal import print_plan
 from data_prep.shards import PARTIAL, iter_documents
 from data_prep.tokenizer import Tokenizer
 from data_prep.verify import verify
-from rich.console import Console
 from tests.helpers.corpus import TEXT, contents, run
 
 RUSSIAN = "Гавань открыта до полной воды, потом лодки уходят домой.\n" * 40
@@ -96,7 +97,8 @@ def test_all_that_is_left_out_is_said_and_nothing_of_it_is_learnt(
     _, said = run(mixed, tmp_path / "out")
     [line] = noted(said)
     assert line.startswith(
-        "note      left out: 3 other_suffix (such as mixed/x.csv), 2 other_encoding (such as mixed/ru-2.txt)"
+        "note      left out: 3 other_suffix (such as mixed/x.csv), 2 other_encoding (such as "
+        "mixed/ru-2.txt)"
     )
     assert [
         int(part.split()[0]) for part in line.partition("left out: ")[2].split("), ")

@@ -7,6 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from data_prep.pack import (
     Layout,
     StreamSlice,
@@ -18,8 +21,6 @@ from data_prep.pack import (
     tail,
 )
 from data_prep.shards import BLOCK_ROWS, Shard, blocks_per_shard, write_shard
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 EOS = 1
 DOCUMENT = st.lists(st.integers(2, 9), min_size=1, max_size=30)

@@ -9,6 +9,10 @@ from typing import Any
 
 import pytest
 import sentencepiece
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
 from data_prep.identity import held_out, text_hash
 from data_prep.options import PrepareOptions, checked
 from data_prep.report import terminal
@@ -16,9 +20,6 @@ from data_prep.report.terminal import print_info, print_plan
 from data_prep.shards import PARTIAL, iter_documents, load_manifest
 from data_prep.tokenizer import Tokenizer
 from data_prep.verify import verify
-from hypothesis import given
-from hypothesis import strategies as st
-from rich.console import Console
 from tests.helpers.corpus import TEXT, contents, python_source_files, run, small_set
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import webdataset
+
 from data_prep.shards import (
     BLOCK_ROWS,
     Manifest,
@@ -288,7 +289,10 @@ def test_splits_and_blocks_that_are_not_there(prepared: Path) -> None:
 
 
 def test_readers_do_not_import_torch() -> None:
-    code = "import sys, data_prep.pipeline; sys.exit('torch' in sys.modules or 'webdataset' in sys.modules)"
+    code = (
+        "import sys, data_prep.pipeline; sys.exit('torch' in sys.modules or 'webdataset' in "
+        "sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

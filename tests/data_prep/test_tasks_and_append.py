@@ -13,15 +13,16 @@ from typing import Any
 
 import pytest
 import sentencepiece
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+
 from data_prep.options import PrepareOptions
 from data_prep.pipeline import prepare, train_tokenizer
 from data_prep.report.terminal import print_plan
 from data_prep.shards import PARTIAL, iter_documents, load_manifest, write_shard
 from data_prep.tokenizer import Tokenizer
 from data_prep.verify import verify
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
-from rich.console import Console
 from tests.helpers.corpus import TEXT, contents, python_source_files, run
 
 pytestmark = pytest.mark.slow

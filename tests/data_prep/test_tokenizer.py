@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
 from data_prep.identity import text_hash
 from data_prep.tokenizer import PART_CHARS, FastPathDiffers, Tokenizer
 from data_prep.train_tokenizer import Sample, train
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
 from tests.helpers.corpus import python_source_files
 
 pytestmark = pytest.mark.slow

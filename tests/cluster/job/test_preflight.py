@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+
 from cluster.cluster_config import ClusterConfig
 from cluster.job import preflight
 from cluster.job.preflight import NodeReport, compare_reports
@@ -56,7 +57,8 @@ def unlike_peers(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 def broken(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     raise RuntimeError(
-        "CUDA error: uncorrectable ECC error encountered\nCUDA kernel errors might be reported later"
+        "CUDA error: uncorrectable ECC error encountered\nCUDA kernel errors might be reported "
+        "later"
     )
 
 
@@ -170,7 +172,8 @@ def test_a_good_set_of_nodes_is_summed_up_in_one_line(outcomes):
     assert [bool(one["said"]) for one in told] == [True, False, False, False]
     (last,) = told[0]["said"].splitlines()
     assert re.fullmatch(
-        r"preflight: 4 ranks on 4 nodes; matmul right, [\d.e-]+ TFLOP/s median \(slowest node\d [\d.e-]+\); "
+        r"preflight: 4 ranks on 4 nodes; matmul right, [\d.e-]+ TFLOP/s median \(slowest node\d "
+        r"[\d.e-]+\); "
         r"all-reduce [\d.e-]+ GB/s; clocks within \d+ ms; [\d.]+ [MGT]B free",
         last,
     ), last
@@ -241,8 +244,10 @@ def test_a_bad_node_is_named(outcomes, scenario, hosts, said):
 def test_a_network_that_is_slow_everywhere_blames_no_node(outcomes):
     told = outcomes["slow network of all"]
     assert re.fullmatch(
-        r"fault: preflight: an all-reduce over 4 ranks moves [\d.e-]+ GB/s, less than cluster.min_bandwidth_gb_s "
-        r"\(1e\+06\); all of node0, node1, node2, node3 are alike; look at the network, or ask for less than that",
+        r"fault: preflight: an all-reduce over 4 ranks moves [\d.e-]+ GB/s, less than "
+        r"cluster.min_bandwidth_gb_s "
+        r"\(1e\+06\); all of node0, node1, node2, node3 are alike; look at the network, or ask for "
+        r"less than that",
         agreed(told),
     ), agreed(told)
     assert [event["hosts"] for event in told[0]["lost"]] == [[]]
@@ -251,7 +256,8 @@ def test_a_network_that_is_slow_everywhere_blames_no_node(outcomes):
 def test_a_folder_that_is_not_shared_is_for_the_user_to_mend(outcomes):
     told = outcomes["half elsewhere"]
     assert re.fullmatch(
-        r"error: run.dir: \S+/half elsewhere is not the same folder on all nodes: rank 2 \(node2\) does not see what "
+        r"error: run.dir: \S+/half elsewhere is not the same folder on all nodes: rank 2 \(node2\) "
+        r"does not see what "
         r"rank 0 wrote there; rank 3 \(node3\) does not .*; give a path that the nodes share",
         told[0]["ended"],
     ), told[0]["ended"]

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from cluster import run_record, slurm
 from cluster.cluster_config import ClusterConfig, read_cluster
 from cluster.run_record import RecordError
@@ -202,7 +203,8 @@ def test_a_run_is_submitted_once_and_not_again_while_its_job_lives(
         and f"\n#SBATCH --output={run_dir}/jobs/slurm/%j_0_log.out\n" in shown
     )
     assert refused(*submit, "cluster.time=1") == (
-        "error: cluster.signal_s is 120, more than half of a job of 60 s (cluster.time is 1 min), which would hardly "
+        "error: cluster.signal_s is 120, more than half of a job of 60 s (cluster.time is 1 min), "
+        "which would hardly "
         "train; ask for less, or for longer jobs\n"
     )
     assert refused(*submit, "optim.schedule.warmup_steps=9000").startswith(
@@ -214,7 +216,8 @@ def test_a_run_is_submitted_once_and_not_again_while_its_job_lives(
     job = run_record.read_submission(run_dir).job
     try:
         assert refused(*submit) == (
-            f"error: run.name: once was submitted before (job {job}); `dnt resubmit {run_dir}` goes on with it, "
+            f"error: run.name: once was submitted before (job {job}); `dnt resubmit {run_dir}` "
+            "goes on with it, "
             "--fresh begins anew, or take another run.name\n"
         )
         assert refused("resubmit", str(run_dir)) == (
@@ -287,7 +290,10 @@ def in_memory(data: Path) -> Iterator[Path]:
 
 @on_slurm
 def test_what_lies_in_memory_is_not_shared(data: Path, in_memory: Path, tmp_path: Path) -> None:
-    said = r"lies in the memory of this machine \(tmpfs on /dev/shm\), .* give a folder on a file system that the nodes"
+    said = (
+        r"lies in the memory of this machine \(tmpfs on /dev/shm\), .* give a folder on a file "
+        r"system that the nodes"
+    )
     with pytest.raises(ConfigError, match=rf"data\.path: {in_memory}/set {said}"):
         checks.check_and_plan(*asked(in_memory / "set", tmp_path / "one"))
     with pytest.raises(ConfigError, match=rf"run\.dir: {in_memory}/one {said}"):

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from cluster import slurm
 from cluster.submit import data_prep_jobs
 from data_prep.options import PrepareOptions

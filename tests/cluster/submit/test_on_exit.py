@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from cluster import run_record
 from cluster.job.rank_main import reason_not_to_train
 from cluster.submit.on_exit import Decision, Facts, decide, find_failed_host, find_killed_host

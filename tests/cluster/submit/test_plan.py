@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
 from cluster.cluster_config import ClusterConfig, read_cluster
 from cluster.slurm import Node, Partition
 from cluster.submit import checks, plan
@@ -72,7 +73,8 @@ def test_a_new_run(data: Path, tmp_path: Path) -> None:
     assert max(map(len, text.splitlines())) <= max(100, len(str(tmp_path)) + 40)
     assert line(text, "run") == f"tiny in {tmp_path}/one"
     assert line(text, "cluster") == (
-        "partition long: 2 nodes x 1 rank = 2 ranks; a node: no GPUs, 1 CPU, 2 GB memory; jobs of 1 h"
+        "partition long: 2 nodes x 1 rank = 2 ranks; a node: no GPUs, 1 CPU, 2 GB memory; jobs of "
+        "1 h"
     )
     assert line(text, "model") == "dnt_nano, 0.1M parameters; engine fsdp, optimizer msgdw, fp32"
     assert line(text, "data") == f"{data}: 60,000 tokens"
@@ -82,7 +84,8 @@ def test_a_new_run(data: Path, tmp_path: Path) -> None:
         "1.09 MB each, every 6 steps, at most 3 at a time (3.26 MB), in /"
     )
     assert line(text, "memory") == (
-        "0.82 MB a rank: weights 0.27 MB + gradients 0.27 MB + momentum 0.27 MB; activations come on top"
+        "0.82 MB a rank: weights 0.27 MB + gradients 0.27 MB + momentum 0.27 MB; activations come "
+        "on top"
     )
     assert line(text, "expected") == "not known before the first steps; `dnt jobs` will tell"
 
@@ -254,7 +257,8 @@ def test_the_pace_is_of_the_last_steps_and_their_newest_checkpoint(
     }
     assert warned[17] == []  # twice a step of 1.024 s and a checkpoint of 7 s is 16.05 s
     assert warned[16] == [
-        "cluster.signal_s is 16, less than twice what a step and a checkpoint took in this run (1.02 s and 7 s): "
+        "cluster.signal_s is 16, less than twice what a step and a checkpoint took in this run "
+        "(1.02 s and 7 s): "
         "a job may end before it has saved"
     ]
 
@@ -272,7 +276,8 @@ def test_expected_from_the_past_on_more_ranks(data: Path, tmp_path: Path) -> Non
     made = replace(made, done=200)
     assert made.seconds == 99_800 * 512 / 2000
     assert line(plan.format_plan(made), "expected") == (
-        "7.1 h of training in 9 jobs, at 2,000 tokens/s: the median of the run's last 50 steps on 1 rank, times 4/1"
+        "7.1 h of training in 9 jobs, at 2,000 tokens/s: the median of the run's last 50 steps on "
+        "1 rank, times 4/1"
     )
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+
 from cluster import run_record
 from cluster.run_record import RecordError
 from cluster.slurm import Job

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
 from cluster import cluster_config, run_record
 from cluster.submit.single_run import submit
 from cluster.watch import run_state

@@ -4,15 +4,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from cluster import run_record
 from cluster.run_record import RecordError
 from cluster.watch import logs
 from tests.helpers.folders import allocated, queued, ready, submission, submitted_run
 
 START = (
-    "submitit INFO (2026-11-26 18:0{minute}:14,865) - Starting with JobEnvironment(job_id={job}, hostname={host}, "
+    "submitit INFO (2026-11-26 18:0{minute}:14,865) - Starting with JobEnvironment(job_id={job}, "
+    "hostname={host}, "
     "local_rank=0(1), node=0(2), global_rank=0(2))\n"
-    "submitit INFO (2026-11-26 18:0{minute}:14,865) - Loading pickle: /runs/big/jobs/slurm/{job}_submitted.pkl\n"
+    "submitit INFO (2026-11-26 18:0{minute}:14,865) - Loading pickle: "
+    "/runs/big/jobs/slurm/{job}_submitted.pkl\n"
 )
 
 

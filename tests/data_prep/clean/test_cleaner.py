@@ -4,6 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from data_prep.clean.cleaner import (
     EXCERPT,
     SAMPLES,
@@ -13,8 +16,6 @@ from data_prep.clean.cleaner import (
     Verdict,
     read_rules,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 SHIPPED = Path(__file__).parents[3] / "configs" / "clean"
 ESSAY = """The old harbour lies to the north of the town, and nobody has ever counted the boats that sleep in it.
@@ -89,7 +90,10 @@ def test_samples_are_beginnings_and_few(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def cleaner(tmp_path_factory: pytest.TempPathFactory) -> Cleaner:
-    text = "rules: [{mask_pii: {}}, {c4_quality: {min_sentences: 1, min_line_words: 2}}, {gopher_quality: {min_words: 3}}]"
+    text = (
+        "rules: [{mask_pii: {}}, {c4_quality: {min_sentences: 1, min_line_words: 2}}, "
+        "{gopher_quality: {min_words: 3}}]"
+    )
     return Cleaner(read_rules(rules(tmp_path_factory.mktemp("rules"), text)))
 
 

@@ -3,11 +3,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from data_prep.clean import page
 from data_prep.clean.contamination import plain_ngrams
 from data_prep.clean.contamination import test_texts as texts_of
-from hypothesis import given
-from hypothesis import strategies as st
 
 
 def ngrams(text: str, n: int) -> list[tuple[str, ...]]:

@@ -3,6 +3,9 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from data_prep.clean import page
 from data_prep.clean.page import (
     Page,
@@ -13,8 +16,6 @@ from data_prep.clean.page import (
     hash_words,
     repeated_ngrams,
 )
-from hypothesis import given
-from hypothesis import strategies as st
 
 FEW_WORDS = st.lists(st.sampled_from(["a", "bb", "c1", "22", "-", "é"]), max_size=60)
 LAYOUT = st.text("ab1 \t\n", max_size=200)

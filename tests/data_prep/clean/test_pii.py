@@ -1,9 +1,10 @@
 import re
 
 import pytest
-from data_prep.clean.pii import mask_emails, mask_ips, mask_phones
 from hypothesis import example, given
 from hypothesis import strategies as st
+
+from data_prep.clean.pii import mask_emails, mask_ips, mask_phones
 
 PARTS = [
     "a",

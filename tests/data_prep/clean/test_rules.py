@@ -4,13 +4,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data_prep.clean.page import Page
-from data_prep.clean.rules import RULES, Outcome
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_prep.clean.page import Page
+from data_prep.clean.rules import RULES, Outcome
+
 SENTENCE = "the quick brown fox jumped over that lazy dog and went home to sleep."
-GERMAN = "Der schnelle braune Fuchs sprang über den faulen Hund und ging nach Hause, um dort lange zu schlafen."
+GERMAN = (
+    "Der schnelle braune Fuchs sprang über den faulen Hund und ging nach Hause, um dort lange zu "
+    "schlafen."
+)
 OFF: dict[str, dict[str, Any]] = {
     "gopher_quality": {
         "min_words": 0, "max_words": None, "min_mean_word_length": 0, "max_mean_word_length": 1e9,
@@ -191,7 +195,10 @@ def test_c4_drops_pages(fields: dict[str, Any], stays: str, goes: str, detail: s
 
 
 def test_c4_counts_the_lines_it_removes() -> None:
-    text = "Home\nAbout us\nThis is the first sentence here.\nThis is the second one here.\nAnd here is the third one."
+    text = (
+        "Home\nAbout us\nThis is the first sentence here.\nThis is the second one here.\nAnd here "
+        "is the third one."
+    )
     outcome = judge("c4_quality", text)
     assert outcome.text == "\n".join(text.split("\n")[2:])
     assert outcome.counts == {"lines_without_terminal_punctuation": 2}

@@ -17,11 +17,12 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from data_prep.read import pieces
 from data_prep.read.documents import FEW, KINDS, Document, Findings
 from data_prep.read.pieces import RAW_BYTES, Finding
-from hypothesis import given
-from hypothesis import strategies as st
 from tests.helpers.reading import read, texts_of
 
 DEEP = b"[" * 100_000

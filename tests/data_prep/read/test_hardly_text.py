@@ -10,10 +10,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
-from data_prep.read import inputs, sniff
-from data_prep.read.inputs import find_sources, plan_units
 from hypothesis import given
 from hypothesis import strategies as st
+
+from data_prep.read import inputs, sniff
+from data_prep.read.inputs import find_sources, plan_units
 from tests.helpers.reading import read, texts_of
 
 ENGLISH = "The harbour is open until high water; then the boats go home.\n"
@@ -170,7 +171,10 @@ def test_packed_and_binary_content_is_left_out(tmp_path: Path, what: str) -> Non
             assert texts_of(tmp_path / f"{name}{suffix}") == (["text"] if name != "c.json" else [])
 
 
-LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb\nsize 12345\n"
+LFS = (
+    b"version https://git-lfs.github.com/spec/v1\noid "
+    b"sha256:4d7a214614ab2935c943f9e0ff69d22eadbb\nsize 12345\n"
+)
 STAND_INS = {
     "lfs": (LFS, "git lfs pull"),
     "annex": (

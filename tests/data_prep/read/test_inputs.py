@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+
 from data_prep.read import inputs
 from data_prep.read.inputs import find_sources, plan_units
 from data_prep.read.pieces import read_pieces, stored_bytes

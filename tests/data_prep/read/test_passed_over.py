@@ -7,6 +7,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+
 from data_prep.read.inputs import Source, find_sources
 from tests.helpers.reading import read, texts_of
 

@@ -16,11 +16,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
+
 from data_prep.read import inputs, oversize, pieces
 from data_prep.read.inputs import find_sources, plan_units
 from data_prep.read.pieces import read_pieces, stored_bytes
-from hypothesis import given
-from hypothesis import strategies as st
 from tests.helpers.reading import pieces_of, read, texts_of
 
 pytestmark = pytest.mark.slow

@@ -2,10 +2,11 @@ import unicodedata
 from xml.etree.ElementTree import Element
 
 import pytest
-from data_prep.report.markup import bar, histogram, node, power, table, visible
-from data_prep.words import counted, percent, rate, scaled, size
 from hypothesis import given
 from hypothesis import strategies as st
+
+from data_prep.report.markup import bar, histogram, node, power, table, visible
+from data_prep.words import counted, percent, rate, scaled, size
 
 
 @given(st.text(st.characters(codec=None, exclude_categories=())))

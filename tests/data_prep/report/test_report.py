@@ -8,6 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
 from data_prep.report.html_page import OPEN_SOURCES, differing, page, write_report
 from data_prep.report.markup import visible
 from data_prep.report.models import (
@@ -18,9 +22,6 @@ from data_prep.report.models import (
     format_summary,
     funnel,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from pydantic import ValidationError
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 TAGS = {
@@ -481,6 +482,9 @@ def test_a_report_is_checked(change: dict[str, Any]) -> None:
 
 def test_importing_it_is_light() -> None:
     heavy = "{'torch', 'matplotlib', 'pyarrow', 'scipy', 'mlflow', 'ftfy', 'dnt_scale'}"
-    code = f"import sys, data_prep.report.models, data_prep.report.html_page; print(sorted({heavy} & sys.modules.keys()))"
+    code = (
+        f"import sys, data_prep.report.models, data_prep.report.html_page; print(sorted({heavy} & "
+        f"sys.modules.keys()))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
