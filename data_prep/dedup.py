@@ -24,9 +24,10 @@ import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+
+from data_prep.arrays import Bytes, Counts, Fingerprints, Flags, Hashes, Shares
 
 PERMUTATIONS = 128
 BANDS = 21
@@ -34,8 +35,6 @@ BAND_ROWS = 6
 SHINGLE_WORDS = 5
 THRESHOLD = 0.7
 LARGEST = 20  # how many of the largest clusters are listed
-
-Array = np.ndarray[Any, np.dtype[Any]]
 
 FINGERPRINT = np.dtype(
     [("exact", "<u8", (2,)), ("bands", "<u8", (BANDS,)), ("signature", "u1", (PERMUTATIONS,))]
@@ -89,8 +88,8 @@ class Duplicates:
     first; copies count that one too. compared: how many pairs of signatures were compared.
     """
 
-    original: Array
-    is_near: Array
+    original: Counts
+    is_near: Flags
     exact: int
     near: int
     clusters: int
@@ -98,7 +97,7 @@ class Duplicates:
     compared: int
 
 
-def fingerprints(texts: Sequence[str]) -> Array:
+def fingerprints(texts: Sequence[str]) -> Fingerprints:
     """Return FINGERPRINTs (n,) of n texts: a function of each text alone, the same on every
     machine.
 
@@ -134,18 +133,18 @@ def fingerprints(texts: Sequence[str]) -> Array:
     return found
 
 
-def similarity(a: Array, b: Array) -> Array:
+def similarity(a: Fingerprints, b: Fingerprints) -> Shares:
     """Estimate the Jaccard index of FINGERPRINTs, broadcast: agreeing bytes, less those that agree
     by chance.
 
     Its standard error is at most 0.044. Raises nothing.
     """
-    agree: Array = (a["signature"] == b["signature"]).mean(axis=-1)
+    agree: Shares = (a["signature"] == b["signature"]).mean(axis=-1)
     return np.maximum((agree - _CHANCE) / (1 - _CHANCE), 0)
 
 
 def find_duplicates(
-    parts: Iterable[Array],
+    parts: Iterable[Fingerprints],
     scratch: Path,
     *,
     near: bool,
@@ -201,7 +200,7 @@ def find_duplicates(
     )
 
 
-def _shingles(texts: Sequence[str], exact: Array) -> tuple[Array, Array]:
+def _shingles(texts: Sequence[str], exact: Hashes) -> tuple[Hashes, Hashes]:
     """Return hashes of the texts' shingles, uint64, and the n + 1 offsets of each text's in them,
     uint64."""
     words, counts = _words(texts)
@@ -221,7 +220,7 @@ def _shingles(texts: Sequence[str], exact: Array) -> tuple[Array, Array]:
     return _mix(joined[chosen]), offsets.astype(np.uint64)
 
 
-def _words(texts: Sequence[str]) -> tuple[Array, Array]:
+def _words(texts: Sequence[str]) -> tuple[Hashes, Counts]:
     """Return hashes of the texts' words, uint64, and how many each text has, int64 (n,)."""
     counts = np.zeros(len(texts), np.int64)
     hashes = [np.zeros(0, np.uint64)]
@@ -262,7 +261,7 @@ def _cut(text: str) -> Iterator[str]:
     yield text[start:]
 
 
-def _hash_words(text: str) -> tuple[Array, Array]:
+def _hash_words(text: str) -> tuple[Hashes, Counts]:
     """Return hashes of the words of a text, uint64, and the index of each one's first character."""
     if text.isascii():
         characters = np.frombuffer(text.encode("ascii"), np.uint8)
@@ -289,7 +288,7 @@ def _hash_words(text: str) -> tuple[Array, Array]:
 
 
 @functools.cache
-def _kinds() -> Array:
+def _kinds() -> Bytes:
     """Return the kind of every code point, uint8: dropped, part of a word, a space, or a word by
     itself."""
     kinds = np.full(0x110000, _LETTER, np.uint8)
@@ -304,7 +303,7 @@ def _kinds() -> Array:
 
 
 @functools.cache
-def _powers(count: int) -> tuple[Array, Array]:
+def _powers(count: int) -> tuple[Hashes, Hashes]:
     """Return B^0 .. B^(count - 1) modulo 2^64, and their inverses, uint64."""
     factors = np.full((2, count), [[_BASE], [pow(_BASE, -1, 1 << 64)]], np.uint64)
     factors[:, 0] = 1
@@ -312,7 +311,7 @@ def _powers(count: int) -> tuple[Array, Array]:
     return powers, inverses
 
 
-def _mix(values: Array) -> Array:
+def _mix(values: Hashes) -> Hashes:
     """Apply the finaliser of splitmix64 (Steele, Lea, Flood 2014), which makes every bit depend on
     all: uint64."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -321,7 +320,7 @@ def _mix(values: Array) -> Array:
     return values
 
 
-def _write_columns(parts: Iterable[Array], folder: Path, near: bool) -> int:
+def _write_columns(parts: Iterable[Fingerprints], folder: Path, near: bool) -> int:
     """Write a file a column, and return the number of documents."""
     count = 0
     with contextlib.ExitStack() as stack:
@@ -346,8 +345,8 @@ def _write_columns(parts: Iterable[Array], folder: Path, near: bool) -> int:
 
 
 def _groups(
-    column: Path, width: int, original: Array, memory_bytes: int
-) -> Iterator[tuple[Array, Array]]:
+    column: Path, width: int, original: Counts, memory_bytes: int
+) -> Iterator[tuple[Counts, Counts]]:
     """Yield groups of documents with equal keys, of those that stay so far: (starts, members) a
     partition of the hashes.
 
@@ -385,7 +384,7 @@ def _groups(
             )
 
 
-def _repeated(keys: Array) -> Array:
+def _repeated(keys: Hashes) -> Flags:
     """Return which of sorted keys (m, width) equal a neighbour: bool (m,)."""
     same = (keys[1:] == keys[:-1]).all(axis=1)
     found = np.zeros(len(keys), bool)
@@ -406,7 +405,7 @@ class _Signatures:
         self._chunk = max(1, memory_bytes // (8 * _FAULT_BYTES)) if self._releases else _CHUNK // 8
         self.compared = 0
 
-    def alike(self, first: Array, second: Array) -> Array:
+    def alike(self, first: Counts, second: Counts) -> Flags:
         """Return which pairs of documents, by index, pass the threshold: bool (m,)."""
         found = np.zeros(len(first), bool)
         for begin in range(0, len(first), self._chunk):
@@ -420,7 +419,7 @@ class _Signatures:
 
 
 def _find_near(
-    folder: Path, original: Array, memory_bytes: int, tell: Callable[[int], object]
+    folder: Path, original: Counts, memory_bytes: int, tell: Callable[[int], object]
 ) -> int:
     """Set `original` of near duplicates; how many pairs were compared."""
     signatures = _Signatures(folder / "signature", memory_bytes)
@@ -441,7 +440,9 @@ def _find_near(
     return signatures.compared
 
 
-def _stars(starts: Array, members: Array, signatures: _Signatures, rounds: int) -> Iterator[Array]:
+def _stars(
+    starts: Counts, members: Counts, signatures: _Signatures, rounds: int
+) -> Iterator[Counts]:
     """Compare each group's members with its first; those unlike it form a group anew, in up to
     `rounds` rounds.
 
@@ -460,7 +461,7 @@ def _stars(starts: Array, members: Array, signatures: _Signatures, rounds: int) 
         rounds -= 1
 
 
-def _components(links: Array) -> tuple[Array, Array]:
+def _components(links: Counts) -> tuple[Counts, Counts]:
     """Return the clusters of documents that links (m, 2) connect, as the groups of `_groups`."""
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
@@ -474,7 +475,7 @@ def _components(links: Array) -> tuple[Array, Array]:
     return np.flatnonzero(np.diff(labels[order], prepend=-1)), documents[order]
 
 
-def _bounds(starts: Array, members: Array) -> tuple[Array, Array]:
+def _bounds(starts: Counts, members: Counts) -> tuple[Counts, Counts]:
     """Return for groups each member's first of its group (m,), and the sizes (groups,)."""
     sizes = np.diff(starts, append=len(members))
     return np.repeat(members[starts], sizes), sizes

@@ -15,6 +15,7 @@ import numpy as np
 from rich.console import Console
 
 from data_prep import shards
+from data_prep.arrays import Array
 from data_prep.chunks import Chunk, Recipe
 from data_prep.corpus_stats import SPLITS, CorpusStats, Duplicates, count_corpus
 from data_prep.files import sha256_of, sync, write_whole
@@ -36,7 +37,6 @@ from data_prep.shards import (
     Split,
     SplitName,
     TokenizerInfo,
-    Tokens,
 )
 from data_prep.tokenizer import Tokenizer
 from data_prep.train_tokenizer import LOSING
@@ -57,7 +57,6 @@ def finish(
     console: Console,
 ) -> Manifest:
     """Make chunks a published set: duplicates, statistics, shards, manifest, report."""
-    out = Path(options.out)
     paths = list(itertools.chain.from_iterable(chunks))
     tokenizer = Tokenizer.load(recipe.model)
     duplicates = _deduplicate(work, options, base, paths, console)
@@ -69,33 +68,58 @@ def finish(
         options.shard_bytes,
         duplicates.keep if duplicates else None,
     )
-    decided = dataclasses.asdict(layout) | {"keep": layout.keep and layout.keep.name}
-    named = key(
-        decided, _identity_of_base(options, base), [_name_below(work, path) for path in paths]
-    )
-    folder = work / f"set-{named}"
+    folder = work / f"set-{_key_of_set(work, layout, options, base, paths)}"
     folder.mkdir(exist_ok=True)
     near = np.load(duplicates.near, mmap_mode="r") if duplicates else None
     names = SPLITS if options.val_fraction else SPLITS[:1]
+    rejects = folder / REJECTS
     with stage(console, "count", len(paths), "chunks") as advance:
-        counted = count_corpus(
-            sources, units, chunks, layout, near, names, folder / REJECTS, advance
-        )
+        counted = count_corpus(sources, units, chunks, layout, near, names, rejects, advance)
     if not any(source.documents for source in counted.sources.values()) and not base:
         raise ValueError(_nothing_left(counted))
     splits = _pack(folder, layout, options, base, counted, console)
     write_whole(folder / shards.TOKENIZER, lambda beside: shutil.copyfile(recipe.model, beside))
     if duplicates:
         _write_fingerprints(folder, options, base, layout, paths)
-
-    inexact = counted.checked["inexact"]
-    if inexact:
+    manifest = _make_manifest(folder, options, base, recipe, tokenizer, counted, splits)
+    if counted.checked["inexact"]:
         console.print(
             "warning: this tokenizer does not decode to exactly the text that goes in (it "
-            "normalises, or lacks "
-            "characters); the manifest records that"
+            "normalises, or lacks characters); the manifest records that"
         )
-    manifest = Manifest(
+    report = make_report(options, recipe, manifest, counted, duplicates, tokenizer)
+    write_report(folder, report)
+    _publish(folder, Path(options.out), manifest)
+    console.print(format_summary(report), highlight=False, markup=False, soft_wrap=True)
+    return manifest
+
+
+def _key_of_set(
+    work: Path,
+    layout: Layout,
+    options: PrepareOptions,
+    base: Manifest | None,
+    paths: Sequence[Path],
+) -> str:
+    """Return a name for all that decides the shards of a set."""
+    decided = dataclasses.asdict(layout) | {"keep": layout.keep and layout.keep.name}
+    chunks = [_name_below(work, path) for path in paths]
+    return key(decided, _identity_of_base(options, base), chunks)
+
+
+def _make_manifest(
+    folder: Path,
+    options: PrepareOptions,
+    base: Manifest | None,
+    recipe: Recipe,
+    tokenizer: Tokenizer,
+    counted: CorpusStats,
+    splits: dict[SplitName, Split],
+) -> Manifest:
+    """Return the manifest of the set in `folder`, checked against itself."""
+    is_exact = not counted.checked["inexact"]
+    fingerprints = folder / shards.FINGERPRINTS
+    return Manifest(
         format="dnt-shards",
         version=1,
         dtype=shards.dtype_for(tokenizer.vocab_size),
@@ -105,29 +129,25 @@ def finish(
             file="tokenizer.model",
             sha256=tokenizer.sha256,
             vocab_size=tokenizer.vocab_size,
-            round_trip=not inexact and (base is None or base.tokenizer.round_trip),
+            round_trip=is_exact and (base is None or base.tokenizer.round_trip),
         ),
         eos_id=tokenizer.eos_id,
         options=base.options if base else _manifest_options(options),
         sources=(*(base.sources if base else ()), *_source_infos(options, recipe, base, counted)),
-        fingerprints=sha256_of(folder / shards.FINGERPRINTS) if duplicates else None,
+        fingerprints=sha256_of(fingerprints) if options.dedup != "none" else None,
         splits=splits,
     )
-    report = make_report(options, recipe, manifest, counted, duplicates, tokenizer)
-    write_report(folder, report)
-    for path in folder.iterdir():
-        if path.suffix not in (".tar", ".json"):
-            sync(path)
+
+
+def _publish(folder: Path, out: Path, manifest: Manifest) -> None:
+    """Put a whole set in place, once all of it is on disk; the manifest comes last."""
+    names = [shard.file for split in manifest.splits.values() for shard in split.shards]
+    others = [shards.TOKENIZER, REJECTS, "report.html", "report.json"]
+    others += [shards.FINGERPRINTS] if manifest.fingerprints else []
+    for name in others:  # tars are synced as they are written
+        sync(folder / name)
     shards.write_manifest(folder, manifest)
-    files = [folder / shard.file for split in splits.values() for shard in split.shards]
-    extra = [folder / name for name in (shards.TOKENIZER, REJECTS, "report.html", "report.json")]
-    publish(
-        out,
-        files + extra + ([folder / shards.FINGERPRINTS] if duplicates else []),
-        folder / shards.MANIFEST,
-    )
-    console.print(format_summary(report), highlight=False, markup=False, soft_wrap=True)
-    return manifest
+    publish(out, [folder / name for name in names + others], folder / shards.MANIFEST)
 
 
 def _deduplicate(
@@ -378,6 +398,6 @@ def _name_below(work: Path, path: Path) -> str:
     return path.relative_to(work).as_posix()
 
 
-def _write_array(path: Path, array: Tokens) -> None:
+def _write_array(path: Path, array: Array) -> None:
     with path.open("wb") as file:
         np.save(file, array, allow_pickle=False)

@@ -55,16 +55,33 @@ class PrepareOptions:
 
 
 def checked(options: PrepareOptions, base: Manifest | None) -> PrepareOptions:
-    """Return the options, with those of the set to append to filled in. Raises ValueError for one
-    that cannot be."""
+    """Return the options, with those of the set to append to filled in.
+
+    Raises:
+        ValueError: one of them cannot be, or two contradict each other.
+    """
+    _check_numbers(options)
+    _check_choices(options)
+    _check_texts(options)
+    if base:
+        options = _as_before(options, base)
+    if options.tokenizer:
+        Tokenizer.load(options.tokenizer, options.encoder)
+    _check_inputs(options)
+    return options
+
+
+def _check_numbers(options: PrepareOptions) -> None:
+    """Raise ValueError for a number that is none or out of bounds."""
+    task, tasks = options.task or (None, None)
     limits = [
         ("seq_len", options.seq_len, 1, 1_000_000),
         ("vocab_size", options.vocab_size, 1, 10_000_000),
         ("workers", options.workers, 1, 1024),
         ("shard_bytes", options.shard_bytes, 1, 1 << 40),
         ("sample_bytes", options.sample_bytes, 1, 1 << 40),
-        ("tasks", options.task and options.task[1], 1, 1_000_000),
-        ("task", options.task and options.task[0], 0, options.task[1] - 1 if options.task else 0),
+        ("tasks", tasks, 1, 1_000_000),
+        ("task", task, 0, tasks - 1 if tasks is not None else 0),
     ]
     for name, value, low, high in limits:
         if value is None and name not in ("seq_len", "vocab_size", "shard_bytes"):
@@ -72,50 +89,40 @@ def checked(options: PrepareOptions, base: Manifest | None) -> PrepareOptions:
         if type(value) is not int or not low <= value <= high:
             whole = "" if type(value) is int else ", a whole number"
             raise ValueError(f"{name}: found {value!r}, expected {low} to {high}{whole}")
-    if type(options.val_fraction) not in (int, float) or not 0 <= options.val_fraction < 1:
+    fraction = options.val_fraction
+    if type(fraction) not in (int, float) or not 0 <= fraction < 1:
         raise ValueError(
-            f"val_fraction: found {options.val_fraction!r}, expected 0 (no validation split) to "
-            "below 1"
+            f"val_fraction: found {fraction!r}, expected 0 (no validation split) to below 1"
         )
-    for name, choices in (
-        ("kind", Kind),
-        ("packing", Packing),
-        ("dedup", Dedup),
-        ("encoder", Encoder),
-    ):
+
+
+def _check_choices(options: PrepareOptions) -> None:
+    """Raise ValueError for a word that is none of those an option takes."""
+    words = {"kind": Kind, "packing": Packing, "dedup": Dedup, "encoder": Encoder}
+    for name, choices in words.items():
         if (found := getattr(options, name)) not in get_args(choices):
-            raise ValueError(
-                f"{name}: found {found!r}, expected {' or '.join(map(repr, get_args(choices)))}"
-            )
-    _check_texts(options)
-    if base:
-        options = _as_before(options, base)
-    if options.tokenizer:
-        Tokenizer.load(options.tokenizer, options.encoder)
-    if sum(str(item) == "-" for item in options.inputs) > 1:
+            expected = " or ".join(map(repr, get_args(choices)))
+            raise ValueError(f"{name}: found {found!r}, expected {expected}")
+
+
+def _check_inputs(options: PrepareOptions) -> None:
+    """Raise ValueError for inputs that do not go with each other, with --out or with tasks."""
+    inputs, out = [str(item) for item in options.inputs], Path(options.out)
+    if inputs.count("-") > 1:
         raise ValueError(
             "-: found more than once, but standard input can be read once; give it once"
         )
-    if any(
-        str(item) != "-" and Path(item).resolve() == Path(options.out).resolve()
-        for item in options.inputs
-    ):
+    if any(item != "-" and Path(item).resolve() == out.resolve() for item in inputs):
+        raise ValueError(f"{out}: is an INPUT, and cannot be --out as well; choose another folder")
+    if not options.task:
+        return
+    if not options.tokenizer and not any((out / PARTIAL).glob("tokenizer-*.model")):
         raise ValueError(
-            f"{options.out}: is an INPUT, and cannot be --out as well; choose another folder"
+            "task: tasks need a tokenizer that all of them share; train one with "
+            "`dnt data tokenizer`, then give --tokenizer FILE"
         )
-    if (
-        options.task
-        and not options.tokenizer
-        and not any((Path(options.out) / PARTIAL).glob("tokenizer-*.model"))
-    ):
-        raise ValueError(
-            "task: tasks need a tokenizer that all of them share; train one with `dnt data "
-            "tokenizer`, "
-            "then give --tokenizer FILE"
-        )
-    if options.task and any(str(item) == "-" for item in options.inputs):
+    if "-" in inputs:
         raise ValueError("task: stdin cannot be shared by tasks; write it to a file first")
-    return options
 
 
 def _check_texts(options: PrepareOptions) -> None:

@@ -14,9 +14,10 @@ from typing import NamedTuple
 import numpy as np
 
 from data_prep import shards
+from data_prep.arrays import Flags, Lengths, Tokens
 from data_prep.chunks import Chunk
 from data_prep.files import write_whole
-from data_prep.shards import BLOCK_ROWS, Packing, Shard, SplitName, Tokens
+from data_prep.shards import BLOCK_ROWS, Packing, Shard, SplitName
 
 
 class StreamSlice(NamedTuple):
@@ -71,14 +72,14 @@ class ShardJob(NamedTuple):
     skip: int
 
 
-def which_stay(layout: Layout, first: int, documents: int) -> Tokens:
+def which_stay(layout: Layout, first: int, documents: int) -> Flags:
     """Return which of the documents from number `first` on stay: bool (documents,)."""
     if layout.keep is None:
         return np.ones(documents, bool)
     return np.array(np.load(layout.keep, mmap_mode="r")[first : first + documents])
 
 
-def slice_size(layout: Layout, lengths: Tokens) -> int:
+def slice_size(layout: Layout, lengths: Lengths) -> int:
     """Return how many tokens documents of these lengths (n,), eos included, give to a stream."""
     if layout.packing == "concat":
         return int(lengths.sum(dtype=np.int64))
@@ -180,7 +181,7 @@ def slice_tokens(layout: Layout, split: SplitName, part: StreamSlice) -> Tokens:
     return packed.ravel()
 
 
-def predicted_tokens(layout: Layout, lengths: Tokens) -> int:
+def predicted_tokens(layout: Layout, lengths: Lengths) -> int:
     """Return how many tokens a model predicts of documents of these lengths (n,), eos included."""
     total = int(lengths.sum(dtype=np.int64))
     if layout.packing == "best_fit":
@@ -188,7 +189,7 @@ def predicted_tokens(layout: Layout, lengths: Tokens) -> int:
     return total
 
 
-def best_fit(lengths: Tokens, seq_len: int) -> list[list[tuple[int, int]]]:
+def best_fit(lengths: Lengths, seq_len: int) -> list[list[tuple[int, int]]]:
     """Return rows of at most `seq_len` tokens, each a list of (start, stop) in the documents one
     after the other.
 

@@ -26,6 +26,7 @@ from typing import Annotated, Any, Literal, Self
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from data_prep.arrays import Tokens
 from data_prep.words import problems_of
 
 FORMAT = "dnt-shards"
@@ -38,7 +39,6 @@ BLOCK_ROWS = 512
 TAR_BLOCK = 512
 NPY_HEADER = 128
 
-Tokens = np.ndarray[Any, np.dtype[Any]]
 SplitName = Literal["train", "val"]
 Packing = Literal["concat", "best_fit"]
 Dedup = Literal["none", "exact", "near"]

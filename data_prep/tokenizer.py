@@ -3,14 +3,15 @@
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import sentencepiece
 
+from data_prep.arrays import Ids
+
 Kind = Literal["bpe", "unigram"]
 Encoder = Literal["sentencepiece", "kitoken"]
-Ids = np.ndarray[Any, np.dtype[np.int32]]
 
 # The bytes of a model depend on the number of threads that trained it, so it is the same on every
 # machine.

@@ -5,10 +5,13 @@ import io
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
+from data_prep.arrays import Tokens
 from data_prep.files import sha256_of
 from data_prep.shards import (
     FINGERPRINTS,
@@ -18,7 +21,6 @@ from data_prep.shards import (
     Manifest,
     Member,
     Shard,
-    Tokens,
     read_manifest,
     size_problem,
 )
@@ -126,41 +128,54 @@ def _check_shard(
             check.last = None
             return
     digest = hashlib.sha256()
-    named = False
+
+    def read(file: IO[bytes], size: int) -> bytes:
+        raw = file.read(size)
+        digest.update(raw)
+        if progress:
+            progress(len(raw))
+        return raw
+
+    problems = 0
     try:
         with path.open("rb") as file:
-            position = 0
-            for member in shard.members:
-                end = member.offset + member.rows * manifest.row_bytes
-                end += -end % TAR_BLOCK
-                raw = file.read(end - position)
-                digest.update(raw)
-                if progress:
-                    progress(len(raw))
-                if len(raw) < end - position:
-                    yield f"{path}: {member.name}: the file ends inside it"
-                    check.last = None
-                    return
-                if problem := _check_member(raw, member.offset - position, manifest, member, check):
-                    yield f"{path}: {member.name}: {problem}"
-                    named = True
-                position = end
-            padding = file.read()
-            digest.update(padding)
-            if progress:
-                progress(len(padding))
+            for problem in _check_members(partial(read, file), manifest, shard, check):
+                problems += 1
+                yield f"{path}: {problem}"
+            if check.last is None:
+                return
+            padding = read(file, -1)
             if padding.strip(b"\0") or len(padding) < 2 * TAR_BLOCK:
-                yield f"{path}: the end-of-archive mark after {shard.members[-1].name} is damaged"
-                named = True
+                problems += 1
+                last = shard.members[-1].name
+                yield f"{path}: the end-of-archive mark after {last} is damaged"
     except OSError as error:
         yield f"{path}: cannot be read: {error.strerror}"
         check.last = None
         return
-    if digest.hexdigest() != shard.sha256 and not named:
-        yield (
-            f"{path}: SHA-256 is {digest.hexdigest()[:12]}..., the manifest says "
-            f"{shard.sha256[:12]}..."
-        )
+    # Where a member is known to be damaged, the whole file's hash says no more.
+    if digest.hexdigest() != shard.sha256 and not problems:
+        found, expected = digest.hexdigest()[:12], shard.sha256[:12]
+        yield f"{path}: SHA-256 is {found}..., the manifest says {expected}..."
+
+
+def _check_members(
+    read: Callable[[int], bytes], manifest: Manifest, shard: Shard, check: _StreamCheck
+) -> Iterator[str]:
+    """Yield what is wrong with the members of a tar, given what reads on in it. Where the file ends
+    inside of one it is the last, and `check.last` is None afterwards."""
+    position = 0
+    for member in shard.members:
+        end = member.offset + member.rows * manifest.row_bytes
+        end += -end % TAR_BLOCK
+        raw = read(end - position)
+        if len(raw) < end - position:
+            yield f"{member.name}: the file ends inside it"
+            check.last = None
+            return
+        if problem := _check_member(raw, member.offset - position, manifest, member, check):
+            yield f"{member.name}: {problem}"
+        position = end
 
 
 def _check_member(

@@ -83,14 +83,8 @@ def decide(facts: Facts) -> Decision:
             "an error that has to be mended first; see `dnt logs`, then `dnt resubmit`",
         )
     if stopped and (facts.preempted or facts.stepped or not facts.nearly_over):
-        why = (
-            "preempted"
-            if facts.preempted
-            else "its time was up"
-            if facts.nearly_over
-            else "by a signal"
-        )
-        return Decision("stopped", True, why)
+        why = "its time was up" if facts.nearly_over else "by a signal"
+        return Decision("stopped", True, "preempted" if facts.preempted else why)
     if facts.crashes >= facts.max_crashes:
         return Decision(
             "crashed",
@@ -135,6 +129,7 @@ def gather_facts(
 
 
 def main(run_dir: Path, srun_status: int) -> int:
+    """Decide what is next for the run, do that and write it down; return the exit status."""
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)  # SLURM's, on its way to ending the job
     attempt = slurm.this_attempt()
@@ -145,43 +140,71 @@ def main(run_dir: Path, srun_status: int) -> int:
         return 0
     facts = gather_facts(run_dir, submission, attempt, srun_status)
     decision = decide(facts)
-    blamed: list[str] = []
-    reason = decision.reason
-    # ranks that stop for a signal may miss each other too
-    if decision.status in ("crashed", "killed") and (facts.stepped or not facts.nearly_over):
-        blamed, why = run_record.blamed_hosts(timeline.read(run_dir), attempt)
-        if not why:
-            blamed, why = find_killed_host(submission.logs / f"{slurm.this_job()}_0_log.out")
-        if not why:
-            blamed, why = find_failed_host(run_record.read_exits(run_dir, attempt))
-        reason = f"{decision.reason}: {why}" if why else reason
-
-    def told(then: Next) -> None:
-        try:
-            run_record.record_end(run_dir, attempt, decision.status, then, reason, blamed)
-        except OSError as error:  # a full disk: `dnt jobs` finds the end out
-            print(f"dnt: {error}", flush=True)
-        print(f"dnt: attempt {attempt} {decision.status} ({reason}); {_IN_WORDS[then]}", flush=True)
-
-    if not decision.goes_on:
-        told("none")
-        finalize(run_dir, submission, decision.status)
-        return 0
-    if facts.slurm_requeues_it:
-        told("requeued")
-        return 0
-    now_blamed = {"event": "ended", "time": time.time(), "attempt": "", "blamed": blamed}
-    excluded = run_state.nodes_to_leave_out(
-        submission.cluster, [*timeline.read(run_dir), now_blamed], submission.excluded
-    )
-    then, words = requeue_or_resubmit(run_dir, submission, excluded)
-    reason = f"{reason}; {words}" if then == "none" else reason
-    told(then)
+    blamed, why = find_blamed(run_dir, submission, attempt, facts, decision)
+    reason = f"{decision.reason}: {why}" if why else decision.reason
+    then, words = go_on(run_dir, submission, facts, blamed) if decision.goes_on else ("none", "")
+    if decision.goes_on and then == "none":
+        reason = f"{reason}; {words}"
+    record_end(run_dir, attempt, decision.status, then, reason, blamed)
     if then == "none":
         finalize(run_dir, submission, decision.status)
     elif words:
         print(f"dnt: {words}", flush=True)
     return 0
+
+
+def find_blamed(
+    run_dir: Path,
+    submission: run_record.Submission,
+    attempt: str,
+    facts: Facts,
+    decision: Decision,
+) -> tuple[list[str], str]:
+    """Return the hosts at fault for the end of an attempt, and why: by a rank's word, else srun's,
+    else because theirs alone failed. None where nothing failed, or nobody knows."""
+    # Ranks that stop for a signal may miss each other too, which is nobody's fault.
+    failed = decision.status in ("crashed", "killed")
+    if not failed or (facts.nearly_over and not facts.stepped):
+        return [], ""
+    blamed, why = run_record.blamed_hosts(timeline.read(run_dir), attempt)
+    if not why:
+        blamed, why = find_killed_host(submission.logs / f"{slurm.this_job()}_0_log.out")
+    if not why:
+        blamed, why = find_failed_host(run_record.read_exits(run_dir, attempt))
+    return blamed, why
+
+
+def go_on(
+    run_dir: Path, submission: run_record.Submission, facts: Facts, blamed: list[str]
+) -> tuple[Next, str]:
+    """Let a job go on with the run, without nodes that failed too often, unless SLURM did.
+
+    Returns:
+        As :func:`requeue_or_resubmit`.
+    """
+    if facts.slurm_requeues_it:
+        return "requeued", ""
+    this_end = {"event": "ended", "time": time.time(), "attempt": "", "blamed": blamed}
+    excluded = run_state.nodes_to_leave_out(
+        submission.cluster, [*timeline.read(run_dir), this_end], submission.excluded
+    )
+    return requeue_or_resubmit(run_dir, submission, excluded)
+
+
+def record_end(
+    run_dir: Path,
+    attempt: str,
+    status: EndStatus,
+    then: Next,
+    reason: str,
+    blamed: list[str],
+) -> None:
+    """Write down how the attempt ended and what is next, and print it."""
+    try:
+        run_record.record_end(run_dir, attempt, status, then, reason, blamed)
+    except OSError as error:  # a full disk: `dnt jobs` finds the end out
+        print(f"dnt: {error}", flush=True)
+    print(f"dnt: attempt {attempt} {status} ({reason}); {_NEXT_IN_WORDS[then]}", flush=True)
 
 
 def finalize(run_dir: Path, submission: run_record.Submission, status: EndStatus) -> None:
@@ -224,9 +247,7 @@ def requeue_or_resubmit(
         except slurm.SlurmError as error:
             print(f"dnt: {error}; submitting a new job instead", flush=True)
         # This imports submitit, for which a job that is being killed may have no time.
-        from cluster.submit.single_run import (
-            enqueue,
-        )
+        from cluster.submit.single_run import enqueue
 
         run_record.update_submission(run_dir, partial(leaving_out, nodes=excluded))
         try:
@@ -274,7 +295,7 @@ def find_failed_host(exits: dict[int, tuple[str, int]]) -> tuple[list[str], str]
     return list(hosts), f"a rank on {min(hosts)} failed"
 
 
-_IN_WORDS: dict[Next, str] = {
+_NEXT_IN_WORDS: dict[Next, str] = {
     "requeued": "this job is requeued",
     "resubmitted": "a new job goes on",
     "none": "nothing goes on by itself",

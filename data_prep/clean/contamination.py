@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data_prep.clean.page import ODD, Array, apart_from_marks, blocks, hash_words
+from data_prep.arrays import Hashes
+from data_prep.clean.page import ODD, apart_from_marks, blocks, hash_words
 
 
 @functools.cache
@@ -22,7 +23,7 @@ def _plain_word() -> re.Pattern[str]:
     return re.compile(f"[^{re.escape(''.join(others))}]+")
 
 
-def plain_ngrams(text: str, n: int) -> Iterator[tuple[list[str], Array]]:
+def plain_ngrams(text: str, n: int) -> Iterator[tuple[list[str], Hashes]]:
     """Yield plain words of a text, and hashes of the n-grams that begin at each, uint64 (words - n
     + 1,): a block at a time.
 

@@ -9,12 +9,12 @@ import functools
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import xxhash
 
-Array = np.ndarray[Any, np.dtype[Any]]
+from data_prep.arrays import Counts, Flags, Hashes
 
 # A long text is taken apart in blocks of about this many characters: its words never all exist as
 # strings at once.
@@ -30,8 +30,8 @@ _PARAGRAPH = re.compile(r"\n\s*\n")
 class Strings(NamedTuple):
     """Hashes, uint64 (n,), and lengths in characters, int64 (n,)."""
 
-    hashes: Array
-    lengths: Array
+    hashes: Hashes
+    lengths: Counts
 
 
 class Page:
@@ -78,13 +78,13 @@ class _Hashes(dict[str, int]):
 _HASHES = _Hashes()
 
 
-def hash_words(words: list[str]) -> Array:
+def hash_words(words: list[str]) -> Hashes:
     """Return hashes of words, uint64 (n,), of which the lowest bit says whether there is a
     letter."""
     return np.fromiter(map(_HASHES.__getitem__, words), np.uint64, len(words))
 
 
-def _hash_lines(lines: list[str]) -> Array:
+def _hash_lines(lines: list[str]) -> Hashes:
     return np.fromiter(map(_digest, lines), np.uint64, len(lines))
 
 
@@ -92,7 +92,7 @@ def _digest(text: str) -> int:
     return xxhash.xxh3_64_intdigest(text.encode("utf-8", "surrogatepass"))
 
 
-def _measured(parts: Iterable[list[str]], hashed: Callable[[list[str]], Array]) -> Strings:
+def _measured(parts: Iterable[list[str]], hashed: Callable[[list[str]], Hashes]) -> Strings:
     hashes, lengths = [np.empty(0, np.uint64)], [np.empty(0, np.int64)]
     for strings in parts:
         hashes.append(hashed(strings))
@@ -153,11 +153,11 @@ class Repeats(NamedTuple):
     """Positions of n-grams, int64 (m,), equal ones together and in order; `mask`: which repeat an
     earlier one."""
 
-    positions: Array
-    mask: Array
+    positions: Counts
+    mask: Flags
 
 
-def repeated_ngrams(hashes: Array, longest: int) -> Iterator[tuple[int, Array, Repeats]]:
+def repeated_ngrams(hashes: Hashes, longest: int) -> Iterator[tuple[int, Counts, Repeats]]:
     """Yield for n = 2 to `longest`, while there are any, the n-grams that occur twice or more, and
     where each group starts.
 
@@ -186,7 +186,7 @@ def repeated_ngrams(hashes: Array, longest: int) -> Iterator[tuple[int, Array, R
         yield n, np.flatnonzero(~mask), Repeats(positions, mask)
 
 
-def covered(lengths: Array, positions: Array, n: int) -> float:
+def covered(lengths: Counts, positions: Counts, n: int) -> float:
     """Return the share of all characters that are in the n-grams of words at `positions`."""
     inside = np.zeros(len(lengths), bool)
     for k in range(n):

@@ -17,9 +17,9 @@ from typing import Annotated, Any, Literal, NamedTuple
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
+from data_prep.arrays import Hashes
 from data_prep.clean.contamination import plain_ngrams, test_texts
 from data_prep.clean.page import (
-    Array,
     Page,
     apart_from_marks,
     blocks,
@@ -150,7 +150,7 @@ def gopher_quality(settings: GopherQuality) -> Rule:
         for form in hash_words([word.lower(), word.capitalize(), word.upper()]).tolist()
     }
 
-    def stop_words(hashes: Array) -> int:
+    def stop_words(hashes: Hashes) -> int:
         found: set[str] = set()
         for start in range(0, len(hashes), 512):
             found.update(
@@ -278,27 +278,6 @@ def c4_quality(settings: C4Quality) -> Rule:
     """
     phrases = [phrase.lower() for phrase in settings.policy_phrases]
 
-    def fault(line: str, suspects: list[str]) -> str | None:
-        if settings.terminal_punctuation and (
-            not line.endswith(C4_LINE_ENDS) or line.endswith("...")
-        ):
-            return "lines_without_terminal_punctuation"
-        least = settings.min_line_words
-        if least and len(line.split(None, least - 1)) < least:
-            return "lines_of_few_words"
-        if (
-            len(line) > settings.max_word_chars
-            and max(map(len, line.split())) > settings.max_word_chars
-        ):
-            return "lines_with_an_enormous_word"
-        if suspects:
-            lower = line.lower()
-            if "javascript" in suspects and "javascript" in lower:
-                return "lines_on_javascript"
-            if any(phrase in lower for phrase in suspects):
-                return "lines_on_policy"
-        return None
-
     def check(page: Page) -> Outcome:
         if settings.curly_bracket and "{" in page.text:
             return Outcome(None, "has a curly bracket", {"curly_bracket": 1})
@@ -309,18 +288,14 @@ def c4_quality(settings: C4Quality) -> Rule:
             lower = block.lower()
             if settings.lorem_ipsum and "lorem ipsum" in lower:
                 return Outcome(None, 'has "lorem ipsum"', {"lorem_ipsum": 1})
+            # A line is searched only for what its block holds at all: the words are rare.
             suspects = [phrase for phrase in phrases if phrase in lower]
             suspects += ["javascript"] if settings.javascript and "javascript" in lower else []
-            if settings.citations and "[" in block:
-                block = _CITATION.sub("", block)
-            lines = []
-            for line in filter(None, map(str.strip, block.split("\n"))):
-                if reason := fault(line, suspects):
-                    counts[reason] += 1
-                    continue
-                lines.append(line)
-                if sentences < settings.min_sentences:
-                    sentences += 1 + len(_SENTENCE_BREAK.findall(line))
+            lines = _c4_lines(settings, suspects, block, counts)
+            for line in lines:
+                if sentences >= settings.min_sentences:
+                    break
+                sentences += 1 + len(_SENTENCE_BREAK.findall(line))
             if lines:
                 kept.append("\n".join(lines))
         if sentences < settings.min_sentences:
@@ -328,6 +303,37 @@ def c4_quality(settings: C4Quality) -> Rule:
         return Outcome("\n".join(kept), counts=counts)
 
     return check
+
+
+def _c4_lines(
+    settings: C4Quality, suspects: list[str], block: str, counts: Counter[str]
+) -> list[str]:
+    """Return the lines of a block that stay; why the others do not is counted."""
+    if settings.citations and "[" in block:
+        block = _CITATION.sub("", block)
+    lines = []
+    for line in filter(None, map(str.strip, block.split("\n"))):
+        if reason := _c4_fault(settings, suspects, line):
+            counts[reason] += 1
+        else:
+            lines.append(line)
+    return lines
+
+
+def _c4_fault(settings: C4Quality, suspects: list[str], line: str) -> str | None:
+    """Return why a line is removed, as the name of what is counted; None where it stays."""
+    is_ended = line.endswith(C4_LINE_ENDS) and not line.endswith("...")
+    if settings.terminal_punctuation and not is_ended:
+        return "lines_without_terminal_punctuation"
+    least, most = settings.min_line_words, settings.max_word_chars
+    if least and len(line.split(None, least - 1)) < least:
+        return "lines_of_few_words"
+    if len(line) > most and max(map(len, line.split())) > most:
+        return "lines_with_an_enormous_word"
+    lower = line.lower() if suspects else ""
+    if "javascript" in suspects and "javascript" in lower:
+        return "lines_on_javascript"
+    return "lines_on_policy" if any(phrase in lower for phrase in suspects) else None
 
 
 class FinewebQuality(Settings):

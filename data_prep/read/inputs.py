@@ -73,37 +73,17 @@ def find_sources(inputs: Sequence[str | Path], out: Path | None = None) -> list[
     if not inputs:
         raise ValueError("no input given: name at least one folder, file or glob")
     seen: set[str] = set()
-    told = (
-        {os.path.realpath(path) for path in (out, out.parent / f".{out.name}.prepare")}
-        if out
-        else set()
-    )
+    told: set[str] = set()
+    if out:
+        told = {os.path.realpath(path) for path in (out, out.parent / f".{out.name}.prepare")}
     found: list[tuple[str, list[File], list[Finding]]] = []
-    lone: list[File] = []
+    lone: list[File] = []  # text files that were named one by one
     used: dict[str, int] = {}
-    homeless: list[Finding] = []
+    homeless: list[Finding] = []  # of INPUTs of which nothing is read
     for item in map(str, inputs):
-        try:
-            given = (
-                _find_remote(item) if is_url(item) and not _is_there(item) else _find_local(item)
-            )
-        except ValueError as error:
-            raise ValueError(printable(str(error))) from error
+        given = _find(item)
         name = unused(printable(given.name), used)
-        new = []
-        for file in given.files:
-            real = file.path if is_url(file.path) else os.path.realpath(file.path)
-            if real not in seen:
-                seen.add(real)
-                below = file.below if given.is_file else f"{name}/{file.below}"
-                new.append(
-                    File(printable(below), file.path, kind_of(file.below), file.size, file.stamp)
-                )
-        passed = []
-        for each in given.passed:
-            if (place := os.path.join(given.root, each.below)) not in told:  # noqa: PTH118  # it may be a URL
-                told.add(place)
-                passed.append(Finding(each.kind, printable(f"{name}/{each.below}"), 0, each.detail))
+        new, passed = _new_files(given, name, seen), _new_findings(given, name, told)
         if given.is_file and new and new[0].kind == "text":
             if not lone:
                 found.append((unused("files", used), lone, []))
@@ -117,6 +97,36 @@ def find_sources(inputs: Sequence[str | Path], out: Path | None = None) -> list[
     if found:
         found[0][2].extend(homeless)
     return [Source(name, tuple(files), tuple(passed)) for name, files, passed in found]
+
+
+def _find(item: str) -> _Input:
+    try:
+        return _find_remote(item) if is_url(item) and not _is_there(item) else _find_local(item)
+    except ValueError as error:
+        raise ValueError(printable(str(error))) from error
+
+
+def _new_files(given: _Input, name: str, seen: set[str]) -> list[File]:
+    """Return the files of an INPUT that are not in `seen` yet by their real paths; add them."""
+    new = []
+    for file in given.files:
+        real = file.path if is_url(file.path) else os.path.realpath(file.path)
+        if real not in seen:
+            seen.add(real)
+            below = printable(file.below if given.is_file else f"{name}/{file.below}")
+            new.append(File(below, file.path, kind_of(file.below), file.size, file.stamp))
+    return new
+
+
+def _new_findings(given: _Input, name: str, told: set[str]) -> list[Finding]:
+    """Return what an INPUT passes over and is not in `told` yet, by its place, and add it."""
+    new = []
+    for each in given.passed:
+        place = os.path.join(given.root, each.below)  # noqa: PTH118 (it may be a URL)
+        if place not in told:
+            told.add(place)
+            new.append(Finding(each.kind, printable(f"{name}/{each.below}"), 0, each.detail))
+    return new
 
 
 def plan_units(sources: Sequence[Source]) -> list[Unit]:
@@ -188,53 +198,55 @@ def _find_local(item: str) -> _Input:
         path = Path(item)
         if item.startswith("~") and not _is_there(item):
             path = path.expanduser()
-        name = _name(path)
         if path.is_file():
+            name = _name(path)
             refuse_archive(item, name)
             return _Input(name, True, [stat_file(name, path)], [])
         if path.is_dir():
-            if (path / MANIFEST).is_file() and (path / TOKENIZER).is_file():
-                raise ValueError(
-                    f"{item}: a prepared set, whose documents are tokens already; give the text it "
-                    "was made of"
-                )
-            found, passed = walk(path, ["**"])
-            files, passed = _without_cards(*_wanted(found, passed))
-            return _Input(name, False, _some(item, files, passed), passed, os.path.realpath(path))
+            return _find_in_folder(item, path)
         if re.search(r"[*?\[]", str(path)):
-            parts = path.parts
-            # As far as the path exists it is taken as it stands.
-            fixed = next(n for n in range(len(parts), -1, -1) if Path(*parts[:n]).is_dir())
-            if any("**" in part and part != "**" for part in parts[fixed:]):
-                raise ValueError(
-                    f"{item}: ** stands for folders and must be alone between slashes; write "
-                    "**/*.txt, say"
-                )
-            root = Path(*parts[:fixed])
-            files, passed = walk(root, list(parts[fixed:]))
-            return _Input(
-                _name(root),
-                False,
-                _matching(item, files),
-                passed + _beside(files),
-                os.path.realpath(root),
-            )
-        if path.is_symlink():
-            raise ValueError(
-                f"{item}: a link to {path.readlink()}, which is not there; check the path"
-            )
-        if path.exists():
-            raise ValueError(
-                f"{item}: neither a file nor a folder; write it to a file, or pipe it to the input "
-                "-"
-            )
+            return _find_by_pattern(item, path)
+        raise ValueError(_why_no_input(item, path))
     except OSError as error:
         raise ValueError(
             f"{error.filename or item}: cannot be read: {error.strerror}; check the path"
         ) from error
     except RuntimeError as error:  # no such user behind ~
         raise ValueError(f"{item}: {error}; write the path out") from error
-    raise ValueError(f"{item}: no such file or folder; check the path")
+
+
+def _find_in_folder(item: str, path: Path) -> _Input:
+    if (path / MANIFEST).is_file() and (path / TOKENIZER).is_file():
+        raise ValueError(
+            f"{item}: a prepared set, whose documents are tokens already; give the text it was "
+            "made of"
+        )
+    found, passed = walk(path, ["**"])
+    files, passed = _without_cards(*_wanted(found, passed))
+    return _Input(_name(path), False, _some(item, files, passed), passed, os.path.realpath(path))
+
+
+def _find_by_pattern(item: str, path: Path) -> _Input:
+    parts = path.parts
+    # As far as the path exists it is taken as it stands.
+    fixed = next(n for n in range(len(parts), -1, -1) if Path(*parts[:n]).is_dir())
+    if any("**" in part and part != "**" for part in parts[fixed:]):
+        raise ValueError(
+            f"{item}: ** stands for folders and must be alone between slashes; write **/*.txt, say"
+        )
+    root = Path(*parts[:fixed])
+    files, passed = walk(root, list(parts[fixed:]))
+    matching = _matching(item, files)
+    return _Input(_name(root), False, matching, passed + _beside(files), os.path.realpath(root))
+
+
+def _why_no_input(item: str, path: Path) -> str:
+    """Say why a path is neither a file nor a folder. Raises OSError."""
+    if path.is_symlink():
+        return f"{item}: a link to {path.readlink()}, which is not there; check the path"
+    if path.exists():
+        return f"{item}: neither a file nor a folder; write it to a file, or pipe it to the input -"
+    return f"{item}: no such file or folder; check the path"
 
 
 def _find_remote(item: str) -> _Input:

@@ -50,62 +50,79 @@ def walk(root: Path, pattern: Sequence[str]) -> tuple[list[Found], list[Passed]]
     the pattern, known by its real path: so loops end, and a file keeps its real name where it has
     one. Raises OSError.
     """
-    files: dict[str, Found] = {}
-    passed: dict[str, Passed] = {}
-    done: set[tuple[str, int]] = set()
-    # Of the folders to look into: its name below the root, and how many parts of the pattern led to
-    # it.
-    folders, links = deque([("", 0)]), deque[tuple[str, int]]()
+    return _Walk(root, pattern).run()
 
-    def pass_over(below: str, kind: str, detail: str) -> None:
-        passed[below] = Passed(below, kind, detail)
 
-    def enter(below: str, entry: os.DirEntry[str], parts: int) -> None:
-        if is_prepared_set(Path(entry.path)):
-            pass_over(below, "prepared_set", "a folder with a prepared set, not entered")
-        else:
-            (links if entry.is_symlink() else folders).append((below, parts))
+class _Walk:
+    """The state of a walk: what was found, and where to look yet."""
 
-    while folders or links:
-        here, at = folders.popleft() if folders else links.popleft()
-        real = os.path.realpath(root / here)
-        if (real, at) in done:
-            continue
-        done.add((real, at))
-        part, last = pattern[at], at == len(pattern) - 1
-        if part == ".." or (part == "**" and not last):
-            folders.append((f"{here}/..".lstrip("/") if part == ".." else here, at + 1))
+    def __init__(self, root: Path, pattern: Sequence[str]) -> None:
+        self._root, self._pattern = root, pattern
+        self._files: dict[str, Found] = {}
+        self._passed: dict[str, Passed] = {}
+        self._done: set[tuple[str, int]] = set()
+        # Folders to look into, by their names below the root, each with the number of parts of the
+        # pattern that led to it.
+        self._folders: deque[tuple[str, int]] = deque([("", 0)])
+        self._links: deque[tuple[str, int]] = deque()
+
+    def run(self) -> tuple[list[Found], list[Passed]]:
+        """Look into one folder after another, links last."""
+        while self._folders or self._links:
+            here, at = self._folders.popleft() if self._folders else self._links.popleft()
+            real = os.path.realpath(self._root / here)
+            if (real, at) not in self._done:
+                self._done.add((real, at))
+                self._look_into(here, at)
+        return sorted(self._files.values()), sorted(self._passed.values())
+
+    def _look_into(self, here: str, at: int) -> None:
+        part, is_last = self._pattern[at], at == len(self._pattern) - 1
         if part == "..":
-            continue
-        with os.scandir(root / here) as entries:
+            self._folders.append((f"{here}/..".lstrip("/"), at + 1))
+            return
+        if part == "**" and not is_last:
+            self._folders.append((here, at + 1))
+        with os.scandir(self._root / here) as entries:
             for entry in sorted(entries, key=lambda entry: entry.name):
-                if (
-                    part != "**"
-                    and entry.name != part
-                    and not fnmatch.fnmatchcase(entry.name, part)
-                ):
-                    continue
-                below, path = f"{here}/{entry.name}".lstrip("/"), Path(entry.path)
-                is_folder = path.is_dir() if entry.is_symlink() else entry.is_dir()
-                if entry.name.startswith("."):
-                    if is_folder:
-                        pass_over(
-                            below, "hidden", "a folder whose name begins with a dot, not entered"
-                        )
-                    elif last:
-                        pass_over(below, "hidden", "a name that begins with a dot")
-                elif is_folder and (part == "**" or not last):
-                    enter(below, entry, at if part == "**" else at + 1)
-                elif is_folder or not last:
-                    continue
-                elif path.is_file():
-                    files[below] = stat_file(below, path)
-                elif entry.is_symlink():
-                    target = printable(str(path.readlink()))
-                    pass_over(below, "dead_link", f"a link to {target}, which is not there")
-                else:
-                    pass_over(below, "not_a_file", "a pipe, a socket or a device")
-    return sorted(files.values()), sorted(passed.values())
+                fits = entry.name == part or fnmatch.fnmatchcase(entry.name, part)
+                if part == "**" or fits:
+                    self._take(entry, f"{here}/{entry.name}".lstrip("/"), at)
+
+    def _take(self, entry: os.DirEntry[str], below: str, at: int) -> None:
+        """Take a file, a folder or a link that matches part `at` of the pattern."""
+        part, is_last = self._pattern[at], at == len(self._pattern) - 1
+        path = Path(entry.path)
+        is_folder = path.is_dir() if entry.is_symlink() else entry.is_dir()
+        if entry.name.startswith("."):
+            if is_folder:
+                detail = "a folder whose name begins with a dot, not entered"
+                self._pass_over(below, "hidden", detail)
+            elif is_last:
+                self._pass_over(below, "hidden", "a name that begins with a dot")
+        elif is_folder:
+            if part == "**" or not is_last:
+                self._enter(below, entry, at if part == "**" else at + 1)
+        elif is_last:
+            self._take_file(entry, below, path)
+
+    def _take_file(self, entry: os.DirEntry[str], below: str, path: Path) -> None:
+        if path.is_file():
+            self._files[below] = stat_file(below, path)
+        elif entry.is_symlink():
+            target = printable(str(path.readlink()))
+            self._pass_over(below, "dead_link", f"a link to {target}, which is not there")
+        else:
+            self._pass_over(below, "not_a_file", "a pipe, a socket or a device")
+
+    def _enter(self, below: str, entry: os.DirEntry[str], parts: int) -> None:
+        if is_prepared_set(Path(entry.path)):
+            self._pass_over(below, "prepared_set", "a folder with a prepared set, not entered")
+        else:
+            (self._links if entry.is_symlink() else self._folders).append((below, parts))
+
+    def _pass_over(self, below: str, kind: str, detail: str) -> None:
+        self._passed[below] = Passed(below, kind, detail)
 
 
 def is_prepared_set(folder: Path) -> bool:

@@ -160,27 +160,23 @@ def sniff_file(name: str, kind: Kind, head: bytes, whole: bool, text_field: str)
         for ascii_only in (False, True)
     )
     named = re.search(rb"(?:%b)\s*:\s*\"" % keys, head) is not None
-    match kind, form:
-        case "jsonl", "values" | "elements" if not whole or head.rstrip()[-1:] == (
-            b"}" if form == "values" else b"]"
-        ):
+    is_records = named or objects > 1
+    if kind == "jsonl":
+        close = {"values": b"}", "elements": b"]"}.get(form)
+        is_other = close is not None and (not whole or head.rstrip()[-1:] == close)
+        return Sniffed(form if is_other else "lines", encoding)
+    if kind == "json":
+        if form == "text":
+            return _no_records("no JSON object and no array of any")
+        if is_records or not whole:
             return Sniffed(form, encoding)
-        case "jsonl", _:
-            return Sniffed("lines", encoding)
-        case "json", "text":
-            return Sniffed(
-                "nothing", kind="other_json", detail="no JSON object and no array of any"
-            )
-        case "json", _:
-            if named or not whole or objects > 1:
-                return Sniffed(form, encoding)
-            return Sniffed(
-                "nothing", kind="other_json", detail=f"JSON without a string {text_field!r}"
-            )
-        case _, "lines":
-            return Sniffed("lines" if named or objects > 1 else "text", encoding)
-        case _:
-            return Sniffed(form if named else "text", encoding)
+        return _no_records(f"JSON without a string {text_field!r}")
+    holds_text = is_records if form == "lines" else named
+    return Sniffed(form if holds_text else "text", encoding)
+
+
+def _no_records(detail: str) -> Sniffed:
+    return Sniffed("nothing", kind="other_json", detail=detail)
 
 
 def stand_in(name: str, kind: Kind, head: bytes, whole: bool, text_field: str) -> str:

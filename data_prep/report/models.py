@@ -227,37 +227,35 @@ def find_notes(report: Report) -> list[str]:
         lines.append("There is no validation split")
     for name, rule in report.rules.items():
         if rule.dropped > 0.5 * rule.seen:
-            lines.append(
-                f"Rule {name} dropped {rule.dropped:,} of the {rule.seen:,} documents it saw"
-            )
-    whole = ratio(
-        sum(source.text_bytes for source in report.sources),
-        sum(source.tokens for source in report.sources),
-    )
+            of_seen = f"of the {rule.seen:,} documents it saw"
+            lines.append(f"Rule {name} dropped {rule.dropped:,} {of_seen}")
     for source in report.sources:
-        name = f'"{source.name}"'
-        count = count_by_stage(funnel(report, [source]))
-        if not source.documents:
-            lines.append(f"Nothing of {name} is left")
-        elif count["exact"] + count["near"] > 0.5 * source.read:
-            lines.append(f"Most of {name} is duplicates")
-        if count["unreadable"] > 0.01 * sum(count.values()):
-            lines.append(
-                f"{count['unreadable']:,} of {sum(count.values()):,} records of {name} were "
-                "unreadable"
-            )
-        if source.tokens and source.text_bytes < 0.6 * whole * source.tokens:
-            here = rate(source.text_bytes, source.tokens)
-            lines.append(
-                f"Text of {name} takes a token for every {here} bytes, the whole set for "
-                f"{whole:.2f}"
-            )
+        lines += _source_notes(report, source)
     for name, split in report.splits.items():
         if split.padding > 0.1 * (split.tokens + split.padding):
-            lines.append(
-                f"{percent(split.padding, split.tokens + split.padding)} of the {name} rows is "
-                "padding"
-            )
+            share = percent(split.padding, split.tokens + split.padding)
+            lines.append(f"{share} of the {name} rows is padding")
+    return lines
+
+
+def _source_notes(report: Report, source: SourceReport) -> list[str]:
+    """Return what is odd about a source, a line each."""
+    lines, name = [], f'"{source.name}"'
+    count = count_by_stage(funnel(report, [source]))
+    if not source.documents:
+        lines.append(f"Nothing of {name} is left")
+    elif count["exact"] + count["near"] > 0.5 * source.read:
+        lines.append(f"Most of {name} is duplicates")
+    unreadable, records = count["unreadable"], sum(count.values())
+    if unreadable > 0.01 * records:
+        lines.append(f"{unreadable:,} of {records:,} records of {name} were unreadable")
+    text_bytes = sum(each.text_bytes for each in report.sources)
+    whole = ratio(text_bytes, sum(each.tokens for each in report.sources))
+    if source.tokens and source.text_bytes < 0.6 * whole * source.tokens:
+        here = rate(source.text_bytes, source.tokens)
+        lines.append(
+            f"Text of {name} takes a token for every {here} bytes, the whole set for {whole:.2f}"
+        )
     return lines
 
 

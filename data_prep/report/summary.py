@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from data_prep.arrays import Counts
 from data_prep.chunks import EXCERPT, Chunk, Recipe
 from data_prep.clean.cleaner import CleanStats
 from data_prep.corpus_stats import CorpusStats, Duplicates, SourceStats
@@ -19,7 +20,7 @@ from data_prep.report.models import (
     SplitReport,
     TokenizerReport,
 )
-from data_prep.shards import Manifest, Tokens
+from data_prep.shards import Manifest
 from data_prep.tokenizer import Tokenizer
 
 DUPLICATE_EXAMPLES = 6
@@ -113,7 +114,7 @@ def _source(name: str, source: SourceStats) -> SourceReport:
     )
 
 
-def _trimmed(counts: Tokens) -> list[int]:
+def _trimmed(counts: Counts) -> list[int]:
     filled = np.flatnonzero(counts)
     return counts[: filled[-1] + 1].tolist() if len(filled) else []
 

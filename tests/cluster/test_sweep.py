@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cluster.watch.sweep_table import results
+from cluster.watch.jobs_command import format_results
 
 from cluster import run_record, sweep_file
 from cluster.run_record import RecordError, Submission
@@ -132,7 +132,7 @@ def test_results_begin_with_the_lowest_validation_loss(two: Path) -> None:
         Run(two / name, name, "running", "", "", True, step=1000, loss=loss, val_loss=val)
         for name, loss, val in (("0-lr_1", 2.0, None), ("1-lr_3", 3.0, 2.5))
     ]
-    [table] = results(runs)
+    [table] = format_results(runs)
     assert [column.header for column in table.columns] == [
         "run",
         "optim.lr",
