@@ -1,4 +1,4 @@
-"""Memory and communication at scale against the formulas of dnt_scale/tools/memory_plan.py. The first table is a SIMULATION.
+"""Memory and communication at scale against the formulas of dnt_scale/tools/memory_plan.py; the first table SIMULATED.
 
     python -m benchmarks.scale
 

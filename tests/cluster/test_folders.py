@@ -26,7 +26,8 @@ SHADOWS = (
 
 @pytest.fixture
 def odd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder whose name SLURM's patterns and a shell would read, with files in the way of imports."""
+    """A working folder whose name SLURM's patterns and a shell would read, with files in the way of
+    imports."""
     folder = tmp_path / "around" / "50%j 'x\" 100% [é]"
     for name in SHADOWS:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)

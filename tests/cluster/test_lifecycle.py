@@ -1,4 +1,5 @@
-"""Real runs on a real SLURM, through what ends jobs: a short `python -m benchmarks.soak`, and each command."""
+"""Real runs on a real SLURM, through what ends jobs: a short `python -m benchmarks.soak`, and each
+command."""
 
 import json
 import sys

@@ -1,4 +1,5 @@
-"""`dnt sandbox`: what it starts, what it leaves alone, and nodes that are lost. All of it on the real SLURM."""
+"""`dnt sandbox`: what it starts, what it leaves alone, and nodes that are lost. All of it on the
+real SLURM."""
 
 import os
 import shutil
@@ -26,7 +27,8 @@ from tests.helpers.slurm import (
 pytestmark = pytest.mark.slow
 
 DNT = [sys.executable, "-m", "dnt_scale.cli", "sandbox"]
-# a machine of its own for a command: no SLURM's files, ports or processes, and a network card in name
+# a machine of its own for a command: no SLURM's files, ports or processes, and a network card in
+# name
 ALONE = """
 import fcntl, os, socket, struct, subprocess, sys
 for folder in ("/run", "/var/lib", "/etc/slurm"):
@@ -209,7 +211,8 @@ def test_daemons_of_another_slurm_are_left_alone(tmp_path: Path) -> None:
     "arguments", [words for words in COMMANDS if words != ["status"]], ids=lambda words: words[0]
 )
 def test_only_root_may(arguments: list[str]) -> None:
-    imports = "import os, sys; from cluster import sandbox; from dnt_scale import cli; cli.parser()"  # while it may read them
+    # imported while it may read the files
+    imports = "import os, sys; from cluster import sandbox; from dnt_scale import cli; cli.parser()"
     code = f"{imports}; os.setuid(65534); sys.exit(cli.main({['sandbox', *arguments]}))"
     error = python("-c", code).error()
     assert f"dnt sandbox {arguments[0]} starts and stops daemons: run it as root, sudo " in error

@@ -1,16 +1,16 @@
-"""`dnt submit --multirun`: combinations and names; a sweep on a real SLURM, preempted, cancelled, gone on with."""
+"""`dnt submit --multirun`: combinations and names; a sweep on a real SLURM, preempted, cancelled,
+gone on with."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cluster.watch.jobs_command import format_results
 
 from cluster import run_record, sweep_file
 from cluster.run_record import RecordError, Submission
 from cluster.submit import sweep_run
 from cluster.sweep_file import Sweep, SweepRun
-from cluster.watch.jobs_command import Run
+from cluster.watch.jobs_command import Run, format_results
 from dnt_scale.cli.main import main as dnt
 from dnt_scale.config import ConfigError
 from dnt_scale.record import timeline
@@ -18,7 +18,7 @@ from tests.helpers.run import metrics, start, steps_written, synthetic_set, tiny
 from tests.helpers.slurm import command, free, state, submit, wait_for
 from tests.helpers.stores import runs as mlflow_runs
 
-# --- what the overrides mean ------------------------------------------------------------------------------------------
+# --- what the overrides mean ----------------------------------------------------------------------
 
 
 def test_combinations_are_the_product_in_the_order_given() -> None:
@@ -77,7 +77,7 @@ def test_the_name_is_the_sweeps(tmp_path: Path) -> None:
         sweep_run.expand_sweep(tiny(tmp_path / "set", tmp_path / "run", "run.name=a,b"))
 
 
-# --- what is on disk --------------------------------------------------------------------------------------------------
+# --- what is on disk ------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -148,7 +148,7 @@ def test_results_begin_with_the_lowest_validation_loss(two: Path) -> None:
     ]
 
 
-# --- on SLURM ---------------------------------------------------------------------------------------------------------
+# --- on SLURM -------------------------------------------------------------------------------------
 
 LRS = ("0.03", "0.1", "0.2", "0.3")
 SITE = ("cluster=sandbox", "cluster.partition=low", "cluster.nodes=1", "cluster.nodelist=node1")
@@ -194,7 +194,8 @@ def lrs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def test_a_sweep_of_which_two_are_preempted(
     lrs: Path, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It ends with the table and the metrics of the same runs without SLURM, and as one family in MLflow."""
+    """It ends with the table and the metrics of the same runs without SLURM, and as one family in
+    MLflow."""
     overrides = small(
         data, lrs, "run.name=lrs", f"optim.lr={','.join(LRS)}", "tracking.enabled=true"
     )

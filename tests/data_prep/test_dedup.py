@@ -162,7 +162,8 @@ def test_agrees_with_datasketch(scratch: Path) -> None:
     theirs, ours = (
         {(a, b) for a, b in np.argwhere(table >= 0.8).tolist() if a < b} for table in tables
     )
-    # Each errs by 0.035 or so: on pairs within 0.1 of the threshold they may differ, and on no others.
+    # Each errs by 0.035 or so: on pairs within 0.1 of the threshold they may differ, and on no
+    # others.
     truth = {(a, b): jaccard(texts[a], texts[b]) for a, b in ours | theirs}
     assert all(0.7 < truth[pair] < 0.9 for pair in ours ^ theirs)
     assert sum(value >= 0.9 for value in truth.values()) >= 5
@@ -274,7 +275,8 @@ def test_progress_adds_up(scratch: Path) -> None:
 
 
 def test_a_fingerprint_is_pinned() -> None:
-    """Sets that grow compare with fingerprints made long ago, on another machine: these may never change."""
+    """Sets that grow compare with fingerprints made long ago, on another machine: these may never
+    change."""
     made = fingerprints(["The quick brown fox jumps over the lazy dog, and 敏捷的棕毛狐狸 too."])[0]
     assert [f"{half:016x}" for half in made["exact"]] == ["6bf30c4a618262b1", "f889372d523892f4"]
     assert (
@@ -452,7 +454,8 @@ print((small.original == large.original).all(), peak() - before)
 
 
 def test_a_long_chain_is_not_quadratic(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each is like the one before and after it alone, so that one cluster holds all and every second one stays."""
+    """Each is like the one before and after it alone, so that one cluster holds all and every
+    second one stays."""
     count = 600
     made = synthetic(np.random.default_rng(3), count)
     numbers, bytes_of = (

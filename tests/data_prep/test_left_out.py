@@ -1,4 +1,5 @@
-"""What is left out is said: a line on the screen, a row in the report, examples in rejects.jsonl; and in a dry run."""
+"""What is left out is said: a line on the screen, a row in the report, examples in rejects.jsonl;
+and in a dry run."""
 
 import gzip
 import io
@@ -193,7 +194,8 @@ def test_the_bytes_do_not_depend_on_workers_tasks_or_what_was_there(
         run(mixed, out, **given, task=(task, 2))
     run(mixed, out, **given)
     assert contents(out) == whole
-    # Chunks that other code has made are not taken for these, which say other things of the same files.
+    # Chunks that other code has made are not taken for these, which say other things of the same
+    # files.
     out = tmp_path / "five" / "out"
     with monkeypatch.context() as patch:
         patch.setattr(chunks, "VERSION", 1)

@@ -44,7 +44,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Options of a run over many small pieces and units of three sources, with copies within and across them."""
+    """Options of a run over many small pieces and units of three sources, with copies within and
+    across them."""
     monkeypatch.setattr("data_prep.read.pieces.PIECE_BYTES", 20_000)
     monkeypatch.setattr("data_prep.read.inputs.UNIT_BYTES", 60_000)
     whole = [path.read_bytes().decode("utf-8", "replace") for path in python_source_files(600_000)]

@@ -38,7 +38,8 @@ def tokenizer(model: Path) -> Tokenizer:
 
 
 def foreign(path: Path, **settings: object) -> Path:
-    """A model with SentencePiece's own defaults: it normalises, adds a space, and knows few characters."""
+    """A model with SentencePiece's own defaults: it normalises, adds a space, and knows few
+    characters."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.Train(
         sentence_iterator=iter(["some words to learn from"] * 9),

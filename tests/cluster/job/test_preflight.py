@@ -1,4 +1,5 @@
-"""Preflight on real ranks: four that pose as nodes, each scenario with one of them bad in one way."""
+"""Preflight on real ranks: four that pose as nodes, each scenario with one of them bad in one
+way."""
 
 import contextlib
 import io
@@ -63,7 +64,8 @@ def broken(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 class Ticks:
-    """The clock by which a rank measures: it counts, so that no load of the machine changes what is measured."""
+    """The clock by which a rank measures: it counts, so that no load of the machine changes what is
+    measured."""
 
     now = 0.0
 
@@ -79,7 +81,8 @@ def late(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def every_scenario(overrides: list[str], folder: Path) -> None:
-    """Print, a line a scenario, what ``check`` ended with on this rank, printed, and told the timeline."""
+    """Print, a line a scenario, what ``check`` ended with on this rank, printed, and told the
+    timeline."""
     me = process_group.start("cpu")
     run = config.load(overrides)
     preflight.SEEN_S, preflight.TIMING_S = 0.5, 0.05  # one disk shows a file at once

@@ -1,4 +1,5 @@
-"""What `dnt submit` refuses before the queue: on the real SLURM what depends on it, the rest on plain data."""
+"""What `dnt submit` refuses before the queue: on the real SLURM what depends on it, the rest on
+plain data."""
 
 import os
 import re
@@ -227,7 +228,7 @@ def test_a_run_is_submitted_once_and_not_again_while_its_job_lives(
         slurm.cancel(job)
 
 
-# --- nodes that work: SLURM's answer as data --------------------------------------------------------------------------
+# --- nodes that work: SLURM's answer as data ------------------------------------------------------
 
 
 def partition(*states: str) -> Partition:
@@ -276,7 +277,7 @@ def test_a_site_without_a_default_partition() -> None:
         checks.choose_partition(site_of("cluster.partition=null"), other)
 
 
-# --- folders ---------------------------------------------------------------------------------------------------------
+# --- folders --------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -412,7 +413,7 @@ def test_a_tokenizer_of_another_size_and_sets_that_do_not_match(data: Path, tmp_
         )
 
 
-# --- the run on its ranks, the signal, logins -------------------------------------------------------------------------
+# --- the run on its ranks, the signal, logins -----------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -508,7 +509,7 @@ def test_lines_without_a_login_pass() -> None:
     checks.check_logins(site_of().model_copy(update={"setup": lines}))
 
 
-# --- warnings --------------------------------------------------------------------------------------------------------
+# --- warnings -------------------------------------------------------------------------------------
 
 
 def test_gpus_for_nothing_and_nodes_that_are_down(data: Path, tmp_path: Path) -> None:

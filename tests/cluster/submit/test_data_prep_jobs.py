@@ -1,4 +1,5 @@
-"""`dnt data prepare --cluster` on a real SLURM: the bytes of a local run, and what it says before and after."""
+"""`dnt data prepare --cluster` on a real SLURM: the bytes of a local run, and what it says before
+and after."""
 
 import shutil
 from collections.abc import Iterator
@@ -66,7 +67,8 @@ def wait_for_jobs(folder: Path) -> None:
 def test_a_set_by_jobs_is_that_of_a_local_run(
     here: Path, jobs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One task is cancelled in the queue: asked again, the command queues it and what needs it, and nothing else."""
+    """One task is cancelled in the queue: asked again, the command queues it and what needs it, and
+    nothing else."""
     assert ask("--tasks", "3") == 0
     said = capsys.readouterr().out
     assert "data/set: in the making" in said

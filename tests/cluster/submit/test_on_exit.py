@@ -1,4 +1,5 @@
-"""What is decided when a job's ranks have ended: every case as a row, and what is read to decide it."""
+"""What is decided when a job's ranks have ended: every case as a row, and what is read to decide
+it."""
 
 import os
 import signal
@@ -51,9 +52,11 @@ def decided(**facts: object) -> Decision:
             False,
         ),
         ({"outcome": "KILLED", "exits": frozenset({USR1}), "all_ended": True}, "stopped", True),
-        # a signal before the first step: no last word of training, but all ranks ended by themselves
+        # a signal before the first step: no last word of training, but all ranks ended by
+        # themselves
         ({"exits": frozenset({TERM}), "all_ended": True}, "stopped", True),
-        # again and again it would be stopped before its first step: that is bounded, unless others preempt it
+        # again and again it would be stopped before its first step: that is bounded, unless others
+        # preempt it
         (
             {"exits": frozenset({USR1}), "all_ended": True, "nearly_over": True, "stepped": False},
             "crashed",
@@ -284,7 +287,8 @@ def test_a_job_that_slurm_starts_after_too_many_crashes_says_so(tmp_path: Path) 
 
 
 def test_the_job_that_began_last_is_the_newest(tmp_path: Path) -> None:
-    """A requeue that took effect though its answer was lost: the new job came first into run.json."""
+    """A requeue that took effect though its answer was lost: the new job came first into
+    run.json."""
     assert submission(tmp_path, "7", "8").with_job("7").jobs == ["8", "7"]
 
 

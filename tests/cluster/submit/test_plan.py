@@ -65,7 +65,7 @@ def line(text: str, name: str) -> str:
     return " ".join(found[1].split())
 
 
-# --- what it says ----------------------------------------------------------------------------------------------------
+# --- what it says ---------------------------------------------------------------------------------
 
 
 def test_a_new_run(data: Path, tmp_path: Path) -> None:
@@ -150,7 +150,7 @@ def test_a_mixture_names_its_sets(data: Path, tmp_path: Path) -> None:
     assert "0.13 epochs of a, 0.04 epochs of b" in line(text, "steps")
 
 
-# --- its numbers -----------------------------------------------------------------------------------------------------
+# --- its numbers ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,8 @@ def slurm_job(
         (TRAINS, slurm_job("RUNNING"), "running on node[1-2]"),
         (TRAINS, slurm_job("SUSPENDED"), "running on node[1-2] (SLURM says SUSPENDED)"),
         ([*LONG_AGO], slurm_job("RUNNING"), "running on node[1-2] (no sign of life for 6 min)"),
-        # back into the queue: by itself, by SLURM without a word of the run, and while the job still ends
+        # back into the queue: by itself, by SLURM without a word of the run, and while the job
+        # still ends
         (
             STOPPED,
             slurm_job("PENDING", restarts=1, eligible=NOW + 9),

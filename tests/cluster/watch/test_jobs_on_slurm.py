@@ -1,4 +1,5 @@
-"""`dnt jobs`, `dnt logs -f` and `dnt cancel` of a real run on a real SLURM, and ends that are found out there."""
+"""`dnt jobs`, `dnt logs -f` and `dnt cancel` of a real run on a real SLURM, and ends that are found
+out there."""
 
 import os
 import shutil

@@ -115,7 +115,8 @@ def test_followed_into_the_next_job_until_the_run_is_over(
 def test_what_it_waits_for(
     run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Rank 1 has written nothing in the second job, so it is said what the run is doing; and where that is from."""
+    """Rank 1 has written nothing in the second job, so it is said what the run is doing; and where
+    that is from."""
     monkeypatch.setattr(logs, "QUIET_S", 0.5)
     finish = threading.Timer(
         2.0, run_record.record_end, (run_dir, "12.0", "finished", "none", "done")

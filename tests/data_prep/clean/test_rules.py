@@ -382,7 +382,8 @@ def test_repairs_and_masks_are_made_once(all_rules: dict[str, Any], text: str) -
     ],
 )
 def test_hostile_megabytes_take_linear_time(all_rules: dict[str, Any], unit: str) -> None:
-    # Anything quadratic would run for hours here; ftfy is linear too, but takes seconds for a megabyte of line feeds.
+    # Anything quadratic would run for hours here; ftfy is linear too, but takes seconds for a
+    # megabyte of line feeds.
     text = unit * (1_000_000 // len(unit))
     for name, rule in all_rules.items():
         if name != "fix_text":

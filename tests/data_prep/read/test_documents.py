@@ -1,15 +1,15 @@
 """Nasty input never stops a run that is not strict, and what is good in it comes back exactly.
 
-The folder `nasty` holds, with what becomes of it in NASTY:
-- text: broken UTF-8, UTF-16, a UTF-8 surrogate, overlong UTF-8, NULs, a byte order mark, CRLF, line ends of all kinds,
-  spaces alone, no final newline, an empty file, a file of newlines, control characters, noncharacters, a broken
-  character at the very end
-- JSON lines: good lines, no final newline, a byte order mark, an empty file, a file of newlines, blank lines, CRLF line
-  ends, scalars and arrays, objects without text or with one that is null, a number or a list, malformed and cut lines,
-  raw control characters, deep nesting, huge numbers, NaN, duplicate keys, escaped and lone surrogates, escaped NUL,
-  CRLF and byte order mark, broken UTF-8, a second byte order mark, empty text, odd keys, lines of the separators U+2028
-  and U+0085, binary
-Names, links and pipes are in test_inputs.py; archives, long documents and parquet in test_pieces.py.
+The folder `nasty` holds, with what becomes of it in NASTY: - text: broken UTF-8, UTF-16, a UTF-8
+surrogate, overlong UTF-8, NULs, a byte order mark, CRLF, line ends of all kinds, spaces alone, no
+final newline, an empty file, a file of newlines, control characters, noncharacters, a broken
+character at the very end - JSON lines: good lines, no final newline, a byte order mark, an empty
+file, a file of newlines, blank lines, CRLF line ends, scalars and arrays, objects without text or
+with one that is null, a number or a list, malformed and cut lines, raw control characters, deep
+nesting, huge numbers, NaN, duplicate keys, escaped and lone surrogates, escaped NUL, CRLF and byte
+order mark, broken UTF-8, a second byte order mark, empty text, odd keys, lines of the separators
+U+2028 and U+0085, binary Names, links and pipes are in test_inputs.py; archives, long documents and
+parquet in test_pieces.py.
 """
 
 import json

@@ -1,4 +1,5 @@
-"""Whatever is read that is hardly the text that was meant: other encodings, packed, binary, stand-ins; and JSON."""
+"""Whatever is read that is hardly the text that was meant: other encodings, packed, binary,
+stand-ins; and JSON."""
 
 import bz2
 import gzip

@@ -1,4 +1,5 @@
-"""What lies among the files that are read and is none of them; links to folders; globs and names with brackets."""
+"""What lies among the files that are read and is none of them; links to folders; globs and names
+with brackets."""
 
 import os
 from pathlib import Path
@@ -152,7 +153,8 @@ def test_what_makes_a_readme_a_card(tmp_path: Path, name: str, text: str, is_dat
 
 
 def test_a_snapshot_of_a_data_set(tmp_path: Path) -> None:
-    """As the cache of the Hugging Face hub has it: links to blobs, one of which was not fetched, and a card."""
+    """As the cache of the Hugging Face hub has it: links to blobs, one of which was not fetched,
+    and a card."""
     blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "abc"
     (snapshot / "data").mkdir(parents=True)
     blobs.mkdir()

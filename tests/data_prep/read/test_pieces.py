@@ -46,7 +46,8 @@ def test_any_bytes_come_back_from_any_packing(suffix: str, raw: bytes, cut: int)
         Path(folder, f"two.txt{suffix}").write_bytes(
             pack(raw[:cut]) + pack(raw[cut:])
         )  # members after one another
-        # Whether it is read as text is for test_documents.py: of all that is said of it, both say the same.
+        # Whether it is read as text is for test_documents.py: of all that is said of it, both say
+        # the same.
         documents, _, records = read(folder)
         said: dict[str, list[object]] = {f"{name}.txt{suffix}": [] for name in ("one", "two")}
         for document in documents:

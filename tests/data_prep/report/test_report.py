@@ -76,7 +76,8 @@ HOSTILE = [
 
 
 class Page(HTMLParser):
-    """The text and the tags of a page; fails if an element is not closed, or could run or fetch something."""
+    """The text and the tags of a page; fails if an element is not closed, or could run or fetch
+    something."""
 
     def __init__(self, html: str):
         super().__init__()
@@ -110,7 +111,8 @@ class Page(HTMLParser):
 
 
 def a_report(numbers: Iterator[int], text: Any = str) -> dict[str, Any]:
-    """Every field of a report, with the next of `numbers` wherever a number goes and text(what it is) for text."""
+    """Every field of a report, with the next of `numbers` wherever a number goes and text(what it
+    is) for text."""
 
     def n() -> int:
         return next(numbers)
@@ -443,16 +445,9 @@ words = st.lists(st.sampled_from(["a", "b", "<c>", " ", "\n", "d e"]), max_size=
 @given(words, words)
 def test_marked_differences_are_the_differences(left: str, right: str) -> None:
     sides = differing(left, right)
-    joined = [
-        "".join(
-            part if isinstance(part, str) else "".join(part.itertext())
-            for part in side
-            if part is not None
-        )
-        for side in sides
-    ]
+    joined = ["".join(text for text, _ in side.parts) for side in sides]
     assert joined == [left, right]
-    common = ["".join(part for part in side if isinstance(part, str)) for side in sides]
+    common = ["".join(text for text, marked in side.parts if not marked) for side in sides]
     assert common[0] == common[1]
     if left == right:
         assert common[0] == left
@@ -460,7 +455,7 @@ def test_marked_differences_are_the_differences(left: str, right: str) -> None:
 
 def test_marked_differences_are_words() -> None:
     marked = [
-        [part.text for part in side if part is not None and not isinstance(part, str)]
+        [text for text, is_marked in side.parts if is_marked]
         for side in differing("in the winter of 1863, say", "in the spring of 1863, I say")
     ]
     assert marked == [["winter"], ["spring", "I "]]
