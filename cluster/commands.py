@@ -88,90 +88,107 @@ low's go back into the queue, spot's end.
 """
 
 
-def add(commands: "argparse._SubParsersAction[Parser]") -> None:
-    raw = argparse.RawDescriptionHelpFormatter
+RAW = argparse.RawDescriptionHelpFormatter
 
-    submit = commands.add_parser(
-        "submit", help="train a run as SLURM jobs", epilog=SUBMIT_HELP, formatter_class=raw
+
+def add(commands: "argparse._SubParsersAction[Parser]") -> None:
+    """Add the room's commands to those of `dnt`."""
+    for add_one in (add_submit, add_resubmit, add_jobs, add_logs, add_cancel, add_sandbox):
+        add_one(commands)
+
+
+def add_submit(commands: "argparse._SubParsersAction[Parser]") -> None:
+    command = commands.add_parser(
+        "submit", help="train a run as SLURM jobs", epilog=SUBMIT_HELP, formatter_class=RAW
     )
-    submit.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
-    submit.add_argument(
+    command.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    command.add_argument(
         "--dry-run", action="store_true", help="check, show the plan and the batch script, and stop"
     )
-    submit.add_argument(
+    command.add_argument(
         "--fresh",
         action="store_true",
         help="move aside what an earlier run has left in the folder; begin at step 0",
     )
-    submit.add_argument(
+    command.add_argument(
         "--multirun", action="store_true", help="a run for each combination of values KEY=A,B,C"
     )
-    submit.set_defaults(run=run_submit)
+    command.set_defaults(run=run_submit)
 
-    resubmit = commands.add_parser(
-        "resubmit", help="go on with a submitted run", epilog=RESUBMIT_HELP, formatter_class=raw
+
+def add_resubmit(commands: "argparse._SubParsersAction[Parser]") -> None:
+    command = commands.add_parser(
+        "resubmit", help="go on with a submitted run", epilog=RESUBMIT_HELP, formatter_class=RAW
     )
-    resubmit.add_argument(
+    command.add_argument(
         "folder", type=path_or_url, metavar="RUN", help="its folder, or its name in runs/"
     )
-    resubmit.add_argument(
+    command.add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE", help="changes of the run or the cluster"
     )
-    resubmit.add_argument(
+    command.add_argument(
         "--update-code", action="store_true", help="run dnt as it is now, not as it was submitted"
     )
-    resubmit.add_argument(
+    command.add_argument(
         "--dry-run", action="store_true", help="check and print the plan and the batch script only"
     )
-    resubmit.set_defaults(run=run_resubmit)
+    command.set_defaults(run=run_resubmit)
 
-    jobs = commands.add_parser(
-        "jobs", help="what submitted runs are doing", epilog=JOBS_HELP, formatter_class=raw
+
+def add_jobs(commands: "argparse._SubParsersAction[Parser]") -> None:
+    command = commands.add_parser(
+        "jobs", help="what submitted runs are doing", epilog=JOBS_HELP, formatter_class=RAW
     )
-    jobs.add_argument(
+    command.add_argument(
         "runs", nargs="*", type=path_or_url, metavar="RUN|FOLDER", help="default: all in runs/"
     )
-    form = jobs.add_mutually_exclusive_group()
+    form = command.add_mutually_exclusive_group()
     form.add_argument(
         "--watch", action="store_true", help="show it anew every two seconds; Ctrl-C ends that"
     )
     form.add_argument("--json", action="store_true", help="the same as data")
-    jobs.set_defaults(run=run_jobs)
+    command.set_defaults(run=run_jobs)
 
-    logs = commands.add_parser(
-        "logs", help="what a submitted run wrote", epilog=LOGS_HELP, formatter_class=raw
+
+def add_logs(commands: "argparse._SubParsersAction[Parser]") -> None:
+    command = commands.add_parser(
+        "logs", help="what a submitted run wrote", epilog=LOGS_HELP, formatter_class=RAW
     )
-    logs.add_argument(
+    command.add_argument(
         "folder", type=path_or_url, metavar="RUN", help="its folder, or its name in runs/"
     )
-    logs.add_argument("-f", "--follow", action="store_true", help="go on until the run is over")
-    logs.add_argument(
+    command.add_argument("-f", "--follow", action="store_true", help="go on until the run is over")
+    command.add_argument(
         "--rank", type=whole(0, 10**6), default=0, metavar="K", help="of which rank (default: 0)"
     )
-    logs.set_defaults(run=run_logs)
+    command.set_defaults(run=run_logs)
 
-    cancel = commands.add_parser(
+
+def add_cancel(commands: "argparse._SubParsersAction[Parser]") -> None:
+    command = commands.add_parser(
         "cancel",
         help="end a run's job, and let none follow",
         epilog=CANCEL_HELP,
-        formatter_class=raw,
+        formatter_class=RAW,
     )
-    cancel.add_argument(
+    command.add_argument(
         "runs",
         nargs="+",
         type=path_or_url,
         metavar="RUN",
         help="its folder or name in runs/; a sweep's: all its runs",
     )
-    cancel.set_defaults(run=run_cancel)
+    command.set_defaults(run=run_cancel)
 
-    sandbox = commands.add_parser(
+
+def add_sandbox(commands: "argparse._SubParsersAction[Parser]") -> None:
+    command = commands.add_parser(
         "sandbox",
         help="a real SLURM on this one machine, to try jobs on",
         epilog=SANDBOX_HELP,
-        formatter_class=raw,
+        formatter_class=RAW,
     )
-    add_sandbox_commands(sandbox.add_subparsers(required=True, metavar="COMMAND"))
+    add_sandbox_commands(command.add_subparsers(required=True, metavar="COMMAND"))
 
 
 def add_sandbox_commands(commands: "argparse._SubParsersAction[Parser]") -> None:

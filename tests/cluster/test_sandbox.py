@@ -212,8 +212,10 @@ def test_daemons_of_another_slurm_are_left_alone(tmp_path: Path) -> None:
 )
 def test_only_root_may(arguments: list[str]) -> None:
     # imported while it may read the files
-    imports = "import os, sys; from cluster import sandbox; from dnt_scale import cli; cli.parser()"
-    code = f"{imports}; os.setuid(65534); sys.exit(cli.main({['sandbox', *arguments]}))"
+    imports = "import os, sys; from cluster import sandbox; from dnt_scale.cli import main as cli"
+    code = (
+        f"{imports}; cli.parser(); os.setuid(65534); sys.exit(cli.main({['sandbox', *arguments]}))"
+    )
     error = python("-c", code).error()
     assert f"dnt sandbox {arguments[0]} starts and stops daemons: run it as root, sudo " in error
 
