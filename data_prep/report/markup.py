@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jinja2
-from markupsafe import Markup
 
 from data_prep.words import counted, size
 
@@ -168,7 +167,7 @@ def _shown(value: object) -> object:
     """Return what is written for a value: numbers with commas, nothing for None."""
     if isinstance(value, int):
         return f"{value:,}"
-    if isinstance(value, str) and not isinstance(value, Markup):
+    if isinstance(value, str) and not hasattr(value, "__html__"):  # what a macro drew has that
         return visible(value)
     return "" if value is None else value
 
