@@ -11,7 +11,9 @@ from typing import Any, Literal, NamedTuple
 
 import orjson
 
-from data_prep.read.pieces import RAW_BYTES, Finding, Piece, Text
+from data_prep.read.formats import row_suffixes
+from data_prep.read.pieces import RAW_BYTES, Piece
+from data_prep.read.raw import Finding, Text
 
 Action = Literal["kept", "repaired", "dropped", "cut", "passed over"]
 
@@ -285,7 +287,7 @@ def _remark(text: str, file: str, line: int, note: Note) -> bool:
 def _complaint(finding: Finding, start: int) -> str:
     place = ""
     if finding.line:
-        unit = "row" if finding.file.lower().endswith(".parquet") else "line"
+        unit = "row" if finding.file.lower().endswith(row_suffixes()) else "line"
         place = f" {unit} {finding.line}{f' after byte {start}' if start else ''}:"
     return (
         f"{finding.file}:{place} found {finding.detail}, expected {KINDS[finding.kind][1]}; "

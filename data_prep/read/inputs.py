@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from data_prep.read.formats import row_suffixes
 from data_prep.read.listing import (
     Found,
     Passed,
@@ -18,7 +19,8 @@ from data_prep.read.listing import (
     stat_remote,
     walk,
 )
-from data_prep.read.pieces import Finding, Unit
+from data_prep.read.pieces import Unit
+from data_prep.read.raw import Finding
 from data_prep.read.sniff import HEAD_BYTES, holds_records, sniff_file
 from data_prep.read.streams import File, Stored, file_system, is_http, is_url, packing
 from data_prep.read.suffixes import (
@@ -368,7 +370,7 @@ def _holds_records(file: Found) -> bool:
 
 def _some(item: str, files: list[Found], passed: list[Passed]) -> list[Found]:
     if not files:
-        wanted = " ".join((*TEXT_SUFFIXES[:3], "...", *JSON_SUFFIXES, ".parquet"))
+        wanted = " ".join((*TEXT_SUFFIXES[:3], "...", *JSON_SUFFIXES, *row_suffixes()))
         left = (
             f" (passed over: {len(passed):,}, such as {printable(passed[0].below)})"
             if passed

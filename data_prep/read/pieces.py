@@ -6,17 +6,18 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from typing import IO, Any, NamedTuple
+from typing import IO, NamedTuple
 
 import orjson
 
 from data_prep.read import oversize
+from data_prep.read.formats import ROW_FORMATS
+from data_prep.read.raw import Finding, Text, cut_finding, cut_parts
 from data_prep.read.sniff import HEAD_BYTES, Form, as_lines, sniff_file, stand_in, transcoded
-from data_prep.read.streams import File, Stored, packing, seekable, unpacked
+from data_prep.read.streams import File, Stored, packing, unpacked
 
 PIECE_BYTES = 4 << 20
 RAW_BYTES = 64 << 10
-BATCH_ROWS = 256
 # What a text takes beside its bytes: a column of nulls must end in pieces too.
 TEXT_BYTES = 64
 
@@ -32,30 +33,6 @@ class Unit:
     files: tuple[File, ...]
     start: int = 0
     end: int | None = None
-
-
-class Finding(NamedTuple):
-    """Something wrong in the input, of a kind in data_prep.read.documents.
-
-    `raw` is what is dropped, or the beginning of it; then `size` is how many bytes it has.
-    """
-
-    kind: str
-    file: str
-    line: int
-    detail: str
-    raw: bytes = b""
-    size: int = 0
-
-
-class Text(NamedTuple):
-    """A document: a text file or a part of one (`line` is 0), or a parquet row (from 1), None for a
-    null. Or, if it is `json`, whole lines of JSON, of which `line` is the number of the first."""
-
-    file: str
-    line: int
-    raw: bytes | None
-    json: bool = False
 
 
 class Piece(NamedTuple):
@@ -94,10 +71,10 @@ def read_pieces(unit: Unit, text_field: str = "text") -> Iterator[Piece]:
     match unit.files[0].kind:
         case "text" | "json":
             pieces = _gathered(_files(unit, text_field))
-        case "parquet":
-            pieces = _gathered(_rows(unit.files[0], text_field))
         case "jsonl":
             pieces = _json_lines(unit, text_field)
+        case _:
+            pieces = _gathered(_rows(unit.files[0], text_field))
     before = 0
     for number, (piece, position) in enumerate(pieces):
         yield piece._replace(number=number, input_bytes=position - before)
@@ -181,7 +158,7 @@ def _content(
 ) -> Iterator[Text | Finding]:
     """Yield a text file's document or its parts, or the lines of JSON that it holds."""
     if content.form == "text":
-        yield from _parts(file.name, 0, content.chunks)
+        yield from cut_parts(file.name, 0, content.chunks)
     elif content.form != "nothing":
         line = 1
         for run in _runs(content.chunks):
@@ -205,54 +182,17 @@ def _trailing(file: File, stored: Stored) -> Finding:
     )
 
 
-def _parts(name: str, line: int, chunks: Iterable[bytes]) -> Iterator[Text | Finding]:
-    """Yield a document, or the parts of one that is too large and a finding."""
-    count = size = 0
-    for part in oversize.cut_text(chunks):
-        yield Text(name, line, part)
-        count += 1
-        size += len(part)
-    if count > 1:
-        yield _cut(name, line, size)
-
-
 def _rows(file: File, text_field: str) -> Iterator[tuple[Text | Finding, int]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    row = 0
-    with seekable(file) as raw:
-        for finding in _no_parquet(file, raw.read(HEAD_BYTES), text_field):
-            yield finding, file.size
-            return
-        raw.seek(0)
-        try:
-            # A column of a row group as a stream, not whole.
-            parquet = pq.ParquetFile(raw, buffer_size=1 << 20, pre_buffer=False)
-            rows = parquet.metadata.num_rows
-            _check_column(file, parquet.schema_arrow, text_field)
-            for batch in parquet.iter_batches(BATCH_ROWS, columns=[text_field], use_threads=False):
-                # Of a name with a dot the library takes all columns that begin with what stands
-                # before it.
-                column = batch.column(batch.schema.get_field_index(text_field))
-                if pa.types.is_dictionary(column.type):
-                    column = column.dictionary_decode()
-                for value in column.cast(pa.large_binary()).to_pylist():
-                    row += 1
-                    for item in (
-                        [Text(file.name, row, None)]
-                        if value is None
-                        else _parts(file.name, row, [value])
-                    ):
-                        yield item, file.size * row // rows
-        except (pa.ArrowException, OSError) as error:
-            raise ValueError(
-                f"{file.path}: damaged after row {row}: {error}; expected a whole parquet file, "
-                "make it again"
-            ) from error
+    with closing(Stored(file)) as stored:
+        findings = _instead_of_rows(file, stored.peek(HEAD_BYTES), text_field)
+    for finding in findings:
+        yield finding, file.size
+        return
+    yield from ROW_FORMATS[file.kind].read_rows(file, text_field)
 
 
-def _no_parquet(file: File, first: bytes, text_field: str) -> tuple[Finding, ...]:
+def _instead_of_rows(file: File, first: bytes, text_field: str) -> tuple[Finding, ...]:
+    """Return what a file holds that is hardly one of rows, by its beginning."""
     if not first:
         return (Finding("empty", file.name, 0, "an empty file"),)
     found = stand_in(file.name, file.kind, first, len(first) < HEAD_BYTES, text_field)
@@ -263,39 +203,9 @@ def first_findings(file: File, text_field: str) -> tuple[Finding, ...]:
     """Return what is to be said of a file by its beginning. Raises ValueError as `read_pieces`
     does."""
     with closing(Stored(file)) as stored:
-        if file.kind == "parquet":
-            return _no_parquet(file, stored.peek(HEAD_BYTES), text_field)
+        if file.kind in ROW_FORMATS:
+            return _instead_of_rows(file, stored.peek(HEAD_BYTES), text_field)
         return opened(file, stored, text_field).findings
-
-
-def _check_column(file: File, schema: Any, text_field: str) -> None:
-    import pyarrow as pa
-
-    if (same := schema.names.count(text_field)) > 1:
-        raise ValueError(
-            f"{file.path}: found {same} columns {text_field!r}, expected one; rename the others, "
-            "or name the column of "
-            "the text with --text-field"
-        )
-    if not same:
-        raise ValueError(
-            f"{file.path}: found no column {text_field!r}, but "
-            f"{', '.join(map(repr, schema.names)) or 'none at all'}; "
-            "name the column of the text with --text-field"
-        )
-    kind = schema.field(text_field).type
-    value = kind.value_type if pa.types.is_dictionary(kind) else kind
-    if value not in (
-        pa.string(),
-        pa.large_string(),
-        pa.string_view(),
-        pa.binary(),
-        pa.large_binary(),
-    ):
-        raise ValueError(
-            f"{file.path}: found column {text_field!r} of type {kind}, expected string; "
-            "name the column of the text with --text-field"
-        )
 
 
 def _json_lines(unit: Unit, text_field: str) -> Iterator[tuple[Piece, int]]:
@@ -442,15 +352,9 @@ def _long_line(file: IO[bytes], piece: Piece, text_field: str) -> Iterator[Piece
         return
     body_bytes = place[1] - place[0]
     if body_bytes > oversize.MAX_DOCUMENT:
-        findings.append(_cut(piece.name, line, body_bytes))
+        findings.append(cut_finding(piece.name, line, body_bytes))
     for body in oversize.cut_string(file, *place):
         yield piece._replace(
             lines=b'{%b:"%b"}' % (orjson.dumps(text_field), body), findings=tuple(findings)
         )
         piece, findings = piece._replace(line_count=0), []
-
-
-def _cut(name: str, line: int, size: int) -> Finding:
-    return Finding(
-        "cut", name, line, f"{size:,} bytes, cut in documents of at most {oversize.MAX_DOCUMENT:,}"
-    )

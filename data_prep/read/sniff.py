@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 import orjson
 
-from data_prep.read.streams import Kind, packing
+from data_prep.read.streams import packing
 
 HEAD_BYTES = 1 << 18
 SMALL_BYTES = 4096
@@ -127,7 +127,7 @@ class Sniffed(NamedTuple):
     detail: str = ""
 
 
-def sniff_file(name: str, kind: Kind, head: bytes, whole: bool, text_field: str) -> Sniffed:
+def sniff_file(name: str, kind: str, head: bytes, whole: bool, text_field: str) -> Sniffed:
     """Return what a file is by its unpacked beginning: `head` is HEAD_BYTES, or all there is
     (`whole`).
 
@@ -179,7 +179,7 @@ def _no_records(detail: str) -> Sniffed:
     return Sniffed("nothing", kind="other_json", detail=detail)
 
 
-def stand_in(name: str, kind: Kind, head: bytes, whole: bool, text_field: str) -> str:
+def stand_in(name: str, kind: str, head: bytes, whole: bool, text_field: str) -> str:
     """Return what stands here in place of the file, or "": a pointer that some tool left, or a
     server's word that there is none. `head` is as for `sniff_file`, or the beginning of a file as
     it is stored."""

@@ -9,7 +9,7 @@ import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any, Literal, NamedTuple, Protocol
+from typing import IO, Any, NamedTuple, Protocol
 from urllib.parse import urlsplit
 
 import zstandard
@@ -26,9 +26,6 @@ TRAILING_BYTES = 1 << 16
 # Some published dumps were packed with `zstd --long=31`; only they take that much memory.
 ZSTD_WINDOW = 1 << 31
 
-# json: JSON lines, or other JSON, whose content decides.
-Kind = Literal["text", "jsonl", "json", "parquet"]
-
 
 class File(NamedTuple):
     """One input file.
@@ -36,6 +33,8 @@ class File(NamedTuple):
     name: what a person sees, below the INPUT ("books/a.txt"), printable; never the way to the
     INPUT.
     path: what is opened, a local path or a URL.
+    kind: "text", "jsonl", "json" (JSON lines or other JSON, whose content decides), or one of
+        data_prep.read.formats.ROW_FORMATS.
     size: bytes as stored, 0 if a server does not tell.
     stamp: changes when the file does: the time of its last change, or what the server gives as ETag
     or the like.
@@ -43,7 +42,7 @@ class File(NamedTuple):
 
     name: str
     path: str
-    kind: Kind
+    kind: str
     size: int
     stamp: str
 

@@ -3,7 +3,8 @@
 import re
 from pathlib import Path
 
-from data_prep.read.streams import PACKED, Kind, packing
+from data_prep.read.formats import ROW_FORMATS, row_suffixes
+from data_prep.read.streams import PACKED, packing
 
 JSONL_SUFFIXES = (".jsonl", ".ndjson")
 
@@ -36,24 +37,30 @@ ARCHIVES = (".zip", ".tar", ".tgz", ".tbz2", ".txz", ".7z", ".rar")
 
 
 def is_wanted(name: str) -> bool:
+    """Return whether a file of this name is read where a folder is."""
     bare = bare_name(name)
-    return bare.endswith((*TEXT_SUFFIXES, *JSON_SUFFIXES)) or (
-        bare.endswith(".parquet") and not packing(name)
-    )
+    if bare.endswith(row_suffixes()):
+        return not packing(name)
+    return bare.endswith((*TEXT_SUFFIXES, *JSON_SUFFIXES))
 
 
 def is_hidden(below: str) -> bool:
     return any(part.startswith(".") for part in below.split("/"))
 
 
-def kind_of(name: str) -> Kind:
+def kind_of(name: str) -> str:
+    """Return the kind of a file by its name, as `File.kind` has it."""
     bare = bare_name(name)
     if bare.endswith(JSONL_SUFFIXES):
         return "jsonl"
-    return "json" if bare.endswith(".json") else "parquet" if bare.endswith(".parquet") else "text"
+    if bare.endswith(".json"):
+        return "json"
+    rows = (kind for kind, each in ROW_FORMATS.items() if bare.endswith(each.suffix))
+    return next(rows, "text")
 
 
 def bare_name(name: str) -> str:
+    """Return a name in lower case, without the suffix of its compression."""
     return name.lower().removesuffix(packing(name))
 
 
@@ -70,11 +77,10 @@ def is_card_name(below: str) -> bool:
 
 def refuse_archive(path: str, name: str) -> None:
     bare = bare_name(name)
-    if bare.endswith(ARCHIVES) or (bare.endswith(".parquet") and packing(name)):
+    if bare.endswith(ARCHIVES) or (bare.endswith(row_suffixes()) and packing(name)):
         raise ValueError(
             f"{path}: expected text, {', '.join(JSON_SUFFIXES)}, each also with "
-            f"{', '.join(PACKED)}, or .parquet; "
-            "unpack it first"
+            f"{', '.join(PACKED)}, or {', '.join(row_suffixes())}; unpack it first"
         )
 
 

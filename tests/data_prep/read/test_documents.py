@@ -22,7 +22,8 @@ from hypothesis import strategies as st
 
 from data_prep.read import pieces
 from data_prep.read.documents import FEW, KINDS, Document, Findings
-from data_prep.read.pieces import RAW_BYTES, Finding
+from data_prep.read.pieces import RAW_BYTES
+from data_prep.read.raw import Finding
 from tests.helpers.reading import read, texts_of
 
 DEEP = b"[" * 100_000
