@@ -334,8 +334,7 @@ def _write_columns(parts: Iterable[Fingerprints], folder: Path, near: bool) -> i
             if part.dtype != FINGERPRINT or part.ndim != 1:
                 raise ValueError(
                     f"fingerprints: found {part.dtype} of shape {part.shape}, expected "
-                    f"{FINGERPRINT} of one dimension; "
-                    "make them again with this release"
+                    f"{FINGERPRINT} of one dimension; make them again with this release"
                 )
             columns = [part["exact"], *part["bands"].T, part["signature"]]
             for file, column in zip(files, columns, strict=False):

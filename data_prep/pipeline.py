@@ -77,8 +77,7 @@ def prepare(options: PrepareOptions, console: Console | None = None) -> Manifest
         if options.task:
             console.print(
                 f"task {options.task[0]} of {options.task[1]} is done; when all are, the same "
-                "command without --task "
-                f"makes the set in {escape(visible(str(out)))}",
+                f"command without --task makes the set in {escape(visible(str(out)))}",
                 highlight=False,
             )
             return None
@@ -237,17 +236,16 @@ def _make_chunks(
 def _print_reused_parts(work: Path, folders: Sequence[Path], console: Console) -> None:
     """Print how many finished parts in the work folder are reused, and that others do not fit."""
     there = {folder for folder in (work / "chunks").glob("*") if any(folder.glob("*.npz"))}
-    if going_on := sum(len(list(folder.glob("*.npz"))) for folder in there.intersection(folders)):
+    if reused := sum(len(list(folder.glob("*.npz"))) for folder in there.intersection(folders)):
         console.print(
-            f"going on with {going_on:,} finished parts of an earlier run or of tasks",
+            f"reusing {reused:,} finished parts of an earlier run or of tasks",
             highlight=False,
         )
     if others := there.difference(folders):
         console.print(
             f"warning: finished parts of {len(others):,} units in {work} are of another input, "
-            "other options or "
-            "other library versions, and are not used; if that is not meant, stop and give the "
-            "same options",
+            "other options or other library versions, and are not used; if that is not meant, "
+            "stop and give the same options",
             highlight=False,
             markup=False,
             soft_wrap=True,

@@ -64,8 +64,7 @@ def stage(console: Console, name: str, total: int | None, unit: str = "MB") -> I
     seconds = time.monotonic() - start
     console.print(
         f"{name:9} {_amount(state.text_bytes or state.done, 'MB' if state.text_bytes else unit)} "
-        f"in {seconds:.1f} s, "
-        f"{_rate(state, seconds, unit)}",
+        f"in {seconds:.1f} s, {_rate(state, seconds, unit)}",
         highlight=False,
         soft_wrap=True,
     )

@@ -459,8 +459,7 @@ def read_manifest(folder: Path) -> Manifest:
     if found != (FORMAT, VERSION):
         raise ValueError(
             f"{path}: found format {found[0]!r} version {found[1]!r}, expected {FORMAT!r} version "
-            f"{VERSION}; "
-            "prepare the set again with this release"
+            f"{VERSION}; prepare the set again with this release"
         )
     try:
         return Manifest.model_validate_json(raw)

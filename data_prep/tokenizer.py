@@ -56,8 +56,7 @@ class Tokenizer:
         if self.eos_id < 0 or not self._sp.IsControl(self.eos_id):
             raise ValueError(
                 f"{name}: this SentencePiece model has no end-of-sequence control symbol, which "
-                "separates documents; "
-                "train one with an eos_id, or leave --tokenizer out"
+                "separates documents; train one with an eos_id, or leave --tokenizer out"
             )
         pieces = [self._sp.PieceToId(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
         self._mark_ids = np.array(

@@ -151,8 +151,8 @@ def find_or_train(
         )
         raise ValueError(
             f"none of the {documents:,} documents is left to learn from: "
-            f"{documents - sum(dropped.values()):,} held out"
-            f"{by_rule}; use a smaller --val-fraction or other --clean rules"
+            f"{documents - sum(dropped.values()):,} held out{by_rule}; use a smaller "
+            "--val-fraction or other --clean rules"
         )
     with stage(console, "learn", None) as advance:
         write_whole(model, lambda beside: train(texts, lesson.vocab_size, beside, lesson.kind))
@@ -250,14 +250,12 @@ def _explain(message: str, vocab_size: int) -> str:
     if most := re.search(r"too high .*<= (\d+)", message):
         return (
             f"vocab_size: found {vocab_size}, but the largest that this corpus supports is "
-            f"{most[1]}; "
-            f"use --vocab-size {most[1]} or less, or more text"
+            f"{most[1]}; use --vocab-size {most[1]} or less, or more text"
         )
     if least := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
         return (
             f"vocab_size: found {vocab_size}, but the 256 bytes and the corpus's own characters "
-            f"need {least[1]}; "
-            f"use --vocab-size {least[1]} or more"
+            f"need {least[1]}; use --vocab-size {least[1]} or more"
         )
     if "sentences_.empty()" in message or "all_chars_count" in message:
         return "the corpus has no text to train a tokenizer on; give more text, or --tokenizer FILE"

@@ -88,8 +88,7 @@ def work_folder(out: Path, *, shared: bool = False) -> Iterator[Path]:
             ) from error
         raise ValueError(
             f"{out}: the disk is full or a limit is reached ({error.strerror}; {free_bytes(out):,} "
-            "bytes free); "
-            f"free some space or choose another --out.{kept}"
+            f"bytes free); free some space or choose another --out.{kept}"
         ) from error
 
 

@@ -72,7 +72,9 @@ class NodeReport:
     checksum: int  # made of the bits of the product that was timed
 
 
-def check(me: Ranks, run: RunConfig, cluster: ClusterConfig, multiply: Multiply = torch.mm) -> None:
+def check(
+    ranks: Ranks, run: RunConfig, cluster: ClusterConfig, multiply: Multiply = torch.mm
+) -> None:
     """Check devices, arithmetic, network, clocks and disks; rank 0 says in one line what was found.
     A collective.
 
@@ -85,28 +87,28 @@ def check(me: Ranks, run: RunConfig, cluster: ClusterConfig, multiply: Multiply 
             or is not shared.
     """
     beat("preflight: disks, devices and arithmetic")
-    free = on_first(me, lambda: check_free_space(run))
-    mark = on_first(me, lambda: leave_mark(run))
-    dtype = compute_dtype.for_preflight(run, me)
-    found = gather(me, inspect_rank(me, run.run.dir / "logs" / mark.name, dtype, multiply))
-    if me.first:
+    free = on_first(ranks, lambda: check_free_space(run))
+    mark = on_first(ranks, lambda: leave_mark(run))
+    dtype = compute_dtype.for_preflight(run, ranks)
+    found = gather(ranks, inspect_rank(ranks, run.run.dir / "logs" / mark.name, dtype, multiply))
+    if ranks.first:
         mark.unlink(missing_ok=True)
     hosts = [one.host for one in found]
-    check_shared(me, run, mark.parents[1], found)
-    faults, warnings = compare_reports(found, may_be_shared=me.device.type == "cpu")
+    check_shared(ranks, run, mark.parents[1], found)
+    faults, warnings = compare_reports(found, may_be_shared=ranks.device.type == "cpu")
     if faults:
-        fail(me, run, "; ".join(faults.values()), sorted(faults))
+        fail(ranks, run, "; ".join(faults.values()), sorted(faults))
 
     beat("preflight: network and clocks")
-    gb_s, clocks = measure_network(me)
+    gb_s, clocks = measure_network(ranks)
     if gb_s < cluster.min_bandwidth_gb_s:
-        slow, how = find_slow_nodes(me, hosts)
+        slow, how = find_slow_nodes(ranks, hosts)
         fail(
-            me,
+            ranks,
             run,
-            f"an all-reduce over {me.world_size} rank{'s' * (me.world_size > 1)} moves {gb_s:.3g} "
-            "GB/s, less than "
-            f"cluster.min_bandwidth_gb_s ({cluster.min_bandwidth_gb_s:g}); {how}",
+            f"an all-reduce over {ranks.world_size} rank{'s' * (ranks.world_size > 1)} moves "
+            f"{gb_s:.3g} GB/s, less than cluster.min_bandwidth_gb_s "
+            f"({cluster.min_bandwidth_gb_s:g}); {how}",
             slow,
         )
     usual = statistics.median_low(clocks)
@@ -119,7 +121,7 @@ def check(me: Ranks, run: RunConfig, cluster: ClusterConfig, multiply: Multiply 
         f"the clock of {host} is {abs(by):.0f} s {'ahead' if by > 0 else 'behind'}"
         for host, by in apart.items()
     ]
-    if me.first:
+    if ranks.first:
         for warning in warnings:
             print(f"preflight: warning: {warning}", file=sys.stderr)
         print(
@@ -127,20 +129,20 @@ def check(me: Ranks, run: RunConfig, cluster: ClusterConfig, multiply: Multiply 
         )
 
 
-def gather(me: Ranks, mine: T) -> list[T]:
+def gather(ranks: Ranks, mine: T) -> list[T]:
     """Return what every rank has, by rank. A collective."""
-    every = [mine] * me.world_size
+    every = [mine] * ranks.world_size
     dist.all_gather_object(every, mine)
     return every
 
 
-def fail(me: Ranks, run: RunConfig, what: str, hosts: Sequence[str]) -> NoReturn:
+def fail(ranks: Ranks, run: RunConfig, what: str, hosts: Sequence[str]) -> NoReturn:
     """Tell the timeline which hosts are bad, and end all ranks. Raises AgreedFault, always."""
     them = "it" if len(hosts) == 1 else "them"
     message = f"preflight: {what}" + (
         f"; to leave {them} out, cluster.exclude=[{','.join(hosts)}]" if hosts else ""
     )
-    if me.first:
+    if ranks.first:
         with suppress(OSError):
             timeline.append(
                 run.run.dir,
@@ -189,9 +191,8 @@ def check_free_space(run: RunConfig) -> int | None:
     if free < (needed := count * checkpoint_bytes(run)):
         raise ConfigError(
             f"{'run.dir' if run.checkpoint.dir is None else 'checkpoint.dir'}: {place} has room "
-            f"for {megabytes(free)}, but "
-            f"{count} checkpoint{'s' * (count > 1)} take{'s' * (count == 1)} {megabytes(needed)}; "
-            "free some, or give another"
+            f"for {megabytes(free)}, but {count} checkpoint{'s' * (count > 1)} "
+            f"take{'s' * (count == 1)} {megabytes(needed)}; free some, or give another"
         )
     return free
 
@@ -218,14 +219,14 @@ def leave_mark(run: RunConfig) -> Path:
     return mark
 
 
-def why_not_shared(me: Ranks, mark: Path) -> str:
+def why_not_shared(ranks: Ranks, mark: Path) -> str:
     """Return why this rank cannot read rank 0's mark, or write beside it; empty where it can."""
     deadline = time.monotonic() + SEEN_S
     while not holds_its_name(mark):  # not yet: a file system of several machines takes its time
         if time.monotonic() > deadline:
             return "does not see what rank 0 wrote there"
         time.sleep(0.05)
-    mine = mark.with_name(f"{mark.name}-{me.rank}")
+    mine = mark.with_name(f"{mark.name}-{ranks.rank}")
     try:
         mine.write_text(mark.name)
         mine.unlink()
@@ -241,7 +242,7 @@ def holds_its_name(mark: Path) -> bool:
         return False
 
 
-def check_shared(me: Ranks, run: RunConfig, folder: Path, found: Sequence[NodeReport]) -> None:
+def check_shared(ranks: Ranks, run: RunConfig, folder: Path, found: Sequence[NodeReport]) -> None:
     """Check that all ranks see one run folder, which is ``folder`` to rank 0.
 
     Raises:
@@ -257,14 +258,14 @@ def check_shared(me: Ranks, run: RunConfig, folder: Path, found: Sequence[NodeRe
         return
     what = f"run.dir: {folder} is not the same folder on all nodes: {'; '.join(blind.values())}"
     if 2 * len(blind) < len({one.host for one in found}):
-        fail(me, run, what, sorted(blind))
+        fail(ranks, run, what, sorted(blind))
     raise AgreedError(f"{what}; give a path that the nodes share")
 
 
 # --- devices and arithmetic -----------------------------------------------------------------------
 
 
-def inspect_rank(me: Ranks, mark: Path, dtype: torch.dtype, multiply: Multiply) -> NodeReport:
+def inspect_rank(ranks: Ranks, mark: Path, dtype: torch.dtype, multiply: Multiply) -> NodeReport:
     """Report what this rank finds of its node, without the others."""
     faults = []
     try:
@@ -275,15 +276,15 @@ def inspect_rank(me: Ranks, mark: Path, dtype: torch.dtype, multiply: Multiply) 
         faults.append(
             f"has no room for 1 MB in {os.environ.get('TMPDIR', '/tmp')} ({error.strerror})"
         )
-    device, tflops, checksum = me.device.type, 0.0, 0
+    device, tflops, checksum = ranks.device.type, 0.0, 0
     try:
-        device = device_name(me.device)
-        faults += memory_taken(me.device)
-        tflops, checksum, wrong = check_product(me.device, dtype, multiply)
+        device = device_name(ranks.device)
+        faults += memory_taken(ranks.device)
+        tflops, checksum, wrong = check_product(ranks.device, dtype, multiply)
         faults += wrong
     except RuntimeError as error:  # torch's word for whatever a device reports
         faults.append(f"has a device that fails: {str(error).splitlines()[0]}")
-    return NodeReport(host(), device, faults, why_not_shared(me, mark), tflops, checksum)
+    return NodeReport(host(), device, faults, why_not_shared(ranks, mark), tflops, checksum)
 
 
 def device_name(device: torch.device) -> str:
@@ -402,30 +403,30 @@ def wait_for_device(device: torch.device) -> None:
 # --- network and clocks ---------------------------------------------------------------------------
 
 
-def measure_network(me: Ranks) -> tuple[float, list[float]]:
+def measure_network(ranks: Ranks) -> tuple[float, list[float]]:
     """Return the bus bandwidth of an all-reduce in GB/s, and every rank's clock at one moment, in
     seconds since 1970. A collective.
 
     Bus bandwidth is that of nccl-tests: 2 (N - 1) / N bytes over the seconds that N ranks take,
     what a ring puts on every link; the best of four, of the slowest rank. Infinite for one rank.
     """
-    data = torch.ones(REDUCED_BYTES[me.device.type] // 4, device=me.device)
+    data = torch.ones(REDUCED_BYTES[ranks.device.type] // 4, device=ranks.device)
     best = math.inf
     for _ in range(4):
         highest(0)  # all ranks begin together
         started = time.perf_counter()
         dist.all_reduce(data)
-        wait_for_device(me.device)
+        wait_for_device(ranks.device)
         best = min(best, time.perf_counter() - started)
     highest(0)
-    found = gather(me, (best, time.time()))
-    moved = 2 * (me.world_size - 1) / me.world_size * REDUCED_BYTES[me.device.type]
+    found = gather(ranks, (best, time.time()))
+    moved = 2 * (ranks.world_size - 1) / ranks.world_size * REDUCED_BYTES[ranks.device.type]
     return (moved / max(seconds for seconds, _ in found) / 1e9 if moved else math.inf), [
         clock for _, clock in found
     ]
 
 
-def find_slow_nodes(me: Ranks, hosts: Sequence[str]) -> tuple[list[str], str]:
+def find_slow_nodes(ranks: Ranks, hosts: Sequence[str]) -> tuple[list[str], str]:
     """Return which nodes are slow, and how that is known, in words. A collective.
 
     Nodes in a ring exchange data with one neighbour and then with the other. The neighbours of a
@@ -441,8 +442,8 @@ def find_slow_nodes(me: Ranks, hosts: Sequence[str]) -> tuple[list[str], str]:
             nodes
         ) > 1 else f"{nodes[0]} is alone"
     members = [[rank for rank, host in enumerate(hosts) if host == node] for node in nodes]
-    here, count = nodes.index(hosts[me.rank]), len(nodes)
-    place = members[here].index(me.rank)
+    here, count = nodes.index(hosts[ranks.rank]), len(nodes)
+    place = members[here].index(ranks.rank)
     # Edge e joins node e and the next one; a node has one edge a turn.
     turns = [edge % 2 for edge in range(count)]
     turns[-1] = 2 if count % 2 else 1
@@ -451,9 +452,9 @@ def find_slow_nodes(me: Ranks, hosts: Sequence[str]) -> tuple[list[str], str]:
         neighbours = {here: (here + 1) % count, (here - 1) % count: (here - 1) % count}  # by edge
         there = [members[node] for edge, node in neighbours.items() if turns[edge] == turn]
         speeds.append(
-            measure_exchange(me, there[0][place] if there and place < len(there[0]) else None)
+            measure_exchange(ranks, there[0][place] if there and place < len(there[0]) else None)
         )
-    every = gather(me, speeds)
+    every = gather(ranks, speeds)
     best = {
         node: max(sum(every[rank][turn] for rank in of) for turn in range(len(speeds)))
         for node, of in zip(nodes, members, strict=True)
@@ -469,10 +470,10 @@ def find_slow_nodes(me: Ranks, hosts: Sequence[str]) -> tuple[list[str], str]:
     return slow, f"{told}, the median is {median:.3g}"
 
 
-def measure_exchange(me: Ranks, partner: int | None) -> float:
+def measure_exchange(ranks: Ranks, partner: int | None) -> float:
     """Return the GB/s that this rank sends to its partner while it receives as much, the better of
     two. A collective."""
-    mine = torch.ones(EXCHANGED_BYTES[me.device.type] // 4, device=me.device)
+    mine = torch.ones(EXCHANGED_BYTES[ranks.device.type] // 4, device=ranks.device)
     theirs, best = torch.empty_like(mine), 0.0
     for _ in range(2):
         highest(0)
@@ -482,6 +483,6 @@ def measure_exchange(me: Ranks, partner: int | None) -> float:
         both = [dist.P2POp(dist.isend, mine, partner), dist.P2POp(dist.irecv, theirs, partner)]
         for work in dist.batch_isend_irecv(both):
             work.wait()
-        wait_for_device(me.device)
-        best = max(best, EXCHANGED_BYTES[me.device.type] / (time.perf_counter() - started) / 1e9)
+        wait_for_device(ranks.device)
+        best = max(best, EXCHANGED_BYTES[ranks.device.type] / (time.perf_counter() - started) / 1e9)
     return best

@@ -30,7 +30,7 @@ def rank(run_dir: str) -> None:
     os.environ["DNT_ATTEMPT"] = attempt
     number = int(os.environ["SLURM_PROCID"])
 
-    def told(status: int) -> int:
+    def record_exit(status: int) -> int:
         with suppress(OSError):
             run_record.write_exit(place, attempt, number, status)
         # a stop is no failure: --kill-on-bad-exit would end ranks that still say what they have to
@@ -39,7 +39,7 @@ def rank(run_dir: str) -> None:
     def leave(received: int, frame: FrameType | None) -> None:
         """End at once, for a signal before the first step or after the last, when there is nothing
         to save."""
-        os._exit(told(128 + received))
+        os._exit(record_exit(128 + received))
 
     # submitit's own would save and requeue on one rank; training takes these over while it can save
     for stop in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
@@ -59,7 +59,7 @@ def rank(run_dir: str) -> None:
         print(f"error: {error}", file=sys.stderr)
         status = 2
     finally:
-        status = told(status)
+        status = record_exit(status)
     sys.exit(status)
 
 
@@ -74,7 +74,7 @@ def train(run: RunConfig, submission: Submission) -> int:
         return run_rank(run, typed=typed)
     from cluster.job.preflight import check
 
-    return run_rank(run, lambda me: check(me, run, submission.cluster), typed=typed)
+    return run_rank(run, lambda ranks: check(ranks, run, submission.cluster), typed=typed)
 
 
 def begin_attempt(run_dir: Path, attempt: str, submission: Submission) -> None:

@@ -139,8 +139,8 @@ def check_limits(site: ClusterConfig, partition: Partition) -> None:
     if partition.max_minutes is not None and site.time > partition.max_minutes:
         raise ConfigError(
             f"cluster.time is {site.time} minutes, but partition {partition.name} permits "
-            f"{partition.max_minutes}; "
-            "ask for no more (a run that needs longer goes on in its next job)"
+            f"{partition.max_minutes}; ask for no more (a run that needs longer goes on in its "
+            "next job)"
         )
     most = min(len(partition.nodes), partition.max_nodes or len(partition.nodes))
     if site.nodes > most:
@@ -178,8 +178,7 @@ def check_nodes(site: ClusterConfig, partition: Partition, everywhere: set[str])
     if len(left) < site.nodes:
         raise ConfigError(
             f"cluster.nodes is {site.nodes}, but partition {partition.name} has {len(left)} "
-            "without those of "
-            "cluster.exclude; ask for no more"
+            "without those of cluster.exclude; ask for no more"
         )
     cpus, memory_mb = (
         (site.cpus_per_rank or 1) * site.tasks_per_node,
@@ -202,9 +201,8 @@ def check_nodes(site: ClusterConfig, partition: Partition, everywhere: set[str])
             most = max(of(node) for node in left)
             raise ConfigError(
                 f"{field}: a job needs {counted(site.nodes, 'node')} with {count} {what}, but "
-                "partition "
-                f"{partition.name} has {len(fit)} (the most in a node is {most}); ask for less, or "
-                "another partition"
+                f"partition {partition.name} has {len(fit)} (the most in a node is {most}); ask "
+                "for less, or another partition"
             )
     able = [node for node in fit if node.able]
     unable = [node for node in fit if not node.able and (not wanted or node.name in wanted)]
@@ -212,9 +210,8 @@ def check_nodes(site: ClusterConfig, partition: Partition, everywhere: set[str])
         down = ", ".join(f"{node.name} is {node.state}" for node in unable[:SHOWN])
         raise ConfigError(
             f"{'cluster.nodelist' if wanted else 'cluster.nodes'}: a job needs "
-            f"{counted(site.nodes, 'node')}, and "
-            f"partition {partition.name} has {len(able)} that fit and can be used ({down}); ask "
-            "for others, or wait"
+            f"{counted(site.nodes, 'node')}, and partition {partition.name} has {len(able)} that "
+            f"fit and can be used ({down}); ask for others, or wait"
         )
 
 
@@ -251,8 +248,8 @@ def check_signal(site: ClusterConfig) -> None:
     if 2 * site.signal_s > 60 * site.time:
         raise ConfigError(
             f"cluster.signal_s is {site.signal_s}, more than half of a job of {60 * site.time} s "
-            "(cluster.time is "
-            f"{site.time} min), which would hardly train; ask for less, or for longer jobs"
+            f"(cluster.time is {site.time} min), which would hardly train; ask for less, or for "
+            "longer jobs"
         )
 
 
@@ -278,8 +275,7 @@ def check_ranks(run: RunConfig, site: ClusterConfig) -> None:
     if run.run.device != "cpu" and gpus and site.tasks_per_node > gpus:
         raise ConfigError(
             f"cluster.ranks_per_node is {site.tasks_per_node}, but cluster.gpus_per_node is "
-            f"{gpus}; "
-            "start one rank a GPU, or use run.device=cpu"
+            f"{gpus}; start one rank a GPU, or use run.device=cpu"
         )
 
 
@@ -345,15 +341,14 @@ def check_places_shared(
         if kind in MEMORY:
             raise ConfigError(
                 f"{field}: {path} lies in the memory of this machine ({kind} on {mount}), which no "
-                "other sees and a "
-                "restart empties; give a folder on a file system that the nodes share"
+                "other sees and a restart empties; give a folder on a file system that the nodes "
+                "share"
             )
         if other and not is_network_kind(kind):
             raise ConfigError(
                 f"{field}: {path} lies on {kind} ({mount}), by its kind a disk of this machine, "
-                f"which {other} does not "
-                "see; give a folder that the nodes share, or, if they do see it, "
-                f"cluster.shared=[{path}]"
+                f"which {other} does not see; give a folder that the nodes share, or, if they do "
+                f"see it, cluster.shared=[{path}]"
             )
 
 
@@ -405,11 +400,9 @@ def check_room(run: RunConfig, steps: int, runs: int = 1) -> None:
         )
         raise ConfigError(
             f"{'run.dir' if run.checkpoint.dir is None else 'checkpoint.dir'}: {count} checkpoints "
-            f"of {megabytes(each)} "
-            f"(checkpoint.keep {run.checkpoint.keep}{forever}, one being written) take "
-            f"{megabytes(each * count)}, but "
-            f"{place} has room for {megabytes(there + free)}; free some, keep fewer, or give "
-            "another folder"
+            f"of {megabytes(each)} (checkpoint.keep {run.checkpoint.keep}{forever}, one being "
+            f"written) take {megabytes(each * count)}, but {place} has room for "
+            f"{megabytes(there + free)}; free some, keep fewer, or give another folder"
         )
 
 
@@ -434,8 +427,8 @@ def check_logins(site: ClusterConfig) -> None:
             )
             raise ConfigError(
                 f"{field} {what}, which would be kept in the run folder and shown by --dry-run and "
-                "scontrol; put it "
-                "into a file that only you can read, and `source` that in cluster.setup"
+                "scontrol; put it into a file that only you can read, and `source` that in "
+                "cluster.setup"
             )
 
 
@@ -458,9 +451,8 @@ def find_warnings(
     if before and before.save_s is not None and site.signal_s < 2 * (before.step_s + before.save_s):
         yield (
             f"cluster.signal_s is {site.signal_s}, less than twice what a step and a checkpoint "
-            "took in this run "
-            f"({duration(before.step_s)} and {duration(before.save_s)}): a job may end before it "
-            "has saved"
+            f"took in this run ({duration(before.step_s)} and {duration(before.save_s)}): a job "
+            "may end before it has saved"
         )
     if run.run.device == "cpu" and site.gpus_per_node:
         yield (

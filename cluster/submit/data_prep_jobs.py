@@ -213,8 +213,7 @@ def report_earlier_jobs(order: Order, folder: Path, tasks: int | None) -> bool:
     if live and not same:
         raise RecordError(
             f"{order.asked.out}: jobs of a command with other options are at work on it; wait for "
-            "them, or "
-            f"`scancel {format_job_ids(live)}`"
+            f"them, or `scancel {format_job_ids(live)}`"
         )
     if before and same and (live or is_made(order)):
         print(format_progress(before, folder, queue))

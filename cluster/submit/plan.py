@@ -204,8 +204,7 @@ def format_plan(plan: Plan) -> str:
         (
             "model",
             f"{run.model.name}, {_format_parameters(plan.parameters)} parameters; engine "
-            f"{run.engine.name}, "
-            f"optimizer {run.optim.algorithm}, "
+            f"{run.engine.name}, optimizer {run.optim.algorithm}, "
             f"{plan.dtype}{' (expected)' if run.train.dtype == 'auto' else ''}",
         ),
         *(("data", _format_set(plan, number)) for number in range(len(plan.sources))),
@@ -299,8 +298,8 @@ def _format_checkpoints(plan: Plan) -> str:
     when = f"every {settings.every:,} steps" if settings.every else "at the end"
     return (
         f"{megabytes(plan.checkpoint_bytes)} each, {when}, at most {plan.most_checkpoints} at a "
-        "time "
-        f"({megabytes(plan.most_checkpoints * plan.checkpoint_bytes)}), in {plan.run.checkpoints}"
+        f"time ({megabytes(plan.most_checkpoints * plan.checkpoint_bytes)}), in "
+        f"{plan.run.checkpoints}"
     )
 
 

@@ -122,13 +122,13 @@ def check_no_live_job(run_dir: Path, submission: Submission) -> None:
     """Raise RecordError while a job of the run is in the queue or running, SlurmError where SLURM
     cannot tell."""
     if submission.jobs:
-        asking = SlurmQuery()
-        last = asking.job(submission)
+        query = SlurmQuery()
+        last = query.job(submission)
         told = run_state.decide_status(
             submission, timeline.read(run_dir), None, time.time(), asked=False
         )
-        if asking.problem and told.live:  # one that is over may go on with another SLURM
-            raise slurm.SlurmError(f"{run_dir}: {asking.problem}")
+        if query.problem and told.live:  # one that is over may go on with another SLURM
+            raise slurm.SlurmError(f"{run_dir}: {query.problem}")
         if last and last.live:
             raise RecordError(
                 f"{run_dir}: job {last.id} of it is {last.state.lower()}; `dnt cancel {run_dir}` "

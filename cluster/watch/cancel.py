@@ -33,12 +33,12 @@ def cancel(run_dirs: list[Path]) -> Iterator[str]:
         SlurmError: there is no SLURM here, it refuses, or a job did not go.
     """
     submissions = {run_dir: run_record.read_submission(run_dir) for run_dir in run_dirs}
-    asking = SlurmQuery()
+    query = SlurmQuery()
     found: dict[Path, RunStatus] = {}
     for run_dir, submission in submissions.items():
-        found[run_dir], _ = run_state.read_status(run_dir, submission, asking)
-        if found[run_dir].live and asking.problem:
-            raise SlurmError(f"{submission.name} cannot be cancelled from here: {asking.problem}")
+        found[run_dir], _ = run_state.read_status(run_dir, submission, query)
+        if found[run_dir].live and query.problem:
+            raise SlurmError(f"{submission.name} cannot be cancelled from here: {query.problem}")
     left = [run_dir for run_dir in run_dirs if found[run_dir].live]
     ended: dict[Path, RunStatus] = {}
     asked: dict[str, float] = {}  # when each job was asked to end
@@ -99,8 +99,7 @@ def end_job(run_dir: Path, asked: dict[str, float]) -> RunStatus | None:
     if waited > submission.cluster.signal_s + KILLED_WITHIN_S:
         raise SlurmError(
             f"job {job.id} of {submission.name} did not end in {waited:.0f} s; it is marked "
-            "cancelled and will "
-            f"not go on; `scontrol show job {job.id}` may tell why"
+            f"cancelled and will not go on; `scontrol show job {job.id}` may tell why"
         )
     return None
 

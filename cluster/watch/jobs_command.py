@@ -86,13 +86,13 @@ class RunView:
     run: Run
     status: RunStatus
     goodput: Goodput
-    told: float  # when the timeline last said something
+    last_event: float  # when the timeline last said something
 
 
-def read_view(run_dir: Path, asking: SlurmQuery) -> RunView:
+def read_view(run_dir: Path, query: SlurmQuery) -> RunView:
     """Find out all about a run. Raises RecordError where its run.json cannot be read."""
     submission = run_record.read_submission(run_dir, of_any_owner=True)
-    found, events = run_state.read_status(run_dir, submission, asking)
+    found, events = run_state.read_status(run_dir, submission, query)
     spent = breakdown(events, time.time())
     lines = last_metrics(run_dir)
     steps = [line for line in lines if "train/loss" in line]
@@ -196,15 +196,15 @@ def main(words: list[str], *, watch: bool, as_json: bool) -> int:
     console = Console(highlight=False)
     if watch:
         return watch_runs(words, console)
-    seen, problems = read_views(words)
+    views, problems = read_views(words)
     if as_json:
-        content = {"runs": [asdict(each.run) for each in seen], "problems": problems}
+        content = {"runs": [asdict(each.run) for each in views], "problems": problems}
         sys.stdout.buffer.write(
             orjson.dumps(content, default=str, option=orjson.OPT_INDENT_2) + b"\n"
         )
     else:
-        console.print(format_page(seen, problems, words))
-    correct_mlflow(seen, set())
+        console.print(format_page(views, problems, words))
+    correct_mlflow(views, set())
     return 0
 
 
@@ -213,14 +213,14 @@ def watch_runs(words: list[str], console: Console) -> int:
     mended: set[tuple[Path, str]] = set()
     with suppress(KeyboardInterrupt), Live(console=console, auto_refresh=False) as live:
         while True:
-            seen, problems = read_views(words)
+            views, problems = read_views(words)
             clock = Text(f"{datetime.now():%H:%M:%S}; Ctrl-C ends this", style="dim")
-            shown = Group(format_page(seen, problems, words), clock)
+            shown = Group(format_page(views, problems, words), clock)
             if console.is_terminal:
                 live.update(shown, refresh=True)
             else:  # a pipe: one page after another
                 console.print(shown)
-            correct_mlflow(seen, mended)
+            correct_mlflow(views, mended)
             time.sleep(WATCH_EVERY_S)
     return 0
 
@@ -228,28 +228,28 @@ def watch_runs(words: list[str], console: Console) -> int:
 def read_views(words: list[str]) -> tuple[list[RunView], list[str]]:
     """Return the runs, live ones first, then the newest; and what kept us from knowing more, a line
     each."""
-    asking, seen, problems = SlurmQuery(), [], []
+    query, views, problems = SlurmQuery(), [], []
     for run_dir in find_runs(words):
         try:
-            seen.append(read_view(run_dir, asking))
+            views.append(read_view(run_dir, query))
         except RecordError as error:  # one damaged run hides no other
             problems.append(str(error))
-    if asking.problem:
-        problems.append(f"only the run folders were asked, whose word may be old: {asking.problem}")
-    return sorted(seen, key=lambda each: (not each.run.live, -each.told)), problems
+    if query.problem:
+        problems.append(f"only the run folders were asked, whose word may be old: {query.problem}")
+    return sorted(views, key=lambda each: (not each.run.live, -each.last_event)), problems
 
 
-def correct_mlflow(seen: list[RunView], tried: set[tuple[Path, str]]) -> None:
+def correct_mlflow(views: list[RunView], tried: set[tuple[Path, str]]) -> None:
     """Let MLflow have the true status of runs where nothing goes on, up to the first where it does
     not answer."""
-    for each in seen:
+    for each in views:
         key = (each.run.folder, each.run.state)
-        if key not in tried and time.time() - each.told > QUIET_S:
+        if key not in tried and time.time() - each.last_event > QUIET_S:
             tried.add(key)
             if not run_state.correct_mlflow(each.run.folder, each.status):
                 return
     for folder in sweep_file.sweeps_of(
-        each.run.folder for each in seen if run_state.is_ours(each.run.folder)
+        each.run.folder for each in views if run_state.is_ours(each.run.folder)
     ):
         over = (folder, sweep_file.outcome(folder) or "")
         if over[1] and over not in tried:
@@ -257,28 +257,28 @@ def correct_mlflow(seen: list[RunView], tried: set[tuple[Path, str]]) -> None:
             sweep_file.finalize_sweep(folder)
 
 
-def format_page(seen: list[RunView], problems: list[str], words: list[str]) -> Group:
+def format_page(views: list[RunView], problems: list[str], words: list[str]) -> Group:
     parts: list[Table | Text] = []
-    if len(seen) == 1 and words:
-        parts += format_one_run(seen[0])
-    elif seen:
-        parts.append(format_all_runs(seen))
+    if len(views) == 1 and words:
+        parts += format_one_run(views[0])
+    elif views:
+        parts.append(format_all_runs(views))
         if words:
-            parts += format_results([each.run for each in seen])
+            parts += format_results([each.run for each in views])
     elif not problems:
         parts.append(Text(f"no run in {RUNS.absolute()} was submitted; `dnt submit` does"))
     parts += [Text(problem, style="yellow") for problem in problems]
     return Group(*parts)
 
 
-def format_all_runs(seen: list[RunView]) -> Table:
+def format_all_runs(views: list[RunView]) -> Table:
     shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     shown.add_column("run", no_wrap=True)
     for name in ("state", "job"):
         shown.add_column(name, overflow="fold")
     for name in ("step", "loss", "tokens/s", "goodput"):
         shown.add_column(name, justify="right", no_wrap=True)
-    for each in seen:
+    for each in views:
         run = each.run
         shown.add_row(
             short_name(run.folder),
@@ -292,9 +292,9 @@ def format_all_runs(seen: list[RunView]) -> Table:
     return shown
 
 
-def format_one_run(seen: RunView) -> list[Table | Text]:
-    run = seen.run
-    first = Text(f"{run.name}: ").append_text(format_state(seen.status.text, run.state))
+def format_one_run(view: RunView) -> list[Table | Text]:
+    run = view.run
+    first = Text(f"{run.name}: ").append_text(format_state(view.status.text, run.state))
     facts = [
         f"step {format_steps(run)}" if run.step is not None else "no step yet",
         f"loss {run.loss:.4f}" if run.loss is not None else "",
@@ -304,19 +304,19 @@ def format_one_run(seen: RunView) -> list[Table | Text]:
         f"MLflow {run.mlflow}" if run.mlflow else "",
     ]
     line = ", ".join(fact.replace(" ", "\u00a0") for fact in facts if fact)  # wraps between facts
-    told: list[Table | Text] = [Text(line), Text()]
+    lines: list[Table | Text] = [Text(line), Text()]
     if run.attempts:
-        told += [format_attempts(run.attempts), Text()]
-    if seen.goodput.attempts:
-        told += [table(seen.goodput), Text()]
+        lines += [format_attempts(run.attempts), Text()]
+    if view.goodput.attempts:
+        lines += [table(view.goodput), Text()]
     if run.left_out:
-        told.append(Text(f"left out, for they failed too often: {' '.join(run.left_out)}"))
+        lines.append(Text(f"left out, for they failed too often: {' '.join(run.left_out)}"))
     if not run.live and run.state != "finished":
-        told.append(Text(f"`dnt resubmit {short_name(run.folder)}` goes on with it"))
-    told.append(
+        lines.append(Text(f"`dnt resubmit {short_name(run.folder)}` goes on with it"))
+    lines.append(
         Text(f"logs: `dnt logs {short_name(run.folder)}`, of rank K with --rank K", style="dim")
     )
-    return [first, *told]
+    return [first, *lines]
 
 
 def format_attempts(found: list[Attempt]) -> Table:

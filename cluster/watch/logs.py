@@ -113,13 +113,13 @@ def follow_log(run_dir: Path, reader: LogReader) -> None:
             events = timeline.read(run_dir)
         found = run_state.decide_status(submission, events, None, time.time(), asked=False)
         if found.live and time.monotonic() - heard > QUIET_S:
-            asking, heard = SlurmQuery(), time.monotonic()
-            found, _ = run_state.read_status(run_dir, submission, asking)
+            query, heard = SlurmQuery(), time.monotonic()
+            found, _ = run_state.read_status(run_dir, submission, query)
             if found.live and found.state != told and (found.why or found.state != "running"):
                 told = found.state
                 print_note(
                     f"{submission.name}: {found.text}"
-                    + (f"; {asking.problem}" if asking.problem else "")
+                    + (f"; {query.problem}" if query.problem else "")
                 )
         if not found.live:
             time.sleep(POLL_S)

@@ -191,7 +191,7 @@ class SlurmQuery:
 def newest_job(
     submission: Submission, queue: Mapping[str, slurm.Job] = MappingProxyType({})
 ) -> slurm.Job | None:
-    """Return the newest of a run's jobs, from the ``queue`` or by asking; None when SLURM does not
+    """Return the newest of a run's jobs, from the ``queue`` or by query; None when SLURM does not
     know it. Raises SlurmError.
 
     Where SLURM was set up anew its numbers begin anew: another job may have this one's.
@@ -203,15 +203,15 @@ def newest_job(
 def check_idle(run_dir: Path) -> None:
     """Raise RecordError while jobs work on the run folder, or wait to."""
     if run_record.is_submitted(run_dir):
-        asking = SlurmQuery()
+        query = SlurmQuery()
         found, _ = read_status(
-            run_dir, run_record.read_submission(run_dir, of_any_owner=True), asking
+            run_dir, run_record.read_submission(run_dir, of_any_owner=True), query
         )
         if found.live:
             ends = f"`dnt cancel {run_dir}` ends that"
-            if asking.problem:
+            if query.problem:
                 ends = (
-                    f"{asking.problem}; if that job is surely over, delete "
+                    f"{query.problem}; if that job is surely over, delete "
                     f"{run_record.jobs_folder(run_dir) / 'run.json'}"
                 )
             raise RecordError(
@@ -221,7 +221,7 @@ def check_idle(run_dir: Path) -> None:
 
 
 def read_status(
-    run_dir: Path, submission: Submission, asking: SlurmQuery
+    run_dir: Path, submission: Submission, query: SlurmQuery
 ) -> tuple[RunStatus, list[Event]]:
     """Return what a run is doing now, and its timeline. An end that nobody wrote down is written
     now, by the run's owner.
@@ -232,11 +232,11 @@ def read_status(
     found = decide_status(submission, events, None, time.time(), asked=False)
     if not found.live or not submission.jobs:
         return found, events
-    job = asking.job(submission)
+    job = query.job(submission)
     # Read them again: a job that is over wrote its last before we asked.
     events = timeline.read(run_dir)
     now = time.time()
-    found = decide_status(submission, events, job, now, asked=not asking.problem)
+    found = decide_status(submission, events, job, now, asked=not query.problem)
     if found.unrecorded and (job is None or now - job.ends > WRITTEN_AFTER_S) and is_ours(run_dir):
         with suppress(OSError):  # on a full disk it is found out again
             record_found_end(run_dir, found, events, job)

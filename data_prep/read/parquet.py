@@ -53,14 +53,13 @@ def _check_column(file: File, schema: Any, text_field: str) -> None:
     if (same := schema.names.count(text_field)) > 1:
         raise ValueError(
             f"{file.path}: found {same} columns {text_field!r}, expected one; rename the others, "
-            "or name the column of "
-            "the text with --text-field"
+            "or name the column of the text with --text-field"
         )
     if not same:
         raise ValueError(
             f"{file.path}: found no column {text_field!r}, but "
-            f"{', '.join(map(repr, schema.names)) or 'none at all'}; "
-            "name the column of the text with --text-field"
+            f"{', '.join(map(repr, schema.names)) or 'none at all'}; name the column of the text "
+            "with --text-field"
         )
     kind = schema.field(text_field).type
     value = kind.value_type if pa.types.is_dictionary(kind) else kind

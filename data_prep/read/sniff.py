@@ -201,7 +201,7 @@ def stand_in(name: str, kind: str, head: bytes, whole: bool, text_field: str) ->
         title = found_title[1] if found_title else b""
         if kind != "text" or packing(name) or _ERROR_TITLE.search(title):
             return (
-                f"an HTML page: "
+                "an HTML page: "
                 f"{' '.join(title.decode(errors='replace').split()) or 'without a title'}"
             )
     return ""

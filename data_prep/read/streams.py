@@ -78,8 +78,7 @@ class Stored:
         if not data and size and self._file.size and self.position != self._file.size:
             raise ValueError(
                 f"{self._file.path}: found {self.position:,} bytes, expected {self._file.size:,}: "
-                "it was changed while "
-                "it was read, or the connection broke; run the command again"
+                "it was changed while it was read, or the connection broke; run the command again"
             )
         return data
 
@@ -186,8 +185,8 @@ def unpacked(file: File, stored: Stored) -> Iterator[bytes]:
     except _DAMAGE as error:
         raise ValueError(
             f"{file.path}: damaged after {good:,} unpacked bytes: {error}, at byte "
-            f"{members.position:,} or a little "
-            f"before; expected a whole {packing(file.name)} file, make it again"
+            f"{members.position:,} or a little before; expected a whole {packing(file.name)} file, "
+            "make it again"
         ) from error
 
 

@@ -1,5 +1,5 @@
 """`dnt submit --multirun`: combinations and names; a sweep on a real SLURM, preempted, cancelled,
-gone on with."""
+resumed."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -97,9 +97,7 @@ def two(tmp_path: Path) -> Path:
 def test_a_task_finds_its_run(two: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
     assert sweep_file.run_of_task(two) == two / "1-lr_3"
-    assert (
-        sweep_file.run_of_task(two / "0-lr_1") == two / "0-lr_1"
-    )  # gone on with by a job of its own
+    assert sweep_file.run_of_task(two / "0-lr_1") == two / "0-lr_1"  # resumed by a job of its own
 
 
 @pytest.mark.parametrize(

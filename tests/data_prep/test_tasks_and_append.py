@@ -420,8 +420,8 @@ def test_what_goes_on_and_what_does_not_fit_is_told(
         run(tmp_path, tmp_path / "out", tokenizer=model, task=(task, 2), **pieces)
     other = {**pieces, "rules": None}
     _, said = run(tmp_path, tmp_path / "out", tokenizer=model, task=(0, 2), **other)
-    assert "going on with" not in said
+    assert "reusing" not in said
     assert "are of another input, other options or other library versions, and are not used" in said
     made = len(list((tmp_path / "out" / PARTIAL / "chunks").glob("*/*.npz")))
     _, said = run(tmp_path, tmp_path / "out", tokenizer=model, **pieces)
-    assert 0 < int(re.search(r"going on with (\d+) finished parts", said)[1]) < made
+    assert 0 < int(re.search(r"reusing (\d+) finished parts", said)[1]) < made
