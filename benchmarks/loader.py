@@ -31,7 +31,8 @@ from rich.table import Table
 from torch import Tensor
 
 from data_prep import shards
-from data_prep.shards import BLOCK_ROWS, Manifest, Options, Packing, SourceInfo, Split, TokenizerInfo, Tokens
+from data_prep.arrays import Tokens
+from data_prep.shards import BLOCK_ROWS, Manifest, Options, Packing, SourceInfo, Split, TokenizerInfo
 from dnt_scale.config import DataConfig
 from dnt_scale.data.token_sets import TokenSet, TokenSets, load_sets
 from dnt_scale.data.tokens import token_stream

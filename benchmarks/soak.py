@@ -192,7 +192,7 @@ class Disturbed:
 
     @property
     def job(self) -> str:
-        return run_record.load(self.run_dir).job
+        return run_record.read_submission(self.run_dir).job
 
     def step(self) -> int:
         try:
@@ -205,7 +205,7 @@ class Disturbed:
         return [event for event in timeline.read(self.run_dir) if event["event"] == "ready"]
 
     def status(self) -> str:
-        end = run_record.last(timeline.read(self.run_dir), "ended")
+        end = run_record.last_event(timeline.read(self.run_dir), "ended")
         return end["status"] if end and end["next"] == "none" else ""
 
     def wait(self, until: Callable[[], Any], what: str, patience_s: float = PATIENCE_S) -> None:
@@ -245,10 +245,10 @@ class Disturbed:
                 raise RuntimeError(f"no step within {PATIENCE_S:.0f} s of {event}; see {self.run_dir}")
             time.sleep(0.02)
         ready = self.attempts()[-1]
-        end = run_record.last(timeline.read(self.run_dir), "end", self.attempts()[-2]["attempt"])
+        end = run_record.last_event(timeline.read(self.run_dir), "end", self.attempts()[-2]["attempt"])
         before = end["step"] if end else before
         self.wait(lambda: self.step() > ready["step"], "the next step")
-        nodes = run_record.last(timeline.read(self.run_dir), "allocated")
+        nodes = run_record.last_event(timeline.read(self.run_dir), "allocated")
         assert nodes
         row = Row(event, step, before - ready["step"], round(time.time() - at, 1), " ".join(nodes["nodes"]))
         print(f"  back after {row.back_s} s at step {ready['step']}, {row.lost} lost, on {row.nodes}", flush=True)
@@ -296,7 +296,7 @@ ACTIONS: dict[str, Callable[[Disturbed], Any]] = {
 
 
 def slurm_over(run_dir: Path) -> bool:
-    job = slurm.job(run_record.load(run_dir).job)
+    job = slurm.job(run_record.read_submission(run_dir).job)
     return job is None or not job.live
 
 

@@ -1,9 +1,7 @@
 """``configs/cluster/NAME.yaml``: where jobs run and how, as a pydantic model."""
 
-import difflib
 import sys
 from pathlib import Path
-from types import NoneType
 from typing import Annotated, Any, Literal, Self
 
 from omegaconf import OmegaConf
@@ -11,6 +9,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from cluster.slurm import minutes_of
+from data_prep.words import Problem, closest, problems_of
 from dnt_scale.config import ConfigError, Strict, config_dir, paths, typed
 from dnt_scale.config.base import Count, Place, Size, Text
 
@@ -35,34 +34,56 @@ class ClusterConfig(Strict):
     qos: Text | None = None
     nodes: Size = 1
     gpus_per_node: int = Field(0, ge=0, le=4096, description="0: ranks run on CPUs")
-    ranks_per_node: int | None = Field(None, gt=0, le=4096, description="null: one a GPU, or one where there is none")
+    ranks_per_node: int | None = Field(
+        None, gt=0, le=4096, description="null: one a GPU, or one where there is none"
+    )
     cpus_per_rank: int | None = Field(None, gt=0, le=65536)
     mem_gb: float | None = Field(None, ge=0, le=1e6, description="a node; 0: all of it")
-    time: Minutes = Field(description="limit of one job, in minutes or SLURM's formats; the run goes on in the next")
+    time: Minutes = Field(
+        description="limit of one job, in minutes or SLURM's formats; the run goes on in the next"
+    )
     constraint: Text | None = None
     nodelist: Text | None = None
     exclude: list[Node] = Field([], description="nodes")
-    setup: list[str] = Field([], description="shell lines before Python starts: modules, environment")
+    setup: list[str] = Field(
+        [], description="shell lines before Python starts: modules, environment"
+    )
     shared: list[Place] = Field(
         [], description="folders that all nodes see, though their file system looks like a disk"
     )
     python: Annotated[Text, BeforeValidator(_program)] = Field(
         sys.executable, description="on the nodes, and inside the container where there is one"
     )
-    container: list[str] = Field([], description="srun's options for it, such as --container-image=... (pyxis)")
+    container: list[str] = Field(
+        [], description="srun's options for it, such as --container-image=... (pyxis)"
+    )
     sbatch: dict[Text, str | int | bool] = Field(
         {}, description="more of sbatch's options by name; true: without a value"
     )
     srun: list[str] = Field([], description="more options of srun")
 
-    signal: Literal["USR1", "USR2", "TERM"] = Field("USR1", description="what SLURM sends before the time limit")
+    signal: Literal["USR1", "USR2", "TERM"] = Field(
+        "USR1", description="what SLURM sends before the time limit"
+    )
     signal_s: int = Field(120, gt=0, le=65535, description="how many seconds before")
-    requeue: bool = Field(True, description="false where jobs may not be requeued: a new job goes on with the run")
-    max_crashes: Count = Field(3, gt=0, description="crashes in a row without a new checkpoint, that end the run")
-    exclude_after: Count = Field(2, gt=0, description="faults of a node in a day, after which the run avoids it")
-    preflight: bool = Field(True, description="check devices, arithmetic, network and disk before training")
-    sweep_parallel: Count | None = Field(None, gt=0, description="runs of a sweep at a time; null: no limit")
-    min_bandwidth_gb_s: float = Field(0.0, ge=0, description="preflight: of an all-reduce; slower is refused. 0: any")
+    requeue: bool = Field(
+        True, description="false where jobs may not be requeued: a new job goes on with the run"
+    )
+    max_crashes: Count = Field(
+        3, gt=0, description="crashes in a row without a new checkpoint, that end the run"
+    )
+    exclude_after: Count = Field(
+        2, gt=0, description="faults of a node in a day, after which the run avoids it"
+    )
+    preflight: bool = Field(
+        True, description="check devices, arithmetic, network and disk before training"
+    )
+    sweep_parallel: Count | None = Field(
+        None, gt=0, description="runs of a sweep at a time; null: no limit"
+    )
+    min_bandwidth_gb_s: float = Field(
+        0.0, ge=0, description="preflight: of an all-reduce; slower is refused. 0: any"
+    )
 
     @model_validator(mode="after")
     def _ours(self) -> Self:
@@ -80,7 +101,9 @@ class ClusterConfig(Strict):
             "nodes",
         }
         if taken := sorted(ours & {name.replace("_", "-") for name in self.sbatch}):
-            raise ValueError(f"sbatch holds {', '.join(taken)}, which dnt sets itself; leave it out")
+            raise ValueError(
+                f"sbatch holds {', '.join(taken)}, which dnt sets itself; leave it out"
+            )
         return self
 
     @property
@@ -92,64 +115,78 @@ class ClusterConfig(Strict):
         return self.nodes * self.tasks_per_node
 
 
-def load(overrides: list[str]) -> tuple[ClusterConfig, list[str]]:
-    """The cluster that ``cluster=NAME`` (or a path to a YAML file) and ``cluster.KEY=VALUE`` describe, and the rest
-    of the overrides, which are the run's.
+def read_cluster(overrides: list[str]) -> tuple[ClusterConfig, list[str]]:
+    """Read the cluster that ``cluster=NAME`` (or a path to a YAML file) and ``cluster.KEY=VALUE``
+    describe.
+
+    Returns:
+        The cluster, and the rest of the overrides, which are the run's.
 
     Raises:
         ConfigError: no such cluster, an unknown key, a wrong value.
     """
-    name, changes, rest = None, [], []
-    for override in overrides:
-        key, _, value = override.partition("=")
-        if key == "cluster":
-            name = value
-        elif key.startswith("cluster."):
-            changes.append(f"{key.removeprefix('cluster.')}={value}")
-        else:
-            rest.append(override)
+    ours, rest = split_overrides(overrides)
+    names = [value for _, key, value in map(typed.split, ours) if key == "cluster" and value]
+    changes = [override for override in ours if "." in typed.split(override)[1]]
     known = sorted(path.stem for path in (config_dir() / "cluster").glob("*.yaml"))
-    if name is None:
+    if not names:
         raise ConfigError(
-            f"cluster: say which, cluster=NAME; found none of {', '.join(known)}, or a path to a YAML file"
+            f"cluster: say which, cluster=NAME; found none of {', '.join(known)}, or a path to a "
+            "YAML file"
         )
+    name = names[-1]
     given = Path(paths.expanded(typed.meant(name, place=True)))
-    file = given if "/" in name or name.endswith((".yaml", ".yml")) else config_dir() / "cluster" / f"{name}.yaml"
+    is_path = "/" in name or given.suffix in (".yaml", ".yml")
+    file = given if is_path else config_dir() / "cluster" / f"{name}.yaml"
     try:
         tree = typed.read_yaml(file.read_text("utf-8"), (ClusterConfig,))
     except (OSError, ValueError) as error:
         if isinstance(error, OSError) or "\0" in name:
             why = getattr(error, "strerror", None) or error
             raise ConfigError(
-                f"cluster: {str(file)!r} cannot be read ({why}); there are {', '.join(known)}, or give a path"
+                f"cluster: {str(file)!r} cannot be read ({why}); there are {', '.join(known)}, or "
+                "give a path"
             ) from None
         raise ConfigError(f"cluster: {file}: not readable as YAML ({error})") from None
     if not isinstance(tree := {} if tree is None else tree, dict):
-        raise ConfigError(f"cluster: {file}: found {tree!r:.60}, expected lines such as `partition: main`")
-    return _merged(tree, changes, f"cluster={name}"), rest
-
-
-def changed(cluster: ClusterConfig, overrides: list[str]) -> ClusterConfig:
-    """``cluster`` with ``cluster.KEY=VALUE`` overrides. Raises ConfigError."""
-    changes = [override.removeprefix("cluster.") for override in overrides]
-    return _merged(cluster.model_dump(mode="json"), changes, "cluster", settled=True)
-
-
-def _merged(tree: dict[str, Any], changes: list[str], origin: str, *, settled: bool = False) -> ClusterConfig:
-    """A cluster and changes of it; a tree that is ``settled`` has no references to resolve. Raises ConfigError."""
+        raise ConfigError(
+            f"cluster: {file}: found {tree!r:.60}, expected lines such as `partition: main`"
+        )
     hidden = typed.Hidden()
-    tree = hidden.hide_all(tree) if settled else hidden.carry_all(tree, ClusterConfig)
-    for change in changes:
-        key, _, value = change.partition("=")
-        if problem := paths.unreadable(change):
-            raise ConfigError(f"{f'cluster.{change}'!a}: {problem}")
-        section = tree
-        *sections, last = key.split(".")
-        for name in sections:
-            if not isinstance(section.get(name), dict):
-                section[name] = {}
-            section = section[name]
-        section[last] = hidden.carry_all(_value(key, value), ClusterConfig)
+    return _merged(hidden.carry_all(tree, ClusterConfig), changes, hidden, f"cluster={name}"), rest
+
+
+def split_overrides(overrides: list[str]) -> tuple[list[str], list[str]]:
+    """Return the overrides that are the cluster's, then those that are the run's."""
+    ours: list[str] = []
+    runs: list[str] = []
+    for override in overrides:
+        is_ours = typed.split(override)[1].partition(".")[0] == "cluster"
+        (ours if is_ours else runs).append(override)
+    return ours, runs
+
+
+def change_cluster(cluster: ClusterConfig, overrides: list[str]) -> ClusterConfig:
+    """Return ``cluster`` with ``cluster.KEY=VALUE`` overrides, or another one with ``cluster=NAME``
+    among them.
+
+    Raises:
+        ConfigError: as :func:`read_cluster`.
+    """
+    if any("." not in typed.split(override)[1] for override in overrides):
+        return read_cluster(overrides)[0]
+    hidden = typed.Hidden()
+    # What was resolved once holds no references any more, whatever it looks like.
+    tree = hidden.hide_all(cluster.model_dump(mode="json"))
+    return _merged(tree, overrides, hidden, "cluster")
+
+
+def _merged(
+    tree: dict[str, Any], overrides: list[str], hidden: typed.Hidden, origin: str
+) -> ClusterConfig:
+    """Return the cluster that a tree and overrides of it describe. Raises ConfigError."""
+    for override in overrides:
+        _override(tree, override, hidden)
     try:
         raw = OmegaConf.to_container(OmegaConf.create(tree), resolve=True, throw_on_missing=True)
     except (OmegaConfBaseException, ValueError, RecursionError) as error:
@@ -157,37 +194,73 @@ def _merged(tree: dict[str, Any], changes: list[str], origin: str, *, settled: b
     return from_raw(hidden.show(raw), origin)
 
 
-def _value(key: str, text: str) -> Any:
-    """The value of an override: as it was typed where a text is expected, else as YAML has it. Raises ConfigError."""
-    found = typed.at(ClusterConfig, key)
-    if typed.is_text(found):
-        if text == "null" and NoneType in found:
-            return None
-        if bool in found and text in ("true", "false"):
-            return text == "true"
-        return typed.meant(text, place=typed.is_place(found, key))
+def _override(tree: dict[str, Any], override: str, hidden: typed.Hidden) -> None:
+    """Set, or with a leading ~ remove, what one override of the cluster names. Raises
+    ConfigError."""
+    if problem := paths.unreadable(override):
+        raise ConfigError(f"{override!a}: {problem}")
+    prefix, key, value = typed.split(override)
+    if value is None and "~" not in prefix:
+        raise ConfigError(f"{override}: expected cluster.KEY=VALUE")
+    section, (*sections, last) = tree, key.split(".")[1:]
+    for name in sections:
+        if not isinstance(section.get(name), dict):
+            section[name] = {}
+        section = section[name]
+    if "~" not in prefix:
+        section[last] = _read_value(key, value or "", hidden)
+    elif section.pop(last, None) is None:
+        raise ConfigError(f"{override}: there is no {key} to remove; leave it out")
+
+
+def _read_value(key: str, text: str, hidden: typed.Hidden) -> Any:
+    """Return the value of an override, as Hydra's grammar has it or, where that has none, YAML.
+
+    Raises:
+        ConfigError: neither can read it, or it lists several values.
+    """
+    field = key.partition(".")[2]
+    found = typed.at(ClusterConfig, field)
     try:
-        return typed.read_yaml(text, found)
+        read = typed.value_for_hydra(ClusterConfig, field, text, hidden)
+        parsed = typed.parse(f"x={read}") if read else None
+        # YAML has what Hydra has not: nothing for null, and lists and mappings without brackets.
+        is_bare = typed.is_container(found) and not text.lstrip().startswith(("[", "{"))
+        if parsed is None or (is_bare and found):
+            return hidden.carry_all(typed.read_yaml(text, found), ClusterConfig)
+        return parsed.value()
+    except typed.SeveralValuesError:
+        raise ConfigError(
+            f"{key}={text}: several values are a sweep, which can be of the run's settings only; "
+            "give one value"
+        ) from None
     except ValueError:
         raise ConfigError(
-            f"cluster.{key}: {text} cannot be read; write a list as [a,b], and quote what holds a quote"
+            f"{key}: {text} cannot be read; write a list as [a,b], and quote what holds a quote"
         ) from None
 
 
 def from_raw(raw: Any, origin: str) -> ClusterConfig:
-    """Raises ConfigError, which names every wrong field."""
+    """Return the cluster of plain values. Raises ConfigError, which names every wrong field."""
     try:
         return ClusterConfig.model_validate(raw)
     except ValidationError as error:
-        lines = []
-        for item in error.errors():
-            field = ".".join(["cluster", *(str(part) for part in item["loc"])])
-            message = item["msg"].removeprefix("Value error, ")
-            if item["type"] == "extra_forbidden":
-                near = difflib.get_close_matches(str(item["loc"][0]), ClusterConfig.model_fields, n=1)
-                message = "no such field; " + (
-                    f"did you mean cluster.{near[0]}?" if near else f"there are {', '.join(ClusterConfig.model_fields)}"
-                )
-            found = "" if isinstance(item["input"], dict) else f" (found {item['input']!r:.300})"
-            lines.append(f"{field}: {message}{found}")
-        raise ConfigError(f"{origin}: " + "; ".join(lines)) from None
+        raise ConfigError(
+            f"{origin}: " + "; ".join(map(_format_problem, problems_of(error)))
+        ) from None
+
+
+def _format_problem(problem: Problem) -> str:
+    """Return a wrong field of the cluster in one line."""
+    message, found = problem.message, ""
+    if problem.kind == "extra_forbidden":
+        near = closest(problem.field[0], ClusterConfig.model_fields)
+        known = (
+            f"did you mean cluster.{near}?"
+            if near
+            else f"there are {', '.join(ClusterConfig.model_fields)}"
+        )
+        message = f"no such field; {known}"
+    if not isinstance(problem.found, dict):
+        found = f" (found {problem.found!r:.300})"
+    return f"{'.'.join(['cluster', *problem.field])}: {message}{found}"

@@ -1,4 +1,5 @@
-"""``dnt sandbox``: a real SLURM on this machine, to try jobs on. sandbox.sh beside this file does the work."""
+"""``dnt sandbox``: a real SLURM on this machine, to try jobs on. sandbox.sh beside this file does
+the work."""
 
 import os
 import shutil
@@ -10,8 +11,15 @@ SCRIPT = Path(__file__).with_name("sandbox.sh")
 MOST_NODES, MOST_CPUS, MOST_GPUS = 64, 4096, 64
 
 
-def up(nodes: int = 3, cpus: int = 8, gpus: int = 8, accounting: bool = True, preempt_signal: bool = True) -> int:
-    """Start it, or change what runs to these options; what is right already stays as it is. Jobs live on.
+def up(
+    nodes: int = 3,
+    cpus: int = 8,
+    gpus: int = 8,
+    accounting: bool = True,
+    preempt_signal: bool = True,
+) -> int:
+    """Start it, or change what runs to these options; what is right already stays as it is. Jobs
+    live on.
 
     Args:
         nodes: node1 to nodeN.
@@ -21,7 +29,8 @@ def up(nodes: int = 3, cpus: int = 8, gpus: int = 8, accounting: bool = True, pr
         preempt_signal: a preempted job first gets the signal that it asked for.
 
     Returns:
-        The exit status, after a line on stderr where it is not 0: 1 something failed, 2 this machine is not fit for it.
+        The exit status, after a line on stderr where it is not 0: 1 something failed, 2 this
+        machine is not fit for it.
 
     Raises:
         ValueError: a number out of range, or not root.
@@ -37,12 +46,14 @@ def up(nodes: int = 3, cpus: int = 8, gpus: int = 8, accounting: bool = True, pr
 
 
 def down(wipe: bool = False) -> int:
-    """Cancel its jobs and stop it; ``wipe`` also removes its files and configuration. Returns and raises as `up`."""
+    """Cancel its jobs and stop it; ``wipe`` also removes its files and configuration. Returns and
+    raises as `up`."""
     return _run_as_root("down", int(wipe))
 
 
 def status() -> int:
-    """Print what runs. Returns 0 where the sandbox runs, 1 where not, 2 where there is another SLURM."""
+    """Print what runs. Returns 0 where the sandbox runs, 1 where not, 2 where there is another
+    SLURM."""
     return _run("status")
 
 
@@ -60,7 +71,8 @@ def _run_as_root(command: str, *arguments: object) -> int:
     if os.geteuid() != 0:
         dnt = shutil.which(sys.argv[0]) or "dnt"
         raise ValueError(
-            f"dnt sandbox {command} starts and stops daemons: run it as root, sudo {dnt} sandbox {command}"
+            f"dnt sandbox {command} starts and stops daemons: run it as root, sudo {dnt} sandbox "
+            f"{command}"
         )
     return _run(command, *arguments)
 

@@ -1,4 +1,5 @@
-"""All that is asked of SLURM: its commands, run and read. Works with and without accounting (sacct)."""
+"""All that is asked of SLURM: its commands, run and read. Works with and without accounting
+(sacct)."""
 
 import os
 import pwd
@@ -31,7 +32,8 @@ class SlurmError(ValueError):
 
 @dataclass(frozen=True)
 class Job:
-    """A job, or one task of an array (``id`` is ARRAY_TASK then). Times in seconds since 1970; 0: there is none."""
+    """A job, or one task of an array (``id`` is ARRAY_TASK then). Times in seconds since 1970; 0:
+    there is none."""
 
     id: str
     state: str  # SLURM's word, such as PENDING, RUNNING, COMPLETED, CANCELLED, NODE_FAIL
@@ -47,43 +49,49 @@ class Job:
 
     @property
     def live(self) -> bool:
-        """In the queue or running: it may still change its run."""
+        """Return whether it is in the queue or running, so that it may still change its run."""
         return self.state in LIVE
 
 
 def run(*command: str) -> str:
-    """The output of a SLURM command.
+    """Return the output of a SLURM command.
 
     Raises:
         SlurmError: there is no such command here, it failed, or did not answer within a minute.
     """
-    done = _answer(command)
+    done = _run_unchecked(command)
     if done.returncode:
         words = " ".join((done.stderr or done.stdout).split())
         raise SlurmError(f"`{' '.join(command)}` failed: {words}")
     return done.stdout
 
 
-def _answer(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
+def _run_unchecked(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
     _check_command(command[0])
     try:
+        # A user may have set SLURM_TIME_FORMAT otherwise.
         return subprocess.run(
             command,
             capture_output=True,
             text=True,
             timeout=TIMEOUT_S,
             stdin=subprocess.DEVNULL,
-            env={**os.environ, "SLURM_TIME_FORMAT": "standard"},  # which a user may have set otherwise
+            env={
+                **os.environ,
+                "SLURM_TIME_FORMAT": "standard",
+            },
         )
     except subprocess.TimeoutExpired:
-        raise SlurmError(f"`{' '.join(command)}` gave no answer within {TIMEOUT_S:.0f} s; is SLURM up?") from None
+        raise SlurmError(
+            f"`{' '.join(command)}` gave no answer within {TIMEOUT_S:.0f} s; is SLURM up?"
+        ) from None
 
 
 def check_here() -> None:
-    """Raises SlurmError where there is no SLURM, or its controller does not answer."""
+    """Raise SlurmError where there is no SLURM, or its controller does not answer."""
     for command in ("sbatch", "srun", "scontrol", "squeue", "scancel", "sinfo"):
         _check_command(command)
-    done = _answer(("scontrol", "ping"))  # fails where it is down
+    done = _run_unchecked(("scontrol", "ping"))  # fails where it is down
     if "is UP" not in done.stdout:
         words = " ".join((done.stdout or done.stderr).replace("*", "").split())
         raise SlurmError(f"SLURM's controller does not answer: {words}; try again when it is back")
@@ -92,14 +100,17 @@ def check_here() -> None:
 def _check_command(name: str) -> None:
     if shutil.which(name) is None:
         raise SlurmError(
-            f"no SLURM here: there is no `{name}` on PATH; run this on a login node, or try `dnt sandbox up`"
+            f"no SLURM here: there is no `{name}` on PATH; run this on a login node, or try `dnt "
+            "sandbox up`"
         )
 
 
 def job(job_id: str) -> Job | None:
-    """The job as it is now, else as it was, as long as SLURM remembers; None when it does not.
+    """Return the job as it is now, else as it was, as long as SLURM remembers; None when it does
+    not.
 
-    The controller forgets a job some minutes after its end; accounting (sacct), where there is any, does not.
+    The controller forgets a job some minutes after its end; accounting (sacct), where there is any,
+    does not.
     """
     try:
         text = run("scontrol", "show", "job", "-o", job_id)
@@ -107,12 +118,13 @@ def job(job_id: str) -> Job | None:
         # the second for a task of an array that was cancelled in the queue
         if "Invalid job id" not in str(error) and "not found" not in str(error):
             raise
-        return _accounted(job_id)
+        return _from_sacct(job_id)
     return _from_scontrol(job_id, text.splitlines()[0])
 
 
 def queue() -> dict[str, Job]:
-    """This user's jobs that are in the queue or running, by id, each task of an array by itself. Raises SlurmError."""
+    """Return this user's jobs that are in the queue or running, by id, each task of an array by
+    itself. Raises SlurmError."""
     user = pwd.getpwuid(os.getuid()).pw_name
     columns = ",".join(f"{name}:{width}" for name, width in _QUEUE.items())
     found = {}
@@ -159,8 +171,8 @@ def _from_scontrol(job_id: str, line: str) -> Job:
     )
 
 
-def _accounted(job_id: str) -> Job | None:
-    """The last run of a job by sacct, None without one."""
+def _from_sacct(job_id: str) -> Job | None:
+    """Return the last run of a job as sacct has it, None without accounting."""
     columns = "JobID,State,NodeList,Submit,Eligible,Start,End"
     try:
         rows = run("sacct", "-n", "-P", "-X", "-D", "-j", job_id, "-o", columns).splitlines()
@@ -172,16 +184,18 @@ def _accounted(job_id: str) -> Job | None:
     _, state, nodes, *times = rows[-1].split("|")
     submitted, eligible, started, ended = map(_seconds, times)
     nodes = "" if nodes == "None assigned" else nodes
-    return Job(job_id, state.split()[0], "", nodes, len(rows) - 1, submitted, eligible, started, ended)
+    return Job(
+        job_id, state.split()[0], "", nodes, len(rows) - 1, submitted, eligible, started, ended
+    )
 
 
 def _fields(line: str) -> dict[str, str]:
-    """``KEY=VALUE KEY=VALUE`` of `scontrol -o`, whose values may hold spaces."""
+    """Read ``KEY=VALUE KEY=VALUE`` of `scontrol -o`, whose values may hold spaces."""
     return dict(re.findall(r"([\w/:&]+)=(.*?)(?= [\w/:&]+=|\s*$)", line))
 
 
 def _seconds(time: str) -> float:
-    """SLURM's local time as seconds since 1970, 0 for "Unknown", "N/A" and the like."""
+    """Return SLURM's local time as seconds since 1970, 0 for "Unknown", "N/A" and the like."""
     try:
         return datetime.fromisoformat(time).timestamp()
     except ValueError:
@@ -214,7 +228,7 @@ class Partition:
 
 
 def partitions() -> dict[str, Partition]:
-    """What `scontrol show partition` and `sinfo` say. Raises SlurmError."""
+    """Return what `scontrol show partition` and `sinfo` say, by name. Raises SlurmError."""
     nodes: dict[str, list[Node]] = {}
     for row in run("sinfo", "-h", "-N", "-o", "%R|%N|%T|%c|%m|%G|%o").splitlines():
         partition, name, state, cpus, memory, gres, address = row.split("|")
@@ -246,18 +260,24 @@ def partitions() -> dict[str, Partition]:
 
 
 def accounts() -> tuple[set[str], set[str]]:
-    """The accounts and the QOS that this user may ask for; empty where accounting (sacctmgr) does not say."""
+    """Return the accounts and the QOS that this user may ask for; empty where accounting (sacctmgr)
+    does not say."""
     user = pwd.getpwuid(os.getuid()).pw_name
     try:
-        rows = run("sacctmgr", "-n", "-P", "show", "assoc", f"user={user}", "format=account,qos").splitlines()
+        rows = run(
+            "sacctmgr", "-n", "-P", "show", "assoc", f"user={user}", "format=account,qos"
+        ).splitlines()
     except SlurmError:
         return set(), set()
     columns = [row.split("|") for row in rows]
-    return {account for account, _ in columns}, {name for _, qos in columns for name in qos.split(",") if name}
+    return {account for account, _ in columns}, {
+        name for _, qos in columns for name in qos.split(",") if name
+    }
 
 
 def expected_start(script: str) -> str:
-    """SLURM's estimate of when and where a batch script would start if it were submitted now, in words; it is not.
+    """Ask SLURM when and where a batch script would start if it were submitted now, in words; it is
+    not submitted.
 
     Raises:
         SlurmError: SLURM would refuse it; the message holds its own words.
@@ -265,7 +285,7 @@ def expected_start(script: str) -> str:
     with tempfile.NamedTemporaryFile("w", prefix="dnt-", suffix=".sh") as file:
         file.write(script)
         file.flush()
-        done = _answer(("sbatch", "--test-only", file.name))
+        done = _run_unchecked(("sbatch", "--test-only", file.name))
     words = " ".join(done.stderr.split()).replace("sbatch: error: ", "").removeprefix("sbatch: ")
     if done.returncode:
         raise SlurmError(f"SLURM would refuse the job: {words}")
@@ -274,7 +294,8 @@ def expected_start(script: str) -> str:
 
 
 def minutes_of(time: str) -> int:
-    """SLURM's time formats (M, M:S, H:M:S, D-H, D-H:M, D-H:M:S) in minutes, rounded up. Raises ValueError."""
+    """Return a time in one of SLURM's formats (M, M:S, H:M:S, D-H, D-H:M, D-H:M:S) as minutes,
+    rounded up. Raises ValueError."""
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time)
     if match is None:
         raise ValueError("expected minutes, H:M:S, or D-H:M:S in quotes")
@@ -287,12 +308,13 @@ def minutes_of(time: str) -> int:
 
 
 def hostnames(nodes: str) -> list[str]:
-    """The names behind ``node[1-3,7]``. Raises SlurmError."""
+    """Return the names behind ``node[1-3,7]``. Raises SlurmError."""
     return run("scontrol", "show", "hostnames", nodes).split() if nodes else []
 
 
 def requeue(job_id: str) -> None:
-    """Put a running job back into the queue. Raises SlurmError where the site or the job does not permit that."""
+    """Put a running job back into the queue. Raises SlurmError where the site or the job does not
+    permit that."""
     run("scontrol", "requeue", job_id)
 
 
@@ -301,18 +323,19 @@ def cancel(*job_ids: str) -> None:
 
 
 def cluster_name() -> str:
-    """The name of the SLURM that answers here; two may see the same folder. Raises SlurmError."""
+    """Return the name of the SLURM that answers here; two may see the same folder. Raises
+    SlurmError."""
     found = re.search(r"^ClusterName\s*=\s*(\S+)", run("scontrol", "show", "config"), re.MULTILINE)
     return found[1] if found else ""
 
 
 def this_job() -> str:
-    """The id of the job that this process is part of, ARRAY_TASK in an array."""
+    """Return the id of the job that this process is part of, ARRAY_TASK in an array."""
     if array := os.environ.get("SLURM_ARRAY_JOB_ID"):
         return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     return os.environ["SLURM_JOB_ID"]
 
 
 def this_attempt() -> str:
-    """JOB.RESTART, the name of this start of the job."""
+    """Return JOB.RESTART, the name of this start of the job."""
     return f"{this_job()}.{os.environ.get('SLURM_RESTART_COUNT', '0')}"

@@ -3,10 +3,11 @@
     SWEEP/sweep.json      its runs (:class:`Sweep`); the array's task K trains the K-th of them
     SWEEP/jobs/code/      the packages, for all runs
     SWEEP/jobs/slurm/     submitit's folder, for all runs
-    SWEEP/RUN/            a run folder as any other (:mod:`cluster.run_record`); its jobs/code is a link to the sweep's
+    SWEEP/RUN/            a run folder as any other (:mod:`cluster.run_record`); its jobs/code is a
+                          link to the sweep's
 
-Each run then goes its own way: requeued as a task of the array, or on with a job of its own. In MLflow they are the
-children of one run.
+Each run then goes its own way: requeued as a task of the array, or on with a job of its own. In
+MLflow they are the children of one run.
 """
 
 import os
@@ -16,7 +17,8 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from cluster import run_record
-from cluster.run_record import LedgerError
+from cluster.run_record import RecordError
+from data_prep.words import first_problem
 from dnt_scale.config import Strict
 from dnt_scale.record import timeline
 from dnt_scale.record.files import write_json
@@ -27,7 +29,7 @@ FILE = "sweep.json"
 
 
 class SweepRun(Strict):
-    name: str  # of its folder too
+    name: str  # its folder has the same name
     values: dict[str, str]  # what it has of its own, by field
 
 
@@ -35,7 +37,7 @@ class Sweep(Strict):
     """``sweep.json``."""
 
     name: str
-    id: str  # of the parent run in MLflow
+    id: str  # the parent run in MLflow has it
     runs: list[SweepRun]  # in the order of the array's tasks
 
 
@@ -43,38 +45,44 @@ def is_sweep(folder: Path) -> bool:
     return (folder / FILE).exists()
 
 
-def load(folder: Path) -> Sweep:
-    """Raises LedgerError when the folder's sweep.json cannot be read."""
+def read_sweep(folder: Path) -> Sweep:
+    """Read the folder's sweep.json. Raises RecordError when that fails."""
     try:
         return Sweep.model_validate_json((folder / FILE).read_bytes())
     except (OSError, ValidationError) as error:
-        raise LedgerError(f"{folder / FILE}: cannot be read ({str(error).splitlines()[0]})") from None
+        raise RecordError(f"{folder / FILE}: cannot be read ({first_problem(error)})") from None
 
 
-def save(folder: Path, sweep: Sweep) -> None:
-    """Raises OSError."""
+def write_sweep(folder: Path, sweep: Sweep) -> None:
+    """Write the folder's sweep.json. Raises OSError."""
     write_json(folder / FILE, sweep.model_dump(mode="json"))
 
 
 def run_of_task(folder: Path) -> Path:
-    """The run folder that this job works on: of a sweep's array, its task's; ``folder`` itself where it is a run.
+    """Return the run folder that this job works on: of a sweep's array, its task's; ``folder``
+    itself where it is a run.
 
     Raises:
-        LedgerError: sweep.json cannot be read.
+        RecordError: sweep.json cannot be read.
     """
     if not is_sweep(folder):
         return folder
-    return folder / load(folder).runs[int(os.environ["SLURM_ARRAY_TASK_ID"])].name
+    return folder / read_sweep(folder).runs[int(os.environ["SLURM_ARRAY_TASK_ID"])].name
 
 
-def folders(run_dirs: Iterable[Path]) -> list[Path]:
-    """The sweeps that some of the runs are part of, each once."""
-    return [folder for folder in dict.fromkeys(run_dir.parent for run_dir in run_dirs) if is_sweep(folder)]
+def sweeps_of(run_dirs: Iterable[Path]) -> list[Path]:
+    """Return the sweeps that some of the runs are part of, each once."""
+    return [
+        folder
+        for folder in dict.fromkeys(run_dir.parent for run_dir in run_dirs)
+        if is_sweep(folder)
+    ]
 
 
 def outcome(folder: Path) -> Status | None:
-    """How the sweep ended; None while something goes on with one of its runs. Raises LedgerError."""
-    ends = [_end(folder / run.name) for run in load(folder).runs]
+    """Return how the sweep ended; None while something goes on with one of its runs. Raises
+    RecordError."""
+    ends = [_final_status(folder / run.name) for run in read_sweep(folder).runs]
     if None in ends:
         return None
     found = {run_record.MLFLOW_STATUS.get(end, "KILLED") for end in ends if end}
@@ -82,16 +90,20 @@ def outcome(folder: Path) -> Status | None:
     return next(status for status in order if status in found)
 
 
-def settle(folder: Path) -> None:
-    """Let MLflow have the sweep's true end, once it is over. Raises LedgerError."""
-    places = [folder / run.name for run in load(folder).runs]
+def finalize_sweep(folder: Path) -> None:
+    """Let MLflow have the sweep's true end, once it is over. Raises RecordError."""
+    places = [folder / run.name for run in read_sweep(folder).runs]
     tracked = [place for place in places if (place / "logs" / "tracking.json").exists()]
     if tracked and (status := outcome(folder)):
         finalize_sweep(tracked[0], status)
 
 
-def _end(run_dir: Path) -> str | None:
-    """How a run ended for good; None while it has not."""
-    told = [event for event in timeline.read(run_dir) if event["event"] in ("submitted", "allocated", "ended")]
+def _final_status(run_dir: Path) -> str | None:
+    """Return how a run ended for good; None while it has not."""
+    told = [
+        event
+        for event in timeline.read(run_dir)
+        if event["event"] in ("submitted", "allocated", "ended")
+    ]
     over = told and told[-1]["event"] == "ended" and told[-1]["next"] == "none"
     return str(told[-1]["status"]) if over else None

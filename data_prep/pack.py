@@ -1,8 +1,9 @@
 """Chunks become shards: the documents that stay, packed into rows, each tar written by itself.
 
-1. Every chunk contributes tokens to each split: "concat" its documents, each followed by eos; "best_fit" whole rows.
-2. The contributions one after the other are the split's stream. Row r begins at token r * stride of it.
-3. So a shard is a function of its number, any process can write it, and one that is there need not be written again.
+1. Every chunk contributes tokens to each split: "concat" its documents, each followed by eos;
+"best_fit" whole rows. 2. The contributions one after the other are the split's stream. Row r begins
+at token r * stride of it. 3. So a shard is a function of its number, any process can write it, and
+one that is there need not be written again.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -13,14 +14,15 @@ from typing import NamedTuple
 import numpy as np
 
 from data_prep import shards
+from data_prep.arrays import Flags, Lengths, Tokens
 from data_prep.chunks import Chunk
-from data_prep.shards import BLOCK_ROWS, Packing, Shard, SplitName, Tokens
-from data_prep.work_folder import write_whole
+from data_prep.files import write_whole
+from data_prep.shards import BLOCK_ROWS, Packing, Shard, SplitName
 
 
-class Part(NamedTuple):
-    """What one file gives to a split's stream: a chunk, whose documents have numbers from `first` on among all, or a
-    .npy of tokens. `tokens` is how many."""
+class StreamSlice(NamedTuple):
+    """What one file gives to a split's stream: a chunk, whose documents have numbers from `first`
+    on among all, or a .npy of tokens. `tokens` is how many."""
 
     path: Path
     first: int
@@ -29,7 +31,8 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """How a set's rows are made. `keep` is a .npy of bool, a document each, or None where all stay."""
+    """How a set's rows are made. `keep` is a .npy of bool, a document each, or None where all
+    stay."""
 
     packing: Packing
     seq_len: int
@@ -40,7 +43,8 @@ class Layout:
 
     @property
     def stride(self) -> int:
-        """Tokens from a row's start to the next one's: rows overlap by one token in "concat"."""
+        """Return the tokens from a row's start to the next one's: rows overlap by one token in
+        "concat"."""
         return self.seq_len + (self.packing == "best_fit")
 
     @property
@@ -48,11 +52,11 @@ class Layout:
         return self.seq_len + 1 - self.stride
 
     def rows(self, stream_tokens: int) -> int:
-        """Whole rows in a stream."""
+        """Return how many whole rows are in a stream."""
         return max(0, stream_tokens - self.overlap) // self.stride
 
     def shard_rows(self) -> int:
-        """Rows in every shard but the last."""
+        """Return how many rows are in every shard but the last."""
         row_bytes = (self.seq_len + 1) * np.dtype(self.dtype).itemsize
         return BLOCK_ROWS * shards.blocks_per_shard(row_bytes, self.shard_bytes)
 
@@ -64,28 +68,33 @@ class ShardJob(NamedTuple):
     split: SplitName
     first_block: int
     rows: int
-    parts: tuple[Part, ...]
+    parts: tuple[StreamSlice, ...]
     skip: int
 
 
-def kept(layout: Layout, first: int, documents: int) -> Tokens:
-    """Which of the documents from number `first` on stay: bool (documents,)."""
+def which_stay(layout: Layout, first: int, documents: int) -> Flags:
+    """Return which of the documents from number `first` on stay: bool (documents,)."""
     if layout.keep is None:
         return np.ones(documents, bool)
     return np.array(np.load(layout.keep, mmap_mode="r")[first : first + documents])
 
 
-def contribution_size(layout: Layout, lengths: Tokens) -> int:
-    """Tokens that documents of these lengths (n,), eos included, give to a stream."""
+def slice_size(layout: Layout, lengths: Lengths) -> int:
+    """Return how many tokens documents of these lengths (n,), eos included, give to a stream."""
     if layout.packing == "concat":
         return int(lengths.sum(dtype=np.int64))
     return len(best_fit(lengths, layout.seq_len)) * (layout.seq_len + 1)
 
 
 def shard_jobs(
-    layout: Layout, folder: Path, split: SplitName, parts: Sequence[Part], first_shard: int, first_block: int
+    layout: Layout,
+    folder: Path,
+    split: SplitName,
+    parts: Sequence[StreamSlice],
+    first_shard: int,
+    first_block: int,
 ) -> list[ShardJob]:
-    """The shards of a stream, numbered from `first_shard` on, to be written in `folder`."""
+    """Return the shards of a stream, numbered from `first_shard` on, to be written in `folder`."""
     ends = np.cumsum([part.tokens for part in parts], dtype=np.int64)
     rows = layout.rows(int(ends[-1]))
     jobs = []
@@ -93,7 +102,10 @@ def shard_jobs(
         count = min(layout.shard_rows(), rows - first)
         start = first * layout.stride
         low = int(np.searchsorted(ends, start, side="right"))
-        high = int(np.searchsorted(ends, start + count * layout.stride + layout.overlap, side="left")) + 1
+        high = (
+            int(np.searchsorted(ends, start + count * layout.stride + layout.overlap, side="left"))
+            + 1
+        )
         jobs.append(
             ShardJob(
                 path=folder / shards.shard_name(split, first_shard + number),
@@ -108,7 +120,8 @@ def shard_jobs(
 
 
 def shard_writer(layout: Layout) -> Callable[[ShardJob], Shard]:
-    """For `pool.spread`: writes a job's tar, with its record beside it, unless both are there already."""
+    """Return a function for `ordered_map` that writes a job's tar, with its record beside it,
+    unless both are there already."""
 
     def write(job: ShardJob) -> Shard:
         record = job.path.with_suffix(".json")
@@ -130,28 +143,30 @@ def shard_writer(layout: Layout) -> Callable[[ShardJob], Shard]:
     return write
 
 
-def tail(layout: Layout, split: SplitName, parts: Sequence[Part]) -> Tokens:
-    """What is left of a "concat" stream after its last whole row, from that row's last token on."""
+def tail(layout: Layout, split: SplitName, parts: Sequence[StreamSlice]) -> Tokens:
+    """Return what is left of a "concat" stream after its last whole row, from that row's last token
+    on."""
     left = sum(part.tokens for part in parts)
     left -= layout.rows(left) * layout.stride
     taken: list[Tokens] = []
     for part in reversed(parts):
         if left <= 0:
             break
-        tokens = contribution(layout, split, part)
+        tokens = slice_tokens(layout, split, part)
         taken.append(tokens[max(0, len(tokens) - left) :])
         left -= len(taken[-1])
     return np.concatenate(taken[::-1])
 
 
-def contribution(layout: Layout, split: SplitName, part: Part) -> Tokens:
-    """The tokens (part.tokens,) that a part gives to a split's stream. Raises ValueError if its file is damaged."""
+def slice_tokens(layout: Layout, split: SplitName, part: StreamSlice) -> Tokens:
+    """Return the tokens (part.tokens,) that a slice gives to its split's stream. Raises ValueError
+    if its file is damaged."""
     if part.path.suffix == ".npy":
         given: Tokens = np.load(part.path, allow_pickle=False)
         return given
-    ids, held, lengths = Chunk(part.path).load(f"{split}_ids", "held", "lengths")
+    ids, held, lengths = Chunk(part.path).read(f"{split}_ids", "held", "lengths")
     here = held == (split == "val")
-    lengths, keep = lengths[here], kept(layout, part.first, len(held))[here]
+    lengths, keep = lengths[here], which_stay(layout, part.first, len(held))[here]
     if not keep.all():
         ids, lengths = ids[np.repeat(keep, lengths)], lengths[keep]
     if layout.packing == "concat":
@@ -166,21 +181,23 @@ def contribution(layout: Layout, split: SplitName, part: Part) -> Tokens:
     return packed.ravel()
 
 
-def predicted(layout: Layout, lengths: Tokens) -> int:
-    """Tokens that a model predicts of documents of these lengths (n,), eos included."""
+def predicted_tokens(layout: Layout, lengths: Lengths) -> int:
+    """Return how many tokens a model predicts of documents of these lengths (n,), eos included."""
     total = int(lengths.sum(dtype=np.int64))
     if layout.packing == "best_fit":
         total -= int(np.count_nonzero((lengths - 1) % layout.seq_len == 0))
     return total
 
 
-def best_fit(lengths: Tokens, seq_len: int) -> list[list[tuple[int, int]]]:
-    """Rows of at most `seq_len` tokens, each a list of (start, stop) in the documents one after the other.
+def best_fit(lengths: Lengths, seq_len: int) -> list[list[tuple[int, int]]]:
+    """Return rows of at most `seq_len` tokens, each a list of (start, stop) in the documents one
+    after the other.
 
-    Best-fit decreasing: the longest first, each into the row that it leaves least room in (Ding et al. 2024, "Fewer
-    truncations improve language modeling", arXiv 2404.10830, algorithm 1). Documents longer than a row are cut into
-    pieces of seq_len first; where nothing but the eos would be left for a last piece, it is left out (the next row
-    begins with one, and an eos after an eos would be padding).
+    Best-fit decreasing: the longest first, each into the row that it leaves least room in (Ding et
+    al. 2024, "Fewer truncations improve language modeling", arXiv 2404.10830, algorithm 1).
+    Documents longer than a row are cut into pieces of seq_len first; where nothing but the eos
+    would be left for a last piece, it is left out (the next row begins with one, and an eos after
+    an eos would be padding).
     """
     rows: list[list[tuple[int, int]]] = []
     rest: list[tuple[int, int]] = []
@@ -213,15 +230,18 @@ def best_fit(lengths: Tokens, seq_len: int) -> list[list[tuple[int, int]]]:
 
 
 def _blocks(layout: Layout, job: ShardJob) -> Iterator[Tokens]:
-    """The job's rows as arrays (up to BLOCK_ROWS, seq_len + 1)."""
+    """Yield the job's rows as arrays (up to BLOCK_ROWS, seq_len + 1)."""
     stride, overlap, left = layout.stride, layout.overlap, job.rows
     pending = np.empty(0, layout.dtype)
     skip = job.skip
     for part in job.parts:
-        pending = np.concatenate([pending, contribution(layout, job.split, part)[skip:]])
+        pending = np.concatenate([pending, slice_tokens(layout, job.split, part)[skip:]])
         skip = 0
         while left and len(pending) >= (count := min(left, BLOCK_ROWS)) * stride + overlap:
-            shape, strides = (count, layout.seq_len + 1), (stride * pending.itemsize, pending.itemsize)
+            shape, strides = (
+                (count, layout.seq_len + 1),
+                (stride * pending.itemsize, pending.itemsize),
+            )
             yield np.lib.stride_tricks.as_strided(pending, shape, strides, writeable=False)
             pending = pending[count * stride :]
             left -= count

@@ -1,145 +1,151 @@
-"""From a corpus to a set of shards: plan, learn a tokenizer, tokenise in chunks, remove duplicates, pack, publish.
+"""From a corpus to a set of shards: plan, learn a tokenizer, tokenise in chunks, remove duplicates,
+pack, publish.
 
 Each stage leaves its result in the work folder under a name that is a hash of all it was made from
-(data_prep.work_folder). So a rerun after kill -9 goes on where it was, and the N tasks of one plan are N processes that
-fill the same folder.
+(data_prep.work_folder). So a rerun after kill -9 goes on where it was, and the N tasks of one plan
+are N processes that fill the same folder.
 """
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import heapq
-import itertools
-import json
-import os
 import shutil
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import closing
 from pathlib import Path
 
-import numpy as np
 from rich.console import Console
 from rich.markup import escape
 
 from data_prep import shards
-from data_prep.chunks import Chunk, Recipe, tokenise
-from data_prep.clean.cleaner import CleanConfig, load_rules
-from data_prep.corpus_stats import SPLITS, Duplicates, Tally, tally
+from data_prep.chunks import Recipe, make_chunks
+from data_prep.clean.cleaner import CleanConfig, read_rules
+from data_prep.files import write_whole
+from data_prep.finish import finish
 from data_prep.options import PrepareOptions, checked, sample_bytes, workers
-from data_prep.pack import Layout, Part, shard_jobs, shard_writer, tail
-from data_prep.process_pool import spread
-from data_prep.progress import stage
-from data_prep.read.documents import Findings, LeftOut, place_name
-from data_prep.read.inputs import Source, find_sources, plan_units, unused
+from data_prep.read.documents import Findings, LeftOut
+from data_prep.read.inputs import Source, find_sources, plan_units
 from data_prep.read.pieces import Unit, stored_bytes
-from data_prep.report.html_page import write_report
 from data_prep.report.markup import visible
-from data_prep.report.models import left_out_line, text_summary
-from data_prep.report.summary import make_report
+from data_prep.report.models import format_left_out
 from data_prep.shards import (
     Manifest,
-    Options,
-    Shard,
-    SourceInfo,
-    Split,
-    SplitName,
-    TokenizerInfo,
-    Tokens,
 )
 from data_prep.tokenizer import FastPathDiffers, Tokenizer
-from data_prep.train_tokenizer import LOSING, Lesson, learn
-from data_prep.work_folder import key, publish, spool_stdin, sync, work_folder, write_whole
-
-REJECTS = "rejects.jsonl"
-PROCESS_BYTES = 128 << 20
+from data_prep.train_tokenizer import TokenizerSpec, find_or_train
+from data_prep.work_folder import key, spool_stdin, work_folder
 
 
 def prepare(options: PrepareOptions, console: Console | None = None) -> Manifest | None:
-    """Make a set of shards in `options.out`, which appears whole or not at all; progress goes to stderr.
+    """Make a set of shards in `options.out`, which appears whole or not at all; progress goes to
+    stderr.
 
-    What is finished is kept through Ctrl-C, kill -9 and errors: the same call goes on from there, to the same bytes.
-    Returns the manifest, or None for a task.
+    What is finished is kept through Ctrl-C, kill -9 and errors: the same call goes on from there,
+    to the same bytes. Returns the manifest, or None for a task.
 
-    Raises ValueError, in one or two lines, for: bad options or input, a folder that already holds a set, a corpus that
-    is empty or smaller than one row, a vocabulary that the corpus does not support, a full disk.
+    Raises ValueError, in one or two lines, for: bad options or input, a folder that already holds a
+    set, a corpus that is empty or smaller than one row, a vocabulary that the corpus does not
+    support, a full disk.
     """
     console = console or Console(stderr=True)
     base = shards.load_manifest(options.append) if options.append else None
     options = checked(options, base)
-    rules = load_rules(options.rules) if options.rules else None
+    rules = read_rules(options.rules) if options.rules else None
     if base and rules is None and any(source.rules for source in base.sources):
-        raise ValueError(f"clean: {options.append} was cleaned by rules; give them, or others, or --clean none")
+        raise ValueError(
+            f"clean: {options.append} was cleaned by rules; give them, or others, or --clean none"
+        )
     out = Path(options.out)
     with work_folder(out, shared=options.task is not None) as work:
         inputs = [spool_stdin(work) if str(item) == "-" else item for item in options.inputs]
         sources = find_sources(inputs, out)
         units = plan_units(sources)
         model = _given_tokenizer(work, options)
-        with _telling_if_it_fails(sources, console) as left_out:
-            model = model or learn(work, lesson(options, rules), units, workers(options), console, left_out)
+        with _print_left_out_on_error(sources, console) as left_out:
+            model = model or find_or_train(
+                work, tokenizer_spec(options, rules), units, workers(options), console, left_out
+            )
         recipe = recipe_of(options, rules, model)
-        _tell_what_is_there(work, recipe.folders(work, units), console)
+        _print_reused_parts(work, recipe.folders(work, units), console)
         try:
-            chunks = _tokenise(work, options, recipe, units, console)
+            chunks = _make_chunks(work, options, recipe, units, console)
         except FastPathDiffers as difference:
             warning = f"warning: {difference}; kitoken is given up for SentencePiece"
             console.print(warning, highlight=False, markup=False)
             recipe = dataclasses.replace(recipe, encoder="sentencepiece")
-            chunks = _tokenise(work, options, recipe, units, console)
+            chunks = _make_chunks(work, options, recipe, units, console)
         if options.task:
             console.print(
-                f"task {options.task[0]} of {options.task[1]} is done; when all are, the same command without --task "
-                f"makes the set in {escape(visible(str(out)))}",
+                f"task {options.task[0]} of {options.task[1]} is done; when all are, the same "
+                f"command without --task makes the set in {escape(visible(str(out)))}",
                 highlight=False,
             )
             return None
         if plan_units(find_sources(inputs, out)) != units:
             raise ValueError("the corpus changed while it was read; run the command again")
-        manifest = _finish(work, options, base, recipe, sources, units, chunks, console)
+        manifest = finish(work, options, base, recipe, sources, units, chunks, console)
     rows = ", ".join(f"{split.rows:,} {name} rows" for name, split in manifest.splits.items())
-    console.print(f"wrote     {escape(visible(str(out)))}: {rows} of {manifest.seq_len} tokens", highlight=False)
+    console.print(
+        f"wrote     {escape(visible(str(out)))}: {rows} of {manifest.seq_len} tokens",
+        highlight=False,
+    )
     return manifest
 
 
-def train_tokenizer(options: PrepareOptions, model: Path, console: Console | None = None) -> Tokenizer:
+def train_tokenizer(
+    options: PrepareOptions, model: Path, console: Console | None = None
+) -> Tokenizer:
     """Train a tokenizer as `prepare` would with these options, and write it to `model`.
 
     Raises ValueError as `prepare` does, and if `model` exists.
     """
     console = console or Console(stderr=True)
     options = checked(options, None)
-    rules = load_rules(options.rules) if options.rules else None
+    rules = read_rules(options.rules) if options.rules else None
     if model.exists():
         raise ValueError(f"{model}: exists already; choose another name, or delete it first")
     with work_folder(Path(options.out)) as work:
         inputs = [spool_stdin(work) if str(item) == "-" else item for item in options.inputs]
         sources = find_sources(inputs, Path(options.out))
         left_out = found_before_reading(sources)
-        learnt = learn(work, lesson(options, rules), plan_units(sources), workers(options), console, left_out)
+        learnt = find_or_train(
+            work,
+            tokenizer_spec(options, rules),
+            plan_units(sources),
+            workers(options),
+            console,
+            left_out,
+        )
         shutil.move(learnt, model)
         shutil.rmtree(work)
-    tell_what_is_left_out(left_out, console)
-    with contextlib.suppress(OSError):  # of an earlier run that was killed, the folder is not this one's to remove
+    print_left_out(left_out, console)
+    # A folder that an earlier run has left is not this one's to remove.
+    with contextlib.suppress(OSError):
         Path(options.out).rmdir()
     return Tokenizer.load(model)
 
 
-def learn_first(options: PrepareOptions, console: Console | None = None) -> None:
-    """Train the tokenizer in the work folder, where `prepare` and its tasks with the same options then find it.
+def train_tokenizer_first(options: PrepareOptions, console: Console | None = None) -> None:
+    """Train the tokenizer in the work folder, where `prepare` and its tasks with the same options
+    then find it.
 
     Raises ValueError as `prepare` does.
     """
     options = checked(options, None)
-    rules = load_rules(options.rules) if options.rules else None
+    rules = read_rules(options.rules) if options.rules else None
     with work_folder(Path(options.out)) as work:
         units = plan_units(find_sources(options.inputs))
-        learn(work, lesson(options, rules), units, workers(options), console or Console(stderr=True))
+        find_or_train(
+            work,
+            tokenizer_spec(options, rules),
+            units,
+            workers(options),
+            console or Console(stderr=True),
+        )
 
 
 def found_before_reading(sources: Sequence[Source]) -> LeftOut:
-    """What the sources pass over."""
+    """Return what the sources pass over."""
     passed, left_out = Findings(), LeftOut()
     for source in sources:
         for finding in source.passed:
@@ -148,25 +154,26 @@ def found_before_reading(sources: Sequence[Source]) -> LeftOut:
     return left_out
 
 
-def tell_what_is_left_out(left_out: LeftOut, console: Console) -> None:
+def print_left_out(left_out: LeftOut, console: Console) -> None:
     """Print a line of it, if there is anything to tell."""
-    if line := left_out_line(left_out.counts, left_out.named):
+    if line := format_left_out(left_out.counts, left_out.named):
         console.print(f"note      {visible(line)}", highlight=False, markup=False, soft_wrap=True)
 
 
 @contextlib.contextmanager
-def _telling_if_it_fails(sources: Sequence[Source], console: Console) -> Iterator[LeftOut]:
-    """What is left out explains many an error, and there will be no summary to tell it."""
+def _print_left_out_on_error(sources: Sequence[Source], console: Console) -> Iterator[LeftOut]:
+    """Print what is left out if the block fails: it explains many an error, and there will be no
+    summary to tell it."""
     left_out = found_before_reading(sources)
     try:
         yield left_out
     except ValueError:
-        tell_what_is_left_out(left_out, console)
+        print_left_out(left_out, console)
         raise
 
 
 def _given_tokenizer(work: Path, options: PrepareOptions) -> Path | None:
-    """A copy of the tokenizer that was given: the file itself may change while the set is made."""
+    """Copy the tokenizer that was given: the file itself may change while the set is made."""
     if options.tokenizer is None:
         return None
     model = options.tokenizer.read_bytes()
@@ -175,9 +182,9 @@ def _given_tokenizer(work: Path, options: PrepareOptions) -> Path | None:
     return copy
 
 
-def lesson(options: PrepareOptions, rules: CleanConfig | None) -> Lesson:
-    """What decides the tokenizer that is trained."""
-    return Lesson(
+def tokenizer_spec(options: PrepareOptions, rules: CleanConfig | None) -> TokenizerSpec:
+    """Return what decides the tokenizer that is trained."""
+    return TokenizerSpec(
         options.kind,
         options.vocab_size,
         sample_bytes(options),
@@ -189,7 +196,7 @@ def lesson(options: PrepareOptions, rules: CleanConfig | None) -> Lesson:
 
 
 def recipe_of(options: PrepareOptions, rules: CleanConfig | None, model: Path) -> Recipe:
-    """What decides the chunks."""
+    """Return what decides the chunks."""
     return Recipe(
         model,
         options.encoder,
@@ -201,10 +208,12 @@ def recipe_of(options: PrepareOptions, rules: CleanConfig | None, model: Path) -
     )
 
 
-def share(units: Sequence[Unit], task: int, tasks: int) -> list[int]:
-    """Which units are in one of `tasks` parts of about equal size, the same for every task that asks."""
+def units_of_task(units: Sequence[Unit], task: int, tasks: int) -> list[int]:
+    """Return which units are in one of `tasks` parts of about equal size, the same for every task
+    that asks."""
     parts: list[tuple[int, int, list[int]]] = [(0, number, []) for number in range(tasks)]
-    sizes = [max(1, stored_bytes(unit)) for unit in units]  # of some web servers' files it is not known
+    # Some web servers do not tell how large their files are.
+    sizes = [max(1, stored_bytes(unit)) for unit in units]
     for number in sorted(range(len(units)), key=lambda number: -sizes[number]):
         size, part, numbers = heapq.heappop(parts)
         numbers.append(number)
@@ -213,304 +222,31 @@ def share(units: Sequence[Unit], task: int, tasks: int) -> list[int]:
     return sorted(mine)
 
 
-def _tokenise(
+def _make_chunks(
     work: Path, options: PrepareOptions, recipe: Recipe, units: Sequence[Unit], console: Console
 ) -> list[list[Path]]:
-    """The chunks of all units, or of the task's."""
-    mine = share(units, *options.task) if options.task else list(range(len(units)))
+    """Make the chunks of all units, or of the task's."""
+    mine = units_of_task(units, *options.task) if options.task else list(range(len(units)))
     folders = recipe.folders(work, units)
-    return tokenise(recipe, [units[i] for i in mine], [folders[i] for i in mine], workers(options), console)
+    return make_chunks(
+        recipe, [units[i] for i in mine], [folders[i] for i in mine], workers(options), console
+    )
 
 
-def _tell_what_is_there(work: Path, folders: Sequence[Path], console: Console) -> None:
-    """Of finished parts in the work folder, how many are gone on with, and that others do not fit."""
+def _print_reused_parts(work: Path, folders: Sequence[Path], console: Console) -> None:
+    """Print how many finished parts in the work folder are reused, and that others do not fit."""
     there = {folder for folder in (work / "chunks").glob("*") if any(folder.glob("*.npz"))}
-    if going_on := sum(len(list(folder.glob("*.npz"))) for folder in there.intersection(folders)):
-        console.print(f"going on with {going_on:,} finished parts of an earlier run or of tasks", highlight=False)
+    if reused := sum(len(list(folder.glob("*.npz"))) for folder in there.intersection(folders)):
+        console.print(
+            f"reusing {reused:,} finished parts of an earlier run or of tasks",
+            highlight=False,
+        )
     if others := there.difference(folders):
         console.print(
-            f"warning: finished parts of {len(others):,} units in {work} are of another input, other options or "
-            "other library versions, and are not used; if that is not meant, stop and give the same options",
+            f"warning: finished parts of {len(others):,} units in {work} are of another input, "
+            "other options or other library versions, and are not used; if that is not meant, "
+            "stop and give the same options",
             highlight=False,
             markup=False,
             soft_wrap=True,
         )
-
-
-def _finish(
-    work: Path,
-    options: PrepareOptions,
-    base: Manifest | None,
-    recipe: Recipe,
-    sources: Sequence[Source],
-    units: Sequence[Unit],
-    chunks: list[list[Path]],
-    console: Console,
-) -> Manifest:
-    """From chunks to a published set: duplicates, tally, shards, manifest, report."""
-    out = Path(options.out)
-    paths = list(itertools.chain.from_iterable(chunks))
-    tokenizer = Tokenizer.load(recipe.model)
-    duplicates = _deduplicate(work, options, base, paths, console)
-    layout = Layout(
-        options.packing,
-        options.seq_len,
-        tokenizer.eos_id,
-        shards.dtype_for(tokenizer.vocab_size),
-        options.shard_bytes,
-        duplicates.keep if duplicates else None,
-    )
-    decided = dataclasses.asdict(layout) | {"keep": layout.keep and layout.keep.name}
-    named = key(decided, _base_key(options, base), [_below(work, path) for path in paths])
-    folder = work / f"set-{named}"
-    folder.mkdir(exist_ok=True)
-    near = np.load(duplicates.near, mmap_mode="r") if duplicates else None
-    names = SPLITS if options.val_fraction else SPLITS[:1]
-    with stage(console, "count", len(paths), "chunks") as advance:
-        counted = tally(sources, units, chunks, layout, near, names, folder / REJECTS, advance)
-    if not any(source.documents for source in counted.sources.values()) and not base:
-        raise ValueError(_nothing_left(counted))
-    splits = _pack(folder, layout, options, base, counted, console)
-    write_whole(folder / shards.TOKENIZER, lambda beside: shutil.copyfile(recipe.model, beside))
-    if duplicates:
-        _write_fingerprints(folder, options, base, layout, paths)
-
-    inexact = counted.checked["inexact"]
-    if inexact:
-        console.print(
-            "warning: this tokenizer does not decode to exactly the text that goes in (it normalises, or lacks "
-            "characters); the manifest records that"
-        )
-    manifest = Manifest(
-        format="dnt-shards",
-        version=1,
-        dtype=shards.dtype_for(tokenizer.vocab_size),
-        seq_len=options.seq_len,
-        packing=options.packing,
-        tokenizer=TokenizerInfo(
-            file="tokenizer.model",
-            sha256=tokenizer.sha256,
-            vocab_size=tokenizer.vocab_size,
-            round_trip=not inexact and (base is None or base.tokenizer.round_trip),
-        ),
-        eos_id=tokenizer.eos_id,
-        options=base.options if base else _manifest_options(options),
-        sources=(*(base.sources if base else ()), *_source_infos(options, recipe, base, counted)),
-        fingerprints=_sha256(folder / shards.FINGERPRINTS) if duplicates else None,
-        splits=splits,
-    )
-    report = make_report(options, recipe, manifest, counted, duplicates, tokenizer)
-    write_report(folder, report)
-    for path in folder.iterdir():
-        if path.suffix not in (".tar", ".json"):
-            sync(path)
-    shards.write_manifest(folder, manifest)
-    files = [folder / shard.file for split in splits.values() for shard in split.shards]
-    extra = [folder / name for name in (shards.TOKENIZER, REJECTS, "report.html", "report.json")]
-    publish(out, files + extra + ([folder / shards.FINGERPRINTS] if duplicates else []), folder / shards.MANIFEST)
-    console.print(text_summary(report), highlight=False, markup=False, soft_wrap=True)
-    return manifest
-
-
-def _deduplicate(
-    work: Path, options: PrepareOptions, base: Manifest | None, paths: Sequence[Path], console: Console
-) -> Duplicates | None:
-    """Which documents stay, where that is asked for; those of a set that is appended to come first of all."""
-    if options.dedup == "none":
-        return None
-    name = key(options.dedup, _base_key(options, base), [_below(work, path) for path in paths])
-    original, keep, near = (work / f"{what}-{name}.npy" for what in ("original", "keep", "near"))
-    facts = work / f"duplicates-{name}.json"
-    if facts.exists():
-        return Duplicates(original, keep, near, json.loads(facts.read_text()))
-    from data_prep.dedup import find_duplicates
-
-    earlier = np.load(options.append / shards.FINGERPRINTS, mmap_mode="r") if base and options.append else None
-    parts = (Chunk(path)["fingerprints"] for path in paths)
-    scratch = work / "dedup"
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir()
-    with stage(console, "dedup", None, "comparisons") as advance:
-        found = find_duplicates(
-            itertools.chain([] if earlier is None else [earlier], parts),
-            scratch,
-            near=options.dedup == "near",
-            progress=advance,
-        )
-    before = len(earlier) if earlier is not None else 0
-    write_whole(original, lambda beside: _save(beside, found.original))
-    write_whole(keep, lambda beside: _save(beside, found.original[before:] < 0))
-    write_whole(near, lambda beside: _save(beside, found.is_near[before:]))
-    numbers = {"before": before, "clusters": found.clusters, "largest": found.largest}
-    write_whole(facts, lambda beside: beside.write_text(json.dumps(numbers)))
-    shutil.rmtree(scratch)
-    return Duplicates(original, keep, near, json.loads(facts.read_text()))
-
-
-def _pack(
-    folder: Path, layout: Layout, options: PrepareOptions, base: Manifest | None, counted: Tally, console: Console
-) -> dict[SplitName, Split]:
-    """Write the shards of each split; a set that is appended to gives its own, but for the last of each split."""
-    jobs = {}
-    parts: dict[SplitName, list[Part]] = {}
-    for name, new in counted.parts.items():
-        before = base.splits[name] if base else None
-        lead = _lead(folder, layout, options, base, name)
-        parts[name] = [lead, *new]
-        whole = before.shards[:-1] if before else ()
-        for shard in whole:
-            _link(options.append / shard.file if options.append else Path(), folder / shard.file)
-        blocks = sum(len(shard.members) for shard in whole)
-        jobs[name] = shard_jobs(layout, folder, name, parts[name], len(whole), blocks)
-        if not jobs[name]:
-            raise ValueError(_too_short(name, layout, options, counted))
-    every = [job for name in jobs for job in jobs[name]]
-    written: dict[SplitName, list[Shard]] = {name: [] for name in jobs}
-    row_bytes = (layout.seq_len + 1) * np.dtype(layout.dtype).itemsize
-    # A process takes longer to start than a small set to write.
-    processes = min(workers(options), len(every), 1 + sum(job.rows for job in every) * row_bytes // PROCESS_BYTES)
-    with (
-        stage(console, "pack", sum(job.rows for job in every) * row_bytes) as advance,
-        closing(spread(functools.partial(shard_writer, layout), every, processes)) as results,
-    ):
-        for job, shard in zip(every, results, strict=True):
-            written[job.split].append(shard)
-            advance(job.rows * row_bytes)
-    splits: dict[SplitName, Split] = {}
-    for name, made in written.items():
-        before = base.splits[name] if base else None
-        totals = counted.splits[name]
-        all_shards = (*(before.shards[:-1] if before else ()), *made)
-        rows = sum(shard.rows for shard in all_shards)
-        left = tuple(tail(layout, name, parts[name]).tolist()) if layout.packing == "concat" else ()
-        splits[name] = Split(
-            documents=totals.documents + (before.documents if before else 0),
-            tokens=totals.tokens + (before.tokens if before else 0),
-            text_bytes=totals.text_bytes + (before.text_bytes if before else 0),
-            rows=rows,
-            tail=left,
-            shards=all_shards,
-        )
-    return splits
-
-
-def _lead(folder: Path, layout: Layout, options: PrepareOptions, base: Manifest | None, name: SplitName) -> Part:
-    """What a split's stream begins with: eos, or the last shard and the tail of the set that is appended to."""
-    dtype = np.dtype(layout.dtype)
-    lead = np.array([layout.eos_id] if layout.packing == "concat" else [], dtype)
-    if base and options.append:
-        before = base.splits[name]
-        tokens = shards.shard_stream(options.append, base, before.shards[-1])
-        lead = np.concatenate([*tokens, np.array(before.tail, dtype)])
-    path = folder / f"lead-{name}.npy"
-    write_whole(path, lambda beside: _save(beside, lead))
-    return Part(path, 0, len(lead))
-
-
-def _write_fingerprints(
-    folder: Path, options: PrepareOptions, base: Manifest | None, layout: Layout, paths: Sequence[Path]
-) -> None:
-    """The fingerprints of all documents of the set, for what may be appended to it."""
-    from data_prep.dedup import FINGERPRINT
-
-    assert layout.keep
-    keep = np.load(layout.keep, mmap_mode="r")
-    earlier = np.load(options.append / shards.FINGERPRINTS, mmap_mode="r") if base and options.append else []
-
-    def write(path: Path) -> None:
-        total = len(earlier) + int(np.count_nonzero(keep))
-        array = np.lib.format.open_memmap(path, mode="w+", dtype=FINGERPRINT, shape=(total,))
-        array[: len(earlier)] = earlier
-        at, first = len(earlier), 0
-        for chunk in paths:
-            new = Chunk(chunk)["fingerprints"]
-            stay = new[keep[first : first + len(new)]]
-            array[at : at + len(stay)] = stay
-            at, first = at + len(stay), first + len(new)
-        array.flush()
-
-    write_whole(folder / shards.FINGERPRINTS, write)
-
-
-def _manifest_options(options: PrepareOptions) -> Options:
-    trained = options.tokenizer is None
-    return Options(
-        vocab_size=options.vocab_size if trained else None,
-        kind=options.kind if trained else None,
-        sample_bytes=sample_bytes(options) if trained else None,
-        val_fraction=options.val_fraction,
-        shard_bytes=options.shard_bytes,
-        dedup=options.dedup,
-    )
-
-
-def _source_infos(
-    options: PrepareOptions, recipe: Recipe, base: Manifest | None, counted: Tally
-) -> Iterator[SourceInfo]:
-    rules = recipe.rules.fingerprint() if recipe.rules else None
-    used = {source.name: 1 for source in base.sources} if base else {}
-    for name, source in counted.sources.items():
-        yield SourceInfo(
-            name=unused(name, used),
-            text_field=options.text_field,
-            documents=source.documents,
-            text_bytes=source.text_bytes,
-            replaced=source.findings["broken_utf8"] + source.findings["lone_surrogate"],
-            empty=source.findings["empty"],
-            dropped=source.dropped,
-            duplicates=source.exact + source.near,
-            rules=rules,
-        )
-
-
-def _nothing_left(counted: Tally) -> str:
-    sources = counted.sources.values()
-    read, empty = sum(source.read for source in sources), sum(source.findings["empty"] for source in sources)
-    dropped = sum((Counter(source.dropped) for source in sources), Counter[str]())
-    if not read:
-        lost = next((record for record in counted.rejects if record["kind"] in LOSING), None)
-        found = f"{place_name(lost['file'], lost['line'])}: {lost['detail']}" if lost else f"{empty} empty documents"
-        return f"the corpus is empty: no text in the input ({found}); name another --text-field, or give some text"
-    by_rule = ", ".join(f"{count:,} dropped by {rule}" for rule, count in dropped.items())
-    return f"none of the {read:,} documents is left ({by_rule}); use other --clean rules or more text"
-
-
-def _too_short(name: SplitName, layout: Layout, options: PrepareOptions, counted: Tally) -> str:
-    """That a split has not one whole row, and what may help."""
-    totals, documents = counted.splits[name], sum(total.documents for total in counted.splits.values())
-    found = f"the {name} split has {totals.tokens} tokens in {totals.documents} documents of {documents:,}"
-    another = (
-        "a smaller" if name == "train" else f"a larger (such as {min(0.5, max(0.01, 4 / max(documents, 1))):.2g}, or 0)"
-    )
-    advice = [] if options.val_fraction == 0 else [f"{another} --val-fraction"]
-    if totals.documents:
-        advice = ["more text", "a smaller --seq-len", *advice]
-    return f"{found}, but one row needs {layout.seq_len}; give {', or '.join(advice)}"
-
-
-def _link(source: Path, target: Path) -> None:
-    """The same file under another name, or a copy where the file system has no links."""
-    if target.exists():
-        return
-    try:
-        os.link(source.resolve(), target)  # of a symbolic link, the file behind it
-    except OSError:
-        write_whole(target, lambda beside: shutil.copyfile(source, beside))
-
-
-def _base_key(options: PrepareOptions, base: Manifest | None) -> str | None:
-    return shards.manifest_sha256(options.append) if base and options.append else None
-
-
-def _below(work: Path, path: Path) -> str:
-    return path.relative_to(work).as_posix()
-
-
-def _save(path: Path, array: Tokens) -> None:
-    with path.open("wb") as file:
-        np.save(file, array, allow_pickle=False)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

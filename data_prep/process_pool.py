@@ -16,11 +16,15 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def spread(make: Callable[[], Callable[[Item], Result]], items: Iterable[Item], workers: int) -> Generator[Result]:
-    """The results of `make()`'s function over the items, in their order; each worker process makes its own function.
+def ordered_map(
+    make: Callable[[], Callable[[Item], Result]], items: Iterable[Item], workers: int
+) -> Generator[Result]:
+    """Yield the results of `make()`'s function over the items, in their order; each worker process
+    makes its own function.
 
-    With one worker everything runs in this process. Items are drawn as they are needed. Close the generator (or use it
-    up) so that no worker outlives it. Raises what the function or the items raise; ValueError if a worker is killed.
+    With one worker everything runs in this process. Items are drawn as they are needed. Close the
+    generator (or use it up) so that no worker outlives it. Raises what the function or the items
+    raise; ValueError if a worker is killed.
     """
     if workers == 1:
         yield from map(make(), items)
@@ -50,7 +54,8 @@ def spread(make: Callable[[], Callable[[Item], Result]], items: Iterable[Item], 
 
 
 def cpus() -> int:
-    """CPUs this process may use: SLURM or a container may allow fewer than the machine has."""
+    """Return how many CPUs this process may use: SLURM or a container may allow fewer than the
+    machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -58,7 +63,8 @@ _function: Callable[[Any], Any] | None = None
 
 
 def _start_worker() -> None:
-    # Ctrl-C reaches the whole group; the main process alone acts on it. If that is killed, its workers go too.
+    # Ctrl-C reaches the whole group; the main process alone acts on it. If that is killed, its
+    # workers go too.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent

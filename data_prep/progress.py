@@ -1,4 +1,5 @@
-"""What a person sees while a stage runs: a bar with rates and the time left; in a log, a line every ten seconds."""
+"""What a person sees while a stage runs: a bar with rates and the time left; in a log, a line every
+ten seconds."""
 
 import contextlib
 import time
@@ -8,11 +9,14 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from data_prep.words import clock
+
 LOG_SECONDS = 10.0
 
 
 class Stage:
-    """Told how far a stage is: `done` of its total, and perhaps bytes of text and tokens; each adds up."""
+    """Told how far a stage is: `done` of its total, and perhaps bytes of text and tokens; each adds
+    up."""
 
     def __init__(self, show: Callable[["Stage"], None]):
         self.done = self.text_bytes = self.tokens = 0
@@ -27,7 +31,8 @@ class Stage:
 
 @contextlib.contextmanager
 def stage(console: Console, name: str, total: int | None, unit: str = "MB") -> Iterator[Stage]:
-    """Show a stage; `total` and what `Stage` is told are in bytes, or in whatever else `unit` names."""
+    """Show a stage; `total` and what `Stage` is told are in bytes, or in whatever else `unit`
+    names."""
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -50,7 +55,7 @@ def stage(console: Console, name: str, total: int | None, unit: str = "MB") -> I
             line = f"{name:9} {_amount(state.done, unit)}"
             if total and state.done:
                 left = (now - start) * (total - state.done) / state.done
-                line += f" of {_amount(total, unit)} ({state.done / total:.0%}), {_clock(left)} left"
+                line += f" of {_amount(total, unit)} ({state.done / total:.0%}), {clock(left)} left"
             console.print(f"{line}, {rate}", highlight=False, soft_wrap=True)
 
     state = Stage(show)
@@ -58,8 +63,8 @@ def stage(console: Console, name: str, total: int | None, unit: str = "MB") -> I
         yield state
     seconds = time.monotonic() - start
     console.print(
-        f"{name:9} {_amount(state.text_bytes or state.done, 'MB' if state.text_bytes else unit)} in {seconds:.1f} s, "
-        f"{_rate(state, seconds, unit)}",
+        f"{name:9} {_amount(state.text_bytes or state.done, 'MB' if state.text_bytes else unit)} "
+        f"in {seconds:.1f} s, {_rate(state, seconds, unit)}",
         highlight=False,
         soft_wrap=True,
     )
@@ -81,9 +86,3 @@ def _rate(state: Stage, seconds: float, unit: str) -> str:
 
 def _amount(value: float, unit: str) -> str:
     return f"{value / 1e6:,.1f} MB" if unit == "MB" else f"{value:,.0f} {unit}"
-
-
-def _clock(seconds: float) -> str:
-    minutes, whole = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{whole:02}" if hours else f"{minutes}:{whole:02}"

@@ -1,12 +1,14 @@
 """THE FORMAT: token rows in plain WebDataset tars beside a manifest that can prove them whole.
 
-Packing "concat": a split's stream of tokens is `eos doc eos doc eos ... doc eos`. Row i is `stream[i*seq_len :
-(i+1)*seq_len + 1]`, so a row's last token is the next row's first and every token after the first is predicted exactly
-once. What is left after the last whole row is the split's `tail` in the manifest.
+Packing "concat": a split's stream of tokens is `eos doc eos doc eos ... doc eos`. Row i is
+`stream[i*seq_len : (i+1)*seq_len + 1]`, so a row's last token is the next row's first and every
+token after the first is predicted exactly once. What is left after the last whole row is the
+split's `tail` in the manifest.
 
-Packing "best_fit": a row is `eos`, whole documents each followed by eos, and further eos as padding. A document that is
-longer than a row is cut into pieces of seq_len tokens, of which all but the last fill a row each. So an eos after an
-eos is padding, which is not predicted; every other token after a row's first is predicted exactly once.
+Packing "best_fit": a row is `eos`, whole documents each followed by eos, and further eos as
+padding. A document that is longer than a row is cut into pieces of seq_len tokens, of which all but
+the last fill a row each. So an eos after an eos is padding, which is not predicted; every other
+token after a row's first is predicted exactly once.
 """
 
 import contextlib
@@ -24,6 +26,9 @@ from typing import Annotated, Any, Literal, Self
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from data_prep.arrays import Tokens
+from data_prep.words import problems_of
+
 FORMAT = "dnt-shards"
 VERSION = 1
 MANIFEST = "manifest.json"
@@ -34,7 +39,6 @@ BLOCK_ROWS = 512
 TAR_BLOCK = 512
 NPY_HEADER = 128
 
-Tokens = np.ndarray[Any, np.dtype[Any]]
 SplitName = Literal["train", "val"]
 Packing = Literal["concat", "best_fit"]
 Dedup = Literal["none", "exact", "near"]
@@ -43,11 +47,11 @@ Positive = Annotated[int, Field(ge=1)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
-class _Part(BaseModel):
+class _Model(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
-class Member(_Part):
+class Member(_Model):
     """A block of rows in a tar: `offset` is the byte of row 0, `crc32` that of the rows' bytes."""
 
     name: Annotated[str, Field(pattern=r"^\d{6,}\.tokens\.npy$")]
@@ -56,7 +60,7 @@ class Member(_Part):
     crc32: Count
 
 
-class Shard(_Part):
+class Shard(_Model):
     """One tar file; `tokens` are the predicted ones, rows * seq_len."""
 
     file: Annotated[str, Field(pattern=r"^(train|val)-\d{6,}\.tar$")]
@@ -67,9 +71,9 @@ class Shard(_Part):
     members: tuple[Member, ...]
 
 
-class Split(_Part):
-    """Train or val: `tokens` are predicted ones. In "concat", `rows * seq_len` of them are in rows, the rest in `tail`;
-    in "best_fit" all are in rows, beside padding, and `tail` is empty."""
+class Split(_Model):
+    """Train or val: `tokens` are predicted ones. In "concat", `rows * seq_len` of them are in rows,
+    the rest in `tail`; in "best_fit" all are in rows, beside padding, and `tail` is empty."""
 
     documents: Positive
     tokens: Positive
@@ -79,7 +83,7 @@ class Split(_Part):
     shards: tuple[Shard, ...]
 
 
-class TokenizerInfo(_Part):
+class TokenizerInfo(_Model):
     """`round_trip` is whether a sample of the corpus decoded to exactly the text that went in."""
 
     file: Literal["tokenizer.model"]
@@ -88,9 +92,10 @@ class TokenizerInfo(_Part):
     round_trip: bool
 
 
-class SourceInfo(_Part):
-    """One INPUT: the documents that stayed; how many of those read held broken UTF-8 (`replaced`) or were `empty`, were
-    `dropped` by which cleaning rule or finding, or were `duplicates`; and the SHA-256 of the cleaning `rules`."""
+class SourceInfo(_Model):
+    """One INPUT: the documents that stayed; how many of those read held broken UTF-8 (`replaced`)
+    or were `empty`, were `dropped` by which cleaning rule or finding, or were `duplicates`; and the
+    SHA-256 of the cleaning `rules`."""
 
     name: str
     documents: Count
@@ -103,8 +108,9 @@ class SourceInfo(_Part):
     rules: Sha256 | None = None
 
 
-class Options(_Part):
-    """The options that decide the bytes; the first three are null for a tokenizer that was given."""
+class Options(_Model):
+    """The options that decide the bytes; the first three are null for a tokenizer that was
+    given."""
 
     vocab_size: Positive | None
     kind: Literal["bpe", "unigram"] | None
@@ -114,8 +120,9 @@ class Options(_Part):
     dedup: Dedup = "none"
 
 
-class Manifest(_Part):
-    """manifest.json: everything about a prepared set; its numbers are checked against one another."""
+class Manifest(_Model):
+    """manifest.json: everything about a prepared set; its numbers are checked against one
+    another."""
 
     format: Literal["dnt-shards"]
     version: Literal[1]
@@ -131,87 +138,110 @@ class Manifest(_Part):
 
     @property
     def numpy_dtype(self) -> np.dtype[Any]:
-        """Little-endian uint16 or uint32."""
+        """Return little-endian uint16 or uint32."""
         return np.dtype("<u2" if self.dtype == "uint16" else "<u4")
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one row of seq_len + 1 tokens: row r of a member starts at `offset + r * row_bytes`."""
+        """Return the bytes of one row of seq_len + 1 tokens: row r of a member starts at `offset +
+        r * row_bytes`."""
         return (self.seq_len + 1) * self.numpy_dtype.itemsize
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         vocab_size = self.tokenizer.vocab_size
-        _same("dtype", self.dtype, dtype_for(vocab_size))
+        _check_equal("dtype", self.dtype, dtype_for(vocab_size))
         if self.eos_id >= vocab_size:
-            raise ValueError(f"eos_id is {self.eos_id}, expected less than the vocabulary's {vocab_size}")
+            raise ValueError(
+                f"eos_id is {self.eos_id}, expected less than the vocabulary's {vocab_size}"
+            )
         if "train" not in self.splits:
             raise ValueError('splits has no "train"')
         for name, split in self.splits.items():
             self._check_split(name, split)
         for field in ("documents", "text_bytes"):
             found = sum(getattr(split, field) for split in self.splits.values())
-            _same(f"{field} in splits", found, sum(getattr(source, field) for source in self.sources))
+            _check_equal(
+                f"{field} in splits", found, sum(getattr(source, field) for source in self.sources)
+            )
         return self
 
     def _check_split(self, name: str, split: Split) -> None:
         block = 0
         for number, shard in enumerate(split.shards):
             where = f"splits.{name}.shards.{number}"
-            _same(f"{where}.file", shard.file, shard_name(name, number))
-            _same(f"{where}.rows", shard.rows, sum(member.rows for member in shard.members))
-            _same(f"{where}.tokens", shard.tokens, shard.rows * self.seq_len)
+            _check_equal(f"{where}.file", shard.file, shard_name(name, number))
+            _check_equal(f"{where}.rows", shard.rows, sum(member.rows for member in shard.members))
+            _check_equal(f"{where}.tokens", shard.tokens, shard.rows * self.seq_len)
             end = 0
             for member in shard.members:
-                _same(f"{where}.members name", member.name, member_name(block))
+                _check_equal(f"{where}.members name", member.name, member_name(block))
                 if member.offset < end + TAR_BLOCK:
-                    raise ValueError(f"{where}: {member.name} at {member.offset} lies on the one before")
+                    raise ValueError(
+                        f"{where}: {member.name} at {member.offset} lies on the one before"
+                    )
                 end = member.offset + member.rows * self.row_bytes
                 block += 1
             if end > shard.bytes:
-                raise ValueError(f"{where}: its members end at {end}, beyond its {shard.bytes} bytes")
+                raise ValueError(
+                    f"{where}: its members end at {end}, beyond its {shard.bytes} bytes"
+                )
         members = [member for shard in split.shards for member in shard.members]
-        _same(f"splits.{name}.rows", split.rows, sum(member.rows for member in members))
+        _check_equal(f"splits.{name}.rows", split.rows, sum(member.rows for member in members))
         for member in members[:-1]:
-            _same(f"splits.{name}: rows of {member.name}", member.rows, BLOCK_ROWS)
+            _check_equal(f"splits.{name}: rows of {member.name}", member.rows, BLOCK_ROWS)
         if self.packing == "best_fit":
-            _same(f"splits.{name}.tail", split.tail, ())
+            _check_equal(f"splits.{name}.tail", split.tail, ())
             if not split.tokens <= split.rows * self.seq_len:
-                raise ValueError(f"splits.{name}.tokens is {split.tokens}, more than its {split.rows} rows hold")
+                raise ValueError(
+                    f"splits.{name}.tokens is {split.tokens}, more than its {split.rows} rows hold"
+                )
             return
-        _same(f"splits.{name}.tokens", split.tokens, split.rows * self.seq_len + len(split.tail) - 1)
+        _check_equal(
+            f"splits.{name}.tokens", split.tokens, split.rows * self.seq_len + len(split.tail) - 1
+        )
         if not 1 <= len(split.tail) <= self.seq_len:
-            raise ValueError(f"splits.{name}.tail has {len(split.tail)} tokens, expected 1 to {self.seq_len}")
+            raise ValueError(
+                f"splits.{name}.tail has {len(split.tail)} tokens, expected 1 to {self.seq_len}"
+            )
         if max(split.tail) >= self.tokenizer.vocab_size:
             raise ValueError(f"splits.{name}.tail holds {max(split.tail)}, beyond the vocabulary")
 
 
 def dtype_for(vocab_size: int) -> Literal["uint16", "uint32"]:
-    """The narrower of the two that holds every id of a vocabulary."""
+    """Return the narrower of the two that holds every id of a vocabulary."""
     return "uint16" if vocab_size <= 1 << 16 else "uint32"
 
 
 def shard_name(split: str, number: int) -> str:
-    """File name of a split's n-th tar."""
+    """Return the file name of a split's n-th tar."""
     return f"{split}-{number:06d}.tar"
 
 
 def member_name(block: int) -> str:
-    """Name in the tar of a split's n-th block."""
+    """Return the name in the tar of a split's n-th block."""
     return f"{block:06d}.tokens.npy"
 
 
 def load_manifest(folder: Path) -> Manifest:
-    """The manifest of a prepared set, after checking that every file it names is there and of the right size.
+    """Read the manifest of a prepared set, and check that every file it names is there and of the
+    right size.
 
-    Raises ValueError naming the file and what is wrong: no such folder, no manifest, a truncated or altered one,
-    another format or version, a missing or truncated shard.
+    Raises ValueError naming the file and what is wrong: no such folder, no manifest, a truncated or
+    altered one, another format or version, a missing or truncated shard.
     """
     manifest = read_manifest(Path(folder))
-    if problems := [p for split in manifest.splits.values() for s in split.shards if (p := size_problem(folder, s))]:
+    if problems := [
+        p
+        for split in manifest.splits.values()
+        for s in split.shards
+        if (p := size_problem(folder, s))
+    ]:
         raise ValueError(problems[0])
     if not Path(folder, TOKENIZER).is_file():
-        raise ValueError(f"{Path(folder, TOKENIZER)}: missing; copy the set again or prepare it again")
+        raise ValueError(
+            f"{Path(folder, TOKENIZER)}: missing; copy the set again or prepare it again"
+        )
     return manifest
 
 
@@ -219,7 +249,9 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write manifest.json: the same bytes for the same manifest."""
     text = json.dumps(manifest.model_dump(mode="json"), indent=2, ensure_ascii=False)
     # Lists of numbers and objects of plain values on one line each: a member is a line, not five.
-    text = re.sub(r"\[[\d,\s]+\]|\{[^{}\[\]]*\}", lambda found: re.sub(r"\n\s*", " ", found[0]), text)
+    text = re.sub(
+        r"\[[\d,\s]+\]|\{[^{}\[\]]*\}", lambda found: re.sub(r"\n\s*", " ", found[0]), text
+    )
     with Path(folder, MANIFEST).open("wb") as file:
         file.write(text.encode() + b"\n")
         file.flush()
@@ -227,15 +259,17 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def manifest_sha256(folder: Path) -> str:
-    """Hex SHA-256 of the manifest file: the identity of a prepared set. Raises ValueError if it is not there."""
+    """Return the hex SHA-256 of the manifest file: the identity of a prepared set. Raises
+    ValueError if it is not there."""
     return hashlib.sha256(_manifest_bytes(Path(folder))).hexdigest()
 
 
 def read_block(folder: Path, manifest: Manifest, split: str, block: int) -> Tokens:
-    """The block-th member of a split: an array (rows, seq_len + 1), little-endian uint16 or uint32.
+    """Read the block-th member of a split: an array (rows, seq_len + 1), little-endian uint16 or
+    uint32.
 
-    Raises ValueError naming shard and member if the bytes are not those that were written, IndexError if
-    there is no such block.
+    Raises ValueError naming shard and member if the bytes are not those that were written,
+    IndexError if there is no such block.
     """
     first = 0
     for shard in manifest.splits[_split_name(manifest, split)].shards:
@@ -246,10 +280,11 @@ def read_block(folder: Path, manifest: Manifest, split: str, block: int) -> Toke
 
 
 def iter_documents(folder: Path, split: str) -> Iterator[list[int]]:
-    """The token ids of every document of a split, without eos: "concat" in the order they went in, "best_fit" in the
-    order of the rows and longer ones than a row in pieces.
+    """Yield the token ids of every document of a split, without eos: "concat" in the order they
+    went in, "best_fit" in the order of the rows and longer ones than a row in pieces.
 
-    Raises ValueError as `load_manifest` and `read_block` do, and for a split that the set does not have.
+    Raises ValueError as `load_manifest` and `read_block` do, and for a split that the set does not
+    have.
     """
     manifest = load_manifest(folder)
     part = manifest.splits[_split_name(manifest, split)]
@@ -258,7 +293,11 @@ def iter_documents(folder: Path, split: str) -> Iterator[list[int]]:
             for member in shard.members:
                 for row in _read_member(folder, manifest, shard, member):
                     ends = np.flatnonzero(row == manifest.eos_id)
-                    yield from (ids.tolist() for a in np.split(row, ends) if len(ids := a[a != manifest.eos_id]))
+                    yield from (
+                        ids.tolist()
+                        for a in np.split(row, ends)
+                        if len(ids := a[a != manifest.eos_id])
+                    )
         return
     open_document: list[int] = []
     first = True
@@ -274,17 +313,17 @@ def iter_documents(folder: Path, split: str) -> Iterator[list[int]]:
 
 
 def blocks_per_shard(row_bytes: int, shard_bytes: int) -> int:
-    """Whole blocks of BLOCK_ROWS rows that fit a tar of `shard_bytes`; at least one."""
+    """Return how many whole blocks of BLOCK_ROWS rows fit a tar of `shard_bytes`; at least one."""
     member = TAR_BLOCK + _padded(NPY_HEADER + BLOCK_ROWS * row_bytes)
     return max(1, (shard_bytes - TAR_BLOCK) // member)
 
 
 def write_shard(path: Path, name: str, blocks: Iterable[Tokens], first_block: int) -> Shard:
-    """Write the tar `name`, for now at `path`: blocks (rows, seq_len + 1) of uint16 or uint32, numbered from
-    `first_block`; fsynced.
+    """Write the tar `name`, for now at `path`: blocks (rows, seq_len + 1) of uint16 or uint32,
+    numbered from `first_block`; fsynced.
 
-    The bytes are those that `webdataset.TarWriter` writes (a test compares them), and depend on the arguments alone.
-    Raises OSError if writing fails, FileExistsError if the file is there.
+    The bytes are those that `webdataset.TarWriter` writes (a test compares them), and depend on the
+    arguments alone. Raises OSError if writing fails, FileExistsError if the file is there.
     """
     members: list[Member] = []
     with contextlib.closing(_HashingFile(path)) as file:
@@ -342,13 +381,17 @@ def _padded(size: int) -> int:
 
 
 def size_problem(folder: Path, shard: Shard) -> str | None:
-    """What is wrong with a shard's file, seen from outside: missing or of another size; else None."""
+    """Return what is wrong with a shard's file, seen from outside: missing or of another size; else
+    None."""
     path = Path(folder, shard.file)
     if not path.is_file():
         return f"{path}: missing; copy the set again or prepare it again"
     if (found := path.stat().st_size) != shard.bytes:
         kind = "truncated" if found < shard.bytes else "altered"
-        return f"{path}: {kind}, {found} bytes where the manifest says {shard.bytes}; copy or prepare the set again"
+        return (
+            f"{path}: {kind}, {found} bytes where the manifest says {shard.bytes}; copy or prepare "
+            f"the set again"
+        )
     return None
 
 
@@ -358,19 +401,23 @@ def _read_member(folder: Path, manifest: Manifest, shard: Shard, member: Member)
         file.seek(member.offset)
         raw = file.read(member.rows * manifest.row_bytes)
     if zlib.crc32(raw) != member.crc32:
-        raise ValueError(f"{path}: {member.name} is damaged (CRC-32 differs); copy the set again or prepare it again")
+        raise ValueError(
+            f"{path}: {member.name} is damaged (CRC-32 differs); copy the set again or prepare it "
+            "again"
+        )
     return np.frombuffer(raw, manifest.numpy_dtype).reshape(member.rows, manifest.seq_len + 1)
 
 
 def _stream(folder: Path, manifest: Manifest, split: Split) -> Iterator[Tokens]:
-    """The stream of tokens of a split of packing "concat" in parts, each once."""
+    """Yield the stream of tokens of a split of packing "concat" in parts, each once."""
     for shard in split.shards:
         yield from shard_stream(folder, manifest, shard)
     yield np.array(split.tail, manifest.numpy_dtype)
 
 
 def shard_stream(folder: Path, manifest: Manifest, shard: Shard) -> Iterator[Tokens]:
-    """A shard's tokens, a block at a time and each once: "concat" without the last of a row, which is in the next."""
+    """Yield a shard's tokens, a block at a time and each once: "concat" without the last of a row,
+    which is in the next."""
     for member in shard.members:
         rows = _read_member(folder, manifest, shard, member)
         yield (rows[:, :-1] if manifest.packing == "concat" else rows).ravel()
@@ -389,37 +436,43 @@ def _manifest_bytes(folder: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         if not folder.is_dir():
-            raise ValueError(f"{folder}: no such folder; expected one made by `dnt data prepare`") from error
+            raise ValueError(
+                f"{folder}: no such folder; expected one made by `dnt data prepare`"
+            ) from error
         reason = "no manifest here" if isinstance(error, FileNotFoundError) else error.strerror
-        raise ValueError(f"{path}: {reason}; expected a folder made by `dnt data prepare`") from error
+        raise ValueError(
+            f"{path}: {reason}; expected a folder made by `dnt data prepare`"
+        ) from error
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest by itself, without a look at the files beside it."""
+    """Read the manifest by itself, without a look at the files beside it."""
     path = folder / MANIFEST
     raw = _manifest_bytes(folder)
     try:
         value = json.loads(raw.decode())
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: truncated or damaged ({error}); copy the set again or prepare it again") from error
+        raise ValueError(
+            f"{path}: truncated or damaged ({error}); copy the set again or prepare it again"
+        ) from error
     found = (value.get("format"), value.get("version")) if isinstance(value, dict) else (None, None)
     if found != (FORMAT, VERSION):
         raise ValueError(
-            f"{path}: found format {found[0]!r} version {found[1]!r}, expected {FORMAT!r} version {VERSION}; "
-            "prepare the set again with this release"
+            f"{path}: found format {found[0]!r} version {found[1]!r}, expected {FORMAT!r} version "
+            f"{VERSION}; prepare the set again with this release"
         )
     try:
         return Manifest.model_validate_json(raw)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        message = first["msg"].removeprefix("Value error, ")
-        given = f" (found {first['input']!r:.60})" if where else ""
+        first = problems_of(error)[0]
+        where = ".".join(first.field)
+        given = f" (found {first.found!r:.60})" if where else ""
         raise ValueError(
-            f"{path}: {f'{where}: ' if where else ''}{message}{given}; copy the set again or prepare it again"
+            f"{path}: {f'{where}: ' if where else ''}{first.message}{given}; copy the set again or "
+            "prepare it again"
         ) from error
 
 
-def _same(what: str, found: object, expected: object) -> None:
+def _check_equal(what: str, found: object, expected: object) -> None:
     if found != expected:
         raise ValueError(f"{what} is {found}, expected {expected}")

@@ -1,4 +1,5 @@
-"""A tokenizer for a corpus: a sample of it, chosen by hash over all processes, and SentencePiece's training."""
+"""A tokenizer for a corpus: a sample of it, chosen by hash over all processes, and SentencePiece's
+training."""
 
 import functools
 import heapq
@@ -16,13 +17,14 @@ from rich.console import Console
 
 from data_prep.chunks import VERSION
 from data_prep.clean.cleaner import CleanConfig, Cleaner, CleanStats
+from data_prep.files import write_whole
 from data_prep.identity import held_out, library_versions, text_hash, unit_parts
-from data_prep.process_pool import spread
+from data_prep.process_pool import ordered_map
 from data_prep.progress import stage
 from data_prep.read.documents import Findings, LeftOut, place_name, read_documents
 from data_prep.read.pieces import Piece, Unit, read_pieces, stored_bytes
 from data_prep.tokenizer import LINE_CHARS, TRAIN_THREADS, Kind
-from data_prep.work_folder import key, write_whole
+from data_prep.work_folder import key
 
 # Findings of which each is a text, or a file of them, that was not to be had.
 LOSING = ("malformed_json", "no_text", "other_encoding", "not_text", "stand_in", "other_json")
@@ -31,7 +33,7 @@ SAMPLE_BYTES = {"bpe": 32_000_000, "unigram": 4_000_000}
 
 
 @dataclass(frozen=True)
-class Lesson:
+class TokenizerSpec:
     """What decides a tokenizer, beside the corpus."""
 
     kind: Kind
@@ -43,22 +45,32 @@ class Lesson:
     strict: bool
 
     def key(self, units: Sequence[Unit]) -> str:
-        """The name of the tokenizer of a corpus."""
+        """Return the name of the tokenizer of a corpus."""
         rules = self.rules.fingerprint() if self.rules else None
-        options = [self.kind, self.vocab_size, self.sample_bytes, self.text_field, self.val_fraction, self.strict]
-        return key(VERSION, library_versions(), rules, options, [unit_parts(unit) for unit in units])
+        options = [
+            self.kind,
+            self.vocab_size,
+            self.sample_bytes,
+            self.text_field,
+            self.val_fraction,
+            self.strict,
+        ]
+        return key(
+            VERSION, library_versions(), rules, options, [unit_parts(unit) for unit in units]
+        )
 
 
-class Sampler:
-    """Offers what a tokenizer may learn from; one a worker process. Called with (piece, limit): texts of a hash below
-    `limit` are wanted."""
+class PieceSampler:
+    """Offers what a tokenizer may learn from; one a worker process. Called with (piece, limit):
+    texts of a hash below `limit` are wanted."""
 
-    def __init__(self, lesson: Lesson):
+    def __init__(self, lesson: TokenizerSpec):
         self._lesson = lesson
         self._clean = Cleaner(lesson.rules) if lesson.rules else None
 
-    def __call__(self, item: tuple[Piece, int]) -> "Offer":
-        """What a piece has to offer: texts hashed as they were read, and as they were cleaned."""
+    def __call__(self, item: tuple[Piece, int]) -> "SampledPiece":
+        """Return what a piece has to offer: texts hashed as they were read, and as they were
+        cleaned."""
         piece, limit = item
         documents = 0
         findings = Findings()
@@ -73,12 +85,15 @@ class Sampler:
                 chosen.add(rank, text)
         lost = next((record for record in findings.records if record["kind"] in LOSING), None)
         first = place_name(lost["file"], lost["line"]) + f": {lost['detail']}" if lost else ""
-        return Offer(piece.input_bytes, documents, first, stats.dropped(), chosen.items(), findings)
+        return SampledPiece(
+            piece.input_bytes, documents, first, stats.dropped(), chosen.items(), findings
+        )
 
 
-class Offer(NamedTuple):
-    """Of a piece: stored bytes read, documents, the first line or row without a text, documents that the rules dropped
-    (of those that were tried), (hash, text) to choose from, and what was found wrong."""
+class SampledPiece(NamedTuple):
+    """Of a piece: stored bytes read, documents, the first line or row without a text, documents
+    that the rules dropped (of those that were tried), (hash, text) to choose from, and what was
+    found wrong."""
 
     input_bytes: int
     documents: int
@@ -88,19 +103,19 @@ class Offer(NamedTuple):
     findings: Findings
 
 
-def learn(
+def find_or_train(
     work: Path,
-    lesson: Lesson,
+    lesson: TokenizerSpec,
     units: Sequence[Unit],
     workers: int,
     console: Console,
     left_out: LeftOut | None = None,
 ) -> Path:
-    """The tokenizer of a corpus, a .model file in the work folder: trained, or found there. What is found wrong in the
-    input on the way is added to `left_out`.
+    """Return the tokenizer of a corpus, a .model file in the work folder: trained, or found there.
+    What is found wrong in the input on the way is added to `left_out`.
 
-    Raises ValueError for input that cannot be read, and where there is nothing to learn from or a vocabulary of that
-    size does not come of it.
+    Raises ValueError for input that cannot be read, and where there is nothing to learn from or a
+    vocabulary of that size does not come of it.
     """
     model = work / f"tokenizer-{lesson.key(units)}.model"
     if model.exists():
@@ -115,7 +130,7 @@ def learn(
 
     with (
         stage(console, "sample", sum(map(stored_bytes, units))) as advance,
-        closing(spread(functools.partial(Sampler, lesson), items(), workers)) as offers,
+        closing(ordered_map(functools.partial(PieceSampler, lesson), items(), workers)) as offers,
     ):
         for offer in offers:
             documents += offer.documents
@@ -131,10 +146,13 @@ def learn(
         found = f" ({without_text}); name another --text-field, or" if without_text else ";"
         raise ValueError(f"the corpus is empty: no text in the input{found} give some text")
     if not texts:
-        by_rule = "".join(f", {count:,} dropped by {rule}" for rule, count in dropped.items() if count)
+        by_rule = "".join(
+            f", {count:,} dropped by {rule}" for rule, count in dropped.items() if count
+        )
         raise ValueError(
-            f"none of the {documents:,} documents is left to learn from: {documents - sum(dropped.values()):,} held out"
-            f"{by_rule}; use a smaller --val-fraction or other --clean rules"
+            f"none of the {documents:,} documents is left to learn from: "
+            f"{documents - sum(dropped.values()):,} held out{by_rule}; use a smaller "
+            "--val-fraction or other --clean rules"
         )
     with stage(console, "learn", None) as advance:
         write_whole(model, lambda beside: train(texts, lesson.vocab_size, beside, lesson.kind))
@@ -145,8 +163,9 @@ def learn(
 def train(texts: Iterable[str], vocab_size: int, out: Path, kind: Kind = "bpe") -> None:
     """Train a SentencePiece model on the texts and write it to `out`.
 
-    Nothing is normalised and unknown characters fall back to bytes, so any text decodes to itself. Only `unk`
-    (id 0) and `eos` (id 1) are special. The same texts in the same order give the same file on any machine.
+    Nothing is normalised and unknown characters fall back to bytes, so any text decodes to itself.
+    Only `unk` (id 0) and `eos` (id 1) are special. The same texts in the same order give the same
+    file on any machine.
 
     Raises ValueError if `vocab_size` is larger or smaller than the texts allow, naming the limit.
     """
@@ -173,15 +192,15 @@ def train(texts: Iterable[str], vocab_size: int, out: Path, kind: Kind = "bpe") 
             minloglevel=4,
         )
     except RuntimeError as error:
-        raise ValueError(_why(str(error), vocab_size)) from error
+        raise ValueError(_explain(str(error), vocab_size)) from error
     Path(out).write_bytes(model.getvalue())
 
 
 class Sample:
     """A choice of different texts of about `max_bytes` of UTF-8 in all, those of the smallest hash.
 
-    So it depends on the texts alone, not on their order or on who reads them. Holds no more than the choice in memory;
-    a text longer than the whole budget is cut.
+    So it depends on the texts alone, not on their order or on who reads them. Holds no more than
+    the choice in memory; a text longer than the whole budget is cut.
     """
 
     def __init__(self, max_bytes: int, limit: int = 1 << 64):
@@ -192,7 +211,7 @@ class Sample:
 
     @property
     def limit(self) -> int:
-        """Texts of this hash or a larger one are not wanted."""
+        """Return the hash that texts must be below to be wanted."""
         return min(self._limit, -self._heap[0][0]) if self._held >= self._max_bytes else self._limit
 
     def wants(self, rank: int) -> bool:
@@ -214,29 +233,29 @@ class Sample:
             self._held -= size
 
     def items(self) -> list[tuple[int, str]]:
-        """(hash, text) of what was chosen, the smallest hash first."""
+        """Return (hash, text) of what was chosen, the smallest hash first."""
         return sorted((-negative, text) for negative, _, text in self._heap)
 
 
 def _training_lines(texts: Iterable[str]) -> Iterator[str]:
     for text in texts:
-        # Neither mark may become part of a piece: the first stands for a space, the second is SentencePiece's own
-        # sign for "unknown", for which it would drop the line.
+        # Neither mark may become part of a piece: the first stands for a space, the second is
+        # SentencePiece's own sign for "unknown", for which it would drop the line.
         for line in re.split("[\n\u2581\u2585]", text):
             for start in range(0, len(line), LINE_CHARS):
                 yield line[start : start + LINE_CHARS]
 
 
-def _why(message: str, vocab_size: int) -> str:
+def _explain(message: str, vocab_size: int) -> str:
     if most := re.search(r"too high .*<= (\d+)", message):
         return (
-            f"vocab_size: found {vocab_size}, but the largest that this corpus supports is {most[1]}; "
-            f"use --vocab-size {most[1]} or less, or more text"
+            f"vocab_size: found {vocab_size}, but the largest that this corpus supports is "
+            f"{most[1]}; use --vocab-size {most[1]} or less, or more text"
         )
     if least := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
         return (
-            f"vocab_size: found {vocab_size}, but the 256 bytes and the corpus's own characters need {least[1]}; "
-            f"use --vocab-size {least[1]} or more"
+            f"vocab_size: found {vocab_size}, but the 256 bytes and the corpus's own characters "
+            f"need {least[1]}; use --vocab-size {least[1]} or more"
         )
     if "sentences_.empty()" in message or "all_chars_count" in message:
         return "the corpus has no text to train a tokenizer on; give more text, or --tokenizer FILE"

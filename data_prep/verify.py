@@ -5,10 +5,14 @@ import io
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
+from data_prep.arrays import Tokens
+from data_prep.files import sha256_of
 from data_prep.shards import (
     FINGERPRINTS,
     MANIFEST,
@@ -17,18 +21,19 @@ from data_prep.shards import (
     Manifest,
     Member,
     Shard,
-    Tokens,
     read_manifest,
     size_problem,
 )
 
 
 def verify(folder: Path, progress: Callable[[int], object] | None = None) -> list[str]:
-    """Read everything again and compare it with the manifest; `progress` is told the bytes of each read.
+    """Read everything again and compare it with the manifest; `progress` is told the bytes of each
+    read.
 
-    Checks the sizes and SHA-256 of the shards and the tokenizer; every member's name, place, shape, type
-    and CRC; that ids lie in the vocabulary, rows overlap by one token, and the documents are as many as they
-    should be. Returns the problems, a line each, naming the file and where possible the member; [] if it is whole.
+    Checks the sizes and SHA-256 of the shards and the tokenizer; every member's name, place, shape,
+    type and CRC; that ids lie in the vocabulary, rows overlap by one token, and the documents are
+    as many as they should be. Returns the problems, a line each, naming the file and where possible
+    the member; [] if it is whole.
     """
     folder = Path(folder)
     try:
@@ -40,25 +45,36 @@ def verify(folder: Path, progress: Callable[[int], object] | None = None) -> lis
         problems += check_file(folder / FINGERPRINTS, manifest.fingerprints)
     for name, split in manifest.splits.items():
         check = _StreamCheck(manifest)
-        bad = [p for shard in split.shards for p in _check_shard(folder, manifest, shard, check, progress)]
+        bad = [
+            p
+            for shard in split.shards
+            for p in _check_shard(folder, manifest, shard, check, progress)
+        ]
         problems += bad
         if bad:
             continue
         if split.tail and check.last != split.tail[0]:
             problems.append(f"{MANIFEST}: splits.{name}.tail does not go on from the last row")
-        # The stream has one eos in front and one after each document; rows count without their last token.
+        # The stream has one eos in front and one after each document; rows count without their last
+        # token.
         documents = check.documents + split.tail.count(manifest.eos_id) - bool(split.tail)
         if not split.tail and check.predicted != split.tokens:
-            problems.append(f"{MANIFEST}: splits.{name}.tokens is {split.tokens}, the rows hold {check.predicted}")
+            problems.append(
+                f"{MANIFEST}: splits.{name}.tokens is {split.tokens}, the rows hold "
+                f"{check.predicted}"
+            )
         # In "best_fit" a document that ends with its row has no eos there.
         if documents > split.documents or (split.tail and documents < split.documents):
-            problems.append(f"{MANIFEST}: splits.{name}.documents is {split.documents}, the rows hold {documents}")
+            problems.append(
+                f"{MANIFEST}: splits.{name}.documents is {split.documents}, the rows hold "
+                f"{documents}"
+            )
     return problems
 
 
 class _StreamCheck:
-    """What `verify` carries from member to member: the last token seen, and the documents, which end in eos; in
-    "best_fit", also the tokens that are predicted."""
+    """What `verify` carries from member to member: the last token seen, and the documents, which
+    end in eos; in "best_fit", also the tokens that are predicted."""
 
     def __init__(self, manifest: Manifest):
         self.manifest = manifest
@@ -90,13 +106,11 @@ class _StreamCheck:
 
 
 def check_file(path: Path, sha256: str) -> Iterator[str]:
-    """What is wrong with a file that should have this SHA-256, if anything."""
+    """Yield what is wrong with a file that should have this SHA-256, if anything."""
     if not path.is_file():
         yield f"{path}: missing"
         return
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != sha256:
+    if (found := sha256_of(path)) != sha256:
         yield f"{path}: SHA-256 is {found[:12]}..., the manifest says {sha256[:12]}..."
 
 
@@ -114,42 +128,61 @@ def _check_shard(
             check.last = None
             return
     digest = hashlib.sha256()
-    named = False
+
+    def read(file: IO[bytes], size: int) -> bytes:
+        raw = file.read(size)
+        digest.update(raw)
+        if progress:
+            progress(len(raw))
+        return raw
+
+    problems = 0
     try:
         with path.open("rb") as file:
-            position = 0
-            for member in shard.members:
-                end = member.offset + member.rows * manifest.row_bytes
-                end += -end % TAR_BLOCK
-                raw = file.read(end - position)
-                digest.update(raw)
-                if progress:
-                    progress(len(raw))
-                if len(raw) < end - position:
-                    yield f"{path}: {member.name}: the file ends inside it"
-                    check.last = None
-                    return
-                if problem := _check_member(raw, member.offset - position, manifest, member, check):
-                    yield f"{path}: {member.name}: {problem}"
-                    named = True
-                position = end
-            padding = file.read()
-            digest.update(padding)
-            if progress:
-                progress(len(padding))
+            for problem in _check_members(partial(read, file), manifest, shard, check):
+                problems += 1
+                yield f"{path}: {problem}"
+            if check.last is None:
+                return
+            padding = read(file, -1)
             if padding.strip(b"\0") or len(padding) < 2 * TAR_BLOCK:
-                yield f"{path}: the end-of-archive mark after {shard.members[-1].name} is damaged"
-                named = True
+                problems += 1
+                last = shard.members[-1].name
+                yield f"{path}: the end-of-archive mark after {last} is damaged"
     except OSError as error:
         yield f"{path}: cannot be read: {error.strerror}"
         check.last = None
         return
-    if digest.hexdigest() != shard.sha256 and not named:
-        yield f"{path}: SHA-256 is {digest.hexdigest()[:12]}..., the manifest says {shard.sha256[:12]}..."
+    # Where a member is known to be damaged, the whole file's hash says no more.
+    if digest.hexdigest() != shard.sha256 and not problems:
+        found, expected = digest.hexdigest()[:12], shard.sha256[:12]
+        yield f"{path}: SHA-256 is {found}..., the manifest says {expected}..."
 
 
-def _check_member(raw: bytes, start: int, manifest: Manifest, member: Member, check: _StreamCheck) -> str | None:
-    """What is wrong with a member, given its bytes in the tar, of which the rows begin at `start`."""
+def _check_members(
+    read: Callable[[int], bytes], manifest: Manifest, shard: Shard, check: _StreamCheck
+) -> Iterator[str]:
+    """Yield what is wrong with the members of a tar, given what reads on in it. Where the file ends
+    inside of one it is the last, and `check.last` is None afterwards."""
+    position = 0
+    for member in shard.members:
+        end = member.offset + member.rows * manifest.row_bytes
+        end += -end % TAR_BLOCK
+        raw = read(end - position)
+        if len(raw) < end - position:
+            yield f"{member.name}: the file ends inside it"
+            check.last = None
+            return
+        if problem := _check_member(raw, member.offset - position, manifest, member, check):
+            yield f"{member.name}: {problem}"
+        position = end
+
+
+def _check_member(
+    raw: bytes, start: int, manifest: Manifest, member: Member, check: _StreamCheck
+) -> str | None:
+    """Return what is wrong with a member, given its bytes in the tar, of which the rows begin at
+    `start`."""
     size = member.rows * manifest.row_bytes
     data = raw[start : start + size]
     rows = np.frombuffer(data, manifest.numpy_dtype).reshape(member.rows, manifest.seq_len + 1)
@@ -169,5 +202,7 @@ def _check_member(raw: bytes, start: int, manifest: Manifest, member: Member, ch
     if (shape, fortran, dtype, npy.tell()) != (rows.shape, False, rows.dtype, start - TAR_BLOCK):
         return f"its .npy header tells of {dtype} {shape}, expected {rows.dtype} {rows.shape}"
     if zlib.crc32(data) != member.crc32:
-        return f"its rows are altered: CRC-32 is {zlib.crc32(data)}, the manifest says {member.crc32}"
+        return (
+            f"its rows are altered: CRC-32 is {zlib.crc32(data)}, the manifest says {member.crc32}"
+        )
     return stream_problem

@@ -1,70 +1,63 @@
-"""The work folder of a set in the making: what is finished stays through kill -9, and the next run finds it.
+"""The work folder of a set in the making: what is finished stays through kill -9, and the next run
+finds it.
 
-Everything in it is named by a key, a hash of all that decides its content, and is renamed into place when it is whole.
-So there is no log to replay: what exists under the right name is done, and anything else is made.
+Everything in it is named by a key, a hash of all that decides its content, and is renamed into
+place when it is whole. So there is no log to replay: what exists under the right name is done, and
+anything else is made.
 """
 
 import codecs
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
 import re
-import secrets
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from data_prep import shards
+from data_prep.files import file_lock, free_bytes, sync
 from data_prep.shards import PARTIAL
 
-OUR_FILES = re.compile(r"(train|val)-\d{6,}\.tar|tokenizer\.model|fingerprints\.npy|report\.(html|json)|rejects\.jsonl")
+OUR_FILES = re.compile(
+    r"(train|val)-\d{6,}\.tar|tokenizer\.model|fingerprints\.npy|report\.(html|json)|rejects\.jsonl"
+)
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def key(*parts: Any) -> str:
-    """A name for what depends on `parts` (anything JSON can hold) and on nothing else."""
+    """Return a name for what depends on `parts` (anything JSON can hold) and on nothing else."""
     text = json.dumps(parts, sort_keys=True, ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()[:20]
 
 
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """`write` a file under another name and rename it: `path` is whole or not there. Raises OSError."""
-    # Random, for processes of several machines may make the same file in one folder.
-    beside = path.with_name(f"{path.stem}.{secrets.token_hex(8)}.tmp{path.suffix}")
-    try:
-        write(beside)
-        beside.rename(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            beside.unlink(missing_ok=True)
-        raise
-
-
 @contextlib.contextmanager
 def work_folder(out: Path, *, shared: bool = False) -> Iterator[Path]:
-    """The work folder in `out`, locked: alone, or `shared` by the tasks of one plan. Kept if the block fails, unless it
-    holds nothing.
+    """Make and lock the work folder in `out`: alone, or `shared` by the tasks of one plan. It is
+    kept if the block fails, unless it holds nothing.
 
-    Raises ValueError if `out` is a file, holds a set or another program's files, is in use, or cannot be written.
+    Raises ValueError if `out` is a file, holds a set or another program's files, is in use, or
+    cannot be written.
     """
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out}: is a file, expected a folder or a new name; choose another --out")
     _refuse_a_set(out)
     partial = out / PARTIAL
     if (ours := our_files(out)) and not partial.exists():
-        raise ValueError(f"{out}: holds {ours[0].name} but no {shards.MANIFEST}; move it away or choose another --out")
+        raise ValueError(
+            f"{out}: holds {ours[0].name} but no {shards.MANIFEST}; move it away or choose another "
+            "--out"
+        )
     created = not out.exists()
     try:
         with contextlib.ExitStack() as stack:
             try:
                 partial.mkdir(parents=True, exist_ok=True)
-                lock = stack.enter_context((partial / "lock").open("w"))
-                fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+                stack.enter_context(file_lock(partial / "lock", shared=shared))
             except BlockingIOError as error:
                 raise ValueError(
                     f"{out}: another process is preparing a set here, or a task of it still runs; "
@@ -75,29 +68,35 @@ def work_folder(out: Path, *, shared: bool = False) -> Iterator[Path]:
                 yield partial
             finally:
                 # Another task may be about to write there.
-                if not shared and not any(path.is_file() and path.name != "lock" for path in partial.rglob("*")):
+                if not shared and not any(
+                    path.is_file() and path.name != "lock" for path in partial.rglob("*")
+                ):
                     shutil.rmtree(partial, ignore_errors=True)
                     if created:
                         with contextlib.suppress(OSError):
                             out.rmdir()
     except OSError as error:
-        kept = f" Finished parts are kept in {partial}: the same command goes on from them." if partial.is_dir() else ""
+        kept = (
+            f" Finished parts are kept in {partial}: the same command goes on from them."
+            if partial.is_dir()
+            else ""
+        )
         if error.errno not in DISK_FULL:
             raise ValueError(
                 f"{error.filename or out}: cannot be read or written: {error.strerror or error}; "
                 f"check the path, then run again.{kept}"
             ) from error
-        free = shutil.disk_usage(next(p for p in (out, *out.absolute().parents) if p.exists())).free
         raise ValueError(
-            f"{out}: the disk is full or a limit is reached ({error.strerror}; {free:,} bytes free); "
-            f"free some space or choose another --out.{kept}"
+            f"{out}: the disk is full or a limit is reached ({error.strerror}; {free_bytes(out):,} "
+            f"bytes free); free some space or choose another --out.{kept}"
         ) from error
 
 
 def publish(out: Path, files: Iterable[Path], manifest: Path) -> None:
     """Put finished files into `out`, the manifest last, and remove the work folder.
 
-    Linked, not moved, where the file system can: a kill in between leaves the work whole and the next run begins here.
+    Linked, not moved, where the file system can: a kill in between leaves the work whole and the
+    next run begins here.
     """
     for path in our_files(out):
         path.unlink()
@@ -113,7 +112,8 @@ def publish(out: Path, files: Iterable[Path], manifest: Path) -> None:
 
 
 def spool_stdin(work: Path) -> Path:
-    """Standard input as a file of the work folder, named by its content: .jsonl if it begins with "{", else .txt."""
+    """Write standard input to a file of the work folder, named by its content: .jsonl if it begins
+    with "{", else .txt."""
     digest, first = hashlib.sha256(), b""
     spool = work / "stdin.tmp"
     with spool.open("wb") as file:
@@ -128,20 +128,18 @@ def spool_stdin(work: Path) -> Path:
 
 
 def our_files(out: Path) -> list[Path]:
-    """What an earlier run may have put into `out`."""
-    return sorted(path for path in out.iterdir() if OUR_FILES.fullmatch(path.name)) if out.is_dir() else []
-
-
-def sync(path: Path) -> None:
-    """fsync a file or a folder."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    """Return what an earlier run may have put into `out`."""
+    return (
+        sorted(path for path in out.iterdir() if OUR_FILES.fullmatch(path.name))
+        if out.is_dir()
+        else []
+    )
 
 
 def _refuse_a_set(out: Path) -> None:
     if (out / shards.MANIFEST).exists():
-        shutil.rmtree(out / PARTIAL, ignore_errors=True)  # of a run that was killed right after its manifest
-        raise ValueError(f"{out}: already holds a prepared set; choose another --out, or delete that one first")
+        # A run that was killed right after its manifest has left it.
+        shutil.rmtree(out / PARTIAL, ignore_errors=True)
+        raise ValueError(
+            f"{out}: already holds a prepared set; choose another --out, or delete that one first"
+        )

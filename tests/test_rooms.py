@@ -27,7 +27,7 @@ FLOORS = {
         {"cli"},
     ],
     "cluster": [
-        {"slurm", "words", "sandbox"},
+        {"slurm", "sandbox"},
         {"cluster_config"},
         {"run_record"},
         {"sweep_file"},
@@ -173,7 +173,7 @@ def test_a_room_imports_only_from_the_floors_below(package: str) -> None:
     floor = {room: number for number, rooms in enumerate(FLOORS[package]) for room in rooms}
     found = arrows(package)
     assert {room for arrow in found for room in arrow} <= floor.keys(), "a new room needs a floor"
-    assert len(found) > 20
+    assert len(found) >= 20
     assert not {(start, end) for start, end in found if floor[start] <= floor[end]}
 
 

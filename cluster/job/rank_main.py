@@ -1,8 +1,9 @@
 """What runs on every rank of a SLURM job: the run as it was submitted, from what is on disk.
 
-``python -m cluster.job.rank_main FOLDER`` is submitit's own start of a task but for what :func:`name_files_only` mends.
-submitit calls :func:`rank` in each task of the job's one srun step. What comes after the ranks is for
-:mod:`cluster.submit.on_exit`, which the batch script calls when srun has returned.
+``python -m cluster.job.rank_main FOLDER`` is submitit's own start of a task but for what
+:func:`name_files_only` mends. submitit calls :func:`rank` in each task of the job's one srun step.
+What comes after the ranks is for :mod:`cluster.submit.on_exit`, which the batch script calls when
+srun has returned.
 """
 
 import os
@@ -14,7 +15,7 @@ from pathlib import Path
 from types import FrameType
 
 from cluster import run_record, slurm
-from cluster.run_record import EndStatus, LedgerError, Submission
+from cluster.run_record import EndStatus, RecordError, Submission
 from dnt_scale import config, startup
 from dnt_scale.config import ConfigError, RunConfig
 from dnt_scale.distributed import output
@@ -22,38 +23,43 @@ from dnt_scale.record import timeline
 
 
 def rank(run_dir: str) -> None:
-    """Be one rank of an attempt; ends the process with the exit status of ``dnt_scale.train.run_rank``."""
+    """Be one rank of an attempt, and end the process with the exit status of
+    ``dnt_scale.train.run_rank``."""
     place = Path(run_dir)
     attempt = slurm.this_attempt()
     os.environ["DNT_ATTEMPT"] = attempt
     number = int(os.environ["SLURM_PROCID"])
 
-    def told(status: int) -> int:
+    def record_exit(status: int) -> int:
         with suppress(OSError):
             run_record.write_exit(place, attempt, number, status)
         # a stop is no failure: --kill-on-bad-exit would end ranks that still say what they have to
         return 0 if status > 128 else status
 
     def leave(received: int, frame: FrameType | None) -> None:
-        """For a signal before the first step or after the last, when there is nothing to save."""
-        os._exit(told(128 + received))
+        """End at once, for a signal before the first step or after the last, when there is nothing
+        to save."""
+        os._exit(record_exit(128 + received))
 
     # submitit's own would save and requeue on one rank; training takes these over while it can save
     for stop in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(stop, leave)
     status = 1
     try:
-        run, submission = config.from_yaml(run_record.config_file(place)), run_record.load(place)
+        run, submission = (
+            config.from_yaml(run_record.config_file(place)),
+            run_record.read_submission(place),
+        )
         # wherever the folder was when it was submitted
         run = run.model_copy(update={"run": run.run.model_copy(update={"dir": place})})
         if number == 0:
-            begin(place, attempt, submission)
+            begin_attempt(place, attempt, submission)
         status = train(run, submission)
-    except (ConfigError, LedgerError) as error:
+    except (ConfigError, RecordError) as error:
         print(f"error: {error}", file=sys.stderr)
         status = 2
     finally:
-        status = told(status)
+        status = record_exit(status)
     sys.exit(status)
 
 
@@ -68,11 +74,12 @@ def train(run: RunConfig, submission: Submission) -> int:
         return run_rank(run, typed=typed)
     from cluster.job.preflight import check
 
-    return run_rank(run, lambda me: check(me, run, submission.cluster), typed=typed)
+    return run_rank(run, lambda ranks: check(ranks, run, submission.cluster), typed=typed)
 
 
-def begin(run_dir: Path, attempt: str, submission: Submission) -> None:
-    """Rank 0 tells the timeline that the run has its nodes, and how earlier attempts ended that could not say so."""
+def begin_attempt(run_dir: Path, attempt: str, submission: Submission) -> None:
+    """Tell the timeline, on rank 0, that the run has its nodes, and how earlier attempts ended that
+    could not say so."""
     this = slurm.this_job()
     now = None
     with suppress(slurm.SlurmError):  # a container may lack SLURM's commands
@@ -81,22 +88,27 @@ def begin(run_dir: Path, attempt: str, submission: Submission) -> None:
     for earlier in run_record.open_attempts(events):
         same = earlier.partition(".")[0] == this
         requeued = now.submitted if now and same else 0.0  # SLURM counts from the requeue
-        run_record.found_ended(run_dir, events, earlier, then="requeued" if same else "resubmitted", until=requeued)
-    if found := objection(run_dir, submission, this):
+        run_record.record_silent_end(
+            run_dir, events, earlier, then="requeued" if same else "resubmitted", until=requeued
+        )
+    if found := reason_not_to_train(run_dir, submission, this):
         status, why = found
-        run_record.ended(run_dir, attempt, status, "none", why)
+        run_record.record_end(run_dir, attempt, status, "none", why)
         print(f"error: {why}; this job ends", file=sys.stderr, flush=True)
         with suppress(slurm.SlurmError):
             slurm.cancel(this)
             time.sleep(60)  # until SLURM has ended it
         raise SystemExit(0)
-    run_record.update(run_dir, lambda current: current.with_job(this))
+    run_record.update_submission(run_dir, lambda current: current.with_job(this))
     waits: list[float] = [
         event.get("until") or event["time"]
         for event in timeline.read(run_dir)
         if event["event"] in ("ended", "submitted")
     ]
-    started, nodes = now.started if now and now.started else time.time(), [os.environ.get("SLURM_JOB_NODELIST", "")]
+    started, nodes = (
+        now.started if now and now.started else time.time(),
+        [os.environ.get("SLURM_JOB_NODELIST", "")],
+    )
     with suppress(slurm.SlurmError):
         nodes = slurm.hostnames(nodes[0])
     timeline.append(
@@ -110,13 +122,21 @@ def begin(run_dir: Path, attempt: str, submission: Submission) -> None:
     )
 
 
-def objection(run_dir: Path, submission: Submission, this: str) -> tuple[EndStatus, str] | None:
-    """How the run ends if this job may not train it, and why: SLURM starts what a person or another job has ended."""
+def reason_not_to_train(
+    run_dir: Path, submission: Submission, this: str
+) -> tuple[EndStatus, str] | None:
+    """Return how the run ends if this job may not train it, and why: SLURM starts what a person or
+    another job has ended."""
     if submission.cancelled:
         return "cancelled", "the run was cancelled"
-    crashes = run_record.crashes_in_a_row(timeline.read(run_dir), run_record.newest_checkpoint(submission))
+    crashes = run_record.crashes_in_a_row(
+        timeline.read(run_dir), run_record.newest_checkpoint(submission)
+    )
     if crashes >= submission.cluster.max_crashes:
-        return "crashed", f"{crashes} crashes in a row without a new checkpoint (cluster.max_crashes)"
+        return (
+            "crashed",
+            f"{crashes} crashes in a row without a new checkpoint (cluster.max_crashes)",
+        )
     with suppress(slurm.SlurmError):
         for other in submission.jobs:
             if other != this and (found := slurm.job(other)) and found.state == "RUNNING":
@@ -125,7 +145,8 @@ def objection(run_dir: Path, submission: Submission, this: str) -> tuple[EndStat
 
 
 def name_files_only() -> None:
-    """Let submitit put a job's number into the names of its files, not into a folder above that is called ``50%j``."""
+    """Let submitit put a job's number into the names of its files, not into a folder above that is
+    called ``50%j``."""
     from submitit.core.utils import JobPaths
 
     if getattr(JobPaths, "_with_folders", None):

@@ -1,10 +1,11 @@
-"""`dnt data prepare --cluster`: a job that trains the tokenizer, an array of tasks, a job that puts the parts together.
+"""`dnt data prepare --cluster`: a job that trains the tokenizer, an array of tasks, a job that puts
+the parts together.
 
-They do what the same command does without ``--cluster``, in the same work folder and to the same bytes. What they need,
-and what became of them, lies beside the set, for its owner only:
+They do what the same command does without ``--cluster``, in the same work folder and to the same
+bytes. What they need, and what became of them, lies beside the set, for its owner only:
 
     .SET.prepare/prepare.json        what was asked for, and the jobs (:class:`Order`)
-    .SET.prepare/jobs/code/ slurm/   the packages as they were then, and the logs, as in a run's folder
+    .SET.prepare/jobs/code/ slurm/   the packages as they were then, and the logs, as in a run's
     .SET.prepare/ended/PART.json     how a part ended last: status, message
 """
 
@@ -22,16 +23,16 @@ from pydantic import ValidationError
 
 from cluster import cluster_config, run_record, slurm
 from cluster.cluster_config import ClusterConfig
-from cluster.run_record import LedgerError, Submission
+from cluster.run_record import RecordError, Submission
 from cluster.slurm import Job
 from cluster.submit import checks, single_run
-from cluster.words import counted
 from data_prep import pipeline, shards
-from data_prep.clean.cleaner import load_rules
+from data_prep.clean.cleaner import read_rules
 from data_prep.options import PrepareOptions, checked
 from data_prep.read.inputs import find_sources, plan_units
 from data_prep.read.streams import is_url
 from data_prep.report import terminal
+from data_prep.words import counted, first_problem
 from dnt_scale.config import ConfigError, Strict, config_dir
 from dnt_scale.record.files import read_json, write_json
 
@@ -44,27 +45,36 @@ class Order(Strict):
 
     asked: PrepareOptions  # rules of ours by their place in configs/
     here: Path  # where relative paths are seen from
-    umask: int  # of the user, for the files of the set
+    umask: int  # the user's, for the files of the set
     tasks: int
     jobs: dict[str, str]  # the newest job of each part; of an array's task ARRAY_TASK
 
     @property
     def parts(self) -> list[str]:
-        """In the order of their work."""
+        """Return the parts in the order of their work."""
         given = self.asked.tokenizer or self.asked.append
-        return [*([] if given else [TOKENIZER]), *(f"task-{number}" for number in range(self.tasks)), MERGE]
+        return [
+            *([] if given else [TOKENIZER]),
+            *(f"task-{number}" for number in range(self.tasks)),
+            MERGE,
+        ]
 
     def same_set(self, other: "Order") -> bool:
-        return (replace(self.asked, workers=1), self.here) == (replace(other.asked, workers=1), other.here)
+        return (replace(self.asked, workers=1), self.here) == (
+            replace(other.asked, workers=1),
+            other.here,
+        )
 
     @property
     def options(self) -> PrepareOptions:
-        """With rules of ours from the configs in use; in a job these are the snapshot's."""
+        """Return what was asked for, with rules of ours from the configs in use; in a job these are
+        the snapshot's."""
         return replace(self.asked, rules=self.asked.rules and config_dir() / self.asked.rules)
 
 
 def main(options: PrepareOptions, overrides: list[str], tasks: int | None, *, dry_run: bool) -> int:
-    """Queue the jobs that make a set; or tell how far they are, where the same command has queued them before.
+    """Queue the jobs that make a set; or tell how far they are, where the same command has queued
+    them before.
 
     Args:
         overrides: the cluster's name, then cluster.KEY=VALUE.
@@ -74,52 +84,73 @@ def main(options: PrepareOptions, overrides: list[str], tasks: int | None, *, dr
         The exit status.
 
     Raises:
-        ValueError, OSError: as `data_prep.pipeline.prepare` and :mod:`cluster.submit.checks` do; SlurmError when SLURM
-            refuses a job; LedgerError while jobs of another command make a set in the same folder.
+        ValueError, OSError: as `data_prep.pipeline.prepare` and :mod:`cluster.submit.checks` do;
+            SlurmError when SLURM refuses a job; RecordError while jobs of another command make a
+            set in the same folder.
     """
     folder = state_folder(options.out)
     asked, site = on_cluster(options, overrides)
     order = Order(asked=asked, here=Path.cwd(), umask=umask(), tasks=tasks or 1, jobs={})
-    if not dry_run and already(order, folder, tasks):
+    if not dry_run and report_earlier_jobs(order, folder, tasks):
         return 0
-    units = before_queue(order, site)
-    begun = load(folder).tasks if (folder / "prepare.json").exists() else None
+    units = check_before_queue(order, site)
+    begun = read_order(folder).tasks if (folder / "prepare.json").exists() else None
     order = order.model_copy(update={"tasks": tasks or begun or min(MOST_TASKS, units)})
     if dry_run:
-        terminal.dry_run(order.options)
+        terminal.print_plan(order.options)
         print(f"\n{batch_script(order, folder, site)}")
         others = [f"{part} job" for part in order.parts if part in (TOKENIZER, MERGE)]
-        print(f"\n# above: the array of {counted(order.tasks, 'task')}; like it, each once: {', '.join(others)}")
+        print(
+            f"\n# above: the array of {counted(order.tasks, 'task')}; like it, each once: "
+            f"{', '.join(others)}"
+        )
         return 0
     order = enqueue(order, folder, site)
-    print(describe(order, folder, slurm.queue()))
-    print("the same command tells how far they are, and after a failure queues again what is missing")
+    print(format_progress(order, folder, slurm.queue()))
+    print(
+        "the same command tells how far they are, and after a failure queues again what is missing"
+    )
     return 0
 
 
 def state_folder(out: Path) -> Path:
-    """Hidden: it must not become an input of a set that is made from the folder around it."""
+    """Return where a set's jobs keep what they need: hidden, for it must not become an input of a
+    set that is made from the folder around it."""
     return out.absolute().parent / f".{out.name}.prepare"
 
 
-def on_cluster(options: PrepareOptions, overrides: list[str]) -> tuple[PrepareOptions, ClusterConfig]:
-    """The options and the cluster of the jobs: one rank with a CPU a worker.
+def on_cluster(
+    options: PrepareOptions, overrides: list[str]
+) -> tuple[PrepareOptions, ClusterConfig]:
+    """Return the options and the cluster of the jobs: one rank with a CPU a worker.
 
     Raises:
         ConfigError: no such cluster, or a wrong value.
     """
     name, *changes = overrides
-    for change in changes:
-        if not change.startswith("cluster."):
-            raise ConfigError(f"--cluster: after the name it takes cluster.KEY=VALUE, found {change}; put INPUT first")
-    site, _ = cluster_config.load([f"cluster={name}", *changes])
+    site, others = cluster_config.read_cluster([f"cluster={name}", *changes])
+    if others:
+        raise ConfigError(
+            f"--cluster: after the name it takes cluster.KEY=VALUE, found {others[0]}; put INPUT "
+            "first"
+        )
     workers = options.workers or site.cpus_per_rank or 1
     site = site.model_copy(
-        update={"nodes": 1, "ranks_per_node": 1, "gpus_per_node": 0, "cpus_per_rank": workers, "signal": "USR1"}
+        update={
+            "nodes": 1,
+            "ranks_per_node": 1,
+            "gpus_per_node": 0,
+            "cpus_per_rank": workers,
+            "signal": "USR1",
+        }
     )
     rules = options.rules
     if rules:
-        rules = rules.relative_to(config_dir()) if rules.is_relative_to(config_dir()) else rules.absolute()
+        rules = (
+            rules.relative_to(config_dir())
+            if rules.is_relative_to(config_dir())
+            else rules.absolute()
+        )
     return replace(options, workers=workers, rules=rules), site
 
 
@@ -129,20 +160,22 @@ def umask() -> int:
     return found
 
 
-# --- what is on disk --------------------------------------------------------------------------------------------------
+# --- what is on disk ------------------------------------------------------------------------------
 
 
-def load(folder: Path) -> Order:
-    """Raises LedgerError when prepare.json cannot be read, or is another user's."""
+def read_order(folder: Path) -> Order:
+    """Read prepare.json. Raises RecordError when it cannot be read, or is another user's."""
     file = folder / "prepare.json"
     try:
         run_record.check_owner(file)
         return Order.model_validate_json(file.read_bytes())
     except (OSError, ValidationError) as error:
-        raise LedgerError(f"{file}: cannot be read ({str(error).splitlines()[0]}); delete {folder}") from None
+        raise RecordError(
+            f"{file}: cannot be read ({first_problem(error)}); delete {folder}"
+        ) from None
 
 
-def save(folder: Path, order: Order) -> None:
+def write_order(folder: Path, order: Order) -> None:
     write_json(folder / "prepare.json", order.model_dump(mode="json"))
 
 
@@ -159,64 +192,74 @@ def is_made(order: Order) -> bool:
 
 
 def log_of(folder: Path, job_id: str) -> Path:
-    return run_record.folder(folder) / "slurm" / f"{job_id}_0_log.out"
+    return run_record.jobs_folder(folder) / "slurm" / f"{job_id}_0_log.out"
 
 
-# --- what became of it ------------------------------------------------------------------------------------------------
+# --- what became of it ----------------------------------------------------------------------------
 
 
-def already(order: Order, folder: Path, tasks: int | None) -> bool:
-    """Tell what became of the jobs of an earlier call; whether they are at work or have made the set.
+def report_earlier_jobs(order: Order, folder: Path, tasks: int | None) -> bool:
+    """Tell what became of the jobs of an earlier call; whether they are at work or have made the
+    set.
 
     Raises:
-        LedgerError: jobs of a command with other options are at work on the same folder.
+        RecordError: jobs of a command with other options are at work on the same folder.
         ValueError: the set is there, and another command made it.
     """
-    before = load(folder) if (folder / "prepare.json").exists() else None
+    before = read_order(folder) if (folder / "prepare.json").exists() else None
     queue = slurm.queue() if before else {}
     live = [job for job in before.jobs.values() if job in queue] if before else []
     same = before is not None and before.same_set(order)
     if live and not same:
-        raise LedgerError(
-            f"{order.asked.out}: jobs of a command with other options are at work on it; wait for them, or "
-            f"`scancel {ids(live)}`"
+        raise RecordError(
+            f"{order.asked.out}: jobs of a command with other options are at work on it; wait for "
+            f"them, or `scancel {format_job_ids(live)}`"
         )
     if before and same and (live or is_made(order)):
-        print(describe(before, folder, queue))
+        print(format_progress(before, folder, queue))
         if is_made(order):
-            terminal.info(order.asked.out)
+            terminal.print_info(order.asked.out)
         return True
     if is_made(order):
-        raise ValueError(f"{order.asked.out}: already holds a prepared set; choose another --out, or delete it first")
-    kept = (order.asked.out / shards.PARTIAL).exists() or not (before and any(is_done(folder, p) for p in before.parts))
+        raise ValueError(
+            f"{order.asked.out}: already holds a prepared set; choose another --out, or delete it "
+            "first"
+        )
+    kept = (order.asked.out / shards.PARTIAL).exists() or not (
+        before and any(is_done(folder, p) for p in before.parts)
+    )
     if before and same and kept and tasks in (None, before.tasks):
-        print(describe(before, folder, queue) + "\n\nqueued again, what is not finished:\n")
+        print(format_progress(before, folder, queue) + "\n\nqueued again, what is not finished:\n")
     else:
         shutil.rmtree(folder / "ended", ignore_errors=True)
         (folder / "prepare.json").unlink(missing_ok=True)
     return False
 
 
-def describe(order: Order, folder: Path, queue: dict[str, Job]) -> str:
-    """How far the jobs are, in lines."""
-    found = {part: standing(order, folder, queue, part) for part in order.parts}
+def format_progress(order: Order, folder: Path, queue: dict[str, Job]) -> str:
+    """Return how far the jobs are, in lines."""
+    found = {part: part_status(order, folder, queue, part) for part in order.parts}
     lines = []
     for name in (TOKENIZER, "task", MERGE):
         parts = [part for part in order.parts if part.startswith(name)]
         counts = Counter(found[part][0] for part in parts)
         if parts:
-            jobs = ids([order.jobs[part] for part in parts if part in order.jobs])
-            words = ", ".join(f"{count} {state}" if name == "task" else state for state, count in counts.items())
+            jobs = format_job_ids([order.jobs[part] for part in parts if part in order.jobs])
+            words = ", ".join(
+                f"{count} {state}" if name == "task" else state for state, count in counts.items()
+            )
             title = counted(len(parts), "task") if name == "task" else name
             lines.append(f"{title:12}{f'job {jobs}' if jobs else '':14}{words}")
     for part, (state, why) in found.items():
         if why and state == "failed":
             lines.append(f"{part} failed: {why}; its log is {log_of(folder, order.jobs[part])}")
-    return "\n".join([f"{order.asked.out}: {'made' if is_made(order) else 'in the making'}", *lines])
+    return "\n".join(
+        [f"{order.asked.out}: {'made' if is_made(order) else 'in the making'}", *lines]
+    )
 
 
-def standing(order: Order, folder: Path, queue: dict[str, Job], part: str) -> tuple[str, str]:
-    """What a part is doing, and why where it failed."""
+def part_status(order: Order, folder: Path, queue: dict[str, Job], part: str) -> tuple[str, str]:
+    """Return what a part is doing, and why where it failed."""
     job_id = order.jobs.get(part, "")
     if is_done(folder, part):
         return "finished", ""
@@ -231,16 +274,16 @@ def standing(order: Order, folder: Path, queue: dict[str, Job], part: str) -> tu
     return "not finished", ""
 
 
-def ids(jobs: list[str]) -> str:
-    """Job ids as scancel takes them, an array's once."""
+def format_job_ids(jobs: list[str]) -> str:
+    """Return job ids as scancel takes them, an array's once."""
     return " ".join(dict.fromkeys(job.partition("_")[0] for job in jobs))
 
 
-# --- into the queue ---------------------------------------------------------------------------------------------------
+# --- into the queue -------------------------------------------------------------------------------
 
 
-def before_queue(order: Order, site: ClusterConfig) -> int:
-    """How many units the input has, once nothing speaks against making it on the cluster.
+def check_before_queue(order: Order, site: ClusterConfig) -> int:
+    """Return how many units the input has, once nothing speaks against making it on the cluster.
 
     Raises:
         ValueError, OSError: see :func:`main`.
@@ -248,7 +291,7 @@ def before_queue(order: Order, site: ClusterConfig) -> int:
     slurm.check_here()
     checks.check_logins(site)
     found = slurm.partitions()
-    partition = checks.chosen_partition(site, found)
+    partition = checks.choose_partition(site, found)
     checks.check_limits(site, partition)
     checks.check_nodes(site, partition, {node.name for one in found.values() for node in one.nodes})
     checks.check_account(site)
@@ -259,55 +302,64 @@ def before_queue(order: Order, site: ClusterConfig) -> int:
         raise ValueError("-: jobs cannot read standard input; write it to a file first")
     checked(options, shards.load_manifest(options.append) if options.append else None)
     if options.rules:
-        load_rules(options.rules)
+        read_rules(options.rules)
     places = [("INPUT", Path(item).absolute()) for item in inputs if not is_url(item)]
-    places += [(name, path.absolute()) for name in ("out", "append", "tokenizer") if (path := getattr(options, name))]
-    checks.check_seen(places, site, partition.nodes)
+    places += [
+        (name, path.absolute())
+        for name in ("out", "append", "tokenizer")
+        if (path := getattr(options, name))
+    ]
+    checks.check_places_shared(places, site, partition.nodes)
     units = len(plan_units(find_sources(options.inputs)))
     slurm.expected_start(batch_script(order, state_folder(options.out), site))
     return units
 
 
 def batch_script(order: Order, folder: Path, site: ClusterConfig) -> str:
-    """The script of the array of tasks, made without its folder; those of the other jobs ask for the same."""
+    """Return the script of the array of tasks, made without its folder; those of the other jobs ask
+    for the same."""
     executor = executor_for(order, folder, site, "task", array=True)
     executor.update_parameters(array_parallelism=order.tasks)
-    return single_run.script(executor, order.tasks)
+    return single_run.format_script(executor, order.tasks)
 
 
 def enqueue(order: Order, folder: Path, site: ClusterConfig) -> Order:
-    """Queue a job for each part that is not finished, each after those it needs; returns the order with their ids.
+    """Queue a job for each part that is not finished, each after those it needs; returns the order
+    with their ids.
 
     Raises:
         SlurmError: SLURM refuses a job; none stays in the queue then.
-        LedgerError: another command queues them just now.
+        RecordError: another command queues them just now.
         OSError: the folder cannot be written.
     """
-    single_run.private(folder)
+    single_run.make_private(folder)
     ended_file(folder, MERGE).parent.mkdir(exist_ok=True)
-    with single_run.locked(folder):
-        single_run.snapshot(folder)
-        before = load(folder).jobs if (folder / "prepare.json").exists() else {}
+    with single_run.submission_lock(folder):
+        single_run.copy_code(folder)
+        before = read_order(folder).jobs if (folder / "prepare.json").exists() else {}
         missing = [part for part in order.parts if not is_done(folder, part)]
-        jobs = {part: job for part, job in before.items() if part in order.parts and part not in missing}
-        save(folder, order.model_copy(update={"jobs": jobs}))  # before the jobs: they may start at once
+        jobs = {
+            part: job for part, job in before.items() if part in order.parts and part not in missing
+        }
+        # Written before there are jobs: they may start at once.
+        write_order(folder, order.model_copy(update={"jobs": jobs}))
         queued: list[str] = []
         try:
             for stage in (TOKENIZER, "task", MERGE):
                 parts = [part for part in missing if part.startswith(stage)]
-                new = put(order, folder, site, stage, parts, after=queued[-1:])
+                new = queue_stage(order, folder, site, stage, parts, after=queued[-1:])
                 jobs |= new
                 queued += list(new.values())[-1:]
         except BaseException:
             if queued:
-                slurm.cancel(*ids(queued).split())
+                slurm.cancel(*format_job_ids(queued).split())
             raise
         order = order.model_copy(update={"jobs": jobs})
-        save(folder, order)
+        write_order(folder, order)
     return order
 
 
-def put(
+def queue_stage(
     order: Order, folder: Path, site: ClusterConfig, stage: str, parts: list[str], after: list[str]
 ) -> dict[str, str]:
     """Queue an array, or a single job, of parts; returns the job of each."""
@@ -321,7 +373,9 @@ def put(
         with executor.batch():
             queued = [executor.submit(work, str(folder), part) for part in parts]
     except submitit.core.utils.FailedJobError as error:
-        raise slurm.SlurmError(f"SLURM refuses the job: {single_run.refusal(str(error))}") from None
+        raise slurm.SlurmError(
+            f"SLURM refuses the job: {single_run.sbatch_complaint(str(error))}"
+        ) from None
     return {part: job.job_id for part, job in zip(parts, queued, strict=True)}
 
 
@@ -337,27 +391,29 @@ def executor_for(
     job = Submission(
         name=f"{order.asked.out.name}-{stage}",
         cluster=site,
-        logs=run_record.folder(folder) / "slurm",
+        logs=run_record.jobs_folder(folder) / "slurm",
     )
     executor = single_run.executor_for(folder, job, array=array)
     more = {**executor.parameters["additional_parameters"], "kill-on-invalid-dep": "yes"}
     executor.update_parameters(teardown=None, additional_parameters=more)
     if after:
-        executor.update_parameters(dependency=f"afterok:{ids(after)}")
+        executor.update_parameters(dependency=f"afterok:{format_job_ids(after)}")
     return executor
 
 
-# --- in a job ---------------------------------------------------------------------------------------------------------
+# --- in a job -------------------------------------------------------------------------------------
 
 
 def work(folder: str, part: str) -> None:
-    """Make one part, and write down how that ended; submitit calls it. Ends the process, unless the status is 0."""
+    """Make one part, and write down how that ended; submitit calls it. Ends the process, unless the
+    status is 0."""
     place = Path(folder)
-    order = load(place)
+    order = read_order(place)
     caught: list[int] = []
 
     def stop(number: int, frame: FrameType | None) -> None:
-        """SLURM's: the time is up, or it is cancelled or preempted. Finished pieces are kept."""
+        """End for a signal of SLURM's: the time is up, or the job is cancelled or preempted.
+        Finished pieces are kept."""
         for other in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
             signal.signal(other, signal.SIG_IGN)
         caught.append(number)
@@ -365,13 +421,13 @@ def work(folder: str, part: str) -> None:
 
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, stop)
-    ended_file(place, part).unlink(missing_ok=True)  # of an earlier start
+    ended_file(place, part).unlink(missing_ok=True)  # an earlier start may have left one
     os.chdir(order.here)
     os.umask(order.umask)
     status, message = 1, "an error of ours"
     try:
-        if not is_made(order):  # by an earlier start that was ended right after
-            make(order, part)
+        if not is_made(order):  # an earlier start may have made it and been ended right after
+            make_part(order, part)
         status, message = 0, ""
     except (ValueError, OSError) as error:
         status, message = 2, str(error)
@@ -379,16 +435,21 @@ def work(folder: str, part: str) -> None:
     finally:
         if caught:  # worker processes get the signal too, and may fail first
             name = signal.Signals(caught[0]).name
-            status, message = 128 + caught[0], f"ended by {name}: its time was up, or it was preempted or cancelled"
+            status, message = (
+                128 + caught[0],
+                f"ended by {name}: its time was up, or it was preempted or cancelled",
+            )
         write_json(ended_file(place, part), {"status": status, "message": message})
     if status:
         sys.exit(status)
 
 
-def make(order: Order, part: str) -> None:
+def make_part(order: Order, part: str) -> None:
     if part == TOKENIZER:
-        pipeline.learn_first(order.options)
+        pipeline.train_tokenizer_first(order.options)
     elif part == MERGE:
         pipeline.prepare(order.options)
     else:
-        pipeline.prepare(replace(order.options, task=(int(part.removeprefix("task-")), order.tasks)))
+        pipeline.prepare(
+            replace(order.options, task=(int(part.removeprefix("task-")), order.tasks))
+        )

@@ -1,4 +1,5 @@
-"""What a submission is going to do: how the run spreads over ranks, what it holds and writes, how long it may take."""
+"""What a submission is going to do: how the run spreads over ranks, what it holds and writes, how
+long it may take."""
 
 import math
 import statistics
@@ -11,7 +12,7 @@ from typing import Any
 from cluster import run_record
 from cluster.cluster_config import ClusterConfig
 from cluster.slurm import Node, Partition
-from cluster.words import counted, duration, size
+from data_prep.words import counted, duration, megabytes
 from dnt_scale import checkpoint
 from dnt_scale.config import RunConfig, Unit
 from dnt_scale.data.sources import Source
@@ -27,14 +28,15 @@ COLUMNS = 100
 
 
 @dataclass(frozen=True)
-class Past:
+class PastPace:
     """What a run's own folder tells of its pace."""
 
     tokens_per_s: float  # median of the last steps
-    steps: int  # how many these are
+    steps: int  # how many steps the median is of
     ranks: int
     step_s: float
-    save_s: float | None  # from the end of a step until its checkpoint was in place; None: not known
+    # From the end of a step until its checkpoint was in place; None: not known.
+    save_s: float | None
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Plan:
     gpu: str  # SLURM's type of it; empty: it gives none
     source: Source
     steps: int
-    done: int  # of these, by a checkpoint that the run goes on from
+    done: int  # how many of them a checkpoint has that the run goes on from
     parameters: int
     checkpoint_bytes: int
     most_checkpoints: int  # on disk at a time, one that is being written included
@@ -61,13 +63,16 @@ class Plan:
 
     @property
     def seconds(self) -> float | None:
-        """Of training that is left, if its speed is known."""
+        """Return the seconds of training that are left, if its speed is known."""
         left = (self.steps - self.done) * self.unit.of(self.run.train.global_batch)
         return left / self.tokens_per_s if self.tokens_per_s else None
 
 
-def make(run: RunConfig, site: ClusterConfig, partition: Partition, source: Source, done: int = 0) -> Plan:
-    """The plan of a run that fits its cluster, see :func:`cluster.submit.checks.before_queue`.
+def make_plan(
+    run: RunConfig, site: ClusterConfig, partition: Partition, source: Source, done: int = 0
+) -> Plan:
+    """Return the plan of a run that fits its cluster, see
+    :func:`cluster.submit.checks.check_and_plan`.
 
     Args:
         done: steps that the run's newest checkpoint has.
@@ -76,7 +81,8 @@ def make(run: RunConfig, site: ClusterConfig, partition: Partition, source: Sour
     steps = run.total_steps(unit.a_row)
     gpu = type_of_gpu(partition.nodes) if site.gpus_per_node else ""
     likely = compute_dtype.expected(run, gpus=bool(site.gpus_per_node))
-    tokens_per_s, why = expected_speed(likely, unit, site.ranks, gpu, past(run, unit))
+    before = read_past_pace(run, unit)
+    tokens_per_s, why = expected_speed(likely, unit, site.ranks, gpu, before)
     return Plan(
         run=run,
         site=site,
@@ -96,18 +102,19 @@ def make(run: RunConfig, site: ClusterConfig, partition: Partition, source: Sour
     )
 
 
-# --- how long --------------------------------------------------------------------------------------------------------
+# --- how long -------------------------------------------------------------------------------------
 
 
-def past(run: RunConfig, unit: Unit) -> Past | None:
-    """The pace of a run that has trained before, from its metrics.jsonl; None where there are no steps."""
+def read_past_pace(run: RunConfig, unit: Unit) -> PastPace | None:
+    """Return the pace of a run that has trained before, from its metrics.jsonl; None where there
+    are no steps."""
     rows = [row for row in last_metrics(run.run.dir) if row.get(f"{unit.name}_per_s")]
     if not rows:
         return None
     recent = [float(row[f"{unit.name}_per_s"]) for row in rows[-RECENT:]]
-    started = run_record.last(timeline.read(run.run.dir), "start")
+    started = run_record.last_event(timeline.read(run.run.dir), "start")
     median = statistics.median(recent)
-    return Past(
+    return PastPace(
         tokens_per_s=median,
         steps=len(recent),
         ranks=int(started["ranks"]) if started else 1,
@@ -120,13 +127,17 @@ def _save_seconds(run: RunConfig, rows: Sequence[dict[str, Any]]) -> float | Non
     newest = checkpoint.newest(run.checkpoints)
     if not isinstance(newest, Path):
         return None
-    ended = next((row["time"] for row in rows if row["step"] == int(newest.name.removeprefix("step-"))), None)
+    ended = next(
+        (row["time"] for row in rows if row["step"] == int(newest.name.removeprefix("step-"))), None
+    )
     return None if ended is None else max(0.0, (newest / "state.json").stat().st_mtime - ended)
 
 
-def expected_speed(run: RunConfig, unit: Unit, ranks: int, gpu: str, before: Past | None) -> tuple[float | None, str]:
-    """Units a second over all ranks, and where the number is from: the run's past, else an assumption where the GPU is
-    known, else None."""
+def expected_speed(
+    run: RunConfig, unit: Unit, ranks: int, gpu: str, before: PastPace | None
+) -> tuple[float | None, str]:
+    """Return units a second over all ranks, and where the number is from: the run's past, else an
+    assumption where the GPU is known, else None."""
     if before:
         speed = before.tokens_per_s * ranks / before.ranks
         why = f"at {speed:,.0f} {unit.name}/s: the median of the run's last {before.steps} steps"
@@ -136,56 +147,74 @@ def expected_speed(run: RunConfig, unit: Unit, ranks: int, gpu: str, before: Pas
     device = known_device(gpu)
     if device and run.run.device != "cpu" and run.train.dtype == "bf16":
         speed = speed_at(ASSUMED_MFU, PEAK_FLOPS[device], run, unit, ranks)
-        return speed, f"at {speed:,.0f} {unit.name}/s: assumes {ASSUMED_MFU:.0%} MFU on {device}, which is not measured"
+        assumed = f"assumes {ASSUMED_MFU:.0%} MFU on {device}, which is not measured"
+        return speed, f"at {speed:,.0f} {unit.name}/s: {assumed}"
     return None, "not known before the first steps; `dnt jobs` will tell"
 
 
 def type_of_gpu(nodes: Sequence[Node]) -> str:
-    """SLURM's type of the nodes' GPUs, empty if they have none or several."""
+    """Return SLURM's type of the nodes' GPUs, empty if they have none or several."""
     kinds = {node.gpu for node in nodes if node.gpus}
     return kinds.pop() if len(kinds) == 1 else ""
 
 
 def known_device(gpu: str) -> str | None:
-    """The device of ``PEAK_FLOPS`` behind a type such as ``h100`` or ``nvidia_h100_80gb_hbm3``, if any."""
+    """Return the device of ``PEAK_FLOPS`` behind a type such as ``h100`` or
+    ``nvidia_h100_80gb_hbm3``, if any."""
     words = gpu.lower().replace("-", "_").split("_")
-    fits = [name for name in PEAK_FLOPS if all(part in words for part in name.removeprefix("NVIDIA ").lower().split())]
+    fits = [
+        name
+        for name in PEAK_FLOPS
+        if all(part in words for part in name.removeprefix("NVIDIA ").lower().split())
+    ]
     return max(fits, key=len, default=None)
 
 
 def jobs_needed(seconds: float, site: ClusterConfig) -> int:
-    """Jobs that so much training takes; each one stops ``signal_s`` before its time is up."""
+    """Return how many jobs so much training takes; each one stops ``signal_s`` before its time is
+    up."""
     return max(1, math.ceil(seconds / (site.time * 60 - site.signal_s)))
 
 
 def most_checkpoints(run: RunConfig, steps: int) -> int:
-    """How many lie on disk at a time, at most: the newest, one that is being written, and those kept for good."""
+    """Return how many lie on disk at a time, at most: the newest, one that is being written, and
+    those kept for good."""
     settings = run.checkpoint
     saved = math.ceil(steps / settings.every) if settings.every else 1
-    kept = steps // math.lcm(settings.every, settings.keep_every) if settings.every and settings.keep_every else 0
+    kept = (
+        steps // math.lcm(settings.every, settings.keep_every)
+        if settings.every and settings.keep_every
+        else 0
+    )
     return min(saved, settings.keep + 1 + kept)
 
 
-# --- in words --------------------------------------------------------------------------------------------------------
+# --- in words -------------------------------------------------------------------------------------
 
 
-def describe(plan: Plan) -> str:
-    """The plan as lines of a name and what there is to say, for a terminal."""
+def format_plan(plan: Plan) -> str:
+    """Return the plan as lines of a name and what there is to say, for a terminal."""
     run, site = plan.run, plan.site
+    each_job = duration(site.time * 60)
     lines = [
         ("run", f"{run.run.name} in {run.run.dir.absolute()}"),
-        ("cluster", f"partition {plan.partition}: {_ranks(plan)}; jobs of {duration(site.time * 60)}"),
+        ("cluster", f"partition {plan.partition}: {_format_ranks(plan)}; jobs of {each_job}"),
         (
             "model",
-            f"{run.model.name}, {_millions(plan.parameters)} parameters; engine {run.engine.name}, "
-            f"optimizer {run.optim.algorithm}, {plan.dtype}{' (expected)' if run.train.dtype == 'auto' else ''}",
+            f"{run.model.name}, {_format_parameters(plan.parameters)} parameters; engine "
+            f"{run.engine.name}, optimizer {run.optim.algorithm}, "
+            f"{plan.dtype}{' (expected)' if run.train.dtype == 'auto' else ''}",
         ),
         *(("data", line) for line in plan.source.describe()),
-        ("batch", f"{run.train.global_batch} rows of {plan.unit.a_row} {plan.unit.name} = {_split(plan)}"),
-        ("steps", _steps(plan)),
-        ("checkpoints", _checkpoints(plan)),
-        ("memory", f"{_memory(plan)}; activations come on top"),
-        ("expected", _expected(plan)),
+        (
+            "batch",
+            f"{run.train.global_batch} rows of {plan.unit.a_row} {plan.unit.name} = "
+            f"{_format_split(plan)}",
+        ),
+        ("steps", _format_steps(plan)),
+        ("checkpoints", _format_checkpoints(plan)),
+        ("memory", f"{_format_memory(plan)}; activations come on top"),
+        ("expected", _format_expected(plan)),
         *(("note", note) for note in plan.notes),
     ]
     width = max(len(name) for name, _ in lines) + 2
@@ -202,59 +231,85 @@ def describe(plan: Plan) -> str:
     )
 
 
-def _millions(parameters: int) -> str:
+def _format_parameters(parameters: int) -> str:
     return f"{parameters / 1e9:.2f}B" if parameters >= 1e9 else f"{parameters / 1e6:.1f}M"
 
 
-def _ranks(plan: Plan) -> str:
+def _format_ranks(plan: Plan) -> str:
     site = plan.site
     each = counted(site.tasks_per_node, "rank")
-    gpus = f"{counted(site.gpus_per_node, (plan.gpu + ' GPU').strip())}" if site.gpus_per_node else "no GPUs"
-    return f"{counted(site.nodes, 'node')} x {each} = {counted(site.ranks, 'rank')}; a node: {gpus}, {_cpus(site)}"
+    gpus = (
+        f"{counted(site.gpus_per_node, (plan.gpu + ' GPU').strip())}"
+        if site.gpus_per_node
+        else "no GPUs"
+    )
+    return (
+        f"{counted(site.nodes, 'node')} x {each} = {counted(site.ranks, 'rank')}; a node: {gpus}, "
+        f"{_format_cpus(site)}"
+    )
 
 
-def _cpus(site: ClusterConfig) -> str:
-    memory_gb = "" if site.mem_gb is None else ", all memory" if site.mem_gb == 0 else f", {site.mem_gb:g} GB memory"
+def _format_cpus(site: ClusterConfig) -> str:
+    memory_gb = (
+        ""
+        if site.mem_gb is None
+        else ", all memory"
+        if site.mem_gb == 0
+        else f", {site.mem_gb:g} GB memory"
+    )
     return counted((site.cpus_per_rank or 1) * site.tasks_per_node, "CPU") + memory_gb
 
 
-def _split(plan: Plan) -> str:
-    """Global batch = ranks x micro-batches x rows, and what is left over."""
+def _format_split(plan: Plan) -> str:
+    """Return the global batch as ranks x micro-batches x rows, and what is left over."""
     rows = plan.run.train.global_batch // plan.site.ranks
     micro = min(plan.run.train.micro_batch, rows)
     full, rest = divmod(rows, micro)
     ranks = counted(plan.site.ranks, "rank")
     if not rest:
-        return f"{ranks} x {counted(full, 'micro-batch', 'es')} x {counted(micro, 'row')}"
-    return f"{ranks} x ({counted(full, 'micro-batch', 'es')} of {counted(micro, 'row')} and one of {rest})"
-
-
-def _steps(plan: Plan) -> str:
-    rows = plan.steps * plan.run.train.global_batch
-    a_step, name = plan.unit.of(plan.run.train.global_batch), plan.unit.name
-    text = f"{plan.steps:,} of {a_step:,} {name} = {plan.steps * a_step:,} {name}, {plan.source.epochs(rows)}"
-    return f"{text}; goes on from step {plan.done:,}" if plan.done else text
-
-
-def _checkpoints(plan: Plan) -> str:
-    settings = plan.run.checkpoint
-    when = f"every {settings.every:,} steps" if settings.every else "at the end"
+        return (
+            f"{ranks} x {counted(full, 'micro-batch', 'micro-batches')} x {counted(micro, 'row')}"
+        )
     return (
-        f"{size(plan.checkpoint_bytes)} each, {when}, at most {plan.most_checkpoints} at a time "
-        f"({size(plan.most_checkpoints * plan.checkpoint_bytes)}), in {plan.run.checkpoints}"
+        f"{ranks} x ({counted(full, 'micro-batch', 'micro-batches')} of {counted(micro, 'row')} "
+        f"and one of {rest})"
     )
 
 
-def _memory(plan: Plan) -> str:
+def _format_steps(plan: Plan) -> str:
+    rows = plan.steps * plan.run.train.global_batch
+    a_step, unit = plan.unit.of(plan.run.train.global_batch), plan.unit.name
+    text = (
+        f"{plan.steps:,} of {a_step:,} {unit} = {plan.steps * a_step:,} {unit}, "
+        f"{plan.source.epochs(rows)}"
+    )
+    return f"{text}; goes on from step {plan.done:,}" if plan.done else text
+
+
+def _format_checkpoints(plan: Plan) -> str:
+    settings = plan.run.checkpoint
+    when = f"every {settings.every:,} steps" if settings.every else "at the end"
+    return (
+        f"{megabytes(plan.checkpoint_bytes)} each, {when}, at most {plan.most_checkpoints} at a "
+        f"time ({megabytes(plan.most_checkpoints * plan.checkpoint_bytes)}), in "
+        f"{plan.run.checkpoints}"
+    )
+
+
+def _format_memory(plan: Plan) -> str:
     found = plan.memory
     names = {"buffers": plan.run.optim.state_name, "copies": f"{plan.dtype} weights"}
     parts = [(field, getattr(found, field)) for field in FIELDS if getattr(found, field)]
-    words = " + ".join(f"{names.get(field, field)} {size(count)}" for field, count in parts)
-    host = f", of which {size(found.total() - found.device())} in the host's memory" if found.host else ""
-    return f"{size(found.total())} a rank: {words}{host}"
+    words = " + ".join(f"{names.get(field, field)} {megabytes(count)}" for field, count in parts)
+    host = (
+        f", of which {megabytes(found.total() - found.device())} in the host's memory"
+        if found.host
+        else ""
+    )
+    return f"{megabytes(found.total())} a rank: {words}{host}"
 
 
-def _expected(plan: Plan) -> str:
+def _format_expected(plan: Plan) -> str:
     if plan.seconds is None:
         return plan.why
     jobs = counted(jobs_needed(plan.seconds, plan.site), "job")

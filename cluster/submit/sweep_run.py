@@ -1,4 +1,5 @@
-"""`dnt submit --multirun`: every combination of the values that overrides list, as one SLURM array (a sweep)."""
+"""`dnt submit --multirun`: every combination of the values that overrides list, as one SLURM array
+(a sweep)."""
 
 import itertools
 import re
@@ -10,18 +11,16 @@ from functools import partial
 from pathlib import Path
 
 import submitit
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
 from rich.console import Console
 
 from cluster import run_record, slurm, sweep_file
 from cluster.cluster_config import ClusterConfig
 from cluster.job import rank_main
-from cluster.run_record import LedgerError, Submission
+from cluster.run_record import RecordError, Submission
 from cluster.submit import checks, single_run
 from cluster.submit.plan import Plan
 from cluster.sweep_file import Sweep, SweepRun
-from cluster.words import counted
+from data_prep.words import counted
 from dnt_scale import config
 from dnt_scale.config import ConfigError, RunConfig, typed
 from dnt_scale.config.tracking_uri import default_uri
@@ -33,7 +32,8 @@ NAME_LENGTH = 100
 
 
 def combinations(overrides: list[str]) -> list[tuple[dict[str, str], list[str]]]:
-    """Each combination of the values that ``overrides`` list in Hydra's grammar (``KEY=A,B``, choice(), range()).
+    """Return each combination of the values that ``overrides`` list in Hydra's grammar
+    (``KEY=A,B``, choice(), range()).
 
     Names and paths are the text between the commas; one that holds a comma stands in quotes.
 
@@ -41,41 +41,57 @@ def combinations(overrides: list[str]) -> list[tuple[dict[str, str], list[str]]]
         For each its values by key, and all overrides with these in place.
 
     Raises:
-        ConfigError: an override cannot be read, none has several values, or there are too many combinations.
+        ConfigError: an override cannot be read, none has several values, or there are too many
+            combinations.
     """
-    choices: list[list[tuple[str, str]]] = []  # of each override: key and value, the key "" where it is not swept
+    # For each override its (key, value) pairs; the key is "" where it is not swept.
+    choices: list[list[tuple[str, str]]] = []
     for line in overrides:
         prefix, key, value = typed.split(line)
         if value is not None and "~" not in prefix and typed.is_text(typed.at(RunConfig, key)):
             texts = typed.choices(value)
-            choices.append([(prefix + key, text) for text in texts] if len(texts) > 1 else [("", line)])
+            choices.append(
+                [(prefix + key, text) for text in texts] if len(texts) > 1 else [("", line)]
+            )
             continue
-        try:
-            override = OverridesParser.create().parse_override(line)
-            if not override.is_sweep_override():
-                choices.append([("", line)])
-            elif override.is_discrete_sweep():
-                choices.append([(override.get_key_element(), value) for value in override.sweep_string_iterator()])
-            else:
-                raise ConfigError(f"{line}: a sweep needs single values; write them out, or as range(from,to,step)")
-        except (HydraException, RecursionError):
-            raise ConfigError(f"{config.refusal(line)}; write several values as KEY=A,B,C") from None
+        override = typed.parse(line)
+        if override is None:
+            raise ConfigError(f"{config.refusal(line)}; write several values as KEY=A,B,C")
+        if not override.is_sweep_override():
+            choices.append([("", line)])
+        elif override.is_discrete_sweep():
+            values = override.sweep_string_iterator()
+            choices.append([(override.get_key_element(), value) for value in values])
+        else:
+            raise ConfigError(
+                f"{line}: a sweep needs single values; write them out, or as range(from,to,step)"
+            )
     count = 1
     for options in choices:
         count *= len(options)
     if all(len(options) == 1 for options in choices):
-        raise ConfigError("--multirun: no override has several values; write them as KEY=A,B,C, or leave it out")
+        raise ConfigError(
+            "--multirun: no override has several values; write them as KEY=A,B,C, or leave it out"
+        )
     if count > MOST:
-        raise ConfigError(f"--multirun: {count:,} combinations of values, at most {MOST:,} are possible; give fewer")
+        raise ConfigError(
+            f"--multirun: {count:,} combinations of values, at most {MOST:,} are possible; give "
+            "fewer"
+        )
     found = []
     for chosen in itertools.product(*choices):
         lines = [f"{key}={value}" if key else value for key, value in chosen]
-        found.append(({key.lstrip("+"): typed.meant(value, place=False) for key, value in chosen if key}, lines))
+        found.append(
+            (
+                {key.lstrip("+"): typed.meant(value, place=False) for key, value in chosen if key},
+                lines,
+            )
+        )
     return found
 
 
-def names(values: list[dict[str, str]]) -> list[str]:
-    """A name for each run: its number and its values."""
+def name_runs(values: list[dict[str, str]]) -> list[str]:
+    """Return a name for each run: its number and its values."""
     last = Counter(key.rpartition(".")[2] for key in values[0])
     width = len(str(len(values) - 1))
     found = []
@@ -88,11 +104,13 @@ def names(values: list[dict[str, str]]) -> list[str]:
     return found
 
 
-def load(overrides: list[str]) -> tuple[Sweep, list[RunConfig]]:
-    """The sweep that ``overrides`` describe, whose folder is the ``run.dir`` they give, and its runs.
+def expand_sweep(overrides: list[str]) -> tuple[Sweep, list[RunConfig]]:
+    """Return the sweep that ``overrides`` describe, whose folder is the ``run.dir`` they give, and
+    its runs.
 
     Raises:
-        ConfigError: see :func:`combinations`; a combination that is no valid run; or run.name or run.dir differ.
+        ConfigError: see :func:`combinations`; a combination that is no valid run; or run.name or
+            run.dir differ.
     """
     found = combinations(overrides)
     runs = []
@@ -102,46 +120,60 @@ def load(overrides: list[str]) -> tuple[Sweep, list[RunConfig]]:
             runs.append(config.load(lines))
     own = runs[0].run
     if any((run.run.name, run.run.dir) != (own.name, own.dir) for run in runs):
-        raise ConfigError("run.name and run.dir are the sweep's; give one of each, the runs get names of their own")
-    chosen = names([values for values, _ in found])
-    made = [SweepRun(name=name, values=values) for name, (values, _) in zip(chosen, found, strict=True)]
+        raise ConfigError(
+            "run.name and run.dir are the sweep's; give one of each, the runs get names of their "
+            "own"
+        )
+    chosen = name_runs([values for values, _ in found])
+    made = [
+        SweepRun(name=name, values=values) for name, (values, _) in zip(chosen, found, strict=True)
+    ]
     return (
         Sweep(name=own.name, id=uuid.uuid4().hex, runs=made),
-        [part_of(run, name) for run, name in zip(runs, chosen, strict=True)],
+        [run_in_sweep(run, name) for run, name in zip(runs, chosen, strict=True)],
     )
 
 
-def part_of(run: RunConfig, name: str) -> RunConfig:
-    """The run with a name and folders of its own inside the sweep's, and the sweep's MLflow store."""
+def run_in_sweep(run: RunConfig, name: str) -> RunConfig:
+    """Return the run with a name and folders of its own inside the sweep's, and the sweep's MLflow
+    store."""
     kept = run.checkpoint.dir
     return run.model_copy(
         update={
             "run": run.run.model_copy(update={"name": name, "dir": run.run.dir.absolute() / name}),
-            "tracking": run.tracking.model_copy(update={"uri": run.tracking.uri or default_uri(run.run.dir)}),
-            "checkpoint": run.checkpoint.model_copy(update={"dir": kept and f"{kept.rstrip('/')}/{name}"}),
+            "tracking": run.tracking.model_copy(
+                update={"uri": run.tracking.uri or default_uri(run.run.dir)}
+            ),
+            "checkpoint": run.checkpoint.model_copy(
+                update={"dir": kept and f"{kept.rstrip('/')}/{name}"}
+            ),
         }
     )
 
 
 def check_new(sweep_dir: Path) -> None:
-    """Raises LedgerError when a sweep or a run was submitted from there, or a run was trained or is training there."""
-    if sweep_file.is_sweep(sweep_dir) or run_record.submitted(sweep_dir):
-        raise LedgerError(
-            f"run.name: {sweep_dir.name} was submitted before; `dnt jobs {sweep_dir}` shows it; take another run.name"
+    """Raise RecordError when a sweep or a run was submitted from there, or a run was trained or is
+    training there."""
+    if sweep_file.is_sweep(sweep_dir) or run_record.is_submitted(sweep_dir):
+        raise RecordError(
+            f"run.name: {sweep_dir.name} was submitted before; `dnt jobs {sweep_dir}` shows it; "
+            "take another run.name"
         )
     run_lock.check_free(sweep_dir)
     if (sweep_dir / "config.yaml").exists():
-        raise LedgerError(f"run.name: {sweep_dir} is the folder of a run; take another run.name for the sweep")
+        raise RecordError(
+            f"run.name: {sweep_dir} is the folder of a run; take another run.name for the sweep"
+        )
 
 
-def before_queue(runs: list[RunConfig], site: ClusterConfig) -> Plan:
-    """The plan of the first run, once nothing speaks against any of them.
+def check_and_plan(runs: list[RunConfig], site: ClusterConfig) -> Plan:
+    """Return the plan of the first run, once nothing speaks against any of them.
 
     Raises:
-        ValueError, OSError: as :func:`cluster.submit.checks.before_queue`.
+        ValueError, OSError: as :func:`cluster.submit.checks.check_and_plan`.
     """
     check_new(runs[0].run.dir.parent)
-    plan = checks.before_queue(runs[0], site)
+    plan = checks.check_and_plan(runs[0], site)
     checks.check_room(runs[0], plan.steps, runs=len(runs))
     fitting = set()
     for run in runs:
@@ -153,10 +185,17 @@ def before_queue(runs: list[RunConfig], site: ClusterConfig) -> Plan:
     return plan
 
 
-def describe(found: Sweep, site: ClusterConfig) -> str:
-    """The sweep's runs and their values, in lines below those of the plan."""
-    at_once = "all at once" if not site.sweep_parallel else f"{site.sweep_parallel} at a time (cluster.sweep_parallel)"
-    lines = [f"sweep        {counted(len(found.runs), 'run')} as one array, {at_once}; above is the first of them"]
+def format_sweep(found: Sweep, site: ClusterConfig) -> str:
+    """Return the sweep's runs and their values, in lines below those of the plan."""
+    at_once = (
+        "all at once"
+        if not site.sweep_parallel
+        else f"{site.sweep_parallel} at a time (cluster.sweep_parallel)"
+    )
+    lines = [
+        f"sweep        {counted(len(found.runs), 'run')} as one array, {at_once}; above is the "
+        "first of them"
+    ]
     width = max(len(run.name) for run in found.runs)
     for run in found.runs:
         values = " ".join(f"{key}={value}" for key, value in run.values.items())
@@ -164,8 +203,8 @@ def describe(found: Sweep, site: ClusterConfig) -> str:
     return "\n             ".join(lines)
 
 
-def whole(found: Sweep, logs: Path, site: ClusterConfig) -> Submission:
-    """What the array's batch script is made from, as a run's."""
+def array_submission(found: Sweep, logs: Path, site: ClusterConfig) -> Submission:
+    """Return what the array's batch script is made from, in the form of a run's."""
     return Submission(name=found.name, cluster=site, logs=logs)
 
 
@@ -175,59 +214,63 @@ def executor_for(found: Sweep, sweep_dir: Path, array: Submission) -> submitit.S
     return executor
 
 
-def queue(found: Sweep, runs: list[RunConfig], site: ClusterConfig) -> str:
+def submit_sweep(found: Sweep, runs: list[RunConfig], site: ClusterConfig) -> str:
     """Make the folders of the sweep and its runs, and queue them; returns the array job's id.
 
     Raises:
-        LedgerError: it was submitted before.
+        RecordError: it was submitted before.
         SlurmError: SLURM refuses the job.
         OSError: a folder cannot be written.
     """
     sweep_dir = runs[0].run.dir.absolute().parent
     check_new(sweep_dir)
-    single_run.private(sweep_dir)
-    with single_run.locked(sweep_dir), ExitStack() as writers:
+    single_run.make_private(sweep_dir)
+    with single_run.submission_lock(sweep_dir), ExitStack() as writers:
         check_new(sweep_dir)
-        single_run.snapshot(sweep_dir)
-        array = whole(found, run_record.folder(sweep_dir) / "slurm", site)
+        single_run.copy_code(sweep_dir)
+        array = array_submission(found, run_record.jobs_folder(sweep_dir) / "slurm", site)
         waiting = array.model_copy(update={"parent": f"{found.id}:{found.name}"})
         places = []
         try:
             for run in runs:
                 places.append(place := run.run.dir.absolute())
-                single_run.private(place)
+                single_run.make_private(place)
                 writers.enter_context(run_lock.held(place, "dnt submit"))
                 run_record.config_file(place).write_text(config.to_yaml(run))
-                (run_record.folder(place) / "code").symlink_to(Path("../../jobs/code"))
+                (run_record.jobs_folder(place) / "code").symlink_to(Path("../../jobs/code"))
                 own = {"name": run.run.name, "checkpoints": single_run.checkpoints_of(run)}
-                run_record.save(place, waiting.model_copy(update=own))
-            sweep_file.save(sweep_dir, found)
+                run_record.write_submission(place, waiting.model_copy(update=own))
+            sweep_file.write_sweep(sweep_dir, found)
             asked = time.time()  # they may begin before the last is told of
-            job_id = _queue(executor_for(found, sweep_dir, array), places)
+            job_id = _submit_array(executor_for(found, sweep_dir, array), places)
         except BaseException:  # so that it can be submitted again
             (sweep_dir / sweep_file.FILE).unlink(missing_ok=True)
             for place in places:
-                (run_record.folder(place) / "run.json").unlink(missing_ok=True)
-                (run_record.folder(place) / "code").unlink(missing_ok=True)
+                (run_record.jobs_folder(place) / "run.json").unlink(missing_ok=True)
+                (run_record.jobs_folder(place) / "code").unlink(missing_ok=True)
             raise
         for number, place in enumerate(places):
             task = f"{job_id}_{number}"
-            run_record.update(place, partial(Submission.with_job, job_id=task))
+            run_record.update_submission(place, partial(Submission.with_job, job_id=task))
             counts = {"nodes": site.nodes, "ranks": site.ranks}
-            timeline.append(place, "submitted", attempt=task, job=task, **counts, by_user=True, time=asked)
+            timeline.append(
+                place, "submitted", attempt=task, job=task, **counts, by_user=True, time=asked
+            )
     return job_id
 
 
-def _queue(executor: submitit.SlurmExecutor, places: list[Path]) -> str:
+def _submit_array(executor: submitit.SlurmExecutor, places: list[Path]) -> str:
     try:
         with executor.batch():
             queued = [executor.submit(rank_main.rank, str(place)) for place in places]
     except submitit.core.utils.FailedJobError as error:
-        raise slurm.SlurmError(f"SLURM refuses the array: {single_run.refusal(str(error))}") from None
+        raise slurm.SlurmError(
+            f"SLURM refuses the array: {single_run.sbatch_complaint(str(error))}"
+        ) from None
     return str(queued[0].job_id.partition("_")[0])
 
 
 def batch_script(found: Sweep, sweep_dir: Path, site: ClusterConfig) -> str:
-    """The array's script, made without its folder. Raises SlurmError."""
-    array = whole(found, run_record.folder(sweep_dir) / "slurm", site)
-    return single_run.script(executor_for(found, sweep_dir, array), len(found.runs))
+    """Return the array's script, made without its folder. Raises SlurmError."""
+    array = array_submission(found, run_record.jobs_folder(sweep_dir) / "slurm", site)
+    return single_run.format_script(executor_for(found, sweep_dir, array), len(found.runs))

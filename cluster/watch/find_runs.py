@@ -4,40 +4,42 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cluster import run_record, sweep_file
-from cluster.run_record import LedgerError
+from cluster.run_record import RecordError
 
 RUNS = Path("runs")
 
 
 def runs_under(folder: Path) -> Iterator[Path]:
-    """The submitted runs in a folder and in its folders (those of a sweep)."""
+    """Return the submitted runs in a folder and in its folders (those of a sweep)."""
     for pattern in ("*/jobs/run.json", "*/*/jobs/run.json"):
         for file in sorted(folder.glob(pattern)):
-            if not file.parents[1].name.startswith(
-                "before-"
-            ):  # of a run that began anew, see dnt_scale.train.run_start
+            # What --fresh moved aside is no run, see dnt_scale.train.run_start.
+            if not file.parents[1].name.startswith("before-"):
                 yield file.parents[1]
 
 
 def find_run(word: str) -> Path:
-    """A submitted run by its folder, or by its name in ``runs/``.
+    """Return a submitted run by its folder, or by its name in ``runs/``.
 
     Raises:
-        LedgerError: there is none.
+        RecordError: there is none.
     """
     for place in (Path(word), RUNS / word):
-        if run_record.submitted(place):
+        if run_record.is_submitted(place):
             return place
         if sweep_file.is_sweep(place):
-            raise LedgerError(f"{place} is a sweep; name one of its runs, which `dnt jobs {word}` shows")
+            raise RecordError(
+                f"{place} is a sweep; name one of its runs, which `dnt jobs {word}` shows"
+            )
     names = ", ".join(str(run.relative_to(RUNS)) for run in runs_under(RUNS)) or "none"
-    raise LedgerError(
-        f"{word}: no job was submitted for a run in {word} or {RUNS / word}; runs in {RUNS.absolute()}: {names}"
+    raise RecordError(
+        f"{word}: no job was submitted for a run in {word} or {RUNS / word}; runs in "
+        f"{RUNS.absolute()}: {names}"
     )
 
 
-def handle(run_dir: Path) -> str:
-    """What a user may call a run."""
+def short_name(run_dir: Path) -> str:
+    """Return what a user may call a run."""
     for runs in (RUNS, RUNS.absolute()):
         if run_dir.is_relative_to(runs):
             return str(run_dir.relative_to(runs))
@@ -45,10 +47,11 @@ def handle(run_dir: Path) -> str:
 
 
 def find_runs(words: list[str]) -> list[Path]:
-    """The runs that are meant by run folders, names in ``runs/``, or folders of runs; none given: all of ``runs/``.
+    """Return the runs that are meant by run folders, names in ``runs/``, or folders of runs; none
+    given: all of ``runs/``.
 
     Raises:
-        LedgerError: there is none by a word.
+        RecordError: there is none by a word.
     """
     if not words:
         return list(runs_under(RUNS))
@@ -59,9 +62,10 @@ def find_runs(words: list[str]) -> list[Path]:
 
 
 def runs_in(word: str) -> list[Path]:
-    """The runs in a folder of runs or a sweep, found as in :func:`find_run`; none where it is a run itself."""
+    """Return the runs in a folder of runs or a sweep, found as in :func:`find_run`; none where it
+    is a run itself."""
     for place in (Path(word), RUNS / word):
-        if run_record.submitted(place):
+        if run_record.is_submitted(place):
             return []
         if runs := list(runs_under(place)):
             return runs

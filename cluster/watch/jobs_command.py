@@ -17,10 +17,11 @@ from rich.table import Table
 from rich.text import Text
 
 from cluster import run_record, sweep_file
-from cluster.run_record import LedgerError
+from cluster.run_record import RecordError
 from cluster.watch import run_state
-from cluster.watch.find_runs import RUNS, find_runs, handle
-from cluster.watch.run_state import Asking, Standing
+from cluster.watch.find_runs import RUNS, find_runs, short_name
+from cluster.watch.run_state import RunStatus, SlurmQuery
+from data_prep.words import clock
 from dnt_scale import config
 from dnt_scale.config import ConfigError, RunConfig
 from dnt_scale.record.goodput import Goodput, breakdown, table
@@ -29,14 +30,18 @@ from dnt_scale.record.timeline import Event
 
 WATCH_EVERY_S = 2.0
 SPEED_STEPS = 20
-QUIET_S = 60.0  # until then a job's own last processes may still be telling MLflow
-COLOURS = {"running": "green", "finished": "cyan", "crashed": "red", "refused": "red", "killed": "red"}
+# Until then a job's own last processes may still be telling MLflow.
+QUIET_S = 60.0
+COLOURS = {
+    "running": "green",
+    "finished": "cyan",
+    "crashed": "red",
+    "refused": "red",
+    "killed": "red",
+}
 
 
-# --- which runs -------------------------------------------------------------------------------------------------------
-
-
-# --- what there is to say of a run ------------------------------------------------------------------------------------
+# --- what there is to say of a run ----------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -69,29 +74,30 @@ class Run:
     tokens_per_s: float | None = None
     left_s: float | None = None  # at the pace of the last steps, while it runs
     goodput: float | None = None
-    seconds: dict[str, float] = field(default_factory=dict)  # where the time went, see dnt_scale.record.goodput
+    # Where the time went, see dnt_scale.record.goodput.
+    seconds: dict[str, float] = field(default_factory=dict)
     mlflow: str | None = None  # the status it was told last
     left_out: list[str] = field(default_factory=list)  # nodes that failed too often
     attempts: list[Attempt] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
-class Seen:
+class RunView:
     run: Run
-    standing: Standing
+    status: RunStatus
     goodput: Goodput
-    told: float  # when the timeline last said something
+    last_event: float  # when the timeline last said something
 
 
-def look(run_dir: Path, asking: Asking) -> Seen:
-    """Find out all about a run. Raises LedgerError where its run.json cannot be read."""
-    submission = run_record.load(run_dir, to_look=True)
-    found, events = run_state.look(run_dir, submission, asking)
+def read_view(run_dir: Path, query: SlurmQuery) -> RunView:
+    """Find out all about a run. Raises RecordError where its run.json cannot be read."""
+    submission = run_record.read_submission(run_dir, of_any_owner=True)
+    found, events = run_state.read_status(run_dir, submission, query)
     spent = breakdown(events, time.time())
     lines = last_metrics(run_dir)
     steps = [line for line in lines if "train/loss" in line]
     speeds = [line[f"{unit_of(lines)}_per_s"] for line in steps[-SPEED_STEPS:]]
-    resolved = config_of(run_dir)
+    resolved = read_config(run_dir)
     told = max((event["time"] for event in events), default=0.0)
     total = total_steps(resolved, lines)
     run = Run(
@@ -108,20 +114,21 @@ def look(run_dir: Path, asking: Asking) -> Seen:
         loss=steps[-1]["train/loss"] if steps else None,
         val_loss=next((line["val/loss"] for line in reversed(lines) if "val/loss" in line), None),
         tokens_per_s=median(speeds) if speeds else None,
-        left_s=left_s(steps, total, events)
+        left_s=seconds_left(steps, total, events)
         if found.state == "running" and time.time() - told < run_state.SILENT_S
         else None,
         goodput=spent.total.goodput if spent.total.training else None,
         seconds={"queued": spent.queue, **asdict(spent.total)},
-        mlflow=run_state.mlflow_status(run_dir),
+        mlflow=run_state.read_mlflow_status(run_dir),
         left_out=submission.excluded,
-        attempts=attempts(events, found, submission.jobs),
+        attempts=list_attempts(events, found, submission.jobs),
     )
-    return Seen(run, found, spent, told)
+    return RunView(run, found, spent, told)
 
 
-def attempts(events: list[Event], found: Standing, jobs: list[str]) -> list[Attempt]:
-    """Each start of each job, oldest first, and the job that waits for its first or next one."""
+def list_attempts(events: list[Event], found: RunStatus, jobs: list[str]) -> list[Attempt]:
+    """Return each start of each job, oldest first, and the job that waits for its first or next
+    one."""
     chain: dict[str, Attempt] = {}
     for event in events:
         name = event["attempt"]
@@ -130,7 +137,9 @@ def attempts(events: list[Event], found: Standing, jobs: list[str]) -> list[Atte
             chain[name] = Attempt(name, event["nodes"], event["started"], *now, "", [])
         elif event["event"] == "ended":
             nodes, began = (chain[name].nodes, chain[name].began) if name in chain else ([], None)
-            chain[name] = Attempt(name, nodes, began, event["status"], event["reason"], event["next"], event["blamed"])
+            chain[name] = Attempt(
+                name, nodes, began, event["status"], event["reason"], event["next"], event["blamed"]
+            )
     if found.live and jobs and (found.attempt not in chain or chain[found.attempt].next):
         name = jobs[-1] if found.attempt in chain else found.attempt or jobs[-1]
         nodes = [found.nodes] if found.nodes else []
@@ -138,8 +147,9 @@ def attempts(events: list[Event], found: Standing, jobs: list[str]) -> list[Atte
     return list(chain.values())
 
 
-def config_of(run_dir: Path) -> RunConfig | None:
-    """The run's configuration; None where this version of dnt, or this user, cannot read it."""
+def read_config(run_dir: Path) -> RunConfig | None:
+    """Read the run's configuration; None where this version of dnt, or this user, cannot read
+    it."""
     try:
         return config.from_yaml(run_record.config_file(run_dir))
     except (ConfigError, OSError):
@@ -147,7 +157,8 @@ def config_of(run_dir: Path) -> RunConfig | None:
 
 
 def total_steps(run: RunConfig | None, lines: list[dict[str, Any]]) -> int | None:
-    """How many steps the run is to have; None before the first where its configuration gives tokens."""
+    """Return how many steps the run is to have; None before the first where its configuration gives
+    tokens."""
     if run is None:
         return None
     if run.train.steps is not None:
@@ -157,144 +168,157 @@ def total_steps(run: RunConfig | None, lines: list[dict[str, Any]]) -> int | Non
     return a_step and run.total_steps(round(a_step / run.train.global_batch))
 
 
-def left_s(steps: list[dict[str, Any]], total: int | None, events: list[Event]) -> float | None:
-    """Seconds left at the mean pace of the newest attempt's last steps, validations and checkpoints included."""
-    ready = run_record.last(events, "ready")
+def seconds_left(
+    steps: list[dict[str, Any]], total: int | None, events: list[Event]
+) -> float | None:
+    """Return the seconds left at the mean pace of the newest attempt's last steps, validations and
+    checkpoints included."""
+    ready = run_record.last_event(events, "ready")
     paced = [line for line in steps if ready and line["time"] >= ready["time"]]
     if total is None or len(paced) < 2:
         return None
     first, last = paced[0], paced[-1]
-    return float((total - last["step"]) * (last["time"] - first["time"]) / (last["step"] - first["step"]))
+    return float(
+        (total - last["step"]) * (last["time"] - first["time"]) / (last["step"] - first["step"])
+    )
 
 
-# --- shown ------------------------------------------------------------------------------------------------------------
+# --- shown ----------------------------------------------------------------------------------------
 
 
 def main(words: list[str], *, watch: bool, as_json: bool) -> int:
-    """`dnt jobs`; returns the exit status.
+    """Run `dnt jobs` and return the exit status.
 
     Raises:
-        LedgerError: there is no such run.
+        RecordError: there is no such run.
     """
     console = Console(highlight=False)
     if watch:
-        return watching(words, console)
-    seen, problems = look_at_all(words)
+        return watch_runs(words, console)
+    views, problems = read_views(words)
     if as_json:
-        content = {"runs": [asdict(each.run) for each in seen], "problems": problems}
-        sys.stdout.buffer.write(orjson.dumps(content, default=str, option=orjson.OPT_INDENT_2) + b"\n")
+        content = {"runs": [asdict(each.run) for each in views], "problems": problems}
+        sys.stdout.buffer.write(
+            orjson.dumps(content, default=str, option=orjson.OPT_INDENT_2) + b"\n"
+        )
     else:
-        console.print(page(seen, problems, words))
-    mend(seen, set())
+        console.print(format_page(views, problems, words))
+    correct_mlflow(views, set())
     return 0
 
 
-def watching(words: list[str], console: Console) -> int:
+def watch_runs(words: list[str], console: Console) -> int:
     """Show the page anew every two seconds until Ctrl-C."""
     mended: set[tuple[Path, str]] = set()
     with suppress(KeyboardInterrupt), Live(console=console, auto_refresh=False) as live:
         while True:
-            seen, problems = look_at_all(words)
+            views, problems = read_views(words)
             clock = Text(f"{datetime.now():%H:%M:%S}; Ctrl-C ends this", style="dim")
-            shown = Group(page(seen, problems, words), clock)
+            shown = Group(format_page(views, problems, words), clock)
             if console.is_terminal:
                 live.update(shown, refresh=True)
             else:  # a pipe: one page after another
                 console.print(shown)
-            mend(seen, mended)
+            correct_mlflow(views, mended)
             time.sleep(WATCH_EVERY_S)
     return 0
 
 
-def look_at_all(words: list[str]) -> tuple[list[Seen], list[str]]:
-    """The runs, live ones first, then the newest; and what kept us from knowing more, a line each."""
-    asking, seen, problems = Asking(), [], []
+def read_views(words: list[str]) -> tuple[list[RunView], list[str]]:
+    """Return the runs, live ones first, then the newest; and what kept us from knowing more, a line
+    each."""
+    query, views, problems = SlurmQuery(), [], []
     for run_dir in find_runs(words):
         try:
-            seen.append(look(run_dir, asking))
-        except LedgerError as error:  # one damaged run hides no other
+            views.append(read_view(run_dir, query))
+        except RecordError as error:  # one damaged run hides no other
             problems.append(str(error))
-    if asking.problem:
-        problems.append(f"only the run folders were asked, whose word may be old: {asking.problem}")
-    return sorted(seen, key=lambda each: (not each.run.live, -each.told)), problems
+    if query.problem:
+        problems.append(f"only the run folders were asked, whose word may be old: {query.problem}")
+    return sorted(views, key=lambda each: (not each.run.live, -each.last_event)), problems
 
 
-def mend(seen: list[Seen], tried: set[tuple[Path, str]]) -> None:
-    """Let MLflow have the true status of runs where nothing goes on, up to the first where it does not answer."""
-    for each in seen:
+def correct_mlflow(views: list[RunView], tried: set[tuple[Path, str]]) -> None:
+    """Let MLflow have the true status of runs where nothing goes on, up to the first where it does
+    not answer."""
+    for each in views:
         key = (each.run.folder, each.run.state)
-        if key not in tried and time.time() - each.told > QUIET_S:
+        if key not in tried and time.time() - each.last_event > QUIET_S:
             tried.add(key)
-            if not run_state.mend_mlflow(each.run.folder, each.standing):
+            if not run_state.correct_mlflow(each.run.folder, each.status):
                 return
-    for folder in sweep_file.folders(each.run.folder for each in seen if run_state.ours(each.run.folder)):
+    for folder in sweep_file.sweeps_of(
+        each.run.folder for each in views if run_state.is_ours(each.run.folder)
+    ):
         over = (folder, sweep_file.outcome(folder) or "")
         if over[1] and over not in tried:
             tried.add(over)
-            sweep_file.settle(folder)
+            sweep_file.finalize_sweep(folder)
 
 
-def page(seen: list[Seen], problems: list[str], words: list[str]) -> Group:
+def format_page(views: list[RunView], problems: list[str], words: list[str]) -> Group:
     parts: list[Table | Text] = []
-    if len(seen) == 1 and words:
-        parts += one_run(seen[0])
-    elif seen:
-        parts.append(all_runs(seen))
+    if len(views) == 1 and words:
+        parts += format_one_run(views[0])
+    elif views:
+        parts.append(format_all_runs(views))
         if words:
-            parts += results([each.run for each in seen])
+            parts += format_results([each.run for each in views])
     elif not problems:
         parts.append(Text(f"no run in {RUNS.absolute()} was submitted; `dnt submit` does"))
     parts += [Text(problem, style="yellow") for problem in problems]
     return Group(*parts)
 
 
-def all_runs(seen: list[Seen]) -> Table:
+def format_all_runs(views: list[RunView]) -> Table:
     shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     shown.add_column("run", no_wrap=True)
     for name in ("state", "job"):
         shown.add_column(name, overflow="fold")
     for name in ("step", "loss", "tokens/s", "goodput"):
         shown.add_column(name, justify="right", no_wrap=True)
-    for each in seen:
+    for each in views:
         run = each.run
         shown.add_row(
-            handle(run.folder),
-            coloured(run.state if run.state == "finished" else each.standing.in_words, run.state),
-            (run.jobs[-1] if run.jobs else "") + starts(run),
-            "\n".join(part for part in (steps(run), left(run)) if part),
-            number(run.loss, ".4f"),
-            rate(run.tokens_per_s),
-            number(run.goodput, ".1%"),
+            short_name(run.folder),
+            format_state(run.state if run.state == "finished" else each.status.text, run.state),
+            (run.jobs[-1] if run.jobs else "") + format_starts(run),
+            "\n".join(part for part in (format_steps(run), format_time_left(run)) if part),
+            format_number(run.loss, ".4f"),
+            format_rate(run.tokens_per_s),
+            format_number(run.goodput, ".1%"),
         )
     return shown
 
 
-def one_run(seen: Seen) -> list[Table | Text]:
-    run = seen.run
-    first = Text(f"{run.name}: ").append_text(coloured(seen.standing.in_words, run.state))
+def format_one_run(view: RunView) -> list[Table | Text]:
+    run = view.run
+    first = Text(f"{run.name}: ").append_text(format_state(view.status.text, run.state))
     facts = [
-        f"step {steps(run)}" if run.step is not None else "no step yet",
+        f"step {format_steps(run)}" if run.step is not None else "no step yet",
         f"loss {run.loss:.4f}" if run.loss is not None else "",
-        f"{rate(run.tokens_per_s)} tokens/s" if run.tokens_per_s is not None else "",
-        left(run),
+        f"{format_rate(run.tokens_per_s)} tokens/s" if run.tokens_per_s is not None else "",
+        format_time_left(run),
         f"newest checkpoint {run.checkpoint:,}" if run.checkpoint is not None else "",
         f"MLflow {run.mlflow}" if run.mlflow else "",
     ]
     line = ", ".join(fact.replace(" ", "\u00a0") for fact in facts if fact)  # wraps between facts
-    told: list[Table | Text] = [Text(line), Text()]
+    lines: list[Table | Text] = [Text(line), Text()]
     if run.attempts:
-        told += [chain(run.attempts), Text()]
-    if seen.goodput.attempts:
-        told += [table(seen.goodput), Text()]
+        lines += [format_attempts(run.attempts), Text()]
+    if view.goodput.attempts:
+        lines += [table(view.goodput), Text()]
     if run.left_out:
-        told.append(Text(f"left out, for they failed too often: {' '.join(run.left_out)}"))
+        lines.append(Text(f"left out, for they failed too often: {' '.join(run.left_out)}"))
     if not run.live and run.state != "finished":
-        told.append(Text(f"`dnt resubmit {handle(run.folder)}` goes on with it"))
-    told.append(Text(f"logs: `dnt logs {handle(run.folder)}`, of rank K with --rank K", style="dim"))
-    return [first, *told]
+        lines.append(Text(f"`dnt resubmit {short_name(run.folder)}` goes on with it"))
+    lines.append(
+        Text(f"logs: `dnt logs {short_name(run.folder)}`, of rank K with --rank K", style="dim")
+    )
+    return [first, *lines]
 
 
-def chain(found: list[Attempt]) -> Table:
+def format_attempts(found: list[Attempt]) -> Table:
     shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for name in ("attempt", "nodes", "began", "state", "next", "at fault"):
         shown.add_column(name, overflow="fold")
@@ -303,26 +327,28 @@ def chain(found: list[Attempt]) -> Table:
             attempt.name,
             " ".join(attempt.nodes),
             f"{datetime.fromtimestamp(attempt.began):%m-%d %H:%M:%S}" if attempt.began else "-",
-            coloured(attempt.state + (f": {attempt.why}" if attempt.why else ""), attempt.state),
+            format_state(
+                attempt.state + (f": {attempt.why}" if attempt.why else ""), attempt.state
+            ),
             {"none": "-"}.get(attempt.next, attempt.next),
             " ".join(attempt.blamed),
         )
     return shown
 
 
-def coloured(words: str, state: str) -> Text:
-    """Words that begin with a state, in its colour."""
+def format_state(words: str, state: str) -> Text:
+    """Return words that begin with a state, in its colour."""
     text = Text(words)
     text.stylize(COLOURS.get(state, ""), 0, len(state))
     return text
 
 
-def starts(run: Run) -> str:
+def format_starts(run: Run) -> str:
     count = sum(attempt.began is not None for attempt in run.attempts)
     return f"\n{count} starts" if count > 1 else ""
 
 
-def steps(run: Run) -> str:
+def format_steps(run: Run) -> str:
     if run.step is None:
         return "-"
     if not run.total_steps:
@@ -330,40 +356,47 @@ def steps(run: Run) -> str:
     return f"{run.step:,} of {run.total_steps:,} ({run.step / run.total_steps:.0%})"
 
 
-def left(run: Run) -> str:
-    if run.left_s is None:
-        return ""
-    minutes, second = divmod(round(run.left_s), 60)
-    hour, minute = divmod(minutes, 60)
-    return f"{hour}:{minute:02d}:{second:02d} left"
+def format_time_left(run: Run) -> str:
+    return "" if run.left_s is None else f"{clock(run.left_s)} left"
 
 
-def number(value: float | None, form: str) -> str:
+def format_number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
-def rate(value: float | None) -> str:
-    """Three digits: 950, 12.3k, 1.20M."""
+def format_rate(value: float | None) -> str:
+    """Return a number in three digits: 950, 12.3k, 1.20M."""
     for unit, size in (("M", 1e6), ("k", 1e3)):
         if value is not None and value >= size:
             return f"{value / size:.3g}{unit}"
-    return number(value, ".0f")
+    return format_number(value, ".0f")
 
 
-def results(runs: Sequence[Run]) -> list[Table]:
-    """Of each sweep among the runs what its values led to so far, the lowest validation loss first.
+def format_results(runs: Sequence[Run]) -> list[Table]:
+    """Return for each sweep among the runs what its values led to so far, the lowest validation
+    loss first.
 
     Raises:
-        LedgerError: a sweep.json cannot be read.
+        RecordError: a sweep.json cannot be read.
     """
-    found = sweep_file.folders(run.folder for run in runs)
-    return [_table(sweep_file.load(folder), [run for run in runs if run.folder.parent == folder]) for folder in found]
+    found = sweep_file.sweeps_of(run.folder for run in runs)
+    return [
+        _format_sweep(
+            sweep_file.read_sweep(folder), [run for run in runs if run.folder.parent == folder]
+        )
+        for folder in found
+    ]
 
 
-def _table(sweep: sweep_file.Sweep, runs: Sequence[Run]) -> Table:
+def _format_sweep(sweep: sweep_file.Sweep, runs: Sequence[Run]) -> Table:
     values = {run.name: run.values for run in sweep.runs}
     fields = list(sweep.runs[0].values)
-    table = Table(title=f"\n{sweep.name}, lowest val/loss first", title_justify="left", box=None, pad_edge=False)
+    table = Table(
+        title=f"\n{sweep.name}, lowest val/loss first",
+        title_justify="left",
+        box=None,
+        pad_edge=False,
+    )
     for name in ("run", *fields):
         table.add_column(name, overflow="fold")
     for name in ("step", "train/loss", "val/loss"):
@@ -372,5 +405,7 @@ def _table(sweep: sweep_file.Sweep, runs: Sequence[Run]) -> Table:
     for run in sorted(runs, key=lambda run: (run.val_loss is None, run.val_loss or 0.0)):
         losses = ("-" if loss is None else f"{loss:.4f}" for loss in (run.loss, run.val_loss))
         step = "-" if run.step is None else f"{run.step:,}"
-        table.add_row(run.name, *(values[run.name][field] for field in fields), step, *losses, run.state)
+        table.add_row(
+            run.name, *(values[run.name][field] for field in fields), step, *losses, run.state
+        )
     return table

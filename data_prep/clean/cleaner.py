@@ -7,7 +7,6 @@
 The rules and their settings are in rules.py.
 """
 
-import difflib
 import glob
 import hashlib
 import json
@@ -22,7 +21,9 @@ from pydantic import ValidationError
 
 from data_prep.clean.page import Page
 from data_prep.clean.rules import RULES, Decontaminate, Settings
+from data_prep.files import sha256_of
 from data_prep.identity import text_hash
+from data_prep.words import closest, problems_of
 
 SAMPLES = 3
 EXCERPT = 500
@@ -30,7 +31,8 @@ TEST_FILES = (".txt", ".jsonl")
 
 
 class Verdict(NamedTuple):
-    """`text` is None if the `rule` dropped the document because of `detail`, else what the rules made of it."""
+    """`text` is None if the `rule` dropped the document because of `detail`, else what the rules
+    made of it."""
 
     text: str | None
     rule: str | None
@@ -47,8 +49,9 @@ class Sample(NamedTuple):
 
 @dataclass
 class RuleStats:
-    """Of one rule: documents that reached it, that it changed, that it dropped; `counts` of what in it acted how often
-    (drops by measure, masks by kind, lines by fault); up to SAMPLES of the dropped ones, those of the smallest hash."""
+    """Of one rule: documents that reached it, that it changed, that it dropped; `counts` of what in
+    it acted how often (drops by measure, masks by kind, lines by fault); up to SAMPLES of the
+    dropped ones, those of the smallest hash."""
 
     seen: int = 0
     changed: int = 0
@@ -76,11 +79,12 @@ class CleanStats:
             self.rules.setdefault(name, RuleStats()).merge(stats)
 
     def dropped(self) -> dict[str, int]:
-        """Documents dropped, by rule."""
+        """Return how many documents were dropped, by rule."""
         return {name: stats.dropped for name, stats in self.rules.items()}
 
     def to_json(self) -> dict[str, Any]:
-        """As plain values: {rule: {seen, changed, dropped, counts: {what: n}, samples: [{rank, text, detail}]}}."""
+        """Return plain values: {rule: {seen, changed, dropped, counts: {what: n}, samples: [{rank,
+        text, detail}]}}."""
         return {
             name: {
                 "seen": stats.seen,
@@ -94,7 +98,7 @@ class CleanStats:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "CleanStats":
-        """What `to_json` gave."""
+        """Return what `to_json` was called on."""
         rules = {
             name: RuleStats(
                 stats["seen"],
@@ -115,7 +119,8 @@ class CleanConfig:
     rules: tuple[tuple[str, Settings], ...]
 
     def fingerprint(self) -> str:
-        """SHA-256, hex, of all that decides a verdict: rules, settings, and the content of the test files.
+        """Return the hex SHA-256 of all that decides a verdict: rules, settings, and the content of
+        the test files.
 
         Raises ValueError for a test file that cannot be read.
         """
@@ -142,10 +147,10 @@ class Cleaner:
         for name, _ in self._rules:
             stats.rules.setdefault(name, RuleStats())
         page = Page(text)
-        for name, judge in self._rules:
+        for name, rule in self._rules:
             counted = stats.rules[name]
             counted.seen += 1
-            outcome = judge(page)
+            outcome = rule(page)
             if outcome.counts:
                 counted.counts.update(outcome.counts)
             if outcome.text == page.text:
@@ -153,7 +158,9 @@ class Cleaner:
             if not outcome.text:
                 detail = outcome.detail or "nothing is left of it"
                 rank = text_hash(page.text.encode("utf-8", "surrogatepass"), "dropped")
-                counted.merge(RuleStats(dropped=1, samples=[Sample(rank, page.text[:EXCERPT], detail)]))
+                counted.merge(
+                    RuleStats(dropped=1, samples=[Sample(rank, page.text[:EXCERPT], detail)])
+                )
                 return Verdict(None, name, detail)
             counted.changed += 1
             page = Page(outcome.text)
@@ -165,12 +172,16 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.yaml_implicit_resolvers = {
-    letter: [resolver for resolver in resolvers if letter in "tTfF" or resolver[0] != "tag:yaml.org,2002:bool"]
+    letter: [
+        resolver
+        for resolver in resolvers
+        if letter in "tTfF" or resolver[0] != "tag:yaml.org,2002:bool"
+    ]
     for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 
 
-def load_rules(path: Path) -> CleanConfig:
+def read_rules(path: Path) -> CleanConfig:
     """Read a YAML file of rules. The files of `decontaminate` are found from its folder.
 
     Raises ValueError naming the file, the field, what was found and what was expected.
@@ -178,26 +189,42 @@ def load_rules(path: Path) -> CleanConfig:
     try:
         value = yaml.load(Path(path).read_text("utf-8"), Loader=_Loader)
     except OSError as error:
-        raise ValueError(f"{path}: cannot read the cleaning rules: {error.strerror}; check the path") from error
+        raise ValueError(
+            f"{path}: cannot read the cleaning rules: {error.strerror}; check the path"
+        ) from error
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path}: not YAML ({' '.join(str(error).split())}); correct it") from error
+        raise ValueError(
+            f"{path}: not YAML ({' '.join(str(error).split())}); correct it"
+        ) from error
     if not isinstance(value, dict) or list(value) != ["rules"]:
-        found = f"the fields {', '.join(map(str, value))}" if isinstance(value, dict) else f"{value!r:.60}"
+        found = (
+            f"the fields {', '.join(map(str, value))}"
+            if isinstance(value, dict)
+            else f"{value!r:.60}"
+        )
         raise ValueError(f"{path}: found {found}, expected one field, rules, with a list of rules")
     if not isinstance(value["rules"], list):
-        raise ValueError(f"{path}: rules: found {value['rules']!r:.60}, expected a list such as `- normalize: {{}}`")
+        raise ValueError(
+            f"{path}: rules: found {value['rules']!r:.60}, expected a list such as `- normalize: "
+            f"{{}}`"
+        )
     rules: dict[str, Settings] = {}
     for number, entry in enumerate(value["rules"]):
         where = f"{path}: rules.{number}"
         if not isinstance(entry, dict) or len(entry) != 1:
-            raise ValueError(f"{where}: found {entry!r:.60}, expected one rule and its settings, as `normalize: {{}}`")
+            raise ValueError(
+                f"{where}: found {entry!r:.60}, expected one rule and its settings, as `normalize: "
+                f"{{}}`"
+            )
         [(name, settings)] = entry.items()
         if name not in RULES:
-            near = difflib.get_close_matches(str(name), RULES, 1)
-            hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(RULES)}"
+            near = closest(str(name), RULES)
+            hint = f"did you mean {near}?" if near else f"expected one of {', '.join(RULES)}"
             raise ValueError(f"{where}: found the rule {name!r:.60}, which there is not; {hint}")
         if name in rules:
-            raise ValueError(f"{where}: found {name} again, expected each rule once; remove one of them")
+            raise ValueError(
+                f"{where}: found {name} again, expected each rule once; remove one of them"
+            )
         given = {} if settings is None else settings
         rules[name] = _settings(f"{where}.{name}", RULES[name][0], given, Path(path).parent)
     return CleanConfig(tuple(rules.items()))
@@ -207,18 +234,23 @@ def _settings(where: str, model: type[Settings], value: object, folder: Path) ->
     try:
         settings = model.model_validate(value)
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join([where, *map(str, first["loc"])])
-        if first["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(str(first["loc"][-1]), model.model_fields, 1)
+        first = problems_of(error)[0]
+        place = ".".join([where, *first.field])
+        if first.kind == "extra_forbidden":
+            near = closest(first.field[-1], model.model_fields)
             fields = ", ".join(model.model_fields) or "no fields"
-            hint = f"did you mean {near[0]}?" if near else f"expected {fields}"
+            hint = f"did you mean {near}?" if near else f"expected {fields}"
             raise ValueError(f"{place}: found a field that there is not; {hint}") from error
-        if first["type"] == "missing":
+        if first.kind == "missing":
             raise ValueError(f"{place}: missing, and has no default; add it") from error
-        raise ValueError(f"{place}: {first['msg']}, found {first['input']!r:.60}; correct it") from error
+        found = f"{first.found!r:.60}"
+        raise ValueError(f"{place}: {first.message}, found {found}; correct it") from error
     if isinstance(settings, Decontaminate):
-        files = [file for pattern in settings.files for file in _test_files(f"{where}.files", folder, pattern)]
+        files = [
+            file
+            for pattern in settings.files
+            for file in _test_files(f"{where}.files", folder, pattern)
+        ]
         return settings.model_copy(update={"files": list(dict.fromkeys(files))})
     return settings
 
@@ -227,16 +259,22 @@ def _test_files(where: str, folder: Path, pattern: str) -> list[str]:
     place = folder.absolute() / Path(pattern).expanduser()
     found = sorted(glob.glob(str(place), recursive=True))  # noqa: PTH207 (a pattern may be absolute)
     if not found:
-        raise ValueError(f"{where}: no file matches {pattern!r} in {folder}; expected .txt or .jsonl test files there")
+        raise ValueError(
+            f"{where}: no file matches {pattern!r} in {folder}; expected .txt or .jsonl test files "
+            "there"
+        )
     for file in found:
         if not file.endswith(TEST_FILES):
-            raise ValueError(f"{where}: found {file}, expected .txt or .jsonl; narrow the pattern {pattern!r}")
+            raise ValueError(
+                f"{where}: found {file}, expected .txt or .jsonl; narrow the pattern {pattern!r}"
+            )
     return found
 
 
 def _sha256(path: Path) -> str:
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256_of(path)
     except OSError as error:
-        raise ValueError(f"{path}: cannot read the test file: {error.strerror}; check decontaminate.files") from error
+        raise ValueError(
+            f"{path}: cannot read the test file: {error.strerror}; check decontaminate.files"
+        ) from error

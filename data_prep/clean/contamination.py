@@ -1,4 +1,5 @@
-"""Which n-grams of words a text has, whatever its case and punctuation: to find test data in training data."""
+"""Which n-grams of words a text has, whatever its case and punctuation: to find test data in
+training data."""
 
 import functools
 import json
@@ -8,18 +9,23 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data_prep.clean.page import ODD, Array, apart_from_marks, blocks, hash_words
+from data_prep.arrays import Hashes
+from data_prep.clean.page import ODD, apart_from_marks, blocks, hash_words
 
 
 @functools.cache
 def _plain_word() -> re.Pattern[str]:
-    """Runs of letters, digits, and the marks that combine with them, without which a word of Hindi would be many."""
-    others = [chr(code) for code in range(1 << 16) if unicodedata.category(chr(code))[0] not in "LNM"]
+    """Return a pattern for runs of letters, digits, and the marks that combine with them, without
+    which a word of Hindi would be many."""
+    others = [
+        chr(code) for code in range(1 << 16) if unicodedata.category(chr(code))[0] not in "LNM"
+    ]
     return re.compile(f"[^{re.escape(''.join(others))}]+")
 
 
-def plain_ngrams(text: str, n: int) -> Iterator[tuple[list[str], Array]]:
-    """Plain words of a text, and hashes of the n-grams that begin at each, uint64 (words - n + 1,): a block at a time.
+def plain_ngrams(text: str, n: int) -> Iterator[tuple[list[str], Hashes]]:
+    """Yield plain words of a text, and hashes of the n-grams that begin at each, uint64 (words - n
+    + 1,): a block at a time.
 
     Plain words are the runs of letters and digits, in lower case (str.casefold).
     """
@@ -38,7 +44,7 @@ def plain_ngrams(text: str, n: int) -> Iterator[tuple[list[str], Array]]:
 
 
 def test_texts(path: Path) -> Iterator[str]:
-    """The text of a .txt file, or every string in every line of a .jsonl file.
+    """Yield the text of a .txt file, or every string in every line of a .jsonl file.
 
     Raises ValueError naming file and line if it cannot be read or is not JSON.
     """
@@ -51,7 +57,9 @@ def test_texts(path: Path) -> Iterator[str]:
                 if line.strip():
                     yield from _strings(_parsed(path, number, line))
     except OSError as error:
-        raise ValueError(f"{path}: cannot read the test file: {error.strerror}; check decontaminate.files") from error
+        raise ValueError(
+            f"{path}: cannot read the test file: {error.strerror}; check decontaminate.files"
+        ) from error
 
 
 def _parsed(path: Path, number: int, line: str) -> Any:
@@ -59,7 +67,8 @@ def _parsed(path: Path, number: int, line: str) -> Any:
         return json.loads(line)
     except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(
-            f"{path}, line {number}: not JSON ({error}), expected an object a line; correct it or name the file .txt"
+            f"{path}, line {number}: not JSON ({error}), expected an object a line; correct it or "
+            "name the file .txt"
         ) from error
 
 

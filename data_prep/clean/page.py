@@ -1,21 +1,23 @@
 """A text under inspection: its words, lines and paragraphs as numbers, and what repeats among them.
 
-Words are the runs between white space and lines lie between line feeds, without the spaces around them; empty lines
-count nowhere. Everything takes time and memory linear in the text, some 20 bytes a word.
+Words are the runs between white space and lines lie between line feeds, without the spaces around
+them; empty lines count nowhere. Everything takes time and memory linear in the text, some 20 bytes
+a word.
 """
 
 import functools
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import xxhash
 
-Array = np.ndarray[Any, np.dtype[Any]]
+from data_prep.arrays import Counts, Flags, Hashes
 
-# A long text is taken apart in blocks of about this many characters: its words never all exist as strings at once.
+# A long text is taken apart in blocks of about this many characters: its words never all exist as
+# strings at once.
 BLOCK_CHARS = 1 << 20
 # Odd, so that multiplying by it modulo 2^64 loses nothing: hashes of n-grams are polynomials in it.
 ODD = np.uint64(0x9E3779B97F4A7C15)
@@ -28,8 +30,8 @@ _PARAGRAPH = re.compile(r"\n\s*\n")
 class Strings(NamedTuple):
     """Hashes, uint64 (n,), and lengths in characters, int64 (n,)."""
 
-    hashes: Array
-    lengths: Array
+    hashes: Hashes
+    lengths: Counts
 
 
 class Page:
@@ -40,7 +42,7 @@ class Page:
 
     @functools.cached_property
     def words(self) -> Strings:
-        """The lowest bit of a word's hash says whether it has a letter."""
+        """Return the words. The lowest bit of a word's hash says whether it has a letter."""
         return _measured((block.split() for block in blocks(self.text, " ", "\n")), hash_words)
 
     @functools.cached_property
@@ -49,12 +51,14 @@ class Page:
 
     @functools.cached_property
     def paragraphs(self) -> Strings:
-        """What lies between empty lines."""
+        """Return what lies between empty lines."""
         parts = (_PARAGRAPH.split(block) for block in blocks(self.text, "\n\n"))
-        return _measured(([part for part in map(str.strip, some) if part] for some in parts), _hash_lines)
+        return _measured(
+            ([part for part in map(str.strip, some) if part] for some in parts), _hash_lines
+        )
 
     def line_blocks(self) -> Iterator[list[str]]:
-        """The lines that are not empty, without the spaces around them, some at a time."""
+        """Yield the lines that are not empty, without the spaces around them, some at a time."""
         for block in blocks(self.text, "\n"):
             yield [line for line in map(str.strip, block.split("\n")) if line]
 
@@ -74,12 +78,13 @@ class _Hashes(dict[str, int]):
 _HASHES = _Hashes()
 
 
-def hash_words(words: list[str]) -> Array:
-    """Hashes of words, uint64 (n,), of which the lowest bit says whether there is a letter."""
+def hash_words(words: list[str]) -> Hashes:
+    """Return hashes of words, uint64 (n,), of which the lowest bit says whether there is a
+    letter."""
     return np.fromiter(map(_HASHES.__getitem__, words), np.uint64, len(words))
 
 
-def _hash_lines(lines: list[str]) -> Array:
+def _hash_lines(lines: list[str]) -> Hashes:
     return np.fromiter(map(_digest, lines), np.uint64, len(lines))
 
 
@@ -87,7 +92,7 @@ def _digest(text: str) -> int:
     return xxhash.xxh3_64_intdigest(text.encode("utf-8", "surrogatepass"))
 
 
-def _measured(parts: Iterable[list[str]], hashed: Callable[[list[str]], Array]) -> Strings:
+def _measured(parts: Iterable[list[str]], hashed: Callable[[list[str]], Hashes]) -> Strings:
     hashes, lengths = [np.empty(0, np.uint64)], [np.empty(0, np.int64)]
     for strings in parts:
         hashes.append(hashed(strings))
@@ -96,7 +101,8 @@ def _measured(parts: Iterable[list[str]], hashed: Callable[[list[str]], Array]) 
 
 
 def blocks(text: str, *separators: str) -> Iterator[str]:
-    """The text in blocks of BLOCK_CHARS, cut at a separator, which is left out; longer where there is none."""
+    """Yield the text in blocks of BLOCK_CHARS, cut at a separator, which is left out; longer where
+    there is none."""
     start = 0
     while len(text) - start > BLOCK_CHARS:
         limit = start + BLOCK_CHARS
@@ -112,9 +118,10 @@ def blocks(text: str, *separators: str) -> Iterator[str]:
 
 
 def apart_from_marks(change: Callable[[str], str], text: str) -> str:
-    """`change` the text, but for runs of more than 30 combining marks.
+    """Change the text by a function, but for runs of more than 30 combining marks.
 
-    No language has them (Unicode Standard Annex 15, 13), and to normalise one takes Python quadratic time.
+    No language has them (Unicode Standard Annex 15, 13), and to normalise one takes Python
+    quadratic time.
     """
     hint, runs = _marks()
     if text.isascii() or not hint.search(text):
@@ -125,14 +132,16 @@ def apart_from_marks(change: Callable[[str], str], text: str) -> str:
 
 @functools.cache
 def _marks() -> tuple[re.Pattern[str], re.Pattern[str]]:
-    """A fast search for what may be such a run, and a slow one for the run."""
+    """Return a fast search for what may be such a run, and a slow one for the run."""
     marks = "".join(filter(unicodedata.combining, map(chr, range(0x110000))))
-    others = re.escape("".join(char for char in map(chr, range(1 << 16)) if not unicodedata.combining(char)))
+    others = re.escape(
+        "".join(char for char in map(chr, range(1 << 16)) if not unicodedata.combining(char))
+    )
     return re.compile(f"[^{others}]{{31}}"), re.compile(f"([{marks}]{{31,}})")
 
 
 def duplicate_shares(strings: Strings) -> tuple[float, float]:
-    """Shares of the strings, and of their characters, that repeat an earlier one."""
+    """Return the shares of the strings, and of their characters, that repeat an earlier one."""
     if not len(strings.hashes):
         return 0.0, 0.0
     _, first = np.unique(strings.hashes, return_index=True)
@@ -141,17 +150,20 @@ def duplicate_shares(strings: Strings) -> tuple[float, float]:
 
 
 class Repeats(NamedTuple):
-    """Positions of n-grams, int64 (m,), equal ones together and in order; `mask`: which repeat an earlier one."""
+    """Positions of n-grams, int64 (m,), equal ones together and in order; `mask`: which repeat an
+    earlier one."""
 
-    positions: Array
-    mask: Array
+    positions: Counts
+    mask: Flags
 
 
-def repeated_ngrams(hashes: Array, longest: int) -> Iterator[tuple[int, Array, Repeats]]:
-    """For n = 2 to `longest`, while there are any: the n-grams that occur twice or more, and where each group starts.
+def repeated_ngrams(hashes: Hashes, longest: int) -> Iterator[tuple[int, Counts, Repeats]]:
+    """Yield for n = 2 to `longest`, while there are any, the n-grams that occur twice or more, and
+    where each group starts.
 
-    Linear but for a sort: an n-gram can only repeat where its first n - 1 words do, so in prose little is left after
-    the first. Sorting hash and position as one number gives each group in order of position.
+    Linear but for a sort: an n-gram can only repeat where its first n - 1 words do, so in prose
+    little is left after the first. Sorting hash and position as one number gives each group in
+    order of position.
     """
     bits = np.uint64(len(hashes).bit_length())
     low = (np.uint64(1) << bits) - np.uint64(1)
@@ -174,8 +186,8 @@ def repeated_ngrams(hashes: Array, longest: int) -> Iterator[tuple[int, Array, R
         yield n, np.flatnonzero(~mask), Repeats(positions, mask)
 
 
-def covered(lengths: Array, positions: Array, n: int) -> float:
-    """Share of all characters that are in the n-grams of words at `positions`."""
+def covered(lengths: Counts, positions: Counts, n: int) -> float:
+    """Return the share of all characters that are in the n-grams of words at `positions`."""
     inside = np.zeros(len(lengths), bool)
     for k in range(n):
         inside[positions + k] = True

@@ -10,7 +10,8 @@ from collections.abc import Callable
 _DOMAIN = re.compile(r"@(?:[A-Za-z0-9-]{1,63}\.){1,8}[A-Za-z][A-Za-z0-9-]{1,62}(?![A-Za-z0-9-])")
 _LOCAL_PART = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.!#$%&'*+/=?^_`{|}~-"
 _LOCAL_CHARS = 64  # RFC 5321, 4.5.3.1.1
-# Each begins with the few characters that can begin it, which is what a fast search needs, and looks back after them.
+# Each begins with the few characters that can begin it, which is what a fast search needs, and
+# looks back after them.
 _IPV4 = re.compile(r"[0-9](?<![\w.].)[0-9]{0,2}(?:\.[0-9]{1,3}){3}(?!\w|\.[0-9])")
 # Of IPv6 only what is assigned to the public so far, 2000::/3: C++'s a::b is an address too.
 _IPV6 = re.compile(
@@ -26,22 +27,25 @@ _PHONE = re.compile(
 
 
 def mask_ips(text: str) -> tuple[str, int]:
-    """<IP> for each address, v4 or v6, of the public internet; and how many there were."""
+    """Put <IP> for each address, v4 or v6, of the public internet; return also how many there
+    were."""
     text, fours = _masked(_IPV4, "<IP>", _is_public, text)
     text, sixes = _masked(_IPV6, "<IP>", _is_public, text)
     return text, fours + sixes
 
 
 def mask_phones(text: str) -> tuple[str, int]:
-    """<PHONE> for each telephone number, and how many there were.
+    """Put <PHONE> for each telephone number; return also how many there were.
 
-    Numbers that begin with + and have 8 to 15 digits (ITU-T E.164), and North American ones written (212) 555-0123 or
-    212-555-0123: others look like any number.
+    Numbers that begin with + and have 8 to 15 digits (ITU-T E.164), and North American ones written
+    (212) 555-0123 or 212-555-0123: others look like any number.
     """
     return _masked(_PHONE, "<PHONE>", _is_phone, text)
 
 
-def _masked(pattern: re.Pattern[str], mask: str, valid: Callable[[str], bool], text: str) -> tuple[str, int]:
+def _masked(
+    pattern: re.Pattern[str], mask: str, valid: Callable[[str], bool], text: str
+) -> tuple[str, int]:
     count = 0
 
     def replace(match: re.Match[str]) -> str:
@@ -55,10 +59,11 @@ def _masked(pattern: re.Pattern[str], mask: str, valid: Callable[[str], bool], t
 
 
 def mask_emails(text: str) -> tuple[str, int]:
-    """<EMAIL> for each e-mail address, and how many there were."""
+    """Put <EMAIL> for each e-mail address; return also how many there were."""
     parts: list[str] = []
     end = count = 0
-    # From each @ with a domain back over what may stand before it: a search for the local part would be quadratic.
+    # From each @ with a domain back over what may stand before it: a search for the local part
+    # would be quadratic.
     for match in _DOMAIN.finditer(text):
         before = text[max(end, match.start() - _LOCAL_CHARS) : match.start()]
         local = before[len(before.rstrip(_LOCAL_PART)) :].lstrip(".")

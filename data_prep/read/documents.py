@@ -1,4 +1,5 @@
-"""Documents out of pieces, and findings: what was wrong with the input, counted, kept, and never in the way."""
+"""Documents out of pieces, and findings: what was wrong with the input, counted, kept, and never in
+the way."""
 
 import codecs
 import json
@@ -10,11 +11,14 @@ from typing import Any, Literal, NamedTuple
 
 import orjson
 
-from data_prep.read.pieces import RAW_BYTES, Finding, Piece, Text
+from data_prep.read.formats import row_suffixes
+from data_prep.read.pieces import RAW_BYTES, Piece
+from data_prep.read.raw import Finding, Text
 
 Action = Literal["kept", "repaired", "dropped", "cut", "passed over"]
 
-# Of each kind: what is done about it, what was expected instead, and how many records of a piece are kept.
+# Of each kind: what is done about it, what was expected instead, and how many records of a piece
+# are kept.
 KINDS: dict[str, tuple[Action, str, int]] = {
     "broken_utf8": ("repaired", "UTF-8", 1000),
     "lone_surrogate": ("repaired", "surrogates in pairs", 1000),
@@ -43,19 +47,20 @@ KINDS: dict[str, tuple[Action, str, int]] = {
     "beside_data": ("kept", "", 100),
 }
 # Of these a text is hardly the one that was meant; fewer places than FEW are the usual dirt.
-EXCERPT_BYTES = 200  # of what is no text, to recognise it by
+EXCERPT_BYTES = 200  # so much of what is no text is kept to recognise it by
 FEW = 4
 BROKEN_PLACES = 0.01
 BROKEN_CHARACTERS = 0.1
 NULS = 0.1
-# Escapes of ISO-2022 to characters of two bytes, which are all ASCII. ESC ( B is what terminals print.
+# Escapes of ISO-2022 to characters of two bytes, which are all ASCII. ESC ( B is what terminals
+# print.
 ISO_2022 = re.compile(rb"\x1b\$[()]?[@-J]")
 SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Document(NamedTuple):
-    """One document: its file, its line (0 for a text file, the row's number for parquet), and its text, which has no
-    lone surrogates."""
+    """One document: its file, its line (0 for a text file, the row's number for parquet), and its
+    text, which has no lone surrogates."""
 
     file: str
     line: int
@@ -82,11 +87,17 @@ class Findings:
         raw, detail = finding.raw, finding.detail
         if (left_out := max(finding.size, len(raw)) - RAW_BYTES) > 0:
             detail += f"; {left_out:,} bytes are left out here"
-        record = {"kind": finding.kind, "file": finding.file, "line": finding.line, "action": action, "detail": detail}
+        record = {
+            "kind": finding.kind,
+            "file": finding.file,
+            "line": finding.line,
+            "action": action,
+            "detail": detail,
+        }
         self.records.append(record | {"raw": raw[:RAW_BYTES].decode("utf-8", "backslashreplace")})
 
     def to_json(self) -> dict[str, Any]:
-        """{"counts", "records"} of plain values."""
+        """Return {"counts", "records"} of plain values."""
         return {"counts": dict(self.counts), "records": self.records}
 
 
@@ -105,15 +116,18 @@ class LeftOut:
 
 
 def place_name(file: str, line: int) -> str:
-    """How a person is told of a document: line 0 is the whole file."""
+    """Return how a person is told of a document: line 0 is the whole file."""
     return f"{file}, line {line}" if line else file
 
 
-def read_documents(piece: Piece, text_field: str, findings: Findings, strict: bool) -> Iterator[Document]:
-    """The documents of a piece, in order; adds what is wrong with them to `findings`.
+def read_documents(
+    piece: Piece, text_field: str, findings: Findings, strict: bool
+) -> Iterator[Document]:
+    """Yield the documents of a piece, in order; what is wrong with them is added to `findings`.
 
-    Text is left exactly as it is, line ends and byte order marks included, but for broken UTF-8 and lone surrogates,
-    which become U+FFFD. Empty documents, lines and rows without text, and what is hardly text are dropped.
+    Text is left exactly as it is, line ends and byte order marks included, but for broken UTF-8 and
+    lone surrogates, which become U+FFFD. Empty documents, lines and rows without text, and what is
+    hardly text are dropped.
 
     Raises ValueError in `strict`, naming file and line, for the first finding but "cut".
     """
@@ -171,7 +185,7 @@ def _of_lines(piece: Piece, text_field: str, note: Note) -> Iterator[Document]:
 
 
 def _from_odd_line(raw: bytes, piece: Piece, line: int, text_field: str, note: Note) -> str | None:
-    """The text of a line that is not just a JSON object with a text, if it can be had."""
+    """Return the text of a line that is not just a JSON object with a text, if it can be had."""
     dropped = raw
     if line == 1 and not piece.start and raw.startswith(codecs.BOM_UTF8):
         note(Finding("byte_order_mark", piece.name, line, "a byte order mark"))
@@ -183,7 +197,8 @@ def _from_odd_line(raw: bytes, piece: Piece, line: int, text_field: str, note: N
     try:
         value = orjson.loads(decoded)
     except orjson.JSONDecodeError:
-        # orjson refuses half a surrogate pair, NaN and very large numbers, which the standard library reads.
+        # orjson refuses half a surrogate pair, NaN and very large numbers, which the standard
+        # library reads.
         try:
             value = json.loads(decoded, parse_int=str, parse_float=str)
         except json.JSONDecodeError as error:
@@ -192,7 +207,15 @@ def _from_odd_line(raw: bytes, piece: Piece, line: int, text_field: str, note: N
             note(Finding("malformed_json", piece.name, line, detail, dropped))
             return None
         except RecursionError:
-            note(Finding("malformed_json", piece.name, line, "JSON that is nested too deeply to be read", dropped))
+            note(
+                Finding(
+                    "malformed_json",
+                    piece.name,
+                    line,
+                    "JSON that is nested too deeply to be read",
+                    dropped,
+                )
+            )
             return None
     text = value.get(text_field) if isinstance(value, dict) else None
     if not isinstance(text, str):
@@ -217,17 +240,22 @@ def _instead_of_text(value: Any, text_field: str) -> str:
 
 
 def _decoded(raw: bytes, file: str, line: int) -> tuple[str, Finding | None]:
-    """The text, with U+FFFD for what is no UTF-8, and a finding if there is any such: of much, that it is another
-    encoding or no text."""
+    """Return the text, with U+FFFD for what is no UTF-8, and a finding if there is any such: of
+    much, that it is another encoding or no text."""
     try:
         return raw.decode(), None
     except UnicodeDecodeError as error:
         text = raw.decode(errors="replace")
         bad = text.count("\ufffd") - raw.count("\ufffd".encode())
-        first = f"byte 0x{raw[error.start]:02x} at {error.start}, the first of {bad} places that are no UTF-8"
+        first = (
+            f"byte 0x{raw[error.start]:02x} at {error.start}, the first of {bad} places that are "
+            f"no UTF-8"
+        )
         # A word in Cyrillic is one place, and so is a line in Chinese.
         places = min(bad, len(re.findall("\ufffd+", text)))
-        if bad >= FEW and (places > BROKEN_PLACES * len(text) or bad > BROKEN_CHARACTERS * len(text)):
+        if bad >= FEW and (
+            places > BROKEN_PLACES * len(text) or bad > BROKEN_CHARACTERS * len(text)
+        ):
             detail = f"{first}, of {len(text):,} characters"
             return text, Finding("other_encoding", file, line, detail, raw[:EXCERPT_BYTES])
         return text, Finding("broken_utf8", file, line, first)
@@ -241,12 +269,16 @@ def _remark(text: str, file: str, line: int, note: Note) -> bool:
     if "\0" in text:
         nuls = text.count("\0")
         if nuls >= FEW and nuls > NULS * len(text):
-            detail = f"{nuls:,} NUL among {len(text):,} characters: binary, or UTF-16 without its mark"
+            detail = (
+                f"{nuls:,} NUL among {len(text):,} characters: binary, or UTF-16 without its mark"
+            )
             note(Finding("not_text", file, line, detail, text[:EXCERPT_BYTES].encode()))
             return False
         note(Finding("nul", file, line, f"{nuls} NUL characters"))
     if "\r" in text and "\r\n" in text:  # one character is looked for much faster than two
-        note(Finding("crlf", file, line, f"{text.count(chr(13) + chr(10))} lines that end in \\r\\n"))
+        note(
+            Finding("crlf", file, line, f"{text.count(chr(13) + chr(10))} lines that end in \\r\\n")
+        )
     if text.startswith("\ufeff"):
         note(Finding("byte_order_mark", file, line, "a byte order mark"))
     return True
@@ -255,7 +287,7 @@ def _remark(text: str, file: str, line: int, note: Note) -> bool:
 def _complaint(finding: Finding, start: int) -> str:
     place = ""
     if finding.line:
-        unit = "row" if finding.file.lower().endswith(".parquet") else "line"
+        unit = "row" if finding.file.lower().endswith(row_suffixes()) else "line"
         place = f" {unit} {finding.line}{f' after byte {start}' if start else ''}:"
     return (
         f"{finding.file}:{place} found {finding.detail}, expected {KINDS[finding.kind][1]}; "

@@ -1,4 +1,5 @@
-"""Documents too large to hold are cut in parts that are whole characters and, joined, are the document."""
+"""Documents too large to hold are cut in parts that are whole characters and, joined, are the
+document."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -9,7 +10,8 @@ import orjson
 MAX_DOCUMENT = 16 << 20
 WINDOW = 1 << 20
 
-# Strings as RFC 8259, section 7, has them; possessive, so that the length of a match takes no memory.
+# Strings as RFC 8259, section 7, has them; possessive, so that the length of a match takes no
+# memory.
 _BODY = re.compile(rb'(?:[^"\\\x00-\x1f]++|\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}))*+')
 _ESCAPE_BYTES = 6
 _HIGH_SURROGATE = re.compile(rb"\\u[dD][89abAB][0-9a-fA-F]{2}\Z")
@@ -23,9 +25,10 @@ class Malformed(Exception):
 
 
 def cut_text(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    """A text that comes in chunks, in parts of at most MAX_DOCUMENT bytes; at least one part.
+    """Yield a text that comes in chunks in parts of at most MAX_DOCUMENT bytes; at least one part.
 
-    It is cut after the last line end that fits, else after the last space, else between two characters.
+    It is cut after the last line end that fits, else after the last space, else between two
+    characters.
     """
     held: list[bytes] = []
     size = 0
@@ -45,10 +48,11 @@ def cut_text(chunks: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def find_text(line: IO[bytes], start: int, field: str) -> tuple[int, int] | None:
-    """Where in a file the body of a JSON object's string `field` lies, or None if it has none; the last of several.
+    """Return where in a file the body of a JSON object's string `field` lies, or None if it has
+    none; the last of several.
 
-    The object is the file from `start` on. Takes little memory, whatever is how long. Of the values of other fields it
-    checks strings and the number of brackets, no more. Raises Malformed.
+    The object is the file from `start` on. Takes little memory, whatever is how long. Of the values
+    of other fields it checks strings and the number of brackets, no more. Raises Malformed.
     """
     scanner = _Scanner(line, start)
     found = None
@@ -68,9 +72,11 @@ def find_text(line: IO[bytes], start: int, field: str) -> tuple[int, int] | None
 
 
 def cut_string(line: IO[bytes], start: int, end: int) -> Iterator[bytes]:
-    """The body of a JSON string in parts of at most MAX_DOCUMENT bytes, each the body of a valid string; at least one.
+    """Yield the body of a JSON string in parts of at most MAX_DOCUMENT bytes, each the body of a
+    valid string; at least one.
 
-    `start` and `end` are those of `find_text`. It is cut after the last space that fits, else between two characters.
+    `start` and `end` are those of `find_text`. It is cut after the last space that fits, else
+    between two characters.
     """
     while True:
         line.seek(start)
@@ -84,12 +90,14 @@ def cut_string(line: IO[bytes], start: int, end: int) -> Iterator[bytes]:
 
 
 def _character(block: bytes, limit: int) -> int:
-    """The last place up to `limit` where a UTF-8 character begins; `limit` itself where there is no UTF-8."""
+    """Return the last place up to `limit` where a UTF-8 character begins; `limit` itself where
+    there is no UTF-8."""
     return next((end for end in range(limit, limit - 4, -1) if block[end] & 0xC0 != 0x80), limit)
 
 
 def _whole_escapes(part: bytes) -> int:
-    """Where to cut a string's body of MAX_DOCUMENT + 1 bytes so that no escape, pair or character is torn."""
+    """Return where to cut a string's body of MAX_DOCUMENT + 1 bytes so that no escape, pair or
+    character is torn."""
     end = min(_end(_BODY, part[:MAX_DOCUMENT], 0), _character(part, MAX_DOCUMENT))
     escape = end - _ESCAPE_BYTES
     if _HIGH_SURROGATE.match(part[max(escape, 0) : end]):
@@ -113,10 +121,10 @@ class _Scanner:
         self._file.seek(start)
         self._window = b""
         self._at = 0
-        self._before = start  # of the file, before the window
+        self._before = start  # bytes of the file that lie before the window
 
     def peek(self) -> bytes:
-        """The next byte that is no white space; b"" at the end."""
+        """Return the next byte that is no white space; b"" at the end."""
         self._skip(_SPACE)
         return self._window[self._at : self._at + 1]
 
@@ -137,7 +145,9 @@ class _Scanner:
                 return start, self._before + self._at - 1
             # What stops the match may be an escape that the window cuts.
             if len(self._window) - self._at >= _ESCAPE_BYTES or not self._refill():
-                raise self._malformed(self._window[self._at :][:1], "a character, a valid escape or the string's end")
+                raise self._malformed(
+                    self._window[self._at :][:1], "a character, a valid escape or the string's end"
+                )
 
     def is_string(self, wanted: str) -> bool:
         """Go past a string; whether it is `wanted`."""
@@ -179,7 +189,8 @@ class _Scanner:
                 raise self._malformed(b"", "a bracket that closes")
 
     def _skip(self, pattern: re.Pattern[bytes]) -> int:
-        """Go past all that matches; how much that was. Afterwards a byte follows, or the file ends."""
+        """Go past all that matches; how much that was. Afterwards a byte follows, or the file
+        ends."""
         start = self._before + self._at
         while True:
             self._at = _end(pattern, self._window, self._at)

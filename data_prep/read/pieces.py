@@ -6,17 +6,18 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from typing import IO, Any, NamedTuple
+from typing import IO, NamedTuple
 
 import orjson
 
 from data_prep.read import oversize
-from data_prep.read.sniff import HEAD_BYTES, Form, as_lines, look, stand_in, transcoded
-from data_prep.read.streams import File, Stored, packing, seekable, unpacked
+from data_prep.read.formats import ROW_FORMATS
+from data_prep.read.raw import Finding, Text, cut_finding, cut_parts
+from data_prep.read.sniff import HEAD_BYTES, Form, as_lines, sniff_file, stand_in, transcoded
+from data_prep.read.streams import File, Stored, packing, unpacked
 
 PIECE_BYTES = 4 << 20
 RAW_BYTES = 64 << 10
-BATCH_ROWS = 256
 # What a text takes beside its bytes: a column of nulls must end in pieces too.
 TEXT_BYTES = 64
 
@@ -34,32 +35,9 @@ class Unit:
     end: int | None = None
 
 
-class Finding(NamedTuple):
-    """Something wrong in the input, of a kind in data_prep.read.documents.
-
-    `raw` is what is dropped, or the beginning of it; then `size` is how many bytes it has.
-    """
-
-    kind: str
-    file: str
-    line: int
-    detail: str
-    raw: bytes = b""
-    size: int = 0
-
-
-class Text(NamedTuple):
-    """A document: a text file or a part of one (`line` is 0), or a parquet row (from 1), None for a null. Or, if it is
-    `json`, whole lines of JSON, of which `line` is the number of the first."""
-
-    file: str
-    line: int
-    raw: bytes | None
-    json: bool = False
-
-
 class Piece(NamedTuple):
-    """Either `lines`, whole lines of JSON of the file `name`, or `texts`; and what was found wrong when it was cut.
+    """Either `lines`, whole lines of JSON of the file `name`, or `texts`; and what was found wrong
+    when it was cut.
 
     first_line: number of the first line, counted from 1 at byte `start` of the file.
     line_count: newlines that were read for it.
@@ -78,23 +56,25 @@ class Piece(NamedTuple):
 
 
 def read_pieces(unit: Unit, text_field: str = "text") -> Iterator[Piece]:
-    """The pieces of a unit, of about PIECE_BYTES, or of one longer document; a function of the unit's content alone.
+    """Yield the pieces of a unit, of about PIECE_BYTES, or of one longer document; a function of
+    the unit's content alone.
 
-    Documents above MAX_DOCUMENT bytes are cut (data_prep.read.oversize); nothing larger is held in memory, but for a
-    row of parquet, which its library reads whole.
+    Documents above MAX_DOCUMENT bytes are cut (data_prep.read.oversize); nothing larger is held in
+    memory, but for a row of parquet, which its library reads whole.
 
-    A file that is hardly the text that was meant (data_prep.read.sniff) gives a finding and nothing else.
+    A file that is hardly the text that was meant (data_prep.read.sniff) gives a finding and nothing
+    else.
 
-    Raises ValueError naming the file if it is missing, cannot be read, is damaged or changed, or is parquet without a
-    string column `text_field`.
+    Raises ValueError naming the file if it is missing, cannot be read, is damaged or changed, or is
+    parquet without a string column `text_field`.
     """
     match unit.files[0].kind:
         case "text" | "json":
             pieces = _gathered(_files(unit, text_field))
-        case "parquet":
-            pieces = _gathered(_rows(unit.files[0], text_field))
         case "jsonl":
             pieces = _json_lines(unit, text_field)
+        case _:
+            pieces = _gathered(_rows(unit.files[0], text_field))
     before = 0
     for number, (piece, position) in enumerate(pieces):
         yield piece._replace(number=number, input_bytes=position - before)
@@ -102,7 +82,7 @@ def read_pieces(unit: Unit, text_field: str = "text") -> Iterator[Piece]:
 
 
 def _gathered(items: Iterable[tuple[Text | Finding, int]]) -> Iterator[tuple[Piece, int]]:
-    """Pieces out of (a text or a finding, stored bytes read)."""
+    """Yield pieces out of (a text or a finding, stored bytes read)."""
     texts: list[Text] = []
     findings: list[Finding] = []
     size = position = 0
@@ -130,7 +110,8 @@ class Opened(NamedTuple):
 
 
 def opened(file: File, stored: Stored, text_field: str) -> Opened:
-    """What a file of text or JSON holds, by its content. Raises ValueError as `read_pieces` does."""
+    """Return what a file of text or JSON holds, by its content. Raises ValueError as `read_pieces`
+    does."""
     if packing(file.name):
         first = stored.peek(HEAD_BYTES)
         if found := stand_in(file.name, file.kind, first, len(first) < HEAD_BYTES, text_field):
@@ -143,9 +124,11 @@ def opened(file: File, stored: Stored, text_field: str) -> Opened:
         if size >= HEAD_BYTES:
             break
     head = b"".join(begun)[:HEAD_BYTES]
-    found_out = look(file.name, file.kind, head, size < HEAD_BYTES, text_field)
+    found_out = sniff_file(file.name, file.kind, head, size < HEAD_BYTES, text_field)
     if found_out.kind:
-        return Opened("nothing", iter(()), (Finding(found_out.kind, file.name, 0, found_out.detail),))
+        return Opened(
+            "nothing", iter(()), (Finding(found_out.kind, file.name, 0, found_out.detail),)
+        )
     chunks = itertools.chain(begun, chunks)
     findings = []
     if found_out.encoding != "utf-8":
@@ -170,10 +153,12 @@ def _files(unit: Unit, text_field: str) -> Iterator[tuple[Text | Finding, int]]:
             before = end if file.size else before + stored.position
 
 
-def _content(file: File, stored: Stored, content: Opened, text_field: str) -> Iterator[Text | Finding]:
-    """A text file's document or its parts, or the lines of JSON that it holds."""
+def _content(
+    file: File, stored: Stored, content: Opened, text_field: str
+) -> Iterator[Text | Finding]:
+    """Yield a text file's document or its parts, or the lines of JSON that it holds."""
     if content.form == "text":
-        yield from _parts(file.name, 0, content.chunks)
+        yield from cut_parts(file.name, 0, content.chunks)
     elif content.form != "nothing":
         line = 1
         for run in _runs(content.chunks):
@@ -192,51 +177,22 @@ def _content(file: File, stored: Stored, content: Opened, text_field: str) -> It
 
 
 def _trailing(file: File, stored: Stored) -> Finding:
-    return Finding("trailing_bytes", file.name, 0, f"{stored.trailing:,} bytes after the last whole member")
-
-
-def _parts(name: str, line: int, chunks: Iterable[bytes]) -> Iterator[Text | Finding]:
-    """A document, or the parts of one that is too large and a finding."""
-    count = size = 0
-    for part in oversize.cut_text(chunks):
-        yield Text(name, line, part)
-        count += 1
-        size += len(part)
-    if count > 1:
-        yield _cut(name, line, size)
+    return Finding(
+        "trailing_bytes", file.name, 0, f"{stored.trailing:,} bytes after the last whole member"
+    )
 
 
 def _rows(file: File, text_field: str) -> Iterator[tuple[Text | Finding, int]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    row = 0
-    with seekable(file) as raw:
-        for finding in _no_parquet(file, raw.read(HEAD_BYTES), text_field):
-            yield finding, file.size
-            return
-        raw.seek(0)
-        try:
-            # A column of a row group as a stream, not whole.
-            parquet = pq.ParquetFile(raw, buffer_size=1 << 20, pre_buffer=False)
-            rows = parquet.metadata.num_rows
-            _check_column(file, parquet.schema_arrow, text_field)
-            for batch in parquet.iter_batches(BATCH_ROWS, columns=[text_field], use_threads=False):
-                # Of a name with a dot the library takes all columns that begin with what stands before it.
-                column = batch.column(batch.schema.get_field_index(text_field))
-                if pa.types.is_dictionary(column.type):
-                    column = column.dictionary_decode()
-                for value in column.cast(pa.large_binary()).to_pylist():
-                    row += 1
-                    for item in [Text(file.name, row, None)] if value is None else _parts(file.name, row, [value]):
-                        yield item, file.size * row // rows
-        except (pa.ArrowException, OSError) as error:
-            raise ValueError(
-                f"{file.path}: damaged after row {row}: {error}; expected a whole parquet file, make it again"
-            ) from error
+    with closing(Stored(file)) as stored:
+        findings = _instead_of_rows(file, stored.peek(HEAD_BYTES), text_field)
+    for finding in findings:
+        yield finding, file.size
+        return
+    yield from ROW_FORMATS[file.kind].read_rows(file, text_field)
 
 
-def _no_parquet(file: File, first: bytes, text_field: str) -> tuple[Finding, ...]:
+def _instead_of_rows(file: File, first: bytes, text_field: str) -> tuple[Finding, ...]:
+    """Return what a file holds that is hardly one of rows, by its beginning."""
     if not first:
         return (Finding("empty", file.name, 0, "an empty file"),)
     found = stand_in(file.name, file.kind, first, len(first) < HEAD_BYTES, text_field)
@@ -244,33 +200,12 @@ def _no_parquet(file: File, first: bytes, text_field: str) -> tuple[Finding, ...
 
 
 def first_findings(file: File, text_field: str) -> tuple[Finding, ...]:
-    """What is to be said of a file by its beginning. Raises ValueError as `read_pieces` does."""
+    """Return what is to be said of a file by its beginning. Raises ValueError as `read_pieces`
+    does."""
     with closing(Stored(file)) as stored:
-        if file.kind == "parquet":
-            return _no_parquet(file, stored.peek(HEAD_BYTES), text_field)
+        if file.kind in ROW_FORMATS:
+            return _instead_of_rows(file, stored.peek(HEAD_BYTES), text_field)
         return opened(file, stored, text_field).findings
-
-
-def _check_column(file: File, schema: Any, text_field: str) -> None:
-    import pyarrow as pa
-
-    if (same := schema.names.count(text_field)) > 1:
-        raise ValueError(
-            f"{file.path}: found {same} columns {text_field!r}, expected one; rename the others, or name the column of "
-            "the text with --text-field"
-        )
-    if not same:
-        raise ValueError(
-            f"{file.path}: found no column {text_field!r}, but {', '.join(map(repr, schema.names)) or 'none at all'}; "
-            "name the column of the text with --text-field"
-        )
-    kind = schema.field(text_field).type
-    value = kind.value_type if pa.types.is_dictionary(kind) else kind
-    if value not in (pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary()):
-        raise ValueError(
-            f"{file.path}: found column {text_field!r} of type {kind}, expected string; "
-            "name the column of the text with --text-field"
-        )
 
 
 def _json_lines(unit: Unit, text_field: str) -> Iterator[tuple[Piece, int]]:
@@ -278,7 +213,11 @@ def _json_lines(unit: Unit, text_field: str) -> Iterator[tuple[Piece, int]]:
     first_line = 1
     with closing(Stored(file, max(unit.start - 1, 0))) as stored:
         # Only a file that is plain lines is cut in ranges (data_prep.read.inputs).
-        content = Opened("lines", unpacked(file, stored)) if unit.start else opened(file, stored, text_field)
+        content = (
+            Opened("lines", unpacked(file, stored))
+            if unit.start
+            else opened(file, stored, text_field)
+        )
         findings = content.findings
         for run in _runs(_lines_in_range(content.chunks, unit)):
             piece = Piece(0, file.name, first_line, start=unit.start, findings=findings)
@@ -300,7 +239,7 @@ def _json_lines(unit: Unit, text_field: str) -> Iterator[tuple[Piece, int]]:
 
 
 def stored_bytes(unit: Unit) -> int:
-    """Bytes that reading a unit takes from disk or network; 0 if they are not known."""
+    """Return how many bytes reading a unit takes from disk or network; 0 if they are not known."""
     return sum(file.size for file in unit.files) if unit.end is None else unit.end - unit.start
 
 
@@ -309,7 +248,8 @@ def _read_of(unit: Unit, stored: Stored) -> int:
 
 
 def _lines_in_range(chunks: Iterator[bytes], unit: Unit) -> Iterator[bytes]:
-    """The unit's lines, out of chunks that begin one byte before it (that byte may be a newline)."""
+    """Yield the unit's lines, out of chunks that begin one byte before it (that byte may be a
+    newline)."""
     position = max(unit.start - 1, 0)
     begun = not unit.start
     for chunk in chunks:
@@ -322,7 +262,10 @@ def _lines_in_range(chunks: Iterator[bytes], unit: Unit) -> Iterator[bytes]:
                 return
             chunk = chunk[skipped:]
         # The last line is the one whose newline is at end - 1 or, the first such, after it.
-        if unit.end is not None and (stop := chunk.find(b"\n", max(unit.end - 1 - position, 0))) >= 0:
+        if (
+            unit.end is not None
+            and (stop := chunk.find(b"\n", max(unit.end - 1 - position, 0))) >= 0
+        ):
             yield chunk[: stop + 1]
             return
         position += len(chunk)
@@ -337,7 +280,8 @@ class _LongLine(NamedTuple):
 
 
 def _runs(chunks: Iterator[bytes]) -> Iterator[bytes | _LongLine]:
-    """Runs of whole lines, of PIECE_BYTES or less, or of one line, up to MAX_DOCUMENT, that is longer; longer lines."""
+    """Yield runs of whole lines, of PIECE_BYTES or less, or of one line, up to MAX_DOCUMENT, that
+    is longer; and longer lines."""
     held: list[bytes] = []
     size = 0
     long = False  # what is held is PIECE_BYTES or more of one line
@@ -350,7 +294,9 @@ def _runs(chunks: Iterator[bytes]) -> Iterator[bytes | _LongLine]:
         long = False
         while len(block) - start >= PIECE_BYTES:
             end = block.rfind(b"\n", start, start + PIECE_BYTES) + 1
-            end = end or block.find(b"\n", start + PIECE_BYTES, start + oversize.MAX_DOCUMENT + 1) + 1
+            end = (
+                end or block.find(b"\n", start + PIECE_BYTES, start + oversize.MAX_DOCUMENT + 1) + 1
+            )
             if end:
                 yield block[start:end]
                 start = end
@@ -367,7 +313,8 @@ def _runs(chunks: Iterator[bytes]) -> Iterator[bytes | _LongLine]:
 
 
 def _spool(begun: bytes, chunks: Iterator[bytes]) -> tuple[_LongLine, bytes]:
-    """A line that begins with `begun`, and what was read behind it. The file is the caller's to close."""
+    """Write a line that begins with `begun` to a file, and return also what was read behind it. The
+    file is the caller's to close."""
     file = tempfile.TemporaryFile()  # noqa: SIM115
     rest = begun
     while rest and (newline := rest.find(b"\n")) < 0:
@@ -380,11 +327,15 @@ def _spool(begun: bytes, chunks: Iterator[bytes]) -> tuple[_LongLine, bytes]:
 
 
 def _long_line(file: IO[bytes], piece: Piece, text_field: str) -> Iterator[Piece]:
-    """One piece for each part of the text in a long line, as if each were a line of JSON."""
+    """Yield one piece for each part of the text in a long line, as if each were a line of JSON."""
     line, size = piece.first_line, file.tell()
     file.seek(0)
     raw = file.read(RAW_BYTES)
-    start = len(codecs.BOM_UTF8) if line == 1 and not piece.start and raw.startswith(codecs.BOM_UTF8) else 0
+    start = (
+        len(codecs.BOM_UTF8)
+        if line == 1 and not piece.start and raw.startswith(codecs.BOM_UTF8)
+        else 0
+    )
     findings = list(piece.findings)
     if start:
         findings.append(Finding("byte_order_mark", piece.name, line, "a byte order mark"))
@@ -401,11 +352,9 @@ def _long_line(file: IO[bytes], piece: Piece, text_field: str) -> Iterator[Piece
         return
     body_bytes = place[1] - place[0]
     if body_bytes > oversize.MAX_DOCUMENT:
-        findings.append(_cut(piece.name, line, body_bytes))
+        findings.append(cut_finding(piece.name, line, body_bytes))
     for body in oversize.cut_string(file, *place):
-        yield piece._replace(lines=b'{%b:"%b"}' % (orjson.dumps(text_field), body), findings=tuple(findings))
+        yield piece._replace(
+            lines=b'{%b:"%b"}' % (orjson.dumps(text_field), body), findings=tuple(findings)
+        )
         piece, findings = piece._replace(line_count=0), []
-
-
-def _cut(name: str, line: int, size: int) -> Finding:
-    return Finding("cut", name, line, f"{size:,} bytes, cut in documents of at most {oversize.MAX_DOCUMENT:,}")

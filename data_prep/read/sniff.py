@@ -1,4 +1,5 @@
-"""What the beginning of a file says it is, whatever its name says: text, JSON lines, other JSON, or nothing to read."""
+"""What the beginning of a file says it is, whatever its name says: text, JSON lines, other JSON, or
+nothing to read."""
 
 import codecs
 import json
@@ -9,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 import orjson
 
-from data_prep.read.streams import Kind, packing
+from data_prep.read.streams import packing
 
 HEAD_BYTES = 1 << 18
 SMALL_BYTES = 4096
@@ -72,34 +73,53 @@ _POINTERS = {
         rb"version https://(?:git-lfs\.github|hawser)\.com/spec/v"
     ): "a pointer of Git LFS; `git lfs pull` gets it",
     re.compile(rb"# xet version \d"): "a pointer of Xet; download it again",
-    re.compile(rb"(?:\S*/)?(?:\.git)?/annex/objects/\S+\s*\Z"): "a pointer of git-annex; `git annex get` gets the file",
+    re.compile(
+        rb"(?:\S*/)?(?:\.git)?/annex/objects/\S+\s*\Z"
+    ): "a pointer of git-annex; `git annex get` gets the file",
 }
 _XML_ERROR = re.compile(rb"\s*(?:<\?xml[^>]*>\s*)?<Error(?:\s[^>]*)?>\s*<Code>\s*([^<]{1,80})")
-_PAGE = re.compile(rb"\s*(?:<\?xml[^>]*>\s*|<!--.*?-->\s*)*(?:<!doctype\s+html|<html[\s>])", re.IGNORECASE | re.DOTALL)
+_PAGE = re.compile(
+    rb"\s*(?:<\?xml[^>]*>\s*|<!--.*?-->\s*)*(?:<!doctype\s+html|<html[\s>])",
+    re.IGNORECASE | re.DOTALL,
+)
 _TITLE = re.compile(rb"<(?:title|h1)[^>]*>([^<]{0,200})", re.IGNORECASE)
 _ERROR_TITLE = re.compile(
-    rb"\b[45]\d\d\b|error|not found|forbidden|denied|unavailable|unauthori[sz]ed|bad gateway|timed? ?out|moved|redirect"
-    rb"|sign in|log ?in|just a moment|attention required|captcha|rate limit|too many requests|quota|virus scan",
+    rb"\b[45]\d\d\b|error|not found|forbidden|denied|unavailable|unauthori[sz]ed|bad "
+    rb"gateway|timed? ?out|moved|redirect"
+    rb"|sign in|log ?in|just a moment|attention required|captcha|rate limit|too many "
+    rb"requests|quota|virus scan",
     re.IGNORECASE,
 )
 # What some servers send instead of a file, whole.
 _ERROR_LINE = re.compile(
     rb"\s*(?:(?:HTTP )?(?:Error )?[45]\d\d:? ?)?"
     rb"(?:entry not found|not found|file not found|repository not found|forbidden"
-    rb"|unauthori[sz]ed|access denied|bad gateway|service unavailable|gateway time-?out|internal server error"
+    rb"|unauthori[sz]ed|access denied|bad gateway|service unavailable|gateway time-?out|internal "
+    rb"server error"
     rb"|too many requests|invalid username or password|rate limit exceeded"
     rb"|access to (?:model|dataset) .{1,200})[.!]?\s*\Z",
     re.IGNORECASE,
 )
-_ERROR_KEYS = {"error", "errors", "message", "detail", "code", "status", "statusCode", "documentation_url", "requestId"}
+_ERROR_KEYS = {
+    "error",
+    "errors",
+    "message",
+    "detail",
+    "code",
+    "status",
+    "statusCode",
+    "documentation_url",
+    "requestId",
+}
 
-# lines: an object a line. values: objects after one another, over several lines. elements: an array of objects.
+# lines: an object a line. values: objects after one another, over several lines. elements: an array
+# of objects.
 Form = Literal["text", "lines", "values", "elements", "nothing"]
 
 
-class Look(NamedTuple):
-    """What a file is: how to read it and in which encoding; or, if there is nothing to read, of which kind of finding
-    (data_prep.read.documents) that is, and what was found."""
+class Sniffed(NamedTuple):
+    """What a file is: how to read it and in which encoding; or, if there is nothing to read, of
+    which kind of finding (data_prep.read.documents) that is, and what was found."""
 
     form: Form
     encoding: str = "utf-8"
@@ -107,14 +127,20 @@ class Look(NamedTuple):
     detail: str = ""
 
 
-def look(name: str, kind: Kind, head: bytes, whole: bool, text_field: str) -> Look:
-    """What a file is by its unpacked beginning: `head` is HEAD_BYTES, or all there is (`whole`).
+def sniff_file(name: str, kind: str, head: bytes, whole: bool, text_field: str) -> Sniffed:
+    """Return what a file is by its unpacked beginning: `head` is HEAD_BYTES, or all there is
+    (`whole`).
 
-    Names count little: of a file of `kind` jsonl whatever is not clearly something else is read as lines, one of kind
-    json must hold records, and any other is text unless it clearly holds records with a text.
+    Names count little: of a file of `kind` jsonl whatever is not clearly something else is read as
+    lines, one of kind json must hold records, and any other is text unless it clearly holds records
+    with a text.
     """
     if not head:
-        return Look("nothing", kind="empty", detail="an empty document" if kind == "text" else "an empty file")
+        return Sniffed(
+            "nothing",
+            kind="empty",
+            detail="an empty document" if kind == "text" else "an empty file",
+        )
     # Lines of JSON stay that, whatever their first line looks like.
     is_sure = kind == "jsonl" and _json_form(head, whole)[1] > 0
     encoding = "utf-8" if is_sure else _encoding(head)
@@ -124,35 +150,39 @@ def look(name: str, kind: Kind, head: bytes, whole: bool, text_field: str) -> Lo
     elif not is_sure and (found := _magic(head)):
         suffix = "" if packing(name) else _READ_AS.get(found, "")
         advice = f"; with the suffix {suffix} it is read" if suffix else ""
-        return Look("nothing", kind="not_text", detail=f"the beginning of {found} data{advice}")
+        return Sniffed("nothing", kind="not_text", detail=f"the beginning of {found} data{advice}")
     head = head.removeprefix(codecs.BOM_UTF8)
     if found := stand_in(name, kind, head, whole, text_field):
-        return Look("nothing", kind="stand_in", detail=found)
+        return Sniffed("nothing", kind="stand_in", detail=found)
     form, objects = _json_form(head, whole)
     keys = b"|".join(
-        re.escape(json.dumps(text_field, ensure_ascii=ascii_only).encode()) for ascii_only in (False, True)
+        re.escape(json.dumps(text_field, ensure_ascii=ascii_only).encode())
+        for ascii_only in (False, True)
     )
     named = re.search(rb"(?:%b)\s*:\s*\"" % keys, head) is not None
-    match kind, form:
-        case "jsonl", "values" | "elements" if not whole or head.rstrip()[-1:] == (b"}" if form == "values" else b"]"):
-            return Look(form, encoding)
-        case "jsonl", _:
-            return Look("lines", encoding)
-        case "json", "text":
-            return Look("nothing", kind="other_json", detail="no JSON object and no array of any")
-        case "json", _:
-            if named or not whole or objects > 1:
-                return Look(form, encoding)
-            return Look("nothing", kind="other_json", detail=f"JSON without a string {text_field!r}")
-        case _, "lines":
-            return Look("lines" if named or objects > 1 else "text", encoding)
-        case _:
-            return Look(form if named else "text", encoding)
+    is_records = named or objects > 1
+    if kind == "jsonl":
+        close = {"values": b"}", "elements": b"]"}.get(form)
+        is_other = close is not None and (not whole or head.rstrip()[-1:] == close)
+        return Sniffed(form if is_other else "lines", encoding)
+    if kind == "json":
+        if form == "text":
+            return _no_records("no JSON object and no array of any")
+        if is_records or not whole:
+            return Sniffed(form, encoding)
+        return _no_records(f"JSON without a string {text_field!r}")
+    holds_text = is_records if form == "lines" else named
+    return Sniffed(form if holds_text else "text", encoding)
 
 
-def stand_in(name: str, kind: Kind, head: bytes, whole: bool, text_field: str) -> str:
-    """What stands here in place of the file, or "": a pointer that some tool left, or a server's word that there is
-    none. `head` is as for `look`, or the beginning of a file as it is stored."""
+def _no_records(detail: str) -> Sniffed:
+    return Sniffed("nothing", kind="other_json", detail=detail)
+
+
+def stand_in(name: str, kind: str, head: bytes, whole: bool, text_field: str) -> str:
+    """Return what stands here in place of the file, or "": a pointer that some tool left, or a
+    server's word that there is none. `head` is as for `sniff_file`, or the beginning of a file as
+    it is stored."""
     small = whole and len(head) <= SMALL_BYTES
     if small:
         for pattern, what in _POINTERS.items():
@@ -170,7 +200,10 @@ def stand_in(name: str, kind: Kind, head: bytes, whole: bool, text_field: str) -
         found_title = _TITLE.search(head[: 4 * SMALL_BYTES])
         title = found_title[1] if found_title else b""
         if kind != "text" or packing(name) or _ERROR_TITLE.search(title):
-            return f"an HTML page: {' '.join(title.decode(errors='replace').split()) or 'without a title'}"
+            return (
+                "an HTML page: "
+                f"{' '.join(title.decode(errors='replace').split()) or 'without a title'}"
+            )
     return ""
 
 
@@ -185,12 +218,15 @@ codecs.register_error(_BAD, lambda error: ("\udcff", error.end))  # type: ignore
 
 
 def transcoded(chunks: Iterable[bytes], encoding: str) -> Iterator[bytes]:
-    """The text in chunks of UTF-8, without its mark; what is no text becomes a byte that is none in UTF-8 either."""
+    """Yield the text in chunks of UTF-8, without its mark; what is no text becomes a byte that is
+    none in UTF-8 either."""
     decoder = codecs.getincrementaldecoder(encoding)(_BAD)
     first = True
     for chunk in chunks:
         if text := decoder.decode(chunk):
-            if encoded := (text.removeprefix("\ufeff") if first else text).encode(errors="surrogateescape"):
+            if encoded := (text.removeprefix("\ufeff") if first else text).encode(
+                errors="surrogateescape"
+            ):
                 yield encoded
             first = False
     if end := decoder.decode(b"", True).encode(errors="surrogateescape"):
@@ -202,7 +238,8 @@ _INSIDE = re.compile(rb'["\\]')
 
 
 def as_lines(chunks: Iterable[bytes], form: Form) -> Iterator[bytes]:
-    """JSON values (form "values"), or the elements of arrays ("elements"), a line each, however they were written.
+    """Yield JSON values (form "values"), or the elements of arrays ("elements"), a line each,
+    however they were written.
 
     It looks at brackets and strings alone, so what is no JSON comes out as lines that are none.
     """
@@ -241,12 +278,15 @@ def as_lines(chunks: Iterable[bytes], form: Form) -> Iterator[bytes]:
 
 
 def _encoding(head: bytes) -> str:
-    """The encoding by a mark at the beginning, if what follows is text in it; else UTF-8."""
+    """Return the encoding by a mark at the beginning, if what follows is text in it; else UTF-8."""
     mark = next((mark for mark in MARKS if head.startswith(mark)), None)
     if mark is None:
         return "utf-8"
     text = head[len(mark) :][: 4 * SAMPLE_CHARS].decode(MARKS[mark], "replace")[:SAMPLE_CHARS]
-    odd = sum(unicodedata.category(char) in ("Cc", "Cn", "Co", "Cs") and char not in "\t\n\r\f" for char in text)
+    odd = sum(
+        unicodedata.category(char) in ("Cc", "Cn", "Co", "Cs") and char not in "\t\n\r\f"
+        for char in text
+    )
     return MARKS[mark] if (odd + text.count("\ufffd")) * 20 <= len(text) + 20 else "utf-8"
 
 
@@ -257,7 +297,8 @@ def _magic(head: bytes) -> str:
 
 
 def _json_form(head: bytes, whole: bool) -> tuple[Form, int]:
-    """How the records stand in a file that may be JSON, and how many of its first lines are objects."""
+    """Return how the records stand in a file that may be JSON, and how many of its first lines are
+    objects."""
     lines = head.split(b"\n")
     if not whole and len(lines) > 1:
         lines.pop()

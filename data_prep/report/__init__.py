@@ -1,1 +1,2 @@
-"""What a person reads of a prepared set: report.html, report.json, and some lines in the terminal."""
+"""What a person reads of a prepared set: report.html, report.json, and some lines in the
+terminal."""

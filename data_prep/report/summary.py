@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 
+from data_prep.arrays import Counts
 from data_prep.chunks import EXCERPT, Chunk, Recipe
 from data_prep.clean.cleaner import CleanStats
-from data_prep.corpus_stats import Duplicates, SourceTally, Tally
+from data_prep.corpus_stats import CorpusStats, Duplicates, SourceStats
 from data_prep.options import PrepareOptions
 from data_prep.report.models import (
     DuplicateReport,
@@ -19,7 +20,7 @@ from data_prep.report.models import (
     SplitReport,
     TokenizerReport,
 )
-from data_prep.shards import Manifest, Tokens
+from data_prep.shards import Manifest
 from data_prep.tokenizer import Tokenizer
 
 DUPLICATE_EXAMPLES = 6
@@ -29,11 +30,12 @@ def make_report(
     options: PrepareOptions,
     recipe: Recipe,
     manifest: Manifest,
-    counted: Tally,
+    counted: CorpusStats,
     duplicates: Duplicates | None,
     tokenizer: Tokenizer,
 ) -> Report:
-    """What report.html and report.json tell of a set; of a set that was appended to, what is new in it."""
+    """Return what report.html and report.json tell of a set; of a set that was appended to, what is
+    new in it."""
     stats = CleanStats()
     for source in counted.sources.values():
         stats.merge(source.stats)
@@ -55,7 +57,9 @@ def make_report(
                 seen=rule.seen,
                 changed=rule.changed,
                 dropped=rule.dropped,
-                samples=tuple(Sample(text=sample.text, detail=sample.detail) for sample in rule.samples),
+                samples=tuple(
+                    Sample(text=sample.text, detail=sample.detail) for sample in rule.samples
+                ),
             )
             for name, rule in stats.rules.items()
         },
@@ -77,7 +81,9 @@ def make_report(
                 rows=split.rows,
                 shards=len(split.shards),
                 shard_bytes=sum(shard.bytes for shard in split.shards),
-                padding=split.rows * manifest.seq_len - split.tokens if manifest.packing == "best_fit" else 0,
+                padding=split.rows * manifest.seq_len - split.tokens
+                if manifest.packing == "best_fit"
+                else 0,
             )
             for name, split in manifest.splits.items()
         },
@@ -85,7 +91,7 @@ def make_report(
     )
 
 
-def _source(name: str, source: SourceTally) -> SourceReport:
+def _source(name: str, source: SourceStats) -> SourceReport:
     return SourceReport(
         name=name,
         files=source.files,
@@ -94,7 +100,9 @@ def _source(name: str, source: SourceTally) -> SourceReport:
         findings=dict(source.findings),
         named=source.named,
         dropped=source.dropped,
-        changed={rule: stats.changed for rule, stats in source.stats.rules.items() if stats.changed},
+        changed={
+            rule: stats.changed for rule, stats in source.stats.rules.items() if stats.changed
+        },
         exact=source.exact,
         near=source.near,
         documents=source.documents,
@@ -106,12 +114,14 @@ def _source(name: str, source: SourceTally) -> SourceReport:
     )
 
 
-def _trimmed(counts: Tokens) -> list[int]:
+def _trimmed(counts: Counts) -> list[int]:
     filled = np.flatnonzero(counts)
     return counts[: filled[-1] + 1].tolist() if len(filled) else []
 
 
-def _duplicates(counted: Tally, duplicates: Duplicates, tokenizer: Tokenizer) -> DuplicateReport:
+def _duplicates(
+    counted: CorpusStats, duplicates: Duplicates, tokenizer: Tokenizer
+) -> DuplicateReport:
     before = duplicates.facts["before"]
 
     def place(number: int) -> str:
@@ -126,13 +136,18 @@ def _duplicates(counted: Tally, duplicates: Duplicates, tokenizer: Tokenizer) ->
     )
 
 
-def _examples(counted: Tally, duplicates: Duplicates, tokenizer: Tokenizer, before: int) -> Iterator[dict[str, Any]]:
-    """Near duplicates beside what they are like, from all over the corpus; exact ones tell nothing."""
+def _examples(
+    counted: CorpusStats, duplicates: Duplicates, tokenizer: Tokenizer, before: int
+) -> Iterator[dict[str, Any]]:
+    """Yield near duplicates beside what they are like, from all over the corpus; exact ones tell
+    nothing."""
     from data_prep.dedup import similarity
 
     original = np.load(duplicates.original, mmap_mode="r")[before:]
     candidates = np.flatnonzero(np.load(duplicates.near, mmap_mode="r") & (original >= before))
-    for number in candidates[:: max(1, len(candidates) // DUPLICATE_EXAMPLES)][:DUPLICATE_EXAMPLES].tolist():
+    for number in candidates[:: max(1, len(candidates) // DUPLICATE_EXAMPLES)][
+        :DUPLICATE_EXAMPLES
+    ].tolist():
         kept = int(original[number]) - before
         one, other = _fingerprint(counted, kept), _fingerprint(counted, number)
         yield {
@@ -144,13 +159,13 @@ def _examples(counted: Tally, duplicates: Duplicates, tokenizer: Tokenizer, befo
         }
 
 
-def _fingerprint(counted: Tally, number: int) -> Any:
+def _fingerprint(counted: CorpusStats, number: int) -> Any:
     path, inside, _ = counted.place(number)
     return Chunk(path)["fingerprints"][inside]
 
 
-def _text(counted: Tally, number: int, tokenizer: Tokenizer) -> str:
-    """The beginning of a document, out of its tokens."""
+def _text(counted: CorpusStats, number: int, tokenizer: Tokenizer) -> str:
+    """Return the beginning of a document, out of its tokens."""
     path, inside, _ = counted.place(number)
     chunk = Chunk(path)
     split = chunk.split_of(inside)

@@ -184,13 +184,13 @@ def rules_file(name: str) -> Path:
 
 def data_prepare(options: argparse.Namespace) -> int:
     from data_prep.pipeline import prepare
-    from data_prep.report.terminal import dry_run, info
+    from data_prep.report.terminal import print_info, print_plan
 
     if options.cluster and options.task is not None:
         raise ValueError("--task: with --cluster there is a job for each; give --tasks N alone, or neither")
     if not options.cluster and (options.tasks is None) != (options.task is None):
         raise ValueError("--tasks N and --task I go together; give both, or neither for the last step")
-    settle(options)
+    reject_conflicting_options(options)
     asked = corpus_options(
         options,
         out=options.out,
@@ -207,7 +207,7 @@ def data_prepare(options: argparse.Namespace) -> int:
 
         return prepare_on_cluster(asked, options.cluster, options.tasks, dry_run=options.dry_run)
     if options.dry_run:
-        dry_run(asked)
+        print_plan(asked)
         return 0
     try:
         made = prepare(asked)
@@ -215,11 +215,11 @@ def data_prepare(options: argparse.Namespace) -> int:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         return 130
     if made:
-        info(options.out)
+        print_info(options.out)
     return 0
 
 
-def settle(options: argparse.Namespace) -> None:
+def reject_conflicting_options(options: argparse.Namespace) -> None:
     """Raises ValueError for options of `prepare` that --append or --tokenizer settles, where another value is asked."""
     for option, names in (("append", ("tokenizer", "vocab_size", "kind")), ("tokenizer", ("vocab_size", "kind"))):
         for name in names if getattr(options, option) else ():
@@ -254,9 +254,9 @@ def data_tokenizer(options: argparse.Namespace) -> int:
 
 def data_verify(options: argparse.Namespace) -> int:
     from data_prep.report.markup import visible
-    from data_prep.report.terminal import verify
+    from data_prep.report.terminal import verify_with_progress
 
-    problems = verify(options.folder)
+    problems = verify_with_progress(options.folder)
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
     if problems:
@@ -266,7 +266,7 @@ def data_verify(options: argparse.Namespace) -> int:
 
 
 def data_info(options: argparse.Namespace) -> int:
-    from data_prep.report.terminal import info
+    from data_prep.report.terminal import print_info
 
-    info(options.folder)
+    print_info(options.folder)
     return 0

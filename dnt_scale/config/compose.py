@@ -6,7 +6,6 @@ the field, what was found, what was expected, and for a misspelt key its nearest
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from types import NoneType
 from typing import Any, get_args, get_origin
 
 import yaml
@@ -28,7 +27,6 @@ EXPERIMENT_CHARS = 256  # the databases that MLflow uses take no more
 TAGS = ("ddp", "fsdp", "hsdp", "zero0", "zero1", "zero2", "zero3")
 
 SWEEP = "several values are a sweep, `dnt submit --multirun`; give one value"
-UNSET = "???"  # Hydra's word for a value that has to be given
 
 
 def config_dir() -> Path:
@@ -114,24 +112,15 @@ def _value_for_hydra(line: str, key: str, value: str, hidden: typed.Hidden) -> s
     start = f"++{typed.key_for_hydra(RunConfig, key, hidden)}="
     if typed.parse(f"{start}1") is None:
         raise ConfigError(refusal(line))
-    if typed.is_text(found):
-        return start + _text_for_hydra(key, value, found, hidden)
-    parsed = typed.parse(f"{start}{value}")
-    if parsed is None:
+    try:
+        read = typed.value_for_hydra(RunConfig, key, value, hidden)
+    except typed.SeveralValuesError:
+        raise ConfigError(f"{line}: {SWEEP}") from None
+    if read is None:
         if typed.is_container(found) and found:
             raise ConfigError(refusal(line))
-        return start + typed.quoted(hidden.hide(value))  # what is no number is named as such
-    if parsed.is_sweep_override():
-        raise ConfigError(f"{line}: {SWEEP}")
-    if value.lstrip()[:1] in ("{", "["):
-        return start + typed.container(f"{start}{value}", found, hidden, RunConfig)
-    return start + value
-
-
-def _text_for_hydra(key: str, value: str, found: typed.Kinds, hidden: typed.Hidden) -> str:
-    if value == UNSET or (value == "null" and NoneType in found):
-        return value
-    return typed.quoted(hidden.carry(typed.meant(value, place=typed.is_place(found, key)), RunConfig))
+        read = typed.quoted(hidden.hide(value))  # what is no number is named as such
+    return start + read
 
 
 def refusal(line: str) -> str:

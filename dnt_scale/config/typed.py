@@ -25,6 +25,7 @@ from pydantic import BaseModel
 
 Kinds = tuple[Any, ...]  # the types that a value may have; (): not known
 
+UNSET = "???"  # Hydra's word for a value that has to be given
 MOST_BRACKETS = 100  # in an override: its parser takes minutes for some hundred open ones
 _FLOAT = r"[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9_]+)[eE][-+]?[0-9]+"
 _SIMPLE = re.compile(r"(?i)(?!(?:true|false|null|nan|inf)$)[a-z_][a-z0-9_]*")  # a key that Hydra reads as a word
@@ -333,6 +334,41 @@ def key_for_hydra(model: type[BaseModel], key: str, hidden: Hidden) -> str:
     return ".".join(parts)
 
 
+class SeveralValuesError(ValueError):
+    """An override lists several values, which only a sweep takes."""
+
+
+def value_for_hydra(model: type[BaseModel], key: str, value: str, hidden: Hidden) -> str | None:
+    """Return the value of an override as Hydra's grammar has it, with the text in it hidden.
+
+    Args:
+        model: what has the field.
+        key: the dotted name of the field in it.
+        value: what was typed.
+        hidden: gives the text back once Hydra and OmegaConf have read what this returns.
+
+    Returns:
+        The value; None where the grammar has no such value.
+
+    Raises:
+        SeveralValuesError: it is a list of values to choose from, such as 1,2 or range(1,3).
+    """
+    found = at(model, key)
+    if is_text(found):
+        is_flag = bool in found and value in ("true", "false")
+        if value == UNSET or (value == "null" and NoneType in found) or is_flag:
+            return value
+        return quoted(hidden.carry(meant(value, place=is_place(found, key)), model))
+    parsed = parse(f"x={value}")
+    if parsed is None:
+        return None
+    if parsed.is_sweep_override():
+        raise SeveralValuesError(value)
+    if value.lstrip()[:1] in ("{", "["):
+        return container(f"x={value}", found, hidden, model)
+    return value
+
+
 class Word(str):
     """An unquoted word of an override, and what Hydra takes it for."""
 
@@ -376,7 +412,8 @@ def _as_text(value: Any, found: Kinds, hidden: Hidden, model: type[BaseModel]) -
         return QuotedString(hidden.carry(value.text, model), Quote.single) if is_text(found) else value
     if not isinstance(value, Word):
         return value
-    if not is_text(found) or (value == "null" and NoneType in found):
+    is_flag = bool in found and isinstance(value.value, bool)
+    if not is_text(found) or (value == "null" and NoneType in found) or is_flag:
         return value.value
     return QuotedString(hidden.carry(str(value), model), Quote.single)
 

@@ -10,7 +10,8 @@ from tests.helpers import slurm as sandbox
 def slurm() -> Iterator[None]:
     """A real SLURM: the sandbox with node1 to node3 and accounting, left as it was found.
 
-    Where it cannot be, tests that use it are left out, with a line at the end of pytest's output (tests/conftest.py).
+    Where it cannot be, tests that use it are left out, with a line at the end of pytest's output
+    (tests/conftest.py).
     """
     if os.geteuid() != 0:
         pytest.skip(f"{sandbox.LEFT_OUT}they start a SLURM, which takes root")

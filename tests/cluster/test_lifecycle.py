@@ -1,4 +1,5 @@
-"""Real runs on a real SLURM, through what ends jobs: a short `python -m benchmarks.soak`, and each command."""
+"""Real runs on a real SLURM, through what ends jobs: a short `python -m benchmarks.soak`, and each
+command."""
 
 import json
 import sys
@@ -27,16 +28,29 @@ def step(run_dir: Path) -> int:
         return 0
 
 
-def test_a_run_goes_on_bitwise_through_preemption_a_killed_rank_and_a_lost_mlflow_server(tmp_path: Path) -> None:
+def test_a_run_goes_on_bitwise_through_preemption_a_killed_rank_and_a_lost_mlflow_server(
+    tmp_path: Path,
+) -> None:
     events = ["preempt", "mlflow", "kill-rank-1"]
     result = soak(tmp_path, events, steps_for(events))
-    failed = [what for what, good in result["checks"].items() if not good and not what.startswith("back within")]
+    failed = [
+        what
+        for what, good in result["checks"].items()
+        if not good and not what.startswith("back within")
+    ]
     assert not failed, result
 
 
-def test_without_accounting_every_command_answers_and_a_run_goes_on_with_fewer_nodes(tmp_path: Path) -> None:
+def test_without_accounting_every_command_answers_and_a_run_goes_on_with_fewer_nodes(
+    tmp_path: Path,
+) -> None:
     run_dir = tmp_path / "runs" / "bare"
-    overrides = [*TINY_RUN, f"data.path={synthetic_set(tmp_path / 'set')}", "run.name=bare", f"run.dir={run_dir}"]
+    overrides = [
+        *TINY_RUN,
+        f"data.path={synthetic_set(tmp_path / 'set')}",
+        "run.name=bare",
+        f"run.dir={run_dir}",
+    ]
     with no_accounting():
         assert command("sacct").code != 0
         dnt("submit", *overrides, "train.steps=5000", "eval.every=0", "cluster=sandbox").ok()
@@ -45,7 +59,9 @@ def test_without_accounting_every_command_answers_and_a_run_goes_on_with_fewer_n
             (row,) = json.loads(dnt("jobs", run_dir, "--json").ok().out)["runs"]
             assert (row["state"], row["live"]) == ("running", True)
             assert (
-                dnt("submit", *overrides, "cluster=sandbox").error().startswith("error: run.name: bare was submitted")
+                dnt("submit", *overrides, "cluster=sandbox")
+                .error()
+                .startswith("error: run.name: bare was submitted")
             )
             assert "is running" in dnt("resubmit", run_dir).error()
             assert "is cancelled" in dnt("cancel", run_dir).ok().out
@@ -59,14 +75,17 @@ def test_without_accounting_every_command_answers_and_a_run_goes_on_with_fewer_n
         (row,) = json.loads(dnt("jobs", run_dir, "--json").ok().out)["runs"]
         assert (row["state"], row["live"]) == ("finished", False)
         said = dnt("logs", run_dir).ok().out
-    assert [json.loads(line)["step"] for line in (run_dir / METRICS).read_bytes().splitlines()] == list(
-        range(1, reached + 31)
+    assert [
+        json.loads(line)["step"] for line in (run_dir / METRICS).read_bytes().splitlines()
+    ] == list(range(1, reached + 31))
+    assert (
+        f"stopped at step {reached} with a checkpoint" in said
+        and f"done: {reached + 30} steps" in said
     )
-    assert f"stopped at step {reached} with a checkpoint" in said and f"done: {reached + 30} steps" in said
     starts = [event for event in timeline.read(run_dir) if event["event"] == "ready"]
     assert [event["step"] for event in starts] == [0, reached]
 
 
 def ended(run_dir: Path) -> str:
-    end = run_record.last(timeline.read(run_dir), "ended")
+    end = run_record.last_event(timeline.read(run_dir), "ended")
     return end["status"] if end and end["next"] == "none" else ""

@@ -1,4 +1,5 @@
-"""`dnt sandbox`: what it starts, what it leaves alone, and nodes that are lost. All of it on the real SLURM."""
+"""`dnt sandbox`: what it starts, what it leaves alone, and nodes that are lost. All of it on the
+real SLURM."""
 
 import os
 import shutil
@@ -26,7 +27,8 @@ from tests.helpers.slurm import (
 pytestmark = pytest.mark.slow
 
 DNT = [sys.executable, "-m", "dnt_scale.cli", "sandbox"]
-# a machine of its own for a command: no SLURM's files, ports or processes, and a network card in name
+# a machine of its own for a command: no SLURM's files, ports or processes, and a network card in
+# name
 ALONE = """
 import fcntl, os, socket, struct, subprocess, sys
 for folder in ("/run", "/var/lib", "/etc/slurm"):
@@ -61,7 +63,14 @@ def daemons() -> dict[str, int]:
 @on_slurm
 def test_status_says_what_runs() -> None:
     shown = dnt_sandbox("status").ok().out
-    for words in ("accounting: on", "node3", "gpu:8", "short", "2:00:00", "srun --nodes=2 hostname"):
+    for words in (
+        "accounting: on",
+        "node3",
+        "gpu:8",
+        "short",
+        "2:00:00",
+        "srun --nodes=2 hostname",
+    ):
         assert words in shown
 
 
@@ -88,7 +97,9 @@ def test_it_listens_on_this_machine_only() -> None:
 @on_slurm
 def test_a_job_has_two_nodes_with_their_names_and_gpus() -> None:
     line = 'echo "$(hostname) $CUDA_VISIBLE_DEVICES"'
-    done = command("srun", "--nodes=2", "--nodelist=node[1-2]", "--gpus-per-node=2", "bash", "-c", line).ok()
+    done = command(
+        "srun", "--nodes=2", "--nodelist=node[1-2]", "--gpus-per-node=2", "bash", "-c", line
+    ).ok()
     hosts = dict(row.split() for row in done.out.splitlines())
     assert set(hosts) == {"node1", "node2"}
     assert all(len(gpus.split(",")) == 2 for gpus in hosts.values())
@@ -97,11 +108,21 @@ def test_a_job_has_two_nodes_with_their_names_and_gpus() -> None:
 @on_slurm
 def test_a_node_is_lost_and_comes_back(tmp_path: Path) -> None:
     script = (
-        f"srun bash -c 'echo $$ > {tmp_path}/$(hostname).part; mv {tmp_path}/$(hostname).part {tmp_path}/$(hostname)"
+        f"srun bash -c 'echo $$ > {tmp_path}/$(hostname).part; mv {tmp_path}/$(hostname).part "
+        f"{tmp_path}/$(hostname)"
     )
-    job = submit(f"{script}; sleep 600'", "--partition=low", "--nodes=2", "--nodelist=node[2-3]", "--no-requeue")
+    job = submit(
+        f"{script}; sleep 600'",
+        "--partition=low",
+        "--nodes=2",
+        "--nodelist=node[2-3]",
+        "--no-requeue",
+    )
     try:
-        files = wait_for(lambda: len(files := sorted(tmp_path.glob("node?"))) == 2 and files, "both ranks to start")
+        files = wait_for(
+            lambda: len(files := sorted(tmp_path.glob("node?"))) == 2 and files,
+            "both ranks to start",
+        )
         on_node2, on_node3 = (int(file.read_text()) for file in files)
         others = {name: pid for name, pid in daemons().items() if name != "node3"}
         kill_node("node3")
@@ -121,10 +142,14 @@ def test_accounting_is_switched_off_and_on_under_a_running_job() -> None:
     try:
         wait_state(job, "RUNNING")
         with no_accounting():
-            assert "accounting storage is disabled" in (sacct := command("sacct", "-j", job)).out + sacct.err
+            assert (
+                "accounting storage is disabled"
+                in (sacct := command("sacct", "-j", job)).out + sacct.err
+            )
             assert state(job) == "RUNNING"
         wait_for(
-            lambda: "RUNNING" in command("sacct", "-n", "-X", "-j", job, "-o", "State").out, "sacct to know the job"
+            lambda: "RUNNING" in command("sacct", "-n", "-X", "-j", job, "-o", "State").out,
+            "sacct to know the job",
         )
         assert state(job) == "RUNNING"
     finally:
@@ -134,7 +159,10 @@ def test_accounting_is_switched_off_and_on_under_a_running_job() -> None:
 @on_slurm
 @pytest.mark.parametrize("node", ["node4", "localhost"])
 def test_no_such_node(node: str) -> None:
-    assert f"{node}: no such node; there are node1 node2 node3" in dnt_sandbox("kill-node", node).error()
+    assert (
+        f"{node}: no such node; there are node1 node2 node3"
+        in dnt_sandbox("kill-node", node).error()
+    )
 
 
 def test_numbers_out_of_range() -> None:
@@ -149,7 +177,9 @@ def test_another_slurm_is_left_alone(arguments: list[str], tmp_path: Path) -> No
     before = daemons()
     bind = f'mount --bind {tmp_path} /etc/slurm && exec "$@"'
     error = command("unshare", "--mount", "sh", "-c", bind, "sh", *DNT, *arguments).error()
-    assert error.startswith("error: /etc/slurm/slurm.conf is of another SLURM; dnt sandbox only touches its own")
+    assert error.startswith(
+        "error: /etc/slurm/slurm.conf is of another SLURM; dnt sandbox only touches its own"
+    )
     assert [file.name for file in tmp_path.iterdir()] == ["slurm.conf"]
     assert (tmp_path / "slurm.conf").read_text() == "ClusterName=production\nSlurmctldHost=head\n"
     assert daemons() == before
@@ -167,19 +197,25 @@ def test_daemons_of_another_slurm_are_left_alone(tmp_path: Path) -> None:
     shutil.copy(shutil.which("sleep") or "", tmp_path / "slurmd")
     other = psutil.Popen([tmp_path / "slurmd", "600"], cwd=tmp_path)
     try:
-        assert f"error: slurmd (process {other.pid}) is of another SLURM" in dnt_sandbox("down").error()
+        assert (
+            f"error: slurmd (process {other.pid}) is of another SLURM"
+            in dnt_sandbox("down").error()
+        )
     finally:
         other.kill()
         other.wait()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="takes root, to become another user")
-@pytest.mark.parametrize("arguments", [words for words in COMMANDS if words != ["status"]], ids=lambda words: words[0])
+@pytest.mark.parametrize(
+    "arguments", [words for words in COMMANDS if words != ["status"]], ids=lambda words: words[0]
+)
 def test_only_root_may(arguments: list[str]) -> None:
-    imports = (
-        "import os, sys; from cluster import sandbox; from dnt_scale import cli; cli.parser()"  # while it may read them
+    # imported while it may read the files
+    imports = "import os, sys; from cluster import sandbox; from dnt_scale.cli import main as cli"
+    code = (
+        f"{imports}; cli.parser(); os.setuid(65534); sys.exit(cli.main({['sandbox', *arguments]}))"
     )
-    code = f"{imports}; os.setuid(65534); sys.exit(cli.main({['sandbox', *arguments]}))"
     error = python("-c", code).error()
     assert f"dnt sandbox {arguments[0]} starts and stops daemons: run it as root, sudo " in error
 
@@ -198,7 +234,16 @@ def test_on_a_machine_of_its_own_it_comes_goes_and_leaves_nothing() -> None:
         ls -A /etc/slurm; cat /etc/hosts
         test ! -e /var/lib/dnt-sandbox; ps -eo stat=,comm= | awk '$1 !~ /^Z/ && /slurm|munge|sleep/'
     """
-    alone = ["unshare", "--mount", "--net", "--pid", "--uts", "--fork", "--mount-proc", "--kill-child"]
+    alone = [
+        "unshare",
+        "--mount",
+        "--net",
+        "--pid",
+        "--uts",
+        "--fork",
+        "--mount-proc",
+        "--kill-child",
+    ]
     done = command(*alone, sys.executable, "-c", ALONE, script)
     assert done.out.splitlines() == [
         "not running; start it with: dnt sandbox up",
@@ -210,13 +255,20 @@ def test_on_a_machine_of_its_own_it_comes_goes_and_leaves_nothing() -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="any other user is told to be root")
-def test_left_out_tests_are_counted_out_loud(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_left_out_tests_are_counted_out_loud(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("SLURM_CONF", "/srv/slurm/slurm.conf")
-    imports = "from tests.conftest import pytest_terminal_summary; from tests.cluster.conftest import slurm"
+    imports = (
+        "from tests.conftest import pytest_terminal_summary; from tests.cluster.conftest import "
+        "slurm"
+    )
     pytester.makeconftest(imports)
     pytester.makepyfile("def test_one(slurm): ...\ndef test_two(slurm): ...\ndef test_other(): ...")
     result = pytester.runpytest_inprocess()
     result.assert_outcomes(passed=1, skipped=2)
     said = [line for line in result.outlines if LEFT_OUT in line]
     assert len(said) == 1
-    assert said[0].startswith("2 SLURM tests left out: SLURM_CONF=/srv/slurm/slurm.conf is of another SLURM")
+    assert said[0].startswith(
+        "2 SLURM tests left out: SLURM_CONF=/srv/slurm/slurm.conf is of another SLURM"
+    )

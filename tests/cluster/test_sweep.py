@@ -1,4 +1,5 @@
-"""`dnt submit --multirun`: combinations and names; a sweep on a real SLURM, preempted, cancelled, gone on with."""
+"""`dnt submit --multirun`: combinations and names; a sweep on a real SLURM, preempted, cancelled,
+resumed."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -6,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from cluster import run_record, sweep_file
-from cluster.run_record import LedgerError, Submission
+from cluster.run_record import RecordError, Submission
 from cluster.submit import sweep_run
 from cluster.sweep_file import Sweep, SweepRun
-from cluster.watch.jobs_command import Run, results
+from cluster.watch.jobs_command import Run, format_results
 from dnt_scale.cli.main import main as dnt
 from dnt_scale.config import ConfigError
 from dnt_scale.record import timeline
@@ -17,11 +18,13 @@ from tests.helpers.run import metrics, start, steps_written, synthetic_set, tiny
 from tests.helpers.slurm import command, free, state, submit, wait_for
 from tests.helpers.stores import runs as mlflow_runs
 
-# --- what the overrides mean ------------------------------------------------------------------------------------------
+# --- what the overrides mean ----------------------------------------------------------------------
 
 
 def test_combinations_are_the_product_in_the_order_given() -> None:
-    found = sweep_run.combinations(["model=dnt_nano", "optim.lr=0.3,1", "run.seed=range(1,3)", "+optim.groups={}"])
+    found = sweep_run.combinations(
+        ["model=dnt_nano", "optim.lr=0.3,1", "run.seed=range(1,3)", "+optim.groups={}"]
+    )
     assert [values for values, _ in found] == [
         {"optim.lr": "0.3", "run.seed": "1"},
         {"optim.lr": "0.3", "run.seed": "2"},
@@ -37,7 +40,10 @@ def test_combinations_are_the_product_in_the_order_given() -> None:
         (["optim.lr=1"], "--multirun: no override has several values"),
         (["optim.lr=interval(0,1)"], "optim.lr=interval(0,1): a sweep needs single values"),
         (["optim.lr=1,2", "--x"], "--x: "),
-        (["run.seed=range(0,40)", "optim.lr=range(0,40)"], "1,600 combinations of values, at most 1,000"),
+        (
+            ["run.seed=range(0,40)", "optim.lr=range(0,40)"],
+            "1,600 combinations of values, at most 1,000",
+        ),
     ],
 )
 def test_what_is_no_sweep(overrides: list[str], says: str) -> None:
@@ -48,13 +54,15 @@ def test_what_is_no_sweep(overrides: list[str], says: str) -> None:
 
 def test_names_are_valid_unique_and_tell_the_values() -> None:
     values = [{"optim.lr": lr, "data.path": "/sets/a b"} for lr in ("0.3", "0.3")]
-    assert sweep_run.names(values) == ["0-lr_0.3-path__sets_a_b", "1-lr_0.3-path__sets_a_b"]
-    assert sweep_run.names([{"a.lr": "1", "b.lr": "2"}] * 11)[10] == "10-a.lr_1-b.lr_2"
+    assert sweep_run.name_runs(values) == ["0-lr_0.3-path__sets_a_b", "1-lr_0.3-path__sets_a_b"]
+    assert sweep_run.name_runs([{"a.lr": "1", "b.lr": "2"}] * 11)[10] == "10-a.lr_1-b.lr_2"
 
 
 def test_runs_have_their_own_folders_and_one_store(tmp_path: Path) -> None:
-    overrides = tiny(tmp_path / "set", Path("runs/lrs"), "optim.lr=1,3", "checkpoint.dir=s3://bucket/lrs/")
-    found, runs = sweep_run.load(overrides)
+    overrides = tiny(
+        tmp_path / "set", Path("runs/lrs"), "optim.lr=1,3", "checkpoint.dir=s3://bucket/lrs/"
+    )
+    found, runs = sweep_run.expand_sweep(overrides)
     names = ["0-lr_1", "1-lr_3"]
     assert found.name == "tiny"
     assert [run.name for run in found.runs] == [run.run.name for run in runs] == names
@@ -66,10 +74,10 @@ def test_runs_have_their_own_folders_and_one_store(tmp_path: Path) -> None:
 
 def test_the_name_is_the_sweeps(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"run\.name and run\.dir are the sweep's"):
-        sweep_run.load(tiny(tmp_path / "set", tmp_path / "run", "run.name=a,b"))
+        sweep_run.expand_sweep(tiny(tmp_path / "set", tmp_path / "run", "run.name=a,b"))
 
 
-# --- what is on disk --------------------------------------------------------------------------------------------------
+# --- what is on disk ------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -78,15 +86,18 @@ def two(tmp_path: Path) -> Path:
     folder = tmp_path / "lrs"
     for name in ("0-lr_1", "1-lr_3"):
         (folder / name).mkdir(parents=True)
-    runs = [SweepRun(name="0-lr_1", values={"optim.lr": "1"}), SweepRun(name="1-lr_3", values={"optim.lr": "3"})]
-    sweep_file.save(folder, Sweep(name="lrs", id="abc", runs=runs))
+    runs = [
+        SweepRun(name="0-lr_1", values={"optim.lr": "1"}),
+        SweepRun(name="1-lr_3", values={"optim.lr": "3"}),
+    ]
+    sweep_file.write_sweep(folder, Sweep(name="lrs", id="abc", runs=runs))
     return folder
 
 
 def test_a_task_finds_its_run(two: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
     assert sweep_file.run_of_task(two) == two / "1-lr_3"
-    assert sweep_file.run_of_task(two / "0-lr_1") == two / "0-lr_1"  # gone on with by a job of its own
+    assert sweep_file.run_of_task(two / "0-lr_1") == two / "0-lr_1"  # resumed by a job of its own
 
 
 @pytest.mark.parametrize(
@@ -98,18 +109,20 @@ def test_a_task_finds_its_run(two: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         ("finished", None, None),
     ],
 )
-def test_the_end_of_a_sweep_is_that_of_all_its_runs(two: Path, one: str, other: str | None, whole: str | None) -> None:
+def test_the_end_of_a_sweep_is_that_of_all_its_runs(
+    two: Path, one: str, other: str | None, whole: str | None
+) -> None:
     for name, status in (("0-lr_1", one), ("1-lr_3", other)):
-        run_record.ended(two / name, "7_0.0", "stopped", "requeued", "preempted")
+        run_record.record_end(two / name, "7_0.0", "stopped", "requeued", "preempted")
         if status:
-            run_record.ended(two / name, "7_0.1", status, "none", "")  # type: ignore[arg-type]
+            run_record.record_end(two / name, "7_0.1", status, "none", "")  # type: ignore[arg-type]
     assert sweep_file.outcome(two) == whole
 
 
 def test_a_damaged_sweep_is_named(two: Path) -> None:
     (two / sweep_file.FILE).write_text("{")
-    with pytest.raises(LedgerError, match=r"sweep\.json: cannot be read"):
-        sweep_file.load(two)
+    with pytest.raises(RecordError, match=r"sweep\.json: cannot be read"):
+        sweep_file.read_sweep(two)
 
 
 def test_results_begin_with_the_lowest_validation_loss(two: Path) -> None:
@@ -117,8 +130,15 @@ def test_results_begin_with_the_lowest_validation_loss(two: Path) -> None:
         Run(two / name, name, "running", "", "", True, step=1000, loss=loss, val_loss=val)
         for name, loss, val in (("0-lr_1", 2.0, None), ("1-lr_3", 3.0, 2.5))
     ]
-    [table] = results(runs)
-    assert [column.header for column in table.columns] == ["run", "optim.lr", "step", "train/loss", "val/loss", "state"]
+    [table] = format_results(runs)
+    assert [column.header for column in table.columns] == [
+        "run",
+        "optim.lr",
+        "step",
+        "train/loss",
+        "val/loss",
+        "state",
+    ]
     rows = list(zip(*(column.cells for column in table.columns), strict=True))
     assert rows == [
         ("1-lr_3", "3", "1,000", "3.0000", "2.5000", "running"),
@@ -126,7 +146,7 @@ def test_results_begin_with_the_lowest_validation_loss(two: Path) -> None:
     ]
 
 
-# --- on SLURM ---------------------------------------------------------------------------------------------------------
+# --- on SLURM -------------------------------------------------------------------------------------
 
 LRS = ("0.03", "0.1", "0.2", "0.3")
 SITE = ("cluster=sandbox", "cluster.partition=low", "cluster.nodes=1", "cluster.nodelist=node1")
@@ -145,36 +165,58 @@ def data(tmp_path: Path) -> Path:
 
 
 def submissions(folder: Path) -> list[Submission]:
-    return [run_record.load(folder / run.name) for run in sweep_file.load(folder).runs]
+    return [
+        run_record.read_submission(folder / run.name) for run in sweep_file.read_sweep(folder).runs
+    ]
 
 
 @pytest.fixture
 def lrs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The folder of a sweep; its jobs end with the test."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # for the jobs, which have two CPUs each only to fill a node
+    monkeypatch.setenv(
+        "OMP_NUM_THREADS", "1"
+    )  # for the jobs, which have two CPUs each only to fill a node
     folder = tmp_path / "runs" / "lrs"
     yield folder
     if sweep_file.is_sweep(folder):
-        free(*(job.partition("_")[0] for submission in submissions(folder) for job in submission.jobs))
+        free(
+            *(
+                job.partition("_")[0]
+                for submission in submissions(folder)
+                for job in submission.jobs
+            )
+        )
 
 
 @pytest.mark.usefixtures("slurm")
-def test_a_sweep_of_which_two_are_preempted(lrs: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """It ends with the table and the metrics of the same runs without SLURM, and as one family in MLflow."""
-    overrides = small(data, lrs, "run.name=lrs", f"optim.lr={','.join(LRS)}", "tracking.enabled=true")
+def test_a_sweep_of_which_two_are_preempted(
+    lrs: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It ends with the table and the metrics of the same runs without SLURM, and as one family in
+    MLflow."""
+    overrides = small(
+        data, lrs, "run.name=lrs", f"optim.lr={','.join(LRS)}", "tracking.enabled=true"
+    )
     assert dnt(["submit", "--multirun", *overrides, *SITE]) == 0
     array = submissions(lrs)[0].job.partition("_")[0]
-    assert [submission.jobs for submission in submissions(lrs)] == [[f"{array}_{task}"] for task in range(4)]
+    assert [submission.jobs for submission in submissions(lrs)] == [
+        [f"{array}_{task}"] for task in range(4)
+    ]
     places = [lrs / submission.name for submission in submissions(lrs)]
     assert {place.stat().st_mode & 0o777 for place in (lrs, *places)} == {0o700}
     assert {(place / "jobs" / "code").readlink() for place in places} == {Path("../../jobs/code")}
 
-    wait_for(lambda: all(steps_written(place) > 0 for place in places), "the first steps", timeout=300.0)
+    wait_for(
+        lambda: all(steps_written(place) > 0 for place in places), "the first steps", timeout=300.0
+    )
     greedy = submit("sleep 3600", "--partition=high", "--nodelist=node1", "--cpus-per-task=4")
     alone = [lrs.parent / "alone" / lr for lr in LRS]
     try:
         wait_for(lambda: state(greedy) == "RUNNING", "two of four to make room")
-        others = [start(small(data, folder, f"optim.lr={lr}")) for folder, lr in zip(alone, LRS, strict=True)]
+        others = [
+            start(small(data, folder, f"optim.lr={lr}"))
+            for folder, lr in zip(alone, LRS, strict=True)
+        ]
     finally:
         free(greedy)
     wait_for(lambda: sweep_file.outcome(lrs), "the end of the sweep", timeout=900.0)
@@ -182,20 +224,31 @@ def test_a_sweep_of_which_two_are_preempted(lrs: Path, data: Path, capsys: pytes
     assert [metrics(place) for place in places] == [metrics(folder) for folder in alone]
     assert sum(starts(place) > 1 for place in places) >= 2
     for place in places:
-        ends = [(event["status"], event["next"]) for event in timeline.read(place) if event["event"] == "ended"]
+        ends = [
+            (event["status"], event["next"])
+            for event in timeline.read(place)
+            if event["event"] == "ended"
+        ]
         assert ends == [*[("stopped", "requeued")] * (starts(place) - 1), ("finished", "none")]
 
     capsys.readouterr()
     assert dnt(["jobs", str(lrs)]) == 0
     table = capsys.readouterr().out.partition("lowest val/loss first")[2].splitlines()[2:]
-    best = [(row["val/loss"], lr) for folder, lr in zip(alone, LRS, strict=True) for row in metrics(folder)[-1:]]
+    best = [
+        (row["val/loss"], lr)
+        for folder, lr in zip(alone, LRS, strict=True)
+        for row in metrics(folder)[-1:]
+    ]
     rows = [line.split() for line in table]
-    assert [(row[1], row[4], row[5]) for row in rows] == [(lr, f"{loss:.4f}", "finished") for loss, lr in sorted(best)]
+    assert [(row[1], row[4], row[5]) for row in rows] == [
+        (lr, f"{loss:.4f}", "finished") for loss, lr in sorted(best)
+    ]
 
     family = mlflow_runs(f"sqlite:///{lrs.parent}/mlflow.db")
     assert set(family) == {"lrs", *(place.name for place in places)}
     wait_for(
-        lambda: mlflow_runs(f"sqlite:///{lrs.parent}/mlflow.db")["lrs"].info.status == "FINISHED", "the parent's end"
+        lambda: mlflow_runs(f"sqlite:///{lrs.parent}/mlflow.db")["lrs"].info.status == "FINISHED",
+        "the parent's end",
     )
     parent = family.pop("lrs").info.run_id
     assert {child.data.tags["mlflow.parentRunId"] for child in family.values()} == {parent}
@@ -207,8 +260,17 @@ def starts(run_dir: Path) -> int:
 
 
 @pytest.mark.usefixtures("slurm")
-def test_a_sweep_is_cancelled_and_one_of_it_goes_on(lrs: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    overrides = small(data, lrs, "run.name=lrs", "optim.lr=0.1,0.3", "train.steps=3", "cluster.sbatch.begin=now+5hours")
+def test_a_sweep_is_cancelled_and_one_of_it_goes_on(
+    lrs: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overrides = small(
+        data,
+        lrs,
+        "run.name=lrs",
+        "optim.lr=0.1,0.3",
+        "train.steps=3",
+        "cluster.sbatch.begin=now+5hours",
+    )
     assert dnt(["submit", "--multirun", *overrides, *SITE]) == 0
     for again in (["--multirun", *overrides], small(data, lrs, "run.name=lrs")):
         assert dnt(["submit", *again, *SITE]) == 2
@@ -229,7 +291,7 @@ def test_a_sweep_is_cancelled_and_one_of_it_goes_on(lrs: Path, data: Path, capsy
     wait_for(lambda: sweep_file.outcome(lrs) is None or steps_written(run_dir) == 3, "the new job")
     wait_for(lambda: sweep_file.outcome(lrs), "its end")
     assert steps_written(run_dir) == 3
-    first, second = run_record.load(run_dir).jobs
+    first, second = run_record.read_submission(run_dir).jobs
     assert first.endswith("_1")
     assert "_" not in second
 
@@ -238,7 +300,9 @@ def test_a_sweep_is_cancelled_and_one_of_it_goes_on(lrs: Path, data: Path, capsy
 def test_nothing_is_queued_when_one_combination_is_wrong(
     lrs: Path, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    overrides = small(data, lrs, "run.name=lrs", "train.global_batch=4,5", "cluster.ranks_per_node=2")
+    overrides = small(
+        data, lrs, "run.name=lrs", "train.global_batch=4,5", "cluster.ranks_per_node=2"
+    )
     assert dnt(["submit", "--multirun", *overrides, *SITE]) == 2
     said = capsys.readouterr().err
     assert "train.global_batch" in said
@@ -252,7 +316,9 @@ def test_nothing_is_queued_when_one_combination_is_wrong(
 def test_a_dry_run_shows_the_array_and_leaves_nothing(
     lrs: Path, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    overrides = small(data, lrs, "run.name=lrs", "optim.lr=0.1,0.3", "cluster.sweep_parallel=1", "--dry-run")
+    overrides = small(
+        data, lrs, "run.name=lrs", "optim.lr=0.1,0.3", "cluster.sweep_parallel=1", "--dry-run"
+    )
     assert dnt(["submit", "--multirun", *overrides, *SITE]) == 0
     shown = capsys.readouterr().out
     assert "sweep        2 runs as one array, 1 at a time" in shown

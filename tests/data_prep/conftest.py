@@ -7,7 +7,9 @@ from hypothesis import HealthCheck, settings
 from tests.helpers.corpus import TEXT, small_set
 
 # How long an example takes depends on what else the machine does.
-settings.register_profile("any-load", settings.default, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile(
+    "any-load", settings.default, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
 settings.load_profile("any-load")
 
 

@@ -13,7 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep import dedup
-from data_prep.dedup import BANDS, FINGERPRINT, PERMUTATIONS, Duplicates, find_duplicates, fingerprints, similarity
+from data_prep.dedup import (
+    BANDS,
+    FINGERPRINT,
+    PERMUTATIONS,
+    Duplicates,
+    find_duplicates,
+    fingerprints,
+    similarity,
+)
 from tests.helpers.corpus import python_source_files
 
 pytestmark = pytest.mark.slow
@@ -27,7 +35,10 @@ def plain_shingles(text: str) -> set[tuple[str, ...]]:
     for character in text.casefold():
         if character.isspace():
             words.append("")
-        elif unicodedata.category(character)[0] in "PS" or unicodedata.category(character) in ("Cc", "Cf"):
+        elif unicodedata.category(character)[0] in "PS" or unicodedata.category(character) in (
+            "Cc",
+            "Cf",
+        ):
             continue
         elif unicodedata.name(character, "").startswith(ALONE):
             words += [character, ""]
@@ -45,7 +56,11 @@ def jaccard(a: str, b: str) -> float:
 def python_documents(count: int, seed: int, scratch: Path) -> list[str]:
     """Real text in documents of 60 to 400 words, none like another, in the order of a seed."""
     rng = random.Random(seed)
-    words = [word for path in python_source_files(4_000_000) for word in path.read_text(errors="replace").split()]
+    words = [
+        word
+        for path in python_source_files(4_000_000)
+        for word in path.read_text(errors="replace").split()
+    ]
     documents = []
     start = 0
     while start < len(words):
@@ -54,7 +69,9 @@ def python_documents(count: int, seed: int, scratch: Path) -> list[str]:
         start += size
     rng.shuffle(documents)
     found = find(documents, scratch)
-    return [text for text, original in zip(documents, found.original, strict=True) if original < 0][:count]
+    return [text for text, original in zip(documents, found.original, strict=True) if original < 0][
+        :count
+    ]
 
 
 def changed(text: str, rng: random.Random) -> str:
@@ -114,24 +131,39 @@ def test_agreement_by_chance_is_taken_off() -> None:
     made = np.zeros(4, FINGERPRINT)
     for number, differing in enumerate((0, 96, 127, 128)):
         made["signature"][number, :differing] = 1
-    assert similarity(made[0], made).tolist() == pytest.approx([1, (0.25 - 1 / 256) / (255 / 256), 1 / 255, 0])
+    assert similarity(made[0], made).tolist() == pytest.approx(
+        [1, (0.25 - 1 / 256) / (255 / 256), 1 / 255, 0]
+    )
 
 
 def test_agrees_with_datasketch(scratch: Path) -> None:
     rng = random.Random(3)
-    texts = [text for original in python_documents(250, 3, scratch) for text in (original, changed(original, rng))]
+    texts = [
+        text
+        for original in python_documents(250, 3, scratch)
+        for text in (original, changed(original, rng))
+    ]
     hashes = [MinHash(num_perm=128) for _ in texts]
     index = MinHashLSH(threshold=0.8, num_perm=128)
     looked_up = set()
     for number, text in enumerate(texts):
-        hashes[number].update_batch([" ".join(shingle).encode() for shingle in plain_shingles(text)])
-        looked_up |= {(n, number) for n in index.query(hashes[number]) if hashes[n].jaccard(hashes[number]) >= 0.8}
+        hashes[number].update_batch(
+            [" ".join(shingle).encode() for shingle in plain_shingles(text)]
+        )
+        looked_up |= {
+            (n, number)
+            for n in index.query(hashes[number])
+            if hashes[n].jaccard(hashes[number]) >= 0.8
+        }
         index.insert(number, hashes[number])
     values = np.array([one.hashvalues for one in hashes])
     made = fingerprints(texts)
     tables = ((values[:, None] == values).mean(axis=2), similarity(made[:, None], made))
-    theirs, ours = ({(a, b) for a, b in np.argwhere(table >= 0.8).tolist() if a < b} for table in tables)
-    # Each errs by 0.035 or so: on pairs within 0.1 of the threshold they may differ, and on no others.
+    theirs, ours = (
+        {(a, b) for a, b in np.argwhere(table >= 0.8).tolist() if a < b} for table in tables
+    )
+    # Each errs by 0.035 or so: on pairs within 0.1 of the threshold they may differ, and on no
+    # others.
     truth = {(a, b): jaccard(texts[a], texts[b]) for a, b in ours | theirs}
     assert all(0.7 < truth[pair] < 0.9 for pair in ours ^ theirs)
     assert sum(value >= 0.9 for value in truth.values()) >= 5
@@ -243,22 +275,31 @@ def test_progress_adds_up(scratch: Path) -> None:
 
 
 def test_a_fingerprint_is_pinned() -> None:
-    """Sets that grow compare with fingerprints made long ago, on another machine: these may never change."""
+    """Sets that grow compare with fingerprints made long ago, on another machine: these may never
+    change."""
     made = fingerprints(["The quick brown fox jumps over the lazy dog, and 敏捷的棕毛狐狸 too."])[0]
     assert [f"{half:016x}" for half in made["exact"]] == ["6bf30c4a618262b1", "f889372d523892f4"]
-    assert f"{made['bands'][0]:016x} {made['bands'][-1]:016x}" == "5f1fba8f7fd0e927 c1d54ad73365ba62"
+    assert (
+        f"{made['bands'][0]:016x} {made['bands'][-1]:016x}" == "5f1fba8f7fd0e927 c1d54ad73365ba62"
+    )
     assert made["signature"].tobytes().hex()[:32] == "873255f8cfdf090ff14f9c026a500278"
 
 
 def test_threads_and_kernels_do_not_matter() -> None:
     code = (
         "import hashlib, random; from data_prep.dedup import fingerprints; rng = random.Random(0)\n"
-        "texts = [' '.join(str(rng.randrange(99)) for _ in range(rng.randrange(900))) for _ in range(600)]\n"
+        "texts = [' '.join(str(rng.randrange(99)) for _ in range(rng.randrange(900))) for _ in "
+        "range(600)]\n"
         "print(hashlib.sha256(fingerprints(texts).tobytes()).hexdigest())"
     )
-    settings_of = ({"RAYON_NUM_THREADS": "1", "RENSA_FORCE_KERNEL": "scalar"}, {"RAYON_NUM_THREADS": "4"})
+    settings_of = (
+        {"RAYON_NUM_THREADS": "1", "RENSA_FORCE_KERNEL": "scalar"},
+        {"RAYON_NUM_THREADS": "4"},
+    )
     printed = [
-        subprocess.run([sys.executable, "-c", code], env=os.environ | env, check=True, capture_output=True).stdout
+        subprocess.run(
+            [sys.executable, "-c", code], env=os.environ | env, check=True, capture_output=True
+        ).stdout
         for env in settings_of
     ]
     assert printed[0] == printed[1]
@@ -295,7 +336,9 @@ def test_minhashes_are_equal_when_the_shingles_are(a: str, b: str, place: int) -
         if plain_shingles(a) == {()} or plain_shingles(other) == {()}:
             continue
         first, second = fingerprints([a, other])
-        same = (first["bands"] == second["bands"]).all() and (first["signature"] == second["signature"]).all()
+        same = (first["bands"] == second["bands"]).all() and (
+            first["signature"] == second["signature"]
+        ).all()
         assert same == (plain_shingles(a) == plain_shingles(other))
 
 
@@ -306,7 +349,9 @@ def test_minhashes_are_equal_when_the_shingles_are(a: str, b: str, place: int) -
     cuts=st.lists(st.integers(0, 120), max_size=5),
     memory_bytes=st.sampled_from([500, 2000, 6000]),
 )
-def test_neither_parts_nor_memory_change_the_result(seed: int, count: int, cuts: list[int], memory_bytes: int) -> None:
+def test_neither_parts_nor_memory_change_the_result(
+    seed: int, count: int, cuts: list[int], memory_bytes: int
+) -> None:
     rng = np.random.default_rng(seed)
     families = synthetic(rng, 6)
     made = families[rng.integers(0, 6, count)]
@@ -314,11 +359,15 @@ def test_neither_parts_nor_memory_change_the_result(seed: int, count: int, cuts:
     differs = rng.random((count, PERMUTATIONS)) < rng.random((count, 1)) * 0.3
     made["signature"] = np.where(differs, rng.integers(0, 256, differs.shape), made["signature"])
     alone = rng.random((count, BANDS)) < 0.7
-    made["bands"] = np.where(alone, rng.integers(0, 2**64, alone.shape, dtype=np.uint64), made["bands"])
+    made["bands"] = np.where(
+        alone, rng.integers(0, 2**64, alone.shape, dtype=np.uint64), made["bands"]
+    )
     made["exact"][:, 0] = rng.integers(0, count, count)
     with tempfile.TemporaryDirectory() as folder:
         found = find_duplicates([made], Path(folder), near=True)
-        other = find_duplicates(np.split(made, sorted(cuts)), Path(folder), near=True, memory_bytes=memory_bytes)
+        other = find_duplicates(
+            np.split(made, sorted(cuts)), Path(folder), near=True, memory_bytes=memory_bytes
+        )
     assert (found.original == other.original).all()
     assert (found.exact, found.near, found.clusters, found.largest) == (
         other.exact,
@@ -331,7 +380,9 @@ def test_neither_parts_nor_memory_change_the_result(seed: int, count: int, cuts:
         stays = found.original[number]
         assert stays < number
         assert found.original[stays] == -1
-    firsts = {tuple(key): number for number, key in reversed(list(enumerate(made["exact"].tolist())))}
+    firsts = {
+        tuple(key): number for number, key in reversed(list(enumerate(made["exact"].tolist())))
+    }
     near = [number for number in firsts.values() if found.original[number] >= 0]
     assert len(near) == found.near
     assert all(similarity(made[number], made[found.original[number]]) >= 0.7 for number in near)
@@ -393,7 +444,9 @@ print(small.near, peak() - before)
 large = find_duplicates(parts(), Path(sys.argv[1]), near=True)
 print((small.original == large.original).all(), peak() - before)
 """
-    done = subprocess.run([sys.executable, "-c", code, scratch], check=True, capture_output=True, text=True).stdout
+    done = subprocess.run(
+        [sys.executable, "-c", code, scratch], check=True, capture_output=True, text=True
+    ).stdout
     near, used, same, unbounded = done.split()
     assert (near, same) == ("9900", "True")
     # 300,000 fingerprints are 94 MB; what stays in memory are 2.4 MB of result and 9,900 links.
@@ -401,16 +454,22 @@ print((small.original == large.original).all(), peak() - before)
 
 
 def test_a_long_chain_is_not_quadratic(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each is like the one before and after it alone, so that one cluster holds all and every second one stays."""
+    """Each is like the one before and after it alone, so that one cluster holds all and every
+    second one stays."""
     count = 600
     made = synthetic(np.random.default_rng(3), count)
-    numbers, bytes_of = np.arange(count), np.random.default_rng(4).integers(0, 256, (128, count), dtype=np.uint8)
+    numbers, bytes_of = (
+        np.arange(count),
+        np.random.default_rng(4).integers(0, 256, (128, count), dtype=np.uint8),
+    )
     for slot in range(PERMUTATIONS):
         made["signature"][:, slot] = bytes_of[slot, (numbers + slot) // 4 % count]
     for band in (0, 1):
         made["bands"][:, band] = (numbers + band) // 2
     found = find_duplicates([made], scratch, near=True)
-    assert found.original.tolist() == [-1, 0] + [n if odd else -1 for n in range(2, count, 2) for odd in (0, 1)]
+    assert found.original.tolist() == [-1, 0] + [
+        n if odd else -1 for n in range(2, count, 2) for odd in (0, 1)
+    ]
     assert found.compared > count**2 // 5
     monkeypatch.setattr(dedup, "_COMPARISONS", 20 * count)
     monkeypatch.setattr(dedup, "_BUCKET_ROUNDS", 4)

@@ -1,6 +1,8 @@
-"""What may happen while a set is made: kill -9, Ctrl-C, a full or read-only disk, input that vanishes or is damaged.
+"""What may happen while a set is made: kill -9, Ctrl-C, a full or read-only disk, input that
+vanishes or is damaged.
 
-Each ends in one clear line or none, with no set; and the same command then makes the very bytes of an undisturbed run.
+Each ends in one clear line or none, with no set; and the same command then makes the very bytes of
+an undisturbed run.
 """
 
 import dataclasses
@@ -46,8 +48,9 @@ STEPS = ("open", "os.rename", "os.link", "os.remove", "os.rmdir", "os.mkdir")
 
 
 def watch(folder: Path, step: Callable[[str], None]) -> Callable[[], None]:
-    """Call `step` with the name of whatever is opened, renamed, linked, made or removed in a folder, right before that
-    is done; until the function that comes back is called. For one process it is always the same sequence."""
+    """Call `step` with the name of whatever is opened, renamed, linked, made or removed in a
+    folder, right before that is done; until the function that comes back is called. For one process
+    it is always the same sequence."""
     watching = True
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
@@ -81,7 +84,8 @@ def prepare_until(options: PrepareOptions, last: int) -> None:
 
 
 def killed(options: PrepareOptions, last: int) -> None:
-    """Prepare up to a step and no further, in a process that is not forked from this one, as its libraries thread."""
+    """Prepare up to a step and no further, in a process that is not forked from this one, as its
+    libraries thread."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
         ["data_prep.train_tokenizer", "data_prep.pipeline", "data_prep.dedup", "rensa", __name__]
@@ -93,7 +97,8 @@ def killed(options: PrepareOptions, last: int) -> None:
 
 
 def every_stage(folder: Path) -> PrepareOptions:
-    """Options of a run in which every stage has work: three kinds of input, rules, near duplicates, both splits."""
+    """Options of a run in which every stage has work: three kinds of input, rules, near duplicates,
+    both splits."""
     whole = [path.read_bytes().decode("utf-8", "replace") for path in python_source_files(400_000)]
     texts = [text[at : at + 3000] for text in whole for at in range(0, len(text), 3000)]
     lines = [json.dumps({"text": text}).encode() + b"\n" for text in [*texts, *texts[::5]]]
@@ -117,7 +122,8 @@ def every_stage(folder: Path) -> PrepareOptions:
     )
 
 
-# What is about to be done to a file of this name when the kill comes, at one of the times that this is done.
+# What is about to be done to a file of this name when the kill comes, at one of the times that this
+# is done.
 KILLS: dict[Packing, str] = {
     "concat": "lock tokenizer- 000000. 000001. whole band- keep- rejects lead- train- report manifest",
     "best_fit": "lead- train- train- val- tokenizer.model fingerprints report manifest",
@@ -125,7 +131,9 @@ KILLS: dict[Packing, str] = {
 
 
 @pytest.mark.parametrize(("packing", "stages"), [("concat", 4), ("best_fit", 2)])
-def test_kill_9_at_any_moment_and_a_rerun_make_the_same_bytes(tmp_path: Path, packing: Packing, stages: int) -> None:
+def test_kill_9_at_any_moment_and_a_rerun_make_the_same_bytes(
+    tmp_path: Path, packing: Packing, stages: int
+) -> None:
     """Up to packing a run does the same whatever the packing."""
     options = dataclasses.replace(every_stage(tmp_path), packing=packing)
     steps: list[str] = []
@@ -148,7 +156,9 @@ def test_kill_9_at_any_moment_and_a_rerun_make_the_same_bytes(tmp_path: Path, pa
         else:
             with pytest.raises(ValueError, match="already holds a prepared set"):
                 prepare(options, QUIET)
-        assert contents(options.out) == whole, f"kill before step {number}, {steps[number]}, which left {sorted(left)}"
+        assert contents(options.out) == whole, (
+            f"kill before step {number}, {steps[number]}, which left {sorted(left)}"
+        )
     assert len(reached) >= stages, "the kills did not reach different stages"
 
 
@@ -214,11 +224,14 @@ def with_workers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 
 
 def start_script(folder: Path) -> subprocess.Popen[bytes]:
-    """SCRIPT at the point where three chunks are made, and its workers are at work on more; a file go-on lets it go."""
+    """SCRIPT at the point where three chunks are made, and its workers are at work on more; a file
+    go-on lets it go."""
     (folder / "script.py").write_text(SCRIPT)
     command = [sys.executable, "script.py", str(folder / "out")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        command, cwd=folder, env=environment, start_new_session=True, stderr=subprocess.PIPE
+    )
     while not (folder / "reached").exists():
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.01)
@@ -259,7 +272,8 @@ Disk = Callable[..., None]
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[tuple[Path, Disk]]:
-    """A small file system of its own, and a function that mounts it anew with other options; needs root."""
+    """A small file system of its own, and a function that mounts it anew with other options; needs
+    root."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mount = shutil.which("mount") or ""
@@ -284,11 +298,17 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     return contents(out)
 
 
-@pytest.mark.parametrize(("kilobytes", "workers"), [(8, 1), (60, 2), (300, 1), (400, 2), (600, 1), (800, 1)])
-def test_a_full_disk(disk: tuple[Path, Disk], undisturbed: dict[str, bytes], kilobytes: int, workers: int) -> None:
+@pytest.mark.parametrize(
+    ("kilobytes", "workers"), [(8, 1), (60, 2), (300, 1), (400, 2), (600, 1), (800, 1)]
+)
+def test_a_full_disk(
+    disk: tuple[Path, Disk], undisturbed: dict[str, bytes], kilobytes: int, workers: int
+) -> None:
     folder, remount = disk
     remount(f"size={kilobytes}k")
-    with pytest.raises(ValueError, match=r"the disk is full .* bytes free.* choose another --out") as caught:
+    with pytest.raises(
+        ValueError, match=r"the disk is full .* bytes free.* choose another --out"
+    ) as caught:
         small_set(folder / "set", limit_bytes=500_000, val_fraction=0.3, workers=workers)
     assert str(folder / "set") in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
@@ -301,7 +321,9 @@ def test_a_full_disk(disk: tuple[Path, Disk], undisturbed: dict[str, bytes], kil
 def test_a_read_only_disk(disk: tuple[Path, Disk], tmp_path: Path) -> None:
     folder, remount = disk
     remount("ro,size=50m")
-    with pytest.raises(ValueError, match=r"cannot be read or written: Read-only file system; check the path") as caught:
+    with pytest.raises(
+        ValueError, match=r"cannot be read or written: Read-only file system; check the path"
+    ) as caught:
         small_set(folder / "set", limit_bytes=100_000, val_fraction=0.3)
     assert str(folder / "set") in str(caught.value)
     remount("rw")
@@ -333,7 +355,9 @@ def all_stages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     return contents(options.out)
 
 
-def test_input_that_is_damaged_and_then_mended(all_stages: dict[str, bytes], tmp_path: Path) -> None:
+def test_input_that_is_damaged_and_then_mended(
+    all_stages: dict[str, bytes], tmp_path: Path
+) -> None:
     options = every_stage(tmp_path)
     path = tmp_path / "packed.jsonl.zst"
     good, stat = path.read_bytes(), path.stat()
@@ -355,7 +379,8 @@ def test_input_that_vanishes_and_comes_back(all_stages: dict[str, bytes], tmp_pa
     aside = tmp_path / "aside"
 
     class Taking(Console):
-        """Takes a file away once the tokenizer is learnt, while the first units are still to be read again."""
+        """Takes a file away once the tokenizer is learnt, while the first units are still to be
+        read again."""
 
         def print(self, *args: Any, **settings: Any) -> None:
             if "learn" in str(args[0]) and path.exists():
@@ -382,7 +407,9 @@ def test_input_that_grows_while_it_is_read(tmp_path: Path) -> None:
                 with path.open("a") as file:
                     file.write('{"text": "one more"}\n')
 
-    with pytest.raises(ValueError, match="the corpus changed while it was read; run the command again"):
+    with pytest.raises(
+        ValueError, match="the corpus changed while it was read; run the command again"
+    ):
         prepare(options, Growing(quiet=True))
     prepare(options, QUIET)
     assert verify(options.out) == []

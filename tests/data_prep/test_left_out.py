@@ -1,4 +1,5 @@
-"""What is left out is said: a line on the screen, a row in the report, examples in rejects.jsonl; and in a dry run."""
+"""What is left out is said: a line on the screen, a row in the report, examples in rejects.jsonl;
+and in a dry run."""
 
 import gzip
 import io
@@ -13,8 +14,8 @@ from rich.console import Console
 from data_prep import chunks
 from data_prep.options import PrepareOptions
 from data_prep.pipeline import prepare, train_tokenizer
-from data_prep.report.models import left_out_line
-from data_prep.report.terminal import dry_run
+from data_prep.report.models import format_left_out
+from data_prep.report.terminal import print_plan
 from data_prep.shards import PARTIAL, iter_documents
 from data_prep.tokenizer import Tokenizer
 from data_prep.verify import verify
@@ -45,7 +46,9 @@ def mixed(tmp_path: Path) -> Path:
         (folder / f"{number:02}.txt").write_text(TEXT * (number + 1))
     lines = [json.dumps({"text": f"{TEXT}{number}"}) + "\n" for number in range(40)]
     (folder / "sub" / "a.json").write_text("".join(lines[:20]))
-    (folder / "sub" / "b.jsonl.gz").write_bytes(gzip.compress("".join(lines[20:]).encode()) + b"\r\n")
+    (folder / "sub" / "b.jsonl.gz").write_bytes(
+        gzip.compress("".join(lines[20:]).encode()) + b"\r\n"
+    )
     (tmp_path / "far" / "c.txt").write_text(TEXT * 3)
     (folder / "far").symlink_to("../far")
     (folder / "sub" / "utf16.txt").write_text(TEXT * 5, encoding="utf-16")
@@ -55,7 +58,9 @@ def mixed(tmp_path: Path) -> Path:
     for name in ("ru.txt", "ru-2.txt"):
         (folder / name).write_bytes(RUSSIAN.encode("cp1251"))
     for name in ("lfs.jsonl", "lfs.parquet"):
-        (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 1\n")
+        (folder / name).write_text(
+            "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 1\n"
+        )
     (folder / "settings.json").write_text('{\n "a": 1\n}')
     (folder / "packed.txt").write_bytes(gzip.compress(RUSSIAN.encode()))
     (folder / "empty.md").touch()
@@ -87,18 +92,28 @@ class Rows(HTMLParser):
             self.rows[-1][-1] += data
 
 
-def test_all_that_is_left_out_is_said_and_nothing_of_it_is_learnt(mixed: Path, tmp_path: Path) -> None:
+def test_all_that_is_left_out_is_said_and_nothing_of_it_is_learnt(
+    mixed: Path, tmp_path: Path
+) -> None:
     _, said = run(mixed, tmp_path / "out")
     [line] = noted(said)
     assert line.startswith(
-        "note      left out: 3 other_suffix (such as mixed/x.csv), 2 other_encoding (such as mixed/ru-2.txt)"
+        "note      left out: 3 other_suffix (such as mixed/x.csv), 2 other_encoding (such as "
+        "mixed/ru-2.txt)"
     )
-    assert [int(part.split()[0]) for part in line.partition("left out: ")[2].split("), ")] == sorted(
-        EXPECTED.values(), reverse=True
-    )
-    records = [json.loads(record) for record in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
+    assert [
+        int(part.split()[0]) for part in line.partition("left out: ")[2].split("), ")
+    ] == sorted(EXPECTED.values(), reverse=True)
+    records = [
+        json.loads(record)
+        for record in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()
+    ]
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    rows = {row[0]: row for row in Rows((tmp_path / "out" / "report.html").read_text()).rows if len(row) == 3}
+    rows = {
+        row[0]: row
+        for row in Rows((tmp_path / "out" / "report.html").read_text()).rows
+        if len(row) == 3
+    }
     [source] = report["sources"]
     for kind, count in EXPECTED.items():
         assert f"{count} {kind} (" in line
@@ -110,7 +125,11 @@ def test_all_that_is_left_out_is_said_and_nothing_of_it_is_learnt(mixed: Path, t
     assert (source["findings"]["utf16"], source["files"]) == (1, 41)
     # What was read is what was meant, and none of the rest is in the set or in the sample.
     tokenizer = Tokenizer.load(tmp_path / "out" / "tokenizer.model")
-    texts = [tokenizer.decode(ids) for split in ("train", "val") for ids in iter_documents(tmp_path / "out", split)]
+    texts = [
+        tokenizer.decode(ids)
+        for split in ("train", "val")
+        for ids in iter_documents(tmp_path / "out", split)
+    ]
     assert len(texts) == 30 + 40 + 2
     assert all(text.startswith(TEXT) for text in texts)
     pieces = {tokenizer.decode([number]) for number in range(tokenizer.vocab_size)}
@@ -120,7 +139,7 @@ def test_all_that_is_left_out_is_said_and_nothing_of_it_is_learnt(mixed: Path, t
 
 def test_a_dry_run_and_a_tokenizer_say_the_same(mixed: Path, tmp_path: Path) -> None:
     console = Console(file=io.StringIO(), width=200)
-    dry_run(PrepareOptions(inputs=[mixed], out=tmp_path / "out"), console)
+    print_plan(PrepareOptions(inputs=[mixed], out=tmp_path / "out"), console)
     [line] = noted(console.file.getvalue())
     # What only shows when a file is read to its end is not seen.
     missing = {"other_encoding", "trailing_bytes"}
@@ -145,12 +164,15 @@ def test_an_error_tells_what_was_left_out_too(mixed: Path, tmp_path: Path) -> No
     only.mkdir()
     shutil.copy(mixed / "lfs.jsonl", only)
     with pytest.raises(
-        ValueError, match=r"the corpus is empty: .*only/lfs\.jsonl: a pointer of Git LFS; `git lfs pull`"
+        ValueError,
+        match=r"the corpus is empty: .*only/lfs\.jsonl: a pointer of Git LFS; `git lfs pull`",
     ):
         run(only, tmp_path / "out")
     (only / "lfs.jsonl").unlink()
     (only / "ru.txt").write_bytes(RUSSIAN.encode("cp1251"))
-    with pytest.raises(ValueError, match=r"the corpus is empty: .*only/ru\.txt: byte 0x.. at 0, the first of"):
+    with pytest.raises(
+        ValueError, match=r"the corpus is empty: .*only/ru\.txt: byte 0x.. at 0, the first of"
+    ):
         run(only, tmp_path / "out")
 
 
@@ -172,7 +194,8 @@ def test_the_bytes_do_not_depend_on_workers_tasks_or_what_was_there(
         run(mixed, out, **given, task=(task, 2))
     run(mixed, out, **given)
     assert contents(out) == whole
-    # Chunks that other code has made are not taken for these, which say other things of the same files.
+    # Chunks that other code has made are not taken for these, which say other things of the same
+    # files.
     out = tmp_path / "five" / "out"
     with monkeypatch.context() as patch:
         patch.setattr(chunks, "VERSION", 1)
@@ -199,16 +222,32 @@ def test_appending_tells_of_what_is_appended(mixed: Path, tmp_path: Path) -> Non
         (tmp_path / "first" / f"{number}.txt").write_text(TEXT * (number + 1))
     run(tmp_path / "first", tmp_path / "before")
     _, said = run(
-        mixed, tmp_path / "after", append=tmp_path / "before", vocab_size=16384, seq_len=1024, val_fraction=0.005
+        mixed,
+        tmp_path / "after",
+        append=tmp_path / "before",
+        vocab_size=16384,
+        seq_len=1024,
+        val_fraction=0.005,
     )
     assert len(noted(said)) == 1
     assert verify(tmp_path / "after") == []
 
 
 def test_the_line_names_the_largest_first_and_one_of_each() -> None:
-    named = {"hidden": "a/.b", "card": "a/README", "beside_data": "a/x.txt", "malformed_json": "a.jsonl, line 3"}
-    assert left_out_line({"nul": 3, "crlf": 2, "utf16": 1, "malformed_json": 9, "no_text": 0}, named) == ""
-    assert left_out_line({"card": 1, "hidden": 1200, "dead_link": 2, "empty_line": 8}, named) == (
+    named = {
+        "hidden": "a/.b",
+        "card": "a/README",
+        "beside_data": "a/x.txt",
+        "malformed_json": "a.jsonl, line 3",
+    }
+    assert (
+        format_left_out({"nul": 3, "crlf": 2, "utf16": 1, "malformed_json": 9, "no_text": 0}, named)
+        == ""
+    )
+    assert format_left_out({"card": 1, "hidden": 1200, "dead_link": 2, "empty_line": 8}, named) == (
         "left out: 1,200 hidden (such as a/.b), 2 dead_link, 1 card (a/README)"
     )
-    assert left_out_line({"beside_data": 2}, named) == "read as documents: 2 text files beside data (such as a/x.txt)"
+    assert (
+        format_left_out({"beside_data": 2}, named)
+        == "read as documents: 2 text files beside data (such as a/x.txt)"
+    )

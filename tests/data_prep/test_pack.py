@@ -10,7 +10,16 @@ import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.pack import Layout, Part, best_fit, contribution_size, predicted, shard_jobs, shard_writer, tail
+from data_prep.pack import (
+    Layout,
+    StreamSlice,
+    best_fit,
+    predicted_tokens,
+    shard_jobs,
+    shard_writer,
+    slice_size,
+    tail,
+)
 from data_prep.shards import BLOCK_ROWS, Shard, blocks_per_shard, write_shard
 
 EOS = 1
@@ -19,7 +28,12 @@ DOCUMENT = st.lists(st.integers(2, 9), min_size=1, max_size=30)
 
 def write_chunk(path: Path, documents: list[list[int]], held: list[bool]) -> None:
     ids = {
-        side: [i for document, val in zip(documents, held, strict=True) if val == side for i in (*document, EOS)]
+        side: [
+            i
+            for document, val in zip(documents, held, strict=True)
+            if val == side
+            for i in (*document, EOS)
+        ]
         for side in (False, True)
     }
     np.savez(
@@ -42,7 +56,11 @@ def rows_of(folder: Path, shards: list[Shard]) -> np.ndarray:
 
 @settings(deadline=None, max_examples=60)
 @given(
-    st.lists(st.lists(st.tuples(DOCUMENT, st.booleans(), st.booleans()), max_size=12), min_size=1, max_size=5),
+    st.lists(
+        st.lists(st.tuples(DOCUMENT, st.booleans(), st.booleans()), max_size=12),
+        min_size=1,
+        max_size=5,
+    ),
     st.integers(1, 6),
     st.integers(1, 30_000),
     st.sampled_from(["concat", "best_fit"]),
@@ -60,18 +78,32 @@ def test_packing_loses_and_invents_nothing(
 
     lead = np.array([EOS] if packing == "concat" else [], np.uint16)
     np.save(folder / "lead.npy", lead)
-    parts, first = [Part(folder / "lead.npy", 0, len(lead))], 0
+    parts, first = [StreamSlice(folder / "lead.npy", 0, len(lead))], 0
     for number, chunk in enumerate(chunks):
-        write_chunk(folder / f"{number}.npz", [document for document, *_ in chunk], [held for _, held, _ in chunk])
-        lengths = [len(document) + 1 for document, held, stays in chunk if not held and (stays or not drop)]
-        parts.append(Part(folder / f"{number}.npz", first, contribution_size(layout, np.array(lengths, np.uint32))))
+        write_chunk(
+            folder / f"{number}.npz",
+            [document for document, *_ in chunk],
+            [held for _, held, _ in chunk],
+        )
+        lengths = [
+            len(document) + 1 for document, held, stays in chunk if not held and (stays or not drop)
+        ]
+        parts.append(
+            StreamSlice(
+                folder / f"{number}.npz", first, slice_size(layout, np.array(lengths, np.uint32))
+            )
+        )
         first += len(chunk)
 
     jobs = shard_jobs(layout, folder, "train", parts, 0, 0)
     shards = [shard_writer(layout)(job) for job in reversed(jobs)][::-1]
-    assert [shard.file for shard in shards] == [f"train-{number:06}.tar" for number in range(len(jobs))]
+    assert [shard.file for shard in shards] == [
+        f"train-{number:06}.tar" for number in range(len(jobs))
+    ]
     stream = [EOS, *(i for document in wanted for i in (*document, EOS))]
-    total = predicted(layout, np.array([len(document) + 1 for document in wanted], np.uint32))
+    total = predicted_tokens(
+        layout, np.array([len(document) + 1 for document in wanted], np.uint32)
+    )
     if packing == "concat":
         rows = (len(stream) - 1) // seq_len
         assert sum(shard.rows for shard in shards) == rows
@@ -120,14 +152,18 @@ def test_best_fit_fills_rows_and_uses_few(lengths: list[int], seq_len: int) -> N
 
 
 def test_best_fit_is_the_textbook_one() -> None:
-    assert best_fit(np.array([4, 8, 1 + 5, 4, 2]), 10) == [[(4, 12), (22, 24)], [(12, 18), (0, 4)], [(18, 22)]]
+    assert best_fit(np.array([4, 8, 1 + 5, 4, 2]), 10) == [
+        [(4, 12), (22, 24)],
+        [(12, 18), (0, 4)],
+        [(18, 22)],
+    ]
 
 
 def test_a_shard_that_is_there_is_not_written_again(tmp_path: Path) -> None:
     write_chunk(tmp_path / "0.npz", [[5] * 50], [False])
     np.save(tmp_path / "lead.npy", np.array([EOS], np.uint16))
     layout = Layout("concat", 4, EOS, "uint16", 1 << 20, None)
-    parts = [Part(tmp_path / "lead.npy", 0, 1), Part(tmp_path / "0.npz", 0, 51)]
+    parts = [StreamSlice(tmp_path / "lead.npy", 0, 1), StreamSlice(tmp_path / "0.npz", 0, 51)]
     [job] = shard_jobs(layout, tmp_path, "train", parts, 0, 0)
     first = shard_writer(layout)(job)
     written = job.path.stat().st_mtime_ns
@@ -147,7 +183,11 @@ def test_a_tar_is_what_webdataset_writes(tmp_path: Path) -> None:
         for number, block in enumerate(blocks, 7):
             tar.write({"__key__": f"{number:06}", "tokens.npy": block})
     assert (tmp_path / "ours.tar").read_bytes() == (tmp_path / "theirs.tar").read_bytes()
-    assert (shard.rows, shard.tokens, shard.bytes) == (5, 20, (tmp_path / "theirs.tar").stat().st_size)
+    assert (shard.rows, shard.tokens, shard.bytes) == (
+        5,
+        20,
+        (tmp_path / "theirs.tar").stat().st_size,
+    )
     with pytest.raises(FileExistsError):
         write_shard(tmp_path / "ours.tar", "train-000000.tar", blocks, 7)
 

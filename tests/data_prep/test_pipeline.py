@@ -16,7 +16,7 @@ from rich.console import Console
 from data_prep.identity import held_out, text_hash
 from data_prep.options import PrepareOptions, checked
 from data_prep.report import terminal
-from data_prep.report.terminal import dry_run, info
+from data_prep.report.terminal import print_info, print_plan
 from data_prep.shards import PARTIAL, iter_documents, load_manifest
 from data_prep.tokenizer import Tokenizer
 from data_prep.verify import verify
@@ -30,7 +30,9 @@ def in_split(text: str, val_fraction: float) -> bool:
 def test_any_number_of_workers_gives_the_same_bytes(prepared: Path, tmp_path: Path) -> None:
     small_set(tmp_path / "set", workers=2)
     assert contents(tmp_path / "set") == contents(prepared)
-    assert {"manifest.json", "tokenizer.model", "train-000000.tar", "val-000000.tar"} <= set(contents(prepared))
+    assert {"manifest.json", "tokenizer.model", "train-000000.tar", "val-000000.tar"} <= set(
+        contents(prepared)
+    )
 
 
 def test_the_manifest_tells_what_went_in(corpus: Path, tmp_path: Path) -> None:
@@ -46,7 +48,9 @@ def test_the_manifest_tells_what_went_in(corpus: Path, tmp_path: Path) -> None:
     assert manifest.dtype == "uint16"
     for word in ("sample ", "learn ", "tokenise ", "pack ", "MB/s", "tokens/s", "wrote "):
         assert word in said
-    rejects = [json.loads(line) for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
+    rejects = [
+        json.loads(line) for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()
+    ]
     found = {(record["kind"], record["file"]) for record in rejects}
     assert found == {("broken_utf8", "corpus/broken.txt"), ("empty", "corpus/empty.txt")}
     report = json.loads((tmp_path / "out" / "report.json").read_text())
@@ -105,7 +109,10 @@ def test_a_tokenizer_that_loses_text_is_recorded(corpus: Path, tmp_path: Path) -
     model = tmp_path / "f.model"
     with model.open("wb") as file:
         sentencepiece.SentencePieceTrainer.Train(
-            sentence_iterator=iter([TEXT.strip()] * 9), model_writer=file, vocab_size=34, minloglevel=4
+            sentence_iterator=iter([TEXT.strip()] * 9),
+            model_writer=file,
+            vocab_size=34,
+            minloglevel=4,
         )
     manifest, said = run(corpus, tmp_path / "out", tokenizer=model)
     assert not manifest.tokenizer.round_trip
@@ -114,7 +121,9 @@ def test_a_tokenizer_that_loses_text_is_recorded(corpus: Path, tmp_path: Path) -
 
 
 def test_a_large_vocabulary_takes_four_bytes(corpus: Path, tmp_path: Path) -> None:
-    every = "".join(map(chr, range(0x20000, 0x20000 + 42_000))) + "".join(map(chr, range(0x3400, 0xA000)))
+    every = "".join(map(chr, range(0x20000, 0x20000 + 42_000))) + "".join(
+        map(chr, range(0x3400, 0xA000))
+    )
     (corpus / "characters.txt").write_text(every)
     with pytest.raises(ValueError, match="use --vocab-size") as caught:
         run(corpus, tmp_path / "out", vocab_size=400)
@@ -131,7 +140,7 @@ def test_a_large_vocabulary_takes_four_bytes(corpus: Path, tmp_path: Path) -> No
 
 def test_info_prints_a_table(prepared: Path) -> None:
     console = Console(file=io.StringIO(), width=100)
-    info(prepared, console)
+    print_info(prepared, console)
     said = console.file.getvalue()
     for word in (
         "train",
@@ -147,7 +156,7 @@ def test_info_prints_a_table(prepared: Path) -> None:
 
 def test_verify_shows_progress_and_finds_nothing(prepared: Path) -> None:
     console = Console(file=io.StringIO(), width=100)
-    assert terminal.verify(prepared, console) == []
+    assert terminal.verify_with_progress(prepared, console) == []
     assert "verify" in console.file.getvalue()
 
 
@@ -178,7 +187,9 @@ def test_verify_shows_progress_and_finds_nothing(prepared: Path) -> None:
         ({"val_fraction": 1 - 1e-9}, "--val-fraction"),
     ],
 )
-def test_bad_options_and_input(corpus: Path, tmp_path: Path, options: dict[str, Any], said: str) -> None:
+def test_bad_options_and_input(
+    corpus: Path, tmp_path: Path, options: dict[str, Any], said: str
+) -> None:
     with pytest.raises(ValueError) as caught:
         run(corpus, tmp_path / "out", **options)
     assert said in str(caught.value)
@@ -189,9 +200,14 @@ def test_bad_options_and_input(corpus: Path, tmp_path: Path, options: dict[str, 
 NUMBERS = st.integers(-5, 2**70) | st.floats() | st.booleans() | st.text(max_size=3) | st.none()
 TEXTS = st.text(max_size=4) | st.sampled_from(["\udcff", "a\0b", "", "\x1b[2J\n"]) | st.integers()
 OPTIONS = {
-    **dict.fromkeys(["seq_len", "vocab_size", "workers", "shard_bytes", "sample_bytes", "val_fraction"], NUMBERS),
+    **dict.fromkeys(
+        ["seq_len", "vocab_size", "workers", "shard_bytes", "sample_bytes", "val_fraction"], NUMBERS
+    ),
     **dict.fromkeys(["text_field", "kind", "packing", "dedup", "encoder"], TEXTS),
-    **dict.fromkeys(["out", "tokenizer", "rules"], st.text(st.sampled_from("a/.~\0\udcffé*[ "), max_size=4).map(Path)),
+    **dict.fromkeys(
+        ["out", "tokenizer", "rules"],
+        st.text(st.sampled_from("a/.~\0\udcffé*[ "), max_size=4).map(Path),
+    ),
     "task": st.tuples(st.integers(-2, 4), st.integers(-2, 4)),
     "inputs": st.lists(TEXTS.map(str), max_size=3),
 }
@@ -213,7 +229,12 @@ def test_any_option_is_taken_or_refused_in_a_line(name: str, data: st.DataObject
 def test_a_set_whose_name_is_no_utf_8(corpus: Path, tmp_path: Path) -> None:
     out = tmp_path / os.fsdecode(b"caf\xe9 \x1b[2J")
     run(corpus, out)
-    for tell in (info, lambda folder, console: dry_run(PrepareOptions(inputs=[corpus], out=folder / "new"), console)):
+    for tell in (
+        print_info,
+        lambda folder, console: print_plan(
+            PrepareOptions(inputs=[corpus], out=folder / "new"), console
+        ),
+    ):
         stream = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
         tell(out, Console(file=stream, width=200))
         stream.flush()
@@ -229,7 +250,9 @@ def test_an_empty_corpus(tmp_path: Path) -> None:
         run(tmp_path / "corpus", tmp_path / "out")
 
 
-def test_a_bad_line_is_left_out_and_kept_or_stops_a_strict_run(corpus: Path, tmp_path: Path) -> None:
+def test_a_bad_line_is_left_out_and_kept_or_stops_a_strict_run(
+    corpus: Path, tmp_path: Path
+) -> None:
     (corpus / "z.jsonl").write_text('{"text": "good"}\n{"body": 1}\n\n{"text": "bad"\n')
     with pytest.raises(ValueError, match=r"z\.jsonl: line 2") as caught:
         run(corpus, tmp_path / "strict", strict=True)
@@ -238,7 +261,9 @@ def test_a_bad_line_is_left_out_and_kept_or_stops_a_strict_run(corpus: Path, tmp
     manifest, _ = run(corpus, tmp_path / "out")
     [source] = manifest.sources
     assert (source.documents, source.dropped) == (41, {"malformed_json": 1, "no_text": 1})
-    rejects = [json.loads(line) for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
+    rejects = [
+        json.loads(line) for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()
+    ]
     assert [(r["kind"], r["file"], r["line"]) for r in rejects] == [
         ("no_text", "corpus/z.jsonl", 2),
         ("empty_line", "corpus/z.jsonl", 3),
@@ -301,7 +326,10 @@ def test_the_sources_of_jsonl_and_text_are_told_apart(corpus: Path, tmp_path: Pa
     lines = "".join(json.dumps({"text": f"line {number}"}) + "\n" for number in range(5))
     (tmp_path / "extra.jsonl").write_text(lines)
     manifest, _ = run(
-        corpus, tmp_path / "out", inputs=[corpus, tmp_path / "extra.jsonl", *python_source_files(5000)], vocab_size=400
+        corpus,
+        tmp_path / "out",
+        inputs=[corpus, tmp_path / "extra.jsonl", *python_source_files(5000)],
+        vocab_size=400,
     )
     assert [source.name for source in manifest.sources] == ["corpus", "extra.jsonl", "files"]
     assert manifest.sources[1].documents == 5
@@ -321,7 +349,9 @@ def test_a_set_inside_the_input_is_no_corpus(corpus: Path, tmp_path: Path) -> No
 
 def test_sources_of_one_name_stay_apart(corpus: Path, tmp_path: Path) -> None:
     run(corpus, tmp_path / "one")
-    manifest, _ = run(corpus, tmp_path / "two", append=tmp_path / "one", vocab_size=16384, seq_len=32)
+    manifest, _ = run(
+        corpus, tmp_path / "two", append=tmp_path / "one", vocab_size=16384, seq_len=32
+    )
     assert [source.name for source in manifest.sources] == ["corpus", "corpus (2)"]
 
 
@@ -340,4 +370,4 @@ def test_a_set_and_the_out_folder_are_no_input(corpus: Path, tmp_path: Path) -> 
     with pytest.raises(ValueError, match="is an INPUT, and cannot be --out as well"):
         run(corpus, corpus)
     with pytest.raises(ValueError, match="already holds a prepared set"):
-        dry_run(PrepareOptions([corpus], tmp_path / "set"))
+        print_plan(PrepareOptions([corpus], tmp_path / "set"))

@@ -51,7 +51,13 @@ def test_a_row_is_where_the_manifest_says(prepared: Path) -> None:
             with tarfile.open(prepared / shard.file) as tar:
                 assert [info.name for info in tar] == [member.name for member in shard.members]
                 for info, member in zip(tar, shard.members, strict=True):
-                    assert (info.mtime, info.uid, info.gid, info.uname, info.gname) == (0, 0, 0, "dnt", "dnt")
+                    assert (info.mtime, info.uid, info.gid, info.uname, info.gname) == (
+                        0,
+                        0,
+                        0,
+                        "dnt",
+                        "dnt",
+                    )
                     array = np.load(io.BytesIO(tar.extractfile(info).read()))
                     assert array.shape == (member.rows, manifest.seq_len + 1)
                     for row in (0, member.rows - 1):
@@ -74,12 +80,20 @@ def test_every_token_is_predicted_exactly_once(prepared: Path) -> None:
 
 def test_documents_come_back_as_they_went_in(prepared: Path) -> None:
     tokenizer = Tokenizer.load(prepared / "tokenizer.model")
-    texts = {path.read_bytes().decode("utf-8", "replace") for path in python_source_files(1_000_000)} - {""}
-    back = [tokenizer.decode(ids) for split in ("train", "val") for ids in iter_documents(prepared, split)]
+    texts = {
+        path.read_bytes().decode("utf-8", "replace") for path in python_source_files(1_000_000)
+    } - {""}
+    back = [
+        tokenizer.decode(ids)
+        for split in ("train", "val")
+        for ids in iter_documents(prepared, split)
+    ]
     assert set(back) == texts
     manifest = load_manifest(prepared)
     assert len(back) == sum(split.documents for split in manifest.splits.values())
-    assert sum(len(text.encode()) for text in back) == sum(split.text_bytes for split in manifest.splits.values())
+    assert sum(len(text.encode()) for text in back) == sum(
+        split.text_bytes for split in manifest.splits.values()
+    )
 
 
 def test_a_whole_set_has_no_problems(prepared: Path) -> None:
@@ -190,7 +204,10 @@ def shard(manifest: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("edit", "said"),
     [
-        (lambda m: m.update(format="other"), "found format 'other' version 1, expected 'dnt-shards' version 1"),
+        (
+            lambda m: m.update(format="other"),
+            "found format 'other' version 1, expected 'dnt-shards' version 1",
+        ),
         (lambda m: m.update(version=2), "version 2"),
         (lambda m: m.pop("dtype"), "dtype: Field required"),
         (lambda m: m.update(dtype="uint32"), "dtype is uint32, expected uint16"),
@@ -202,7 +219,10 @@ def shard(manifest: dict[str, Any]) -> dict[str, Any]:
         (lambda m: shard(m).update(file="../train-000001.tar"), "splits.train.shards.1.file: "),
         (lambda m: shard(m).update(file="/tmp/train-000001.tar"), "splits.train.shards.1.file: "),
         (lambda m: shard(m).update(file="train-000001.tar\n"), "splits.train.shards.1.file: "),
-        (lambda m: shard(m).update(file="train-000002.tar"), "splits.train.shards.1.file is train-000002.tar"),
+        (
+            lambda m: shard(m).update(file="train-000002.tar"),
+            "splits.train.shards.1.file is train-000002.tar",
+        ),
         (lambda m: shard(m).update(rows=7), "splits.train.shards.1.rows is 7"),
         (lambda m: shard(m).update(tokens=7), "splits.train.shards.1.tokens is 7"),
         (lambda m: shard(m)["members"][0].update(offset=10), "splits.train.shards.1: "),
@@ -244,7 +264,9 @@ def test_numbers_that_only_the_rows_can_prove(copy: Path) -> None:
 
 
 def test_a_folder_without_a_set(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="nowhere: no such folder; expected one made by `dnt data prepare`"):
+    with pytest.raises(
+        ValueError, match="nowhere: no such folder; expected one made by `dnt data prepare`"
+    ):
         load_manifest(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"manifest\.json: no manifest here"):
         load_manifest(tmp_path)
@@ -267,11 +289,16 @@ def test_splits_and_blocks_that_are_not_there(prepared: Path) -> None:
 
 
 def test_readers_do_not_import_torch() -> None:
-    code = "import sys, data_prep.pipeline; sys.exit('torch' in sys.modules or 'webdataset' in sys.modules)"
+    code = (
+        "import sys, data_prep.pipeline; sys.exit('torch' in sys.modules or 'webdataset' in "
+        "sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-@pytest.mark.parametrize("name", ["../../evil.npy", "/etc/evil.npy", "000000.tokens.npy\n", "a/../../b.tokens.npy"])
+@pytest.mark.parametrize(
+    "name", ["../../evil.npy", "/etc/evil.npy", "000000.tokens.npy\n", "a/../../b.tokens.npy"]
+)
 def test_a_tar_with_other_names_inside_is_named_and_writes_nowhere(copy: Path, name: str) -> None:
     manifest = load_manifest(copy)
     path = copy / "train-000000.tar"
@@ -281,8 +308,12 @@ def test_a_tar_with_other_names_inside_is_named_and_writes_nowhere(copy: Path, n
     raw[:512] = header.tobuf(tarfile.USTAR_FORMAT)
     path.write_bytes(raw)
     before = sorted(copy.parent.rglob("*"))
-    assert verify(copy) == [f"{path}: 000000.tokens.npy: its tar header tells of {name!r}, {header.size} bytes"]
-    assert len(read_block(copy, manifest, "train", 0)) == BLOCK_ROWS  # by its offset; the tar's names play no part
+    assert verify(copy) == [
+        f"{path}: 000000.tokens.npy: its tar header tells of {name!r}, {header.size} bytes"
+    ]
+    assert (
+        len(read_block(copy, manifest, "train", 0)) == BLOCK_ROWS
+    )  # by its offset; the tar's names play no part
     assert sorted(copy.parent.rglob("*")) == before
 
 
@@ -299,6 +330,10 @@ def test_best_fit_rows_are_verified(tmp_path: Path) -> None:
     altered = json.loads(path.read_text())
     altered["splits"]["train"]["tokens"] -= 1
     path.write_text(json.dumps(altered))
-    assert verify(tmp_path / "set") == [f"manifest.json: splits.train.tokens is {tokens - 1}, the rows hold {tokens}"]
+    assert verify(tmp_path / "set") == [
+        f"manifest.json: splits.train.tokens is {tokens - 1}, the rows hold {tokens}"
+    ]
     (tmp_path / "set" / "fingerprints.npy").write_bytes(b"other")
-    assert verify(tmp_path / "set")[0].startswith(f"{tmp_path / 'set' / 'fingerprints.npy'}: SHA-256 is")
+    assert verify(tmp_path / "set")[0].startswith(
+        f"{tmp_path / 'set' / 'fingerprints.npy'}: SHA-256 is"
+    )

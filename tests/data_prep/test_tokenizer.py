@@ -24,7 +24,9 @@ def sources() -> list[str]:
 
 
 @pytest.fixture(scope="module", params=["bpe", "unigram"])
-def model(request: pytest.FixtureRequest, sources: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model(
+    request: pytest.FixtureRequest, sources: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     path = tmp_path_factory.mktemp("tokenizer") / f"{request.param}.model"
     train(sources, 512, path, request.param)
     return path
@@ -36,7 +38,8 @@ def tokenizer(model: Path) -> Tokenizer:
 
 
 def foreign(path: Path, **settings: object) -> Path:
-    """A model with SentencePiece's own defaults: it normalises, adds a space, and knows few characters."""
+    """A model with SentencePiece's own defaults: it normalises, adds a space, and knows few
+    characters."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.Train(
         sentence_iterator=iter(["some words to learn from"] * 9),
@@ -67,7 +70,12 @@ def test_real_text_comes_back(tokenizer: Tokenizer, sources: list[str]) -> None:
 
 
 @settings(max_examples=300, deadline=None)
-@given(ANY_TEXT | st.lists(st.sampled_from(["\u2581", " ", "\n", "\r", "\t", "\0", "a", "</s>", "é"])).map("".join))
+@given(
+    ANY_TEXT
+    | st.lists(st.sampled_from(["\u2581", " ", "\n", "\r", "\t", "\0", "a", "</s>", "é"])).map(
+        "".join
+    )
+)
 @example("")
 @example("\0\0a\0")
 @example("</s><s><unk><0x0A>▁</s>")
@@ -83,7 +91,9 @@ def test_any_text_comes_back(tokenizer: Tokenizer, text: str) -> None:
     assert all(0 <= i < tokenizer.vocab_size for i in ids)
 
 
-def test_a_long_document_goes_in_parts(tokenizer: Tokenizer, model: Path, sources: list[str]) -> None:
+def test_a_long_document_goes_in_parts(
+    tokenizer: Tokenizer, model: Path, sources: list[str]
+) -> None:
     text = "\n".join(sources)
     assert len(text) > 4 * PART_CHARS
     whole = sentencepiece.SentencePieceProcessor(model_file=str(model)).Encode(text)
@@ -95,13 +105,20 @@ def test_a_long_document_goes_in_parts(tokenizer: Tokenizer, model: Path, source
         assert tokenizer.decode(tokenizer.encode(long)) == long
 
 
-def test_training_again_gives_the_same_file(model: Path, sources: list[str], tmp_path: Path) -> None:
+def test_training_again_gives_the_same_file(
+    model: Path, sources: list[str], tmp_path: Path
+) -> None:
     train(sources, 512, tmp_path / "again.model", "unigram" if "unigram" in model.name else "bpe")
     assert (tmp_path / "again.model").read_bytes() == model.read_bytes()
 
 
 def test_training_text_may_hold_anything(tmp_path: Path) -> None:
-    texts = ["</s> <unk> <0x0A> <s> the cat\n", "a\u2581b \u2585 c\0d\r\n", "x" * 5000, "\ufeff\u2028"] * 30
+    texts = [
+        "</s> <unk> <0x0A> <s> the cat\n",
+        "a\u2581b \u2585 c\0d\r\n",
+        "x" * 5000,
+        "\ufeff\u2028",
+    ] * 30
     with pytest.raises(ValueError, match="the largest that this corpus supports") as caught:
         train(texts, 5000, tmp_path / "t.model")
     train(texts, number_in(caught.value, "supports is "), tmp_path / "t.model")
@@ -113,9 +130,13 @@ def test_training_text_may_hold_anything(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
 def test_vocabulary_size_out_of_bounds(tmp_path: Path, kind: str) -> None:
     texts = ["the cat sat on the mat\n" * 20]
-    with pytest.raises(ValueError, match="found 5000, but the largest that this corpus supports is") as high:
+    with pytest.raises(
+        ValueError, match="found 5000, but the largest that this corpus supports is"
+    ) as high:
         train(texts, 5000, tmp_path / "t.model", kind)
-    with pytest.raises(ValueError, match=r"found 200, but .* need \d+; use --vocab-size \d+ or more") as low:
+    with pytest.raises(
+        ValueError, match=r"found 200, but .* need \d+; use --vocab-size \d+ or more"
+    ) as low:
         train(texts, 200, tmp_path / "t.model", kind)
     most, least = number_in(high.value, "supports is "), number_in(low.value, "need ")
     assert least <= most
@@ -153,8 +174,16 @@ def test_a_sample_does_not_depend_on_the_order_or_the_pieces(pieces: int) -> Non
 
 def test_kitoken_gives_the_ids_of_sentencepiece(sources: list[str], tmp_path: Path) -> None:
     train(sources, 512, tmp_path / "t.model", "bpe")
-    plain, fast = (Tokenizer.load(tmp_path / "t.model", encoder) for encoder in ("sentencepiece", "kitoken"))
-    for text in [*sources, "a\u2581b \u2585 c\0d\r\n", "\ufeff\u2028 \t\n", "x" * 40_000, "\U0001f600 é\u0301 </s>"]:
+    plain, fast = (
+        Tokenizer.load(tmp_path / "t.model", encoder) for encoder in ("sentencepiece", "kitoken")
+    )
+    for text in [
+        *sources,
+        "a\u2581b \u2585 c\0d\r\n",
+        "\ufeff\u2028 \t\n",
+        "x" * 40_000,
+        "\U0001f600 é\u0301 </s>",
+    ]:
         assert fast.encode(text) == plain.encode(text)
         fast.compare_with_sentencepiece(text, "here")
 
@@ -162,7 +191,9 @@ def test_kitoken_gives_the_ids_of_sentencepiece(sources: list[str], tmp_path: Pa
 def test_kitoken_that_differs_is_found(tmp_path: Path) -> None:
     fast = Tokenizer.load(foreign(tmp_path / "f.model", model_type="bpe"), "kitoken")
     fast.compare_with_sentencepiece("some words", "here")
-    with pytest.raises(FastPathDiffers, match=r"here: kitoken and SentencePiece give different ids"):
+    with pytest.raises(
+        FastPathDiffers, match=r"here: kitoken and SentencePiece give different ids"
+    ):
         fast.compare_with_sentencepiece("some\twords", "here")  # SentencePiece makes it a space
 
 

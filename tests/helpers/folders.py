@@ -19,7 +19,7 @@ def submission(run_dir: Path, *jobs: str, cancelled: bool = False) -> run_record
         name=run_dir.name,
         cluster=from_raw({"nodes": 2, "time": 60}, "test"),
         jobs=list(jobs),
-        logs=run_record.folder(run_dir) / "slurm",
+        logs=run_record.jobs_folder(run_dir) / "slurm",
         checkpoints=str(run_dir / "checkpoints"),
         cancelled=cancelled,
     )
@@ -27,8 +27,8 @@ def submission(run_dir: Path, *jobs: str, cancelled: bool = False) -> run_record
 
 def submitted_run(run_dir: Path, events: list[Event], *jobs: str, steps: int = 0) -> Path:
     """A folder with a submission of ``jobs``, a timeline, and the metrics of ``steps`` steps of 100, one a second."""
-    run_record.folder(run_dir).mkdir(parents=True)
-    run_record.save(run_dir, submission(run_dir, *jobs))
+    run_record.jobs_folder(run_dir).mkdir(parents=True)
+    run_record.write_submission(run_dir, submission(run_dir, *jobs))
     run_record.config_file(run_dir).write_text(config_of_100_steps())
     timeline.path(run_dir).parent.mkdir()
     timeline.path(run_dir).write_text("".join(json.dumps(event) + "\n" for event in events))

@@ -1,4 +1,5 @@
-"""`dnt data prepare --cluster` on a real SLURM: the bytes of a local run, and what it says before and after."""
+"""`dnt data prepare --cluster` on a real SLURM: the bytes of a local run, and what it says before
+and after."""
 
 import shutil
 from collections.abc import Iterator
@@ -16,7 +17,18 @@ from tests.helpers.corpus import contents, python_source_files
 from tests.helpers.slurm import command, free, wait_for
 
 SITE = ("--cluster", "sandbox", "cluster.partition=low", "cluster.mem_gb=null")
-OPTIONS = ("--vocab-size", "400", "--seq-len", "64", "--val-fraction", "0.1", "--clean", "light", "--dedup", "near")
+OPTIONS = (
+    "--vocab-size",
+    "400",
+    "--seq-len",
+    "64",
+    "--val-fraction",
+    "0.1",
+    "--clean",
+    "light",
+    "--dedup",
+    "near",
+)
 
 
 @pytest.fixture
@@ -35,7 +47,11 @@ def jobs(here: Path) -> Iterator[Path]:
     folder = data_prep_jobs.state_folder(here / "data" / "set")
     yield folder
     if (folder / "prepare.json").exists():
-        free(*data_prep_jobs.ids(list(data_prep_jobs.load(folder).jobs.values())).split())
+        free(
+            *data_prep_jobs.format_job_ids(
+                list(data_prep_jobs.read_order(folder).jobs.values())
+            ).split()
+        )
 
 
 def ask(*more: str, inputs: tuple[str, ...] = ("books",), site: tuple[str, ...] = SITE) -> int:
@@ -43,22 +59,30 @@ def ask(*more: str, inputs: tuple[str, ...] = ("books",), site: tuple[str, ...] 
 
 
 def wait_for_jobs(folder: Path) -> None:
-    ours = set(data_prep_jobs.load(folder).jobs.values())
+    ours = set(data_prep_jobs.read_order(folder).jobs.values())
     wait_for(lambda: not ours & slurm.queue().keys(), "the end of the jobs", timeout=300.0)
 
 
 @pytest.mark.usefixtures("slurm")
-def test_a_set_by_jobs_is_that_of_a_local_run(here: Path, jobs: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """One task is cancelled in the queue: asked again, the command queues it and what needs it, and nothing else."""
+def test_a_set_by_jobs_is_that_of_a_local_run(
+    here: Path, jobs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One task is cancelled in the queue: asked again, the command queues it and what needs it, and
+    nothing else."""
     assert ask("--tasks", "3") == 0
     said = capsys.readouterr().out
     assert "data/set: in the making" in said
-    first = data_prep_jobs.load(jobs).jobs
+    first = data_prep_jobs.read_order(jobs).jobs
     command("scancel", first["task-1"]).ok()
     assert ask("--tasks", "3") == 0
-    assert data_prep_jobs.load(jobs).jobs == first, "asked again while jobs are at work, it queues nothing"
+    assert data_prep_jobs.read_order(jobs).jobs == first, (
+        "asked again while jobs are at work, it queues nothing"
+    )
     assert ask("--dedup", "exact") == 2
-    assert "data/set: jobs of a command with other options are at work on it" in capsys.readouterr().err
+    assert (
+        "data/set: jobs of a command with other options are at work on it"
+        in capsys.readouterr().err
+    )
     wait_for_jobs(jobs)
     assert not (here / "data" / "set" / "manifest.json").exists()
 
@@ -66,14 +90,24 @@ def test_a_set_by_jobs_is_that_of_a_local_run(here: Path, jobs: Path, capsys: py
     said = capsys.readouterr().out
     assert "2 finished, 1 not finished" in said
     assert "queued again, what is not finished" in said
-    second = data_prep_jobs.load(jobs).jobs
+    second = data_prep_jobs.read_order(jobs).jobs
     assert {part for part in first if first[part] != second[part]} == {"task-1", "merge"}
     wait_for_jobs(jobs)
     assert ask() == 0
     assert "data/set: made" in capsys.readouterr().out
 
     options = PrepareOptions(
-        ["books"], here / "local" / "set", None, 400, None, "bpe", 64, "concat", 0.1, rules_file("light"), "near"
+        ["books"],
+        here / "local" / "set",
+        None,
+        400,
+        None,
+        "bpe",
+        64,
+        "concat",
+        0.1,
+        rules_file("light"),
+        "near",
     )
     prepare_here(options)
     assert contents(here / "data" / "set") == contents(here / "local" / "set")
@@ -82,7 +116,9 @@ def test_a_set_by_jobs_is_that_of_a_local_run(here: Path, jobs: Path, capsys: py
 
 
 @pytest.mark.usefixtures("slurm")
-def test_a_failure_is_told_with_its_log(here: Path, jobs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_failure_is_told_with_its_log(
+    here: Path, jobs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (here / "books" / "broken.jsonl").write_text('{"text": \n')
     assert ask("--strict") == 0
     wait_for_jobs(jobs)
@@ -137,7 +173,9 @@ def test_a_set_that_is_there_is_left_alone(here: Path, capsys: pytest.CaptureFix
 
 
 @pytest.mark.usefixtures("slurm")
-def test_a_dry_run_shows_the_plan_and_leaves_nothing(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dry_run_shows_the_plan_and_leaves_nothing(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert ask("--dry-run", "--tasks", "7", "--workers", "2") == 0
     shown = capsys.readouterr().out
     assert "clean      " in shown

@@ -8,14 +8,23 @@ import psutil
 import pytest
 
 from cluster import run_record
-from cluster.run_record import LedgerError
+from cluster.run_record import RecordError
 from cluster.slurm import Job
 from cluster.watch import jobs_command, run_state
 from cluster.watch.find_runs import find_runs
 from dnt_scale.cli.main import main as dnt
 from dnt_scale.record import timeline
 from dnt_scale.record.metrics_file import last_metrics
-from tests.helpers.folders import Event, allocated, end, ended, queued, ready, submission, submitted_run
+from tests.helpers.folders import (
+    Event,
+    allocated,
+    end,
+    ended,
+    queued,
+    ready,
+    submission,
+    submitted_run,
+)
 from tests.helpers.run import start, synthetic_set, tiny, until
 
 NOW = 10_000.0
@@ -23,13 +32,27 @@ WAITS = [queued(NOW - 90, "7")]
 STARTS = [*WAITS, allocated(NOW - 60, "7.0")]
 TRAINS = [*STARTS, ready(NOW - 50, "7.0")]
 STOPPED = [*TRAINS, end(NOW - 20, "7.0", "KILLED"), ended(NOW - 19, "7.0", "stopped", "requeued")]
-MOVED_ON = [*STOPPED[:-1], ended(NOW - 19, "7.0", "crashed", "resubmitted"), queued(NOW - 18, "8", by_user=False)]
+MOVED_ON = [
+    *STOPPED[:-1],
+    ended(NOW - 19, "7.0", "crashed", "resubmitted"),
+    queued(NOW - 18, "8", by_user=False),
+]
 LONG_AGO = [{**event, "time": event["time"] - run_state.FORGETS_S} for event in TRAINS]
 
 
-def slurm_job(word: str, job: str = "7", restarts: int = 0, reason: str = "", eligible: float = 0.0) -> Job:
+def slurm_job(
+    word: str, job: str = "7", restarts: int = 0, reason: str = "", eligible: float = 0.0
+) -> Job:
     running = word not in ("PENDING", "CANCELLED")
-    return Job(job, word, reason, "node[1-2]" if running else "", restarts, eligible=eligible, started=NOW - 61)
+    return Job(
+        job,
+        word,
+        reason,
+        "node[1-2]" if running else "",
+        restarts,
+        eligible=eligible,
+        started=NOW - 61,
+    )
 
 
 @pytest.mark.parametrize(
@@ -41,8 +64,13 @@ def slurm_job(word: str, job: str = "7", restarts: int = 0, reason: str = "", el
         (TRAINS, slurm_job("RUNNING"), "running on node[1-2]"),
         (TRAINS, slurm_job("SUSPENDED"), "running on node[1-2] (SLURM says SUSPENDED)"),
         ([*LONG_AGO], slurm_job("RUNNING"), "running on node[1-2] (no sign of life for 6 min)"),
-        # back into the queue: by itself, by SLURM without a word of the run, and while the job still ends
-        (STOPPED, slurm_job("PENDING", restarts=1, eligible=NOW + 9), "requeued (may start in 9 s)"),
+        # back into the queue: by itself, by SLURM without a word of the run, and while the job
+        # still ends
+        (
+            STOPPED,
+            slurm_job("PENDING", restarts=1, eligible=NOW + 9),
+            "requeued (may start in 9 s)",
+        ),
         (TRAINS, slurm_job("PENDING", restarts=1, reason="Resources"), "requeued (Resources)"),
         (STOPPED, slurm_job("RUNNING"), "requeued (job 7 is still ending)"),
         (TRAINS, slurm_job("COMPLETING", restarts=1), "requeued (job 7 is still ending)"),
@@ -50,7 +78,11 @@ def slurm_job(word: str, job: str = "7", restarts: int = 0, reason: str = "", el
         (MOVED_ON, slurm_job("PENDING", "8", reason="Resources"), "requeued (Resources)"),
         # over, by its own word: SLURM is not needed
         ([*TRAINS, ended(NOW, "7.0", "finished", "none", "all done")], None, "finished (all done)"),
-        ([*TRAINS, ended(NOW, "7.0", "refused", "none", "bad")], slurm_job("COMPLETING"), "refused (bad)"),
+        (
+            [*TRAINS, ended(NOW, "7.0", "refused", "none", "bad")],
+            slurm_job("COMPLETING"),
+            "refused (bad)",
+        ),
         # and on with it, by `dnt resubmit`
         (
             [*TRAINS, ended(NOW - 9, "7.0", "crashed", "none"), queued(NOW - 8, "8")],
@@ -61,22 +93,37 @@ def slurm_job(word: str, job: str = "7", restarts: int = 0, reason: str = "", el
 )
 def test_what_a_run_is_doing(events: list[Event], job: Job | None, expected: str) -> None:
     of = "8" if any(event["attempt"] == "8" for event in events) else "7"
-    found = run_state.standing(submission(Path("big"), of), events, job, NOW, asked=True)
-    assert found.in_words == expected
-    assert not found.untold
+    found = run_state.decide_status(submission(Path("big"), of), events, job, NOW, asked=True)
+    assert found.text == expected
+    assert not found.unrecorded
     assert found.live == (found.state in ("queued", "requeued", "starting", "running"))
 
 
 @pytest.mark.parametrize(
     ("events", "job", "attempt", "expected"),
     [
-        (TRAINS, slurm_job("TIMEOUT"), "7.0", "killed (job 7 ended without a word, SLURM says TIMEOUT)"),
-        (STARTS, slurm_job("NODE_FAIL"), "7.0", "killed (job 7 ended without a word, SLURM says NODE_FAIL)"),
+        (
+            TRAINS,
+            slurm_job("TIMEOUT"),
+            "7.0",
+            "killed (job 7 ended without a word, SLURM says TIMEOUT)",
+        ),
+        (
+            STARTS,
+            slurm_job("NODE_FAIL"),
+            "7.0",
+            "killed (job 7 ended without a word, SLURM says NODE_FAIL)",
+        ),
         (LONG_AGO, None, "7.0", "killed (job 7 ended without a word, SLURM has forgotten it)"),
         (TRAINS, slurm_job("CANCELLED"), "7.0", "cancelled (the job was cancelled)"),
         (WAITS, slurm_job("CANCELLED"), "7.0", "cancelled (the job was cancelled)"),
         (STOPPED, slurm_job("CANCELLED", restarts=1), "7.1", "cancelled (the job was cancelled)"),
-        ([*TRAINS, end(NOW, "7.0", "FINISHED")], slurm_job("FAILED"), "7.0", "finished (the token budget is spent)"),
+        (
+            [*TRAINS, end(NOW, "7.0", "FINISHED")],
+            slurm_job("FAILED"),
+            "7.0",
+            "finished (the token budget is spent)",
+        ),
         (
             [*TRAINS, end(NOW, "7.0", "KILLED")],
             slurm_job("TIMEOUT"),
@@ -92,17 +139,25 @@ def test_what_a_run_is_doing(events: list[Event], job: Job | None, expected: str
         ),
     ],
 )
-def test_an_end_that_nobody_wrote_down(events: list[Event], job: Job | None, attempt: str, expected: str) -> None:
-    found = run_state.standing(submission(Path("big"), "7"), events, job, NOW, asked=True)
-    assert (found.in_words, found.attempt) == (expected, attempt)
-    assert found.untold
+def test_an_end_that_nobody_wrote_down(
+    events: list[Event], job: Job | None, attempt: str, expected: str
+) -> None:
+    found = run_state.decide_status(submission(Path("big"), "7"), events, job, NOW, asked=True)
+    assert (found.text, found.attempt) == (expected, attempt)
+    assert found.unrecorded
     assert not found.live
 
 
 def test_a_run_that_dnt_cancel_ended() -> None:
     cancelled = submission(Path("big"), "7", cancelled=True)
-    assert run_state.standing(cancelled, TRAINS, slurm_job("COMPLETING"), NOW, asked=True).state == "cancelling"
-    assert run_state.standing(cancelled, TRAINS, slurm_job("CANCELLED"), NOW, asked=True).why == "dnt cancel"
+    assert (
+        run_state.decide_status(cancelled, TRAINS, slurm_job("COMPLETING"), NOW, asked=True).state
+        == "cancelling"
+    )
+    assert (
+        run_state.decide_status(cancelled, TRAINS, slurm_job("CANCELLED"), NOW, asked=True).why
+        == "dnt cancel"
+    )
 
 
 @pytest.mark.parametrize(
@@ -116,15 +171,18 @@ def test_a_run_that_dnt_cancel_ended() -> None:
 )
 def test_the_folder_alone(events: list[Event], expected: str) -> None:
     there = submission(Path("big"), "8" if events is MOVED_ON else "7")
-    found = run_state.standing(there, events, None, NOW, asked=False)
-    assert found.in_words == expected
-    assert not found.untold
+    found = run_state.decide_status(there, events, None, NOW, asked=False)
+    assert found.text == expected
+    assert not found.unrecorded
 
 
 def test_a_job_that_lives_in_another_cluster_is_not_taken_for_dead() -> None:
-    found = run_state.standing(submission(Path("big"), "7"), TRAINS, None, NOW, asked=True)
-    assert found.in_words == "running on node1 node2 (SLURM here does not know job 7; last sign of life 50 s ago)"
-    assert not found.untold
+    found = run_state.decide_status(submission(Path("big"), "7"), TRAINS, None, NOW, asked=True)
+    assert (
+        found.text
+        == "running on node1 node2 (SLURM here does not know job 7; last sign of life 50 s ago)"
+    )
+    assert not found.unrecorded
 
 
 @pytest.fixture
@@ -140,7 +198,9 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             queued(now - 300, "7"),
             allocated(now - 290, "7.0"),
             ready(now - 280, "7.0"),
-            ended(now - 150, "7.0", "crashed", "requeued", "exit status 137: rank 1 is gone", "node2"),
+            ended(
+                now - 150, "7.0", "crashed", "requeued", "exit status 137: rank 1 is gone", "node2"
+            ),
             allocated(now - 100, "7.1", ("node1", "node3")),
             ready(now - 90, "7.1", 20),
         ],
@@ -194,7 +254,12 @@ def test_the_same_as_data(runs: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert dnt(["jobs", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     big, waits, done = found["runs"]
-    assert (big["name"], big["state"], big["step"], big["total_steps"]) == ("big", "running", 40, 100)
+    assert (big["name"], big["state"], big["step"], big["total_steps"]) == (
+        "big",
+        "running",
+        40,
+        100,
+    )
     assert big["left_s"] == pytest.approx(60)
     assert [attempt["name"] for attempt in big["attempts"]] == ["7.0", "7.1"]
     assert big["attempts"][0]["blamed"] == ["node2"]
@@ -224,7 +289,9 @@ def test_runs_are_found_by_name_folder_and_folder_of_runs(runs: Path) -> None:
     assert len(find_runs([])) == 3
 
 
-def test_a_run_with_jobs_at_work_is_not_trained_by_hand(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_with_jobs_at_work_is_not_trained_by_hand(
+    runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     here = ["model=dnt_nano", "data.path=set", "run.name=big", f"run.dir={runs}/big"]
     assert dnt(["train", *here]) == 2
     told = capsys.readouterr().err
@@ -236,16 +303,22 @@ def test_a_run_with_jobs_at_work_is_not_trained_by_hand(runs: Path, capsys: pyte
 
 def test_steps_of_a_run_that_is_given_tokens(runs: Path) -> None:
     file = run_record.config_file(runs / "big")
-    file.write_text(file.read_text().replace("steps: 100", "steps: null").replace("tokens: null", "tokens: 10000"))
-    run = jobs_command.config_of(runs / "big")
+    file.write_text(
+        file.read_text()
+        .replace("steps: 100", "steps: null")
+        .replace("tokens: null", "tokens: 10000")
+    )
+    run = jobs_command.read_config(runs / "big")
     assert jobs_command.total_steps(run, []) is None  # the length of a row is not known yet
     assert jobs_command.total_steps(run, last_metrics(runs / "big")) == 20  # of 512 tokens
 
 
-def test_a_cancel_where_there_is_no_slurm_changes_nothing(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_cancel_where_there_is_no_slurm_changes_nothing(
+    runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert dnt(["cancel", "waits"]) == 2
     assert "no SLURM here" in capsys.readouterr().err
-    assert not run_record.load(runs / "waits").cancelled
+    assert not run_record.read_submission(runs / "waits").cancelled
 
 
 def test_a_cancel_of_a_run_that_is_over(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -255,26 +328,40 @@ def test_a_cancel_of_a_run_that_is_over(runs: Path, capsys: pytest.CaptureFixtur
 
 def test_an_end_found_out_is_written_for_good(runs: Path) -> None:
     events = timeline.read(runs / "big")
-    lost = {"event": "lost", "time": time.time(), "attempt": "7.1", "message": "no answer", "hosts": ["node3"]}
+    lost = {
+        "event": "lost",
+        "time": time.time(),
+        "attempt": "7.1",
+        "message": "no answer",
+        "hosts": ["node3"],
+    }
     events.append(lost)
     job = Job("7", "TIMEOUT", restarts=1, ends=events[-2]["time"] + 5)
-    found = run_state.standing(run_record.load(runs / "big"), events, job, time.time(), asked=True)
-    run_state.write_end(runs / "big", found, events, job)
+    found = run_state.decide_status(
+        run_record.read_submission(runs / "big"), events, job, time.time(), asked=True
+    )
+    run_state.record_found_end(runs / "big", found, events, job)
     written = timeline.read(runs / "big")[-1]
     assert (written["attempt"], written["status"], written["next"]) == ("7.1", "killed", "none")
     assert written["reason"] == "job 7 ended without a word, SLURM says TIMEOUT; no answer"
     assert (written["blamed"], written["until"]) == (["node3"], job.ends)
-    again = run_state.standing(
-        run_record.load(runs / "big"), timeline.read(runs / "big"), None, time.time(), asked=True
+    again = run_state.decide_status(
+        run_record.read_submission(runs / "big"),
+        timeline.read(runs / "big"),
+        None,
+        time.time(),
+        asked=True,
     )
-    assert (again.state, again.untold) == ("killed", False)
+    assert (again.state, again.unrecorded) == ("killed", False)
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="gives a file to another user, which takes root")
-def test_a_run_of_another_user_is_shown_and_left_alone(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_state.ours(runs / "big")
+def test_a_run_of_another_user_is_shown_and_left_alone(
+    runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_state.is_ours(runs / "big")
     os.chown(runs / "big/jobs/run.json", 65534, 65534)
-    assert not run_state.ours(runs / "big")
+    assert not run_state.is_ours(runs / "big")
     assert dnt(["jobs", "big"]) == 0
     assert "running on" in capsys.readouterr().out
     assert dnt(["cancel", "big"]) == 2
@@ -295,27 +382,44 @@ def test_watch_ends_with_ctrl_c(runs: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 @pytest.mark.parametrize(
-    ("rate", "expected"), [(None, "-"), (0.4, "0"), (512.3, "512"), (12_345.0, "12.3k"), (1_204_000.0, "1.2M")]
+    ("rate", "expected"),
+    [(None, "-"), (0.4, "0"), (512.3, "512"), (12_345.0, "12.3k"), (1_204_000.0, "1.2M")],
 )
 def test_three_digits_of_a_rate(rate: float | None, expected: str) -> None:
-    assert jobs_command.rate(rate) == expected
+    assert jobs_command.format_rate(rate) == expected
 
 
-def test_no_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert dnt(["jobs"]) == 0
     assert "`dnt submit` does" in " ".join(capsys.readouterr().out.split())
-    with pytest.raises(LedgerError, match="no job was submitted"):
-        run_record.load(tmp_path, to_look=True)
+    with pytest.raises(RecordError, match="no job was submitted"):
+        run_record.read_submission(tmp_path, of_any_owner=True)
 
 
-def test_mlflow_gets_the_true_status_of_a_run_that_is_dead(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mlflow_gets_the_true_status_of_a_run_that_is_dead(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     now = time.time() - 2 * jobs_command.QUIET_S
-    over = [queued(now, "7"), allocated(now, "7.0"), ended(now, "7.0", "killed", "none", "no word of it")]
+    over = [
+        queued(now, "7"),
+        allocated(now, "7.0"),
+        ended(now, "7.0", "killed", "none", "no word of it"),
+    ]
     run_dir = submitted_run(tmp_path / "dead", over, "7")
-    training = start(tiny(synthetic_set(tmp_path / "set"), run_dir, "tracking.enabled=true", "train.steps=100000"))
-    until(lambda: run_state.mlflow_status(run_dir) == "RUNNING", 240)
-    senders = [child for child in psutil.Process(training.processes[0].pid).children() if child.is_running()]
+    training = start(
+        tiny(
+            synthetic_set(tmp_path / "set"), run_dir, "tracking.enabled=true", "train.steps=100000"
+        )
+    )
+    until(lambda: run_state.read_mlflow_status(run_dir) == "RUNNING", 240)
+    senders = [
+        child
+        for child in psutil.Process(training.processes[0].pid).children()
+        if child.is_running()
+    ]
     assert senders
     training.kill()
     for sender in senders:

@@ -1,4 +1,5 @@
-"""`dnt jobs`, `dnt logs -f` and `dnt cancel` of a real run on a real SLURM, and ends that are found out there."""
+"""`dnt jobs`, `dnt logs -f` and `dnt cancel` of a real run on a real SLURM, and ends that are found
+out there."""
 
 import os
 import shutil
@@ -35,8 +36,15 @@ def submitted(tmp_path: Path) -> Iterator[Submit]:
     jobs = []
 
     def submit_run(run_dir: Path, *site: str) -> run_record.Submission:
-        cluster, _ = cluster_config.load(["cluster=sandbox", "cluster.preflight=false", *site])
-        more = (f"run.name={run_dir.name}", "train.steps=100000", "checkpoint.every=50", "eval.every=0")
+        cluster, _ = cluster_config.read_cluster(
+            ["cluster=sandbox", "cluster.preflight=false", *site]
+        )
+        more = (
+            f"run.name={run_dir.name}",
+            "train.steps=100000",
+            "checkpoint.every=50",
+            "eval.every=0",
+        )
         jobs.append(submit(config.load(tiny(tmp_path / "set", run_dir, *more)), cluster))
         return jobs[-1]
 
@@ -63,7 +71,9 @@ def test_a_run_from_the_queue_to_its_cancellation(
         told = capsys.readouterr().out
         step = steps_written(run_dir)
         reached = f"it reached step {step:,}, its newest checkpoint is of step {step:,}"
-        assert told == f"{run_dir} is cancelled; {reached}; `dnt resubmit {run_dir}` goes on with it\n"
+        assert (
+            told == f"{run_dir} is cancelled; {reached}; `dnt resubmit {run_dir}` goes on with it\n"
+        )
         out, err = follower.communicate(timeout=60)
     finally:
         follower.kill()
@@ -73,7 +83,7 @@ def test_a_run_from_the_queue_to_its_cancellation(
     assert "submitit INFO" not in out
     assert err.splitlines()[-1] == "dnt: followed: cancelled (dnt cancel)"
 
-    assert run_record.load(run_dir).cancelled
+    assert run_record.read_submission(run_dir).cancelled
     assert dnt(["cancel", str(run_dir)]) == 0
     assert capsys.readouterr().out == f"{run_dir} is not live: cancelled (dnt cancel)\n"
     last = timeline.read(run_dir)[-1]
@@ -81,7 +91,10 @@ def test_a_run_from_the_queue_to_its_cancellation(
 
 
 def test_a_job_that_waits(
-    submitted: Submit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    submitted: Submit,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """It is queued; then ended by somebody with scancel, which nobody can have written down."""
     run_dir = tmp_path / "waits"
@@ -95,13 +108,20 @@ def test_a_job_that_waits(
     wait_state(job, "CANCELLED")
     dnt(["jobs", str(run_dir)])
     assert "waits: cancelled (the job was cancelled)" in capsys.readouterr().out
-    assert timeline.read(run_dir)[-1]["event"] == "submitted"  # its own word may still be on its way
-    monkeypatch.setattr(run_state, "SETTLED_S", -5.0)
+    assert (
+        timeline.read(run_dir)[-1]["event"] == "submitted"
+    )  # its own word may still be on its way
+    monkeypatch.setattr(run_state, "WRITTEN_AFTER_S", -5.0)
     dnt(["jobs", str(run_dir)])
-    assert (timeline.read(run_dir)[-1]["event"], timeline.read(run_dir)[-1]["status"]) == ("ended", "cancelled")
+    assert (timeline.read(run_dir)[-1]["event"], timeline.read(run_dir)[-1]["status"]) == (
+        "ended",
+        "cancelled",
+    )
 
 
-def test_a_job_that_waits_is_cancelled(submitted: Submit, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_job_that_waits_is_cancelled(
+    submitted: Submit, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     job = submitted(tmp_path / "waits", "cluster.sbatch.begin=now+5hours").job
     assert dnt(["cancel", str(tmp_path / "waits")]) == 0
     assert "waits is cancelled; it had not begun; `dnt resubmit" in capsys.readouterr().out
@@ -114,18 +134,27 @@ def test_a_run_of_another_cluster_is_left_alone(
 ) -> None:
     run_dir = tmp_path / "elsewhere"
     submitted(run_dir, "cluster.sbatch.begin=now+5hours")
-    run_record.update(run_dir, lambda now: now.model_copy(update={"slurm": "elsewhere"}))
+    run_record.update_submission(run_dir, lambda now: now.model_copy(update={"slurm": "elsewhere"}))
     for what in ("resubmit", "cancel"):
         assert dnt([what, str(run_dir)]) == 2
-        assert "its jobs are with the SLURM elsewhere, this one is" in " ".join(capsys.readouterr().err.split())
-    assert timeline.read(run_dir)[-1]["event"] == "submitted" and not run_record.load(run_dir).cancelled
-    run_record.ended(run_dir, f"{run_record.load(run_dir).job}.0", "crashed", "none", "over there")
-    command("scancel", run_record.load(run_dir).job).ok()
+        assert "its jobs are with the SLURM elsewhere, this one is" in " ".join(
+            capsys.readouterr().err.split()
+        )
+    assert (
+        timeline.read(run_dir)[-1]["event"] == "submitted"
+        and not run_record.read_submission(run_dir).cancelled
+    )
+    run_record.record_end(
+        run_dir, f"{run_record.read_submission(run_dir).job}.0", "crashed", "none", "over there"
+    )
+    command("scancel", run_record.read_submission(run_dir).job).ok()
     assert dnt(["resubmit", str(run_dir), "--dry-run"]) == 0  # what is over there may go on here
 
 
 @pytest.fixture(params=["sacct", "no sacct"])
-def accounting(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def accounting(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """SLURM's commands as they are, and as on a site without accounting."""
     if request.param == "no sacct":
         (tmp_path / "bin").mkdir()
@@ -136,13 +165,17 @@ def accounting(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pyte
 
 @pytest.mark.usefixtures("accounting")
 @pytest.mark.parametrize("mine", [True, False])
-def test_a_job_that_slurm_has_forgotten(tmp_path: Path, mine: bool, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_job_that_slurm_has_forgotten(
+    tmp_path: Path, mine: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
     began = time.time() - 2 * run_state.FORGETS_S
     events = [queued(began, "39999999"), allocated(began, "39999999.0"), ready(began, "39999999.0")]
     run_dir = submitted_run(tmp_path / "gone", events, "39999999", steps=5)
     if not mine:
-        os.chown(run_record.folder(run_dir) / "run.json", 65534, 65534)
-    with pytest.raises(ConfigError, match=rf"in use by job 39999999, .* `dnt jobs {run_dir}` finds that out"):
+        os.chown(run_record.jobs_folder(run_dir) / "run.json", 65534, 65534)
+    with pytest.raises(
+        ConfigError, match=rf"in use by job 39999999, .* `dnt jobs {run_dir}` finds that out"
+    ):
         check_no_job(run_dir)  # of training that does not ask SLURM; the advice is followed here
     assert dnt(["jobs", str(run_dir)]) == 0
     if mine:

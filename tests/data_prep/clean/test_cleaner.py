@@ -7,7 +7,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.clean.cleaner import EXCERPT, SAMPLES, CleanConfig, Cleaner, CleanStats, Verdict, load_rules
+from data_prep.clean.cleaner import (
+    EXCERPT,
+    SAMPLES,
+    CleanConfig,
+    Cleaner,
+    CleanStats,
+    Verdict,
+    read_rules,
+)
 
 SHIPPED = Path(__file__).parents[3] / "configs" / "clean"
 ESSAY = """The old harbour lies to the north of the town, and nobody has ever counted the boats that sleep in it.
@@ -24,7 +32,7 @@ def rules(folder: Path, text: str) -> Path:
 
 def clean(folder: Path, text: str, *documents: str) -> tuple[list[Verdict], CleanStats]:
     stats = CleanStats()
-    cleaner = Cleaner(load_rules(rules(folder, text)))
+    cleaner = Cleaner(read_rules(rules(folder, text)))
     return [cleaner(document, stats) for document in documents], stats
 
 
@@ -59,7 +67,8 @@ def test_the_order_matters(tmp_path: Path) -> None:
     count = "  - gopher_quality: {min_words: 6, min_stop_words: 0}\n"
     document = "Menu\nThese are five good words."
     ((first,), _), ((second,), _) = (
-        clean(tmp_path, "rules:\n" + order, document) for order in (shorten + count, count + shorten)
+        clean(tmp_path, "rules:\n" + order, document)
+        for order in (shorten + count, count + shorten)
     )
     assert first == Verdict(None, "gopher_quality", "words 5 < 6")
     assert second == Verdict("These are five good words.", None, "")
@@ -82,17 +91,23 @@ def test_samples_are_beginnings_and_few(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def cleaner(tmp_path_factory: pytest.TempPathFactory) -> Cleaner:
     text = (
-        "rules: [{mask_pii: {}}, {c4_quality: {min_sentences: 1, min_line_words: 2}}, {gopher_quality: {min_words: 3}}]"
+        "rules: [{mask_pii: {}}, {c4_quality: {min_sentences: 1, min_line_words: 2}}, "
+        "{gopher_quality: {min_words: 3}}]"
     )
-    return Cleaner(load_rules(rules(tmp_path_factory.mktemp("rules"), text)))
+    return Cleaner(read_rules(rules(tmp_path_factory.mktemp("rules"), text)))
 
 
 @settings(deadline=None)
 @given(
-    parts=st.lists(st.lists(st.text("ab.{@ \n", max_size=20) | st.just("a@b.org the of."), max_size=6), max_size=6),
+    parts=st.lists(
+        st.lists(st.text("ab.{@ \n", max_size=20) | st.just("a@b.org the of."), max_size=6),
+        max_size=6,
+    ),
     seed=st.integers(0, 1000),
 )
-def test_merging_in_any_order_gives_the_same(cleaner: Cleaner, parts: list[list[str]], seed: int) -> None:
+def test_merging_in_any_order_gives_the_same(
+    cleaner: Cleaner, parts: list[list[str]], seed: int
+) -> None:
     def merged(pieces: list[list[str]]) -> dict[str, Any]:
         total = CleanStats()
         for documents in pieces:
@@ -110,9 +125,18 @@ def test_merging_in_any_order_gives_the_same(cleaner: Cleaner, parts: list[list[
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("rules: [{gopher_qualty: {}}]", r"rules\.0: found the rule 'gopher_qualty', .*did you mean gopher_quality\?"),
-        ("rules: [{zzz: {}}]", r"rules\.0: found the rule 'zzz', .*expected one of fix_text, normalize"),
-        ("rules: [{normalize: {}}, {mask_pii: {emial: true}}]", r"rules\.1\.mask_pii\.emial: .*did you mean email\?"),
+        (
+            "rules: [{gopher_qualty: {}}]",
+            r"rules\.0: found the rule 'gopher_qualty', .*did you mean gopher_quality\?",
+        ),
+        (
+            "rules: [{zzz: {}}]",
+            r"rules\.0: found the rule 'zzz', .*expected one of fix_text, normalize",
+        ),
+        (
+            "rules: [{normalize: {}}, {mask_pii: {emial: true}}]",
+            r"rules\.1\.mask_pii\.emial: .*did you mean email\?",
+        ),
         (
             "rules: [{fix_text: {zzz: true}}]",
             r"rules\.0\.fix_text\.zzz: found a field that there is not; expected no fields",
@@ -121,52 +145,76 @@ def test_merging_in_any_order_gives_the_same(cleaner: Cleaner, parts: list[list[
             "rules: [{gopher_quality: {min_words: many}}]",
             r"rules\.0\.gopher_quality\.min_words: .*integer, found 'many'",
         ),
-        ("rules: [{gopher_quality: {min_words: -1}}]", r"min_words: .*greater than or equal to 0, found -1"),
+        (
+            "rules: [{gopher_quality: {min_words: -1}}]",
+            r"min_words: .*greater than or equal to 0, found -1",
+        ),
         ("rules: [{mask_pii: {email: 1}}]", r"mask_pii\.email: .*valid boolean, found 1"),
-        ("rules: [{normalize: {form: nfc}}]", r"normalize\.form: Input should be 'NFC', 'NFD', .*found 'nfc'"),
+        (
+            "rules: [{normalize: {form: nfc}}]",
+            r"normalize\.form: Input should be 'NFC', 'NFD', .*found 'nfc'",
+        ),
         ("rules: [{language: {}}]", r"rules\.0\.language\.keep: missing, and has no default"),
         ("rules: [{language: {keep: en}}]", r"language\.keep: .*valid list, found 'en'"),
         ("rules: [{language: {keep: [english]}}]", r"language\.keep\.0: .*found 'english'"),
-        ("rules: [{gopher_repetition: {max_top_ngram: {1: 0.5}}}]", r"max_top_ngram.*greater than or equal to 2"),
+        (
+            "rules: [{gopher_repetition: {max_top_ngram: {1: 0.5}}}]",
+            r"max_top_ngram.*greater than or equal to 2",
+        ),
         ("rules: [{mask_pii: [email]}]", r"rules\.0\.mask_pii: .*found \['email'\]"),
-        ("rules: [{decontaminate: {files: [none.txt]}}]", r"decontaminate\.files: no file matches 'none\.txt' in"),
+        (
+            "rules: [{decontaminate: {files: [none.txt]}}]",
+            r"decontaminate\.files: no file matches 'none\.txt' in",
+        ),
         (
             "rules: [{decontaminate: {files: [rules.yaml]}}]",
             r"decontaminate\.files: found .*rules\.yaml, expected \.txt or",
         ),
         ("rules: {normalize: {}}", r"rules: found \{'normalize': \{\}\}, expected a list"),
         ("rules: [normalize]", r"rules\.0: found 'normalize', expected one rule and its settings"),
-        ("rules: [{normalize: {}, fix_text: {}}]", r"rules\.0: found .*expected one rule and its settings"),
+        (
+            "rules: [{normalize: {}, fix_text: {}}]",
+            r"rules\.0: found .*expected one rule and its settings",
+        ),
         ("rules: [{normalize: {}}, {normalize: {}}]", r"rules\.1: found normalize again"),
         ("- normalize: {}", r"found \[.*expected one field, rules"),
         ("rules: []\nmore: 1", r"found the fields rules, more, expected one field, rules"),
         ("", r"found None, expected one field, rules"),
         ("rules: [", r"not YAML \(while parsing"),
-        ("rules: !!python/object/apply:os.getcwd []", r"not YAML \(could not determine a constructor"),
+        (
+            "rules: !!python/object/apply:os.getcwd []",
+            r"not YAML \(could not determine a constructor",
+        ),
         ("[" * 5000, r"not YAML"),
     ],
 )
 def test_a_bad_file_is_one_clear_error(tmp_path: Path, text: str, message: str) -> None:
     path = rules(tmp_path, text)
     with pytest.raises(ValueError, match=rf"(?s)^{path}.*{message}") as caught:
-        load_rules(path)
+        read_rules(path)
     assert type(caught.value) is ValueError and "\n" not in str(caught.value)
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"gone\.yaml: cannot read the cleaning rules: No such file"):
-        load_rules(tmp_path / "gone.yaml")
+    with pytest.raises(
+        ValueError, match=r"gone\.yaml: cannot read the cleaning rules: No such file"
+    ):
+        read_rules(tmp_path / "gone.yaml")
     with pytest.raises(ValueError, match="Is a directory"):
-        load_rules(tmp_path)
+        read_rules(tmp_path)
     (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\xff")
     with pytest.raises(ValueError, match=r"bytes\.yaml: not YAML"):
-        load_rules(tmp_path / "bytes.yaml")
+        read_rules(tmp_path / "bytes.yaml")
 
 
 def with_tests(folder: Path, content: str) -> CleanConfig:
     (folder / "tests").mkdir(parents=True, exist_ok=True)
     (folder / "tests" / "a.jsonl").write_text(content)
-    return load_rules(rules(folder, "rules: [{decontaminate: {files: ['tests/*.jsonl', tests/a.jsonl], ngram: 4}}]"))
+    return read_rules(
+        rules(
+            folder, "rules: [{decontaminate: {files: ['tests/*.jsonl', tests/a.jsonl], ngram: 4}}]"
+        )
+    )
 
 
 def test_test_files_lie_beside_the_rules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,21 +223,23 @@ def test_test_files_lie_beside_the_rules(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir("/")
     stats = CleanStats()
     verdict = Cleaner(config)("Tell me: WHAT is your name", stats)
-    assert verdict == Verdict(None, "decontaminate", "shares 4 words with a test file: what is your name")
+    assert verdict == Verdict(
+        None, "decontaminate", "shares 4 words with a test file: what is your name"
+    )
     assert stats.to_json()["decontaminate"]["counts"] == {"documents": 1}
 
 
 def test_the_fingerprint_is_of_what_decides(tmp_path: Path) -> None:
-    base = load_rules(rules(tmp_path, "rules: [{mask_pii: {}}, {normalize: {}}]")).fingerprint()
+    base = read_rules(rules(tmp_path, "rules: [{mask_pii: {}}, {normalize: {}}]")).fingerprint()
     assert len(base) == 64 and int(base, 16) >= 0
     same = "# a comment\nrules:\n  - mask_pii: {email: true}\n  - normalize:\n"
-    assert load_rules(rules(tmp_path, same)).fingerprint() == base
+    assert read_rules(rules(tmp_path, same)).fingerprint() == base
     for other in (
         "[{normalize: {}}, {mask_pii: {}}]",
         "[{mask_pii: {}}]",
         "[{mask_pii: {ip: false}}, {normalize: {}}]",
     ):
-        assert load_rules(rules(tmp_path, f"rules: {other}")).fingerprint() != base
+        assert read_rules(rules(tmp_path, f"rules: {other}")).fingerprint() != base
     tests = with_tests(tmp_path / "a", '{"q": "x"}').fingerprint()
     assert with_tests(tmp_path / "b", '{"q": "x"}').fingerprint() == tests
     assert with_tests(tmp_path / "b", '{"q": "y"}').fingerprint() != tests
@@ -201,7 +251,7 @@ def test_the_fingerprint_is_of_what_decides(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["light.yaml", "web.yaml"])
 def test_the_rules_that_are_shipped(name: str) -> None:
-    cleaner, stats = Cleaner(load_rules(SHIPPED / name)), CleanStats()
+    cleaner, stats = Cleaner(read_rules(SHIPPED / name)), CleanStats()
     assert cleaner(ESSAY, stats) == Verdict(ESSAY, None, "")
     for broken in ("word", "spam spam " * 500, "1 2 3 4 5 6 7 8 9 10 " * 50, "QUJDREVGR0g" * 5000):
         assert cleaner(broken, stats).text is None, broken[:20]
@@ -209,7 +259,7 @@ def test_the_rules_that_are_shipped(name: str) -> None:
 
 def test_the_shipped_rules_differ_on_code() -> None:
     code = Path(__file__).read_text()
-    web, light = (Cleaner(load_rules(SHIPPED / f"{name}.yaml")) for name in ("web", "light"))
+    web, light = (Cleaner(read_rules(SHIPPED / f"{name}.yaml")) for name in ("web", "light"))
     assert web(code, CleanStats()).text is None
     assert light(code, CleanStats()).text == code
 
@@ -217,5 +267,5 @@ def test_the_shipped_rules_differ_on_code() -> None:
 def test_languages_are_the_text_that_was_written(tmp_path):
     """To YAML 1.1 `no`, Norwegian, is false, and so are `off` and `n`; `yes` and `on` are true."""
     (tmp_path / "rules.yaml").write_text("rules: [{language: {keep: [no, en, on]}}]\n")
-    [(_, settings)] = load_rules(tmp_path / "rules.yaml").rules
+    [(_, settings)] = read_rules(tmp_path / "rules.yaml").rules
     assert settings.keep == ["no", "en", "on"]

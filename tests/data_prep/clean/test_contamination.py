@@ -12,7 +12,9 @@ from data_prep.clean.contamination import test_texts as texts_of
 
 
 def ngrams(text: str, n: int) -> list[tuple[str, ...]]:
-    return [tuple(words[p : p + n]) for words, grams in plain_ngrams(text, n) for p in range(len(grams))]
+    return [
+        tuple(words[p : p + n]) for words, grams in plain_ngrams(text, n) for p in range(len(grams))
+    ]
 
 
 def hashes(text: str, n: int) -> list[int]:
@@ -23,7 +25,10 @@ def hashes(text: str, n: int) -> list[int]:
     ("text", "words"),
     [
         ("The QUICK, brown-fox (jumped)!", ["the", "quick", "brown", "fox", "jumped"]),
-        ("snake_case 3.14 «Straße» don\u2019t", ["snake", "case", "3", "14", "strasse", "don", "t"]),
+        (
+            "snake_case 3.14 «Straße» don\u2019t",
+            ["snake", "case", "3", "14", "strasse", "don", "t"],
+        ),
         ("हिन्दी में", ["हिन्दी", "में"]),
         ("cafe\u0301 caf\u00e9", ["caf\u00e9", "caf\u00e9"]),
         ("... --- !!!", []),
@@ -33,7 +38,11 @@ def test_plain_words(text: str, words: list[str]) -> None:
     assert [word for (word,) in ngrams(text, 1)] == words
 
 
-@given(st.lists(st.sampled_from(["one", "two", "three"]), max_size=40), st.integers(1, 6), st.integers(5, 40))
+@given(
+    st.lists(st.sampled_from(["one", "two", "three"]), max_size=40),
+    st.integers(1, 6),
+    st.integers(5, 40),
+)
 def test_every_ngram_is_found_once_across_blocks(words: list[str], n: int, size: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(page, "BLOCK_CHARS", size)
@@ -51,7 +60,9 @@ def test_case_and_punctuation_do_not_count(words: list[str]) -> None:
 
 def test_test_files(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one\ntwo")
-    (tmp_path / "b.jsonl").write_text('{"q": "one", "n": 3, "choices": ["two", {"x": "three"}]}\n\n"four"\n')
+    (tmp_path / "b.jsonl").write_text(
+        '{"q": "one", "n": 3, "choices": ["two", {"x": "three"}]}\n\n"four"\n'
+    )
     assert list(texts_of(tmp_path / "a.txt")) == ["one\ntwo"]
     assert list(texts_of(tmp_path / "b.jsonl")) == ["one", "two", "three", "four"]
 

@@ -27,7 +27,14 @@ PARTS = [
     "<EMAIL>",
     "é",
 ]
-NUMBERS = ["+44 20 7946 0958", "(212) 555-0123", "212-555-0123", "8.8.8.8", "10.0.0.1", "2001:4860:4860::8888"]
+NUMBERS = [
+    "+44 20 7946 0958",
+    "(212) 555-0123",
+    "212-555-0123",
+    "8.8.8.8",
+    "10.0.0.1",
+    "2001:4860:4860::8888",
+]
 PIECES = st.lists(st.sampled_from(PARTS + NUMBERS), max_size=30).map("".join)
 
 
@@ -41,7 +48,14 @@ PIECES = st.lists(st.sampled_from(PARTS + NUMBERS), max_size=30).map("".join)
         ("x" * 200 + "@y.org", "x" * 136 + "<EMAIL>"),
         *[
             (text, text)
-            for text in ("@decorator.of_python", "user@localhost", "5 @ 3.50", "a@b.c", "//@x.org", "@@x.org")
+            for text in (
+                "@decorator.of_python",
+                "user@localhost",
+                "5 @ 3.50",
+                "a@b.c",
+                "//@x.org",
+                "@@x.org",
+            )
         ],
     ],
 )
@@ -72,7 +86,10 @@ def test_addresses(text: str, masked: str) -> None:
 @pytest.mark.parametrize(
     ("text", "masked"),
     [
-        ("call +1 (212) 555-0123, +44 20 7946 0958 or +4915112345678.", "call <PHONE>, <PHONE> or <PHONE>."),
+        (
+            "call +1 (212) 555-0123, +44 20 7946 0958 or +4915112345678.",
+            "call <PHONE>, <PHONE> or <PHONE>.",
+        ),
         ("(212) 555-0123; 212-555-0123", "<PHONE>; <PHONE>"),
         *[
             (text, text)
@@ -99,5 +116,7 @@ def test_masking_again_changes_nothing(text: str) -> None:
 
 @given(PIECES)
 def test_no_email_is_left(text: str) -> None:
-    plain = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*@(?:[A-Za-z0-9-]{1,63}\.){1,8}[A-Za-z]{2,63}(?![A-Za-z0-9-])")
+    plain = re.compile(
+        r"[A-Za-z0-9][A-Za-z0-9._+-]*@(?:[A-Za-z0-9-]{1,63}\.){1,8}[A-Za-z]{2,63}(?![A-Za-z0-9-])"
+    )
     assert not plain.search(mask_emails(text)[0])

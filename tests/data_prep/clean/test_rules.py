@@ -11,7 +11,10 @@ from data_prep.clean.page import Page
 from data_prep.clean.rules import RULES, Outcome
 
 SENTENCE = "the quick brown fox jumped over that lazy dog and went home to sleep."
-GERMAN = "Der schnelle braune Fuchs sprang über den faulen Hund und ging nach Hause, um dort lange zu schlafen."
+GERMAN = (
+    "Der schnelle braune Fuchs sprang über den faulen Hund und ging nach Hause, um dort lange zu "
+    "schlafen."
+)
 OFF: dict[str, dict[str, Any]] = {
     "gopher_quality": {
         "min_words": 0, "max_words": None, "min_mean_word_length": 0, "max_mean_word_length": 1e9,
@@ -56,9 +59,24 @@ def words(count: int, *, first: int = 0) -> str:
             "a" * 10 + " " + "b" * 11,
             "mean word length 10.5 >",
         ),
-        ({"max_symbols_per_word": 0.1}, "#" + words(10), "##" + words(10), "hashes per word 0.2 > 0.1"),
-        ({"max_symbols_per_word": 0.1}, words(10) + "...", words(10) + "......", "ellipses per word 0.2 > 0.1"),
-        ({"max_symbols_per_word": 0.1}, words(10) + "…", "a… " + words(9) + "...", "ellipses per word 0.2 > 0.1"),
+        (
+            {"max_symbols_per_word": 0.1},
+            "#" + words(10),
+            "##" + words(10),
+            "hashes per word 0.2 > 0.1",
+        ),
+        (
+            {"max_symbols_per_word": 0.1},
+            words(10) + "...",
+            words(10) + "......",
+            "ellipses per word 0.2 > 0.1",
+        ),
+        (
+            {"max_symbols_per_word": 0.1},
+            words(10) + "…",
+            "a… " + words(9) + "...",
+            "ellipses per word 0.2 > 0.1",
+        ),
         ({"min_alphabetic_words": 0.8}, "a b c4 é 5", "a b c _ 5", "alphabetic words 0.6 < 0.8"),
         ({"min_stop_words": 2}, "The cat AND dog", "the cat the, them", "stop words 1 < 2"),
         ({"max_bullet_lines": 0.5}, "- a\nb", "- a\n• b\nc\n\n\n", "bullet lines 0.6667 > 0.5"),
@@ -83,7 +101,12 @@ def test_stop_words_are_found_far_into_a_long_text() -> None:
     ("fields", "stays", "goes", "detail"),
     [
         ({"max_duplicate_lines": 0.25}, "a\nb\nc\na", "a\nb\na", "duplicate lines 0.3333 > 0.25"),
-        ({"max_duplicate_line_chars": 0.25}, "aa\nbb\ncc\naa", "aaa\nbb\naaa", "duplicate line chars 0.375 > 0.25"),
+        (
+            {"max_duplicate_line_chars": 0.25},
+            "aa\nbb\ncc\naa",
+            "aaa\nbb\naaa",
+            "duplicate line chars 0.375 > 0.25",
+        ),
         (
             {"max_duplicate_paragraphs": 0.25},
             "a\n\nb\n\nc\n\na",
@@ -96,12 +119,32 @@ def test_stop_words_are_found_far_into_a_long_text() -> None:
             "aa\nb\n\nc\n\naa\nb",
             "duplicate paragraph chars 0.4444",
         ),
-        ({"max_top_ngram": {2: 0.5}}, "a b x y a b z w", "a b x a b y z", "top 2 gram 0.5714 > 0.5"),
+        (
+            {"max_top_ngram": {2: 0.5}},
+            "a b x y a b z w",
+            "a b x a b y z",
+            "top 2 gram 0.5714 > 0.5",
+        ),
         # The second of two that are as frequent is the longer one.
-        ({"max_top_ngram": {2: 0.4}}, "a b cc dd a b cc dd", "cc dd a b cc dd a b", "top 2 gram 0.6667 > 0.4"),
-        ({"max_duplicate_ngrams": {3: 0.5}}, "a b c a b c", "a b c a b c a b c", "duplicate 3 grams 0.6667 > 0.5"),
+        (
+            {"max_top_ngram": {2: 0.4}},
+            "a b cc dd a b cc dd",
+            "cc dd a b cc dd a b",
+            "top 2 gram 0.6667 > 0.4",
+        ),
+        (
+            {"max_duplicate_ngrams": {3: 0.5}},
+            "a b c a b c",
+            "a b c a b c a b c",
+            "duplicate 3 grams 0.6667 > 0.5",
+        ),
         # Overlapping ones: each character counts once.
-        ({"max_duplicate_ngrams": {2: 0.75}}, "a a a a", "a a a a a", "duplicate 2 grams 0.8 > 0.75"),
+        (
+            {"max_duplicate_ngrams": {2: 0.75}},
+            "a a a a",
+            "a a a a a",
+            "duplicate 2 grams 0.8 > 0.75",
+        ),
     ],
 )
 def test_gopher_repetition(fields: dict[str, Any], stays: str, goes: str, detail: str) -> None:
@@ -119,7 +162,11 @@ def test_what_occurs_once_is_no_repetition() -> None:
 @pytest.mark.parametrize(
     ("fields", "text", "left"),
     [
-        ({"terminal_punctuation": True}, 'a.\nb!\nc?\nd"\ne”\nf\ng,\nh...\ni…', 'a.\nb!\nc?\nd"\ne”'),
+        (
+            {"terminal_punctuation": True},
+            'a.\nb!\nc?\nd"\ne”\nf\ng,\nh...\ni…',
+            'a.\nb!\nc?\nd"\ne”',
+        ),
         ({"min_line_words": 3}, "a b c\na b\n\n a  b\tc ", "a b c\na  b\tc"),
         ({"max_word_chars": 5}, "abcde abcde\nabcdef", "abcde abcde"),
         ({"javascript": True}, "Please enable JavaScript.\nyes", "yes"),
@@ -148,7 +195,10 @@ def test_c4_drops_pages(fields: dict[str, Any], stays: str, goes: str, detail: s
 
 
 def test_c4_counts_the_lines_it_removes() -> None:
-    text = "Home\nAbout us\nThis is the first sentence here.\nThis is the second one here.\nAnd here is the third one."
+    text = (
+        "Home\nAbout us\nThis is the first sentence here.\nThis is the second one here.\nAnd here "
+        "is the third one."
+    )
     outcome = judge("c4_quality", text)
     assert outcome.text == "\n".join(text.split("\n")[2:])
     assert outcome.counts == {"lines_without_terminal_punctuation": 2}
@@ -157,9 +207,24 @@ def test_c4_counts_the_lines_it_removes() -> None:
 @pytest.mark.parametrize(
     ("fields", "stays", "goes", "detail"),
     [
-        ({"min_punctuated_lines": 0.25}, "a\nb\nc\nd.", "a\n\nb\nc\nd\ne.", "punctuated lines 0.2 < 0.25"),
-        ({"max_duplicate_line_chars": 0.25}, "aa\nbb\ncc\naa", "aa\nbb\naa", "duplicate line chars 0.3333 > 0.25"),
-        ({"max_short_lines": 0.5, "short_line_chars": 3}, "ab\nabc", "ab\nab\nabc", "short lines 0.6667 > 0.5"),
+        (
+            {"min_punctuated_lines": 0.25},
+            "a\nb\nc\nd.",
+            "a\n\nb\nc\nd\ne.",
+            "punctuated lines 0.2 < 0.25",
+        ),
+        (
+            {"max_duplicate_line_chars": 0.25},
+            "aa\nbb\ncc\naa",
+            "aa\nbb\naa",
+            "duplicate line chars 0.3333 > 0.25",
+        ),
+        (
+            {"max_short_lines": 0.5, "short_line_chars": 3},
+            "ab\nabc",
+            "ab\nab\nabc",
+            "short lines 0.6667 > 0.5",
+        ),
     ],
 )
 def test_fineweb_quality(fields: dict[str, Any], stays: str, goes: str, detail: str) -> None:
@@ -169,7 +234,9 @@ def test_fineweb_quality(fields: dict[str, Any], stays: str, goes: str, detail: 
 
 
 @pytest.mark.parametrize(
-    "text", [SENTENCE, SENTENCE.upper(), (SENTENCE + "\n") * 3000], ids=["short", "capitals", "long"]
+    "text",
+    [SENTENCE, SENTENCE.upper(), (SENTENCE + "\n") * 3000],
+    ids=["short", "capitals", "long"],
 )
 def test_language_keeps_its_own(text: str) -> None:
     assert judge("language", text, keep=["en"]).text == text
@@ -199,14 +266,20 @@ def test_language_never_downloads(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("broken", "mended"),
-    [("schÃ¶n â€” gut", "schön — gut"), ("a &amp; b", "a & b"), ("e\u0301", "\u00e9"), ("plain", "plain")],
+    [
+        ("schÃ¶n â€” gut", "schön — gut"),
+        ("a &amp; b", "a & b"),
+        ("e\u0301", "\u00e9"),
+        ("plain", "plain"),
+    ],
 )
 def test_fix_text(broken: str, mended: str) -> None:
     assert judge("fix_text", broken).text == mended
 
 
 @pytest.mark.parametrize(
-    ("form", "text"), [("NFC", "\u00e9ﬁ"), ("NFD", "e\u0301ﬁ"), ("NFKC", "\u00e9fi"), ("NFKD", "e\u0301fi")]
+    ("form", "text"),
+    [("NFC", "\u00e9ﬁ"), ("NFD", "e\u0301ﬁ"), ("NFKC", "\u00e9fi"), ("NFKD", "e\u0301fi")],
 )
 def test_normalize(form: str, text: str) -> None:
     assert judge("normalize", "e\u0301ﬁ", form=form).text == text
@@ -218,7 +291,9 @@ def test_mask_pii_masks_what_is_wanted_and_counts_it() -> None:
         "Jane <<EMAIL>>, <PHONE>, from <IP> and <IP>", counts={"emails": 1, "ips": 2, "phones": 1}
     )
     assert judge("mask_pii", text, email=False, ip=False, phone=False) == Outcome(text)
-    assert judge("mask_pii", text, ip=False, phone=False).text == text.replace("jane@example.org", "<EMAIL>")
+    assert judge("mask_pii", text, ip=False, phone=False).text == text.replace(
+        "jane@example.org", "<EMAIL>"
+    )
 
 
 def decontaminate(path: Path, text: str, ngram: int = 13) -> Outcome:
@@ -226,7 +301,12 @@ def decontaminate(path: Path, text: str, ngram: int = 13) -> Outcome:
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.integers(0, 40), st.integers(0, 7), st.sampled_from([" ", ", ", "\n", " — ", "/"]), st.booleans())
+@given(
+    st.integers(0, 40),
+    st.integers(0, 7),
+    st.sampled_from([" ", ", ", "\n", " — ", "/"]),
+    st.booleans(),
+)
 def test_a_planted_test_ngram_is_found_and_a_shorter_one_is_not(
     tmp_path_factory: pytest.TempPathFactory, before: int, first: int, joint: str, capitals: bool
 ) -> None:
@@ -302,7 +382,8 @@ def test_repairs_and_masks_are_made_once(all_rules: dict[str, Any], text: str) -
     ],
 )
 def test_hostile_megabytes_take_linear_time(all_rules: dict[str, Any], unit: str) -> None:
-    # Anything quadratic would run for hours here; ftfy is linear too, but takes seconds for a megabyte of line feeds.
+    # Anything quadratic would run for hours here; ftfy is linear too, but takes seconds for a
+    # megabyte of line feeds.
     text = unit * (1_000_000 // len(unit))
     for name, rule in all_rules.items():
         if name != "fix_text":

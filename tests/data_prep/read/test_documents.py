@@ -1,15 +1,15 @@
 """Nasty input never stops a run that is not strict, and what is good in it comes back exactly.
 
-The folder `nasty` holds, with what becomes of it in NASTY:
-- text: broken UTF-8, UTF-16, a UTF-8 surrogate, overlong UTF-8, NULs, a byte order mark, CRLF, line ends of all kinds,
-  spaces alone, no final newline, an empty file, a file of newlines, control characters, noncharacters, a broken
-  character at the very end
-- JSON lines: good lines, no final newline, a byte order mark, an empty file, a file of newlines, blank lines, CRLF line
-  ends, scalars and arrays, objects without text or with one that is null, a number or a list, malformed and cut lines,
-  raw control characters, deep nesting, huge numbers, NaN, duplicate keys, escaped and lone surrogates, escaped NUL,
-  CRLF and byte order mark, broken UTF-8, a second byte order mark, empty text, odd keys, lines of the separators U+2028
-  and U+0085, binary
-Names, links and pipes are in test_inputs.py; archives, long documents and parquet in test_pieces.py.
+The folder `nasty` holds, with what becomes of it in NASTY: - text: broken UTF-8, UTF-16, a UTF-8
+surrogate, overlong UTF-8, NULs, a byte order mark, CRLF, line ends of all kinds, spaces alone, no
+final newline, an empty file, a file of newlines, control characters, noncharacters, a broken
+character at the very end - JSON lines: good lines, no final newline, a byte order mark, an empty
+file, a file of newlines, blank lines, CRLF line ends, scalars and arrays, objects without text or
+with one that is null, a number or a list, malformed and cut lines, raw control characters, deep
+nesting, huge numbers, NaN, duplicate keys, escaped and lone surrogates, escaped NUL, CRLF and byte
+order mark, broken UTF-8, a second byte order mark, empty text, odd keys, lines of the separators
+U+2028 and U+0085, binary Names, links and pipes are in test_inputs.py; archives, long documents and
+parquet in test_pieces.py.
 """
 
 import json
@@ -22,7 +22,8 @@ from hypothesis import strategies as st
 
 from data_prep.read import pieces
 from data_prep.read.documents import FEW, KINDS, Document, Findings
-from data_prep.read.pieces import RAW_BYTES, Finding
+from data_prep.read.pieces import RAW_BYTES
+from data_prep.read.raw import Finding
 from tests.helpers.reading import read, texts_of
 
 DEEP = b"[" * 100_000
@@ -36,7 +37,11 @@ NASTY: dict[str, tuple[bytes, list[str], dict[str, int]]] = {
     "nul.txt": (b"a\0b\0", ["a\0b\0"], {"nul": 1}),
     "mark.txt": (b"\xef\xbb\xbfmarked", ["\ufeffmarked"], {"byte_order_mark": 1}),
     "crlf.txt": (b"a\r\nb\r\n", ["a\r\nb\r\n"], {"crlf": 1}),
-    "ends.txt": ("\n\ra\r\x0b\x0c\x1c\x85\u2028\u2029".encode(), ["\n\ra\r\x0b\x0c\x1c\x85\u2028\u2029"], {}),
+    "ends.txt": (
+        "\n\ra\r\x0b\x0c\x1c\x85\u2028\u2029".encode(),
+        ["\n\ra\r\x0b\x0c\x1c\x85\u2028\u2029"],
+        {},
+    ),
     "spaces.txt": (b" \t ", [" \t "], {}),
     "no-end.txt": (b"one\ntwo", ["one\ntwo"], {}),
     "empty.txt": (b"", [], {"empty": 1}),
@@ -110,7 +115,9 @@ def test_nasty_files_one_by_one(tmp_path: Path, name: str) -> None:
     for record in records:
         assert record["file"] == name
         assert record["action"] == KINDS[str(record["kind"])][0]
-        assert record["line"] in (range(1, len(lines) + 1) if name.endswith(".jsonl") and raw else [0])
+        assert record["line"] in (
+            range(1, len(lines) + 1) if name.endswith(".jsonl") and raw else [0]
+        )
         lost = record["kind"] in ("malformed_json", "no_text", "empty_line")
         line = lines[int(str(record["line"])) - 1][:RAW_BYTES].decode("utf-8", "backslashreplace")
         assert record["raw"] == (line if lost else "")
@@ -125,7 +132,10 @@ def test_nasty_files_all_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert texts_of(tmp_path) == expected
 
 
-@given(raw=st.binary(max_size=100) | st.lists(st.sampled_from(list(b'{}[]":,\\ntextu0d8\n \xff\xc3'))).map(bytes))
+@given(
+    raw=st.binary(max_size=100)
+    | st.lists(st.sampled_from(list(b'{}[]":,\\ntextu0d8\n \xff\xc3'))).map(bytes)
+)
 def test_any_bytes_are_read(raw: bytes) -> None:
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "a.txt").write_bytes(raw)
@@ -142,12 +152,21 @@ def test_any_bytes_are_read(raw: bytes) -> None:
 @given(texts=st.lists(st.text(min_size=1, max_size=30)), ascii_only=st.booleans())
 def test_good_text_comes_back_exactly(texts: list[str], ascii_only: bool) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        lines = [json.dumps({"id": 1, "body": text}, ensure_ascii=ascii_only) + "\n" for text in texts]
+        lines = [
+            json.dumps({"id": 1, "body": text}, ensure_ascii=ascii_only) + "\n" for text in texts
+        ]
         Path(folder, "a.jsonl").write_bytes("".join(lines).encode())
         documents, counts, _ = read(Path(folder, "a.jsonl"), text_field="body")
         texts_of_lines = [Document("a.jsonl", line, text) for line, text in enumerate(texts, 1)]
-        assert documents == [document for document in texts_of_lines if document.text.count("\0") < FEW]
-        assert set(counts) <= {"nul", "crlf", "byte_order_mark", *(["empty"] if not texts else ["not_text"])}
+        assert documents == [
+            document for document in texts_of_lines if document.text.count("\0") < FEW
+        ]
+        assert set(counts) <= {
+            "nul",
+            "crlf",
+            "byte_order_mark",
+            *(["empty"] if not texts else ["not_text"]),
+        }
 
 
 @pytest.mark.parametrize(
@@ -168,19 +187,27 @@ def test_good_text_comes_back_exactly(texts: list[str], ascii_only: bool) -> Non
         ("a.jsonl", b'["text"]', "found a JSON list"),
         ("a.jsonl", b'{"text": "a"}\n\n', "line 2: found an empty line, expected no empty lines"),
         ("a.jsonl", DEEP, "line 1: found .*(nested too deeply|recursion)"),
-        ("a.txt", b"caf\xe9", r"a\.txt: found byte 0xe9 at 3, the first of 1 places that are no UTF-8, expected UTF-8"),
+        (
+            "a.txt",
+            b"caf\xe9",
+            r"a\.txt: found byte 0xe9 at 3, the first of 1 places that are no UTF-8, expected UTF-8",
+        ),
         ("a.txt", b"a\r\n\r\n", r"a\.txt: found 2 lines that end in \\r\\n, expected"),
         ("a.txt", b"", r"a\.txt: found an empty document, expected some text"),
     ],
 )
-def test_strict_stops_at_the_first_finding(tmp_path: Path, name: str, raw: bytes, message: str) -> None:
+def test_strict_stops_at_the_first_finding(
+    tmp_path: Path, name: str, raw: bytes, message: str
+) -> None:
     (tmp_path / name).write_bytes(raw)
     with pytest.raises(ValueError, match=message) as caught:
         read(tmp_path / name, strict=True)
     assert str(caught.value).endswith("; mend or remove it, or leave out --strict")
 
 
-def test_strict_takes_good_text_and_says_where_a_range_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_strict_takes_good_text_and_says_where_a_range_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("data_prep.read.inputs.UNIT_BYTES", 20)
     path = tmp_path / "a.jsonl"
     good = b'{"text": "a"}\n' * 5

@@ -1,4 +1,5 @@
-"""Whatever is read that is hardly the text that was meant: other encodings, packed, binary, stand-ins; and JSON."""
+"""Whatever is read that is hardly the text that was meant: other encodings, packed, binary,
+stand-ins; and JSON."""
 
 import bz2
 import gzip
@@ -21,9 +22,14 @@ ENGLISH = "The harbour is open until high water; then the boats go home.\n"
 RUSSIAN = "Гавань открыта до полной воды, потом лодки уходят домой.\n" * 9
 CHINESE = "潮水表说高水位在九点,港口一直开放到那时。\n" * 9
 FRENCH = "Le port est fermé jusqu'à la marée haute, après quoi les bateaux rentrent à l'été.\n" * 9
-GERMAN = "Der Hafen öffnet früh, und die Boote fahren später über die Förde zurück nach Süden.\n" * 9
+GERMAN = (
+    "Der Hafen öffnet früh, und die Boote fahren später über die Förde zurück nach Süden.\n" * 9
+)
 JAPANESE = "港は満潮まで開いています。その後、船は家に帰ります。\n" * 9
-RECORDS = [{"text": f"Note {number}: high water at {number}:00.", "n": [{"text": "inner"}]} for number in range(5)]
+RECORDS = [
+    {"text": f"Note {number}: high water at {number}:00.", "n": [{"text": "inner"}]}
+    for number in range(5)
+]
 TEXTS = [record["text"] for record in RECORDS]
 LINES = "".join(json.dumps(record) + "\n" for record in RECORDS)
 
@@ -57,12 +63,17 @@ def test_utf_16_that_is_broken_in_places(tmp_path: Path) -> None:
         raw + b"\0\xd8" + "after".encode("utf-16-le"): ENGLISH * 9 + "\ufffdafter",
     }.items():
         (tmp_path / "a.txt").write_bytes(broken)
-        assert read(tmp_path / "a.txt")[:2] == ([("a.txt", 0, text)], {"utf16": 1, "broken_utf8": 1})
+        assert read(tmp_path / "a.txt")[:2] == (
+            [("a.txt", 0, text)],
+            {"utf16": 1, "broken_utf8": 1},
+        )
     (tmp_path / "a.txt").write_bytes(b"\xff\xfe" + bytes(range(256)) * 99)
     assert read(tmp_path / "a.txt")[0] == []
 
 
-def test_utf_16_lines_are_not_cut_in_ranges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_utf_16_lines_are_not_cut_in_ranges(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(inputs, "UNIT_BYTES", 100)
     path = tmp_path / "a.jsonl"
     for raw, units in (
@@ -101,7 +112,9 @@ def test_other_encodings_are_left_out(tmp_path: Path, text: str, encoding: str) 
     assert (record["kind"], record["action"]) == (kind, "dropped")
     assert len(str(record["raw"])) <= 4 * 200
     lines = b'{"text": "%b"}\n' * 2
-    raw = text.encode(encoding, "ignore").replace(b"\n", b" ").replace(b"\\", b"").replace(b'"', b"")
+    raw = (
+        text.encode(encoding, "ignore").replace(b"\n", b" ").replace(b"\\", b"").replace(b'"', b"")
+    )
     if encoding in ("cp1251", "latin-1", "koi8-r", "euc-jp"):
         (tmp_path / "c.jsonl").write_bytes(lines % (raw, b"good"))
         assert read(tmp_path / "c.jsonl")[:2] == ([("c.jsonl", 2, "good")], {"other_encoding": 1})
@@ -112,7 +125,9 @@ def test_other_encodings_are_left_out(tmp_path: Path, text: str, encoding: str) 
     [
         ENGLISH.encode() * 20 + b"caf\xe9 cr\xe8me br\xfbl\xe9e\n" + ENGLISH.encode() * 20,
         RUSSIAN.encode() + b"\xff\xfe\xfd" + RUSSIAN.encode(),
-        ENGLISH.encode() * 20 + "\U0001f600".encode("utf-16-be", "surrogatepass") + b"\xed\xa0\xbd\xed\xb8\x80" * 2,
+        ENGLISH.encode() * 20
+        + "\U0001f600".encode("utf-16-be", "surrogatepass")
+        + b"\xed\xa0\xbd\xed\xb8\x80" * 2,
         b"na\xefve r\xe9sum\xe9",
         ENGLISH.encode() * 9 + b"\0" * 9,
     ],
@@ -145,7 +160,10 @@ def test_packed_and_binary_content_is_left_out(tmp_path: Path, what: str) -> Non
         raw = PACKED[what]
         (tmp_path / name).write_bytes(gzip.compress(raw) if name.endswith("gz") else raw)
         documents, counts, [record] = read(tmp_path / name)
-        assert (documents, counts) == ([], {"other_json" if name == "c.json" and what == "NUL" else "not_text": 1})
+        assert (documents, counts) == (
+            [],
+            {"other_json" if name == "c.json" and what == "NUL" else "not_text": 1},
+        )
         assert record["file"] == name
         assert what in str(record["detail"]) or name == "c.json"
         if "with the suffix " in str(record["detail"]):
@@ -154,12 +172,24 @@ def test_packed_and_binary_content_is_left_out(tmp_path: Path, what: str) -> Non
             assert texts_of(tmp_path / f"{name}{suffix}") == (["text"] if name != "c.json" else [])
 
 
-LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb\nsize 12345\n"
+LFS = (
+    b"version https://git-lfs.github.com/spec/v1\noid "
+    b"sha256:4d7a214614ab2935c943f9e0ff69d22eadbb\nsize 12345\n"
+)
 STAND_INS = {
     "lfs": (LFS, "git lfs pull"),
-    "annex": (b"/annex/objects/SHA256E-s12--2c26b46b68ffc68ff99b453c1d30413413422d706483.jsonl\n", "git annex get"),
-    "annex-link": (b"../.git/annex/objects/7x/Kq/SHA256E-s12--2c26/SHA256E-s12--2c26", "git annex get"),
-    "s3": (b'<?xml version="1.0" encoding="UTF-8"?>\n<Error><Code>AccessDenied</Code><Message>A', "AccessDenied"),
+    "annex": (
+        b"/annex/objects/SHA256E-s12--2c26b46b68ffc68ff99b453c1d30413413422d706483.jsonl\n",
+        "git annex get",
+    ),
+    "annex-link": (
+        b"../.git/annex/objects/7x/Kq/SHA256E-s12--2c26/SHA256E-s12--2c26",
+        "git annex get",
+    ),
+    "s3": (
+        b'<?xml version="1.0" encoding="UTF-8"?>\n<Error><Code>AccessDenied</Code><Message>A',
+        "AccessDenied",
+    ),
     "gcs": (b"<?xml version='1.0'?><Error><Code>NoSuchKey</Code></Error>", "NoSuchKey"),
     "nginx": (b"<html>\r\n<head><title>404 Not Found</title></head>\r\n<body>", "404 Not Found"),
     "login": (b"<!DOCTYPE html>\n<html lang=en><head><title>Sign in - Example</title>", "Sign in"),
@@ -172,7 +202,16 @@ STAND_INS = {
 @pytest.mark.parametrize("what", STAND_INS)
 def test_stand_ins_for_the_real_file_are_left_out(tmp_path: Path, what: str) -> None:
     raw, said = STAND_INS[what]
-    for name in ("a.txt", "b.jsonl", "c.json", "d.parquet", "e.jsonl.gz", "f.txt.zst", "g.json.xz", "data"):
+    for name in (
+        "a.txt",
+        "b.jsonl",
+        "c.json",
+        "d.parquet",
+        "e.jsonl.gz",
+        "f.txt.zst",
+        "g.json.xz",
+        "data",
+    ):
         (tmp_path / name).write_bytes(raw)
         documents, counts, [record] = read(tmp_path / name)
         assert (documents, counts) == ([], {"stand_in": 1}), name
@@ -215,14 +254,25 @@ FORMS = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_json_is_recognised_by_content(tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_json_is_recognised_by_content(
+    tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     raw = FORMS[form].encode()
-    packed = {"": raw, ".gz": gzip.compress(raw), ".zst": zstandard.compress(raw), ".bz2": bz2.compress(raw)}
+    packed = {
+        "": raw,
+        ".gz": gzip.compress(raw),
+        ".zst": zstandard.compress(raw),
+        ".bz2": bz2.compress(raw),
+    }
     names = [
-        f"{name}{suffix}" for name in ("a.json", "b.jsonl", "c.ndjson", "d.txt", "part-00000") for suffix in packed
+        f"{name}{suffix}"
+        for name in ("a.json", "b.jsonl", "c.ndjson", "d.txt", "part-00000")
+        for suffix in packed
     ]
     for name in names:
-        (tmp_path / name).write_bytes(packed[Path(name).suffix if Path(name).suffix in packed else ""])
+        (tmp_path / name).write_bytes(
+            packed[Path(name).suffix if Path(name).suffix in packed else ""]
+        )
         documents, counts, _ = read(tmp_path / name)
         assert ([document.text for document in documents], counts) == (TEXTS, {}), name
     expected = [f"{tmp_path.name}/{name}" for name in sorted(names) if not name.startswith("part")]
@@ -237,7 +287,10 @@ def test_json_is_recognised_by_content(tmp_path: Path, form: str, monkeypatch: p
     values=st.lists(
         st.recursive(
             st.text(st.sampled_from('ab "\\\n{}[],:é'), max_size=6) | st.integers() | st.none(),
-            lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+            lambda inner: (
+                st.lists(inner, max_size=3)
+                | st.dictionaries(st.text(max_size=3), inner, max_size=3)
+            ),
             max_leaves=6,
         ).map(lambda value: {"v": value}),
         max_size=4,
@@ -246,8 +299,14 @@ def test_json_is_recognised_by_content(tmp_path: Path, form: str, monkeypatch: p
     array=st.booleans(),
     size=st.integers(1, 40),
 )
-def test_values_come_out_a_line_each(values: list[object], indent: int | None, array: bool, size: int) -> None:
-    text = json.dumps(values, indent=indent) if array else "\n".join(json.dumps(v, indent=indent) for v in values)
+def test_values_come_out_a_line_each(
+    values: list[object], indent: int | None, array: bool, size: int
+) -> None:
+    text = (
+        json.dumps(values, indent=indent)
+        if array
+        else "\n".join(json.dumps(v, indent=indent) for v in values)
+    )
     raw = text.encode()
     chunks = [raw[at : at + size] for at in range(0, len(raw), size)]
     lines = b"".join(sniff.as_lines(chunks, "elements" if array else "values")).split(b"\n")
@@ -268,7 +327,11 @@ def test_json_without_the_text_is_not_taken_for_text(tmp_path: Path) -> None:
     assert texts_of(tmp_path / "alpaca.json", text_field="instruction") == ["x", "y"]
     (tmp_path / "log.txt").write_text('{"level": 1}\n{"level": 2}\n')
     assert read(tmp_path / "log.txt")[:2] == ([], {"no_text": 2})
-    for name, text in {"a.txt": '{"note": 1}', "b.tex": "{\\small\n\\em x}\n", "c.py": '{"a": 1,\n "b": 2}\n'}.items():
+    for name, text in {
+        "a.txt": '{"note": 1}',
+        "b.tex": "{\\small\n\\em x}\n",
+        "c.py": '{"a": 1,\n "b": 2}\n',
+    }.items():
         (tmp_path / name).write_text(text)
         assert texts_of(tmp_path / name) == [text]
 
@@ -282,11 +345,19 @@ def test_two_columns_of_one_name(tmp_path: Path) -> None:
     one, other = pa.array(["one"]), pa.array(["other"])
     for columns in (["text", "text"], ["text", "id", "text"], ["text", "text", "text"]):
         write(columns, [one] * len(columns))
-        with pytest.raises(ValueError, match=rf"found {columns.count('text')} columns 'text', expected one") as caught:
+        with pytest.raises(
+            ValueError, match=rf"found {columns.count('text')} columns 'text', expected one"
+        ) as caught:
             texts_of(path)
         assert len(str(caught.value).splitlines()) == 1
     # Names that only begin alike, and others that are double, are no hindrance.
-    for columns in (["text.a", "text"], ["text", "text.a"], ["id", "id", "text"], ["Text", "text"], ["text", " text"]):
+    for columns in (
+        ["text.a", "text"],
+        ["text", "text.a"],
+        ["id", "id", "text"],
+        ["Text", "text"],
+        ["text", " text"],
+    ):
         write(columns, [one if name == "text" else other for name in columns])
         assert texts_of(path) == ["one"]
     write(["text.a", "text"], [one, pa.array([{"a": "x"}])])

@@ -20,7 +20,17 @@ from tests.helpers.reading import read, texts_of
 
 def test_a_folder_is_read_in_order_of_path(tmp_path: Path) -> None:
     folder = tmp_path / "corpus"
-    for name in ("b.txt", "a/z.md", "a/y.py", "c.RST", "image.png", "data.json", ".hidden/x.txt", ".x.txt", "a.tar.gz"):
+    for name in (
+        "b.txt",
+        "a/z.md",
+        "a/y.py",
+        "c.RST",
+        "image.png",
+        "data.json",
+        ".hidden/x.txt",
+        ".x.txt",
+        "a.tar.gz",
+    ):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(f"text of {name}")
     (folder / "d.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
@@ -31,16 +41,28 @@ def test_a_folder_is_read_in_order_of_path(tmp_path: Path) -> None:
     os.mkfifo(folder / "fifo.txt")
     names = ["a/y.py", "a/z.md", "b.txt", "c.RST"]
     expected = [(f"corpus/{name}", 0, f"text of {name}") for name in names]
-    lines = [("corpus/d.jsonl", 1, "one"), ("corpus/d.jsonl", 2, "two"), ("corpus/e.txt.zst", 0, "packed")]
+    lines = [
+        ("corpus/d.jsonl", 1, "one"),
+        ("corpus/d.jsonl", 2, "two"),
+        ("corpus/e.txt.zst", 0, "packed"),
+    ]
     assert read(folder)[0] == [*expected, *lines]
 
 
-def test_names_never_hold_the_way_to_the_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_never_hold_the_way_to_the_input(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "corpus" / "sub").mkdir(parents=True)
     (tmp_path / "corpus" / "sub" / "a.txt").write_text("a")
     expected = [("corpus/sub/a.txt", 0, "a")]
     monkeypatch.chdir(tmp_path / "corpus")
-    for item in (".", tmp_path / "corpus", str(tmp_path / "corpus") + "/", "../corpus", f"file://{tmp_path}/corpus"):
+    for item in (
+        ".",
+        tmp_path / "corpus",
+        str(tmp_path / "corpus") + "/",
+        "../corpus",
+        f"file://{tmp_path}/corpus",
+    ):
         assert read(item)[0] == expected
     assert read("*/a.txt")[0] == expected
     assert read(str(tmp_path / "corpus" / "**" / "*.txt"))[0] == expected
@@ -53,8 +75,15 @@ def test_files_named_one_by_one_may_have_any_suffix(tmp_path: Path) -> None:
     (tmp_path / "LICENSE").write_text("free")
     (tmp_path / "x.jsonl").write_text('{"text": "x"}')
     items = [tmp_path / "main.odd", tmp_path / "x.jsonl", tmp_path / "LICENSE"]
-    assert [(source.name, len(source.files)) for source in find_sources(items)] == [("files", 2), ("x.jsonl", 1)]
-    assert read(*items)[0] == [("main.odd", 0, "int main;"), ("LICENSE", 0, "free"), ("x.jsonl", 1, "x")]
+    assert [(source.name, len(source.files)) for source in find_sources(items)] == [
+        ("files", 2),
+        ("x.jsonl", 1),
+    ]
+    assert read(*items)[0] == [
+        ("main.odd", 0, "int main;"),
+        ("LICENSE", 0, "free"),
+        ("x.jsonl", 1, "x"),
+    ]
 
 
 def test_a_file_reached_twice_is_read_once(tmp_path: Path) -> None:
@@ -74,12 +103,26 @@ def test_no_two_sources_have_one_name(tmp_path: Path) -> None:
 
 
 def test_hostile_names_are_shown_printable_and_read(tmp_path: Path) -> None:
-    names = [b"new\nline.txt", b"\x1b[2Jclear.txt", b"caf\xe9.txt", "naïve 日本.txt".encode(), b"[x]*?.txt", b" .txt"]
+    names = [
+        b"new\nline.txt",
+        b"\x1b[2Jclear.txt",
+        b"caf\xe9.txt",
+        "naïve 日本.txt".encode(),
+        b"[x]*?.txt",
+        b" .txt",
+    ]
     for name in names:
         Path(os.fsdecode(bytes(tmp_path) + b"/" + name)).write_bytes(name)
     documents, _, _ = read(tmp_path)
     shown = [document.file.removeprefix(f"{tmp_path.name}/") for document in documents]
-    expected = [r" .txt", r"\x1b[2Jclear.txt", r"[x]*?.txt", r"caf\udce9.txt", r"new\nline.txt", "naïve 日本.txt"]
+    expected = [
+        r" .txt",
+        r"\x1b[2Jclear.txt",
+        r"[x]*?.txt",
+        r"caf\udce9.txt",
+        r"new\nline.txt",
+        "naïve 日本.txt",
+    ]
     assert sorted(shown) == sorted(expected)
     assert all(file.encode().decode().isprintable() for file in shown)
     assert texts_of(tmp_path / "[x]*?.txt") == ["[x]*?.txt"]
@@ -115,7 +158,11 @@ def test_no_input() -> None:
 
 @pytest.mark.parametrize(
     ("url", "message"),
-    [("s3://bucket/x", "pip install s3fs"), ("gs://bucket/x", "pip install gcsfs"), ("no-such://x", "no-such")],
+    [
+        ("s3://bucket/x", "pip install s3fs"),
+        ("gs://bucket/x", "pip install gcsfs"),
+        ("no-such://x", "no-such"),
+    ],
 )
 def test_a_file_system_that_is_not_there(url: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -131,7 +178,11 @@ def test_a_file_that_vanishes_or_changes_is_named(tmp_path: Path) -> None:
     (tmp_path / "shorter.jsonl").write_bytes(b"some")
     for unit, message in zip(
         units,
-        ["gone.parquet: cannot be read: No such file", "gone.txt: cannot be", "found 4 bytes, expected 9"],
+        [
+            "gone.parquet: cannot be read: No such file",
+            "gone.txt: cannot be",
+            "found 4 bytes, expected 9",
+        ],
         strict=True,
     ):
         with pytest.raises(ValueError, match=message):
@@ -148,7 +199,9 @@ def test_the_stamp_changes_with_the_file(tmp_path: Path) -> None:
     assert find_sources([path]) != before
 
 
-def test_units_keep_the_order_and_group_or_cut_by_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_units_keep_the_order_and_group_or_cut_by_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(inputs, "UNIT_BYTES", 100)
     for name, size in [
         ("a.txt", 60),
@@ -160,7 +213,9 @@ def test_units_keep_the_order_and_group_or_cut_by_size(tmp_path: Path, monkeypat
     ]:
         (tmp_path / name).write_bytes(b"x" * size)
     units = plan_units(find_sources([tmp_path]))
-    planned = [([Path(file.name).name for file in unit.files], unit.start, unit.end) for unit in units]
+    planned = [
+        ([Path(file.name).name for file in unit.files], unit.start, unit.end) for unit in units
+    ]
     assert planned == [
         (["a.txt", "b.txt"], 0, None),
         (["c.txt"], 0, None),
@@ -189,7 +244,10 @@ def served(folder: Path) -> Iterator[str]:
 def test_over_http(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "data"
     (folder / "sub").mkdir(parents=True)
-    lines = b"".join(b'{"text": "line %d %s"}\n' % (number, os.urandom(40).hex().encode()) for number in range(30_000))
+    lines = b"".join(
+        b'{"text": "line %d %s"}\n' % (number, os.urandom(40).hex().encode())
+        for number in range(30_000)
+    )
     (folder / "a.jsonl.zst").write_bytes(zstandard.compress(lines))
     pq.write_table(pa.table({"text": ["row one", None, "row three"]}), folder / "b.parquet")
     (folder / "sub" / "c d.txt").write_text("a text")
@@ -198,9 +256,14 @@ def test_over_http(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert len(packed) == 30_000
     with served(folder) as url:
         assert texts_of(f"{url}/a.jsonl.zst?download=1") == packed
-        assert read(f"{url}/b.parquet")[0] == [("b.parquet", 1, "row one"), ("b.parquet", 3, "row three")]
+        assert read(f"{url}/b.parquet")[0] == [
+            ("b.parquet", 1, "row one"),
+            ("b.parquet", 3, "row three"),
+        ]
         assert read(f"{url}/sub/")[0] == [("sub/c d.txt", 0, "a text")]
-        assert [file.name for file in find_sources([f"{url}/sub/*.txt"])[0].files] == ["sub/c d.txt"]
+        assert [file.name for file in find_sources([f"{url}/sub/*.txt"])[0].files] == [
+            "sub/c d.txt"
+        ]
         names = [Path(file.name).name for file in find_sources([f"{url}/"])[0].files]
         assert names == ["a.jsonl.zst", "b.parquet", "c d.txt"]
         [unit] = plan_units(find_sources([f"{url}/a.jsonl.zst"]))
@@ -218,7 +281,12 @@ def test_another_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     fs = fsspec.filesystem("memory")
     pq.write_table(pa.table({"text": ["row"]}), tmp_path / "d.parquet")
     lines = b"".join(b'{"text": "line %d"}\n' % number for number in range(9))
-    found = {"a%20.txt": b"a", "in/b.jsonl": lines, ".c.txt": b"c", "d.parquet": (tmp_path / "d.parquet").read_bytes()}
+    found = {
+        "a%20.txt": b"a",
+        "in/b.jsonl": lines,
+        ".c.txt": b"c",
+        "d.parquet": (tmp_path / "d.parquet").read_bytes(),
+    }
     fs.pipe({f"/.dots/box/{name}": raw for name, raw in found.items()})
     monkeypatch.setattr(inputs, "UNIT_BYTES", 50)
     try:

@@ -1,4 +1,5 @@
-"""What lies among the files that are read and is none of them; links to folders; globs and names with brackets."""
+"""What lies among the files that are read and is none of them; links to folders; globs and names
+with brackets."""
 
 import os
 from pathlib import Path
@@ -19,7 +20,9 @@ def below(source: Source) -> list[str]:
 def passed(*inputs: str | Path) -> dict[str, str]:
     """The kind of what was passed over, by its name below the INPUT."""
     return {
-        finding.file.partition("/")[2]: finding.kind for source in find_sources(inputs) for finding in source.passed
+        finding.file.partition("/")[2]: finding.kind
+        for source in find_sources(inputs)
+        for finding in source.passed
     }
 
 
@@ -30,8 +33,25 @@ def fill(folder: Path, *names: str, text: str = "some text") -> None:
 
 
 def test_whatever_is_passed_over_is_named(tmp_path: Path) -> None:
-    fill(tmp_path, "a.txt", "b.csv", "c.PDF", "d", "e.tar.gz", "sub/.f.txt", ".git/config", "old/manifest.json")
-    fill(tmp_path, "old/tokenizer.model", "new/.dnt-partial/lock", "g.parquet.gz", "h.zip", "odd\x1b\n.bin")
+    fill(
+        tmp_path,
+        "a.txt",
+        "b.csv",
+        "c.PDF",
+        "d",
+        "e.tar.gz",
+        "sub/.f.txt",
+        ".git/config",
+        "old/manifest.json",
+    )
+    fill(
+        tmp_path,
+        "old/tokenizer.model",
+        "new/.dnt-partial/lock",
+        "g.parquet.gz",
+        "h.zip",
+        "odd\x1b\n.bin",
+    )
     (tmp_path / "dead.txt").symlink_to("nowhere")
     (tmp_path / "dead").symlink_to("../nowhere at all")
     (tmp_path / "self.md").symlink_to("self.md")
@@ -49,12 +69,19 @@ def test_whatever_is_passed_over_is_named(tmp_path: Path) -> None:
     details = {finding.file.rpartition("/")[2]: finding.detail for finding in source.passed}
     assert (details["b.csv"], details["d"]) == ("the suffix .csv", "a name without a suffix")
     assert details["dead"] == "a link to ../nowhere at all, which is not there"
-    assert [finding.file for finding in source.passed] == sorted(finding.file for finding in source.passed)
+    assert [finding.file for finding in source.passed] == sorted(
+        finding.file for finding in source.passed
+    )
     # Of a folder without anything to read, the error tells what is there.
-    with pytest.raises(ValueError, match=r"no readable file in this folder \(passed over: 2, such as HEAD\), expected"):
+    with pytest.raises(
+        ValueError,
+        match=r"no readable file in this folder \(passed over: 2, such as HEAD\), expected",
+    ):
         fill(tmp_path, ".git/HEAD")
         find_sources([tmp_path / ".git"])
-    with pytest.raises(ValueError, match=r"dead: a link to \.\./nowhere at all, which is not there"):
+    with pytest.raises(
+        ValueError, match=r"dead: a link to \.\./nowhere at all, which is not there"
+    ):
         find_sources([tmp_path / "dead"])
 
 
@@ -68,13 +95,35 @@ LINES = '{"text": "a line"}\n{"text": "another"}\n'
 
 
 def test_cards_beside_data_are_no_documents(tmp_path: Path) -> None:
-    fill(tmp_path, "README.md", "LICENSE.txt", "licence-mit.md", "docs/README.md", "docs/guide.md", "more/README.rst")
+    fill(
+        tmp_path,
+        "README.md",
+        "LICENSE.txt",
+        "licence-mit.md",
+        "docs/README.md",
+        "docs/guide.md",
+        "more/README.rst",
+    )
     fill(tmp_path, "more/deep/CITATION.txt", "more/deep/x.jsonl", text=LINES)
     fill(tmp_path, "notes.txt", "readmegrave.txt", text="x")
     [source] = find_sources([tmp_path])
-    cards = ["README.md", "LICENSE.txt", "licence-mit.md", "more/README.rst", "more/deep/CITATION.txt"]
-    assert {name: kind for name, kind in passed(tmp_path).items() if kind == "card"} == dict.fromkeys(cards, "card")
-    assert below(source) == ["docs/README.md", "docs/guide.md", "more/deep/x.jsonl", "notes.txt", "readmegrave.txt"]
+    cards = [
+        "README.md",
+        "LICENSE.txt",
+        "licence-mit.md",
+        "more/README.rst",
+        "more/deep/CITATION.txt",
+    ]
+    assert {
+        name: kind for name, kind in passed(tmp_path).items() if kind == "card"
+    } == dict.fromkeys(cards, "card")
+    assert below(source) == [
+        "docs/README.md",
+        "docs/guide.md",
+        "more/deep/x.jsonl",
+        "notes.txt",
+        "readmegrave.txt",
+    ]
     assert {name for name, kind in passed(tmp_path).items() if kind == "beside_data"} == {
         "notes.txt",
         "readmegrave.txt",
@@ -104,7 +153,8 @@ def test_what_makes_a_readme_a_card(tmp_path: Path, name: str, text: str, is_dat
 
 
 def test_a_snapshot_of_a_data_set(tmp_path: Path) -> None:
-    """As the cache of the Hugging Face hub has it: links to blobs, one of which was not fetched, and a card."""
+    """As the cache of the Hugging Face hub has it: links to blobs, one of which was not fetched,
+    and a card."""
     blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "abc"
     (snapshot / "data").mkdir(parents=True)
     blobs.mkdir()
@@ -132,10 +182,20 @@ def test_links_to_folders_are_followed_once_each(tmp_path: Path) -> None:
     assert below(find_sources([str(tmp_path / "in" / "**" / "*.txt")])[0]) == below(source)
     assert below(find_sources([str(tmp_path / "in" / "**")])[0]) == below(source)
     # A pattern finds a folder under each of its names.
-    for pattern in ("in/**/far/*.txt", "in/**/far/more/*.txt", "in/*/more/c.txt", "in/**/again/*", "in/f*/b.txt"):
+    for pattern in (
+        "in/**/far/*.txt",
+        "in/**/far/more/*.txt",
+        "in/*/more/c.txt",
+        "in/**/again/*",
+        "in/f*/b.txt",
+    ):
         assert len(find_sources([str(tmp_path / pattern)])[0].files) == 1
     # An INPUT may be a link itself, and one file has one place in the corpus.
-    assert below(find_sources([tmp_path / "in" / "far"])[0]) == ["b.txt", "more/c.txt", "round/z/deep/a.txt"]
+    assert below(find_sources([tmp_path / "in" / "far"])[0]) == [
+        "b.txt",
+        "more/c.txt",
+        "round/z/deep/a.txt",
+    ]
     assert len(texts_of(tmp_path / "far", tmp_path / "in", str(tmp_path / "**" / "b.txt"))) == 3
 
 
@@ -153,10 +213,20 @@ BRACKETS = ("proj[v1]", "a*b", "what?", "[!x]", "[", "{a,b}", "sp ace (1)")
 
 @pytest.mark.parametrize("name", BRACKETS)
 def test_what_exists_as_typed_is_taken_as_typed(tmp_path: Path, name: str) -> None:
-    fill(tmp_path, f"{name}/a.md", f"{name}/sub/b.md", f"{name}/{name}.md", "projv/no.md", "axb/no.md", "whatx/no.md")
+    fill(
+        tmp_path,
+        f"{name}/a.md",
+        f"{name}/sub/b.md",
+        f"{name}/{name}.md",
+        "projv/no.md",
+        "axb/no.md",
+        "whatx/no.md",
+    )
     here = tmp_path / name
     assert below(find_sources([here])[0]) == sorted(["a.md", "sub/b.md", f"{name}.md"])
-    assert [file.path for file in find_sources([here / f"{name}.md"])[0].files] == [str(here / f"{name}.md")]
+    assert [file.path for file in find_sources([here / f"{name}.md"])[0].files] == [
+        str(here / f"{name}.md")
+    ]
     assert "a.md" in below(find_sources([str(here / "a*.md")])[0])
     assert below(find_sources([str(here / "**" / "b.md")])[0]) == ["sub/b.md"]
     assert below(find_sources([str(here / "s*" / "b.md")])[0]) == ["sub/b.md"]
@@ -165,7 +235,16 @@ def test_what_exists_as_typed_is_taken_as_typed(tmp_path: Path, name: str) -> No
 
 
 def test_a_pattern_matches_as_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fill(tmp_path, "a1/x.txt", "a2/x.txt", "b/y.txt", "b/c/z.odd", ".h/x.txt", "a1/.x.txt", "old/manifest.json")
+    fill(
+        tmp_path,
+        "a1/x.txt",
+        "a2/x.txt",
+        "b/y.txt",
+        "b/c/z.odd",
+        ".h/x.txt",
+        "a1/.x.txt",
+        "old/manifest.json",
+    )
     fill(tmp_path, "old/tokenizer.model", "old/x.txt", "old/sub/x.txt")
     monkeypatch.chdir(tmp_path)
     for pattern, expected in {
@@ -196,7 +275,9 @@ def test_a_home_that_a_quoted_glob_names(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("item", ["a\0b", "\udcff", "a\0*", "caf\udce9/*", "\0://x", " ", ""])
-def test_odd_bytes_in_a_path_give_one_line(item: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_odd_bytes_in_a_path_give_one_line(
+    item: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError) as caught:  # what it says differs
         find_sources([item])
@@ -207,7 +288,9 @@ def test_odd_bytes_in_a_path_give_one_line(item: str, tmp_path: Path, monkeypatc
 def test_at_a_url(tmp_path: Path) -> None:
     fs = fsspec.filesystem("memory")
     names = ["README.md", "a.jsonl", "b.json", "c.csv", ".d/x.txt", "p[1]/e.txt", "p1/f.txt"]
-    fs.pipe({f"/passed/{name}": (LINES if "json" in name else "some text").encode() for name in names})
+    fs.pipe(
+        {f"/passed/{name}": (LINES if "json" in name else "some text").encode() for name in names}
+    )
     try:
         assert read("memory://passed")[1] == {}
         assert passed("memory://passed") == {

@@ -43,8 +43,11 @@ def test_any_bytes_come_back_from_any_packing(suffix: str, raw: bytes, cut: int)
     pack = PACKERS[suffix]
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, f"one.txt{suffix}").write_bytes(pack(raw))
-        Path(folder, f"two.txt{suffix}").write_bytes(pack(raw[:cut]) + pack(raw[cut:]))  # members after one another
-        # Whether it is read as text is for test_documents.py: of all that is said of it, both say the same.
+        Path(folder, f"two.txt{suffix}").write_bytes(
+            pack(raw[:cut]) + pack(raw[cut:])
+        )  # members after one another
+        # Whether it is read as text is for test_documents.py: of all that is said of it, both say
+        # the same.
         documents, _, records = read(folder)
         said: dict[str, list[object]] = {f"{name}.txt{suffix}": [] for name in ("one", "two")}
         for document in documents:
@@ -52,7 +55,12 @@ def test_any_bytes_come_back_from_any_packing(suffix: str, raw: bytes, cut: int)
         for record in records:
             said[Path(str(record["file"])).name].append((record["kind"], record["detail"]))
         assert said[f"one.txt{suffix}"] == said[f"two.txt{suffix}"] != []
-        if raw and raw.isascii() and raw.decode().isprintable() and not re.search(rb"[^a-z ]|[a-z]{4}", raw):
+        if (
+            raw
+            and raw.isascii()
+            and raw.decode().isprintable()
+            and not re.search(rb"[^a-z ]|[a-z]{4}", raw)
+        ):
             assert said[f"one.txt{suffix}"][0] == raw.decode()
 
 
@@ -64,7 +72,9 @@ def test_an_archive_that_is_cut_short_anywhere_is_an_error(tmp_path: Path, suffi
     boundary = len(PACKERS[suffix](raw[:300]))
     for length in set(range(1, len(whole))) - {boundary}:
         path.write_bytes(whole[:length])
-        with pytest.raises(ValueError, match=r"a\.jsonl\S*: damaged after \d+ unpacked bytes: .*make it again"):
+        with pytest.raises(
+            ValueError, match=r"a\.jsonl\S*: damaged after \d+ unpacked bytes: .*make it again"
+        ):
             texts_of(path)
     path.write_bytes(whole)
     assert len(texts_of(path)) == 50
@@ -93,12 +103,19 @@ def test_what_follows_an_archive(tmp_path: Path, suffix: str) -> None:
             text = b'{"text": "text"}' if "jsonl" in name else b"text"
             (tmp_path / name).write_bytes(PACKERS[suffix](text) + rest)
             documents, counts, [record] = read(tmp_path / name)
-            assert ([document.text for document in documents], counts) == (["text"], {"trailing_bytes": 1})
-            assert (record["file"], record["detail"]) == (name, f"{len(rest):,} bytes after the last whole member")
+            assert ([document.text for document in documents], counts) == (
+                ["text"],
+                {"trailing_bytes": 1},
+            )
+            assert (record["file"], record["detail"]) == (
+                name,
+                f"{len(rest):,} bytes after the last whole member",
+            )
     for rest in (b"x" * 70_000, b"rest" + whole, bytes([whole[0] ^ 1]) + whole[1:]):
         path.write_bytes(whole + rest)
         with pytest.raises(
-            ValueError, match=rf"damaged after 4 unpacked bytes: no member begins .* at byte {len(whole)}"
+            ValueError,
+            match=rf"damaged after 4 unpacked bytes: no member begins .* at byte {len(whole)}",
         ):
             texts_of(path)
     path.write_bytes(b"")
@@ -106,23 +123,39 @@ def test_what_follows_an_archive(tmp_path: Path, suffix: str) -> None:
 
 
 def test_padding_and_skippable_frames(tmp_path: Path) -> None:
-    (tmp_path / "a.txt.xz").write_bytes(lzma.compress(b"a") + bytes(8) + lzma.compress(b"b") + bytes(4))
-    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(b"a") + bytes(600) + gzip.compress(b"b") + bytes(7))
+    (tmp_path / "a.txt.xz").write_bytes(
+        lzma.compress(b"a") + bytes(8) + lzma.compress(b"b") + bytes(4)
+    )
+    (tmp_path / "b.txt.gz").write_bytes(
+        gzip.compress(b"a") + bytes(600) + gzip.compress(b"b") + bytes(7)
+    )
     frame = b"\x50\x2a\x4d\x18\x03\x00\x00\x00abc"
-    (tmp_path / "c.txt.zst").write_bytes(frame + zstandard.compress(b"a") + frame + zstandard.compress(b"b") + frame)
+    (tmp_path / "c.txt.zst").write_bytes(
+        frame + zstandard.compress(b"a") + frame + zstandard.compress(b"b") + frame
+    )
     assert texts_of(tmp_path) == ["ab", "ab", "ab"]
 
 
 lines_of_json = st.lists(
     st.one_of(
-        st.text(max_size=40).map(lambda text: json.dumps({"text": text}, ensure_ascii=False).encode()),
-        st.sampled_from([b"", b" \r", b"{", b'{"body": 1}', b'{"text": "\xff"}', b'{"text": "\\ud800"}']),
+        st.text(max_size=40).map(
+            lambda text: json.dumps({"text": text}, ensure_ascii=False).encode()
+        ),
+        st.sampled_from(
+            [b"", b" \r", b"{", b'{"body": 1}', b'{"text": "\xff"}', b'{"text": "\\ud800"}']
+        ),
     ),
     max_size=20,
 )
 
 
-@given(lines=lines_of_json, final=st.booleans(), size=st.integers(1, 120), limit=st.integers(0, 60), data=st.data())
+@given(
+    lines=lines_of_json,
+    final=st.booleans(),
+    size=st.integers(1, 120),
+    limit=st.integers(0, 60),
+    data=st.data(),
+)
 def test_pieces_do_not_depend_on_how_the_bytes_arrive(
     lines: list[bytes], final: bool, size: int, limit: int, data: st.DataObject
 ) -> None:
@@ -133,7 +166,10 @@ def test_pieces_do_not_depend_on_how_the_bytes_arrive(
         patch.setattr(pieces, "PIECE_BYTES", size)
         patch.setattr(oversize, "MAX_DOCUMENT", size + limit)
         at_once, in_chunks = (
-            [run if isinstance(run, bytes) else (run.file.seek(0), run.file.read(), run.newlines) for run in runs]
+            [
+                run if isinstance(run, bytes) else (run.file.seek(0), run.file.read(), run.newlines)
+                for run in runs
+            ]
             for runs in (pieces._runs(iter([raw] if raw else [])), pieces._runs(iter(chunks)))
         )
     assert in_chunks == at_once
@@ -141,7 +177,9 @@ def test_pieces_do_not_depend_on_how_the_bytes_arrive(
     assert joined == raw
     for run in at_once:
         if isinstance(run, bytes):
-            assert len(run) <= size or (run.count(b"\n") <= 1 and len(run.rstrip(b"\n")) <= size + limit)
+            assert len(run) <= size or (
+                run.count(b"\n") <= 1 and len(run.rstrip(b"\n")) <= size + limit
+            )
         else:
             assert len(run[1]) > size + limit
 
@@ -159,28 +197,36 @@ def test_ranges_and_small_pieces_give_the_same_documents(
         found, found_counts, found_records = read(path)
         assert [document.text for document in found] == [document.text for document in documents]
         assert found_counts == counts
-        assert [(r["kind"], r["raw"]) for r in found_records] == [(r["kind"], r["raw"]) for r in records]
+        assert [(r["kind"], r["raw"]) for r in found_records] == [
+            (r["kind"], r["raw"]) for r in records
+        ]
         # Lines are counted in each range, and all newlines are.
         before, lines_before = 0, 0
         numbers = []
         for part in plan_units(find_sources([path])):
             for each in read_pieces(part):
                 assert each.start == part.start
-                numbers += [lines_before + each.first_line + n for n in range(each.lines.count(b"\n") or 1)]
+                numbers += [
+                    lines_before + each.first_line + n for n in range(each.lines.count(b"\n") or 1)
+                ]
                 before += each.line_count
             lines_before = before
         assert numbers == list(range(1, len(numbers) + 1))
         assert before == path.read_bytes().count(b"\n")
 
 
-def test_progress_adds_up_to_what_is_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_adds_up_to_what_is_stored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(pieces, "PIECE_BYTES", 1000)
     monkeypatch.setattr(inputs, "UNIT_BYTES", 5000)
     raw = b"".join(b'{"text": "line %d"}\n' % number for number in range(1000))
     for suffix, pack in PACKERS.items():
         (tmp_path / f"a.jsonl{suffix}").write_bytes(pack(raw))
         (tmp_path / f"a.txt{suffix}").write_bytes(pack(raw))
-    pq.write_table(pa.table({"text": [str(number) * 9 for number in range(1000)]}), tmp_path / "a.parquet")
+    pq.write_table(
+        pa.table({"text": [str(number) * 9 for number in range(1000)]}), tmp_path / "a.parquet"
+    )
     for unit in plan_units(find_sources([tmp_path])):
         found = list(read_pieces(unit))
         assert sum(piece.input_bytes for piece in found) == stored_bytes(unit)
@@ -204,7 +250,9 @@ def test_a_long_text_is_cut_between_characters(text: str, limit: int, data: st.D
     assert all(0 < len(part) <= limit for part in parts)
     for part, following in itertools.pairwise(parts):
         window = (part + following)[:limit]
-        assert part.endswith(b"\n") or (b"\n" not in window and (part.endswith(b" ") or b" " not in window))
+        assert part.endswith(b"\n") or (
+            b"\n" not in window and (part.endswith(b" ") or b" " not in window)
+        )
 
 
 json_text = st.text(st.sampled_from('ab \\"\n\0\u00e9\u20ac\U0001f600u/'), max_size=80)
@@ -252,7 +300,9 @@ def test_the_text_of_a_long_line_is_found_and_cut(
         json.loads(b'"' + part + b'"').encode()  # no pair of surrogates is torn
 
 
-@pytest.mark.parametrize("text", ["\\ud83d" * 9, "\\\\ud83d" * 9, "\U0001f600" * 9, "\\" * 40, "x\\u\u20acd" * 9])
+@pytest.mark.parametrize(
+    "text", ["\\ud83d" * 9, "\\\\ud83d" * 9, "\U0001f600" * 9, "\\" * 40, "x\\u\u20acd" * 9]
+)
 def test_backslashes_and_pairs_at_a_cut(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for limit in range(14, 30):
         monkeypatch.setattr(oversize, "MAX_DOCUMENT", limit)
@@ -267,7 +317,10 @@ def test_backslashes_and_pairs_at_a_cut(text: str, monkeypatch: pytest.MonkeyPat
 
 def test_the_last_of_several_fields_of_a_long_line_counts() -> None:
     line = b'{"text": "first", "text": "last"}'
-    assert oversize.find_text(io.BytesIO(line), 0, "text") == (line.index(b"last"), line.index(b"last") + 4)
+    assert oversize.find_text(io.BytesIO(line), 0, "text") == (
+        line.index(b"last"),
+        line.index(b"last") + 4,
+    )
     assert oversize.find_text(io.BytesIO(b'{"text": "first", "text": null}'), 0, "text") is None
 
 
@@ -288,7 +341,10 @@ def test_a_line_of_just_the_largest_size_is_whole(monkeypatch: pytest.MonkeyPatc
         (b"[1]", r"'\[' at byte 0"),
         (b'{"text": "cut', "the end of the line at byte 13"),
         (b'{"text": "a\nb"}', r"'\\n' at byte 11"),
-        (b'{"text": "a\\x"}', r"byte 11, where a character, a valid escape or the string's end belongs"),
+        (
+            b'{"text": "a\\x"}',
+            r"byte 11, where a character, a valid escape or the string's end belongs",
+        ),
         (b'{"text" "a"}', "where ':' belongs"),
         (b'{"text": }', "'}' at byte 9, where a value belongs"),
         (b'{"text": [1, {"a": "b"', "where a bracket that closes belongs"),
@@ -324,7 +380,13 @@ def test_long_lines_among_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         texts[document.line] = texts.get(document.line, "") + document.text
     mended = "caf\ufffd \ufffd \0 and some ASCII around it; " * 9
     assert texts == {1: long, 2: "short", 3: "first", 6: mended, 8: long}
-    assert {"byte_order_mark": 1, "cut": 3, "malformed_json": 1, "no_text": 1, "empty": 1}.items() <= counts.items()
+    assert {
+        "byte_order_mark": 1,
+        "cut": 3,
+        "malformed_json": 1,
+        "no_text": 1,
+        "empty": 1,
+    }.items() <= counts.items()
     places = {(record["kind"], record["line"]) for record in records}
     assert {
         ("cut", 1),
@@ -363,7 +425,9 @@ def test_memory_is_bounded_whatever_is_long(tmp_path: Path, name: str) -> None:
         for _ in range(repeats):
             file.write(inner.encode())
         file.write(b'"}' if "jsonl" in name else b"")
-    ran = subprocess.run([sys.executable, "-c", MEASURE, str(path)], capture_output=True, text=True, check=True)
+    ran = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(path)], capture_output=True, text=True, check=True
+    )
     digest, megabytes = ran.stdout.split()
     assert int(megabytes) < 250
     expected = hashlib.sha256()
@@ -374,11 +438,21 @@ def test_memory_is_bounded_whatever_is_long(tmp_path: Path, name: str) -> None:
 
 def test_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = ["one", "", None, "b" * 100, "\x00\r\n", "last"]
-    for kind in (pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())):
+    for kind in (
+        pa.string(),
+        pa.large_string(),
+        pa.string_view(),
+        pa.dictionary(pa.int32(), pa.string()),
+    ):
         table = pa.table({"id": range(6), "body": pa.array(texts, pa.string()).cast(kind)})
         pq.write_table(table, tmp_path / "a.parquet", row_group_size=2)
         documents, counts, records = read(tmp_path / "a.parquet", text_field="body")
-        assert [(d.line, d.text) for d in documents] == [(1, "one"), (4, "b" * 100), (5, "\0\r\n"), (6, "last")]
+        assert [(d.line, d.text) for d in documents] == [
+            (1, "one"),
+            (4, "b" * 100),
+            (5, "\0\r\n"),
+            (6, "last"),
+        ]
         assert counts == {"empty": 1, "no_text": 1, "nul": 1, "crlf": 1}
         assert ("no_text", 3) in {(record["kind"], record["line"]) for record in records}
     pq.write_table(pa.table({"text": pa.array([b"caf\xe9", b"ok"])}), tmp_path / "b.parquet")
@@ -392,7 +466,10 @@ def test_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_parquet_without_a_column_of_text(tmp_path: Path) -> None:
     pq.write_table(pa.table({"id": [1], "body": ["x"]}), tmp_path / "a.parquet")
-    with pytest.raises(ValueError, match=r"a\.parquet: found no column 'text', but 'id', 'body'; name .*--text-field"):
+    with pytest.raises(
+        ValueError,
+        match=r"a\.parquet: found no column 'text', but 'id', 'body'; name .*--text-field",
+    ):
         pieces_of(tmp_path / "a.parquet")
     with pytest.raises(ValueError, match="found column 'id' of type int64, expected string"):
         pieces_of(tmp_path / "a.parquet", text_field="id")
@@ -400,9 +477,19 @@ def test_parquet_without_a_column_of_text(tmp_path: Path) -> None:
 
 def test_damaged_parquet(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
-    pq.write_table(pa.table({"text": [f"row {number} " * 50 for number in range(2000)]}), path, row_group_size=500)
+    pq.write_table(
+        pa.table({"text": [f"row {number} " * 50 for number in range(2000)]}),
+        path,
+        row_group_size=500,
+    )
     whole = path.read_bytes()
-    for damaged in (b"PAR1", b"no parquet at all", whole[:-9], whole[: len(whole) // 2], b"x" * 900 + whole[900:]):
+    for damaged in (
+        b"PAR1",
+        b"no parquet at all",
+        whole[:-9],
+        whole[: len(whole) // 2],
+        b"x" * 900 + whole[900:],
+    ):
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match=r"a\.parquet: damaged after row \d+: ") as caught:
             pieces_of(path)

@@ -234,8 +234,8 @@ def test_any_value_of_any_key_is_taken_or_refused_in_one_line(key: str, value: s
 @given(st.sampled_from(CLUSTER_KEYS), VALUES)
 def test_any_value_of_any_key_of_a_cluster_too(key: str, value: str) -> None:
     try:
-        site, rest = cluster_settings.load(["cluster=sandbox", f"cluster.{key}={value}"])
-        assert rest == [] and cluster_settings.changed(site, []) == site
+        site, rest = cluster_settings.read_cluster(["cluster=sandbox", f"cluster.{key}={value}"])
+        assert rest == [] and cluster_settings.change_cluster(site, []) == site
     except ConfigError as error:
         assert str(error) and "\n" not in str(error).strip()
 
@@ -311,7 +311,7 @@ def test_a_text_without_quotes_is_the_text_in_every_file(name: str, tmp_path: Pa
         for found in (config, from_yaml(again)):
             assert (found.run.name, str(found.run.dir), found.model.name) == (valid, name, name)
             assert (found.checkpoint.dir, found.data.path) == (name, Path(name).absolute())
-    site, _ = cluster_settings.load([f"cluster={tmp_path / 'site.yaml'}"])
+    site, _ = cluster_settings.read_cluster([f"cluster={tmp_path / 'site.yaml'}"])
     null = None if name == "null" else name
     assert (site.partition, site.account, site.nodelist, site.time) == (null, null, null, 240)
     assert (site.exclude, site.setup) == ([name], [name])
@@ -336,7 +336,9 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
 
 def refused_cluster(*overrides: str) -> str:
     with pytest.raises(ConfigError) as caught:
-        cluster_settings.load([*overrides] if overrides[0].startswith("cluster=") else ["cluster=sandbox", *overrides])
+        cluster_settings.read_cluster(
+            [*overrides] if overrides[0].startswith("cluster=") else ["cluster=sandbox", *overrides]
+        )
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -344,14 +346,14 @@ def refused_cluster(*overrides: str) -> str:
 @pytest.mark.parametrize("name", [*NAMES.split(), "0012", "a=b (é), c", "gpu[1-2,7]", "$HOME", "${HOME}"])
 def test_words_for_slurm_are_the_text_that_was_typed(name: str) -> None:
     words = ["partition", "account", "qos", "nodelist", "constraint", "sbatch.comment", "sbatch.mem-per-cpu"]
-    site, _ = cluster_settings.load(["cluster=sandbox", *(f"cluster.{key}={name}" for key in words)])
-    again = cluster_settings.changed(site, ["cluster.nodes=1"])
+    site, _ = cluster_settings.read_cluster(["cluster=sandbox", *(f"cluster.{key}={name}" for key in words)])
+    again = cluster_settings.change_cluster(site, ["cluster.nodes=1"])
     for found in (site, again, type(site).model_validate_json(site.model_dump_json())):
         expected = None if name == "null" else name
         assert {found.partition, found.account, found.qos, found.nodelist, found.constraint} == {expected}
         flag = True if name == "true" else name
         assert found.sbatch == {"comment": flag, "mem-per-cpu": flag}
-    assert cluster_settings.changed(site, [f"cluster.qos={name}"]) == site
+    assert cluster_settings.change_cluster(site, [f"cluster.qos={name}"]) == site
 
 
 def test_a_home_is_expanded_for_a_cluster_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -359,7 +361,7 @@ def test_a_home_is_expanded_for_a_cluster_too(tmp_path: Path, monkeypatch: pytes
     (tmp_path / "site é.yaml").write_text(
         "time: 90\nshared: [~/data, /x]\npython: ~/v/bin/python\nsetup: ['. ${HOME}/x']\n"
     )
-    site, _ = cluster_settings.load(["cluster=~/site é.yaml"])
+    site, _ = cluster_settings.read_cluster(["cluster=~/site é.yaml"])
     assert (site.shared, site.python) == ([tmp_path / "data", Path("/x")], f"{tmp_path}/v/bin/python")
     assert (site.setup, site.time) == ([". ${HOME}/x"], 90)
 
@@ -378,11 +380,13 @@ def test_a_run_that_goes_on_takes_text_as_it_was_typed(tmp_path: Path) -> None:
 
 
 def test_a_sweep_splits_text_at_commas_and_leaves_it_as_it_is(tmp_path: Path) -> None:
-    found, runs = sweep_run.load([*MINIMAL, f'data.path={tmp_path}/a(b),"{tmp_path}/c,d"', "model.name=1.10,007"])
+    found, runs = sweep_run.expand_sweep(
+        [*MINIMAL, f'data.path={tmp_path}/a(b),"{tmp_path}/c,d"', "model.name=1.10,007"]
+    )
     assert [(each.data.path, each.model.name) for each in runs] == [
         (tmp_path / path, name) for path in ("a(b)", "c,d") for name in ("1.10", "007")
     ]
     assert found.runs[3].values == {"data.path": f"{tmp_path}/c,d", "model.name": "007"}
     assert found.runs[3].name.endswith("c_d-name_007")
-    named, _ = sweep_run.load([*MINIMAL, "run.name=1.10", "optim.lr=1,2"])
+    named, _ = sweep_run.expand_sweep([*MINIMAL, "run.name=1.10", "optim.lr=1,2"])
     assert named.name == "1.10"
