@@ -69,6 +69,11 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     return LINK.sub(led, markdown)
 
 
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Leave out the roles of docstrings, such as :mod: in front of a module's name."""
+    return re.sub(r":(mod|class|func|meth|data|attr):(?=<code>)", "", html)
+
+
 def made() -> dict[str, str]:
     """Return the text of each page that is made of other files, by the page's name."""
     pages = {name: (ROOT / file).read_text("utf-8") for name, file in OF_THE_ROOT.items()}
