@@ -24,21 +24,29 @@ LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     assert config.nav is not None
-    config.nav = [expanded(entry) for entry in config.nav]
+    config.nav = expanded(config.nav, named(config.nav))
     return config
 
 
-def expanded(entry: Any) -> Any:
-    """Return an entry of the navigation with the pages that its globs match."""
+def named(entry: Any) -> set[str]:
+    """Return the pages that the navigation names one by one."""
+    if isinstance(entry, dict | list):
+        return set().union(*(named(each) for each in (entry.values() if isinstance(entry, dict) else entry)))
+    return {entry}
+
+
+def expanded(entry: Any, known: set[str]) -> Any:
+    """Return an entry of the navigation with the pages that its globs match, but for those that it names."""
     if isinstance(entry, dict):
-        return {title: expanded(inside) for title, inside in entry.items()}
+        return {title: expanded(inside, known) for title, inside in entry.items()}
     if isinstance(entry, list):
-        return [expanded(each) for each in entry]
+        inside = [expanded(each, known) for each in entry]
+        return [page for each in inside for page in (each if isinstance(each, list) else [each])]
     if "*" not in entry:
         return entry
     found = [*(path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").glob(entry))]
     found += [name for name in made() if PurePosixPath(name).match(entry)]
-    return sorted(found, key=lambda name: (not name.endswith("index.md"), name.removesuffix(".md")))
+    return sorted({*found} - known, key=lambda name: (not name.endswith("index.md"), name.removesuffix(".md")))
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
