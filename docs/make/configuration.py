@@ -7,6 +7,7 @@ A key's type, bounds and description come from its model, its value from ``confi
 says beyond a field's description stands in notes.yaml, by key.
 """
 
+import inspect
 import sys
 import textwrap
 from collections.abc import Iterable, Iterator
@@ -273,7 +274,8 @@ def cleaning_section() -> str:
     ]
     for name, (settings, build) in RULES.items():
         found = [f"`{key}`: {own_default(field)}" for key, field in settings.model_fields.items()]
-        does = (build.__doc__ or "").strip().splitlines()[0].replace("|", "\\|").replace("<", "&lt;")
+        summary = " ".join((inspect.getdoc(build) or "").partition("\n\n")[0].split())
+        does = summary.replace("|", "\\|").replace("<", "&lt;")
         lines.append(f"| `{name}` | {does} | {'<br>'.join(found) or 'none'} |")
     return "\n".join([*lines, ""])
 
