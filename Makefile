@@ -50,10 +50,10 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# the pages of docs/ as a site in build/site; a link that leads nowhere ends it
+# the pages of docs/ as a site in build/site; a link that leads nowhere ends it (not with --quiet, which hides them)
 docs: .venv/docs
 	$(BIN)/python -m docs.make.configuration
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 	@echo "Made: build/site/index.html"
 
 .venv/docs: .venv/ready
