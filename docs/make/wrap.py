@@ -63,8 +63,8 @@ def blocks(lines: list[str]) -> Iterator[tuple[int, int]]:
     for number, line in enumerate([*lines, ""]):
         item, indent = ITEM.match(line), len(line) - len(line.lstrip())
         fence = FENCE.match(line)
-        ends = not line.strip() or fence or fenced or item
-        ends = ends or line.lstrip().startswith(("|", "#", "!", "<"))
+        ends = bool(not line.strip() or fence or fenced or item)
+        ends |= line.lstrip().startswith(("|", "#", "!", "<"))
         if start is not None and ends:
             yield start, number
             start = None
