@@ -9,7 +9,7 @@ NAME := $(if $(TEXT),demo-$(shell printf %s-%s "$$(basename '$(TEXT)' | tr -c 'A
 	"$$(realpath '$(TEXT)' | cksum | cut -d' ' -f1)"),demo)
 INPUT := $(or $(TEXT),data/stdlib)
 
-.PHONY: demo test pytest quick lint setup constraints
+.PHONY: demo test pytest quick lint docs setup constraints
 
 demo: setup $(if $(TEXT),,data/stdlib)
 	@test -f data/$(NAME)/manifest.json || \
@@ -50,6 +50,16 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# the pages of docs/ as a site in build/site; a link that leads nowhere ends it (not with --quiet, which hides them)
+docs: .venv/docs
+	$(BIN)/python -m docs.make.configuration
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
+	@echo "Made: build/site/index.html"
+
+.venv/docs: .venv/ready
+	@$(BIN)/python -m pip install -qq --constraint constraints.txt --editable '.[docs]'
+	@touch $@
+
 setup: .venv/ready
 
 .venv/ready: pyproject.toml constraints.txt
@@ -61,6 +71,6 @@ setup: .venv/ready
 	@touch $@
 
 # renew the pins from what is installed, once the tests pass with it
-constraints:
+constraints: .venv/docs
 	@{ head -1 constraints.txt; $(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu//'; } > constraints.new
 	@mv constraints.new constraints.txt

@@ -20,9 +20,8 @@ from cluster import run_record
 from cluster.run_record import RecordError
 from data_prep.words import first_problem
 from dnt_scale.config import Strict
-from dnt_scale.record import timeline
+from dnt_scale.record import finalize, timeline
 from dnt_scale.record.files import write_json
-from dnt_scale.record.finalize import finalize_sweep
 from dnt_scale.record.tracker import Status
 
 FILE = "sweep.json"
@@ -95,7 +94,7 @@ def finalize_sweep(folder: Path) -> None:
     places = [folder / run.name for run in read_sweep(folder).runs]
     tracked = [place for place in places if (place / "logs" / "tracking.json").exists()]
     if tracked and (status := outcome(folder)):
-        finalize_sweep(tracked[0], status)
+        finalize.finalize_sweep(tracked[0], status)
 
 
 def _final_status(run_dir: Path) -> str | None:

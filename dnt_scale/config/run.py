@@ -46,7 +46,7 @@ class TrainSection(Strict):
     tokens: int | None = Field(None, gt=0, le=10**18, description="instead of steps: places in rows, padding too")
     global_batch: int = Field(gt=0, le=1 << 31, description="rows a step, over all ranks and micro-batches")
     micro_batch: int = Field(gt=0, le=1 << 31, description="rows a rank a forward")
-    dtype: Literal["auto", "bf16", "fp32"] = Field("auto", description="see compute_dtype.py")
+    dtype: Literal["auto", "bf16", "fp32"] = Field("auto", description="compute dtype")
     max_skipped: Count = Field(10, gt=0, description="skipped or undone steps in a row that end the run")
 
     @model_validator(mode="after")
