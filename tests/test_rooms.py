@@ -134,6 +134,19 @@ def test_heavy_packages_are_imported_where_they_are_used(name: str) -> None:
     assert not {top(found) for found in imports(ROOT / name, at_import_only=True)} & LATE
 
 
+TRACKERS = {  # what a tracker imports, and who may: its own file or folder, and `dnt ui`
+    ("mlflow", "dnt_scale.record.mlflow"): ("dnt_scale/record/mlflow/", "dnt_scale/cli/run.py"),
+    ("tensorboard", "torch.utils.tensorboard", "dnt_scale.record.tensorboard"): ("dnt_scale/record/tensorboard.py",),
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_tracker_is_known_in_its_own_room_only(name: str) -> None:
+    for modules, rooms in TRACKERS.items():
+        found = [module for module in imports(ROOT / name) if f"{module}.".startswith(tuple(f"{m}." for m in modules))]
+        assert not found or name.startswith(rooms)
+
+
 def test_the_command_line_is_thin_until_a_command_is_chosen() -> None:
     found = {top(name) for name in imports(ROOT / "dnt_scale" / "cli" / "main.py", at_import_only=True)}
     assert not found & {"torch", "data_prep", "cluster", *LATE}

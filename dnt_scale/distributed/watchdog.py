@@ -194,7 +194,8 @@ class Watchdog:
             self.seen[rank] = LastPulse(pulse, self.clock, before.moved)
 
     def _gone(self, pulse: Pulse) -> bool:
-        return not pulse.left and has_ended(pulse.pid, pulse.started, pulse.machine)
+        here = pulse.machine == self.machine and not pulse.left  # Most of many ranks are elsewhere.
+        return here and has_ended(pulse.pid, pulse.started, pulse.machine)
 
     # --- the judge
 

@@ -56,7 +56,7 @@ class Backend(Protocol):
 
     @staticmethod
     def address(order: Order) -> str:
-        """Return where the run goes, as people are told. At another address it is sent anew."""
+        """Return where the run goes, as people are told."""
 
     @staticmethod
     def objection() -> str:
