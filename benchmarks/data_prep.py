@@ -43,7 +43,7 @@ from data_prep.read.documents import Findings, read_documents
 from data_prep.read.inputs import find_sources, plan_units
 from data_prep.read.pieces import read_pieces
 from data_prep.tokenizer import Kind
-from data_prep.train_tokenizer import SAMPLE_BYTES, Sample, train
+from data_prep.train_tokenizer import SAMPLE_BYTES, TextSample, train
 from dnt_scale.record.files import git_commit
 from tests.helpers.corpus import python_source_files
 
@@ -335,7 +335,7 @@ def read_all(inputs: list[str]) -> list[str]:
 
 
 def sampled(texts: list[str], size: int) -> list[str]:
-    sample = Sample(size)
+    sample = TextSample(size)
     for text in texts:
         sample.add(text_hash(text.encode(), "sample"), text)
     return [text for _, text in sample.items()]

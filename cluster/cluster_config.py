@@ -23,7 +23,7 @@ def _program(path: object) -> object:
 
 
 Minutes = Annotated[int, BeforeValidator(_minutes), Field(gt=0, le=100_000_000)]
-Node = Annotated[str, Field(min_length=1)]
+NodeName = Annotated[str, Field(min_length=1)]
 
 
 class ClusterConfig(Strict):
@@ -44,7 +44,7 @@ class ClusterConfig(Strict):
     )
     constraint: Text | None = None
     nodelist: Text | None = None
-    exclude: list[Node] = Field([], description="nodes")
+    exclude: list[NodeName] = Field([], description="nodes")
     setup: list[str] = Field(
         [], description="shell lines before Python starts: modules, environment"
     )

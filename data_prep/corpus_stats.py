@@ -15,7 +15,7 @@ from data_prep.chunks import Chunk
 from data_prep.clean.cleaner import CleanStats
 from data_prep.pack import Layout, StreamSlice, predicted_tokens, slice_size, which_stay
 from data_prep.read.documents import Findings, place_name
-from data_prep.read.inputs import Source
+from data_prep.read.inputs import InputSource
 from data_prep.read.pieces import Unit
 from data_prep.shards import SplitName
 from data_prep.train_tokenizer import LOSING
@@ -26,7 +26,7 @@ FIRST_REJECTS = 40
 REJECTS_OF_A_KIND = 4
 
 
-class Duplicates(NamedTuple):
+class DuplicateFiles(NamedTuple):
     """What the dedup stage left: files with an entry a document, and numbers for the report.
 
     `original` (int64) is -1 or the number of the document that stays instead, counted from the set
@@ -105,7 +105,7 @@ class CorpusStats:
 
 
 def count_corpus(
-    sources: Sequence[Source],
+    sources: Sequence[InputSource],
     units: Sequence[Unit],
     chunks: Sequence[Sequence[Path]],
     layout: Layout,

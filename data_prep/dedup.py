@@ -79,7 +79,7 @@ _NO_SPACES = [
 
 
 @dataclass(frozen=True)
-class Duplicates:
+class FoundDuplicates:
     """Attributes: original: int64 (n,), -1 for a document that stays, else the index of the one
     that stays and that it duplicates. is_near: bool (n,), which of those removed are near
     duplicates; one that is near and exact counts as exact. exact, near: how many documents are
@@ -150,7 +150,7 @@ def find_duplicates(
     near: bool,
     memory_bytes: int = 256 << 20,
     progress: Callable[[int], object] | None = None,
-) -> Duplicates:
+) -> FoundDuplicates:
     """Return which documents to leave out, given all fingerprints in reading order, in parts of any
     sizes.
 
@@ -189,7 +189,7 @@ def find_duplicates(
     original[copies] = np.where(further >= 0, further, original[copies])
     kept, sizes = np.unique(original[copies], return_counts=True)
     order = np.argsort(-sizes, kind="stable")[:LARGEST]
-    return Duplicates(
+    return FoundDuplicates(
         original=original,
         is_near=(original >= 0) & ~is_exact,
         exact=exact,

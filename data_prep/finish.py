@@ -17,14 +17,14 @@ from rich.console import Console
 from data_prep import shards
 from data_prep.arrays import Array
 from data_prep.chunks import Chunk, Recipe
-from data_prep.corpus_stats import SPLITS, CorpusStats, Duplicates, count_corpus
+from data_prep.corpus_stats import SPLITS, CorpusStats, DuplicateFiles, count_corpus
 from data_prep.files import sha256_of, sync, write_whole
 from data_prep.options import PrepareOptions, sample_bytes, workers
 from data_prep.pack import Layout, StreamSlice, shard_jobs, shard_writer, tail
 from data_prep.process_pool import ordered_map
 from data_prep.progress import stage
 from data_prep.read.documents import place_name
-from data_prep.read.inputs import Source, unused
+from data_prep.read.inputs import InputSource, unused
 from data_prep.read.pieces import Unit
 from data_prep.report.html_page import write_report
 from data_prep.report.models import format_summary
@@ -51,7 +51,7 @@ def finish(
     options: PrepareOptions,
     base: Manifest | None,
     recipe: Recipe,
-    sources: Sequence[Source],
+    sources: Sequence[InputSource],
     units: Sequence[Unit],
     chunks: list[list[Path]],
     console: Console,
@@ -156,7 +156,7 @@ def _deduplicate(
     base: Manifest | None,
     paths: Sequence[Path],
     console: Console,
-) -> Duplicates | None:
+) -> DuplicateFiles | None:
     """Find which documents stay, where that is asked for; those of a set that is appended to come
     first of all."""
     if options.dedup == "none":
@@ -167,7 +167,7 @@ def _deduplicate(
     original, keep, near = (work / f"{what}-{name}.npy" for what in ("original", "keep", "near"))
     facts = work / f"duplicates-{name}.json"
     if facts.exists():
-        return Duplicates(original, keep, near, json.loads(facts.read_text()))
+        return DuplicateFiles(original, keep, near, json.loads(facts.read_text()))
     from data_prep.dedup import find_duplicates
 
     earlier = (
@@ -193,7 +193,7 @@ def _deduplicate(
     numbers = {"before": before, "clusters": found.clusters, "largest": found.largest}
     write_whole(facts, lambda beside: beside.write_text(json.dumps(numbers)))
     shutil.rmtree(scratch)
-    return Duplicates(original, keep, near, json.loads(facts.read_text()))
+    return DuplicateFiles(original, keep, near, json.loads(facts.read_text()))
 
 
 def _pack(

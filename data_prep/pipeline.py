@@ -24,7 +24,7 @@ from data_prep.files import write_whole
 from data_prep.finish import finish
 from data_prep.options import PrepareOptions, checked, sample_bytes, workers
 from data_prep.read.documents import Findings, LeftOut
-from data_prep.read.inputs import Source, find_sources, plan_units
+from data_prep.read.inputs import InputSource, find_sources, plan_units
 from data_prep.read.pieces import Unit, stored_bytes
 from data_prep.report.markup import visible
 from data_prep.report.models import format_left_out
@@ -144,7 +144,7 @@ def train_tokenizer_first(options: PrepareOptions, console: Console | None = Non
         )
 
 
-def found_before_reading(sources: Sequence[Source]) -> LeftOut:
+def found_before_reading(sources: Sequence[InputSource]) -> LeftOut:
     """Return what the sources pass over."""
     passed, left_out = Findings(), LeftOut()
     for source in sources:
@@ -161,7 +161,7 @@ def print_left_out(left_out: LeftOut, console: Console) -> None:
 
 
 @contextlib.contextmanager
-def _print_left_out_on_error(sources: Sequence[Source], console: Console) -> Iterator[LeftOut]:
+def _print_left_out_on_error(sources: Sequence[InputSource], console: Console) -> Iterator[LeftOut]:
     """Print what is left out if the block fails: it explains many an error, and there will be no
     summary to tell it."""
     left_out = found_before_reading(sources)

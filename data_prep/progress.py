@@ -14,11 +14,11 @@ from data_prep.words import clock
 LOG_SECONDS = 10.0
 
 
-class Stage:
+class StageProgress:
     """Told how far a stage is: `done` of its total, and perhaps bytes of text and tokens; each adds
     up."""
 
-    def __init__(self, show: Callable[["Stage"], None]):
+    def __init__(self, show: Callable[["StageProgress"], None]):
         self.done = self.text_bytes = self.tokens = 0
         self._show = show
 
@@ -30,7 +30,9 @@ class Stage:
 
 
 @contextlib.contextmanager
-def stage(console: Console, name: str, total: int | None, unit: str = "MB") -> Iterator[Stage]:
+def stage(
+    console: Console, name: str, total: int | None, unit: str = "MB"
+) -> Iterator[StageProgress]:
     """Show a stage; `total` and what `Stage` is told are in bytes, or in whatever else `unit`
     names."""
     bar = Progress(
@@ -45,7 +47,7 @@ def stage(console: Console, name: str, total: int | None, unit: str = "MB") -> I
     task = bar.add_task(f"{name:9}", total=total, rate="")
     start = logged = time.monotonic()
 
-    def show(state: Stage) -> None:
+    def show(state: StageProgress) -> None:
         nonlocal logged
         now = time.monotonic()
         rate = _rate(state, now - start, unit)
@@ -58,7 +60,7 @@ def stage(console: Console, name: str, total: int | None, unit: str = "MB") -> I
                 line += f" of {_amount(total, unit)} ({state.done / total:.0%}), {clock(left)} left"
             console.print(f"{line}, {rate}", highlight=False, soft_wrap=True)
 
-    state = Stage(show)
+    state = StageProgress(show)
     with bar:
         yield state
     seconds = time.monotonic() - start
@@ -75,7 +77,7 @@ class _Rate(ProgressColumn):
         return Text(str(task.fields["rate"]))
 
 
-def _rate(state: Stage, seconds: float, unit: str) -> str:
+def _rate(state: StageProgress, seconds: float, unit: str) -> str:
     seconds = max(seconds, 1e-3)
     if state.text_bytes:
         text = f"{state.text_bytes / seconds / 1e6:,.1f} MB/s"

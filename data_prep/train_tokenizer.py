@@ -74,7 +74,11 @@ class PieceSampler:
         piece, limit = item
         documents = 0
         findings = Findings()
-        lesson, chosen, stats = self._lesson, Sample(self._lesson.sample_bytes, limit), CleanStats()
+        lesson, chosen, stats = (
+            self._lesson,
+            TextSample(self._lesson.sample_bytes, limit),
+            CleanStats(),
+        )
         for document in read_documents(piece, lesson.text_field, findings, lesson.strict):
             documents += 1
             rank = text_hash(document.text.encode(), "sample")
@@ -120,7 +124,7 @@ def find_or_train(
     model = work / f"tokenizer-{lesson.key(units)}.model"
     if model.exists():
         return model
-    sample = Sample(lesson.sample_bytes)
+    sample = TextSample(lesson.sample_bytes)
     documents, without_text, dropped = 0, "", Counter[str]()
 
     def items() -> Iterator[tuple[Piece, int]]:
@@ -196,7 +200,7 @@ def train(texts: Iterable[str], vocab_size: int, out: Path, kind: Kind = "bpe") 
     Path(out).write_bytes(model.getvalue())
 
 
-class Sample:
+class TextSample:
     """A choice of different texts of about `max_bytes` of UTF-8 in all, those of the smallest hash.
 
     So it depends on the texts alone, not on their order or on who reads them. Holds no more than

@@ -4,7 +4,7 @@ the parts together.
 They do what the same command does without ``--cluster``, in the same work folder and to the same
 bytes. What they need, and what became of them, lies beside the set, for its owner only:
 
-    .SET.prepare/prepare.json        what was asked for, and the jobs (:class:`Order`)
+    .SET.prepare/prepare.json        what was asked for, and the jobs (:class:`PrepareOrder`)
     .SET.prepare/jobs/code/ slurm/   the packages as they were then, and the logs, as in a run's
     .SET.prepare/ended/PART.json     how a part ended last: status, message
 """
@@ -40,7 +40,7 @@ MOST_TASKS = 16  # unless it is said how many
 TOKENIZER, MERGE = "tokenizer", "merge"  # the other parts are task-0, task-1, ...
 
 
-class Order(Strict):
+class PrepareOrder(Strict):
     """``prepare.json``."""
 
     asked: PrepareOptions  # rules of ours by their place in configs/
@@ -59,7 +59,7 @@ class Order(Strict):
             MERGE,
         ]
 
-    def same_set(self, other: "Order") -> bool:
+    def same_set(self, other: "PrepareOrder") -> bool:
         return (replace(self.asked, workers=1), self.here) == (
             replace(other.asked, workers=1),
             other.here,
@@ -90,7 +90,7 @@ def main(options: PrepareOptions, overrides: list[str], tasks: int | None, *, dr
     """
     folder = state_folder(options.out)
     asked, site = on_cluster(options, overrides)
-    order = Order(asked=asked, here=Path.cwd(), umask=umask(), tasks=tasks or 1, jobs={})
+    order = PrepareOrder(asked=asked, here=Path.cwd(), umask=umask(), tasks=tasks or 1, jobs={})
     if not dry_run and report_earlier_jobs(order, folder, tasks):
         return 0
     units = check_before_queue(order, site)
@@ -163,19 +163,19 @@ def umask() -> int:
 # --- what is on disk ------------------------------------------------------------------------------
 
 
-def read_order(folder: Path) -> Order:
+def read_order(folder: Path) -> PrepareOrder:
     """Read prepare.json. Raises RecordError when it cannot be read, or is another user's."""
     file = folder / "prepare.json"
     try:
         run_record.check_owner(file)
-        return Order.model_validate_json(file.read_bytes())
+        return PrepareOrder.model_validate_json(file.read_bytes())
     except (OSError, ValidationError) as error:
         raise RecordError(
             f"{file}: cannot be read ({first_problem(error)}); delete {folder}"
         ) from None
 
 
-def write_order(folder: Path, order: Order) -> None:
+def write_order(folder: Path, order: PrepareOrder) -> None:
     write_json(folder / "prepare.json", order.model_dump(mode="json"))
 
 
@@ -187,7 +187,7 @@ def is_done(folder: Path, part: str) -> bool:
     return read_json(ended_file(folder, part)).get("status") == 0
 
 
-def is_made(order: Order) -> bool:
+def is_made(order: PrepareOrder) -> bool:
     return (order.asked.out / shards.MANIFEST).exists()
 
 
@@ -198,7 +198,7 @@ def log_of(folder: Path, job_id: str) -> Path:
 # --- what became of it ----------------------------------------------------------------------------
 
 
-def report_earlier_jobs(order: Order, folder: Path, tasks: int | None) -> bool:
+def report_earlier_jobs(order: PrepareOrder, folder: Path, tasks: int | None) -> bool:
     """Tell what became of the jobs of an earlier call; whether they are at work or have made the
     set.
 
@@ -236,7 +236,7 @@ def report_earlier_jobs(order: Order, folder: Path, tasks: int | None) -> bool:
     return False
 
 
-def format_progress(order: Order, folder: Path, queue: dict[str, Job]) -> str:
+def format_progress(order: PrepareOrder, folder: Path, queue: dict[str, Job]) -> str:
     """Return how far the jobs are, in lines."""
     found = {part: part_status(order, folder, queue, part) for part in order.parts}
     lines = []
@@ -258,7 +258,9 @@ def format_progress(order: Order, folder: Path, queue: dict[str, Job]) -> str:
     )
 
 
-def part_status(order: Order, folder: Path, queue: dict[str, Job], part: str) -> tuple[str, str]:
+def part_status(
+    order: PrepareOrder, folder: Path, queue: dict[str, Job], part: str
+) -> tuple[str, str]:
     """Return what a part is doing, and why where it failed."""
     job_id = order.jobs.get(part, "")
     if is_done(folder, part):
@@ -282,7 +284,7 @@ def format_job_ids(jobs: list[str]) -> str:
 # --- into the queue -------------------------------------------------------------------------------
 
 
-def check_before_queue(order: Order, site: ClusterConfig) -> int:
+def check_before_queue(order: PrepareOrder, site: ClusterConfig) -> int:
     """Return how many units the input has, once nothing speaks against making it on the cluster.
 
     Raises:
@@ -315,7 +317,7 @@ def check_before_queue(order: Order, site: ClusterConfig) -> int:
     return units
 
 
-def batch_script(order: Order, folder: Path, site: ClusterConfig) -> str:
+def batch_script(order: PrepareOrder, folder: Path, site: ClusterConfig) -> str:
     """Return the script of the array of tasks, made without its folder; those of the other jobs ask
     for the same."""
     executor = executor_for(order, folder, site, "task", array=True)
@@ -323,7 +325,7 @@ def batch_script(order: Order, folder: Path, site: ClusterConfig) -> str:
     return single_run.format_script(executor, order.tasks)
 
 
-def enqueue(order: Order, folder: Path, site: ClusterConfig) -> Order:
+def enqueue(order: PrepareOrder, folder: Path, site: ClusterConfig) -> PrepareOrder:
     """Queue a job for each part that is not finished, each after those it needs; returns the order
     with their ids.
 
@@ -360,7 +362,12 @@ def enqueue(order: Order, folder: Path, site: ClusterConfig) -> Order:
 
 
 def queue_stage(
-    order: Order, folder: Path, site: ClusterConfig, stage: str, parts: list[str], after: list[str]
+    order: PrepareOrder,
+    folder: Path,
+    site: ClusterConfig,
+    stage: str,
+    parts: list[str],
+    after: list[str],
 ) -> dict[str, str]:
     """Queue an array, or a single job, of parts; returns the job of each."""
     if not parts:
@@ -380,7 +387,7 @@ def queue_stage(
 
 
 def executor_for(
-    order: Order,
+    order: PrepareOrder,
     folder: Path,
     site: ClusterConfig,
     stage: str,
@@ -444,7 +451,7 @@ def work(folder: str, part: str) -> None:
         sys.exit(status)
 
 
-def make_part(order: Order, part: str) -> None:
+def make_part(order: PrepareOrder, part: str) -> None:
     if part == TOKENIZER:
         pipeline.train_tokenizer_first(order.options)
     elif part == MERGE:

@@ -45,7 +45,7 @@ COLOURS = {
 
 
 @dataclass(frozen=True)
-class Attempt:
+class AttemptView:
     name: str  # JOB.RESTART; of a job that has not started, JOB
     nodes: list[str]
     began: float | None  # seconds since 1970
@@ -56,7 +56,7 @@ class Attempt:
 
 
 @dataclass(frozen=True)
-class Run:
+class RunSummary:
     """A run as `dnt jobs` shows it. None: not known."""
 
     folder: Path
@@ -78,12 +78,12 @@ class Run:
     seconds: dict[str, float] = field(default_factory=dict)
     mlflow: str | None = None  # the status it was told last
     left_out: list[str] = field(default_factory=list)  # nodes that failed too often
-    attempts: list[Attempt] = field(default_factory=list)
+    attempts: list[AttemptView] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class RunView:
-    run: Run
+    run: RunSummary
     status: RunStatus
     goodput: Goodput
     last_event: float  # when the timeline last said something
@@ -100,7 +100,7 @@ def read_view(run_dir: Path, query: SlurmQuery) -> RunView:
     resolved = read_config(run_dir)
     told = max((event["time"] for event in events), default=0.0)
     total = total_steps(resolved, lines)
-    run = Run(
+    run = RunSummary(
         folder=run_dir,
         name=submission.name,
         state=found.state,
@@ -126,24 +126,24 @@ def read_view(run_dir: Path, query: SlurmQuery) -> RunView:
     return RunView(run, found, spent, told)
 
 
-def list_attempts(events: list[Event], found: RunStatus, jobs: list[str]) -> list[Attempt]:
+def list_attempts(events: list[Event], found: RunStatus, jobs: list[str]) -> list[AttemptView]:
     """Return each start of each job, oldest first, and the job that waits for its first or next
     one."""
-    chain: dict[str, Attempt] = {}
+    chain: dict[str, AttemptView] = {}
     for event in events:
         name = event["attempt"]
         if event["event"] == "allocated":
             now = (found.state, found.why) if name == found.attempt else ("ending", "")
-            chain[name] = Attempt(name, event["nodes"], event["started"], *now, "", [])
+            chain[name] = AttemptView(name, event["nodes"], event["started"], *now, "", [])
         elif event["event"] == "ended":
             nodes, began = (chain[name].nodes, chain[name].began) if name in chain else ([], None)
-            chain[name] = Attempt(
+            chain[name] = AttemptView(
                 name, nodes, began, event["status"], event["reason"], event["next"], event["blamed"]
             )
     if found.live and jobs and (found.attempt not in chain or chain[found.attempt].next):
         name = jobs[-1] if found.attempt in chain else found.attempt or jobs[-1]
         nodes = [found.nodes] if found.nodes else []
-        chain["now"] = Attempt(name, nodes, None, found.state, found.why, "", [])
+        chain["now"] = AttemptView(name, nodes, None, found.state, found.why, "", [])
     return list(chain.values())
 
 
@@ -318,7 +318,7 @@ def format_one_run(view: RunView) -> list[Table | Text]:
     return [first, *lines]
 
 
-def format_attempts(found: list[Attempt]) -> Table:
+def format_attempts(found: list[AttemptView]) -> Table:
     shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for name in ("attempt", "nodes", "began", "state", "next", "at fault"):
         shown.add_column(name, overflow="fold")
@@ -343,12 +343,12 @@ def format_state(words: str, state: str) -> Text:
     return text
 
 
-def format_starts(run: Run) -> str:
+def format_starts(run: RunSummary) -> str:
     count = sum(attempt.began is not None for attempt in run.attempts)
     return f"\n{count} starts" if count > 1 else ""
 
 
-def format_steps(run: Run) -> str:
+def format_steps(run: RunSummary) -> str:
     if run.step is None:
         return "-"
     if not run.total_steps:
@@ -356,7 +356,7 @@ def format_steps(run: Run) -> str:
     return f"{run.step:,} of {run.total_steps:,} ({run.step / run.total_steps:.0%})"
 
 
-def format_time_left(run: Run) -> str:
+def format_time_left(run: RunSummary) -> str:
     return "" if run.left_s is None else f"{clock(run.left_s)} left"
 
 
@@ -372,7 +372,7 @@ def format_rate(value: float | None) -> str:
     return format_number(value, ".0f")
 
 
-def format_results(runs: Sequence[Run]) -> list[Table]:
+def format_results(runs: Sequence[RunSummary]) -> list[Table]:
     """Return for each sweep among the runs what its values led to so far, the lowest validation
     loss first.
 
@@ -388,7 +388,7 @@ def format_results(runs: Sequence[Run]) -> list[Table]:
     ]
 
 
-def _format_sweep(sweep: sweep_file.Sweep, runs: Sequence[Run]) -> Table:
+def _format_sweep(sweep: sweep_file.Sweep, runs: Sequence[RunSummary]) -> Table:
     values = {run.name: run.values for run in sweep.runs}
     fields = list(sweep.runs[0].values)
     table = Table(

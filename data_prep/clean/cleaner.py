@@ -30,7 +30,7 @@ EXCERPT = 500
 TEST_FILES = (".txt", ".jsonl")
 
 
-class Verdict(NamedTuple):
+class CleanVerdict(NamedTuple):
     """`text` is None if the `rule` dropped the document because of `detail`, else what the rules
     made of it."""
 
@@ -39,7 +39,7 @@ class Verdict(NamedTuple):
     detail: str
 
 
-class Sample(NamedTuple):
+class DroppedSample(NamedTuple):
     """A document that a rule dropped: a hash of it, its beginning, and why."""
 
     rank: int
@@ -57,7 +57,7 @@ class RuleStats:
     changed: int = 0
     dropped: int = 0
     counts: Counter[str] = field(default_factory=Counter)
-    samples: list[Sample] = field(default_factory=list)
+    samples: list[DroppedSample] = field(default_factory=list)
 
     def merge(self, other: "RuleStats") -> None:
         self.seen += other.seen
@@ -105,7 +105,7 @@ class CleanStats:
                 stats["changed"],
                 stats["dropped"],
                 Counter(stats["counts"]),
-                [Sample(**sample) for sample in stats["samples"]],
+                [DroppedSample(**sample) for sample in stats["samples"]],
             )
             for name, stats in value.items()
         }
@@ -142,7 +142,7 @@ class Cleaner:
     def __init__(self, config: CleanConfig) -> None:
         self._rules = [(name, RULES[name][1](settings)) for name, settings in config.rules]
 
-    def __call__(self, text: str, stats: CleanStats) -> Verdict:
+    def __call__(self, text: str, stats: CleanStats) -> CleanVerdict:
         """Apply the rules to a document, and count in `stats`."""
         for name, _ in self._rules:
             stats.rules.setdefault(name, RuleStats())
@@ -159,12 +159,12 @@ class Cleaner:
                 detail = outcome.detail or "nothing is left of it"
                 rank = text_hash(page.text.encode("utf-8", "surrogatepass"), "dropped")
                 counted.merge(
-                    RuleStats(dropped=1, samples=[Sample(rank, page.text[:EXCERPT], detail)])
+                    RuleStats(dropped=1, samples=[DroppedSample(rank, page.text[:EXCERPT], detail)])
                 )
-                return Verdict(None, name, detail)
+                return CleanVerdict(None, name, detail)
             counted.changed += 1
             page = Page(outcome.text)
-        return Verdict(page.text, None, "")
+        return CleanVerdict(page.text, None, "")
 
 
 class _Loader(yaml.SafeLoader):

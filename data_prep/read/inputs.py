@@ -39,7 +39,7 @@ UNIT_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
-class Source:
+class InputSource:
     """One INPUT, or all text files that were named one by one: its files in reading order, and what
     was passed over."""
 
@@ -56,7 +56,7 @@ class _Input(NamedTuple):
     root: str = ""
 
 
-def find_sources(inputs: Sequence[str | Path], out: Path | None = None) -> list[Source]:
+def find_sources(inputs: Sequence[str | Path], out: Path | None = None) -> list[InputSource]:
     """Find the files behind each INPUT: a folder (recursive), a file, or a glob such as
     `docs/**/*.md`, each as a local path or as a URL that fsspec opens.
 
@@ -98,7 +98,7 @@ def find_sources(inputs: Sequence[str | Path], out: Path | None = None) -> list[
             homeless += passed
     if found:
         found[0][2].extend(homeless)
-    return [Source(name, tuple(files), tuple(passed)) for name, files, passed in found]
+    return [InputSource(name, tuple(files), tuple(passed)) for name, files, passed in found]
 
 
 def _find(item: str) -> _Input:
@@ -131,7 +131,7 @@ def _new_findings(given: _Input, name: str, told: set[str]) -> list[Finding]:
     return new
 
 
-def plan_units(sources: Sequence[Source]) -> list[Unit]:
+def plan_units(sources: Sequence[InputSource]) -> list[Unit]:
     """Return the units of all sources, in reading order, of up to UNIT_BYTES of stored bytes where
     they can be: neighbouring files of text or JSON together, plain JSON lines in ranges. A file
     that is compressed, parquet, or behind http is not cut, nor one that is something else than its

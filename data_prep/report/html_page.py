@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.report.markup import (
+    ByteSize,
     Cell,
     Excerpt,
     Line,
     Plot,
     Scaled,
-    Size,
     Strong,
     Table,
     bar,
@@ -127,7 +127,7 @@ def _headline(report: Report) -> list[tuple[str, Cell]]:
     tokens = sum(source.tokens for source in report.sources)
     return [
         ("tokens", Scaled(scaled(tokens, ("", "K", "M", "B", "T")), f"{tokens:,}")),
-        ("of text", Size(text_bytes)),
+        ("of text", ByteSize(text_bytes)),
         ("documents", count["kept"]),
         (f"of {counted(found, 'document')} found", percent(count["kept"], found)),
         ("bytes a token", rate(text_bytes, tokens)),
@@ -187,7 +187,7 @@ def _amounts(report: Report) -> Table:
         rows.append(
             [
                 source.name,
-                Size(source.text_bytes),
+                ByteSize(source.text_bytes),
                 source.tokens,
                 bar(("kept", ratio(source.tokens, tokens), f"{share} of the tokens")),
                 share,
@@ -204,7 +204,7 @@ def _source(
 ) -> dict[str, Any]:
     """Return what the box of a source holds: its summary, facts, plots and examples."""
     lines: list[tuple[str, Cell]] = [
-        ("read", Line((counted(source.read, "document"), ", ", Size(source.read_bytes)))),
+        ("read", Line((counted(source.read, "document"), ", ", ByteSize(source.read_bytes)))),
         ("files", source.files),
     ]
     for name, counts in (
@@ -309,7 +309,7 @@ def _tokenizer(report: Report) -> list[tuple[str, Cell]]:
     model: Cell = "given"
     if tokenizer.kind:
         known = tokenizer.sample_bytes is not None
-        sample: Cell = Size(tokenizer.sample_bytes or 0) if known else "a sample"
+        sample: Cell = ByteSize(tokenizer.sample_bytes or 0) if known else "a sample"
         model = Line((f"{tokenizer.kind}, trained on ", sample, " of this text"))
     came_back = "the exact text came back"
     outcome = came_back if tokenizer.round_trip else "the exact text did NOT come back"
@@ -321,7 +321,7 @@ def _tokenizer(report: Report) -> list[tuple[str, Cell]]:
         ("vocabulary", f"{tokenizer.vocab_size:,} pieces"),
         ("encoder", tokenizer.encoder),
         ("compression", f"{rate(text_bytes, tokens)} bytes a token"),
-        ("round trip", Line((checked, Size(tokenizer.checked_bytes)))),
+        ("round trip", Line((checked, ByteSize(tokenizer.checked_bytes)))),
     ]
 
 
@@ -331,14 +331,14 @@ def _splits(report: Report) -> Table:
         [
             name,
             split.documents,
-            Size(split.text_bytes),
+            ByteSize(split.text_bytes),
             split.tokens,
             rate(split.text_bytes, split.tokens),
             split.rows,
             split.padding,
             percent(split.padding, split.tokens + split.padding),
             split.shards,
-            Size(split.shard_bytes),
+            ByteSize(split.shard_bytes),
         ]
         for name, split in report.splits.items()
     ]

@@ -49,7 +49,7 @@ class Bar(NamedTuple):
     parts: tuple[tuple[str, float, str], ...]
 
 
-class Size(NamedTuple):
+class ByteSize(NamedTuple):
     """A number of bytes, shown as a size, with the exact number under the pointer."""
 
     bytes: int
@@ -81,7 +81,7 @@ class Line(NamedTuple):
     parts: tuple["Cell", ...]
 
 
-Cell = str | int | Bar | Size | Scaled | Strong | Excerpt | Line | None
+Cell = str | int | Bar | ByteSize | Scaled | Strong | Excerpt | Line | None
 
 
 def bar(*parts: tuple[str, float, str]) -> Bar:
@@ -183,7 +183,7 @@ def templates() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    for kind in (Bar, Size, Scaled, Strong, Excerpt, Line):
+    for kind in (Bar, ByteSize, Scaled, Strong, Excerpt, Line):
         environment.tests[kind.__name__.lower()] = _is_a(kind)
     environment.filters["size"] = size
     environment.globals |= {"counted": counted, "plot": (PLOT_WIDTH, PLOT_HEIGHT, PLOT_TOP)}

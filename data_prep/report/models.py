@@ -38,7 +38,7 @@ def _shortened(value: object) -> object:
     return text if len(text) <= EXCERPT_CHARS else text[: EXCERPT_CHARS - 1] + "…"
 
 
-Text = Annotated[str, BeforeValidator(_shortened)]
+ReportText = Annotated[str, BeforeValidator(_shortened)]
 
 
 class _Model(BaseModel):
@@ -48,8 +48,8 @@ class _Model(BaseModel):
 class Example(_Model):
     """The beginning of a document that stayed."""
 
-    place: Text
-    text: Text
+    place: ReportText
+    text: ReportText
 
 
 class SourceReport(_Model):
@@ -61,14 +61,14 @@ class SourceReport(_Model):
     and tokens.
     """
 
-    name: Text
+    name: ReportText
     files: Count
     read: Count
     read_bytes: Count
-    findings: dict[Text, Count]
-    named: dict[Text, Text] = {}
-    dropped: dict[Text, Count]
-    changed: dict[Text, Count]
+    findings: dict[ReportText, Count]
+    named: dict[ReportText, ReportText] = {}
+    dropped: dict[ReportText, Count]
+    changed: dict[ReportText, Count]
     exact: Count
     near: Count
     documents: Count
@@ -79,11 +79,11 @@ class SourceReport(_Model):
     examples: tuple[Example, ...]
 
 
-class Sample(_Model):
+class SampleReport(_Model):
     """The beginning of a document that a rule dropped, and why."""
 
-    text: Text
-    detail: Text
+    text: ReportText
+    detail: ReportText
 
 
 class RuleReport(_Model):
@@ -92,18 +92,18 @@ class RuleReport(_Model):
     seen: Count
     changed: Count
     dropped: Count
-    samples: tuple[Sample, ...]
+    samples: tuple[SampleReport, ...]
 
 
 class DuplicateExample(_Model):
     """A kept and a dropped document (places and beginnings) and the estimated Jaccard similarity of
     their shingles."""
 
-    kept: Text
-    dropped: Text
+    kept: ReportText
+    dropped: ReportText
     similarity: Annotated[float, Field(ge=0, le=1)]
-    kept_text: Text
-    dropped_text: Text
+    kept_text: ReportText
+    dropped_text: ReportText
 
 
 class DuplicateReport(_Model):
@@ -113,7 +113,7 @@ class DuplicateReport(_Model):
     exact: Count
     near: Count
     clusters: Count
-    largest: tuple[tuple[Count, Text], ...]
+    largest: tuple[tuple[Count, ReportText], ...]
     examples: tuple[DuplicateExample, ...]
 
 
@@ -121,10 +121,10 @@ class TokenizerReport(_Model):
     """`kind` and `sample_bytes` are null for a tokenizer that was given; `round_trip`: all that was
     checked came back exactly."""
 
-    kind: Text | None
+    kind: ReportText | None
     vocab_size: Count
     sample_bytes: Count | None
-    encoder: Text
+    encoder: ReportText
     checked_documents: Count
     checked_bytes: Count
     round_trip: bool
@@ -145,25 +145,25 @@ class SplitReport(_Model):
 class Reject(_Model):
     """A finding: line 0 is the whole file; `raw` is what stood there."""
 
-    kind: Text
-    file: Text
+    kind: ReportText
+    file: ReportText
     line: Count
-    action: Text
-    detail: Text = ""
-    raw: Text = ""
+    action: ReportText
+    detail: ReportText = ""
+    raw: ReportText = ""
 
 
 class Report(_Model):
     """All of report.json. Texts are cut to EXCERPT_CHARS characters; `rules` are in order of
     application."""
 
-    name: Text
-    options: dict[Text, Text | int | FiniteFloat | bool | None]
+    name: ReportText
+    options: dict[ReportText, ReportText | int | FiniteFloat | bool | None]
     sources: tuple[SourceReport, ...]
-    rules: dict[Text, RuleReport]
+    rules: dict[ReportText, RuleReport]
     duplicates: DuplicateReport | None
     tokenizer: TokenizerReport
-    splits: dict[Text, SplitReport]
+    splits: dict[ReportText, SplitReport]
     rejects: tuple[Reject, ...]
 
 

@@ -9,13 +9,13 @@ import numpy as np
 from data_prep.arrays import Counts
 from data_prep.chunks import EXCERPT, Chunk, Recipe
 from data_prep.clean.cleaner import CleanStats
-from data_prep.corpus_stats import CorpusStats, Duplicates, SourceStats
+from data_prep.corpus_stats import CorpusStats, DuplicateFiles, SourceStats
 from data_prep.options import PrepareOptions
 from data_prep.report.models import (
     DuplicateReport,
     Report,
     RuleReport,
-    Sample,
+    SampleReport,
     SourceReport,
     SplitReport,
     TokenizerReport,
@@ -31,7 +31,7 @@ def make_report(
     recipe: Recipe,
     manifest: Manifest,
     counted: CorpusStats,
-    duplicates: Duplicates | None,
+    duplicates: DuplicateFiles | None,
     tokenizer: Tokenizer,
 ) -> Report:
     """Return what report.html and report.json tell of a set; of a set that was appended to, what is
@@ -58,7 +58,7 @@ def make_report(
                 changed=rule.changed,
                 dropped=rule.dropped,
                 samples=tuple(
-                    Sample(text=sample.text, detail=sample.detail) for sample in rule.samples
+                    SampleReport(text=sample.text, detail=sample.detail) for sample in rule.samples
                 ),
             )
             for name, rule in stats.rules.items()
@@ -120,7 +120,7 @@ def _trimmed(counts: Counts) -> list[int]:
 
 
 def _duplicates(
-    counted: CorpusStats, duplicates: Duplicates, tokenizer: Tokenizer
+    counted: CorpusStats, duplicates: DuplicateFiles, tokenizer: Tokenizer
 ) -> DuplicateReport:
     before = duplicates.facts["before"]
 
@@ -137,7 +137,7 @@ def _duplicates(
 
 
 def _examples(
-    counted: CorpusStats, duplicates: Duplicates, tokenizer: Tokenizer, before: int
+    counted: CorpusStats, duplicates: DuplicateFiles, tokenizer: Tokenizer, before: int
 ) -> Iterator[dict[str, Any]]:
     """Yield near duplicates beside what they are like, from all over the corpus; exact ones tell
     nothing."""

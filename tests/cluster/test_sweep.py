@@ -10,7 +10,7 @@ from cluster import run_record, sweep_file
 from cluster.run_record import RecordError, Submission
 from cluster.submit import sweep_run
 from cluster.sweep_file import Sweep, SweepRun
-from cluster.watch.jobs_command import Run, format_results
+from cluster.watch.jobs_command import RunSummary, format_results
 from dnt_scale.cli.main import main as dnt
 from dnt_scale.config import ConfigError
 from dnt_scale.record import timeline
@@ -127,7 +127,7 @@ def test_a_damaged_sweep_is_named(two: Path) -> None:
 
 def test_results_begin_with_the_lowest_validation_loss(two: Path) -> None:
     runs = [
-        Run(two / name, name, "running", "", "", True, step=1000, loss=loss, val_loss=val)
+        RunSummary(two / name, name, "running", "", "", True, step=1000, loss=loss, val_loss=val)
         for name, loss, val in (("0-lr_1", 2.0, None), ("1-lr_3", 3.0, 2.5))
     ]
     [table] = format_results(runs)

@@ -17,7 +17,7 @@ from data_prep.dedup import (
     BANDS,
     FINGERPRINT,
     PERMUTATIONS,
-    Duplicates,
+    FoundDuplicates,
     find_duplicates,
     fingerprints,
     similarity,
@@ -85,7 +85,7 @@ def changed(text: str, rng: random.Random) -> str:
     return " ".join(words)
 
 
-def find(texts: list[str], scratch: Path, near: bool = True, cut: int = 100) -> Duplicates:
+def find(texts: list[str], scratch: Path, near: bool = True, cut: int = 100) -> FoundDuplicates:
     parts = [fingerprints(texts[i : i + cut]) for i in range(0, len(texts), cut)]
     return find_duplicates(parts, scratch, near=near)
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from data_prep.identity import text_hash
 from data_prep.tokenizer import PART_CHARS, FastPathDiffers, Tokenizer
-from data_prep.train_tokenizer import Sample, train
+from data_prep.train_tokenizer import TextSample, train
 from tests.helpers.corpus import python_source_files
 
 pytestmark = pytest.mark.slow
@@ -149,9 +149,9 @@ def test_vocabulary_size_out_of_bounds(tmp_path: Path, kind: str) -> None:
 
 def sample(texts: list[str], max_bytes: int, pieces: int = 1) -> list[str]:
     """The choice, offered in so many pieces with what each may leave out by itself."""
-    whole = Sample(max_bytes)
+    whole = TextSample(max_bytes)
     for start in range(pieces):
-        part = Sample(max_bytes, whole.limit)
+        part = TextSample(max_bytes, whole.limit)
         for text in texts[start::pieces]:
             part.add(text_hash(text.encode(), "sample"), text)
         for rank, text in part.items():

@@ -13,7 +13,7 @@ from data_prep.clean.cleaner import (
     CleanConfig,
     Cleaner,
     CleanStats,
-    Verdict,
+    CleanVerdict,
     read_rules,
 )
 
@@ -30,7 +30,7 @@ def rules(folder: Path, text: str) -> Path:
     return path
 
 
-def clean(folder: Path, text: str, *documents: str) -> tuple[list[Verdict], CleanStats]:
+def clean(folder: Path, text: str, *documents: str) -> tuple[list[CleanVerdict], CleanStats]:
     stats = CleanStats()
     cleaner = Cleaner(read_rules(rules(folder, text)))
     return [cleaner(document, stats) for document in documents], stats
@@ -45,9 +45,9 @@ rules:
 """
     verdicts, stats = clean(tmp_path, text, "ﬁsh a@b.org c@d.org", "one", "two words")
     assert verdicts == [
-        Verdict("fish <EMAIL> <EMAIL>", None, ""),
-        Verdict(None, "gopher_quality", "words 1 < 2"),
-        Verdict("two words", None, ""),
+        CleanVerdict("fish <EMAIL> <EMAIL>", None, ""),
+        CleanVerdict(None, "gopher_quality", "words 1 < 2"),
+        CleanVerdict("two words", None, ""),
     ]
     told = stats.to_json()
     assert list(told) == ["normalize", "gopher_quality", "mask_pii"]
@@ -70,13 +70,13 @@ def test_the_order_matters(tmp_path: Path) -> None:
         clean(tmp_path, "rules:\n" + order, document)
         for order in (shorten + count, count + shorten)
     )
-    assert first == Verdict(None, "gopher_quality", "words 5 < 6")
-    assert second == Verdict("These are five good words.", None, "")
+    assert first == CleanVerdict(None, "gopher_quality", "words 5 < 6")
+    assert second == CleanVerdict("These are five good words.", None, "")
 
 
 def test_a_document_of_which_nothing_is_left_is_dropped(tmp_path: Path) -> None:
     verdicts, stats = clean(tmp_path, "rules: [{c4_quality: {min_sentences: 0}}]", "Menu\nHome")
-    assert verdicts == [Verdict(None, "c4_quality", "nothing is left of it")]
+    assert verdicts == [CleanVerdict(None, "c4_quality", "nothing is left of it")]
     assert stats.dropped() == {"c4_quality": 1}
 
 
@@ -223,7 +223,7 @@ def test_test_files_lie_beside_the_rules(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir("/")
     stats = CleanStats()
     verdict = Cleaner(config)("Tell me: WHAT is your name", stats)
-    assert verdict == Verdict(
+    assert verdict == CleanVerdict(
         None, "decontaminate", "shares 4 words with a test file: what is your name"
     )
     assert stats.to_json()["decontaminate"]["counts"] == {"documents": 1}
@@ -252,7 +252,7 @@ def test_the_fingerprint_is_of_what_decides(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["light.yaml", "web.yaml"])
 def test_the_rules_that_are_shipped(name: str) -> None:
     cleaner, stats = Cleaner(read_rules(SHIPPED / name)), CleanStats()
-    assert cleaner(ESSAY, stats) == Verdict(ESSAY, None, "")
+    assert cleaner(ESSAY, stats) == CleanVerdict(ESSAY, None, "")
     for broken in ("word", "spam spam " * 500, "1 2 3 4 5 6 7 8 9 10 " * 50, "QUJDREVGR0g" * 5000):
         assert cleaner(broken, stats).text is None, broken[:20]
 

@@ -9,11 +9,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_prep.read.inputs import Source, find_sources
+from data_prep.read.inputs import InputSource, find_sources
 from tests.helpers.reading import read, texts_of
 
 
-def below(source: Source) -> list[str]:
+def below(source: InputSource) -> list[str]:
     return [file.name.partition("/")[2] for file in source.files]
 
 

@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_prep.report.markup import (
+    ByteSize,
     Excerpt,
     Line,
-    Size,
     Strong,
     bar,
     histogram,
@@ -54,7 +54,7 @@ def drawn(macro: str, value: object) -> Element:
 
 
 def test_cells_of_a_line_keep_their_order_and_are_escaped() -> None:
-    made = drawn("cell", Line(("a<i>", None, Strong("c"), "d\0", "e&amp;", 1234, Size(2_000))))
+    made = drawn("cell", Line(("a<i>", None, Strong("c"), "d\0", "e&amp;", 1234, ByteSize(2_000))))
     assert "".join(made.itertext()) == "a<i>cd⟨U+0000⟩e&amp;1,2342.0 kB"
     assert [child.tag for child in made[0]] == ["b", "span"]
     assert made[0][1].attrib == {"title": "2,000 bytes"}
