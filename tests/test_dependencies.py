@@ -15,7 +15,7 @@ NOT_IMPORTED = {
     "webdataset": "reads our shards elsewhere, as docs/data.md shows; tests compare its bytes with ours",
 }
 # Imported where an extra is installed, by a name that says so when it is not.
-EXTRAS = {"kitoken": "fast"}
+EXTRAS = {"kitoken": "fast", "tensorboard": "tensorboard"}
 
 
 def canonical(name: str) -> str:

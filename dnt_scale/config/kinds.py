@@ -10,7 +10,7 @@ import difflib
 from importlib import import_module
 from importlib.util import find_spec
 from pkgutil import iter_modules
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import InitErrorDetails, PydanticCustomError
@@ -24,10 +24,11 @@ class Kinds:
     Args:
         section: the configuration's key, for messages.
         package: where the file of a kind is looked for, by the kind's name.
-        default: the kind of a section that names none.
+        tag: the field that names the kind.
+        default: the kind of a section that names none; None: it has to name one.
     """
 
-    def __init__(self, section: str, package: str, *, default: str, tag: str = "kind") -> None:
+    def __init__(self, section: str, package: str, *, tag: str = "kind", default: str | None = None) -> None:
         self.section = section
         self.package = package
         self.default = default
@@ -35,12 +36,12 @@ class Kinds:
         self._classes: dict[str, type[BaseModel]] = {}
 
     def register(self, cls: type[Section]) -> type[Section]:
-        """Make a class the kind that its field ``tag`` has as default. A class decorator.
+        """Make a class the kind that its field ``tag`` permits, a Literal. A class decorator.
 
         Raises:
             ValueError: another class has that kind.
         """
-        kind = str(cls.model_fields[self.tag].default)
+        [kind] = get_args(cls.model_fields[self.tag].annotation)
         other = self._classes.get(kind, cls)
         if (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
             raise ValueError(
@@ -85,6 +86,9 @@ class Kinds:
             found: BaseModel = handler(raw)
             return found
         kind = raw.get(self.tag, self.default)
+        if kind is None and self.tag not in raw:
+            missing = InitErrorDetails(type="missing", loc=(self.tag,), input=raw)
+            raise ValidationError.from_exception_data(self.section, [missing])
         cls = self.find(kind) if isinstance(kind, str) else None
         if cls is None:
             there_are = list(self.every())

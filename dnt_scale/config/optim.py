@@ -5,21 +5,18 @@ An optimizer is a file of dnt_scale/optim/algorithms: its section is a subclass 
 of an optimizer (engines, memory, checkpoints) asks the section.
 """
 
-import difflib
-import pkgutil
 from collections.abc import Mapping
-from functools import cache
-from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, model_validator
-from pydantic_core import InitErrorDetails, PydanticCustomError
+from pydantic import Field, SerializeAsAny, WrapValidator, model_validator
 
 from dnt_scale.config.base import Count, Strict
+from dnt_scale.config.kinds import Kinds
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Storage = Literal["fp32", "bf16"]
 BYTES: dict[Storage, int] = {"fp32": 4, "bf16": 2}
-FOLDER = "dnt_scale.optim.algorithms"
+OPTIMIZERS = Kinds("optim", "dnt_scale.optim.algorithms", tag="algorithm")
 
 
 class GroupConfig(Strict):
@@ -51,6 +48,7 @@ class OptimizerConfig(Strict):
         state_name: what a person calls the buffers.
     """
 
+    kinds: ClassVar[Kinds] = OPTIMIZERS
     updates: ClassVar[Mapping[str, int]] = {"plain": 0}
     counters: ClassVar[tuple[str, ...]] = ()
     state_name: ClassVar[str] = "momentum"
@@ -66,11 +64,6 @@ class OptimizerConfig(Strict):
         "global",
         description="what clip_norm bounds: the whole gradient; each tensor's; the whole, by the last step's norm",
     )
-
-    @classmethod
-    def variants(cls) -> list[type["OptimizerConfig"]]:
-        """Return the classes that a value of this type may have."""
-        return list(algorithms().values())
 
     def buffers(self) -> dict[str, Storage]:
         """Return a parameter's buffers, each of its shape: name in checkpoints, storage."""
@@ -109,62 +102,15 @@ class OptimizerConfig(Strict):
     def _groups_have_updates_of_this_algorithm(self) -> Self:
         for name, group in self.groups.items():
             if group.update not in self.updates:
-                known = algorithms().items()
-                having = [other for other, section in known if group.update in section.updates]
+                having = [
+                    other
+                    for other, section in OPTIMIZERS.every().items()
+                    if issubclass(section, OptimizerConfig) and group.update in section.updates
+                ]
                 who = f"only {' and '.join(having)} has" if having else "no optimizer has"
                 use = " or ".join(self.updates)
                 raise ValueError(f"groups.{name}.update is {group.update}, which {who}; use {use}")
         return self
 
 
-_registered: dict[str, type[OptimizerConfig]] = {}
-Section = TypeVar("Section", bound=OptimizerConfig)
-
-
-def register(section: type[Section]) -> type[Section]:
-    """Let ``optim.algorithm: NAME`` choose a class; its field ``algorithm`` is Literal[NAME]."""
-    [name] = get_args(section.model_fields["algorithm"].annotation)
-    _registered[name] = section
-    return section
-
-
-def algorithms() -> dict[str, type[OptimizerConfig]]:
-    """Return all sections by name: those of the folder, and what others have registered."""
-    _import_folder()
-    return dict(sorted(_registered.items()))
-
-
-@cache
-def _import_folder() -> None:
-    """Import each file of the folder, which registers it.
-
-    They are found by name and only when they are asked for, because they themselves import this
-    file. None of them imports torch before it is used.
-    """
-    for module in pkgutil.iter_modules(pkgutil.resolve_name(f"{FOLDER}:").__path__):
-        pkgutil.resolve_name(f"{FOLDER}.{module.name}:")  # the colon: it is a module
-
-
-def _of_its_algorithm(raw: Any) -> Any:
-    """Validate a raw section as the class that its ``algorithm`` names."""
-    if not isinstance(raw, dict):
-        return raw
-    known, name = algorithms(), raw.get("algorithm")
-    if isinstance(name, str) and name in known:
-        return known[name].model_validate(raw)
-    close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
-    details = InitErrorDetails(
-        type=PydanticCustomError(
-            "no_such_algorithm",
-            "no such optimizer{nearest} There are: {known}",
-            {"nearest": f"; did you mean {close[0]}?" if close else ".", "known": ", ".join(known)},
-        ),
-        loc=("algorithm",),
-        input=name,
-    )
-    if "algorithm" not in raw:
-        details = InitErrorDetails(type="missing", loc=("algorithm",), input=raw)
-    raise ValidationError.from_exception_data("optim", [details])
-
-
-OptimConfig = Annotated[SerializeAsAny[OptimizerConfig], BeforeValidator(_of_its_algorithm)]
+OptimConfig = Annotated[SerializeAsAny[OptimizerConfig], WrapValidator(OPTIMIZERS.validate)]

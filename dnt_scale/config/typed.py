@@ -40,8 +40,6 @@ def kinds(annotation: Any) -> Kinds:
         return kinds(get_args(annotation)[0])
     if _origin(annotation) in (Union, UnionType):
         return tuple(kind for part in get_args(annotation) for kind in kinds(part))
-    if _is_model(annotation) and "variants" in vars(annotation):  # one of several, by a field of it
-        return tuple(annotation.variants())
     return (annotation,)
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dnt_scale import config
-from dnt_scale.config import optim
+from dnt_scale.config.optim import OPTIMIZERS
 from dnt_scale.optim import algorithms
 from dnt_scale.optim.build import build_optimizer
 from tests.helpers.optimizers import tiny_model
@@ -33,13 +33,11 @@ def run_block(name: str, source: str) -> ModuleType:
 @pytest.fixture(scope="module")
 def rmsprop() -> Iterator[ModuleType]:
     """The page's file, as if it were in the folder."""
-    before = dict(optim._registered)
     module = run_block(NAME, blocks("python")[0])
     algorithms.rmsprop = module  # type: ignore[attr-defined]
     yield module
     del sys.modules[NAME], algorithms.rmsprop  # type: ignore[attr-defined]
-    optim._registered.clear()
-    optim._registered.update(before)
+    del OPTIMIZERS._classes["rmsprop"]
 
 
 def test_the_page_has_a_file_a_yaml_and_a_test() -> None:

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from dnt_scale.config.optim import Beta, Storage, register
+from dnt_scale.config.optim import OPTIMIZERS, Beta, Storage
 from dnt_scale.optim.algorithm import Algorithm, Group
 
 if TYPE_CHECKING:
     from dnt_scale.optim.shards import Shard
 
 
-@register
+@OPTIMIZERS.register
 class AdamWConfig(Algorithm):
     """The baseline, torch.optim.AdamW."""
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from dnt_scale.config.optim import Storage, register
+from dnt_scale.config.optim import OPTIMIZERS, Storage
 from dnt_scale.optim.algorithm import Algorithm, Group
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     Direction = Callable[[slice], Tensor]  # d of a slice of a shard's elements
 
 
-@register
+@OPTIMIZERS.register
 class MSGDWConfig(Algorithm):
     """Momentum SGD with decoupled weight decay."""
 

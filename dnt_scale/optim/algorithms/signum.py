@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from dnt_scale.config.optim import Beta, Storage, register
+from dnt_scale.config.optim import OPTIMIZERS, Beta, Storage
 from dnt_scale.optim.algorithm import Algorithm, Group
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from dnt_scale.optim.shards import Shard
 
 
-@register
+@OPTIMIZERS.register
 class SignumConfig(Algorithm):
     """Sign of the momentum, with decoupled weight decay."""
 

@@ -168,12 +168,12 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
     "unknown norm": (["model.norm=batch"], ["model.norm", "'rmsnorm' or 'layernorm'"]),
     "unknown algorithm": (
         ["optim.algorithm=msgwd"],
-        ["optim.algorithm: no such optimizer; did you mean msgdw?", "There are: adamw, ", "'msgwd'"],
+        ["optim.algorithm: no such algorithm; did you mean msgdw?", "There are: adamw, ", "'msgwd'"],
     ),
     "no algorithm": (["~optim.algorithm"], ["optim.algorithm: Field required"]),
     "an optimizer that is none": (
         ["optim.algorithm=[1]"],
-        ["optim.algorithm: no such optimizer. There are: adamw, "],
+        ["optim.algorithm: no such algorithm. There are: adamw, "],
     ),
     "not a number": (["optim.lr=fast"], ["optim.lr", "number", "'fast'"]),
     "not a whole number": (["train.steps=1.5"], ["train.steps", "integer", "1.5"]),

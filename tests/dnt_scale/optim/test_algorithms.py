@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from dnt_scale import config
 from dnt_scale.config import OptimizerConfig
-from dnt_scale.config import optim as sections
+from dnt_scale.config.optim import OPTIMIZERS
 from dnt_scale.optim.algorithm import Algorithm
 from dnt_scale.optim.sharded_optimizer import ShardedOptimizer
 from tests.helpers.optimizers import tensors
 
 SHAPES = [(40, 30), (7,), (3, 5), (), (300, 700)]
-ALGORITHMS = sections.algorithms()
+ALGORITHMS = OPTIMIZERS.every()
 ROOT = Path(__file__).parents[3]
 
 
@@ -128,9 +128,9 @@ def test_without_a_gradient_buffer_it_is_the_same_or_refused(algorithm: Optimize
 
 
 def test_a_test_may_register_one_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sections, "_registered", dict(sections._registered))
+    monkeypatch.setattr(OPTIMIZERS, "_classes", {**OPTIMIZERS.every()})
 
-    @sections.register
+    @OPTIMIZERS.register
     class SignSGD(Algorithm):
         algorithm: Literal["sign_sgd"]
 
