@@ -1,4 +1,6 @@
-"""Memory and communication at scale against the formulas of dnt_scale/tools/memory_plan.py. The first table is a SIMULATION.
+"""Memory and communication at scale against the formulas of dnt_scale/tools/memory_plan.py.
+
+The first table is a SIMULATION.
 
     python -m benchmarks.scale
 
