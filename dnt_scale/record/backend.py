@@ -84,7 +84,7 @@ class Backend(Protocol):
         """Store points, a thousand or two at most, all or none."""
 
     def store_file(self, path: Path) -> None:
-        """Store config.yaml or a picture of RUN/plots, which is new or has changed."""
+        """Store config.yaml or a file of RUN/plots or RUN/profile, new or changed."""
         return
 
     def check_ours(self) -> None:

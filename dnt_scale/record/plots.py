@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 Floats = NDArray[np.float64]
 
 RAW, TRAIN, VAL, INK, GRID = "#b9cdea", "#2a5caa", "#d1495b", "#333333", "#e4e4e4"
-SMOOTH_SHARE = 0.015  # The widest half window of the smoothed line, as a share of the run.
-LONG_RUN = 5000  # Points; above it the first 2 % of the run may leave the picture.
+SMOOTH_SHARE = 0.015  # of the run, the widest half window of the smoothed line
+LONG_RUN = 5000  # points; above it the first 2 % of the run may leave the picture
 MAX_RAW_POINTS = 4000
 UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
 PANELS = (
@@ -30,17 +30,13 @@ PANELS = (
 def plot_run(run_dir: Path) -> Path:
     """Draw ``RUN/plots/loss.png`` from ``RUN/metrics.jsonl`` and return its path.
 
-    Losses in nats per token over tokens (steps on the upper axis); below, learning rate, gradient
-    norm and speed. The file is replaced in one piece.
-
-    Raises:
-        ValueError: there is no loss to draw.
-        OSError: a file cannot be read or written.
+    Losses in nats per token over tokens (steps on the upper axis); below, learning rate, gradient norm and speed.
+    The file is replaced in one piece. Raises ValueError when there is no loss to draw, OSError when a file cannot be
+    read or written.
     """
     import matplotlib
 
-    # A matplotlibrc of the user's, perhaps in the working folder, is for other plots.
-    with matplotlib.rc_context():
+    with matplotlib.rc_context():  # a matplotlibrc of the user's, perhaps in the working folder, is for other plots
         matplotlib.rcdefaults()
         return _draw(run_dir)
 
@@ -52,16 +48,13 @@ def _draw(run_dir: Path) -> Path:
     records = _records(run_dir / "metrics.jsonl")
     train, val = _series(records, "train/loss"), _series(records, "val/loss")
     if not train[0].size and not val[0].size:
-        what = f"{run_dir / 'metrics.jsonl'} holds no loss yet"
-        raise ValueError(f"{what}: nothing to draw; train some steps first")
+        raise ValueError(f"{run_dir / 'metrics.jsonl'} holds no loss yet: nothing to draw; train some steps first")
     panels = [(*panel, _series(records, panel[0])) for panel in PANELS]
     panels = [panel for panel in panels if panel[-1][0].size]
 
-    size = (9, 6.6 if panels else 5)
-    figure = Figure(figsize=size, dpi=150, layout="constrained", facecolor="white")
+    figure = Figure(figsize=(9, 6.6 if panels else 5), dpi=150, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
-    heights = [3.2, 1] if panels else [1]
-    grid = figure.add_gridspec(len(heights), max(1, len(panels)), height_ratios=heights)
+    grid = figure.add_gridspec(2 if panels else 1, max(1, len(panels)), height_ratios=[3.2, 1] if panels else [1])
     axes = figure.add_subplot(grid[0, :])
     _draw_losses(axes, train, val)
     _add_steps(axes, records)
@@ -80,29 +73,25 @@ def _draw(run_dir: Path) -> Path:
 
 
 def _records(path: Path) -> list[dict[str, Any]]:
-    """Return the whole lines of a metrics file, in order."""
+    """The whole lines of a metrics file, in order."""
     records = []
     for line in path.read_bytes().splitlines():
         try:
             records.append(orjson.loads(line))
-        except ValueError:  # Training is writing this line just now.
+        except ValueError:  # a line that training is writing just now
             continue
     return records
 
 
 def _series(records: list[dict[str, Any]], name: str) -> tuple[Floats, Floats]:
-    """Return tokens and values of one metric, where it was measured and finite."""
-    pairs = [(record.get("tokens"), record.get(name)) for record in records]
-    measured = [pair for pair in pairs if None not in pair]
-    table = np.array(measured, dtype=np.float64).reshape(-1, 2)
+    """Tokens and values of one metric, where it was measured and finite."""
+    pairs = [(r["tokens"], r[name]) for r in records if r.get(name) is not None and r.get("tokens") is not None]
+    table = np.array(pairs, dtype=np.float64).reshape(-1, 2)
     return table[:, 0], table[:, 1]
 
 
 def _smooth(values: Floats) -> Floats:
-    """Return a centred mean, which does not lag.
-
-    Its window grows with the step, since the loss falls fastest at first.
-    """
+    """A centred mean, which does not lag; its window grows with the step, since the loss falls fastest at first."""
     at = np.arange(values.size)
     half = np.minimum(values.size * SMOOTH_SHARE, at * 0.1).astype(np.int64)
     total = np.concatenate([[0.0], np.cumsum(values)])
@@ -122,14 +111,13 @@ def _draw_losses(axes: Axes, train: tuple[Floats, Floats], val: tuple[Floats, Fl
         if tokens.size > LONG_RUN:
             start = tokens.size // 50
             smooth, seen = smooth[start:], seen[val[0] >= tokens[start]]
-        # The smoothed line sets the range, so that a spike or two do not flatten everything else.
+        # From the smoothed line, so that a spike or two do not flatten everything else.
         seen = np.concatenate([seen, smooth])
     low, high = seen.min(), seen.max()
     room = max(0.01, 0.06 * (high - low))
     axes.set_ylim(low - room, high + room)
     if val[0].size:
-        size = 4 if val[0].size < 60 else 2
-        axes.plot(*val, color=VAL, lw=1.2, marker="o", ms=size, label="validation", zorder=3)
+        axes.plot(*val, color=VAL, lw=1.2, marker="o", ms=4 if val[0].size < 60 else 2, label="validation", zorder=3)
         last_tokens, last = val[0][-1], val[1][-1]
         axes.annotate(
             f"validation {last:.3f}\nperplexity {np.exp(min(last, 700.0)):.4g}",
@@ -150,7 +138,7 @@ def _draw_losses(axes: Axes, train: tuple[Floats, Floats], val: tuple[Floats, Fl
 
 
 def _add_steps(axes: Axes, records: list[dict[str, Any]]) -> None:
-    """Draw a second scale for steps, where every step has the same number of tokens."""
+    """A second scale for steps, where every step has the same number of tokens."""
     done = [(r["step"], r["tokens"]) for r in records if r.get("step") and r.get("tokens")]
     if not done:
         return
@@ -172,14 +160,7 @@ def _add_steps(axes: Axes, records: list[dict[str, Any]]) -> None:
     upper.spines["top"].set_visible(False)
 
 
-def _draw_panel(
-    axes: Axes,
-    tokens: Floats,
-    values: Floats,
-    label: str,
-    unit: str,
-    logarithmic: bool,
-) -> None:
+def _draw_panel(axes: Axes, tokens: Floats, values: Floats, label: str, unit: str, logarithmic: bool) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     every = max(1, tokens.size // MAX_RAW_POINTS)
@@ -211,7 +192,7 @@ def _style(axes: Axes) -> None:
 
 
 def _short(value: float, _: object = None) -> str:
-    """Return a number with a suffix: 1500000 is 1.5M."""
+    """A number with a suffix: 1500000 is 1.5M."""
     for size, suffix in UNITS:
         if abs(value) >= size:
             return f"{value / size:.4g}{suffix}"

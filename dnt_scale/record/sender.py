@@ -47,6 +47,7 @@ SYSTEM_EVERY_S = 5.0
 FILES_EVERY_S = 30.0  # Goodput is sent as often.
 LONGEST_PAUSE_S = 30.0  # Between tries while the backend does not answer.
 HUNG_S = 45.0  # A call that takes so long beyond all patience hangs.
+FOLDERS = ("plots", "profile")  # Of the run folder; their files are sent whole.
 READ_BYTES = 1 << 20
 POINTS_A_CALL = 1000
 FILE_TRIES = 3  # Before it is said that files cannot be stored.
@@ -193,9 +194,9 @@ class Sender:
         return True
 
     def _send_files(self) -> None:
-        plots = (self.run_dir / "plots").glob("*")
-        shown = sorted(path for path in plots if not path.name.startswith("."))
-        for path in [self.run_dir / "config.yaml", *shown]:
+        folders = [self.run_dir / name for name in FOLDERS]
+        files = [path for folder in folders for path in sorted(folder.glob("[!.]*"))]
+        for path in [self.run_dir / "config.yaml", *files]:
             if not path.is_file():
                 continue
             changed = path.stat().st_mtime_ns

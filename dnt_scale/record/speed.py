@@ -1,4 +1,4 @@
-"""Tokens a second, and MFU: the share of its peak FLOP/s that a device computes at."""
+"""Tokens a second and MFU."""
 
 import torch
 
@@ -9,8 +9,8 @@ from dnt_scale.model.flops import flops_per_token
 Metrics = dict[str, float | int | None]
 
 
-# Dense bf16 peaks without sparsity, FLOP/s, from the vendors' data sheets. Longest matching name
-# wins; a device that is not here has an unknown MFU rather than a wrong one.
+# Dense bf16 peaks without sparsity, FLOP/s, from the vendors' data sheets. Longest matching name wins; a device
+# that is not here has an unknown MFU rather than a wrong one.
 PEAK_FLOPS = {
     "NVIDIA A100": 312e12,
     "NVIDIA H100": 989e12,
@@ -23,7 +23,7 @@ PEAK_FLOPS = {
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Return the device's dense bf16 peak in FLOP/s; None where it is not known, as of a CPU."""
+    """The device's dense bf16 peak in FLOP/s, or None where it is not known (a CPU, an unlisted GPU)."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -32,11 +32,8 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def speed(run: RunConfig, seq_len: int, seconds: float, me: Ranks) -> Metrics:
-    """Return what a step of ``seconds`` shows of the run's speed.
-
-    Tokens a second over all ranks; MFU = tokens/s x flops_per_token / (ranks x peak), left out if
-    no peak is known; and on CUDA this rank's peak allocated memory in GB (1e9 bytes).
-    """
+    """Tokens a second over all ranks; MFU = tokens/s x flops_per_token / (ranks x peak), left out if no peak is known;
+    and on CUDA this rank's peak allocated memory in GB (1e9 bytes)."""
     tokens_per_s = run.train.global_batch * seq_len / seconds
     metrics: Metrics = {"tokens_per_s": tokens_per_s}
     if peak := peak_flops(me.device):
@@ -47,8 +44,6 @@ def speed(run: RunConfig, seq_len: int, seconds: float, me: Ranks) -> Metrics:
 
 
 def speed_at(mfu: float, peak: float, run: RunConfig, seq_len: int, ranks: int) -> float:
-    """Return the tokens a second over all ranks when each computes at ``mfu`` of ``peak`` FLOP/s.
-
-    It is what ``speed`` reports, turned round.
-    """
+    """Tokens a second over all ranks when each computes at ``mfu`` of ``peak`` FLOP/s: what ``speed`` reports, turned
+    round."""
     return mfu * peak * ranks / flops_per_token(run.model, seq_len)
