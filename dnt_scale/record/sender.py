@@ -47,9 +47,9 @@ SYSTEM_EVERY_S = 5.0
 FILES_EVERY_S = 30.0  # Goodput is sent as often.
 LONGEST_PAUSE_S = 30.0  # Between tries while the backend does not answer.
 HUNG_S = 45.0  # A call that takes so long beyond all patience hangs.
+FOLDERS = ("plots", "profile")  # Of the run folder; their files are sent whole.
 READ_BYTES = 1 << 20
 POINTS_A_CALL = 1000
-SHOWN = ("plots", "profile")  # Folders of the run folder that backends are given each file of.
 FILE_TRIES = 3  # Before it is said that files cannot be stored.
 
 ALL_SENT, UNSENT, SUPERSEDED, AT_WORK = 0, 1, 3, 4  # Exit statuses.
@@ -194,8 +194,9 @@ class Sender:
         return True
 
     def _send_files(self) -> None:
-        shown = [path for folder in SHOWN for path in sorted((self.run_dir / folder).glob("[!.]*"))]
-        for path in [self.run_dir / "config.yaml", *shown]:
+        folders = [self.run_dir / name for name in FOLDERS]
+        files = [path for folder in folders for path in sorted(folder.glob("[!.]*"))]
+        for path in [self.run_dir / "config.yaml", *files]:
             if not path.is_file():
                 continue
             changed = path.stat().st_mtime_ns

@@ -92,8 +92,9 @@ def test_a_run_that_was_killed_with_its_sender_gets_its_true_status_once(tmp_pat
     os.utime(run_dir / "metrics.jsonl", (2e9, 2e9))
     sample(run_dir, 51)
     sample(run_dir, 51, "node2")
-    (run_dir / "plots").mkdir()
-    (run_dir / "plots" / "loss.png").write_bytes(b"a picture")
+    for file in ("plots/loss.png", "profile/summary.txt"):
+        (run_dir / file).parent.mkdir()
+        (run_dir / file).write_bytes(b"a picture, or a text")
 
     assert finalize_run(run_dir, "FAILED")
     run = runs(uri)["victim"]
@@ -102,7 +103,8 @@ def test_a_run_that_was_killed_with_its_sender_gets_its_true_status_once(tmp_pat
     assert [step for step, _ in points(uri, "victim", "train/loss")] == list(range(1, 52))
     assert points(uri, "victim", "system/node1/cpu_percent") == [(1, 51.0), (51, 101.0)]
     assert points(uri, "victim", "system/node2/cpu_percent") == [(51, 101.0)]
-    assert len(list((tmp_path / "runs" / "mlartifacts").rglob("plots/loss.png"))) == 1
+    for file in ("plots/loss.png", "profile/summary.txt"):
+        assert len(list((tmp_path / "runs" / "mlartifacts").rglob(file))) == 1
 
     log = (run_dir / "logs" / "mlflow.log").stat()
     before = state(run_dir)
