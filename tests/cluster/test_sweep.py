@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cluster.watch.sweep_table import results
+from cluster.watch.jobs_command import results
 
 from cluster import run_record, sweep_file
 from cluster.run_record import LedgerError, Submission
