@@ -140,6 +140,7 @@ def test_the_command_line_is_thin_until_a_command_is_chosen() -> None:
         ("import dnt_scale, data_prep.pipeline, data_prep.shards", {"torch", *LATE}),
         ("import dnt_scale.cli.main", {"torch", *LATE}),
         ("import dnt_scale.config", {"torch", *LATE}),
+        ("from dnt_scale import config; config.load(['run.name=x', 'data.path=x'])", {"torch", *LATE}),
         ("import dnt_scale.train.rank", LATE),
     ],
 )

@@ -113,11 +113,6 @@ def names_in_blocks(section: ModelSection) -> set[str]:
     return {name for name, parameter in task.named_parameters() if id(parameter) in inside}
 
 
-def count_parameters(section: ModelSection) -> int:
-    """Return the number of weights."""
-    return sum(parameter.numel() for _, parameter in on_meta(section).named_parameters())
-
-
 def flops_per_row(section: ModelSection, units_a_row: int) -> float:
     """Return ``Task.flops_per_row`` of a section's model."""
     return _flops_per_row(type(section), section.model_dump_json(), units_a_row)

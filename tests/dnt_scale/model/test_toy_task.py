@@ -19,8 +19,9 @@ from dnt_scale.data.sources import DataPart, Source, load_source
 from dnt_scale.data.stream import Stream
 from dnt_scale.distributed import process_group
 from dnt_scale.distributed.errors import AgreedError
+from dnt_scale.model.flops import count_parameters
 from dnt_scale.model.init import drawn
-from dnt_scale.model.task import Task, build_task, count_parameters
+from dnt_scale.model.task import Task, build_task
 from dnt_scale.tools.memory_plan import memory
 from dnt_scale.train.rank import main
 from tests.helpers.engines import ENGINES, overrides_of
@@ -227,7 +228,7 @@ def test_a_run_is_measured_afterwards_and_makes_no_text(toy, tmp_path):
 
 
 def steps_of_every_engine(overrides: list[str]) -> None:
-    """Each engine in bf16: the buffer at the start, after a step and after new weights; and the loss before the step."""
+    """Each engine in bf16: the buffer at the start, after a step and after new weights; losses before and after."""
     me = process_group.start("cpu")
     found = {}
     for label in ENGINES:
