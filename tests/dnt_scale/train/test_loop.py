@@ -40,7 +40,7 @@ from tests.helpers.run import (
 )
 
 LAST = f"checkpoints/step-{STEPS:08d}"
-GOLDEN = Path(__file__).parent.parent / "golden" / "loss_curve.txt"
+GOLDEN = Path(__file__).parents[2] / "golden" / "loss_curve.txt"
 
 
 def curve(run_dir: Path, field: str) -> list[float]:
