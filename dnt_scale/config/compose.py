@@ -303,7 +303,7 @@ def _known_keys(model: type[BaseModel], prefix: str = "") -> set[str]:
         inner_prefix = f"{prefix}{name}.*." if get_origin(nested) is dict else f"{prefix}{name}."
         for choice in get_args(nested) or (nested,):
             if isinstance(choice, type) and issubclass(choice, BaseModel):
-                several = vars(choice).get("kinds")  # of those imported: what was typed has been looked for already
+                several = vars(choice).get("registry")  # of those imported: what was typed has been looked for already
                 for section in several.loaded() if several else [choice]:
                     keys |= _known_keys(section, inner_prefix)
     return keys

@@ -14,12 +14,12 @@ from pydantic import (
 )
 
 from dnt_scale.config.base import ConfigError, Place, Strict
-from dnt_scale.config.kinds import Kinds, resolved
+from dnt_scale.config.kinds import Registry, resolved
 
 SetPath = Annotated[Place, AfterValidator(Path.absolute)]
 MANIFEST = "manifest.json"  # The file by which a folder is known to be a set.
 
-SOURCES = Kinds("data", "dnt_scale.data", default="tokens")
+SOURCES = Registry("data", "dnt_scale.data", default="tokens")
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class DataSection(Strict):
     """What every kind of source has. A kind is a subclass, with ``kind: Literal["..."] = "..."``, that
     ``SOURCES.register`` is given, from ``dnt_scale/data/KIND.py`` or from a file of one's own."""
 
-    kinds: ClassVar[Kinds] = SOURCES
+    registry: ClassVar[Registry] = SOURCES
     fixed: ClassVar[tuple[str, ...]] = ()  # Fields that a resume may not change.
 
     kind: str

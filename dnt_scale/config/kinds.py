@@ -18,7 +18,7 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 Section = TypeVar("Section", bound=BaseModel)
 
 
-class Kinds:
+class Registry:
     """The kinds of one section, by the value of its field ``tag``.
 
     Args:

@@ -11,18 +11,18 @@ from pydantic import (
 
 from dnt_scale.config.base import ConfigError, Size, Strict, Text
 from dnt_scale.config.data import TokenRows
-from dnt_scale.config.kinds import Kinds, resolved
+from dnt_scale.config.kinds import Registry, resolved
 
 Setting = Literal["S1", "S2", "S3", "S4", "S5"]
 
-MODELS = Kinds("model", "dnt_scale.model", default="dnt")
+MODELS = Registry("model", "dnt_scale.model", default="dnt")
 
 
 class ModelSection(Strict):
     """What every kind of model has. A kind is a subclass, with ``kind: Literal["..."] = "..."``, that
     ``MODELS.register`` is given, from ``dnt_scale/model/KIND.py`` or from a file of one's own."""
 
-    kinds: ClassVar[Kinds] = MODELS
+    registry: ClassVar[Registry] = MODELS
     reads: ClassVar[type] = object  # The class of a source's ``rows`` that the model takes.
 
     kind: str
