@@ -1,4 +1,6 @@
-"""Another task than language, whole in this file: an image classifier with a buffer, and a source of made-up images."""
+"""Another task than language, whole in this file: an image classifier with a buffer, and a source
+of made-up images.
+"""
 
 import hashlib
 import json
@@ -30,7 +32,9 @@ from tests.helpers.run import call, complete_checkpoints, metrics, same_tensors,
 
 @dataclass(frozen=True)
 class Images:
-    """Rows {"image": fp32 (rows, pixels), "label": int64 (rows,)}, a label of -1 for what does not count."""
+    """Rows {"image": fp32 (rows, pixels), "label": int64 (rows,)}, a label of -1 for what does not
+    count.
+    """
 
     pixels: int
     classes: int
@@ -228,7 +232,9 @@ def test_a_run_is_measured_afterwards_and_makes_no_text(toy, tmp_path):
 
 
 def steps_of_every_engine(overrides: list[str]) -> None:
-    """Each engine in bf16: the buffer at the start, after a step and after new weights; losses before and after."""
+    """Each engine in bf16: the buffer at the start, after a step and after new weights; losses
+    before and after.
+    """
     me = process_group.start("cpu")
     found = {}
     for label in ENGINES:
