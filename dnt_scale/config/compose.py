@@ -318,7 +318,7 @@ def _known_keys(model: type[BaseModel], prefix: str = "") -> set[str]:
         kinds = typed.kinds(nested)
         for choice in (inner for kind in kinds for inner in get_args(kind) or (kind,)):
             if isinstance(choice, type) and issubclass(choice, BaseModel):
-                several = vars(choice).get("kinds")  # of those imported: what was typed has been looked for already
+                several = vars(choice).get("registry")  # of those imported: what was typed has been looked for already
                 for section in several.loaded() if several else [choice]:
                     keys |= _known_keys(section, inner_prefix)
     return keys

@@ -1,4 +1,6 @@
-"""`data.*`: what a source of any kind has, and the kind `tokens`: the sets of text that a run reads."""
+"""`data.*`: what a source of any kind has, and the kind `tokens`: the sets of text that a run
+reads.
+"""
 
 import math
 from dataclasses import dataclass
@@ -14,12 +16,12 @@ from pydantic import (
 )
 
 from dnt_scale.config.base import ConfigError, Place, Strict
-from dnt_scale.config.kinds import Kinds, resolved
+from dnt_scale.config.kinds import Registry, resolved
 
 SetPath = Annotated[Place, AfterValidator(Path.absolute)]
 MANIFEST = "manifest.json"  # The file by which a folder is known to be a set.
 
-SOURCES = Kinds("data", "dnt_scale.data", default="tokens")
+SOURCES = Registry("data", "dnt_scale.data", default="tokens")
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,9 @@ class Unit:
 
 
 class NamedSet(NamedTuple):
-    """A set of a source: its name (empty where it is the only one), its part of the units, its folder."""
+    """A set of a source: its name (empty where it is the only one), its part of the units, its
+    folder.
+    """
 
     name: str
     weight: float
@@ -43,24 +47,32 @@ class NamedSet(NamedTuple):
 
 
 class DataSection(Strict):
-    """What every kind of source has. A kind is a subclass, with ``kind: Literal["..."] = "..."``, that
-    ``SOURCES.register`` is given, from ``dnt_scale/data/KIND.py`` or from a file of one's own."""
+    """What every kind of source has. A kind is a subclass, with ``kind: Literal["..."] = "..."``,
+    that ``SOURCES.register`` is given, from ``dnt_scale/data/KIND.py`` or from a file of one's
+    own.
+    """
 
-    kinds: ClassVar[Kinds] = SOURCES
+    registry: ClassVar[Registry] = SOURCES
     fixed: ClassVar[tuple[str, ...]] = ()  # Fields that a resume may not change.
 
     kind: str
 
     def open(self) -> Any:
-        """Return the source, a ``dnt_scale.data.sources.Source``. Raises ValueError where a set is damaged."""
+        """Return the source, a ``dnt_scale.data.sources.Source``. Raises ValueError where a set is
+        damaged.
+        """
         raise NotImplementedError
 
     def at(self, path: Path) -> Self:
-        """Return the section that reads the set at ``path`` instead. Raises ConfigError for a kind without sets."""
+        """Return the section that reads the set at ``path`` instead. Raises ConfigError for a kind
+        without sets.
+        """
         raise ConfigError(f"--data {path}: data.kind is {self.kind}, which reads no sets; leave it out")
 
     def sets(self) -> list[NamedSet]:
-        """Return the sets that are read; the weights add up to 1. None of a kind that reads no sets."""
+        """Return the sets that are read; the weights add up to 1. None of a kind that reads no
+        sets.
+        """
         return []
 
     def gone(self) -> list[Path]:

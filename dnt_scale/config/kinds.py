@@ -1,9 +1,10 @@
-"""Sections that come in kinds: the class that reads ``model.kind: dnt`` is found by name, and nothing lists them.
+"""Sections that come in kinds: the class that reads ``model.kind: dnt`` is found by name, and
+nothing lists them.
 
-A kind is a section's class, which a file registers when it is imported. The file is called after the
-kind and lies in the room that builds it (``model.kind: vit`` is ``dnt_scale/model/vit.py``), or it is
-any file that was imported before the configuration is read. No file is imported before its kind is
-asked for, so that a configuration costs the imports of its own kinds only.
+A kind is a section's class, which a file registers when it is imported. The file is called after
+the kind and lies in the room that builds it (``model.kind: vit`` is ``dnt_scale/model/vit.py``), or
+it is any file that was imported before the configuration is read. No file is imported before its
+kind is asked for, so that a configuration costs the imports of its own kinds only.
 """
 
 import difflib
@@ -18,7 +19,7 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 Section = TypeVar("Section", bound=BaseModel)
 
 
-class Kinds:
+class Registry:
     """The kinds of one section, by the value of its field ``tag``.
 
     Args:
@@ -52,7 +53,9 @@ class Kinds:
         return cls
 
     def find(self, kind: str) -> type[BaseModel] | None:
-        """Return the class of a kind, from its file if that was not imported yet; None where there is none."""
+        """Return the class of a kind, from its file if that was not imported yet; None where there
+        is none.
+        """
         if kind not in self._classes and kind.isidentifier() and find_spec(f"{self.package}.{kind}"):
             import_module(f"{self.package}.{kind}")
         return self._classes.get(kind)
@@ -68,14 +71,17 @@ class Kinds:
         return dict(sorted(self._classes.items()))
 
     def having(self, field: str) -> list[type[BaseModel]]:
-        """Return the classes with a field of that name: of the kinds imported, or else of all there are."""
+        """Return the classes with a field of that name: of the kinds imported, or else of all there
+        are.
+        """
         for classes in (self.loaded, lambda: list(self.every().values())):
             if found := [cls for cls in classes() if field in cls.model_fields]:
                 return found
         return []
 
     def validate(self, raw: Any, handler: Any) -> BaseModel:
-        """Read a section as its kind; a pydantic "wrap" validator of the field that holds the section.
+        """Read a section as its kind; a pydantic "wrap" validator of the field that holds the
+        section.
 
         Raises:
             ValidationError: no such kind, no mapping, or fields that its class refuses.
@@ -102,6 +108,8 @@ class Kinds:
 
 
 def resolved(name: str) -> Any:
-    """Return what ``package.module:name`` names, imported only now: how a section reaches what lies above it."""
+    """Return what ``package.module:name`` names, imported only now: how a section reaches what lies
+    above it.
+    """
     module, _, attribute = name.partition(":")
     return getattr(import_module(module), attribute)

@@ -1,4 +1,6 @@
-"""`model.*`: what a model of any kind has, and the kind `dnt`: the shape of a DNT or of its GPT baseline."""
+"""`model.*`: what a model of any kind has, and the kind `dnt`: the shape of a DNT or of its GPT
+baseline.
+"""
 
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -11,25 +13,28 @@ from pydantic import (
 
 from dnt_scale.config.base import ConfigError, Size, Strict, Text
 from dnt_scale.config.data import TokenRows
-from dnt_scale.config.kinds import Kinds, resolved
+from dnt_scale.config.kinds import Registry, resolved
 
 Setting = Literal["S1", "S2", "S3", "S4", "S5"]
 
-MODELS = Kinds("model", "dnt_scale.model", default="dnt")
+MODELS = Registry("model", "dnt_scale.model", default="dnt")
 
 
 class ModelSection(Strict):
-    """What every kind of model has. A kind is a subclass, with ``kind: Literal["..."] = "..."``, that
-    ``MODELS.register`` is given, from ``dnt_scale/model/KIND.py`` or from a file of one's own."""
+    """What every kind of model has. A kind is a subclass, with ``kind: Literal["..."] = "..."``,
+    that ``MODELS.register`` is given, from ``dnt_scale/model/KIND.py`` or from a file of one's
+    own.
+    """
 
-    kinds: ClassVar[Kinds] = MODELS
+    registry: ClassVar[Registry] = MODELS
     reads: ClassVar[type] = object  # The class of a source's ``rows`` that the model takes.
 
     kind: str
     name: Text
 
     def build(self, rows: Any = None) -> Any:
-        """Make the model, a ``dnt_scale.model.task.Task``, on the current device with weights of no meaning.
+        """Make the model, a ``dnt_scale.model.task.Task``, on the current device with weights of no
+        meaning.
 
         Args:
             rows: what the run's rows are, of the class ``reads``; None where only shapes matter.
@@ -37,7 +42,9 @@ class ModelSection(Strict):
         raise NotImplementedError
 
     def check(self, rows: Any) -> None:
-        """Raise ConfigError, naming the field, where rows of the class ``reads`` do not fit this model."""
+        """Raise ConfigError, naming the field, where rows of the class ``reads`` do not fit this
+        model.
+        """
 
     def describe(self) -> str:
         """Return the model's shape in words."""

@@ -61,7 +61,7 @@ def inside(found: Kinds, key: str) -> Kinds:
 
 def _classes(model: type[BaseModel], key: str) -> list[type[BaseModel]]:
     """The classes that have a field ``key``: of a section that comes in kinds (config/kinds.py), those of its kinds."""
-    if several := vars(model).get("kinds"):
+    if several := vars(model).get("registry"):
         found: list[type[BaseModel]] = several.having(key)
         return found
     return [model] if key in model.model_fields else []

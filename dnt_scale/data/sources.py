@@ -1,4 +1,5 @@
-"""What a run reads, as the loop, resume, validation and inference ask for it, whatever its rows hold.
+"""What a run reads, as the loop, resume, validation and inference ask for it, whatever its rows
+hold.
 
 A row is what the order of data, batches and budgets count: some token ids, an image with its label.
 """
@@ -46,7 +47,8 @@ class Source(Protocol):
         ...
 
     def stream(self, *, seed: int, global_batch: int, rank: int, world_size: int, consumed_rows: int = 0) -> Stream:
-        """Return this rank's slices of the global batches from row ``consumed_rows`` of the order on.
+        """Return this rank's slices of the global batches from row ``consumed_rows`` of the order
+        on.
 
         The row at a position of the order is a function of (source, seed, position) alone, whoever
         asks: so the same rows are seen on any number of ranks, and across resumes.
@@ -59,15 +61,18 @@ class Source(Protocol):
     def validation(
         self, *, rows: int | None, micro_batch: int, rank: int, world_size: int
     ) -> dict[str, Iterator[Batch]]:
-        """Return held-out batches of each set by name, at most ``rows`` rows of it (None: all), for this rank.
+        """Return held-out batches of each set by name, at most ``rows`` rows of it (None: all), for
+        this rank.
 
-        Every rank gets as many batches as the others, for the engines' collectives; over all ranks each
-        row comes once. What fills a batch up must not count in the model's loss.
+        Every rank gets as many batches as the others, for the engines' collectives; over all ranks
+        each row comes once. What fills a batch up must not count in the model's loss.
         """
         ...
 
     def validation_metrics(self, means: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-        """Return what is told of a validation, ``val/...``, from the means of each set's measures; ``loss`` is one."""
+        """Return what is told of a validation, ``val/...``, from the means of each set's measures;
+        ``loss`` is one.
+        """
         [(_, only)] = means.items()
         return {f"val/{measure}": mean for measure, mean in only.items()}
 
@@ -81,18 +86,24 @@ class Source(Protocol):
         return ", ".join(f"{name} {value:.4f}" for name, value in found)
 
     def identity(self) -> str:
-        """Return the hex SHA-256 of what decides the rows and their order, but for the seed. Raises as ``parts``."""
+        """Return the hex SHA-256 of what decides the rows and their order, but for the seed. Raises
+        as ``parts``.
+        """
         parts = self.parts()
         if len(parts) == 1 and not parts[0].name:
             return parts[0].sha256
         return hashlib.sha256(json.dumps([[part.name, part.sha256] for part in parts]).encode()).hexdigest()
 
     def facts(self) -> dict[str, str]:
-        """Return SHA-256 hashes, as NAME_sha256, of what the model's weights depend on for their meaning."""
+        """Return SHA-256 hashes, as NAME_sha256, of what the model's weights depend on for their
+        meaning.
+        """
         return {}
 
     def foreign(self, facts: Mapping[str, Any], newest: Path | str) -> str | None:
-        """Say how this is not data for the checkpoint ``newest`` that has these ``facts``; None where it is."""
+        """Say how this is not data for the checkpoint ``newest`` that has these ``facts``; None
+        where it is.
+        """
         for name, found in self.facts().items():
             if found != (wanted := str(facts.get(name, found))):
                 what = name.removesuffix("_sha256").replace("_", " ")
@@ -100,7 +111,9 @@ class Source(Protocol):
         return None
 
     def difference(self, trained: DataSection, parts: Mapping[str, str], newest: Path | str) -> str:
-        """Say what is not as the checkpoint ``newest`` has it, whose sets had these SHA-256 by name."""
+        """Say what is not as the checkpoint ``newest`` has it, whose sets had these SHA-256 by
+        name.
+        """
         found = self.parts()
         changed = [part for part in found if parts.get(part.name, part.sha256) != part.sha256] or found
         return " or ".join(
@@ -125,7 +138,9 @@ class Source(Protocol):
         return []
 
     def rows_behind(self, seed: int, first: int, last: int) -> dict[str, object]:
-        """Return where the rows at positions [first, last) of the order lie, so that a person can look at them."""
+        """Return where the rows at positions [first, last) of the order lie, so that a person can
+        look at them.
+        """
         return {"positions": [first, last]}
 
 
@@ -133,7 +148,8 @@ def load_source(run: RunConfig) -> Source:
     """Return the source of a run, which fits its model.
 
     Raises:
-        ValueError: a set is damaged, or a field of the configuration does not fit it; the message names both.
+        ValueError: a set is damaged, or a field of the configuration does not fit it; the message
+            names both.
     """
     source: Source = run.data.open()
     if not isinstance(source.rows, run.model.reads):

@@ -1,4 +1,5 @@
-"""Batches of an endless order of rows, read ahead by a thread. The whole state is one integer, ``consumed_rows``.
+"""Batches of an endless order of rows, read ahead by a thread. The whole state is one integer,
+``consumed_rows``.
 
 Global batch k is the rows at positions [k B, (k+1) B) of the order. Rank r takes the r-th of
 ``world_size`` equal slices of it. What stands at a position is for the source to say: of text,
@@ -17,7 +18,9 @@ PREFETCH_BATCHES = 4
 
 
 def rows_a_rank(global_batch: int, world_size: int) -> int:
-    """Return the rows of a global batch that a rank takes. Raises ValueError when the ranks cannot share it equally."""
+    """Return the rows of a global batch that a rank takes. Raises ValueError when the ranks cannot
+    share it equally.
+    """
     if global_batch % world_size:
         raise ValueError(
             f"train.global_batch is {global_batch}, not divisible by {world_size} ranks; use a multiple of {world_size}"
@@ -28,8 +31,8 @@ def rows_a_rank(global_batch: int, world_size: int) -> int:
 class Stream:
     """This rank's slice of every global batch from ``consumed_rows`` on, read ahead by a thread.
 
-    Iterating yields ``(batch, consumed_rows)``: global_batch / world_size rows, and the state to store once the batch
-    is trained on. Use it as a context manager: leaving stops the thread.
+    Iterating yields ``(batch, consumed_rows)``: global_batch / world_size rows, and the state to
+    store once the batch is trained on. Use it as a context manager: leaving stops the thread.
 
     Args:
         read: returns the rows at ``count`` positions of the order from ``first`` on, called as
@@ -37,7 +40,8 @@ class Stream:
         close: gives up what ``read`` uses, called once the thread has stopped.
 
     Raises:
-        ValueError: the global batch does not divide by the ranks. While iterating, what ``read`` raises.
+        ValueError: the global batch does not divide by the ranks. While iterating, what ``read``
+            raises.
     """
 
     def __init__(

@@ -1,4 +1,5 @@
-"""The source of text, ``data.kind: tokens``: shards in, rows of token ids out, in an order that is a pure function.
+"""The source of text, ``data.kind: tokens``: shards in, rows of token ids out, in an order that is
+a pure function.
 
 1. An epoch visits every row of a split once. Its blocks (tar members of up to 512 rows) are permuted.
 2. ``WINDOW_BLOCKS`` consecutive blocks of that permutation form a window, whose rows are permuted.
@@ -6,8 +7,8 @@
 4. Of several sets, position p is the next row of the one that ``deal`` names; each has its own epochs and seed.
 5. Ranks slice it as :mod:`dnt_scale.data.stream` says; a thread reads rows by offset ahead of the training step.
 
-Both permutations are argsorts of Philox output keyed by (seed, epoch, window): numpy keeps a bit generator's
-raw stream fixed across versions, and no global generator is touched.
+Both permutations are argsorts of Philox output keyed by (seed, epoch, window): numpy keeps a bit
+generator's raw stream fixed across versions, and no global generator is touched.
 """
 
 import math
@@ -109,10 +110,12 @@ class TokenSource(Source):
         return None
 
     def validation_metrics(self, means: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-        """Return loss in nats a token, perplexity, and bits a byte of UTF-8 text, from each set's own loss.
+        """Return loss in nats a token, perplexity, and bits a byte of UTF-8 text, from each set's
+        own loss.
 
-        ``val/loss`` is the mean over the sets by the mixture's weights, which are of tokens; perplexity and bits a byte
-        are of text mixed in these proportions. Of a mixture, ``val/NAME/loss`` and the like are each set's own.
+        ``val/loss`` is the mean over the sets by the mixture's weights, which are of tokens;
+        perplexity and bits a byte are of text mixed in these proportions. Of a mixture,
+        ``val/NAME/loss`` and the like are each set's own.
         """
         splits = [found.manifest.splits["val"] for found in self.sets]
         bytes_a_token = [split.text_bytes / split.tokens for split in splits]
@@ -154,11 +157,13 @@ class TokenSource(Source):
         return [f"model.vocab_size: {unused:,} rows are never used, for the tokenizer has {used:,} pieces only"]
 
     def rows_behind(self, seed: int, first: int, last: int) -> dict[str, object]:
-        """Return where the rows at positions [first, last) lie, so that a person can look at their text.
+        """Return where the rows at positions [first, last) lie, so that a person can look at their
+        text.
 
         Returns:
-            ``positions``: [first, last]; ``rows``: for each member of a shard that has some of them, in the order of
-            sets, shards and members, its set's folder, shard, member, and rows in it, ascending.
+            ``positions``: [first, last]; ``rows``: for each member of a shard that has some of
+            them, in the order of sets, shards and members, its set's folder, shard, member, and
+            rows in it, ascending.
         """
         orders = [Order(found.manifest.splits["train"], found.shuffle_seed(seed)) for found in self.sets]
         source, blocks, rows = rows_from([found.share for found in self.sets], orders, first, last - first)
@@ -180,7 +185,9 @@ def in_words(data: DataConfig) -> str:
 
 
 def text_measures(prefix: str, means: Mapping[str, float], bytes_a_token: float) -> dict[str, float]:
-    """Return the measures of some text with what follows from its loss, named ``PREFIX/MEASURE``."""
+    """Return the measures of some text with what follows from its loss, named
+    ``PREFIX/MEASURE``.
+    """
     loss = means["loss"]
     more = {"perplexity": math.exp(min(loss, 700.0)), "bits_per_byte": loss / math.log(2) / bytes_a_token}
     return {f"{prefix}/{measure}": value for measure, value in {**means, **more}.items()}
@@ -189,7 +196,9 @@ def text_measures(prefix: str, means: Mapping[str, float], bytes_a_token: float)
 def token_stream(
     sets: TokenSets, *, seed: int, global_batch: int, rank: int, world_size: int, consumed_rows: int = 0
 ) -> Stream:
-    """Return the stream of some sets, see ``Source.stream``; its batches are int64 (rows, seq_len + 1)."""
+    """Return the stream of some sets, see ``Source.stream``; its batches are int64 (rows, seq_len +
+    1).
+    """
     reader = _Reader(sets, seed)
     return Stream(
         reader.read,
@@ -224,10 +233,12 @@ class _Reader:
 
 
 def validation_batches(found: TokenSet, *, rows: int, micro_batch: int, rank: int, world_size: int) -> Iterator[Tensor]:
-    """``rows`` validation rows, evenly spread over the split, dealt to the ranks micro-batch by micro-batch.
+    """``rows`` validation rows, evenly spread over the split, dealt to the ranks micro-batch by
+    micro-batch.
 
-    Every rank gets the same number of batches of shape (micro_batch, seq_len + 1), int64, as the engines' collectives
-    need; padding and places past the end hold ``IGNORED`` and do not count in the loss.
+    Every rank gets the same number of batches of shape (micro_batch, seq_len + 1), int64, as the
+    engines' collectives need; padding and places past the end hold ``IGNORED`` and do not count in
+    the loss.
     """
     manifest = found.manifest
     block_ends = np.cumsum(Order(manifest.splits["val"], 0).block_rows)

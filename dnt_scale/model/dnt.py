@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from dnt_scale.config import ModelConfig, Setting
 from dnt_scale.model.batch import Batch
+from dnt_scale.model.flops import flops_per_token
 from dnt_scale.model.init import initial_tensor
 from dnt_scale.model.task import Task
 
@@ -225,19 +226,5 @@ class DNT(nn.Module, Task):
     def initial(self, name: str, shape: torch.Size, seed: int) -> Tensor:
         return initial_tensor(name, shape, self.config, seed)
 
-    def count_parameters(self, *, positions: bool = True) -> int:
-        """Return the number of weights, those of the position table only with ``positions``."""
-        table = 0 if self.pos_emb is None or positions else self.pos_emb.weight.numel()
-        return sum(parameter.numel() for parameter in self.parameters()) - table
-
-    def flops_per_token(self, seq_len: int) -> float:
-        """Return the training FLOPs a token, forward and backward: 6 N + 12 layers width seq_len.
-
-        N counts every weight but the position table; a tied head counts once. Attention is counted in full, not
-        halved for causality (PaLM, arXiv 2204.02311, appendix B; nanoGPT and torchtitan count the same way).
-        """
-        config = self.config
-        return 6.0 * self.count_parameters(positions=False) + 12.0 * config.layers * config.width * seq_len
-
     def flops_per_row(self, units_a_row: int) -> float:
-        return units_a_row * self.flops_per_token(units_a_row)
+        return units_a_row * flops_per_token(self.config, units_a_row)

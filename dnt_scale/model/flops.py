@@ -1,21 +1,24 @@
-"""Parameters and FLOPs of a DNT, counted without allocating anything."""
+"""Parameters, and the FLOPs of a DNT, counted without allocating anything."""
 
-import torch
+import math
 
-from dnt_scale.config import ModelConfig
-from dnt_scale.model.dnt import DNT
-
-
-def _on_meta(config: ModelConfig) -> DNT:
-    with torch.device("meta"):
-        return DNT(config)
+from dnt_scale.config import ModelConfig, ModelSection
+from dnt_scale.model.task import shapes_of
 
 
-def count_parameters(config: ModelConfig, *, positions: bool = True) -> int:
-    """Return the number of weights. dnt.md counts without the position table."""
-    return _on_meta(config).count_parameters(positions=positions)
+def count_parameters(section: ModelSection, *, positions: bool = True) -> int:
+    """Return the number of weights; those of the position table only with ``positions``, as dnt.md
+    counts.
+    """
+    shapes = shapes_of(section)
+    return sum(math.prod(shape) for name, shape in shapes.items() if positions or name != "pos_emb.weight")
 
 
 def flops_per_token(config: ModelConfig, seq_len: int) -> float:
-    """Return the training FLOPs a token; see ``DNT.flops_per_token``."""
-    return _on_meta(config).flops_per_token(seq_len)
+    """Return the training FLOPs a token, forward and backward: 6 N + 12 layers width seq_len.
+
+    N counts every weight but the position table; a tied head counts once. Attention is counted in
+    full, not halved for causality (PaLM, arXiv 2204.02311, appendix B; nanoGPT and torchtitan count
+    the same way).
+    """
+    return 6.0 * count_parameters(config, positions=False) + 12.0 * config.layers * config.width * seq_len

@@ -1,4 +1,6 @@
-"""Initial weights: a function of (seed, parameter name) alone, the same on any engine and any ranks."""
+"""Initial weights: a function of (seed, parameter name) alone, the same on any engine and any
+ranks.
+"""
 
 import hashlib
 import math
@@ -18,9 +20,11 @@ def drawn(name: str, shape: torch.Size, std: float, seed: int) -> Tensor:
 
 
 def initial_tensor(name: str, shape: torch.Size, config: ModelConfig, seed: int) -> Tensor:
-    """Return the fp32 CPU value that parameter ``name`` of a DNT starts from: a function of (seed, name) alone.
+    """Return the fp32 CPU value that parameter ``name`` of a DNT starts from: a function of (seed,
+    name) alone.
 
-    nanoGPT's scheme: N(0, init_std), W_o and W_2 smaller by 1/sqrt(2 layers); gains at gain_init, biases 0.
+    nanoGPT's scheme: N(0, init_std), W_o and W_2 smaller by 1/sqrt(2 layers); gains at gain_init,
+    biases 0.
     """
     if name.endswith(".gain"):
         return torch.full(shape, config.gain_init, dtype=torch.float32, device="cpu")

@@ -1,4 +1,6 @@
-"""What engines, memory, validation, inference and checkpointing ask of a model, and nothing more."""
+"""What engines, memory, validation, inference and checkpointing ask of a model, and nothing
+more.
+"""
 
 from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
@@ -14,8 +16,9 @@ from dnt_scale.model.batch import Batch
 class Task(Protocol):
     """A model and the loss that it is trained by: an ``nn.Module`` that has these members too.
 
-    Inherit from ``nn.Module`` and from this, in that order, to have the methods that are written here.
-    A task draws no random numbers in training: what is to be random is a function of its batch.
+    Inherit from ``nn.Module`` and from this, in that order, to have the methods that are written
+    here. A task draws no random numbers in training: what is to be random is a function of its
+    batch.
     """
 
     # The layers in the order of computing. Each is gathered and reduced as one, may be computed a second
@@ -29,24 +32,29 @@ class Task(Protocol):
     def count(self, batch: Batch) -> Tensor:
         """Return how many targets count in the batch's loss: an int64 scalar, where the batch lies.
 
-        It stands alone, for gradients are scaled by the count of the whole global batch, which has to
-        be known before the first backward.
+        It stands alone, for gradients are scaled by the count of the whole global batch, which has
+        to be known before the first backward.
         """
         ...
 
     def eval_sums(self, batch: Batch) -> dict[str, Tensor]:
-        """Return what validation measures, summed over the targets that count: ``loss`` and what else is wanted."""
+        """Return what validation measures, summed over the targets that count: ``loss`` and what
+        else is wanted.
+        """
         return {"loss": self.loss_sum(batch)}
 
     def initial(self, name: str, shape: torch.Size, seed: int) -> Tensor:
-        """Return the fp32 CPU value that parameter ``name`` starts from: a function of these and the section alone."""
+        """Return the fp32 CPU value that parameter ``name`` starts from: a function of these and
+        the section alone.
+        """
         ...
 
     def init_buffers(self) -> None:
         """Fill the buffers, which are there with storage of no meaning, by the section alone.
 
-        Buffers are constants (rotary tables, means of channels): registered with ``persistent=False``,
-        in no checkpoint, the same on all ranks, and of the dtype they were registered with on any engine.
+        Buffers are constants (rotary tables, means of channels): registered with
+        ``persistent=False``, in no checkpoint, the same on all ranks, and of the dtype they were
+        registered with on any engine.
         """
         return
 
@@ -72,7 +80,8 @@ class Task(Protocol):
 
 
 class LossModule(nn.Module):
-    """What engines shard and call: hooks of FSDP2 and DeepSpeed stand around a module's call, and this one is the loss.
+    """What engines shard and call: hooks of FSDP2 and DeepSpeed stand around a module's call, and
+    this one is the loss.
 
     Parameters are named by the task inside, as if this were not there.
     """
@@ -87,7 +96,9 @@ class LossModule(nn.Module):
 
 
 def build_task(section: ModelSection, rows: Any = None) -> Task:
-    """Return the model of a section, on the current device with weights of no meaning; see ``ModelSection.build``."""
+    """Return the model of a section, on the current device with weights of no meaning; see
+    ``ModelSection.build``.
+    """
     task: Task = section.build(rows)
     return task
 
@@ -107,15 +118,12 @@ def shapes_of(section: ModelSection) -> dict[str, tuple[int, ...]]:
 
 
 def names_in_blocks(section: ModelSection) -> set[str]:
-    """Return the names of the parameters that are in blocks; the others are gathered with the root."""
+    """Return the names of the parameters that are in blocks; the others are gathered with the
+    root.
+    """
     task = on_meta(section)
     inside = {id(parameter) for block in task.blocks for parameter in block.parameters()}
     return {name for name, parameter in task.named_parameters() if id(parameter) in inside}
-
-
-def count_parameters(section: ModelSection) -> int:
-    """Return the number of weights."""
-    return sum(parameter.numel() for _, parameter in on_meta(section).named_parameters())
 
 
 def flops_per_row(section: ModelSection, units_a_row: int) -> float:
@@ -135,7 +143,8 @@ def blank_buffers(task: Task, kind: str) -> dict[str, Tensor]:
     """Return the buffers of a task on the meta device, by all of their names.
 
     Raises:
-        ConfigError: one of them is persistent: it would be the task's to change, and lost at a resume.
+        ConfigError: one of them is persistent: it would be the task's to change, and lost at a
+            resume.
     """
     kept = task.state_dict().keys() - {name for name, _ in task.named_parameters()}
     buffers = dict(task.named_buffers(remove_duplicate=False))
@@ -149,9 +158,11 @@ def blank_buffers(task: Task, kind: str) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def fill_buffers(task: Task, blank: Mapping[str, Tensor], device: torch.device) -> None:
-    """Make the buffers of a task anew on a device, of the shapes and dtypes of ``blank``, and fill them.
+    """Make the buffers of a task anew on a device, of the shapes and dtypes of ``blank``, and fill
+    them.
 
-    Engines call it last, whatever they have done to the buffers before: DeepSpeed casts them with the weights.
+    Engines call it last, whatever they have done to the buffers before: DeepSpeed casts them with
+    the weights.
 
     Raises:
         ConfigError: ``init_buffers`` leaves one without values.

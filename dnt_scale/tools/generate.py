@@ -17,7 +17,9 @@ from dnt_scale.tools.inference import load_run
 
 
 def _one_set(data: DataSection) -> Source:
-    """Return one of the sets of a mixture, of which the tokenizer is all that is needed. Raises ValueError."""
+    """Return one of the sets of a mixture, of which the tokenizer is all that is needed. Raises
+    ValueError.
+    """
     return TokenSource(data, any_set(data)) if isinstance(data, DataConfig) else data.open()
 
 
@@ -25,7 +27,8 @@ def _one_set(data: DataSection) -> Source:
 def generate(
     run_dir: Path, prompt: str, me: Ranks, *, tokens: int, temperature: float, top_k: int, seed: int, data: Path | None
 ) -> Iterator[str]:
-    """Yield the prompt and then the text as it is sampled, at most ``tokens`` tokens or to the end of document.
+    """Yield the prompt and then the text as it is sampled, at most ``tokens`` tokens or to the end
+    of document.
 
     Args:
         temperature: 0 takes the most likely token.

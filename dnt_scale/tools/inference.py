@@ -26,14 +26,16 @@ def whole_source(data: DataSection) -> Source:
 def load_run(
     run_dir: Path, data: Path | None, me: Ranks, open_source: Callable[[DataSection], Source] = whole_source
 ) -> tuple[RunConfig, Task, Source]:
-    """Return a run's configuration, its model with the newest weights (to be computed with at once), and what it reads.
+    """Return a run's configuration, its model with the newest weights (to be computed with at
+    once), and what it reads.
 
     Args:
         data: a set to read instead of the run's own, made with the same tokenizer and the like.
         open_source: opens what is needed of what the run reads.
 
     Raises:
-        ValueError: no run or no checkpoint there, a damaged one, no such set, or one that the model does not know.
+        ValueError: no run or no checkpoint there, a damaged one, no such set, or one that the model
+            does not know.
     """
     run = config.from_yaml(run_dir / "config.yaml")
     folder = run.checkpoints if run.checkpoint.dir else run_dir / "checkpoints"
@@ -58,7 +60,9 @@ def load_run(
 
 
 def _found(run_dir: Path, data: Path | None, own: DataSection, open_source: Callable[[DataSection], Source]) -> Source:
-    """Return the set ``data``, else the run's own. Raises ValueError, and tells what to do where those have moved."""
+    """Return the set ``data``, else the run's own. Raises ValueError, and tells what to do where
+    those have moved.
+    """
     if data:
         return open_source(own.at(data))
     try:
@@ -73,7 +77,8 @@ def _found(run_dir: Path, data: Path | None, own: DataSection, open_source: Call
 
 @torch.inference_mode()
 def evaluate(run_dir: Path, data: Path | None, rows: int | None, me: Ranks) -> dict[str, float]:
-    """Return what validation tells on ``rows`` (default: all) evenly spread held-out rows of each set, ``val/...``.
+    """Return what validation tells on ``rows`` (default: all) evenly spread held-out rows of each
+    set, ``val/...``.
 
     Args:
         data: another set that the model knows; default the run's own.

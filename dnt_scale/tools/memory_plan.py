@@ -20,6 +20,7 @@ from dnt_scale.config import (
     TorchEngineConfig,
 )
 from dnt_scale.config.engine import copies_of
+from dnt_scale.model.flops import count_parameters
 from dnt_scale.model.task import names_in_blocks, shapes_of
 from dnt_scale.optim.groups import parameter_groups
 
@@ -66,7 +67,7 @@ class Traffic:
 
 def parameters_of(model: ModelSection) -> int:
     """P."""
-    return sum(map(_elements, shapes_of(model).values()))
+    return count_parameters(model)
 
 
 def checkpoint_bytes(run: RunConfig) -> int:

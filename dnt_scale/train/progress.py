@@ -13,7 +13,7 @@ from dnt_scale.checkpoint.storage import Storage
 from dnt_scale.config import RunConfig
 from dnt_scale.data.sources import Source
 from dnt_scale.distributed.process_group import Ranks
-from dnt_scale.model.task import count_parameters
+from dnt_scale.model.flops import count_parameters
 from dnt_scale.record.speed import Metrics
 
 PLAIN_LINE_SECONDS = 10.0

@@ -10,7 +10,7 @@ from dnt_scale import config
 from dnt_scale.checkpoint import State
 from dnt_scale.config import RunConfig
 from dnt_scale.distributed.process_group import Ranks
-from dnt_scale.model.task import count_parameters
+from dnt_scale.model.flops import count_parameters
 from dnt_scale.record.files import git_commit
 from dnt_scale.record.tracker import Tracker
 from dnt_scale.train.run_start import write_config

@@ -1,10 +1,10 @@
-"""Kinds of sections: found by the name of a file, which nothing lists."""
+"""Registry of sections: found by the name of a file, which nothing lists."""
 
 import sys
 
 import pytest
 
-from dnt_scale.config.kinds import Kinds
+from dnt_scale.config.kinds import Registry
 
 VIT = """\
 from typing import Literal
@@ -29,7 +29,7 @@ def kinds(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     import rooms_of_a_test
 
-    rooms_of_a_test.KINDS = Kinds("model", "rooms_of_a_test", default="vit")
+    rooms_of_a_test.KINDS = Registry("model", "rooms_of_a_test", default="vit")
     yield rooms_of_a_test.KINDS
     for name in [name for name in sys.modules if name.startswith("rooms_of_a_test")]:
         del sys.modules[name]

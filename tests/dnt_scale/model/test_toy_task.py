@@ -1,4 +1,6 @@
-"""Another task than language, whole in this file: an image classifier with a buffer, and a source of made-up images."""
+"""Another task than language, whole in this file: an image classifier with a buffer, and a source
+of made-up images.
+"""
 
 import hashlib
 import json
@@ -19,8 +21,9 @@ from dnt_scale.data.sources import DataPart, Source, load_source
 from dnt_scale.data.stream import Stream
 from dnt_scale.distributed import process_group
 from dnt_scale.distributed.errors import AgreedError
+from dnt_scale.model.flops import count_parameters
 from dnt_scale.model.init import drawn
-from dnt_scale.model.task import Task, build_task, count_parameters
+from dnt_scale.model.task import Task, build_task
 from dnt_scale.tools.memory_plan import memory
 from dnt_scale.train.rank import main
 from tests.helpers.engines import ENGINES, overrides_of
@@ -29,7 +32,9 @@ from tests.helpers.run import call, complete_checkpoints, metrics, same_tensors,
 
 @dataclass(frozen=True)
 class Images:
-    """Rows {"image": fp32 (rows, pixels), "label": int64 (rows,)}, a label of -1 for what does not count."""
+    """Rows {"image": fp32 (rows, pixels), "label": int64 (rows,)}, a label of -1 for what does not
+    count.
+    """
 
     pixels: int
     classes: int
@@ -227,7 +232,9 @@ def test_a_run_is_measured_afterwards_and_makes_no_text(toy, tmp_path):
 
 
 def steps_of_every_engine(overrides: list[str]) -> None:
-    """Each engine in bf16: the buffer at the start, after a step and after new weights; the loss before the step."""
+    """Each engine in bf16: the buffer at the start, after a step and after new weights; losses
+    before and after.
+    """
     me = process_group.start("cpu")
     found = {}
     for label in ENGINES:

@@ -30,7 +30,8 @@ def losses(run_dir: Path) -> None:
     from dnt_scale.tools.inference import evaluate
 
     with process_group.alone() as me:
-        print(json.dumps([evaluate(run_dir, None, rows, me)[0][-1] for rows in (30, None)]))
+        found = [evaluate(run_dir, None, rows, me) for rows in (30, None)]
+    print(json.dumps([[value for name, value in each.items() if name.endswith("/loss")][-1] for each in found]))
 
 
 def test_sampling_is_a_function_of_its_settings(reference):
