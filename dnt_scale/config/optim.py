@@ -11,12 +11,12 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import Field, SerializeAsAny, WrapValidator, model_validator
 
 from dnt_scale.config.base import Count, Strict
-from dnt_scale.config.kinds import Kinds
+from dnt_scale.config.kinds import Registry
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Storage = Literal["fp32", "bf16"]
 BYTES: dict[Storage, int] = {"fp32": 4, "bf16": 2}
-OPTIMIZERS = Kinds("optim", "dnt_scale.optim.algorithms", tag="algorithm")
+OPTIMIZERS = Registry("optim", "dnt_scale.optim.algorithms", tag="algorithm")
 
 
 class GroupConfig(Strict):
@@ -48,7 +48,7 @@ class OptimizerConfig(Strict):
         state_name: what a person calls the buffers.
     """
 
-    kinds: ClassVar[Kinds] = OPTIMIZERS
+    registry: ClassVar[Registry] = OPTIMIZERS
     updates: ClassVar[Mapping[str, int]] = {"plain": 0}
     counters: ClassVar[tuple[str, ...]] = ()
     state_name: ClassVar[str] = "momentum"
