@@ -24,7 +24,7 @@ def run_with(dtype: str, *overrides: str) -> RunConfig:
 
 @pytest.fixture
 def me(monkeypatch: pytest.MonkeyPatch) -> process_group.Ranks:
-    monkeypatch.setattr(process_group, "highest", lambda *values: values)  # a world of one needs no collective
+    monkeypatch.setattr(compute_dtype, "highest", lambda *values: values)  # a world of one needs no collective
     return process_group.Ranks(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
 
 
@@ -81,7 +81,7 @@ def test_ranks_on_unlike_machines_choose_what_the_poorest_is_good_at(
     monkeypatch: pytest.MonkeyPatch, me: process_group.Ranks
 ) -> None:
     machine(monkeypatch, GOOD)
-    monkeypatch.setattr(process_group, "highest", lambda *values: (round(1000 * POOR),))
+    monkeypatch.setattr(compute_dtype, "highest", lambda *values: (round(1000 * POOR),))
     assert compute_dtype.resolve(run_with("auto"), me, "auto", None)[0].train.dtype == "fp32"
 
 
@@ -123,7 +123,7 @@ def test_estimates_before_the_start_take_what_is_likely() -> None:
 def test_the_measurement_agrees_with_what_onednn_says_of_the_processor() -> None:
     """Where oneDNN may use no more than AVX2 there is no bf16 arithmetic, whatever the processor has."""
     code = (
-        "import torch; from dnt_scale import compute_dtype; before = torch.get_num_threads();"
+        "import torch; from dnt_scale.distributed import compute_dtype; before = torch.get_num_threads();"
         "print(torch.ops.mkldnn._is_mkldnn_bf16_supported(), compute_dtype.bf16_cost(torch.device('cpu')));"
         "assert torch.get_num_threads() == before"
     )

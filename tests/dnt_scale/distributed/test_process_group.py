@@ -10,6 +10,7 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dnt_scale.checkpoint import replicas
 from dnt_scale.checkpoint.replicas import check_replicas, checksums
 from dnt_scale.checkpoint.tensor_shards import Box
 from dnt_scale.distributed import process_group
@@ -233,6 +234,6 @@ def test_a_checksum_sees_any_change_and_any_exchange(values, data):
 def test_a_checksum_does_not_depend_on_its_chunks(monkeypatch):
     tensors = [torch.randn(5, 7, generator=torch.Generator().manual_seed(1)), torch.zeros(0), torch.ones(3)[1:2]]
     whole = checksums(tensors)
-    monkeypatch.setattr(process_group, "CHUNK", 4)
+    monkeypatch.setattr(replicas, "CHUNK", 4)
     assert checksums(tensors) == whole
     assert checksums([]) == []
