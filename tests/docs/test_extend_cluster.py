@@ -4,6 +4,7 @@ import re
 import shlex
 import shutil
 from pathlib import Path
+from textwrap import indent
 
 import pytest
 
@@ -21,6 +22,8 @@ def blocks(language: str) -> list[str]:
 
 [SITE] = blocks("yaml")
 FIELD, CHECK, TEST = blocks("python")
+# They stand inside of a class and of a function.
+FIELD, CHECK = (indent(part, "    ") for part in (FIELD, CHECK))
 COMMANDS = [shlex.split(line) for block in blocks("bash") for line in block.splitlines()]
 
 
