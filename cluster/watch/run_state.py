@@ -67,7 +67,7 @@ def decide_status(
     if not asked or (job is None and now - sign < FORGETS_S and not submission.cancelled):
         unknown = f"SLURM here does not know job {submission.job}; " if asked else ""
         return _status_by_folder(
-            events, newest, f"{unknown}last sign of life {duration(now - sign, digits=2)} ago"
+            events, newest, f"{unknown}last sign of life {duration(now - sign, digits=1)} ago"
         )
     if job is not None and job.live:
         return _status_of_live_job(submission, events, newest, job, now)
@@ -97,7 +97,7 @@ def _status_of_live_job(
             newest is not None and (newest["event"] == "ended" or not newest.get("by_user"))
         )
         why = (
-            f"may start in {duration(job.eligible - now, digits=2)}"
+            f"may start in {duration(job.eligible - now, digits=1)}"
             if job.eligible > now
             else job.reason
         )
@@ -118,7 +118,7 @@ def _status_of_live_job(
     if job.state != "RUNNING":
         why = f"SLURM says {job.state}"
     elif now - sign > SILENT_S:
-        why = f"no sign of life for {duration(now - sign, digits=2)}"
+        why = f"no sign of life for {duration(now - sign, digits=1)}"
     return _working_status(events, attempt, job.nodes, why)
 
 
