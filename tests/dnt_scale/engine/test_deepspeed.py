@@ -74,7 +74,7 @@ ROWS = 12  # on two ranks: micro-batches of 4 and 2
 class Case(NamedTuple):
     label: str
     optimizer: str
-    process_group: int
+    ranks: int
     dtype: str
 
     def __str__(self) -> str:
