@@ -75,7 +75,7 @@ def test_what_is_no_event_is_left_out(tmp_path):
 
 
 def test_a_process_says_when_it_was_started_to_a_clock_tick():
-    told = [sys.executable, "-c", "from dnt_scale import timeline; print(timeline.launched())"]
+    told = [sys.executable, "-c", "from dnt_scale.record import timeline; print(timeline.launched())"]
     for _ in range(3):
         before = time.time()
         launched = float(subprocess.run(told, capture_output=True, check=True, text=True).stdout)
