@@ -4,13 +4,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cluster.watch.jobs_command import results
 
 from cluster import run_record, sweep_file
 from cluster.run_record import LedgerError, Submission
 from cluster.submit import sweep_run
 from cluster.sweep_file import Sweep, SweepRun
-from cluster.watch.jobs_command import Run
+from cluster.watch.jobs_command import Run, results
 from dnt_scale.cli.main import main as dnt
 from dnt_scale.config import ConfigError
 from dnt_scale.record import timeline
