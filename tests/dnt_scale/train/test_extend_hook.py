@@ -15,8 +15,8 @@ PAGE = ROOT / "docs" / "extend" / "hook.md"
 
 
 def blocks() -> list[str]:
-    """The pieces of Python on the page, in their order."""
-    return re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    """The pieces of code on the page, in their order; a line of a tuple alone is no Python."""
+    return re.findall(r"```(?:python|text)\n(.*?)```", PAGE.read_text(), re.DOTALL)
 
 
 def put_before(file: Path, place: str, text: str) -> None:
@@ -40,7 +40,7 @@ def extended(tmp_path: Path) -> Path:
     sections.write_text(f"{sections.read_text()}\n\n{section}")
     run = tmp_path / "dnt_scale" / "config" / "run.py"
     put_before(run, "from dnt_scale.config.hooks", "from dnt_scale.config.hooks import NearZeroSection\n")
-    put_before(run, "    health: HealthSection", field)
+    put_before(run, "    health: HealthSection", f"    {field.lstrip()}")
     return tmp_path
 
 
