@@ -2,8 +2,10 @@
 
 import contextlib
 from pathlib import Path
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from dnt_scale.checkpoint.storage import CheckpointError, Storage, is_url
 
@@ -43,6 +45,23 @@ class State(BaseModel):
     engine: dict[str, float] = {}  # Engine.scalars; not in the checkpoints of old
     health: dict[str, list[float]] = {}  # the spike guard's window
     files: dict[str, FileRecord]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _the_source_gives_hashes_and_counts(cls, raw: Any) -> Any:
+        """Refuse a field of the source's that is neither a NAME_sha256 nor a count."""
+        theirs = raw.keys() - cls.model_fields.keys() if isinstance(raw, dict) else ()
+        for name in sorted(theirs):
+            expected: type = str if name.endswith("_sha256") else int
+            if type(raw[name]) is not expected:
+                problem = PydanticCustomError(
+                    "of_another_type",
+                    "Input should be {expected}",
+                    {"expected": "a hash" if expected is str else "a whole number"},
+                )
+                place = InitErrorDetails(type=problem, loc=(name,), input=raw[name])
+                raise ValidationError.from_exception_data("State", [place])
+        return raw
 
     @property
     def of_source(self) -> dict[str, str | int]:
