@@ -168,7 +168,7 @@ class Ranks:
     def running(self) -> bool:
         return any(process.is_alive() for process in self.processes)
 
-    def wait(self, timeout: float = 300.0) -> Finished:
+    def wait(self, timeout: float = 900.0) -> Finished:
         """Wait for all ranks. When one fails the others get a while to notice, as under torchrun."""
         deadline = time.monotonic() + timeout
         while waiting := [process.sentinel for process in self.processes if process.exitcode is None]:
@@ -372,8 +372,8 @@ def can_mount() -> bool:
         return True
 
 
-def until(condition: Callable[[], Any], seconds: float = 60.0) -> None:
-    """Wait for `condition`, looking often."""
+def until(condition: Callable[[], Any], seconds: float = 300.0) -> None:
+    """Wait for `condition`, looking often; a busy machine needs five times as long as an idle one."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "gave up waiting"
