@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from dnt_scale import config, engine
-from dnt_scale.data.sources import load_sources
-from dnt_scale.data.stream import Stream
+from dnt_scale.data.sources import load_source
 from dnt_scale.distributed import device_metrics, process_group
 from dnt_scale.distributed.device_metrics import ignored, record, take
 from dnt_scale.model.dnt import DNT, IGNORED
@@ -71,13 +70,13 @@ def record_in_steps(data: Path, label: str, *more: str) -> None:
         return 0.0 if built.scalars()["step"] else 0.5
 
     order = {"seed": 1, "global_batch": 8, "rank": me.rank, "world_size": me.world_size}
-    with Stream(load_sources(run.data), **order) as batches:
+    with load_source(run).stream(**order) as batches:
         for _ in range(2):
             stats = built.train_step(next(batches)[0], judge)
             found = {name: value.item() for name, value in stats.metrics.items()}
             print(json.dumps([stats.loss, found]))
         with ignored():
-            built.eval_loss([next(batches)[0]])
+            built.evaluate([next(batches)[0]])
     assert not device_metrics._recorded
     built.close()
     process_group.stop()
@@ -150,7 +149,7 @@ def count_waits(data: Path) -> None:
     for model in (DNT, Recording):
         built = engine.build(run, lambda model=model: model(run.model), me, 20)
         order = {"seed": 1, "global_batch": 8, "rank": me.rank, "world_size": me.world_size}
-        with Stream(load_sources(run.data), **order) as batches:
+        with load_source(run).stream(**order) as batches:
             for step in range(3):
                 torch.cuda.set_sync_debug_mode("warn" if step == 2 else "default")
                 with warnings.catch_warnings(record=True) as seen:

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dnt_scale.data.sources import load_sources
-from dnt_scale.data.stream import Stream
+from dnt_scale.data.sources import load_source
 from dnt_scale.distributed import process_group
 from dnt_scale.record import timeline
 from dnt_scale.train.hooks import HOOKS, Hook
@@ -174,13 +173,13 @@ def find_tensors_in_garbage(data: Path, label: str, *overrides: str) -> None:
     me = process_group.start("cpu")
     with engines.built(label, me, data, *overrides) as (run, engine):
         stream = {"seed": 1, "global_batch": 8, "rank": me.rank, "world_size": me.world_size}
-        with Stream(load_sources(run.data), **stream) as batches:
+        with load_source(run).stream(**stream) as batches:
             for step in range(6):
                 if step == 3:  # what the first steps set up is garbage once
                     gc.collect()
                     gc.disable()
                 engine.train_step(next(batches)[0], lambda loss, norm: 0.5)
-                engine.eval_loss([next(batches)[0]])
+                engine.evaluate([next(batches)[0]])
         gc.set_debug(gc.DEBUG_SAVEALL)
         gc.collect()
         gc.set_debug(0)
