@@ -10,8 +10,10 @@ from tests.helpers.corpus import small_set
 from tests.helpers.run import tiny, train
 from tests.helpers.slurm import LEFT_OUT
 
-# A shell starts what it runs in the background with SIGINT ignored, which children inherit: Ctrl-C tests need it.
+# A shell starts what it runs in the background with SIGINT ignored, and nohup what it runs with SIGHUP, which children
+# inherit: tests of Ctrl-C and of a terminal that goes need them.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.hookimpl(optionalhook=True)
