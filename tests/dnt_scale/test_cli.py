@@ -95,7 +95,7 @@ def test_an_error_of_the_installed_module_is_one_line(tmp_path):
         (["data.path=???"], "data.path"),
         (["optim.lrr=1.0"], "did you mean optim.lr?"),
         (["model=dnt_124"], "dnt_124m"),
-        (["optim"], "adamw, msgdw, msgdw_r"),
+        (["optim"], "adamw, lion, msgdw, msgdw_r, signum"),
         (["steps"], "key=value"),
         (["=1"], "no such key"),
         (["hydra.verbose=true"], "no such key"),
