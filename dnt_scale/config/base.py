@@ -1,7 +1,6 @@
 """What all sections share: strictness, numbers and paths as they are typed, the error."""
 
 import difflib
-import re
 from collections.abc import Iterable
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
@@ -16,8 +15,6 @@ from pydantic import (
 )
 
 from dnt_scale.config import paths, typed
-
-_LOGIN = re.compile(r"(?i)(^|&)[^=]*(user|password|token)[^=]*=")  # in a URL's query
 
 
 def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:

@@ -7,7 +7,7 @@ it is any file that was imported before the configuration is read. No file is im
 kind is asked for, so that a configuration costs the imports of its own kinds only.
 """
 
-import difflib
+from contextlib import suppress
 from importlib import import_module
 from importlib.util import find_spec
 from pkgutil import iter_modules
@@ -15,6 +15,8 @@ from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import InitErrorDetails, PydanticCustomError
+
+from dnt_scale.config.base import nearest
 
 Section = TypeVar("Section", bound=BaseModel)
 
@@ -65,9 +67,13 @@ class Registry:
         return list(self._classes.values())
 
     def every(self) -> dict[str, type[BaseModel]]:
-        """Import every file of the package, and return the classes of all kinds by name."""
+        """Import every file of the package, and return the classes of all kinds by name.
+
+        A file that lacks a package has no kind to choose here; ``find`` says what it lacks.
+        """
         for file in iter_modules(import_module(self.package).__path__):
-            import_module(f"{self.package}.{file.name}")
+            with suppress(ImportError):
+                import_module(f"{self.package}.{file.name}")
         return dict(sorted(self._classes.items()))
 
     def having(self, field: str) -> list[type[BaseModel]]:
@@ -98,8 +104,8 @@ class Registry:
         cls = self.find(kind) if isinstance(kind, str) else None
         if cls is None:
             there_are = list(self.every())
-            close = difflib.get_close_matches(str(kind), there_are, n=1, cutoff=0.5)
-            hint = f"; did you mean {close[0]}?" if close else "."
+            close = nearest(str(kind), there_are, 0.5)
+            hint = f"; did you mean {close}?" if close else "."
             message = f"no such {self.tag}{hint} There are: {', '.join(there_are)}"
             problem = PydanticCustomError("no_such_kind", "{message}", {"message": message})
             place = InitErrorDetails(type=problem, loc=(self.tag,), input=kind)

@@ -16,13 +16,14 @@ from pydantic import (
 )
 
 from dnt_scale.config import paths
-from dnt_scale.config.base import _LOGIN, Count, Place, Strict, Text
+from dnt_scale.config.base import Count, Place, Strict, Text
 from dnt_scale.config.data import AnyData
 from dnt_scale.config.engine import DeepSpeedEngineConfig, EngineConfig
 from dnt_scale.config.hooks import GarbageSection, MeasureSection, ProfileSection
 from dnt_scale.config.model import AnyModel
 from dnt_scale.config.optim import OptimConfig
 
+_LOGIN = re.compile(r"(?i)(^|&)[^=]*(user|password|token)[^=]*=")  # In a URL's query.
 RESERVED = {"mlartifacts", "mlflow.db", "mlruns"}
 
 

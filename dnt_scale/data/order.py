@@ -54,7 +54,7 @@ def _rounded(count: Ints, share: int, total: int) -> Ints:
 
 
 class Order:
-    """Positions of the endless training sequence to rows of a split; see the module's steps 1 to 3."""
+    """Positions of the endless training sequence to rows of a split: steps 1 to 3 of tokens.py."""
 
     def __init__(self, split: Split, seed: int) -> None:
         self.block_rows: Ints = np.array(

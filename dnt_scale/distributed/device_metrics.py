@@ -54,7 +54,7 @@ def take(device: torch.device) -> tuple[list[str], Tensor]:
 
 @contextmanager
 def ignored() -> Iterator[None]:
-    """Drop what the block records: a validation's forward passes belong to no step."""
+    """Drop what the block records: a validation, or a pass that only measures, is of no step."""
     before = dict(_recorded)
     try:
         yield

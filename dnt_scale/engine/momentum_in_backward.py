@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dnt_scale.config import OptimizerConfig
+from dnt_scale.distributed import device_metrics
 from dnt_scale.engine.reductions import squared_norms
 from dnt_scale.optim.sharded_optimizer import ShardedOptimizer
 
@@ -64,7 +65,8 @@ class MomentumInBackward:
             return
         self.measure_only = True
         try:
-            _, norm = backward()
+            with device_metrics.ignored():  # The pass is of no step; what hooks recorded stays.
+                _, norm = backward()
         finally:
             self.measure_only = False
         self.previous_norm = norm if math.isfinite(norm) else 0.0

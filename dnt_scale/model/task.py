@@ -140,7 +140,7 @@ def _flops_per_row(cls: type[ModelSection], settings: str, units_a_row: int) -> 
 
 
 def blank_buffers(task: Task, kind: str) -> dict[str, Tensor]:
-    """Return the buffers of a task on the meta device, by all of their names.
+    """Return the buffers of a task, by all of their names: for their shapes and dtypes.
 
     Raises:
         ConfigError: one of them is persistent: it would be the task's to change, and lost at a

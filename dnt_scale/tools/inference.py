@@ -13,7 +13,7 @@ from dnt_scale.distributed import compute_dtype
 from dnt_scale.distributed.process_group import Ranks
 from dnt_scale.engine.reductions import EvalSums
 from dnt_scale.model.batch import moved
-from dnt_scale.model.task import Task, blank_buffers, build_task, fill_buffers, on_meta
+from dnt_scale.model.task import Task, blank_buffers, build_task, fill_buffers
 from dnt_scale.record.files import warn
 
 
@@ -55,7 +55,7 @@ def load_run(
         warn(line)
     for _, parameter in task.named_parameters():
         parameter.data = parameter.data.to(me.device, dtype)
-    fill_buffers(task, blank_buffers(on_meta(run.model), run.model.kind), me.device)  # not cast, as in training
+    fill_buffers(task, blank_buffers(task, run.model.kind), me.device)  # not cast, as in training
     return run, task, source
 
 

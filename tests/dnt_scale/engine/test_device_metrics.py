@@ -130,6 +130,12 @@ def test_the_rms_of_weights_and_momentum(made_up, tmp_path, ranks, chosen):
         np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
+def test_what_was_recorded_before_a_step_outlives_a_pass_that_only_measures(made_up, tmp_path):
+    fields = ["optim.gradient_buffer=false", "optim.clip=previous", "train.steps=2", "eval.every=0"]
+    train(tiny(made_up, tmp_path / "run", *fields, "measure.every=1")).ok()
+    assert ["rms/weights" in line for line in metrics(tmp_path / "run")] == [True, True]
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_the_host_waits_no_more_often_for_what_is_recorded(made_up):
     out = call(count_waits, made_up).ok().out
