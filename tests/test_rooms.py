@@ -170,6 +170,11 @@ def test_importing_leaves_these_out(statement: str, absent: set[str]) -> None:
     assert not loaded & absent
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_file_fits_its_bound(name: str) -> None:
+    assert len((ROOT / name).read_text().splitlines()) <= 500
+
+
 def arrows(package: str) -> set[tuple[str, str]]:
     """From which room to which other the files of a package import; a file outside of rooms is one."""
     found = set()

@@ -124,7 +124,8 @@ def choose_partition(site: ClusterConfig, found: dict[str, Partition]) -> Partit
         partition = found[site.partition]
     else:
         raise ConfigError(
-            f"cluster.partition: there is no {site.partition}{nearest(site.partition, found)}; "
+            f"cluster.partition: there is no {site.partition}"
+            f"{did_you_mean(site.partition, found)}; "
             f"there are {names}"
         )
     if not partition.up:
@@ -238,7 +239,7 @@ def check_account(site: ClusterConfig) -> None:
     ):
         if asked is not None and yours and asked.lower() not in yours:
             raise ConfigError(
-                f"cluster.{field}: {asked} is none of yours{nearest(asked, yours)}; you have "
+                f"cluster.{field}: {asked} is none of yours{did_you_mean(asked, yours)}; you have "
                 f"{first_names(sorted(yours))}"
             )
 
@@ -482,7 +483,7 @@ def find_warnings(
         yield f"of partition {partition.name}, {first_names(unable)} cannot be used now"
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
+def did_you_mean(word: str, known: Iterable[str]) -> str:
     near = closest(word, known)
     return f" (did you mean {near}?)" if near else ""
 

@@ -3,7 +3,6 @@ more.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
@@ -128,12 +127,7 @@ def names_in_blocks(section: ModelSection) -> set[str]:
 
 def flops_per_row(section: ModelSection, units_a_row: int) -> float:
     """Return ``Task.flops_per_row`` of a section's model."""
-    return _flops_per_row(type(section), section.model_dump_json(), units_a_row)
-
-
-@lru_cache  # asked at every step
-def _flops_per_row(cls: type[ModelSection], settings: str, units_a_row: int) -> float:
-    return on_meta(cls.model_validate_json(settings)).flops_per_row(units_a_row)
+    return on_meta(section).flops_per_row(units_a_row)
 
 
 # --- buffers -----------------------------------------------------------------------------------------------------

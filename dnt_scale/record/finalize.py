@@ -36,8 +36,12 @@ def finalize_run(run_dir: Path, status: Status) -> bool:
     """
     order, known = read_order(run_dir), True
     for name in backends_of(order):
-        if not is_finalized(run_dir, order, name, status):
-            known = _run_sender(run_dir, name, "--finalize", status) and known
+        try:
+            if not is_finalized(run_dir, order, name, status):
+                known = _run_sender(run_dir, name, "--finalize", status) and known
+        except ValueError as error:  # A backend that is not here.
+            warn(f"{run_dir.name}: {error}")
+            known = False
     return known
 
 
@@ -48,8 +52,12 @@ def finalize_sweep(run_dir: Path, status: Status) -> bool:
     """
     order, known = read_order(run_dir), True
     for name in backends_of(order):
-        if not load(name).is_sweep_finalized(run_dir, order, status):
-            known = _run_sender(run_dir, name, "--finalize-sweep", status) and known
+        try:
+            if not load(name).is_sweep_finalized(run_dir, order, status):
+                known = _run_sender(run_dir, name, "--finalize-sweep", status) and known
+        except ValueError as error:  # A backend that is not here.
+            warn(f"{run_dir.name}: {error}")
+            known = False
     return known
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import get_args
 
 from dnt_scale.config.tracking_uri import without_login
-from dnt_scale.record import goodput, system_metrics
+from dnt_scale.record import system_metrics
 from dnt_scale.record.backend import Lost, Order, Status, TakenOver, load
 from dnt_scale.record.files import flock, reason
 from dnt_scale.record.metrics_file import METRICS, Point, unsent_points
@@ -173,6 +173,8 @@ class Sender:
         return True
 
     def _send_goodput(self) -> None:
+        from dnt_scale.record import goodput  # Its numpy and rich are for later than the start.
+
         now_ms, step = int(time.time() * 1000), max(0, self.sent.step)
         metrics = goodput.metrics(self.run_dir)
         if metrics:
@@ -182,12 +184,14 @@ class Sender:
         """Send the files that changed; return False where that fails, which holds up no numbers."""
         try:
             self._send_files()
+        except (Lost, TakenOver):
+            raise
         except Exception as error:  # Whatever a store of files raises.
             print(without_login(self.address, traceback.format_exc()), flush=True)
             self._file_failures += 1
             if self._file_failures == FILE_TRIES:
                 has = f"{self.backend.title} has the run's numbers"
-                lacks = f"not its config.yaml and plots ({reason(error)})"
+                lacks = f"not all of its files ({reason(error)})"
                 self.sent.notes.append(f"{has}, but {lacks}")
             return False
         self._file_failures = 0
@@ -240,8 +244,14 @@ def _send_until_over(sender: Sender, training: Training) -> int:
             pause = 0.0 if more else SEND_EVERY_S
         except Superseded:
             return SUPERSEDED
-        except (TakenOver, Lost) as error:
-            if sender.live or isinstance(error, Lost):
+        except Lost as error:
+            sender.start_over()
+            failures += 1
+            pause = min(2.0 ** (failures - 1), LONGEST_PAUSE_S) if failures > 1 else 0.0
+            if failures > 1:  # It goes whatever is done: wait, as for any other failure.
+                _report_failure(sender, error, to_user=True)
+        except TakenOver:
+            if sender.live:
                 sender.start_over()
                 continue
             # What there is to tell is the other folder's to tell.

@@ -31,7 +31,7 @@ def peak_flops(device: torch.device) -> float | None:
     return PEAK_FLOPS[max(matching, key=len)] if matching else None
 
 
-def speed(run: RunConfig, unit: Unit, seconds: float, me: Ranks) -> Metrics:
+def speed(run: RunConfig, unit: Unit, flops_a_row: float, seconds: float, me: Ranks) -> Metrics:
     """Return what a step of so many seconds tells of a run's speed.
 
     That is units a second over all ranks (``tokens_per_s``); MFU = rows/s x FLOPs a row / (ranks x peak), left out if
@@ -39,7 +39,7 @@ def speed(run: RunConfig, unit: Unit, seconds: float, me: Ranks) -> Metrics:
     """
     metrics: Metrics = {f"{unit.name}_per_s": unit.of(run.train.global_batch) / seconds}
     if peak := peak_flops(me.device):
-        flops = run.train.global_batch * flops_per_row(run.model, unit.a_row)
+        flops = run.train.global_batch * flops_a_row
         metrics["mfu"] = flops / seconds / (me.world_size * peak)
     if me.device.type == "cuda":
         metrics["memory_gb"] = torch.cuda.max_memory_allocated(me.device) / 1e9

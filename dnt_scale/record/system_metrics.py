@@ -6,8 +6,8 @@ The first rank of every node appends a line every ``tracking.system_every_s`` se
     cpu_percent            of all cores, whoever used them, since the line before
     memory_used_gb, memory_percent    the host's (GB of 1e9 bytes)
     disk_free_gb           where the run folder lies
-    gpu0/percent, gpu0/memory_used_gb, gpu0/temperature_c, gpu0/power_w    and so on: the GPUs that
-                           this run sees
+    gpu0/percent, gpu0/memory_used_gb,
+    gpu0/temperature_c, gpu0/power_w    and so on: the GPUs that this run sees
 
 It is a thread's work, which never reaches training: what cannot be measured or written is left out.
 :mod:`dnt_scale.record.sender` passes the lines on as the metrics ``system/NODE/cpu_percent`` and so

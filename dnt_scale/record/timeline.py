@@ -23,13 +23,15 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import orjson
 import psutil
 
 from dnt_scale.distributed.host import host, start_ticks
-from dnt_scale.distributed.watchdog import Tell
+
+if TYPE_CHECKING:
+    from dnt_scale.distributed.watchdog import Tell  # which imports torch
 
 PROGRESS_EVERY_S = 60.0
 PROGRESS_EVERY_FIRST_S = 10.0
@@ -151,7 +153,7 @@ class Clock:
             self.tell("progress", step=step, seconds=seconds)
 
 
-def telling(run_dir: Path) -> Tell:
+def telling(run_dir: Path) -> "Tell":
     """Return what :func:`watching` calls when it ends all ranks.
 
     The run's timeline keeps which hosts were at fault.

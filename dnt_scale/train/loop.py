@@ -77,7 +77,7 @@ def take_step(run: Training) -> Step:
         "grad_norm": stats.grad_norm,
         "skipped": int(stats.skipped),
         **run.guard.metrics(),
-        **speed(run.config, run.unit, seconds, run.ranks),
+        **speed(run.config, run.unit, run.flops_a_row, seconds, run.ranks),
     }
     return Step(run.state.step, before.consumed_rows, run.complete, stats, metrics)
 

@@ -1,4 +1,4 @@
-"""What a person watching a run sees: one live line on a terminal, a plain line now and then elsewhere. And MFU."""
+"""What a person watching a run sees: one live line on a terminal, a plain line now and then elsewhere."""
 
 import time
 from pathlib import Path

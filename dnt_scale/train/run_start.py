@@ -123,7 +123,7 @@ def begun_on_all(run: RunConfig, me: Ranks, typed: Typed, *, fresh: bool) -> Beg
     Raises:
         AgreedError: on every rank, as :func:`begin`, or where their settings differ.
     """
-    # a set may lie elsewhere on each node: its manifest tells which it is, see resume.check_sets
+    # a set may lie elsewhere on each node: its manifest tells which it is, see data.sources.check_parts
     check_settings(me, {key: value for key, value in config.flat(run).items() if not is_set_path(key)})
     begun = on_first(me, lambda: begin(run, typed, fresh=fresh))
     here = begun.run.model_copy(update={"data": run.data})
@@ -416,7 +416,9 @@ def _anew_start(run: RunConfig) -> Start:
             settings = _settings(run)
         with suppress(checkpoint.CheckpointError):  # damaged: the same
             _check_is_ours(run, settings, newest, checkpoint.read_state(newest.path))
-    return Start(aside=(*MOVED, *backends_of(read_order(run.run.dir))), fresh=True)
+    reports = {path.stem for path in (run.run.dir / "logs").glob("*.json")}  # one of each backend
+    trackers = {*backends_of(read_order(run.run.dir)), *reports} - {*MOVED, "tracking"}
+    return Start(aside=(*MOVED, *sorted(trackers)), fresh=True)
 
 
 def make_room(begun: Begun) -> None:

@@ -12,7 +12,7 @@ from dnt_scale.data.stream import Stream
 from dnt_scale.distributed.agree import on_first, together
 from dnt_scale.distributed.process_group import Ranks
 from dnt_scale.engine.base import Engine, StepStats
-from dnt_scale.model.task import build_task
+from dnt_scale.model.task import build_task, flops_per_row
 from dnt_scale.record.files import warn
 from dnt_scale.record.metrics_file import last_metrics
 from dnt_scale.record.speed import Metrics
@@ -40,6 +40,7 @@ class Training:
     tracker: Tracker | None  # rank 0's
     progress: TrainProgress  # what a person sees
     total_steps: int
+    flops_a_row: float  # of training on it, forward and backward
     newest: Path | str | None  # the checkpoint that it goes on from
     restored_s: float  # seconds that reading it took
 
@@ -130,6 +131,7 @@ def set_up(begun: Begun, ranks: Ranks) -> Training:
         tracker=tracker,
         progress=progress,
         total_steps=total_steps,
+        flops_a_row=flops_per_row(config.model, source.unit.a_row),
         newest=newest,
         restored_s=restored_s,
         state=state,

@@ -59,11 +59,6 @@ def wait_state(job_id: str, *states: str, timeout: float = 120.0) -> str:
     )
 
 
-def preempt(nodes: str) -> str:
-    """The id of a job that wants all of these nodes, before all others; `free` it."""
-    return submit("sleep 3600", "--partition=high", f"--nodelist={nodes}", "--exclusive")
-
-
 def free(*job_ids: str) -> None:
     """End these jobs, or all there are, and wait until nothing of them is left."""
     ids = job_ids or tuple(command("squeue", "--noheader", "--format=%A").out.split())

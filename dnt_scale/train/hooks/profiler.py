@@ -1,9 +1,10 @@
 """Look into a window of steps: ``profile.steps=10..12`` leaves in RUN/profile, and in MLflow,
 
     steps-10-12.summary.txt       one page: where the time went, by operator
-    steps-10-12.trace.json.gz     every operator and kernel on a time line, for
-    https://ui.perfetto.dev steps-10-12.memory.pickle     every allocation on a GPU, for
-    https://pytorch.org/memory_viz
+    steps-10-12.trace.json.gz     every operator and kernel on a time line,
+                                  for https://ui.perfetto.dev
+    steps-10-12.memory.pickle     every allocation on a GPU,
+                                  for https://pytorch.org/memory_viz
 
 of rank 0. The trace holds all that happens in these steps, validation, saving and the like too.
 Recording slows them down, and writing it takes seconds, so the window should be short, and not the
@@ -11,6 +12,7 @@ first steps.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +60,18 @@ class ProfilerWindow(Hook):
         """Write what was seen of a window that a signal has cut short."""
         if self.profiler:
             self.write(run)
+
+    def close(self, run: Training) -> None:
+        """Stop a window that an error has left open; nothing of it is written."""
+        if self.mark:
+            self.mark.__exit__(None, None, None)
+            self.mark = None
+        if self.profiler:
+            profiler, self.profiler = self.profiler, None
+            with suppress(RuntimeError):
+                stop(profiler)
+            if run.ranks.device.type == "cuda":
+                torch.cuda.memory._record_memory_history(enabled=None)
 
     def write(self, run: Training) -> None:
         """Stop, and write the three files; a full disk is told, and ends no run."""

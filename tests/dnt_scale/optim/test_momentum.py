@@ -259,4 +259,5 @@ def test_momentum_dtype_is_what_the_config_says() -> None:
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         config = MSGDWConfig.model_validate({"algorithm": "msgdw", "lr": 0.1, "momentum_dtype": name})
         optimizer = new_optimizer([("a", nn.Parameter(torch.ones(4, 3)))], config, 7)
+        assert optimizer._bits.seed == 7
         assert [state["momentum_buffer"].dtype for state in optimizer.state.values()] == [dtype]

@@ -89,7 +89,7 @@ def processes_with(argument: int) -> list[str]:
 
 
 def test_importing_loads_neither_mlflow_nor_matplotlib():
-    code = "import sys, dnt_scale.record.tracker, dnt_scale.record.plots\n"
+    code = "import sys, dnt_scale.record.tracker, dnt_scale.record.plots, dnt_scale.record.sender\n"
     code += "print({'mlflow', 'matplotlib', 'torch'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
 

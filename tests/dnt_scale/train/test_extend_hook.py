@@ -44,6 +44,7 @@ def extended(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_the_hook_of_the_page(extended, tmp_path):
     data = synthetic_set(tmp_path / "set")
     here = {"PYTHONPATH": str(extended)}
