@@ -112,12 +112,11 @@ class Backend(Protocol):
 
 def load(name: str) -> type[Backend]:
     """Return the backend of that name. Raises ValueError where there is none."""
-    module = f"dnt_scale.record.{name}"
     found: type[Backend] | None = None
     try:
-        found = getattr(importlib.import_module(module), "BACKEND", None)
+        found = getattr(importlib.import_module(f"dnt_scale.record.{name}"), "BACKEND", None)
     except ModuleNotFoundError as error:
-        if error.name != module:  # what its own file imports
+        if error.name != f"dnt_scale.record.{name}":  # It is what its own file imports.
             raise ValueError(f"tracking.backends: {name} cannot be imported: {error}") from None
     if found is None:
         what = f"{name} is no backend: dnt_scale/record/{name}.py has no BACKEND"
