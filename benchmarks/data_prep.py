@@ -1,19 +1,27 @@
 """Speed and memory of `dnt data prepare`, as ratios to its peers in the same run.
 
-    python -m benchmarks.data_prep                                     # the standard library's source, 12 MB
-    python -m benchmarks.data_prep --input 'corpus/*.jsonl.zst'        # your own text, all in memory for the bare loops
-    python -m benchmarks.data_prep --parts memory --input ...          # also: encode workers kitoken datatrove
+    python -m benchmarks.data_prep                                  # the standard library's source
+    python -m benchmarks.data_prep --input 'corpus/*.jsonl.zst'     # your own text
+    python -m benchmarks.data_prep --parts memory --input ...       # also: encode workers kitoken
+                                                                    # datatrove
 
-encode      the whole pipeline (read, tokenise, hash, pack, checksum, report; a given tokenizer, no cleaning or dedup)
-            in one process, against `for text in texts: processor.encode(text)` on the same texts, already in memory
-workers     the same pipeline on 2 workers against 1 (unigram: on four copies of the corpus, being so fast)
+The bare loops hold all text in memory.
+
+encode      the whole pipeline (read, tokenise, hash, pack, checksum, report; a given tokenizer, no
+            cleaning or dedup) in one process, against `for text in texts: processor.encode(text)`
+            on the same texts, already in memory
+workers     the same pipeline on 2 workers against 1 (unigram: on four copies of the corpus, being
+            so fast)
 kitoken     the pipeline with --encoder kitoken against the bare SentencePiece BPE loop
-datatrove   the pipeline's fastest checked path, and its BPE, against datatrove's JsonlReader + DocumentTokenizer with a
-            byte-level BPE of the same vocabulary size, trained on the same text, in a virtual environment of its own
-memory      the largest process and the sum (proportional set size) of all, on about 10 MB, the corpus, and 10 times the
-            corpus (copies with their words shuffled), with cleaning and near dedup
+datatrove   the pipeline's fastest checked path, and its BPE, against datatrove's JsonlReader +
+            DocumentTokenizer with a byte-level BPE of the same vocabulary size, trained on the same
+            text, in a virtual environment of its own
+memory      the largest process and the sum (proportional set size) of all, on about 10 MB, the
+            corpus, and 10 times the corpus (copies with their words shuffled), with cleaning and
+            near dedup
 
-Each ratio is the median over --repeats of pairs run one after the other. Times exclude starting Python and its imports.
+Each ratio is the median over --repeats of pairs run one after the other. Times exclude starting
+Python and its imports.
 """
 
 import argparse
@@ -57,7 +65,8 @@ from datatrove.pipeline.readers import JsonlReader
 from datatrove.pipeline.tokens import DocumentTokenizer
 folder, tokenizer, out = sys.argv[1:]
 def run(n):
-    tokens = DocumentTokenizer(f"{out}/tokens{n}", tokenizer, eos_token="<eos>", shuffle_documents=False)
+    made = f"{out}/tokens{n}"
+    tokens = DocumentTokenizer(made, tokenizer, eos_token="<eos>", shuffle_documents=False)
     pipeline = [JsonlReader(folder), tokens]
     start = time.perf_counter()
     LocalPipelineExecutor(pipeline, tasks=1, workers=1, logging_dir=f"{out}/logs{n}").run()
@@ -73,27 +82,37 @@ tokenizer = Tokenizer(models.BPE())
 tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
 tokenizer.decoder = decoders.ByteLevel()
 texts = (json.loads(line)["text"] for line in open(sample, encoding="utf-8"))
-trainer = trainers.BpeTrainer(vocab_size=int(vocab_size), special_tokens=["<eos>"], show_progress=False)
+options = {"special_tokens": ["<eos>"], "show_progress": False}
+trainer = trainers.BpeTrainer(vocab_size=int(vocab_size), **options)
 tokenizer.train_from_iterator(texts, trainer)
 tokenizer.save(out)
 """
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--input", nargs="+", default=None, help="as INPUT of `dnt data prepare`")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--vocab-size", type=int, default=16384)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--peer", type=Path, default=ROOT / "build" / "datatrove", help="datatrove's environment")
     parser.add_argument(
-        "--out", type=Path, help="JSON to write (default: benchmarks/results/data_prep-N-core-CPU.json)"
+        "--peer", type=Path, default=ROOT / "build" / "datatrove", help="datatrove's environment"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="JSON to write (default: benchmarks/results/data_prep-N-core-CPU.json)",
     )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         result = measure(options, Path(folder))
     show(result)
-    out = options.out or Path(__file__).parent / "results" / f"data_prep-{os.cpu_count()}-core-CPU.json"
+    out = (
+        options.out
+        or Path(__file__).parent / "results" / f"data_prep-{os.cpu_count()}-core-CPU.json"
+    )
     earlier = json.loads(out.read_text()) if out.exists() else {}
     result["rows"] = merged(earlier.get("rows", []), result["rows"])
     out.write_text(json.dumps(result, indent=2) + "\n")
@@ -164,20 +183,32 @@ class Bench:
 
     def kitoken(self) -> list[dict[str, Any]]:
         ours = lambda: self.ours("bpe", encoder="kitoken")  # noqa: E731
-        return [self.row("kitoken", "bpe by kitoken / bare SentencePiece loop", 2.5, lambda: self.bare("bpe"), ours)]
+        return [
+            self.row(
+                "kitoken",
+                "bpe by kitoken / bare SentencePiece loop",
+                2.5,
+                lambda: self.bare("bpe"),
+                ours,
+            )
+        ]
 
     def datatrove(self) -> list[dict[str, Any]]:
         python = peer_environment(self.options.peer)
         sample = self.folder / "sample.jsonl"
         write_jsonl(sample, sampled(self.texts, SAMPLE_BYTES["bpe"]))
         tokenizer = self.folder / "peer.json"
-        subprocess.run([python, "-c", TRAIN_PEER, sample, str(self.options.vocab_size), tokenizer], check=True)
+        subprocess.run(
+            [python, "-c", TRAIN_PEER, sample, str(self.options.vocab_size), tokenizer], check=True
+        )
 
         def peer() -> float:
             self.runs += 1
             out = self.folder / f"peer-{self.runs}"
             command = [python, "-c", DATATROVE, self.corpus.parent, tokenizer, out]
-            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+            done = subprocess.run(
+                command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+            )
             return float(json.loads(done.stdout.decode().splitlines()[-1]))
 
         paths: list[tuple[str, float | None, Kind, str]] = [
@@ -186,7 +217,9 @@ class Bench:
             ("bpe, SentencePiece / datatrove", None, "bpe", "sentencepiece"),
         ]
         return [
-            self.row("datatrove", name, wanted, peer, lambda k=kind, e=encoder: self.ours(k, encoder=e))
+            self.row(
+                "datatrove", name, wanted, peer, lambda k=kind, e=encoder: self.ours(k, encoder=e)
+            )
             for name, wanted, kind, encoder in paths
         ]
 
@@ -201,9 +234,16 @@ class Bench:
                         random.Random(copy * len(self.texts) + number).shuffle(words)
                     file.write(json.dumps({"text": " ".join(words)}) + "\n")
         rows = []
-        for name, path in (("about 10 MB", small), ("the corpus", self.corpus), ("10 x the corpus", large)):
+        for name, path in (
+            ("about 10 MB", small),
+            ("the corpus", self.corpus),
+            ("10 x the corpus", large),
+        ):
             largest, together = self.peak(path)
-            print(f"memory: {name}: {largest / 1e6:,.0f} MB, all {together / 1e6:,.0f} MB", file=sys.stderr)
+            print(
+                f"memory: {name}: {largest / 1e6:,.0f} MB, all {together / 1e6:,.0f} MB",
+                file=sys.stderr,
+            )
             rows.append(
                 {
                     "part": "memory",
@@ -217,7 +257,12 @@ class Bench:
         return rows
 
     def row(
-        self, part: str, name: str, wanted: float | None, peer: Callable[[], float], ours: Callable[[], float]
+        self,
+        part: str,
+        name: str,
+        wanted: float | None,
+        peer: Callable[[], float],
+        ours: Callable[[], float],
     ) -> dict[str, Any]:
         """Pairs of peer and ours, seconds each; the ratio is of speeds."""
         pairs = [(peer(), ours()) for _ in range(self.options.repeats)]
@@ -241,7 +286,9 @@ class Bench:
             processor.encode(text)
         return time.perf_counter() - start
 
-    def ours(self, kind: Kind, workers: int = 1, encoder: Any = "sentencepiece", copies: int = 1) -> float:
+    def ours(
+        self, kind: Kind, workers: int = 1, encoder: Any = "sentencepiece", copies: int = 1
+    ) -> float:
         self.runs += 1
         inputs = [self.folder / f"copy-{number}.jsonl" for number in range(copies)]
         for path in inputs:
@@ -261,10 +308,19 @@ class Bench:
         return seconds
 
     def peak(self, path: Path) -> tuple[int, int]:
-        """Bytes of the largest process and of all, at most, of a whole `dnt data prepare` on 2 workers."""
+        """Bytes of the largest process and of all, at most, of a whole `dnt data prepare` on 2
+        workers.
+        """
         self.runs += 1
         command = [sys.executable, "-m", "dnt_scale.cli", "data", "prepare", str(path)]
-        command += ["--out", str(self.folder / f"set-{self.runs}"), "--clean", "light", "--dedup", "near"]
+        command += [
+            "--out",
+            str(self.folder / f"set-{self.runs}"),
+            "--clean",
+            "light",
+            "--dedup",
+            "near",
+        ]
         command += [
             "--kind",
             "bpe",
@@ -321,7 +377,10 @@ def peer_environment(folder: Path) -> Path:
     if not python.exists():
         subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
     if subprocess.run([python, "-c", "import datatrove, orjson"], capture_output=True).returncode:
-        subprocess.run([python, "-m", "pip", "install", "-q", "datatrove[io]", "tokenizers", "orjson"], check=True)
+        subprocess.run(
+            [python, "-m", "pip", "install", "-q", "datatrove[io]", "tokenizers", "orjson"],
+            check=True,
+        )
     return python
 
 
@@ -362,16 +421,26 @@ def merged(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> list[dict
 
 
 def show(result: dict[str, Any]) -> None:
-    title = f"{result['device']}, {result['corpus_bytes'] / 1e6:,.1f} MB, {result['date']}, {result['commit'][:12]}"
+    title = (
+        f"{result['device']}, {result['corpus_bytes'] / 1e6:,.1f} MB, {result['date']}, "
+        f"{result['commit'][:12]}"
+    )
     table = Table("part", "what", "peer", "ours", "ratio", "wanted", title=title)
     for row in result["rows"]:
         if row["part"] == "memory":
-            largest, together = f"{row['largest_process_mb']:,.0f} MB", f"all {row['all_processes_mb']:,.0f} MB"
+            largest, together = (
+                f"{row['largest_process_mb']:,.0f} MB",
+                f"all {row['all_processes_mb']:,.0f} MB",
+            )
             table.add_row("memory", row["name"], "", largest, together, row["wanted"])
         else:
             speeds = (f"{row['peer_mb_s']:.1f} MB/s", f"{row['ours_mb_s']:.1f} MB/s")
             table.add_row(
-                row["part"], row["name"], *speeds, f"{row['ratio']:.2f}", f"{row['wanted']}" if row["wanted"] else ""
+                row["part"],
+                row["name"],
+                *speeds,
+                f"{row['ratio']:.2f}",
+                f"{row['wanted']}" if row["wanted"] else "",
             )
     Console(width=120).print(table)
 

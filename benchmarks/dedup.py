@@ -1,14 +1,18 @@
-"""Finding near duplicates: documents/s of data_prep.dedup and of datasketch, on the same text, one process each.
+"""Finding near duplicates: documents/s of data_prep.dedup and of datasketch, on the same text, one
+process each.
 
     python -m benchmarks.dedup
     python -m benchmarks.dedup --input corpus.jsonl.zst --megabytes 30
 
-Both do the whole work, signatures and look-up: datasketch the usual way, MinHash(num_perm=128) of 5-word shingles made
-in Python and MinHashLSH(threshold=0.8), once with update() a shingle and once with update_batch(). Text: the sources of
-Python's standard library, in documents of --document-bytes; or the "text" fields of a .jsonl or .jsonl.zst. Copies with
-one run of words replaced are planted in it, so that there is something to find. Ours removes from an estimate of 0.7.
+Both do the whole work, signatures and look-up: datasketch the usual way, MinHash(num_perm=128) of
+5-word shingles made in Python and MinHashLSH(threshold=0.8), once with update() a shingle and once
+with update_batch(). Text: the sources of Python's standard library, in documents of
+--document-bytes; or the "text" fields of a .jsonl or .jsonl.zst. Copies with one run of words
+replaced are planted in it, so that there is something to find. Ours removes from an estimate of
+0.7.
 
-The parties take turns --rounds times, so that a busy machine slows them alike; the table shows each one's median.
+The parties take turns --rounds times, so that a busy machine slows them alike; the table shows each
+one's median.
 """
 
 import argparse
@@ -38,18 +42,28 @@ BATCH_BYTES = 4_000_000
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", type=Path, help=".jsonl or .jsonl.zst (default: Python's standard library)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--input", type=Path, help=".jsonl or .jsonl.zst (default: Python's standard library)"
+    )
     parser.add_argument("--megabytes", type=float, default=10, help="of text to read")
-    parser.add_argument("--document-bytes", type=int, default=3000, help="of each document of the standard library")
+    parser.add_argument(
+        "--document-bytes", type=int, default=3000, help="of each document of the standard library"
+    )
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--out", type=Path, help="JSON to write (default: benchmarks/results/dedup-DEVICE.json)")
+    parser.add_argument(
+        "--out", type=Path, help="JSON to write (default: benchmarks/results/dedup-DEVICE.json)"
+    )
     options = parser.parse_args()
 
     name = f"{os.cpu_count()}-core CPU"
     limit = int(options.megabytes * 1e6)
     texts, planted = with_copies(
-        json_lines(options.input, limit) if options.input else standard_library(limit, options.document_bytes)
+        json_lines(options.input, limit)
+        if options.input
+        else standard_library(limit, options.document_bytes)
     )
     size = sum(len(text.encode()) for text in texts)
     parties: dict[str, Callable[[list[str]], set[int]]] = {
@@ -129,8 +143,8 @@ def json_lines(path: Path, limit: int) -> list[str]:
 
 
 def with_copies(texts: list[str]) -> tuple[list[str], set[int]]:
-    """The texts and, at the end, a copy of every tenth of 100 words or more with 5 % replaced in one run (similarity
-    about 0.88); and the copies' indices."""
+    """The texts and, at the end, a copy of every tenth of 100 words or more with 5 % replaced in
+    one run (similarity about 0.88); and the copies' indices."""
     rng = random.Random(0)
     copies = []
     for text in texts[::10]:
@@ -153,7 +167,9 @@ def by_ours(texts: list[str]) -> set[int]:
             some, size = [], 0
     parts.append(fingerprints(some))
     with tempfile.TemporaryDirectory() as folder:
-        return set((find_duplicates(parts, Path(folder), near=True).original >= 0).nonzero()[0].tolist())
+        return set(
+            (find_duplicates(parts, Path(folder), near=True).original >= 0).nonzero()[0].tolist()
+        )
 
 
 def by_datasketch(texts: list[str], batch: bool) -> set[int]:
@@ -177,10 +193,21 @@ def by_datasketch(texts: list[str], batch: bool) -> set[int]:
 
 def show(result: dict[str, Any]) -> None:
     title = (
-        f"{result['device']}, {result['documents']:,} documents, {result['bytes'] / 1e6:.0f} MB of {result['input']}"
+        f"{result['device']}, {result['documents']:,} documents, {result['bytes'] / 1e6:.0f} MB of "
+        f"{result['input']}"
     )
-    table = Table(title=f"{title}, datasketch {result['datasketch']}, {result['date']}, {result['commit'][:12]}")
-    for column in ("", "documents/s", "MB/s", "planted copies found", "duplicates", "ours is so many times as fast"):
+    table = Table(
+        title=f"{title}, datasketch {result['datasketch']}, {result['date']}, "
+        f"{result['commit'][:12]}"
+    )
+    for column in (
+        "",
+        "documents/s",
+        "MB/s",
+        "planted copies found",
+        "duplicates",
+        "ours is so many times as fast",
+    ):
         table.add_column(column, justify="right")
     for row in result["parties"]:
         ratio = result["ours_over"].get(row["party"])

@@ -1,13 +1,15 @@
-"""Loading speed from the page cache: our stream, as training uses it, beside plain webdataset with one row a member.
+"""Loading speed from the page cache: our stream, as training uses it, beside plain webdataset with
+one row a member.
 
     python -m benchmarks.loader
 
-Both give int64 batches of --batch rows of 2049 uint16 tokens in one process: ours in its shuffled order out of blocks
-of 512 rows, webdataset in the order of its tars, without a shuffle. The mixture has this set and one of packing
-"best_fit" with padding, by equal weights. They take turns; the tables show medians beside what is wanted.
+Both give int64 batches of --batch rows of 2049 uint16 tokens in one process: ours in its shuffled
+order out of blocks of 512 rows, webdataset in the order of its tars, without a shuffle. The mixture
+has this set and one of packing "best_fit" with padding, by equal weights. They take turns; the
+tables show medians beside what is wanted.
 
-Starting is the time from a manifest in memory to the first batch of a fresh stream, at position 0 and at random
-positions of the first thousand epochs, in turns.
+Starting is the time from a manifest in memory to the first batch of a fresh stream, at position 0
+and at random positions of the first thousand epochs, in turns.
 """
 
 import argparse
@@ -32,7 +34,15 @@ from torch import Tensor
 
 from data_prep import shards
 from data_prep.arrays import Tokens
-from data_prep.shards import BLOCK_ROWS, Manifest, Options, Packing, SourceInfo, Split, TokenizerInfo
+from data_prep.shards import (
+    BLOCK_ROWS,
+    Manifest,
+    Options,
+    Packing,
+    SourceInfo,
+    Split,
+    TokenizerInfo,
+)
 from dnt_scale.config import DataConfig
 from dnt_scale.data.token_sets import TokenSet, TokenSets, load_sets
 from dnt_scale.data.tokens import token_stream
@@ -50,12 +60,16 @@ OURS, MIXED, PLAIN = "ours", "ours, a mixture of two, one best_fit", "webdataset
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--blocks", type=int, default=128, help="blocks of 512 rows in the set")
     parser.add_argument("--batch", type=int, default=64, help="rows a batch")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--starts", type=int, default=100)
-    parser.add_argument("--out", type=Path, help="JSON to write (default: benchmarks/results/loader-DEVICE.json)")
+    parser.add_argument(
+        "--out", type=Path, help="JSON to write (default: benchmarks/results/loader-DEVICE.json)"
+    )
     options = parser.parse_args()
 
     with tempfile.TemporaryDirectory() as folder:
@@ -63,7 +77,11 @@ def main() -> None:
         padded = make_set(Path(folder, "padded"), options.blocks, "best_fit")
         mixture = load_sets(
             DataConfig.model_validate(
-                {"mixture": {s.folder.name: {"path": s.folder, "weight": 1} for s in (source, padded)}}
+                {
+                    "mixture": {
+                        s.folder.name: {"path": s.folder, "weight": 1} for s in (source, padded)
+                    }
+                }
             )
         )
         (Path(folder) / "plain").mkdir()
@@ -92,7 +110,10 @@ def main() -> None:
         "tokens_per_s": rates,
         "tokens_per_s_of_rounds": rounds,
         "ratio": rates[OURS] / rates[PLAIN],
-        "first_batch_s": {"position 0": statistics.median(at_zero), "random position": statistics.median(at_random)},
+        "first_batch_s": {
+            "position 0": statistics.median(at_zero),
+            "random position": statistics.median(at_random),
+        },
         "start_ratio": statistics.median(at_random) / statistics.median(at_zero),
         "wanted": {
             "tokens_per_s": WANTED_TOKENS_PER_S,
@@ -101,7 +122,10 @@ def main() -> None:
         },
     }
     show(result)
-    out = options.out or Path(__file__).parent / "results" / f"loader-{result['device'].replace(' ', '-')}.json"
+    out = (
+        options.out
+        or Path(__file__).parent / "results" / f"loader-{result['device'].replace(' ', '-')}.json"
+    )
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=2) + "\n")
     print(f"wrote {out}")
@@ -113,7 +137,10 @@ def make_set(folder: Path, blocks: int, packing: Packing = "concat") -> TokenSet
     made = []
     for number, first in enumerate(range(0, blocks, BLOCKS_A_SHARD)):
         name = shards.shard_name("train", number)
-        content = (random_block(block, packing) for block in range(first, min(blocks, first + BLOCKS_A_SHARD)))
+        content = (
+            random_block(block, packing)
+            for block in range(first, min(blocks, first + BLOCKS_A_SHARD))
+        )
         made.append(shards.write_shard(folder / name, name, content, first))
     tokenizer = b"none: the tokens are random"
     (folder / shards.TOKENIZER).write_bytes(tokenizer)
@@ -140,8 +167,14 @@ def make_set(folder: Path, blocks: int, packing: Packing = "concat") -> TokenSet
             round_trip=False,
         ),
         eos_id=0,
-        options=Options(vocab_size=None, kind=None, sample_bytes=None, val_fraction=0, shard_bytes=64 << 20),
-        sources=(SourceInfo(name="random", documents=1, text_bytes=train.text_bytes, replaced=0, empty=0),),
+        options=Options(
+            vocab_size=None, kind=None, sample_bytes=None, val_fraction=0, shard_bytes=64 << 20
+        ),
+        sources=(
+            SourceInfo(
+                name="random", documents=1, text_bytes=train.text_bytes, replaced=0, empty=0
+            ),
+        ),
         splits={"train": train},
     )
     shards.write_manifest(folder, manifest)
@@ -165,7 +198,9 @@ def make_plain_tars(folder: Path, source: TokenSet) -> list[str]:
         with webdataset.TarWriter(paths[-1]) as tar:
             first = number * BLOCKS_A_SHARD
             for block in range(first, first + len(shard.members)):
-                for row, tokens in enumerate(shards.read_block(source.folder, source.manifest, "train", block)):
+                for row, tokens in enumerate(
+                    shards.read_block(source.folder, source.manifest, "train", block)
+                ):
                     tar.write({"__key__": f"{block * BLOCK_ROWS + row:09d}", "tokens.npy": tokens})
     return paths
 
@@ -178,7 +213,9 @@ def our_batches(sources: TokenSets, batch: int) -> Iterator[Tensor]:
 
 
 def plain_batches(tars: list[str], batch: int) -> Iterator[Tensor]:
-    """One epoch. A row's bytes are taken as they are, which is several times faster than webdataset's own decoder."""
+    """One epoch. A row's bytes are taken as they are, which is several times faster than
+    webdataset's own decoder.
+    """
     rows: list[Tokens] = []
     for sample in webdataset.WebDataset(tars, shardshuffle=False):
         rows.append(np.frombuffer(sample["tokens.npy"], "<u2", offset=shards.NPY_HEADER))
@@ -207,7 +244,12 @@ def first_batches(source: TokenSet, batch: int, starts: int) -> tuple[list[float
         for seconds, position in pair if number % 2 else reversed(pair):
             started = time.perf_counter()
             with token_stream(
-                (source,), seed=SEED, global_batch=batch, rank=0, world_size=1, consumed_rows=position
+                (source,),
+                seed=SEED,
+                global_batch=batch,
+                rank=0,
+                world_size=1,
+                consumed_rows=position,
             ) as stream:
                 next(stream)
                 seconds.append(time.perf_counter() - started)
@@ -220,13 +262,17 @@ def show(result: dict[str, Any]) -> None:
         table.add_column(column, justify="right")
     for name, rate in result["tokens_per_s"].items():
         table.add_row(name, f"{rate / 1e6:,.0f}", f"{rate / result['tokens_per_s'][PLAIN]:.2f}")
-    table.add_row("wanted of ours, at least", f"{WANTED_TOKENS_PER_S / 1e6:,.0f}", f"{WANTED_RATIO:.2f}")
+    table.add_row(
+        "wanted of ours, at least", f"{WANTED_TOKENS_PER_S / 1e6:,.0f}", f"{WANTED_RATIO:.2f}"
+    )
     Console(width=110).print(table)
     table = Table()
     for column in ("first batch of a fresh stream at", "ms", "against position 0"):
         table.add_column(column, justify="right")
     for name, seconds in result["first_batch_s"].items():
-        table.add_row(name, f"{seconds * 1e3:.1f}", f"{seconds / result['first_batch_s']['position 0']:.2f}")
+        table.add_row(
+            name, f"{seconds * 1e3:.1f}", f"{seconds / result['first_batch_s']['position 0']:.2f}"
+        )
     table.add_row("wanted, about", "", f"{WANTED_START_RATIO:.2f}")
     Console(width=110).print(table)
 

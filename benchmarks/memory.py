@@ -1,15 +1,17 @@
-"""Memory of real training steps on 1, 2 and 4 gloo ranks: mSGDW beside AdamW on the same engines, and sharding as 1/N.
+"""Memory of real training steps on 1, 2 and 4 gloo ranks: mSGDW beside AdamW on the same engines,
+and sharding as 1/N.
 
     python -m benchmarks.memory
 
-The model is deep and narrow, in bf16, with one short row a micro-batch: activations and a block's gathered weights are
-small beside what is held for every weight. Bytes are what the process has allocated in pieces of 32 KiB or more and not
-given back, by the C library's own count (mallinfo2), less what was there before the engine was built; the peak is the
-most after any operation of the second step that makes a piece of that size. A rank's bytes times the number of ranks,
-over the number of weights, are bytes a weight; those of the first table are of the rank that takes most.
+The model is deep and narrow, in bf16, with one short row a micro-batch: activations and a block's
+gathered weights are small beside what is held for every weight. Bytes are what the process has
+allocated in pieces of 32 KiB or more and not given back, by the C library's own count (mallinfo2),
+less what was there before the engine was built; the peak is the most after any operation of the
+second step that makes a piece of that size. A rank's bytes times the number of ranks, over the
+number of weights, are bytes a weight; those of the first table are of the rank that takes most.
 
-The second table, of fewer blocks, has what each rank holds between backward and update: it falls as 1/N where it is
-sharded.
+The second table, of fewer blocks, has what each rank holds between backward and update: it falls as
+1/N where it is sharded.
 """
 
 import argparse
@@ -46,20 +48,28 @@ SHARDED = ["fsdp", "hsdp", "zero1", "zero2", "zero3"]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--layers", type=int, default=80)
-    parser.add_argument("--out", type=Path, help="JSON to write (default: benchmarks/results/memory-DEVICE.json)")
+    parser.add_argument(
+        "--out", type=Path, help="JSON to write (default: benchmarks/results/memory-DEVICE.json)"
+    )
     options = parser.parse_args()
 
     @cache
-    def measure(engine: str, ranks: int, optimizer: str, layers: int = options.layers) -> list[dict[str, Any]]:
+    def measure(
+        engine: str, ranks: int, optimizer: str, layers: int = options.layers
+    ) -> list[dict[str, Any]]:
         print(f"{engine} on {ranks} ranks, {optimizer}, {layers} blocks", flush=True)
         overrides = overrides_of(engine, ranks, optimizer)
         found = answers(Ranks(print_costs, (overrides, (1, layers)), ranks, {}).wait(PATIENCE_S))
         return [depths[0] for depths in found]
 
     def weights_of(layers: int) -> int:
-        return count_parameters(run_config([*overrides_of("fsdp", 1, "AdamW"), f"model.layers={layers}"]).model)
+        return count_parameters(
+            run_config([*overrides_of("fsdp", 1, "AdamW"), f"model.layers={layers}"]).model
+        )
 
     weights = weights_of(options.layers)
     peaks = [
@@ -79,7 +89,9 @@ def main() -> None:
     shares, fewer = [], weights_of(SHARED_LAYERS)
     for engine in SHARDED:
         for ranks in (1, 2, 4):
-            run = run_config([*overrides_of(engine, ranks, "mSGDW"), f"model.layers={SHARED_LAYERS}"])
+            run = run_config(
+                [*overrides_of(engine, ranks, "mSGDW"), f"model.layers={SHARED_LAYERS}"]
+            )
             found = measure(engine, ranks, "mSGDW", SHARED_LAYERS)
             boxes, held = found[0]["boxes"], max(rank["held"] for rank in found)
             shares.append(
@@ -105,7 +117,10 @@ def main() -> None:
         "wanted_of_adamw_at_most": WANTED,
     }
     show(result)
-    out = options.out or Path(__file__).parent / "results" / f"memory-{result['device'].replace(' ', '-')}.json"
+    out = (
+        options.out
+        or Path(__file__).parent / "results" / f"memory-{result['device'].replace(' ', '-')}.json"
+    )
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=2) + "\n")
     print(f"wrote {out}")
@@ -113,7 +128,12 @@ def main() -> None:
 
 def overrides_of(engine: str, ranks: int, optimizer: str) -> list[str]:
     """ZeRO's buckets, by default larger than this model, hold one or two blocks."""
-    shape = [f"model.width={WIDTH}", "model.heads=4", f"model.context={CONTEXT}", "train.dtype=bf16"]
+    shape = [
+        f"model.width={WIDTH}",
+        "model.heads=4",
+        f"model.context={CONTEXT}",
+        "train.dtype=bf16",
+    ]
     batch = [f"train.global_batch={2 * ranks}", "train.micro_batch=1"]
     buckets = "engine.deepspeed={zero_optimization: {reduce_bucket_size: 1000000}}"
     own = {
@@ -125,13 +145,33 @@ def overrides_of(engine: str, ranks: int, optimizer: str) -> list[str]:
 
 
 def show(result: dict[str, Any]) -> None:
-    title = f"{result['parameters'] / 1e6:.0f}M weights in {result['layers']} blocks of width {result['width']}, bf16"
+    title = (
+        f"{result['parameters'] / 1e6:.0f}M weights in {result['layers']} blocks of width "
+        f"{result['width']}, bf16"
+    )
     table = Table(title=f"{title}\n{result['device']}, {result['date']}, {result['commit'][:12]}")
-    for column in ("engine", "ranks", "optimizer", "held, bytes a weight", "peak", "peak over AdamW's", "wanted"):
+    for column in (
+        "engine",
+        "ranks",
+        "optimizer",
+        "held, bytes a weight",
+        "peak",
+        "peak over AdamW's",
+        "wanted",
+    ):
         table.add_column(column, justify="right")
     for row in result["peak_bytes_a_weight"]:
-        wanted = result["wanted_of_adamw_at_most"].get(row["optimizer"]) if row["engine"] == "fsdp" else None
-        numbers = (f"{row['held']:.2f}", f"{row['peak']:.2f}", f"{row['of_adamw']:.3f}", f"{wanted}" if wanted else "")
+        wanted = (
+            result["wanted_of_adamw_at_most"].get(row["optimizer"])
+            if row["engine"] == "fsdp"
+            else None
+        )
+        numbers = (
+            f"{row['held']:.2f}",
+            f"{row['peak']:.2f}",
+            f"{row['of_adamw']:.3f}",
+            f"{wanted}" if wanted else "",
+        )
         table.add_row(row["engine"], str(row["ranks"]), row["optimizer"], *numbers)
     Console(width=120).print(table)
     table = Table(title=f"bytes that a rank holds, over all weights; {SHARED_LAYERS} blocks")

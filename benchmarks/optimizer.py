@@ -1,11 +1,12 @@
-"""Time of an optimizer step on the CPU: ours with weight decay beside torch's fused ones and bare memory traffic.
+"""Time of an optimizer step on the CPU: ours with weight decay beside torch's fused ones and bare
+memory traffic.
 
     python -m benchmarks.optimizer
 
-The tensors are those of --model, in fp32, each a parameter of its own. All take turns, in rounds; what is compared is
-the median over rounds of the ratio within a round. Bytes alone say 20 a parameter for a momentum step (three reads, two
-writes) and 28 for AdamW's. Bare traffic is one loop over three long arrays that reads all and writes two, with a
-multiplication or two on the way.
+The tensors are those of --model, in fp32, each a parameter of its own. All take turns, in rounds;
+what is compared is the median over rounds of the ratio within a round. Bytes alone say 20 a
+parameter for a momentum step (three reads, two writes) and 28 for AdamW's. Bare traffic is one loop
+over three long arrays that reads all and writes two, with a multiplication or two on the way.
 """
 
 import argparse
@@ -32,17 +33,26 @@ from dnt_scale.optim.algorithms.msgdw import MSGDWConfig
 from dnt_scale.optim.build import build_optimizer
 from dnt_scale.record.files import git_commit
 
-OURS, ADAMW, SGD, BARE = "mSGDW with weight decay", "torch AdamW, fused", "torch SGD, fused", "bare memory traffic"
+OURS, ADAMW, SGD, BARE = (
+    "mSGDW with weight decay",
+    "torch AdamW, fused",
+    "torch SGD, fused",
+    "bare memory traffic",
+)
 WANTED = {ADAMW: 0.75, SGD: 1.05, BARE: 1.3}  # our time over theirs, at most
 SEED = 1
 Step = Callable[[], object]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="dnt_124m", help="a file in configs/model")
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--out", type=Path, help="JSON to write (default: benchmarks/results/optimizer-DEVICE.json)")
+    parser.add_argument(
+        "--out", type=Path, help="JSON to write (default: benchmarks/results/optimizer-DEVICE.json)"
+    )
     options = parser.parse_args()
 
     with torch.device("meta"):
@@ -76,7 +86,12 @@ def main() -> None:
         "seconds_of_rounds": rounds,
     }
     show(result)
-    out = options.out or Path(__file__).parent / "results" / f"optimizer-{result['device'].replace(' ', '-')}.json"
+    out = (
+        options.out
+        or Path(__file__).parent
+        / "results"
+        / f"optimizer-{result['device'].replace(' ', '-')}.json"
+    )
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=2) + "\n")
     print(f"wrote {out}")
@@ -89,7 +104,10 @@ def model_config(name: str) -> ModelConfig:
 def contestants(shapes: dict[str, torch.Size]) -> dict[str, Step]:
     """One step of each; the optimizers share weights and gradients, and each has its own state."""
     generator = torch.Generator().manual_seed(SEED)
-    named = [(name, nn.Parameter(0.02 * torch.randn(shape, generator=generator))) for name, shape in shapes.items()]
+    named = [
+        (name, nn.Parameter(0.02 * torch.randn(shape, generator=generator)))
+        for name, shape in shapes.items()
+    ]
     for _, parameter in named:
         parameter.grad = 1e-3 * torch.randn(parameter.shape, generator=generator)
     msgdw = MSGDWConfig(algorithm="msgdw", lr=1e-4, weight_decay=0.1)
@@ -126,7 +144,8 @@ def contestants(shapes: dict[str, torch.Size]) -> dict[str, Step]:
 def show(result: dict[str, Any]) -> None:
     compiled = "compiled" if result["compiled"] else "no C compiler"
     title = (
-        f"{result['parameters'] / 1e6:.0f}M parameters of {result['model']}, {result['threads']} threads, {compiled}"
+        f"{result['parameters'] / 1e6:.0f}M parameters of {result['model']}, {result['threads']} "
+        f"threads, {compiled}"
     )
     table = Table(title=f"{title}\n{result['device']}, {result['date']}, {result['commit'][:12]}")
     for column in ("one step", "ms", "ours over it", "wanted, at most"):

@@ -4,9 +4,9 @@ The first table is a SIMULATION.
 
     python -m benchmarks.scale
 
-Simulated: one process is rank 0 of 8, 256 and 1024. The sharding is the engine's own, over torch's fake process group,
-and a forward and backward pass runs on fake tensors, which have sizes and no storage. Bytes are those of the storages
-that weights, gradients and momentum would have.
+Simulated: one process is rank 0 of 8, 256 and 1024. The sharding is the engine's own, over torch's
+fake process group, and a forward and backward pass runs on fake tensors, which have sizes and no
+storage. Bytes are those of the storages that weights, gradients and momentum would have.
 
 Measured: bytes of every collective that a real step on 2 and 4 gloo ranks calls.
 """
@@ -30,7 +30,14 @@ from tests.helpers.run import call
 
 MODELS = {
     "dnt_1.4b": ["layers=48", "width=1536", "heads=24", "vocab_size=50304", "context=1024"],
-    "70B": ["layers=86", "width=8192", "heads=64", "vocab_size=128256", "context=8192", "ffn_multiple=4"],
+    "70B": [
+        "layers=86",
+        "width=8192",
+        "heads=64",
+        "vocab_size=128256",
+        "context=8192",
+        "ffn_multiple=4",
+    ],
 }
 WORLDS = (8, 256, 1024)
 LAYOUTS = {"fsdp": ["engine=fsdp"], "hsdp, 8 copies": ["engine=hsdp", "engine.replicas=8"]}
@@ -46,13 +53,18 @@ REAL = {
     "zero3": ["engine=zero3"],
 }
 SMALL = ["model.width=512", "model.heads=8", "model.context=16", "optim=msgdw"]
-BATCH = ["train.global_batch=8", "train.micro_batch=1", "train.dtype=bf16"]  # 4 micro-batches on 2 ranks, 2 on 4
+# 4 micro-batches on 2 ranks, 2 on 4
+BATCH = ["train.global_batch=8", "train.micro_batch=1", "train.dtype=bf16"]
 WITHIN = 0.02
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="JSON to write (default: benchmarks/results/scale-DEVICE.json)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out", type=Path, help="JSON to write (default: benchmarks/results/scale-DEVICE.json)"
+    )
     options = parser.parse_args()
 
     simulated = [
@@ -75,14 +87,22 @@ def main() -> None:
         "wanted_error_at_most": WITHIN,
     }
     show(result)
-    out = options.out or Path(__file__).parent / "results" / f"scale-{result['device'].replace(' ', '-')}.json"
+    out = (
+        options.out
+        or Path(__file__).parent / "results" / f"scale-{result['device'].replace(' ', '-')}.json"
+    )
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=2) + "\n")
     print(f"wrote {out}")
 
 
 def simulate(model: str, layout: str, world: int) -> dict[str, Any]:
-    overrides = [*(f"model.{field}" for field in MODELS[model]), *LAYOUTS[layout], "optim=msgdw", "train.dtype=bf16"]
+    overrides = [
+        *(f"model.{field}" for field in MODELS[model]),
+        *LAYOUTS[layout],
+        "optim=msgdw",
+        "train.dtype=bf16",
+    ]
     run = run_config(overrides)
     (found,) = answers(call(print_simulated, overrides, world))
     expected = {field: getattr(memory_plan.memory(run, world), field) for field in found}
@@ -115,15 +135,35 @@ def count(engine: str, ranks: int) -> dict[str, Any]:
 def show(result: dict[str, Any]) -> None:
     title = f"{result['device']}, {result['date']}, {result['commit'][:12]}"
     table = Table(title=f"SIMULATED ranks: MB of rank 0\n{title}")
-    for column in ("model", "weights", "layout", "ranks", "fp32 weights", "gradients", "momentum", "off the formula"):
+    for column in (
+        "model",
+        "weights",
+        "layout",
+        "ranks",
+        "fp32 weights",
+        "gradients",
+        "momentum",
+        "off the formula",
+    ):
         table.add_column(column, justify="right")
     for row in result["simulated_bytes_a_rank"]:
-        sizes = (f"{row['bytes'][field] / 1e6:,.1f}" for field in ("weights", "gradients", "buffers"))
+        sizes = (
+            f"{row['bytes'][field] / 1e6:,.1f}" for field in ("weights", "gradients", "buffers")
+        )
         weights = f"{row['parameters'] / 1e9:.2f}B"
-        table.add_row(row["model"], weights, row["layout"], str(row["ranks"]), *sizes, f"{row['error']:.2%}")
+        table.add_row(
+            row["model"], weights, row["layout"], str(row["ranks"]), *sizes, f"{row['error']:.2%}"
+        )
     Console(width=120).print(table)
     table = Table(title="measured: MB of a step's collectives, a rank")
-    for column in ("engine", "ranks", "all-gather", "reduce-scatter", "all-reduce", "off the formula"):
+    for column in (
+        "engine",
+        "ranks",
+        "all-gather",
+        "reduce-scatter",
+        "all-reduce",
+        "off the formula",
+    ):
         table.add_column(column, justify="right")
     for row in result["measured_bytes_a_step"]:
         sizes = (f"{row['bytes'][kind] / 1e6:,.1f}" for kind in KINDS)

@@ -4,8 +4,9 @@
     python -m benchmarks.soak
     python -m benchmarks.soak --events preempt,requeue,kill-rank-0 --steps 1200
 
-Needs the sandbox with three nodes, and root, for it kills a node. The run has two ranks on two nodes, in the partition
-that others preempt, and its MLflow store is a server. Every event is SLURM's own or a signal to a real process:
+Needs the sandbox with three nodes, and root, for it kills a node. The run has two ranks on two
+nodes, in the partition that others preempt, and its MLflow store is a server. Every event is
+SLURM's own or a signal to a real process:
 
     preempt       a job of a higher partition takes all nodes for some seconds
     requeue       scontrol requeue
@@ -16,10 +17,10 @@ that others preempt, and its MLflow store is a server. Every event is SLURM's ow
     kill-node     SIGKILL to all processes of the second node at once; it comes back a minute later
     mlflow        the MLflow server is stopped, and started again when the run is 50 steps further
 
-Wanted: the final metrics.jsonl and weights are bitwise those of the undisturbed run; one MLflow run, FINISHED, with
-each step once a metric; no step lost to an event that warns, at most the checkpoint interval to another. "back" is the
-time from the event to the next step. SLURM itself holds a requeued job for 11 s here, and notices a lost node after 15
-to 33 s.
+Wanted: the final metrics.jsonl and weights are bitwise those of the undisturbed run; one MLflow
+run, FINISHED, with each step once a metric; no step lost to an event that warns, at most the
+checkpoint interval to another. "back" is the time from the event to the next step. SLURM itself
+holds a requeued job for 11 s here, and notices a lost node after 15 to 33 s.
 """
 
 import argparse
@@ -54,7 +55,8 @@ EVENTS = [
     *("preempt", "requeue", "kill-rank-0", "usr1", "mlflow", "stop-rank"),
     *("time-limit", "kill-node", "term", "preempt", "kill-rank-1", "requeue"),
 ]
-WARNED = {"preempt", "requeue", "usr1", "term", "time-limit", "mlflow"}  # events before which the ranks get a signal
+# events before which the ranks get a signal
+WARNED = {"preempt", "requeue", "usr1", "term", "time-limit", "mlflow"}
 WANTED_BACK_S = 45.0
 EVERY = 100  # steps between checkpoints
 APART = 130  # steps of an attempt before the next event
@@ -73,11 +75,19 @@ class Row:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--events", type=lambda text: text.split(","), default=EVENTS, metavar="A,B,...")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--events", type=lambda text: text.split(","), default=EVENTS, metavar="A,B,..."
+    )
     parser.add_argument("--steps", type=int, help="of the run (default: enough for all events)")
-    parser.add_argument("--folder", type=Path, help="to work in, kept afterwards (default: a temporary one)")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "soak-2-core-CPU.json")
+    parser.add_argument(
+        "--folder", type=Path, help="to work in, kept afterwards (default: a temporary one)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parent / "results" / "soak-2-core-CPU.json"
+    )
     options = parser.parse_args()
     if unknown := set(options.events) - set(ACTIONS):
         parser.error(f"--events: {', '.join(unknown)}; there are {', '.join(ACTIONS)}")
@@ -109,7 +119,14 @@ def soak(folder: Path, events: list[str], steps: int) -> dict[str, Any]:
     ]
     print(f"undisturbed: {steps} steps on two ranks", flush=True)
     still = folder / "runs" / "still"
-    train = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "dnt_scale.train"]
+    train = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node=2",
+        "-m",
+        "dnt_scale.train",
+    ]
     subprocess.run(
         [*train, *overrides, "run.name=still", f"run.dir={still}"],
         check=True,
@@ -154,10 +171,25 @@ class Server:
 
     def start(self) -> None:
         store = f"sqlite:///{self.folder / 'mlflow.db'}"
-        command = ["mlflow", "server", "--backend-store-uri", store, "--port", str(self.port), "--workers", "1"]
+        command = [
+            "mlflow",
+            "server",
+            "--backend-store-uri",
+            store,
+            "--port",
+            str(self.port),
+            "--workers",
+            "1",
+        ]
         with (self.folder / "server.log").open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", *command, "--artifacts-destination", str(self.folder / "artifacts")],
+                [
+                    sys.executable,
+                    "-m",
+                    *command,
+                    "--artifacts-destination",
+                    str(self.folder / "artifacts"),
+                ],
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
@@ -187,7 +219,12 @@ class Disturbed:
 
     def submit(self, overrides: list[str]) -> None:
         command = [sys.executable, "-m", "dnt_scale.cli", "submit", *overrides, "run.name=soaked"]
-        site = ["cluster=sandbox", "cluster.partition=low", "cluster.signal_s=60", "cluster.exclude_after=3"]
+        site = [
+            "cluster=sandbox",
+            "cluster.partition=low",
+            "cluster.signal_s=60",
+            "cluster.exclude_after=3",
+        ]
         subprocess.run([*command, f"run.dir={self.run_dir}", *site], check=True)
 
     @property
@@ -211,9 +248,12 @@ class Disturbed:
     def wait(self, until: Callable[[], Any], what: str, patience_s: float = PATIENCE_S) -> None:
         deadline = time.monotonic() + patience_s
         while not until():
-            if time.monotonic() > deadline or (what != "the run to finish" and self.status() not in ("", "finished")):
+            if time.monotonic() > deadline or (
+                what != "the run to finish" and self.status() not in ("", "finished")
+            ):
                 raise RuntimeError(
-                    f"waited in vain for {what}; the run is {self.status() or 'alive'}, see {self.run_dir}"
+                    f"waited in vain for {what}; the run is {self.status() or 'alive'}, see "
+                    f"{self.run_dir}"
                 )
             time.sleep(0.05)
 
@@ -228,7 +268,9 @@ class Disturbed:
         raise RuntimeError(f"no process of rank {rank} of job {self.job}")
 
     def meet(self, event: str) -> Row:
-        """Let an event happen once the attempt has run for a while, and wait for the next step after it."""
+        """Let an event happen once the attempt has run for a while, and wait for the next step
+        after it.
+        """
         known = len(self.attempts())
         self.wait(lambda: len(self.attempts()) >= max(known, 1), "the first step")
         begun = self.attempts()[-1]["step"]
@@ -242,21 +284,40 @@ class Disturbed:
         while len(self.attempts()) == known:
             before = max(before, self.step())
             if time.time() - at > PATIENCE_S:
-                raise RuntimeError(f"no step within {PATIENCE_S:.0f} s of {event}; see {self.run_dir}")
+                raise RuntimeError(
+                    f"no step within {PATIENCE_S:.0f} s of {event}; see {self.run_dir}"
+                )
             time.sleep(0.02)
         ready = self.attempts()[-1]
-        end = run_record.last_event(timeline.read(self.run_dir), "end", self.attempts()[-2]["attempt"])
+        end = run_record.last_event(
+            timeline.read(self.run_dir), "end", self.attempts()[-2]["attempt"]
+        )
         before = end["step"] if end else before
         self.wait(lambda: self.step() > ready["step"], "the next step")
         nodes = run_record.last_event(timeline.read(self.run_dir), "allocated")
         assert nodes
-        row = Row(event, step, before - ready["step"], round(time.time() - at, 1), " ".join(nodes["nodes"]))
-        print(f"  back after {row.back_s} s at step {ready['step']}, {row.lost} lost, on {row.nodes}", flush=True)
+        row = Row(
+            event,
+            step,
+            before - ready["step"],
+            round(time.time() - at, 1),
+            " ".join(nodes["nodes"]),
+        )
+        print(
+            f"  back after {row.back_s} s at step {ready['step']}, {row.lost} lost, on {row.nodes}",
+            flush=True,
+        )
         return row
 
 
 def preempt(run: Disturbed) -> None:
-    options = ["--partition=high", "--nodes=3", "--exclusive", "--job-name=preemptor", "--output=/dev/null"]
+    options = [
+        "--partition=high",
+        "--nodes=3",
+        "--exclusive",
+        "--job-name=preemptor",
+        "--output=/dev/null",
+    ]
     slurm.run("sbatch", *options, "--wrap=sleep 3")
 
 
@@ -271,7 +332,11 @@ def kill_node(run: Disturbed) -> None:
     node = run.process("1").environ()["SLURMD_NODENAME"]
     sandbox.kill_node(node)
     start = [sys.executable, "-m", "dnt_scale.cli", "sandbox", "start-node", node]
-    subprocess.Popen(["sh", "-c", f"sleep 60; {' '.join(start)}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    subprocess.Popen(
+        ["sh", "-c", f"sleep 60; {' '.join(start)}"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
 
 
 def restart_server(run: Disturbed) -> None:
@@ -305,13 +370,20 @@ def metrics_of(uri: str, run_dir: Path) -> dict[str, Any]:
     from mlflow import MlflowClient
 
     client = MlflowClient(uri)
-    runs = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+    runs = client.search_runs(
+        [experiment.experiment_id for experiment in client.search_experiments()]
+    )
     mine = [run for run in runs if run.data.tags.get("dnt.run_id")]
     steps = {
         name: [point.step for point in client.get_metric_history(mine[0].info.run_id, name)]
         for name in mine[0].data.metrics
     }
-    return {"runs": len(mine), "status": mine[0].info.status, "steps": steps, "unsent": unsent_lines(run_dir)}
+    return {
+        "runs": len(mine),
+        "status": mine[0].info.status,
+        "steps": steps,
+        "unsent": unsent_lines(run_dir),
+    }
 
 
 def lines(run_dir: Path) -> list[dict[str, Any]]:
@@ -331,8 +403,12 @@ def checks(rows: list[Row], still: Path, soaked: Path, history: dict[str, Any]) 
         "so are weights and momentum": diff(str(still), str(soaked)),
         "one MLflow run": history["runs"] == 1,
         "it is FINISHED": history["status"] == "FINISHED",
-        "each step once a metric": all(history["steps"].get(name) == steps for name, steps in wanted.items()),
-        "nothing lost where there was a warning": all(row.lost == 0 for row in rows if row.event in WARNED),
+        "each step once a metric": all(
+            history["steps"].get(name) == steps for name, steps in wanted.items()
+        ),
+        "nothing lost where there was a warning": all(
+            row.lost == 0 for row in rows if row.event in WARNED
+        ),
         "else a checkpoint interval at most": all(row.lost <= EVERY for row in rows),
         f"back within {WANTED_BACK_S:.0f} s of a signal": all(
             row.back_s <= WANTED_BACK_S
@@ -343,11 +419,16 @@ def checks(rows: list[Row], still: Path, soaked: Path, history: dict[str, Any]) 
 
 
 def show(result: dict[str, Any]) -> None:
-    table = Table(title=f"{result['device']}, {result['date']}, {result['commit'][:12]}: {result['attempts']} attempts")
+    table = Table(
+        title=f"{result['device']}, {result['date']}, {result['commit'][:12]}: "
+        f"{result['attempts']} attempts"
+    )
     for column in ("event", "at step", "steps lost", "back after s", "on"):
         table.add_column(column, justify="left" if column in ("event", "on") else "right")
     for row in result["events"]:
-        table.add_row(row["event"], str(row["step"]), str(row["lost"]), f"{row['back_s']:.1f}", row["nodes"])
+        table.add_row(
+            row["event"], str(row["step"]), str(row["lost"]), f"{row['back_s']:.1f}", row["nodes"]
+        )
     console = Console()
     console.print(table)
     for what, good in result["checks"].items():

@@ -1,14 +1,16 @@
-"""What tracking costs a training loop, and how soon all of it is in MLflow: on SQLite, PostgreSQL and a server.
+"""What tracking costs a training loop, and how soon all of it is in MLflow: on SQLite, PostgreSQL
+and a server.
 
     python -m benchmarks.tracking
     python -m benchmarks.tracking --stores sqlite --steps 2000
 
-A step is --step-ms milliseconds of matrix products on one thread, so another core is free, as on any node with GPUs. A
-real MLflow store takes --metrics metrics of each. Every tenth of a second, steps that are logged take turns with the
-same steps that are not, during which the sender is stopped (SIGSTOP): --steps of either. The cost is the median over
-blocks of four seconds of logged / not logged - 1, with its standard error, once by the clock and once by the loop's own
-CPU time, which a machine that is busy with other things disturbs less. Beside it, the seconds spent in Tracker.log as a
-share of steps of 50 ms.
+A step is --step-ms milliseconds of matrix products on one thread, so another core is free, as on
+any node with GPUs. A real MLflow store takes --metrics metrics of each. Every tenth of a second,
+steps that are logged take turns with the same steps that are not, during which the sender is
+stopped (SIGSTOP): --steps of either. The cost is the median over blocks of four seconds of logged /
+not logged - 1, with its standard error, once by the clock and once by the loop's own CPU time,
+which a machine that is busy with other things disturbs less. Beside it, the seconds spent in
+Tracker.log as a share of steps of 50 ms.
 
 A sample of system metrics, which another thread takes every ten seconds, is measured on its own.
 """
@@ -37,7 +39,14 @@ from dnt_scale.record import system_metrics
 from dnt_scale.record.files import git_commit
 from dnt_scale.record.sender_files import unsent_lines
 from dnt_scale.record.tracker import Tracker
-from tests.helpers.stores import free_port, mlflow_server, no_postgres, points, postgres, sqlite_store
+from tests.helpers.stores import (
+    free_port,
+    mlflow_server,
+    no_postgres,
+    points,
+    postgres,
+    sqlite_store,
+)
 
 STORES = ("sqlite", "postgresql", "server")
 STEP_S = 0.05  # of a small model on one GPU
@@ -48,12 +57,16 @@ ARRIVES_IN_S = 1800.0
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument("--metrics", type=int, default=20)
     parser.add_argument("--step-ms", type=float, default=25.0)
     parser.add_argument("--stores", nargs="+", choices=STORES, default=STORES)
-    parser.add_argument("--out", type=Path, help="JSON to write (default: benchmarks/results/tracking-DEVICE.json)")
+    parser.add_argument(
+        "--out", type=Path, help="JSON to write (default: benchmarks/results/tracking-DEVICE.json)"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     device = f"{os.cpu_count()}-core CPU"
@@ -74,10 +87,15 @@ def main() -> None:
             continue
         with tempfile.TemporaryDirectory() as folder, store(name, Path(folder)) as (uri, login):
             os.environ |= login
-            result["stores"].append({"store": name, **measured(Path(folder) / "runs" / name, uri, options)})
+            result["stores"].append(
+                {"store": name, **measured(Path(folder) / "runs" / name, uri, options)}
+            )
     result["system_sample_ms"] = system_sample_ms()
     show(result)
-    out = options.out or Path(__file__).parent / "results" / f"tracking-{device.replace(' ', '-')}.json"
+    out = (
+        options.out
+        or Path(__file__).parent / "results" / f"tracking-{device.replace(' ', '-')}.json"
+    )
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=2) + "\n")
     print(f"wrote {out}")
@@ -130,7 +148,8 @@ def measured(run_dir: Path, uri: str, options: argparse.Namespace) -> dict[str, 
     sender = tracker.senders[0].process
     assert sender is not None
     turn, block = (max(1, round(length / (options.step_ms / 1000))) for length in (TURN_S, BLOCK_S))
-    spent: dict[bool, list[list[float]]] = {True: [], False: []}  # wall and CPU seconds of each block
+    # wall and CPU seconds of each block
+    spent: dict[bool, list[list[float]]] = {True: [], False: []}
     in_log: list[float] = []
     order = [True, False]
     for first in range(1, options.steps + 1, turn):
@@ -157,7 +176,8 @@ def measured(run_dir: Path, uri: str, options: argparse.Namespace) -> dict[str, 
     arrived = time.perf_counter() - ended
     check(uri, run_dir.name, values, options.steps)
     wall_ratios, cpu_ratios = (
-        [on[clock] / off[clock] for on, off in zip(spent[True], spent[False], strict=True)] for clock in (0, 1)
+        [on[clock] / off[clock] for on, off in zip(spent[True], spent[False], strict=True)]
+        for clock in (0, 1)
     )
     return {
         "step_ms": 1000 * sum(wall for wall, _ in spent[False]) / options.steps,
@@ -176,7 +196,9 @@ def measured(run_dir: Path, uri: str, options: argparse.Namespace) -> dict[str, 
 
 
 def error_of_median(values: list[float]) -> float:
-    """The standard error of the median of values that scatter normally but for a few; NaN of fewer than two."""
+    """The standard error of the median of values that scatter normally but for a few; NaN of
+    fewer than two.
+    """
     if len(values) < 2:
         return math.nan
     low, _, high = statistics.quantiles(values, n=4)
@@ -188,7 +210,9 @@ def check(uri: str, run: str, values: dict[str, float], steps: int) -> None:
     for name, value in values.items():
         found = points(uri, run, name)
         assert len(found) == steps and found[0] == (1, value), f"{name}: {len(found)} points"
-        assert all(after[0] == before[0] + 1 and after[1] == value for before, after in pairwise(found)), name
+        assert all(
+            after[0] == before[0] + 1 and after[1] == value for before, after in pairwise(found)
+        ), name
 
 
 def system_sample_ms() -> float:
@@ -204,7 +228,9 @@ def system_sample_ms() -> float:
 
 
 def show(result: dict[str, Any]) -> None:
-    title = f"{result['device']}, MLflow {result['mlflow']}, {result['date']}, {result['commit'][:12]}"
+    title = (
+        f"{result['device']}, MLflow {result['mlflow']}, {result['date']}, {result['commit'][:12]}"
+    )
     table = Table(title=f"{title}: {result['steps']:,} steps of {result['metrics']} metrics")
     columns = (
         "store",

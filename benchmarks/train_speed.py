@@ -1,15 +1,17 @@
-"""Training speed: tokens/s, MFU and memory of each model, beside the machine's own matmul rate in the same run.
+"""Training speed: tokens/s, MFU and memory of each model, beside the machine's own matmul rate in
+the same run.
 
     python -m benchmarks.train_speed --models dnt_124m gpt_124m --data data/bench --steps 30
     python -m benchmarks.train_speed --models dnt_nano gpt_nano --data data/demo --steps 10 \\
         --global-batch 16 --micro-batch 16
 
-Each model trains for --steps steps through `python -m dnt_scale.train`, as a user's run does. The first half warms up;
-the table shows the median of the rest.
+Each model trains for --steps steps through `python -m dnt_scale.train`, as a user's run does. The
+first half warms up; the table shows the median of the rest.
 
-    MFU = tokens/s x (6 N + 12 layers width seq_len) / peak     (attention in full, N without the position table)
-    of matmul = the same FLOP/s / the rate of one 4096 x 4096 matmul measured here, now: a physical limit
+    MFU = tokens/s x (6 N + 12 layers width seq_len) / peak
+    of matmul = the same FLOP/s / the rate of one 4096 x 4096 matmul measured here, now
 
+Attention counts in full, N leaves out the position table; the matmul's rate is a physical limit.
 Both are in the dtype that `train.dtype=auto` takes on this machine.
 """
 
@@ -38,13 +40,19 @@ from dnt_scale.record.speed import peak_flops
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--models", nargs="+", default=["dnt_124m", "gpt_124m"])
     parser.add_argument("--data", type=Path, required=True, help="a set made by `dnt data prepare`")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--global-batch", type=int, default=64)
     parser.add_argument("--micro-batch", type=int, default=16)
-    parser.add_argument("--out", type=Path, help="JSON to write (default: benchmarks/results/train_speed-DEVICE.json)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="JSON to write (default: benchmarks/results/train_speed-DEVICE.json)",
+    )
     options = parser.parse_args()
 
     cuda = torch.cuda.is_available()
@@ -70,7 +78,10 @@ def main() -> None:
         "models": rows,
     }
     show(result)
-    out = options.out or Path(__file__).parent / "results" / f"train_speed-{name.replace(' ', '-')}.json"
+    out = (
+        options.out
+        or Path(__file__).parent / "results" / f"train_speed-{name.replace(' ', '-')}.json"
+    )
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=2) + "\n")
     print(f"wrote {out}")
@@ -78,7 +89,9 @@ def main() -> None:
 
 def matmul_rate(device: torch.device, dtype: str) -> float:
     """Return the FLOP/s of the best of 12 matmuls of 4096 x 4096 in bf16 or fp32."""
-    a = torch.ones(4096, 4096, device=device, dtype=torch.bfloat16 if dtype == "bf16" else torch.float32)
+    a = torch.ones(
+        4096, 4096, device=device, dtype=torch.bfloat16 if dtype == "bf16" else torch.float32
+    )
     best = float("inf")
     for _ in range(12):
         started = time.perf_counter()
@@ -89,7 +102,12 @@ def matmul_rate(device: torch.device, dtype: str) -> float:
 
 
 def measure(
-    model: str, options: argparse.Namespace, dtype: str, matmul: float, seq_len: int, peak: float | None
+    model: str,
+    options: argparse.Namespace,
+    dtype: str,
+    matmul: float,
+    seq_len: int,
+    peak: float | None,
 ) -> dict[str, Any]:
     """Train once; median over the second half of the steps."""
     with tempfile.TemporaryDirectory() as folder:
@@ -108,7 +126,10 @@ def measure(
             "tracking.enabled=false",
         ]
         subprocess.run([sys.executable, "-m", "dnt_scale.train", *overrides], check=True)
-        lines = [json.loads(line) for line in Path(folder, model, "metrics.jsonl").read_text().splitlines()]
+        lines = [
+            json.loads(line)
+            for line in Path(folder, model, "metrics.jsonl").read_text().splitlines()
+        ]
     warm = lines[len(lines) // 2 :]
     tokens_per_s = statistics.median(line["tokens_per_s"] for line in warm)
     flops = tokens_per_s * flops_per_token(config.load(overrides).model, seq_len)
@@ -123,9 +144,22 @@ def measure(
 
 
 def show(result: dict[str, Any]) -> None:
-    title = [result["device"], f"torch {result['torch']}", result["dtype"], result["date"], result["commit"][:12]]
+    title = [
+        result["device"],
+        f"torch {result['torch']}",
+        result["dtype"],
+        result["date"],
+        result["commit"][:12],
+    ]
     table = Table(title=", ".join(title))
-    for column in ("model", "tokens/s", "MFU", "of matmul", "peak memory GB", "tokens/s against the first"):
+    for column in (
+        "model",
+        "tokens/s",
+        "MFU",
+        "of matmul",
+        "peak memory GB",
+        "tokens/s against the first",
+    ):
         table.add_column(column, justify="right")
     for row in result["models"]:
         table.add_row(
@@ -137,7 +171,10 @@ def show(result: dict[str, Any]) -> None:
             f"{row['tokens_per_s'] / result['models'][0]['tokens_per_s']:.3f}",
         )
     Console(width=110).print(table)
-    print("MFU = tokens/s x (6 N + 12 layers width seq_len) / peak; of matmul: over this run's own matmul rate")
+    print(
+        "MFU = tokens/s x (6 N + 12 layers width seq_len) / peak; of matmul: over this run's own "
+        "matmul rate"
+    )
 
 
 if __name__ == "__main__":

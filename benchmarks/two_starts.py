@@ -1,10 +1,11 @@
-"""Start two trainings of one run folder, over and over: one must train undisturbed, the other leave with a line.
+"""Start two trainings of one run folder, over and over: one must train undisturbed, the other leave
+with a line.
 
     python benchmarks/two_starts.py --data SET [--pairs 30] [--submitted]
 
-The second starts 0 to 5 s after the first, at random. With --submitted one of the two is `dnt submit cluster=sandbox`
-(`dnt sandbox up` before), first in every other pair. SET is any prepared set with a validation split. Prints a line a
-pair, and ends with status 1 when any was wrong.
+The second starts 0 to 5 s after the first, at random. With --submitted one of the two is `dnt
+submit cluster=sandbox` (`dnt sandbox up` before), first in every other pair. SET is any prepared
+set with a validation split. Prints a line a pair, and ends with status 1 when any was wrong.
 """
 
 import argparse
@@ -44,7 +45,11 @@ def start(command: str, run_dir: Path, given: list[str]) -> subprocess.Popen[str
 
 def steps(run_dir: Path) -> list[int]:
     file = run_dir / "metrics.jsonl"
-    return [json.loads(line)["step"] for line in file.read_text().splitlines()] if file.exists() else []
+    return (
+        [json.loads(line)["step"] for line in file.read_text().splitlines()]
+        if file.exists()
+        else []
+    )
 
 
 def pair(commands: tuple[str, str], run_dir: Path, given: list[str], offset: float) -> str:
@@ -57,17 +62,26 @@ def pair(commands: tuple[str, str], run_dir: Path, given: list[str], offset: flo
     if sorted(codes) != [0, 2]:
         return f"exit codes {codes}: {said}"
     until = time.monotonic() + 180
-    while len(steps(run_dir)) <= STEPS and time.monotonic() < until:  # a submitted one goes on after its command
+    # a submitted one goes on after its command
+    while len(steps(run_dir)) <= STEPS and time.monotonic() < until:
         time.sleep(0.2)
     if steps(run_dir) != list(range(STEPS + 1)):
         return f"metrics.jsonl has the steps {steps(run_dir)}"
     told = said[codes.index(2)]
-    return "" if len(told) == 1 and told[0].startswith("error: run.dir: ") else f"the second said {told}"
+    return (
+        ""
+        if len(told) == 1 and told[0].startswith("error: run.dir: ")
+        else f"the second said {told}"
+    )
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, type=Path, help="a prepared set with a validation split")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--data", required=True, type=Path, help="a prepared set with a validation split"
+    )
     parser.add_argument("--pairs", type=int, default=30)
     parser.add_argument("--submitted", action="store_true", help="one of the two by `dnt submit`")
     parser.add_argument("--seed", type=int, default=1)
@@ -85,7 +99,8 @@ def main() -> int:
             trouble = pair(commands, Path(folder, f"run-{number}"), given, offset)
             wrong += bool(trouble)
             print(
-                f"{number:3d}  {' then '.join(commands)}, {offset:.2f} s apart: {trouble or 'as it should be'}",
+                f"{number:3d}  {' then '.join(commands)}, {offset:.2f} s apart: "
+                f"{trouble or 'as it should be'}",
                 flush=True,
             )
     print(f"{options.pairs - wrong} of {options.pairs} pairs as they should be")

@@ -1,4 +1,6 @@
-"""What the options of `dnt` take: types for argparse that say what was found and what was expected, in one line."""
+"""What the options of `dnt` take: types for argparse that say what was found and what was
+expected, in one line.
+"""
 
 import argparse
 import math
@@ -13,7 +15,9 @@ MOST = 10**15  # of anything that is counted
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's, whose errors are one `error:` line. What it parses has the command's words as ``command``."""
+    """argparse's, whose errors are one `error:` line. What it parses has the command's words as
+    ``command``.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -39,14 +43,18 @@ def whole(least: int, most: int = MOST) -> Callable[[str], int]:
         except ValueError:
             number = None
         if number is None or not least <= number <= most:
-            raise argparse.ArgumentTypeError(f"found {text:.60}, expected a whole number from {least} to {most}")
+            raise argparse.ArgumentTypeError(
+                f"found {text:.60}, expected a whole number from {least} to {most}"
+            )
         return number
 
     return read
 
 
 def number(least: float, most: float = math.inf, *, below: bool = False) -> Callable[[str], float]:
-    """Finite numbers from ``least`` to ``most``, which is itself none of them if they are to be ``below`` it."""
+    """Finite numbers from ``least`` to ``most``, which is itself none of them if they are to be
+    ``below`` it.
+    """
 
     def read(text: str) -> float:
         try:
@@ -55,7 +63,9 @@ def number(least: float, most: float = math.inf, *, below: bool = False) -> Call
             found = math.nan
         if not (math.isfinite(found) and least <= found <= most) or (below and found == most):
             limit = "" if math.isinf(most) else f" to {'below ' if below else ''}{most:g}"
-            raise argparse.ArgumentTypeError(f"found {text:.60}, expected a number from {least:g}{limit}")
+            raise argparse.ArgumentTypeError(
+                f"found {text:.60}, expected a number from {least:g}{limit}"
+            )
         return found
 
     return read

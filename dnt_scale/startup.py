@@ -1,18 +1,22 @@
-"""What a process of ours begins with, so that nothing that lies in its working folder is taken for one of its parts."""
+"""What a process of ours begins with, so that nothing that lies in its working folder is taken
+for one of its parts.
+"""
 
 import os
 import sys
 from pathlib import Path
 
-CHILDREN = "PYTHONSAFEPATH"  # Python: no working folder on the path of modules; inherited by all that we start
+# Python: no working folder on the path of modules; inherited by all that we start
+CHILDREN = "PYTHONSAFEPATH"
 _ours = False  # whether it was set here
 
 
 def leave_folder_out() -> None:
-    """Import nothing more from the working folder, here and in the Python processes that this one starts.
+    """Import nothing more from the working folder, here and in the Python processes that this one
+    starts.
 
-    ``python -m`` puts it first on the path, and so does an empty part of PYTHONPATH (``:/a/b``). It stays where
-    PYTHONPATH names it, or where it holds our own packages (a checkout).
+    ``python -m`` puts it first on the path, and so does an empty part of PYTHONPATH (``:/a/b``). It
+    stays where PYTHONPATH names it, or where it holds our own packages (a checkout).
     """
     global _ours
     try:
@@ -36,7 +40,9 @@ def leave_folder_out() -> None:
 
 
 def forget() -> None:
-    """Undo it for processes that are not ours, such as those of a user's lines in a batch script."""
+    """Undo it for processes that are not ours, such as those of a user's lines in a batch
+    script.
+    """
     if _ours:
         os.environ.pop(CHILDREN, None)
 
@@ -46,4 +52,6 @@ def check_folder() -> None:
     try:
         Path.cwd()
     except OSError as error:
-        raise ValueError(f"the working folder is gone ({error.strerror}); `cd` to one that exists") from None
+        raise ValueError(
+            f"the working folder is gone ({error.strerror}); `cd` to one that exists"
+        ) from None

@@ -10,7 +10,8 @@ from tests.helpers.corpus import small_set
 from tests.helpers.run import tiny, train
 from tests.helpers.slurm import LEFT_OUT
 
-# A shell starts what it runs in the background with SIGINT ignored, and nohup what it runs with SIGHUP, which children
+# A shell starts what it runs in the background with SIGINT ignored, and nohup what it runs with
+# SIGHUP, which children
 # inherit: tests of Ctrl-C and of a terminal that goes need them.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -18,12 +19,18 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With `-n` the tests of a file stay on one worker, where they share its fixtures; so do all that share SLURM."""
+    """With `-n` the tests of a file stay on one worker, where they share its fixtures; so do all
+    that share SLURM.
+    """
     from xdist.scheduler import LoadFileScheduling
 
     class ByFile(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return "cluster" if nodeid.startswith("tests/cluster/") else str(super()._split_scope(nodeid))
+            return (
+                "cluster"
+                if nodeid.startswith("tests/cluster/")
+                else str(super()._split_scope(nodeid))
+            )
 
     return ByFile(config, log)
 
@@ -32,11 +39,17 @@ STARTS_RANKS = [run.train, run.start, run.call, run.stop_midway, run.dnt, run.Ra
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what `make quick` leaves out: tests on SLURM, and those of files that start processes of training."""
+    """Mark what `make quick` leaves out: tests on SLURM, and those of files that start processes
+    of training.
+    """
     for item in items:
         if "slurm" in getattr(item, "fixturenames", ()):
             item.add_marker("slurm")
-        if any(found in STARTS_RANKS for found in vars(getattr(item, "module", run)).values() if callable(found)):
+        if any(
+            found in STARTS_RANKS
+            for found in vars(getattr(item, "module", run)).values()
+            if callable(found)
+        ):
             item.add_marker("ranks")
 
 
@@ -57,7 +70,9 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def reference(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of an uninterrupted run: 20 steps on 2 ranks, checkpoints at 6, 12, 18 and 20. To be read only."""
+    """The folder of an uninterrupted run: 20 steps on 2 ranks, checkpoints at 6, 12, 18 and 20.
+    To be read only.
+    """
     run_dir = tmp_path_factory.mktemp("reference") / "tiny"
     train(tiny(corpus, run_dir, "checkpoint.keep=9"), ranks=2).ok()
     return run_dir

@@ -12,7 +12,8 @@ from tests.test_rooms import FILES, ROOMS, ROOT, imports, top
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 # Declared and never imported, each for a reason.
 NOT_IMPORTED = {
-    "webdataset": "reads our shards elsewhere, as docs/data.md shows; tests compare its bytes with ours",
+    "webdataset": "reads our shards elsewhere, as docs/data.md shows; tests compare its bytes with "
+    "ours",
 }
 # Imported where an extra is installed, by a name that says so when it is not.
 EXTRAS = {"kitoken": "fast", "tensorboard": "tensorboard"}
@@ -45,7 +46,11 @@ def test_what_is_imported_is_declared() -> None:
     ours = declared(PROJECT["dependencies"])
     found = imported()
     assert {"torch", "numpy", "jinja2", "omegaconf"} <= found.keys()
-    undeclared = {name: file for name, file in found.items() if name not in EXTRAS and not distributions(name) & ours}
+    undeclared = {
+        name: file
+        for name, file in found.items()
+        if name not in EXTRAS and not distributions(name) & ours
+    }
     assert not undeclared, "declare them in pyproject.toml"
 
 

@@ -10,7 +10,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ROOMS = ("cluster", "dnt_scale", "data_prep")
-BY_NAME = ROOT / "dnt_scale" / "config" / "kinds.py"  # imports the file of a kind by the name that a configuration has
+# imports the file of a kind by the name that a configuration has
+BY_NAME = ROOT / "dnt_scale" / "config" / "kinds.py"
 FILES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
 LATE = {"mlflow", "tensorboard", "deepspeed", "submitit", "transformers", "matplotlib"}
 # A room imports only from rooms on lower floors; those of one floor do not know each other.
@@ -39,13 +40,21 @@ FLOORS = {
 NAMES = [path.relative_to(ROOT).as_posix() for path in FILES]
 
 
-def imports(path: Path, source: str | None = None, *, at_import_only: bool = False) -> Iterator[str]:
-    """Dotted names that a file imports, ``from a import b`` as ``a.b``; optionally only what importing it runs."""
+def imports(
+    path: Path, source: str | None = None, *, at_import_only: bool = False
+) -> Iterator[str]:
+    """Dotted names that a file imports, ``from a import b`` as ``a.b``; optionally only what
+    importing it runs.
+    """
 
     def walk(node: ast.AST) -> Iterator[str]:
         if at_import_only and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
             return
-        if at_import_only and isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+        if (
+            at_import_only
+            and isinstance(node, ast.If)
+            and ast.unparse(node.test).endswith("TYPE_CHECKING")
+        ):
             for child in node.orelse:
                 yield from walk(child)
             return
@@ -55,14 +64,20 @@ def imports(path: Path, source: str | None = None, *, at_import_only: bool = Fal
             here = path.relative_to(ROOT).with_suffix("").parts[: -node.level] if node.level else ()
             base = ".".join([*here, *([node.module] if node.module else [])])
             yield from (f"{base}.{alias.name}" for alias in node.names)
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(
+            ("import_module", "__import__")
+        ):
             if path == BY_NAME:
                 return
             module = node.args[0]
             if isinstance(module, ast.JoinedStr):  # f"package.{name}": some module of that package
                 module = module.values[0]
-                assert isinstance(module, ast.Constant) and str(module.value).endswith("."), f"{path}:{node.lineno}"
-            assert isinstance(module, ast.Constant), f"{path}:{node.lineno}: an import that no one can check"
+                assert isinstance(module, ast.Constant) and str(module.value).endswith("."), (
+                    f"{path}:{node.lineno}"
+                )
+            assert isinstance(module, ast.Constant), (
+                f"{path}:{node.lineno}: an import that no one can check"
+            )
             yield str(module.value).rstrip(".")
         for child in ast.iter_child_nodes(node):
             yield from walk(child)
@@ -75,7 +90,11 @@ def top(name: str) -> str:
 
 
 def test_there_is_something_to_check() -> None:
-    assert {"dnt_scale/train/loop.py", "dnt_scale/engine/deepspeed.py", "data_prep/shards.py"} <= set(NAMES)
+    assert {
+        "dnt_scale/train/loop.py",
+        "dnt_scale/engine/deepspeed.py",
+        "data_prep/shards.py",
+    } <= set(NAMES)
     found = set(imports(ROOT / "dnt_scale" / "train" / "rank.py"))
     assert "dnt_scale.config.RunConfig" in found and "signal" in found
 
@@ -120,7 +139,9 @@ def test_dnt_scale_takes_only_the_format_from_data_prep_and_nothing_from_cluster
     found = list(imports(ROOT / name))
     assert not [module for module in found if top(module) == "cluster"]
     from_data_prep = [module for module in found if top(module) == "data_prep"]
-    assert all(module.split(".")[1:2] in (["shards"], ["tokenizer"]) for module in from_data_prep), from_data_prep
+    assert all(
+        module.split(".")[1:2] in (["shards"], ["tokenizer"]) for module in from_data_prep
+    ), from_data_prep
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("cluster/")])
@@ -136,19 +157,27 @@ def test_heavy_packages_are_imported_where_they_are_used(name: str) -> None:
 
 TRACKERS = {  # what a tracker imports, and who may: its own file or folder, and `dnt ui`
     ("mlflow", "dnt_scale.record.mlflow"): ("dnt_scale/record/mlflow/", "dnt_scale/cli/run.py"),
-    ("tensorboard", "torch.utils.tensorboard", "dnt_scale.record.tensorboard"): ("dnt_scale/record/tensorboard.py",),
+    ("tensorboard", "torch.utils.tensorboard", "dnt_scale.record.tensorboard"): (
+        "dnt_scale/record/tensorboard.py",
+    ),
 }
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_tracker_is_known_in_its_own_room_only(name: str) -> None:
     for modules, rooms in TRACKERS.items():
-        found = [module for module in imports(ROOT / name) if f"{module}.".startswith(tuple(f"{m}." for m in modules))]
+        found = [
+            module
+            for module in imports(ROOT / name)
+            if f"{module}.".startswith(tuple(f"{m}." for m in modules))
+        ]
         assert not found or name.startswith(rooms)
 
 
 def test_the_command_line_is_thin_until_a_command_is_chosen() -> None:
-    found = {top(name) for name in imports(ROOT / "dnt_scale" / "cli" / "main.py", at_import_only=True)}
+    found = {
+        top(name) for name in imports(ROOT / "dnt_scale" / "cli" / "main.py", at_import_only=True)
+    }
     assert not found & {"torch", "data_prep", "cluster", *LATE}
 
 
@@ -163,8 +192,13 @@ def test_the_command_line_is_thin_until_a_command_is_chosen() -> None:
     ],
 )
 def test_importing_leaves_these_out(statement: str, absent: set[str]) -> None:
-    code = f"import sys; {statement}; print(*sorted({{name.partition('.')[0] for name in sys.modules}}))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    code = (
+        f"import sys; {statement}; print(*sorted({{name.partition('.')[0] for name in "
+        f"sys.modules}}))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     loaded = set(done.stdout.split())
     assert "dnt_scale" in loaded
     assert not loaded & absent
@@ -176,13 +210,17 @@ def test_a_file_fits_its_bound(name: str) -> None:
 
 
 def arrows(package: str) -> set[tuple[str, str]]:
-    """From which room to which other the files of a package import; a file outside of rooms is one."""
+    """From which room to which other the files of a package import; a file outside of rooms is
+    one.
+    """
     found = set()
     for path in FILES:
         inside = path.relative_to(ROOT).with_suffix("").parts
         if inside[0] == package and inside[1] != "__init__":
             names = (name.split(".") for name in imports(path))
-            found |= {(inside[1], name[1]) for name in names if name[0] == package and len(name) > 1}
+            found |= {
+                (inside[1], name[1]) for name in names if name[0] == package and len(name) > 1
+            }
     return {(start, end) for start, end in found if start != end}
 
 
@@ -219,6 +257,12 @@ def test_a_function_fits_its_bound(name: str) -> None:
 
 
 def test_the_count_of_lines_sees_decorators_and_functions_in_functions() -> None:
-    source = "class A:\n    @one\n    @two(\n        3)\n    def f():\n        async def g():\n            pass\n"
+    source = (
+        "class A:\n    @one\n    @two(\n        3)\n    def f():\n        async def g():\n         "
+        "   pass\n"
+    )
     found = long_functions(ROOT / "made_up.py", 1, source)
-    assert [line.partition(": ")[2].partition(";")[0] for line in found] == ["f has 6 lines", "g has 2 lines"]
+    assert [line.partition(": ")[2].partition(";")[0] for line in found] == [
+        "f has 6 lines",
+        "g has 2 lines",
+    ]

@@ -1,4 +1,6 @@
-"""``dnt checkpoint inspect``, ``verify`` and ``diff``: one process, a chunk of a tensor in memory at a time."""
+"""``dnt checkpoint inspect``, ``verify`` and ``diff``: one process, a chunk of a tensor in
+memory at a time.
+"""
 
 import itertools
 import math
@@ -36,9 +38,11 @@ WORST = 10  # tensors in the table of a diff
 
 
 def checkpoints_at(path: str) -> list[Storage]:
-    """The checkpoints a path or URL means, oldest first: a step's folder, a folder of them, or a run.
+    """The checkpoints a path or URL means, oldest first: a step's folder, a folder of them, or a
+    run.
 
-    Where the link ``latest`` points to a checkpoint that is gone, a line on stderr says so, and it means the newest.
+    Where the link ``latest`` points to a checkpoint that is gone, a line on stderr says so, and it
+    means the newest.
 
     Raises:
         CheckpointError: there is none.
@@ -46,7 +50,11 @@ def checkpoints_at(path: str) -> list[Storage]:
     folder = Storage(path)
     if folder.holds("state.json"):
         return [folder]
-    link = folder.local if folder.local and folder.local.name == "latest" and folder.local.is_symlink() else None
+    link = (
+        folder.local
+        if folder.local and folder.local.name == "latest" and folder.local.is_symlink()
+        else None
+    )
     places = [Storage(link.parent)] if link else [folder, folder / "checkpoints"]
     if folder.local and (folder.local / "config.yaml").is_file():
         from dnt_scale.config import from_yaml
@@ -56,13 +64,20 @@ def checkpoints_at(path: str) -> list[Storage]:
     for place in places:
         if found := list(complete(place).values()):
             if gone := gone_latest(place):
-                print(f"{place}/latest: {gone} is gone; the newest that is there is {found[-1]}", file=sys.stderr)
+                print(
+                    f"{place}/latest: {gone} is gone; the newest that is there is {found[-1]}",
+                    file=sys.stderr,
+                )
             return found[-1:] if link else found
-    raise CheckpointError(f"{path}: no checkpoint there; expected a run's folder, its checkpoints/, or a step-NNNNNNNN")
+    raise CheckpointError(
+        f"{path}: no checkpoint there; expected a run's folder, its checkpoints/, or a "
+        "step-NNNNNNNN"
+    )
 
 
 def values_of(folder: Storage, stored: Parts, name: str) -> Iterator[tuple[Region, Tensor]]:
-    """A whole tensor in pieces, in order of their places: regions of whole rows and their values, for a moment each.
+    """A whole tensor in pieces, in order of their places: regions of whole rows and their values,
+    for a moment each.
 
     Raises:
         CheckpointError: as ``overlaps``.
@@ -103,8 +118,14 @@ def opened(folder: Storage) -> tuple[State, Parts]:
     for name, record in state.files.items():
         size = folder.size(name) if folder.holds(name) else None
         if size != record.bytes:
-            found = "missing" if size is None else f"truncated or changed: {size} bytes, expected {record.bytes}"
-            raise CheckpointError(f"{folder}/{name}: {found}; `dnt checkpoint verify` looks at all of it")
+            found = (
+                "missing"
+                if size is None
+                else f"truncated or changed: {size} bytes, expected {record.bytes}"
+            )
+            raise CheckpointError(
+                f"{folder}/{name}: {found}; `dnt checkpoint verify` looks at all of it"
+            )
     return state, read_parts(folder)
 
 
@@ -127,14 +148,18 @@ def inspect(path: str, *, tensors: bool) -> None:
         for name, parts in stored.items():
             numbers = [f"{value:.6g}" for value in measures(folder, stored, name)]
             shape = " x ".join(map(str, whole_shape(parts)))
-            table.add_row(name, shape, str(parts[0].dtype).removeprefix("torch."), str(len(parts)), *numbers)
+            table.add_row(
+                name, shape, str(parts[0].dtype).removeprefix("torch."), str(len(parts)), *numbers
+            )
             meter(bytes_of(parts))
     Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
 def summary(folder: Storage, state: State, stored: Parts) -> dict[str, str]:
     """What ``inspect`` says of a checkpoint as a whole."""
-    weights = [math.prod(whole_shape(parts)) for name, parts in stored.items() if name.startswith("model.")]
+    weights = [
+        math.prod(whole_shape(parts)) for name, parts in stored.items() if name.startswith("model.")
+    ]
     kinds = {name.partition(".")[0]: parts[0].dtype for name, parts in stored.items()}
     engine = state.config.get("engine")
     run = state.config.get("run")
@@ -145,9 +170,13 @@ def summary(folder: Storage, state: State, stored: Parts) -> dict[str, str]:
         **{name: f"{count:,}" for name, count in state.of_source.items() if isinstance(count, int)},
         "data position": f"row {state.consumed_rows:,} of the order of seed {state.seed}",
         "parameters": f"{sum(weights):,} in {len(weights)} tensors",
-        "holds": ", ".join(f"{kind} {str(dtype).removeprefix('torch.')}" for kind, dtype in kinds.items()),
-        "bytes": f"{sum(record.bytes for record in state.files.values()):,} in {len(state.files)} files",
-        "written by": f"engine {engine.get('name') if isinstance(engine, dict) else '?'} on {state.world_size} ranks",
+        "holds": ", ".join(
+            f"{kind} {str(dtype).removeprefix('torch.')}" for kind, dtype in kinds.items()
+        ),
+        "bytes": f"{sum(record.bytes for record in state.files.values()):,} in {len(state.files)} "
+        "files",
+        "written by": f"engine {engine.get('name') if isinstance(engine, dict) else '?'} on "
+        f"{state.world_size} ranks",
         "engine": ", ".join(f"{key} {value:g}" for key, value in state.scalars.items()),
     }
 
@@ -160,14 +189,17 @@ def measures(folder: Storage, stored: Parts, name: str) -> tuple[float, float, f
         square += float(values.square().sum())
         # NaN first: min and max of Python keep what compares to nothing
         low, high = min(float(values.min()), low), max(float(values.max()), high)
-    return (math.sqrt(square), low, high) if not math.isnan(square) else (math.nan, math.nan, math.nan)
+    return (
+        (math.sqrt(square), low, high) if not math.isnan(square) else (math.nan, math.nan, math.nan)
+    )
 
 
 def verify(path: str) -> dict[str, list[str]]:
-    """Re-read every byte of the checkpoints at ``path``: each one's path, and in words what is wrong with it.
+    """Re-read every byte of the checkpoints at ``path``: each one's path, and in words what is
+    wrong with it.
 
-    Checks each file's size and sha256, that the parts tile every tensor, and that each optimizer buffer has the
-    shape of its weight.
+    Checks each file's size and sha256, that the parts tile every tensor, and that each optimizer
+    buffer has the shape of its weight.
     """
     found: dict[str, list[str]] = {}
     for folder in checkpoints_at(path):
@@ -182,9 +214,12 @@ def problems_of(folder: Storage, state: State) -> list[str]:
     """What is wrong with one checkpoint, every byte of which is read; see ``verify``."""
     found = [not_part(folder, name) for name in tensor_files(folder) if name not in state.files]
     with Meter(
-        f"verify {str(folder).rpartition('/')[2]}", sum(record.bytes for record in state.files.values())
+        f"verify {str(folder).rpartition('/')[2]}",
+        sum(record.bytes for record in state.files.values()),
     ) as meter:
-        found += filter(None, (problem_of(folder, name, record, meter) for name, record in state.files.items()))
+        found += filter(
+            None, (problem_of(folder, name, record, meter) for name, record in state.files.items())
+        )
     if found:
         return found
     stored = read_parts(folder)
@@ -229,7 +264,9 @@ class Difference:
         return f"{self.name}{list(self.place)}: {one!r} and {other!r}, {abs(one - other):.3g} apart"
 
 
-def differences(one: Storage, other: Storage, tell: Callable[[int], None] = lambda count: None) -> Iterator[Difference]:
+def differences(
+    one: Storage, other: Storage, tell: Callable[[int], None] = lambda count: None
+) -> Iterator[Difference]:
     """The tensors in which two checkpoints differ, in the order of the first, bit for bit.
 
     Raises:
@@ -292,11 +329,15 @@ def state_differences(one: State, other: State) -> list[str]:
     names = sorted(one.scalars.keys() | other.scalars.keys())
     pairs += [(f"engine.{name}", one.scalars.get(name), other.scalars.get(name)) for name in names]
     apart = [(name, x, y) for name, x, y in pairs if repr(x) != repr(y)]
-    return [f"{name}: differs" if name == "health" else f"{name}: {x} and {y}" for name, x, y in apart]
+    return [
+        f"{name}: differs" if name == "health" else f"{name}: {x} and {y}" for name, x, y in apart
+    ]
 
 
 def diff(one: str, other: str) -> bool:
-    """Print how two checkpoints (the newest ones at the paths) differ; whether they are equal, bit for bit."""
+    """Print how two checkpoints (the newest ones at the paths) differ; whether they are equal,
+    bit for bit.
+    """
     a, b = checkpoints_at(one)[-1], checkpoints_at(other)[-1]
     numbers = state_differences(read_state(a.path), read_state(b.path))
     for line in numbers:
@@ -312,8 +353,14 @@ def diff(one: str, other: str) -> bool:
     table.add_column("worst", overflow="fold")
     for column in ("largest", "relative", "elements", "first at"):
         table.add_column(column, justify="right", no_wrap=True)
-    for item in sorted((item for item in found if not item.what), key=lambda item: -item.largest)[:WORST]:
-        numbers_of = (f"{item.largest:.3g}", f"{item.relative:.3g}", f"{item.elements:,} of {item.of:,}")
+    for item in sorted((item for item in found if not item.what), key=lambda item: -item.largest)[
+        :WORST
+    ]:
+        numbers_of = (
+            f"{item.largest:.3g}",
+            f"{item.relative:.3g}",
+            f"{item.elements:,} of {item.of:,}",
+        )
         table.add_row(item.name, *numbers_of, str(list(item.place)))
     if table.row_count:
         Console(width=None if sys.stdout.isatty() else 160).print(table)

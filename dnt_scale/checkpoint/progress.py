@@ -1,11 +1,20 @@
-"""How far a long read is, on stderr: a bar with rate and time left after two seconds; in a log, a line now and then."""
+"""How far a long read is, on stderr: a bar with rate and time left after two seconds; in a log,
+a line now and then.
+"""
 
 import time
 from types import TracebackType
 from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 SILENT_SECONDS = 2.0
 LOG_SECONDS = 10.0
@@ -18,8 +27,16 @@ class Meter:
         console = Console(stderr=True)
         self.name, self.total, self.done = name, total, 0
         self.started = self.logged = time.monotonic()
-        columns = (TextColumn(name), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-        self.bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        columns = (
+            TextColumn(name),
+            BarColumn(),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+        )
+        self.bar = Progress(
+            *columns, console=console, transient=True, disable=not console.is_terminal
+        )
         self.task = self.bar.add_task(name, total=total)
 
     def __call__(self, count: int) -> None:
@@ -32,7 +49,8 @@ class Meter:
             self.logged = now
             rate = self.done / (now - self.started)
             self.bar.console.print(
-                f"{self.name}: {self.done / 1e6:,.0f} of {self.total / 1e6:,.0f} MB, {rate / 1e6:,.0f} MB/s, "
+                f"{self.name}: {self.done / 1e6:,.0f} of {self.total / 1e6:,.0f} MB, "
+                f"{rate / 1e6:,.0f} MB/s, "
                 f"{(self.total - self.done) / rate:.0f} s left",
                 highlight=False,
                 soft_wrap=True,
@@ -42,6 +60,9 @@ class Meter:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.bar.stop()

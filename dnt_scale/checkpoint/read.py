@@ -25,7 +25,8 @@ Parts = dict[str, list[Part]]  # by the tensors' names, in the order of the file
 
 
 def newest(folder: Path | str) -> Path | str | None:
-    """The complete checkpoint with the highest step in ``folder``, if any; partial ones do not count.
+    """The complete checkpoint with the highest step in ``folder``, if any; partial ones do not
+    count.
 
     Raises:
         CheckpointError: a URL that cannot be opened.
@@ -36,39 +37,59 @@ def newest(folder: Path | str) -> Path | str | None:
 
 def complete(folder: Storage) -> dict[int, Storage]:
     """The complete checkpoints in a folder by their steps, in order."""
-    return {step: found for step in steps_of(folder) if (found := folder / step_name(step)).holds("state.json")}
+    return {
+        step: found
+        for step in steps_of(folder)
+        if (found := folder / step_name(step)).holds("state.json")
+    }
 
 
 def steps_of(folder: Storage) -> list[int]:
-    """The steps, in order, of the folders named exactly step-NNNNNNNN; whatever else lies beside them is none."""
+    """The steps, in order, of the folders named exactly step-NNNNNNNN; whatever else lies beside
+    them is none.
+    """
     steps = {step_of(name): name for name in folder.names()}
-    return sorted(step for step, name in steps.items() if step is not None and folder.is_folder(name))
+    return sorted(
+        step for step, name in steps.items() if step is not None and folder.is_folder(name)
+    )
 
 
 def gone_latest(folder: Storage) -> str | None:
-    """The name of the checkpoint that a local folder's link ``latest`` points to, if that was removed by hand."""
+    """The name of the checkpoint that a local folder's link ``latest`` points to, if that was
+    removed by hand.
+    """
     link = folder.local / "latest" if folder.local else None
     return link.readlink().name if link and link.is_symlink() and not link.exists() else None
 
 
 def read_tensors(path: Path | str, boxes: Sequence[Box], me: Ranks) -> None:
-    """Fill ``boxes`` in place from a checkpoint that any engine wrote on any number of ranks. A collective.
+    """Fill ``boxes`` in place from a checkpoint that any engine wrote on any number of ranks. A
+    collective.
 
     Tensors of another dtype than the box's are converted, rounding to nearest.
 
     Raises:
-        CheckpointError: on every rank: a tensor is missing, has another shape or a hole, or a file is damaged.
+        CheckpointError: on every rank: a tensor is missing, has another shape or a hole, or a file
+            is damaged.
     """
     try:
         folder = together(me, lambda: Storage(path))
         files = on_first(me, lambda: tensor_files(folder))
         mine = together(
-            me, lambda: [part for file in files[me.rank :: me.world_size] for part in read_header(folder, file)]
+            me,
+            lambda: [
+                part
+                for file in files[me.rank :: me.world_size]
+                for part in read_header(folder, file)
+            ],
         )
         of_ranks: list[list[Part]] = [[] for _ in range(me.world_size)]
         dist.all_gather_object(of_ranks, mine)
         stored = by_name(
-            sorted((part for parts in of_ranks for part in parts), key=lambda part: (part.file, part.begin))
+            sorted(
+                (part for parts in of_ranks for part in parts),
+                key=lambda part: (part.file, part.begin),
+            )
         )
         together(me, lambda: fill_boxes(folder, stored, boxes))
     except AgreedError as error:
@@ -80,7 +101,9 @@ def tensor_files(folder: Storage) -> list[str]:
 
 
 def read_parts(folder: Storage) -> Parts:
-    """Every file's parts, for one process. Raises CheckpointError or OSError as ``read_header`` does."""
+    """Every file's parts, for one process. Raises CheckpointError or OSError as ``read_header``
+    does.
+    """
     stored = by_name(part for file in tensor_files(folder) for part in read_header(folder, file))
     stored.pop("counters", None)  # steps and updates, in the checkpoints of old
     return stored
@@ -103,7 +126,10 @@ def fill_boxes(folder: Storage, stored: Parts, boxes: Sequence[Box]) -> None:
     """Fill boxes in place. Raises CheckpointError as ``read_tensors`` does, on this rank only."""
     wanted: list[tuple[Part, Region, Box]] = []
     for box in boxes:
-        wanted += [(part, shared, box) for part, shared in overlaps(folder, stored, box.name, box.shape, box.region)]
+        wanted += [
+            (part, shared, box)
+            for part, shared in overlaps(folder, stored, box.name, box.shape, box.region)
+        ]
     wanted.sort(key=lambda item: (item[0].file, item[0].begin))
     for name, items in groupby(wanted, key=lambda item: item[0].file):
         with folder.open(name) as file:
@@ -119,24 +145,32 @@ def overlaps(
     """The parts that cover a region of a tensor, and what of it each has.
 
     Raises:
-        CheckpointError: the tensor is missing, has another shape, or a place of the region is not there exactly once.
+        CheckpointError: the tensor is missing, has another shape, or a place of the region is not
+            there exactly once.
     """
     parts = stored.get(name)
     advice = "resume with the configuration in the run's config.yaml"
     if parts is None:
-        raise CheckpointError(f"{folder}: does not fit this model and optimizer (it has no {name}); {advice}")
+        raise CheckpointError(
+            f"{folder}: does not fit this model and optimizer (it has no {name}); {advice}"
+        )
     try:
         found = whole_shape(parts)
     except ValueError:
-        raise CheckpointError(f"{folder}: damaged: the parts of {name} differ in their number of dimensions") from None
+        raise CheckpointError(
+            f"{folder}: damaged: the parts of {name} differ in their number of dimensions"
+        ) from None
     if found != shape:
         raise CheckpointError(
-            f"{folder}: does not fit this model and optimizer ({name} has shape {found}, expected {shape}); {advice}"
+            f"{folder}: does not fit this model and optimizer ({name} has shape {found}, expected "
+            f"{shape}); {advice}"
         )
     shared = [(part, both) for part in parts if (both := intersect(part.region, wanted))]
     hole = miscovered(wanted, [region for _, region in shared])
     if hole is not None:
-        raise CheckpointError(f"{folder}: damaged: {hole_in(name, hole, shared)}; {instead_of(folder.path)}")
+        raise CheckpointError(
+            f"{folder}: damaged: {hole_in(name, hole, shared)}; {instead_of(folder.path)}"
+        )
     return shared
 
 
@@ -148,7 +182,8 @@ def hole_in(name: str, place: tuple[int, ...], shared: Sequence[tuple[Part, Regi
 
 
 def check_files(path: Path | str, state: State, ranks: Ranks) -> None:
-    """Compare every file with its recorded size and sha256, the files shared out over the ranks. A collective.
+    """Compare every file with its recorded size and sha256, the files shared out over the ranks. A
+    collective.
 
     Raises:
         CheckpointError: on every rank, naming the first file that is missing, truncated or changed.
@@ -205,8 +240,11 @@ def window(region: Region, origin: tuple[int, ...]) -> tuple[slice, ...]:
     return tuple(slice(a - o, a - o + n) for a, n, o in zip(*region, origin, strict=True))
 
 
-def read_region(file: File, folder: Storage, part: Part, wanted: Region) -> Iterator[tuple[Region, Tensor]]:
-    """Read a region inside a part, in chunks of whole rows: each one's region and values, in the stored dtype.
+def read_region(
+    file: File, folder: Storage, part: Part, wanted: Region
+) -> Iterator[tuple[Region, Tensor]]:
+    """Read a region inside a part, in chunks of whole rows: each one's region and values, in the
+    stored dtype.
 
     Values are a view of a buffer that the next chunk reuses.
 
@@ -221,9 +259,15 @@ def read_region(file: File, folder: Storage, part: Part, wanted: Region) -> Iter
         region = wanted
         if shape:
             count = min(rows, wanted.shape[0] - first)
-            region = Region((wanted.offset[0] + first, *wanted.offset[1:]), (count, *wanted.shape[1:]))
-        start = sum((a - o) * stride for a, o, stride in zip(region.offset, part.region.offset, strides, strict=True))
-        # columns left out lie between the rows: one read of what is between the first and the last element
+            region = Region(
+                (wanted.offset[0] + first, *wanted.offset[1:]), (count, *wanted.shape[1:])
+            )
+        start = sum(
+            (a - o) * stride
+            for a, o, stride in zip(region.offset, part.region.offset, strides, strict=True)
+        )
+        # columns left out lie between the rows: one read of what is between the first and the last
+        # element
         span = sum((n - 1) * stride for n, stride in zip(region.shape, strides, strict=True)) + 1
         if len(buffer) < span:
             buffer = torch.empty(span, dtype=part.dtype)

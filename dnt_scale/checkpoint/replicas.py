@@ -13,14 +13,16 @@ from dnt_scale.distributed.process_group import Ranks
 
 
 def check_replicas(me: Ranks, boxes: Sequence[Box], scalars: Mapping[str, float]) -> None:
-    """That ranks which hold the same boxes hold the same bits in them, and all ranks the same scalars. A collective.
+    """That ranks which hold the same boxes hold the same bits in them, and all ranks the same
+    scalars. A collective.
 
     Args:
         boxes: ``Engine.boxes()``; each rank sums up its own, on its device, in one pass over them.
         scalars: ``Engine.scalars()``.
 
     Raises:
-        AgreedFault: on every rank; names the ranks that differ from the rest, and the first tensor that does.
+        AgreedFault: on every rank; names the ranks that differ from the rest, and the first tensor
+            that does.
     """
     sums = checksums([box.data for box in boxes])
     places = repr([(box.name, box.offset, tuple(box.data.shape)) for box in boxes])
@@ -29,11 +31,15 @@ def check_replicas(me: Ranks, boxes: Sequence[Box], scalars: Mapping[str, float]
     dist.all_gather_object(found, mine)
     for rank, (_, _, other) in enumerate(found):
         if repr(other) != repr(found[0][2]):
-            raise AgreedFault(f"rank {rank} counts {dict(other)}, but rank 0 {dict(found[0][2])}; {_PARTED}")
+            raise AgreedFault(
+                f"rank {rank} counts {dict(other)}, but rank 0 {dict(found[0][2])}; {_PARTED}"
+            )
     holders: dict[str, list[int]] = {}
     for rank, (key, _, _) in enumerate(found):
         holders.setdefault(key, []).append(rank)
-    apart = [held_by for held_by in holders.values() if len({found[rank][1] for rank in held_by}) > 1]
+    apart = [
+        held_by for held_by in holders.values() if len({found[rank][1] for rank in held_by}) > 1
+    ]
     if not apart:
         return
     every: list[list[int]] = [sums] * me.world_size
@@ -41,19 +47,27 @@ def check_replicas(me: Ranks, boxes: Sequence[Box], scalars: Mapping[str, float]
     names: list[list[str]] = [[]] * me.world_size
     dist.all_gather_object(names, [box.name for box in boxes])
     held_by = apart[0]
-    first = next(index for index in range(len(every[held_by[0]])) if len({every[rank][index] for rank in held_by}) > 1)
+    first = next(
+        index
+        for index in range(len(every[held_by[0]]))
+        if len({every[rank][index] for rank in held_by}) > 1
+    )
     values = [every[rank][first] for rank in held_by]
     usual = max(values, key=values.count)
-    odd, rest = ([rank for rank in held_by if (every[rank][first] == usual) is same] for same in (False, True))
+    odd, rest = (
+        [rank for rank in held_by if (every[rank][first] == usual) is same]
+        for same in (False, True)
+    )
     raise AgreedFault(
-        f"{in_words(odd)} {'has' if len(odd) == 1 else 'have'} other bits in {names[held_by[0]][first]} than "
+        f"{in_words(odd)} {'has' if len(odd) == 1 else 'have'} other bits in "
+        f"{names[held_by[0]][first]} than "
         f"{in_words(rest)}, which should hold the same; {_PARTED}"
     )
 
 
 _PARTED = (
-    "the ranks have parted, which a failing device or a fault of the code does: leave that node out, "
-    "and run again to go on from the newest checkpoint"
+    "the ranks have parted, which a failing device or a fault of the code does: leave that node "
+    "out, and run again to go on from the newest checkpoint"
 )
 
 
@@ -67,9 +81,11 @@ CHUNK = 1 << 22  # elements that are summed up at once: their int64 copies take 
 
 
 def checksums(tensors: Sequence[Tensor]) -> list[int]:
-    """Of each tensor's bits: sum of (2 i + 1) times element i as an integer, modulo 2^64; made on the tensor's device.
+    """Of each tensor's bits: sum of (2 i + 1) times element i as an integer, modulo 2^64; made on
+    the tensor's device.
 
-    The factors are odd, so that no change of one element leaves the sum as it was; neither does an exchange of two.
+    The factors are odd, so that no change of one element leaves the sum as it was; neither does an
+    exchange of two.
     """
     integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     sums = []

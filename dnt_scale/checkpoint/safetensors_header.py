@@ -1,7 +1,8 @@
 """The head of a safetensors file: which parts of which tensors it holds, and where.
 
-The offsets are those of torch.distributed.checkpoint's safetensors form (``DCP_SHARDING_INFO``), so that its
-HuggingFaceStorageReader reads our files and we read its; a file without them holds whole tensors.
+The offsets are those of torch.distributed.checkpoint's safetensors form (``DCP_SHARDING_INFO``), so
+that its HuggingFaceStorageReader reads our files and we read its; a file without them holds whole
+tensors.
 """
 
 import json
@@ -62,10 +63,19 @@ _HEAD = TypeAdapter(dict[str, _Entry | dict[str, str]])
 _OFFSETS = TypeAdapter(dict[str, _Saved])
 
 
-def make_header(entries: Sequence[tuple[str, torch.dtype, Region]], more: Mapping[str, str] | None = None) -> bytes:
-    """The head of a file that holds ``entries``, each name once, end to end; ``more`` is metadata beside ours."""
+def make_header(
+    entries: Sequence[tuple[str, torch.dtype, Region]], more: Mapping[str, str] | None = None
+) -> bytes:
+    """The head of a file that holds ``entries``, each name once, end to end; ``more`` is
+    metadata beside ours.
+    """
     offsets = {name: {"saved_offsets": region.offset} for name, _, region in entries}
-    metadata = {"format": "pt", "DCP_VERSION": "1.0", "DCP_SHARDING_INFO": json.dumps(offsets), **(more or {})}
+    metadata = {
+        "format": "pt",
+        "DCP_VERSION": "1.0",
+        "DCP_SHARDING_INFO": json.dumps(offsets),
+        **(more or {}),
+    }
     head: dict[str, object] = {"__metadata__": metadata}
     end = 0
     for name, dtype, region in entries:
@@ -121,6 +131,8 @@ def read_head(folder: Storage, file: str) -> tuple[list[Part], Mapping[str, str]
         begin, end = entry.data_offsets
         part = Part(name, Region(saved, entry.shape), DTYPES[entry.dtype], file, 8 + length + begin)
         if end - begin != part.nbytes or 8 + length + end > size:
-            raise wrong(f"{name} lies at bytes {begin} to {end} after the head, the file has {size}")
+            raise wrong(
+                f"{name} lies at bytes {begin} to {end} after the head, the file has {size}"
+            )
         parts.append(part)
     return parts, metadata

@@ -23,8 +23,8 @@ class FileRecord(BaseModel):
 class State(BaseModel):
     """Where a run stands. ``files`` is filled by whoever writes it.
 
-    Beside the fields here it has those that the run's source gives (``Source.facts``, and the count of
-    its units), under their own names: of text ``tokenizer_sha256`` and ``tokens``.
+    Beside the fields here it has those that the run's source gives (``Source.facts``, and the count
+    of its units), under their own names: of text ``tokenizer_sha256`` and ``tokens``.
     """
 
     model_config = ConfigDict(extra="allow", frozen=True)
@@ -38,10 +38,12 @@ class State(BaseModel):
     seed: int  # the run's only randomness: initial weights and data order are functions of it
     run_id: str
     manifest_sha256: str  # of a mixture, of what decides its rows
-    sets: dict[str, str] = {}  # the manifests' sha256 by the sets' names; not in the checkpoints of old
+    # the manifests' sha256 by the sets' names; not in the checkpoints of old
+    sets: dict[str, str] = {}
     world_size: int
     config: dict[str, object]
-    given: list[str] = []  # what was typed to get it: group=name, key=value; not in the checkpoints of old
+    # what was typed to get it: group=name, key=value; not in the checkpoints of old
+    given: list[str] = []
     engine: dict[str, float] = {}  # Engine.scalars; not in the checkpoints of old
     health: dict[str, list[float]] = {}  # the spike guard's window
     files: dict[str, FileRecord]
@@ -90,10 +92,17 @@ def instead_of(path: Path | str) -> str:
     step = step_of(name)
     with contextlib.suppress(CheckpointError, OSError):
         folder = Storage(parent if is_url(str(path)) else Path(parent))
-        older = [other for other in folder.names() if (found := step_of(other)) is not None and found < (step or 0)]
+        older = [
+            other
+            for other in folder.names()
+            if (found := step_of(other)) is not None and found < (step or 0)
+        ]
         if any((folder / other).holds("state.json") for other in older):
             return f"remove {path} to go on from an older checkpoint"
-    return "there is no older one: restore it, or `dnt train --fresh` begins anew and keeps what is there aside"
+    return (
+        "there is no older one: restore it, or `dnt train --fresh` begins anew and keeps what is "
+        "there aside"
+    )
 
 
 def read_state(path: Path | str) -> State:
@@ -106,18 +115,26 @@ def read_state(path: Path | str) -> State:
     try:
         state = State.model_validate_json(Storage(path).read("state.json"))
     except FileNotFoundError:
-        raise CheckpointError(f"{file}: no such file; expected a checkpoint folder step-NNNNNNNN") from None
+        raise CheckpointError(
+            f"{file}: no such file; expected a checkpoint folder step-NNNNNNNN"
+        ) from None
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read: {error.strerror or error}") from None
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(map(str, problem["loc"])) or "JSON"
-        raise CheckpointError(f"{file}: damaged ({where}: {problem['msg']}); {instead_of(path)}") from None
+        raise CheckpointError(
+            f"{file}: damaged ({where}: {problem['msg']}); {instead_of(path)}"
+        ) from None
     if any(Path(name).name != name or not name.endswith(".safetensors") for name in state.files):
-        raise CheckpointError(f"{file}: names a file outside its folder, or none of a checkpoint's; {instead_of(path)}")
+        raise CheckpointError(
+            f"{file}: names a file outside its folder, or none of a checkpoint's; "
+            f"{instead_of(path)}"
+        )
     if (state.format, state.version) != (FORMAT, VERSION):
         raise CheckpointError(
-            f"{file}: is {state.format} version {state.version}, expected {FORMAT} version {VERSION}; "
+            f"{file}: is {state.format} version {state.version}, expected {FORMAT} version "
+            f"{VERSION}; "
             f"{instead_of(path)}"
         )
     return state

@@ -14,7 +14,9 @@ from dnt_scale.distributed.errors import AgreedError, AgreedFault
 
 
 class CheckpointError(AgreedError):
-    """A checkpoint cannot be written or read; every rank raises it. The message names it and says what to do."""
+    """A checkpoint cannot be written or read; every rank raises it. The message names it and
+    says what to do.
+    """
 
 
 class CheckpointFault(AgreedFault, CheckpointError):
@@ -65,8 +67,8 @@ File = io.FileIO | _Remote
 class Storage:
     """A folder, here or at a URL, and the few things done with one.
 
-    Methods raise OSError, FileNotFoundError where a name is not there, as local files do; a remote file system's own
-    exceptions become OSError.
+    Methods raise OSError, FileNotFoundError where a name is not there, as local files do; a remote
+    file system's own exceptions become OSError.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -91,7 +93,11 @@ class Storage:
     def names(self) -> list[str]:
         """Sorted names of what the folder holds; none if there is no folder."""
         if self._fs is None:
-            return sorted(path.name for path in Path(self._root).iterdir()) if Path(self._root).is_dir() else []
+            return (
+                sorted(path.name for path in Path(self._root).iterdir())
+                if Path(self._root).is_dir()
+                else []
+            )
         with _as_os_errors(self):
             self._fs.invalidate_cache()
             try:
@@ -121,7 +127,9 @@ class Storage:
 
     def is_folder(self, name: str) -> bool:
         """Whether ``name`` may be a folder of its own: no file, no link. At a URL all names may."""
-        return self._fs is not None or (Path(self._root, name).is_dir() and not Path(self._root, name).is_symlink())
+        return self._fs is not None or (
+            Path(self._root, name).is_dir() and not Path(self._root, name).is_symlink()
+        )
 
     def open(self, name: str) -> File:
         """A file to be read from any place; at a URL each read fetches just what it asks for."""
@@ -161,7 +169,9 @@ class Storage:
                 self._fs.rm_file(self._inside(name))
 
     def remove_all(self) -> None:
-        """Remove the folder and what is in it; at a URL ``state.json`` first, so that what is left is no checkpoint."""
+        """Remove the folder and what is in it; at a URL ``state.json`` first, so that what is
+        left is no checkpoint.
+        """
         if self._fs is None:
             shutil.rmtree(self._root, ignore_errors=True)
             return
@@ -225,5 +235,7 @@ def _file_system(url: str) -> tuple[Any, str]:
             f"{url}: {protocol}:// needs a package that is not here; pip install {package}"
         ) from error
     except ValueError as error:
-        raise CheckpointError(f"{url}: {error}; expected a folder, s3://, gs:// or another of fsspec's") from error
+        raise CheckpointError(
+            f"{url}: {error}; expected a folder, s3://, gs:// or another of fsspec's"
+        ) from error
     return fs, str(path).rstrip("/")

@@ -1,7 +1,8 @@
 """Boxes: what a rank holds of a tensor, whoever sharded it.
 
-Every engine describes its weights and optimizer buffers as rectangular parts of the whole tensors. FSDP2's row shards
-are one box each; a run of a flattened tensor, as ZeRO partitions are, is at most three boxes of a matrix.
+Every engine describes its weights and optimizer buffers as rectangular parts of the whole tensors.
+FSDP2's row shards are one box each; a run of a flattened tensor, as ZeRO partitions are, is at most
+three boxes of a matrix.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,8 +26,9 @@ class Region(NamedTuple):
 class Box:
     """A part of the tensor ``name`` that this rank holds.
 
-    ``data`` is a view of the engine's own storage, of the whole tensor's number of dimensions: writing into it changes
-    what the engine holds. ``replicas`` ranks hold an equal box, of which this is number ``replica``.
+    ``data`` is a view of the engine's own storage, of the whole tensor's number of dimensions:
+    writing into it changes what the engine holds. ``replicas`` ranks hold an equal box, of which
+    this is number ``replica``.
     """
 
     name: str  # model.NAME, or BUFFER.NAME: momentum_buffer; exp_avg, exp_avg_sq
@@ -42,7 +44,9 @@ class Box:
 
 
 def owned(box: Box) -> Box | None:
-    """What of ``box`` this replica writes, so that all replicas together write each element once."""
+    """What of ``box`` this replica writes, so that all replicas together write each element
+    once.
+    """
     rows = box.data.shape[0] if box.data.dim() else 1
     if box.replicas == 1 or rows < box.replicas or box.data.nbytes <= SMALL:
         return box if box.replica == 0 and box.data.numel() else None
@@ -53,20 +57,26 @@ def owned(box: Box) -> Box | None:
 def intersect(one: Region, other: Region) -> Region | None:
     """What two regions of the same tensor share."""
     offset = tuple(map(max, one.offset, other.offset))
-    ends = (min(a + n, b + m) for a, n, b, m in zip(one.offset, one.shape, other.offset, other.shape, strict=True))
+    ends = (
+        min(a + n, b + m)
+        for a, n, b, m in zip(one.offset, one.shape, other.offset, other.shape, strict=True)
+    )
     shape = tuple(end - start for start, end in zip(offset, ends, strict=True))
     return Region(offset, shape) if all(size > 0 for size in shape) else None
 
 
 def miscovered(region: Region, parts: Sequence[Region]) -> tuple[int, ...] | None:
-    """The first place in ``region`` that not exactly one of ``parts``, which lie inside it, covers; None if all are."""
+    """The first place in ``region`` that not exactly one of ``parts``, which lie inside it,
+    covers; None if all are.
+    """
     if not region.shape:
         return None if len(parts) == 1 else ()
     if 0 in region.shape:
         return None
     inner = Region(region.offset[1:], region.shape[1:])
     starts = [
-        (part.offset[0], part.offset[0] + part.shape[0], Region(part.offset[1:], part.shape[1:])) for part in parts
+        (part.offset[0], part.offset[0] + part.shape[0], Region(part.offset[1:], part.shape[1:]))
+        for part in parts
     ]
     waiting = sorted(starts, reverse=True)
     cuts = {region.offset[0], region.offset[0] + region.shape[0]}
@@ -94,7 +104,9 @@ def flat_boxes(
     if not flat.numel():
         return
     if len(shape) <= 1:
-        yield Box(name, shape, (start,) * len(shape), flat.view(-1 if shape else ()), replica, replicas)
+        yield Box(
+            name, shape, (start,) * len(shape), flat.view(-1 if shape else ()), replica, replicas
+        )
         return
     row = 1
     for size in shape[1:]:
@@ -109,4 +121,6 @@ def flat_boxes(
             yield Box(name, shape, index, part.view(-1, *shape[1:]), replica, replicas)
         else:
             for inner in flat_boxes(name, shape[1:], first % row, part, replica, replicas):
-                yield Box(name, shape, (first // row, *inner.offset), inner.data[None], replica, replicas)
+                yield Box(
+                    name, shape, (first // row, *inner.offset), inner.data[None], replica, replicas
+                )

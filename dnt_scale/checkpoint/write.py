@@ -1,8 +1,11 @@
-"""Saving: copy what this rank owns, write it while training goes on, then let all ranks agree that it is whole.
+"""Saving: copy what this rank owns, write it while training goes on, then let all ranks agree that
+it is whole.
 
-    save()    main thread    an earlier save is settled; owned parts are copied into host memory; the thread starts
+    save()    main thread    an earlier save is committed; this rank's parts are copied into host
+                             memory; the thread starts
     (writer)  this rank's    writes and hashes, fsyncs, reads back what is on disk and compares
-    settle()  main thread    all ranks tell each other how it went; rank 0 writes state.json and renames the folder
+    commit()  main thread    all ranks tell each other how it went; rank 0 writes state.json and
+                             renames the folder
 
 At a URL there is no rename: the files come first, and state.json last makes them a checkpoint.
 """
@@ -71,12 +74,14 @@ class _File:
 class Saver:
     """Writes a run's checkpoints into ``folder``, which is here or at a URL.
 
-    All ranks call ``save`` and ``settle`` together, on their main threads; the threads hold no collective.
+    All ranks call ``save`` and ``settle`` together, on their main threads; the threads hold no
+    collective.
 
     Args:
         keep: newest checkpoints that stay.
         keep_every: checkpoints whose step is a multiple stay too.
-        background: return from ``save`` when the copy is made, else when the checkpoint is in place.
+        background: return from ``save`` when the copy is made, else when the checkpoint is in
+            place.
         in_place: called on rank 0 with the step of each checkpoint that is in place now.
     """
 
@@ -116,7 +121,8 @@ class Saver:
         return self._state is not None
 
     def save(self, state: State, boxes: Sequence[Box]) -> None:
-        """Begin to write a checkpoint of ``state.step``; with ``background`` False, end it too. A collective.
+        """Begin to write a checkpoint of ``state.step``; with ``background`` False, end it too. A
+        collective.
 
         Raises:
             CheckpointError: on every rank, when it or the save before it could not be written.
@@ -135,21 +141,23 @@ class Saver:
             self.settle(wait=True)
 
     def settle(self, *, wait: bool = False) -> Path | str | None:
-        """Agree that all ranks have written, and put the checkpoint in place; its path, or None without one. A
-        collective, to be called when no rank is busy.
+        """Agree that all ranks have written, and put the checkpoint in place; its path, or None
+        without one. A collective, to be called when no rank is busy.
 
         Args:
             wait: until the threads have written and read back.
 
         Raises:
-            CheckpointError: on every rank, when any could not write, and nothing partial is left; or the checkpoint
-                is in place, and an older one could not be removed.
+            CheckpointError: on every rank, when any could not write, and nothing partial is left;
+                or the checkpoint is in place, and an older one could not be removed.
         """
         if self._state is None:
             return None
         assert wait or not self.busy
         self._wait()
-        outcomes: list[dict[str, FileRecord] | CheckpointError] = [{} for _ in range(self.me.world_size)]
+        outcomes: list[dict[str, FileRecord] | CheckpointError] = [
+            {} for _ in range(self.me.world_size)
+        ]
         dist.all_gather_object(outcomes, self._outcome)
         state, self._state = self._state, None
         try:
@@ -181,7 +189,9 @@ class Saver:
                 moving()
 
     def close(self) -> None:
-        """Stop the thread and remove what this rank wrote of an unsettled save. No collective: errors end here too."""
+        """Stop the thread and remove what this rank wrote of an unsettled save. No collective:
+        errors end here too.
+        """
         self._stop.set()
         if self._writer:
             self._writer.join()
@@ -209,7 +219,8 @@ class Saver:
         try:
             if self.folder.local:
                 for leftover in self.folder.local.glob(".*-step-*"):
-                    if leftover.is_dir() and not leftover.is_symlink():  # whatever else has such a name is not ours
+                    # whatever else has such a name is not ours
+                    if leftover.is_dir() and not leftover.is_symlink():
                         shutil.rmtree(leftover)
             else:
                 whole = complete(self.folder).keys() - {self._state.step}
@@ -223,8 +234,8 @@ class Saver:
     def stage(self, boxes: Sequence[Box]) -> list[_File]:
         """What this rank writes, copied into host memory as its files will have it."""
         parts = [part for part in map(owned, boxes) if part is not None]
-        # the largest box of a tensor goes into the first file, more of them into a second and third; and where
-        # elements have 4 bytes before those of 2, all are aligned
+        # the largest box of a tensor goes into the first file, more of them into a second and
+        # third; and where elements have 4 bytes before those of 2, all are aligned
         parts.sort(key=lambda part: part.data.numel(), reverse=True)
         numbers: dict[str, Iterator[int]] = {}
         groups: dict[int, list[Box]] = {}
@@ -239,30 +250,43 @@ class Saver:
         for size in sizes:
             starts.append(starts[-1] + -(-size // 64) * 64)
         if len(self._buffer) < starts[-1]:
-            self._buffer = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=self.me.device.type == "cuda")
+            self._buffer = torch.empty(
+                starts[-1], dtype=torch.uint8, pin_memory=self.me.device.type == "cuda"
+            )
         files = []
-        for number, (group, start, size) in enumerate(zip(groups.values(), starts, sizes, strict=False), 1):
+        for number, (group, start, size) in enumerate(
+            zip(groups.values(), starts, sizes, strict=False), 1
+        ):
             place = start
             for part in group:
-                target = self._buffer[place : place + part.data.nbytes].view(part.data.dtype).view(part.data.shape)
+                target = (
+                    self._buffer[place : place + part.data.nbytes]
+                    .view(part.data.dtype)
+                    .view(part.data.shape)
+                )
                 target.copy_(part.data.detach(), non_blocking=True)
                 place += part.data.nbytes
             head = make_header([(part.name, part.data.dtype, part.region) for part in group])
-            name = f"shard-{self.me.rank + 1:05d}-model-{number:05d}-of-{len(groups):05d}.safetensors"
+            name = (
+                f"shard-{self.me.rank + 1:05d}-model-{number:05d}-of-{len(groups):05d}.safetensors"
+            )
             files.append(_File(name, memoryview(head), _bytes(self._buffer[start : start + size])))
         if self.me.device.type == "cuda":
             torch.cuda.synchronize(self.me.device)
         return files
 
     def _work(self) -> None:
-        """The thread: write, hash, fsync, then compare. ``_outcome`` is the files' records, or what went wrong."""
+        """The thread: write, hash, fsync, then compare. ``_outcome`` is the files' records, or
+        what went wrong.
+        """
         assert self._state is not None
         partial = self._partial(self._state)
         if self.background and sys.platform == "linux":
             os.nice(NICENESS)  # Linux's is of this thread and those it starts
         try:
             records = {
-                file.name: write_file(partial, file.name, self._unstopped(file.chunks())) for file in self._files
+                file.name: write_file(partial, file.name, self._unstopped(file.chunks()))
+                for file in self._files
             }
             for file in self._files:
                 self._read_back(partial, file)
@@ -285,7 +309,9 @@ class Saver:
             for expected in self._unstopped(file.chunks()):
                 part = found[: len(expected)]
                 # numpy compares without the interpreter's lock
-                if not fill(stream, part.data) or not np.array_equal(part, np.frombuffer(expected, np.uint8)):
+                if not fill(stream, part.data) or not np.array_equal(
+                    part, np.frombuffer(expected, np.uint8)
+                ):
                     raise OSError(errno.EIO, "what is on disk is not what was written")
             forget(stream)
 
@@ -298,7 +324,9 @@ class Saver:
             raise CheckpointError(_explain(error, partial)) from None
 
     def _retire(self, newest: int) -> None:
-        """Take old checkpoints away; their bytes go in a thread, for that takes a file system a while."""
+        """Take old checkpoints away; their bytes go in a thread, for that takes a file system a
+        while.
+        """
         try:
             steps = [step for step in complete(self.folder) if step <= newest]
             doomed = [
@@ -311,8 +339,9 @@ class Saver:
                     old.local.rename(old.local.with_name(f".old-{old.local.name}"))
         except OSError as error:
             raise CheckpointError(
-                f"{self.folder / step_name(newest)}: is in place, but older checkpoints could not be removed: {error}; "
-                "mend that, or set checkpoint.keep higher, and run the same command again"
+                f"{self.folder / step_name(newest)}: is in place, but older checkpoints could not "
+                f"be removed: {error}; mend that, or set checkpoint.keep higher, and run the same "
+                "command again"
             ) from None
         if self.folder.local:
             doomed = [Storage(path) for path in self.folder.local.glob(".old-step-*")]
@@ -326,7 +355,9 @@ class Saver:
         self._cleaner.start()
 
 
-def write_file(folder: Storage, name: str, chunks: Iterable[memoryview], *, reused: bool = False) -> FileRecord:
+def write_file(
+    folder: Storage, name: str, chunks: Iterable[memoryview], *, reused: bool = False
+) -> FileRecord:
     """Write a durable file and hash it, the hash in a thread of its own.
 
     Args:
@@ -353,7 +384,8 @@ def write_file(folder: Storage, name: str, chunks: Iterable[memoryview], *, reus
 
 
 def publish(partial: Storage, final: Storage, state: State) -> None:
-    """Write state.json beside the files it names, and put the folder in place: whole or not at all, crashes included.
+    """Write state.json beside the files it names, and put the folder in place: whole or not at all,
+    crashes included.
 
     Raises:
         OSError: it could not be written.
@@ -365,7 +397,8 @@ def publish(partial: Storage, final: Storage, state: State) -> None:
     if not (partial.local and final.local):
         return
     fsync_folder(partial.local)
-    if final.local.is_dir() and not final.local.is_symlink():  # a resumed run writes newer steps again
+    # a resumed run writes newer steps again
+    if final.local.is_dir() and not final.local.is_symlink():
         final.local.rename(final.local.with_name(f".old-{final.local.name}"))
     elif os.path.lexists(final.local):  # somebody's file or link of that name
         final.local.rename(_free(final.local.with_name(f"{final.local.name}.not-a-checkpoint")))
@@ -388,10 +421,15 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 
 def _explain(failure: Exception, path: Storage, where: str = "") -> str:
-    if isinstance(failure, OSError) and failure.errno in (errno.ENOSPC, errno.EDQUOT) and path.local:
+    if (
+        isinstance(failure, OSError)
+        and failure.errno in (errno.ENOSPC, errno.EDQUOT)
+        and path.local
+    ):
         free = shutil.disk_usage(path.local.parent).free
         return (
-            f"{path}: disk full while saving{where} ({free / 1e6:.1f} MB free); the previous checkpoint is whole: "
-            "free some space, or set checkpoint.keep=1, and run the same command again"
+            f"{path}: disk full while saving{where} ({free / 1e6:.1f} MB free); the previous "
+            "checkpoint is whole: free some space, or set checkpoint.keep=1, and run the same "
+            "command again"
         )
     return f"{path}: could not be written{where}: {type(failure).__name__}: {failure}"

@@ -1,4 +1,6 @@
-"""``python -m dnt_scale.cli``: the ``dnt`` command, where the script of that name is not installed."""
+"""``python -m dnt_scale.cli``: the ``dnt`` command, where the script of that name is not
+installed.
+"""
 
 import sys
 

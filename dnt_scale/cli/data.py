@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from data_prep.options import PrepareOptions
 
 DATA_HELP = """\
-A set is a folder: manifest.json, tokenizer.model, WebDataset tars {train,val}-000000.tar of token rows, report.html.
+A set is a folder: manifest.json, tokenizer.model, WebDataset tars {train,val}-000000.tar of token
+rows, report.html.
 
   dnt data prepare books/ notes.md 'dumps/*.jsonl.zst' --out data/mine
   dnt data prepare 's3://bucket/web/*.parquet' --clean web --dedup near --out data/web
@@ -21,9 +22,10 @@ A set is a folder: manifest.json, tokenizer.model, WebDataset tars {train,val}-0
 
 
 PREPARE_HELP = """\
-INPUT may be .txt .md, source files, .jsonl .json, each also .gz .zst .bz2 .xz; .parquet; folders; quoted globs; URLs.
-The set appears whole or not at all. After Ctrl-C, kill -9 or an error the same command goes on where it was, and the
-result is the same to the byte. DIR/report.html tells what was read, dropped and kept; DIR/rejects.jsonl holds findings.
+INPUT may be .txt .md, source files, .jsonl .json, each also .gz .zst .bz2 .xz; .parquet; folders;
+quoted globs; URLs. The set appears whole or not at all. After Ctrl-C, kill -9 or an error the same
+command goes on where it was, and the result is the same to the byte. DIR/report.html tells what was
+read, dropped and kept; DIR/rejects.jsonl holds findings.
 
   dnt data prepare books/ --out data/mine --clean light --dedup near --dry-run
   dnt data prepare more/ --append data/mine --out data/mine-2            # prepares more/ only
@@ -32,16 +34,18 @@ result is the same to the byte. DIR/report.html tells what was read, dropped and
 On several machines that share a folder, or as a job array:
 
   dnt data tokenizer books/ --out books.model
-  dnt data prepare books/ --out data/mine --tokenizer books.model --tasks 16 --task 0     # and 1 to 15, at any time
-  dnt data prepare books/ --out data/mine --tokenizer books.model                         # when all are done
+  dnt data prepare books/ --out data/mine --tokenizer books.model --tasks 16 --task 0
+  ...                                                          # and 1 to 15, at any time
+  dnt data prepare books/ --out data/mine --tokenizer books.model      # when all are done
 
 On a SLURM cluster all of that by jobs; asked again, the same command tells how far they are:
 
-  dnt data prepare books/ --out data/mine --cluster gpu cluster.partition=cpu cluster.time=4:00:00 --workers 8
+  dnt data prepare books/ --out data/mine --workers 8 --cluster gpu cluster.partition=cpu
 """
 
 
-# commands that end where nobody reads their output any more (`| head`); the others do what they are for all the same
+# commands that end where nobody reads their output any more (`| head`); the others do what they are
+# for all the same
 SHOWS = {
     "checkpoint_diff",
     "checkpoint_inspect",
@@ -71,9 +75,13 @@ def add_commands(commands: "argparse._SubParsersAction[Parser]") -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add_corpus_options(tokenizer)
-    tokenizer.add_argument("--out", required=True, type=path, metavar="FILE", help="the .model file to write")
+    tokenizer.add_argument(
+        "--out", required=True, type=path, metavar="FILE", help="the .model file to write"
+    )
     tokenizer.set_defaults(run=data_tokenizer)
-    verify = data_commands.add_parser("verify", help="re-read every byte of a set against its manifest")
+    verify = data_commands.add_parser(
+        "verify", help="re-read every byte of a set against its manifest"
+    )
     verify.add_argument("folder", type=path, metavar="SET")
     verify.set_defaults(run=data_verify)
     info = data_commands.add_parser("info", help="print what a set holds")
@@ -90,38 +98,59 @@ def add_prepare(commands: "argparse._SubParsersAction[Parser]") -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_corpus_options(prepare)
-    prepare.add_argument("--out", required=True, type=path, metavar="DIR", help="folder of the new set")
     prepare.add_argument(
-        "--append", type=path, metavar="SET", help="go on from this set: its rows, then INPUT's, with its options"
+        "--out", required=True, type=path, metavar="DIR", help="folder of the new set"
     )
-    prepare.add_argument("--tokenizer", type=path, metavar="FILE", help="use this SentencePiece model, train none")
+    prepare.add_argument(
+        "--append",
+        type=path,
+        metavar="SET",
+        help="go on from this set: its rows, then INPUT's, with its options",
+    )
+    prepare.add_argument(
+        "--tokenizer", type=path, metavar="FILE", help="use this SentencePiece model, train none"
+    )
     prepare.add_argument(
         "--encoder",
         choices=["sentencepiece", "kitoken"],
         default="sentencepiece",
-        help="kitoken: some three times as fast on bpe, checked on this corpus, given up at the first difference",
+        help="kitoken: some three times as fast on bpe, checked on this corpus, given up at the "
+        "first difference",
     )
-    prepare.add_argument("--dedup", choices=["none", "exact", "near"], help="leave out copies (default: none)")
     prepare.add_argument(
-        "--seq-len", type=whole(1, 1_000_000), metavar="N", help="predicted tokens in a row (default: 1024)"
+        "--dedup", choices=["none", "exact", "near"], help="leave out copies (default: none)"
+    )
+    prepare.add_argument(
+        "--seq-len",
+        type=whole(1, 1_000_000),
+        metavar="N",
+        help="predicted tokens in a row (default: 1024)",
     )
     prepare.add_argument(
         "--packing",
         choices=["concat", "best_fit"],
-        help="concat: documents end to end (default); best_fit: whole documents in a row, with padding",
+        help="concat: documents end to end (default); best_fit: whole documents in a row, with "
+        "padding",
     )
     prepare.add_argument(
-        "--tasks", type=whole(1, 1_000_000), metavar="N", help="with --task I: make part I (from 0) of N, no more"
+        "--tasks",
+        type=whole(1, 1_000_000),
+        metavar="N",
+        help="with --task I: make part I (from 0) of N, no more",
     )
     prepare.add_argument(
-        "--task", type=whole(0, 999_999), metavar="I", help="run the same command without --task when all are done"
+        "--task",
+        type=whole(0, 999_999),
+        metavar="I",
+        help="run the same command without --task when all are done",
     )
     prepare.add_argument(
         "--cluster",
         nargs="+",
         type=word,
         metavar=("NAME", "cluster.KEY=VALUE"),
-        help="make it by SLURM jobs, in --tasks N parts (default: up to 16); the same command tells how far they are",
+        help="make it by SLURM jobs, in --tasks N parts (default: up to 16); the same command "
+        "tells how far they are",
     )
     prepare.add_argument("--dry-run", action="store_true", help="show the plan and stop")
     prepare.set_defaults(run=data_prepare)
@@ -136,16 +165,30 @@ def add_corpus_options(command: argparse.ArgumentParser) -> None:
         help='files, folders, globs, URLs (s3:// gs:// https://); "-" is stdin',
     )
     command.add_argument(
-        "--text-field", type=word, default="text", metavar="NAME", help="field or column with the text"
+        "--text-field",
+        type=word,
+        default="text",
+        metavar="NAME",
+        help="field or column with the text",
     )
     command.add_argument(
-        "--clean", type=path_or_url, metavar="RULES", help="cleaning rules: web, light, none, or a YAML file"
+        "--clean",
+        type=path_or_url,
+        metavar="RULES",
+        help="cleaning rules: web, light, none, or a YAML file",
     )
-    command.add_argument("--strict", action="store_true", help="stop at the first finding in the input")
     command.add_argument(
-        "--vocab-size", type=whole(1, 10_000_000), metavar="N", help="pieces to train (default: 16384)"
+        "--strict", action="store_true", help="stop at the first finding in the input"
     )
-    command.add_argument("--kind", choices=["bpe", "unigram"], help="of the trained tokenizer (default: bpe)")
+    command.add_argument(
+        "--vocab-size",
+        type=whole(1, 10_000_000),
+        metavar="N",
+        help="pieces to train (default: 16384)",
+    )
+    command.add_argument(
+        "--kind", choices=["bpe", "unigram"], help="of the trained tokenizer (default: bpe)"
+    )
     command.add_argument(
         "--val-fraction",
         type=number(0, 1, below=True),
@@ -153,7 +196,10 @@ def add_corpus_options(command: argparse.ArgumentParser) -> None:
         help="share of documents held out (default: 0.005)",
     )
     command.add_argument(
-        "--workers", type=whole(1, 1024), metavar="N", help="processes (default: one a CPU); same result"
+        "--workers",
+        type=whole(1, 1024),
+        metavar="N",
+        help="processes (default: one a CPU); same result",
     )
 
 
@@ -161,7 +207,9 @@ def corpus_options(options: argparse.Namespace, **more: object) -> "PrepareOptio
     """What was given; what was not has the defaults of PrepareOptions."""
     from data_prep.options import PrepareOptions
 
-    given = {name: getattr(options, name) for name in ("vocab_size", "kind", "val_fraction", "workers")}
+    given = {
+        name: getattr(options, name) for name in ("vocab_size", "kind", "val_fraction", "workers")
+    }
     given |= {"rules": rules_file(options.clean) if options.clean else None, **more}
     return PrepareOptions(
         inputs=options.inputs,
@@ -187,9 +235,13 @@ def data_prepare(options: argparse.Namespace) -> int:
     from data_prep.report.terminal import print_info, print_plan
 
     if options.cluster and options.task is not None:
-        raise ValueError("--task: with --cluster there is a job for each; give --tasks N alone, or neither")
+        raise ValueError(
+            "--task: with --cluster there is a job for each; give --tasks N alone, or neither"
+        )
     if not options.cluster and (options.tasks is None) != (options.task is None):
-        raise ValueError("--tasks N and --task I go together; give both, or neither for the last step")
+        raise ValueError(
+            "--tasks N and --task I go together; give both, or neither for the last step"
+        )
     reject_conflicting_options(options)
     asked = corpus_options(
         options,
@@ -220,8 +272,13 @@ def data_prepare(options: argparse.Namespace) -> int:
 
 
 def reject_conflicting_options(options: argparse.Namespace) -> None:
-    """Raises ValueError for options of `prepare` that --append or --tokenizer settles, where another value is asked."""
-    for option, names in (("append", ("tokenizer", "vocab_size", "kind")), ("tokenizer", ("vocab_size", "kind"))):
+    """Raises ValueError for options of `prepare` that --append or --tokenizer settles, where
+    another value is asked.
+    """
+    for option, names in (
+        ("append", ("tokenizer", "vocab_size", "kind")),
+        ("tokenizer", ("vocab_size", "kind")),
+    ):
         for name in names if getattr(options, option) else ():
             if getattr(options, name) is not None:
                 raise ValueError(f"--{name.replace('_', '-')}: --{option} settles it; leave it out")
@@ -239,7 +296,10 @@ def reject_conflicting_options(options: argparse.Namespace) -> None:
             if getattr(options, name) not in (None, value):
                 found = getattr(options, name)
                 option = name.replace("_", "-")
-                raise ValueError(f"--{option}: found {found}, but {options.append} was made with {value}; leave it out")
+                raise ValueError(
+                    f"--{option}: found {found}, but {options.append} was made with {value}; leave "
+                    "it out"
+                )
 
 
 def data_tokenizer(options: argparse.Namespace) -> int:
@@ -248,7 +308,9 @@ def data_tokenizer(options: argparse.Namespace) -> int:
 
     work = options.out.with_name(f"{options.out.name}.work")
     tokenizer = train_tokenizer(corpus_options(options, out=work), options.out)
-    print(f"{visible(str(options.out))}: {tokenizer.vocab_size:,} pieces, sha256 {tokenizer.sha256}")
+    print(
+        f"{visible(str(options.out))}: {tokenizer.vocab_size:,} pieces, sha256 {tokenizer.sha256}"
+    )
     return 0
 
 

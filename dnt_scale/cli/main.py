@@ -15,15 +15,20 @@ from dnt_scale.distributed import output
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns the exit status: 2 with one clear line on stderr for what a user can mend."""
+    """Run one command; returns the exit status: 2 with one clear line on stderr for what a user
+    can mend.
+    """
     if arguments is None:  # a process of its own
         startup.leave_folder_out()
         output.guard(shows=True)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a name that the terminal's encoding has not ends nothing
+            # a name that the terminal's encoding has not ends nothing
+            stream.reconfigure(errors="backslashreplace")
     options, more = parser().parse_known_args(arguments)
-    if more and not (hasattr(options, "overrides") and all(re.match(r"(?!-)[\w.+~/@-]+=", each) for each in more)):
+    if more and not (
+        hasattr(options, "overrides") and all(re.match(r"(?!-)[\w.+~/@-]+=", each) for each in more)
+    ):
         fail(f"unrecognized arguments: {' '.join(more)}", options.command)
     if more:  # argparse takes no more words after an option
         options.overrides += more
@@ -49,7 +54,9 @@ def in_words(error: Exception) -> str:
 def parser() -> argparse.ArgumentParser:
     """Return the parser of all commands; each room adds its own."""
     root = Parser(
-        prog="dnt", description="Pretrain Deeply Normalized Transformers with momentum SGD: text, shards, runs."
+        prog="dnt",
+        description="Pretrain Deeply Normalized Transformers with momentum SGD: text, shards, "
+        "runs.",
     )
     commands = root.add_subparsers(required=True, metavar="COMMAND")
     data.add_commands(commands)

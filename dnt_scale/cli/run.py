@@ -10,7 +10,7 @@ Overrides choose files of configs/ (group=name) and change values (key=value), f
 
   dnt train run.name=first data.path=data/mine
   dnt train preset=demo
-  dnt train model=dnt_774m optim=msgdw optim.lr=1.0 train.global_batch=480 run.name=large data.path=data/mine
+  dnt train model=dnt_774m optim.lr=1.0 train.global_batch=480 run.name=large data.path=data/mine
   torchrun --nproc-per-node 8 -m dnt_scale.train model=dnt_1.4b run.name=xl data.path=data/mine
 
 Groups: model (dnt_nano, dnt_124m, dnt_774m, dnt_1.4b and gpt_ twins), optim (msgdw_r, msgdw,
@@ -23,9 +23,9 @@ may not meet (a lost rank), 2 error, 128 + n stopped by signal n.
 
 
 VERIFY_RESUME_HELP = """\
-The runs are made in a temporary folder (TMPDIR says where), with tracking and validation off. The same engine on as
-many ranks must go on to the last bit; another within a stated tolerance of loss and weights. Exit status 0: as it
-should be, 1: not, 2: error.
+The runs are made in a temporary folder (TMPDIR says where), with tracking and validation off. The
+same engine on as many ranks must go on to the last bit; another within a stated tolerance of loss
+and weights. Exit status 0: as it should be, 1: not, 2: error.
 
   dnt verify-resume preset=demo
   dnt verify-resume model=dnt_124m data.path=data/mine --ranks 2 --steps 10
@@ -43,29 +43,52 @@ def add_run_commands(commands: "argparse._SubParsersAction[Parser]") -> None:
     )
     train.add_argument("--print-config", action="store_true", help="show the resolved run and stop")
     train.add_argument(
-        "--fresh", action="store_true", help="move aside what an earlier run has left in the folder; begin at step 0"
+        "--fresh",
+        action="store_true",
+        help="move aside what an earlier run has left in the folder; begin at step 0",
     )
     train.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     train.set_defaults(run=run_train)
 
     generate = commands.add_parser(
-        "generate", help="sample text from a run", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        "generate",
+        help="sample text from a run",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    generate.add_argument("folder", type=path, metavar="RUN", help="run folder, for example runs/demo")
+    generate.add_argument(
+        "folder", type=path, metavar="RUN", help="run folder, for example runs/demo"
+    )
     generate.add_argument("--prompt", default="", type=prompt, help="text to go on from")
     generate.add_argument("--tokens", type=whole(0), default=200, help="tokens to sample, at most")
-    generate.add_argument("--temperature", type=number(0), default=0.8, help="0: always the most likely token")
     generate.add_argument(
-        "--top-k", type=whole(0), default=50, help="sample from the k most likely tokens; 0: from all"
+        "--temperature", type=number(0), default=0.8, help="0: always the most likely token"
     )
-    generate.add_argument("--seed", type=whole(0, 2**64 - 1), default=0, help="the same seed gives the same text")
-    generate.add_argument("--data", type=set_folder, help="set with the tokenizer, if it has moved since training")
+    generate.add_argument(
+        "--top-k",
+        type=whole(0),
+        default=50,
+        help="sample from the k most likely tokens; 0: from all",
+    )
+    generate.add_argument(
+        "--seed", type=whole(0, 2**64 - 1), default=0, help="the same seed gives the same text"
+    )
+    generate.add_argument(
+        "--data", type=set_folder, help="set with the tokenizer, if it has moved since training"
+    )
     generate.set_defaults(run=run_generate)
 
-    evaluate = commands.add_parser("eval", help="measure a run's newest checkpoint on held-out rows")
-    evaluate.add_argument("folder", type=path, metavar="RUN", help="run folder, for example runs/demo")
-    evaluate.add_argument("--data", type=set_folder, help="another set of the same tokenizer (default: the run's own)")
-    evaluate.add_argument("--rows", type=whole(1), help="validation rows to use, at most (default: all)")
+    evaluate = commands.add_parser(
+        "eval", help="measure a run's newest checkpoint on held-out rows"
+    )
+    evaluate.add_argument(
+        "folder", type=path, metavar="RUN", help="run folder, for example runs/demo"
+    )
+    evaluate.add_argument(
+        "--data", type=set_folder, help="another set of the same tokenizer (default: the run's own)"
+    )
+    evaluate.add_argument(
+        "--rows", type=whole(1), help="validation rows to use, at most (default: all)"
+    )
     evaluate.set_defaults(run=run_eval)
 
 
@@ -79,22 +102,37 @@ def add_verify_resume(commands: "argparse._SubParsersAction[Parser]") -> None:
     )
     resume.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as of `dnt train`")
     resume.add_argument(
-        "--steps", type=whole(2, 10**9), default=20, metavar="N", help="of each run (default: 20); killed half-way"
+        "--steps",
+        type=whole(2, 10**9),
+        default=20,
+        metavar="N",
+        help="of each run (default: 20); killed half-way",
     )
     resume.add_argument(
-        "--ranks", type=whole(1, 4096), default=1, metavar="K", help="processes, under torchrun (default: 1)"
+        "--ranks",
+        type=whole(1, 4096),
+        default=1,
+        metavar="K",
+        help="processes, under torchrun (default: 1)",
     )
     resume.add_argument(
-        "--then-ranks", type=whole(1, 4096), metavar="K", help="processes of the resumed part (default: as many)"
+        "--then-ranks",
+        type=whole(1, 4096),
+        metavar="K",
+        help="processes of the resumed part (default: as many)",
     )
-    resume.add_argument("--then", nargs="+", default=[], metavar="KEY=VALUE", help="overrides of the resumed part")
+    resume.add_argument(
+        "--then", nargs="+", default=[], metavar="KEY=VALUE", help="overrides of the resumed part"
+    )
     resume.add_argument("--keep", action="store_true", help="leave the run folders in place")
     resume.set_defaults(run=run_verify_resume)
 
 
 def add_ui(commands: "argparse._SubParsersAction[Parser]") -> None:
     """Add `dnt ui`."""
-    ui = commands.add_parser("ui", help="open the MLflow page", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    ui = commands.add_parser(
+        "ui", help="open the MLflow page", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     ui.add_argument("--uri", type=word, default="sqlite:///runs/mlflow.db", help="MLflow store")
     ui.add_argument("--port", type=whole(1, 65535), default=5000)
     ui.set_defaults(run=run_ui)

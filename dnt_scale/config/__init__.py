@@ -1,4 +1,5 @@
-"""The configuration of a run: sections as pydantic models, composed by Hydra out of ``configs/`` and overrides.
+"""The configuration of a run: sections as pydantic models, composed by Hydra out of ``configs/``
+and overrides.
 
 ``load(overrides)`` is the one way in. Importing this loads no torch.
 """

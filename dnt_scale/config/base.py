@@ -23,14 +23,20 @@ def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
 
 
 class ConfigError(ValueError):
-    """A field of the run's configuration is wrong; the message says which and what to do, in one line."""
+    """A field of the run's configuration is wrong; the message says which and what to do, in one
+    line.
+    """
 
     def __init__(self, message: str) -> None:
-        super().__init__("".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in message))
+        super().__init__(
+            "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in message)
+        )
 
 
 class Strict(BaseModel):
-    """Unknown fields are errors, true is no number, 1e3 is a whole one, and nothing changes after validation."""
+    """Unknown fields are errors, true is no number, 1e3 is a whole one, and nothing changes
+    after validation.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -44,7 +50,9 @@ class Strict(BaseModel):
 
 
 def _as_number(value: Any, found: typed.Kinds) -> Any:
-    """A value for a field that may be a number: true and false are none, a text such as 1e3 is a whole one."""
+    """A value for a field that may be a number: true and false are none, a text such as 1e3 is a
+    whole one.
+    """
     if isinstance(value, list | tuple) and typed.is_number(typed.items(found)):
         return [_as_number(each, typed.items(found)) for each in value]
     if not typed.is_number(found):
@@ -55,7 +63,9 @@ def _as_number(value: Any, found: typed.Kinds) -> Any:
 
 
 def whole(text: str) -> int | str:
-    """The whole number that a text such as 1e3 is; the text itself where it is none, or one of over 30 digits."""
+    """The whole number that a text such as 1e3 is; the text itself where it is none, or one of
+    over 30 digits.
+    """
     try:
         number = Decimal(text)
         if number.is_finite() and number.adjusted() <= 30 and number == number.to_integral_value():
@@ -65,7 +75,8 @@ def whole(text: str) -> int | str:
     return text
 
 
-Count = Annotated[int, Field(le=10**15)]  # of steps, rows and the like: their products still fit what they go into
+# of steps, rows and the like: their products still fit what they go into
+Count = Annotated[int, Field(le=10**15)]
 
 
 Size = Annotated[int, Field(gt=0, le=1 << 20)]

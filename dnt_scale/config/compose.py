@@ -1,7 +1,8 @@
-"""The whole run, composed by Hydra from ``configs/`` and command-line overrides, as the models of the other files.
+"""The whole run, composed by Hydra from ``configs/`` and command-line overrides, as the models of
+the other files.
 
-``load(overrides)`` is the one way in. Every mistake raises ``ConfigError`` (a ValueError) that names
-the field, what was found, what was expected, and for a misspelt key its nearest neighbour.
+``load(overrides)`` is the one way in. Every mistake raises ``ConfigError`` (a ValueError) that
+names the field, what was found, what was expected, and for a misspelt key its nearest neighbour.
 """
 
 from collections.abc import Iterable, Mapping
@@ -17,7 +18,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
-from dnt_scale.config import paths, tracking_uri, typed
+from dnt_scale.config import paths, quoting, tracking_uri, typed
 from dnt_scale.config.base import ConfigError, nearest
 from dnt_scale.config.run import RunConfig
 
@@ -38,7 +39,8 @@ def config_dir() -> Path:
 def load(overrides: list[str]) -> RunConfig:
     """Compose ``configs/train.yaml`` with Hydra overrides and validate it.
 
-    Names and paths are the text that was typed (:mod:`dnt_scale.config.typed`); ``group=PATH`` takes a YAML file.
+    Names and paths are the text that was typed (:mod:`dnt_scale.config.typed`); ``group=PATH``
+    takes a YAML file.
 
     Raises:
         ConfigError: an unknown key or choice, a value of the wrong type, or fields that contradict.
@@ -53,7 +55,12 @@ def load(overrides: list[str]) -> RunConfig:
         raw = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
     except ConfigError:
         raise
-    except (HydraException, OmegaConfBaseException, ValueError, RecursionError) as error:  # Hydra raises bare ones too
+    except (
+        HydraException,
+        OmegaConfBaseException,
+        ValueError,
+        RecursionError,
+    ) as error:  # Hydra raises bare ones too
         raise ConfigError(hidden.show(_explain(error, overrides))) from None
     run = validate(hidden.show(raw))
     check_tracking(run)
@@ -66,7 +73,8 @@ def typed_keys(overrides: Iterable[str]) -> list[str]:
 
 
 def _for_hydra(line: str, hidden: typed.Hidden, files: dict[str, Path]) -> str:
-    """An override as Hydra is to read it: text hidden, files by path among its choices, new keys permitted.
+    """An override as Hydra is to read it: text hidden, files by path among its choices, new keys
+    permitted.
 
     Raises:
         ConfigError: it cannot be read.
@@ -85,15 +93,23 @@ def _for_hydra(line: str, hidden: typed.Hidden, files: dict[str, Path]) -> str:
 def _check_key(line: str, key: str, value: str | None) -> None:
     """Raise ConfigError for a key that no override may have."""
     if problem := paths.unreadable(line):
-        raise ConfigError(f"{key.encode(errors='backslashreplace').decode()}: found {line!a}; {problem}")
-    if (not key or key.partition(".")[0].partition("/")[0] == "hydra") and (key or value is not None):
+        raise ConfigError(
+            f"{key.encode(errors='backslashreplace').decode()}: found {line!a}; {problem}"
+        )
+    if (not key or key.partition(".")[0].partition("/")[0] == "hydra") and (
+        key or value is not None
+    ):
         raise ConfigError(f"{line}: no such key; `dnt train --print-config` shows every key")
     if key.partition(".")[0] == "cluster":
-        raise ConfigError(f"{line}: no such key; of a run that `dnt submit` queues, with a cluster=NAME")
+        raise ConfigError(
+            f"{line}: no such key; of a run that `dnt submit` queues, with a cluster=NAME"
+        )
 
 
 def _choice_for_hydra(line: str, files: dict[str, Path]) -> str:
-    """``group=NAME`` or ``group=PATH``; a path goes into ``files``, under the name that stands for it."""
+    """``group=NAME`` or ``group=PATH``; a path goes into ``files``, under the name that stands
+    for it.
+    """
     prefix, key, value = typed.split(line)
     parsed = typed.parse(line)
     if parsed and parsed.is_sweep_override():
@@ -132,15 +148,19 @@ def refusal(line: str) -> str:
         return f"{line or repr(line)}: expected key=value; `dnt train --help` shows examples"
     if typed.parse(f"{prefix}{typed.key_for_hydra(RunConfig, key, typed.Hidden())}=1") is None:
         return f"{line}: no such key{_nearest(key, _known_keys(RunConfig))}"
-    if shown := typed.advice(prefix + key, value, typed.at(RunConfig, key)):
+    if shown := quoting.advice(prefix + key, value, typed.at(RunConfig, key)):
         return (
-            f"{line}: has to be quoted inside too, where there are other signs than letters, digits and /-.+_: {shown}"
+            f"{line}: has to be quoted inside too, where there are other signs than letters, "
+            f"digits and /-.+_: {shown}"
         )
     return f"{line}: expected a list [a, b] or a mapping {{key: value}}; check its brackets"
 
 
 def _groups() -> set[str]:
-    return {path.name for path in config_dir().iterdir() if path.is_dir()} & {*RunConfig.model_fields, "preset"}
+    return {path.name for path in config_dir().iterdir() if path.is_dir()} & {
+        *RunConfig.model_fields,
+        "preset",
+    }
 
 
 def choice_file(group: str, value: str) -> Path:
@@ -155,17 +175,28 @@ def _file_of(group: str, value: str) -> Path | None:
         ConfigError: there is no such file.
     """
     path = Path(paths.expanded(typed.meant(value, place=True)))
-    if value.removesuffix(".yaml") in _choices(group) or not ("/" in value or path.suffix in (".yaml", ".yml")):
+    if value.removesuffix(".yaml") in _choices(group) or not (
+        "/" in value or path.suffix in (".yaml", ".yml")
+    ):
         return None
     if not path.is_file():
         found = "a folder" if path.is_dir() else "no such file"
-        raise ConfigError(f"{group}={value}: {found}; expected a YAML file, or one of {', '.join(_choices(group))}")
+        raise ConfigError(
+            f"{group}={value}: {found}; expected a YAML file, or one of "
+            f"{', '.join(_choices(group))}"
+        )
     return path
 
 
 def _read_as_typed(files: Mapping[str, Path], hidden: typed.Hidden) -> None:
-    """Let Hydra's source of ``configs/`` read text as it is written, and ``files`` too, by their names in a group."""
-    [ours] = [each for each in GlobalHydra.instance().config_loader().get_sources() if each.provider == "main"]
+    """Let Hydra's source of ``configs/`` read text as it is written, and ``files`` too, by their
+    names in a group.
+    """
+    [ours] = [
+        each
+        for each in GlobalHydra.instance().config_loader().get_sources()
+        if each.provider == "main"
+    ]
     is_config = ours.is_config
 
     def load_config(config_path: str) -> ConfigResult:
@@ -181,7 +212,9 @@ def _read_as_typed(files: Mapping[str, Path], hidden: typed.Hidden) -> None:
             tree = OmegaConf.create(hidden.carry_all(raw, RunConfig))
         except ValueError as error:
             raise ConfigError(f"{path}: not readable as YAML ({error})") from None
-        return ConfigResult(provider=ours.provider, path=ours.full_path(), config=tree, header=header)
+        return ConfigResult(
+            provider=ours.provider, path=ours.full_path(), config=tree, header=header
+        )
 
     ours.load_config = load_config  # type: ignore[method-assign]
     ours.is_config = lambda config_path: config_path in files or is_config(config_path)  # type: ignore[method-assign]
@@ -204,7 +237,9 @@ def check_tracking(run: RunConfig) -> None:
     for name in tracking.backends:
         if name not in known:
             hint = _nearest(name, set(known)) or "."
-            raise ConfigError(f"tracking.backends: no such backend as {name}{hint} There are: {', '.join(known)}")
+            raise ConfigError(
+                f"tracking.backends: no such backend as {name}{hint} There are: {', '.join(known)}"
+            )
     if "mlflow" not in tracking.backends:
         return
     try:
@@ -214,11 +249,16 @@ def check_tracking(run: RunConfig) -> None:
         raise ConfigError(str(error)) from None
     if not 0 < len(tracking.experiment.strip()) <= EXPERIMENT_CHARS:
         found = len(tracking.experiment)
-        raise ConfigError(f"tracking.experiment: has {found} characters, expected a name of 1 to {EXPERIMENT_CHARS}")
+        raise ConfigError(
+            f"tracking.experiment: has {found} characters, expected a name of 1 to "
+            f"{EXPERIMENT_CHARS}"
+        )
 
 
 def budget(given: Iterable[str]) -> list[str]:
-    """The override that lets a given train.tokens take the place of a train.steps that nobody gave, and the reverse."""
+    """The override that lets a given train.tokens take the place of a train.steps that nobody
+    gave, and the reverse.
+    """
     asked = {"train.steps", "train.tokens"} & {key.lstrip("+") for key in given}
     if len(asked) != 1:
         return []
@@ -229,7 +269,8 @@ def changed(run: RunConfig, overrides: list[str]) -> RunConfig:
     """``run`` with other values: KEY=VALUE, and engine=NAME of ``configs/engine``.
 
     Raises:
-        ConfigError: an unknown key, a wrong value, or another name or folder, which would be another run.
+        ConfigError: an unknown key, a wrong value, or another name or folder, which would be
+            another run.
     """
     hidden = typed.Hidden()
     tree = OmegaConf.create(hidden.hide_all(run.model_dump(mode="json")))
@@ -240,10 +281,13 @@ def changed(run: RunConfig, overrides: list[str]) -> RunConfig:
             if key == "engine" and value in _choices("engine"):
                 tree[key] = OmegaConf.load(file)
             elif key == "engine":
-                raise ConfigError(f"{override}: no such engine; there are {', '.join(_choices('engine'))}")
+                raise ConfigError(
+                    f"{override}: no such engine; there are {', '.join(_choices('engine'))}"
+                )
             elif value is None or "." not in key or "~" in prefix or key in ("run.name", "run.dir"):
                 raise ConfigError(
-                    f"{override}: a run that goes on keeps its {key}; it takes engine=NAME and KEY.KEY=VALUE"
+                    f"{override}: a run that goes on keeps its {key}; it takes engine=NAME and "
+                    "KEY.KEY=VALUE"
                 )
             else:
                 parsed = typed.parse(_for_hydra(f"{key}={value}", hidden, {}))
@@ -287,9 +331,13 @@ def from_yaml(path: Path) -> RunConfig:
     try:
         raw = typed.read_yaml(path.read_text("utf-8"), (RunConfig,))
     except (FileNotFoundError, NotADirectoryError):
-        raise ConfigError(f"{path}: no such file; give the folder of a run that `dnt train` made") from None
+        raise ConfigError(
+            f"{path}: no such file; give the folder of a run that `dnt train` made"
+        ) from None
     except ValueError as error:
-        raise ConfigError(f"{path}: not readable as YAML ({error}); restore it from the MLflow run") from None
+        raise ConfigError(
+            f"{path}: not readable as YAML ({error}); restore it from the MLflow run"
+        ) from None
     return validate(raw, str(path))
 
 
@@ -303,7 +351,11 @@ def flat(config: RunConfig) -> dict[str, str | int | float | bool | None]:
 
     def walk(prefix: str, value: Any) -> dict[str, Any]:
         if isinstance(value, dict):
-            return {k: v for key, inner in value.items() for k, v in walk(f"{prefix}{key}.", inner).items()}
+            return {
+                k: v
+                for key, inner in value.items()
+                for k, v in walk(f"{prefix}{key}.", inner).items()
+            }
         return {prefix[:-1]: str(value) if isinstance(value, list) else value}
 
     return walk("", config.model_dump(mode="json"))
@@ -318,7 +370,8 @@ def _known_keys(model: type[BaseModel], prefix: str = "") -> set[str]:
         kinds = typed.kinds(nested)
         for choice in (inner for kind in kinds for inner in get_args(kind) or (kind,)):
             if isinstance(choice, type) and issubclass(choice, BaseModel):
-                several = vars(choice).get("registry")  # of those imported: what was typed has been looked for already
+                # of those imported: what was typed has been looked for already
+                several = vars(choice).get("registry")
                 for section in several.loaded() if several else [choice]:
                     keys |= _known_keys(section, inner_prefix)
     return keys
@@ -351,11 +404,17 @@ def _explain(error: Exception, overrides: list[str]) -> str:
         known = _known_keys(RunConfig)
         for key in (override.partition("=")[0].lstrip("+~") for override in overrides):
             if not _is_key(key, known) and key not in _groups():
-                return f"{key}: no such key{_nearest(key, known)} `dnt train --print-config` shows every key"
+                return (
+                    f"{key}: no such key{_nearest(key, known)} `dnt train --print-config` shows "
+                    "every key"
+                )
         missing = getattr(error, "full_key", "a mandatory key")
-        if missing == "data.path" and any(override.lstrip("+").startswith("data.mixture") for override in overrides):
+        if missing == "data.path" and any(
+            override.lstrip("+").startswith("data.mixture") for override in overrides
+        ):
             return (
-                "data.path: is not set, and data.mixture is read instead of it with data=mixture only; add data=mixture"
+                "data.path: is not set, and data.mixture is read instead of it with data=mixture "
+                "only; add data=mixture"
             )
         return f"{missing}: is not set; add {missing}=VALUE (`dnt train --help` shows an example)"
     for override in overrides:

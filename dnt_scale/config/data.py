@@ -67,7 +67,9 @@ class DataSection(Strict):
         """Return the section that reads the set at ``path`` instead. Raises ConfigError for a kind
         without sets.
         """
-        raise ConfigError(f"--data {path}: data.kind is {self.kind}, which reads no sets; leave it out")
+        raise ConfigError(
+            f"--data {path}: data.kind is {self.kind}, which reads no sets; leave it out"
+        )
 
     def sets(self) -> list[NamedSet]:
         """Return the sets that are read; the weights add up to 1. None of a kind that reads no
@@ -95,11 +97,18 @@ class TokenRows:
 
 def _not_a_measure(name: str) -> str:
     if name in ("loss", "perplexity", "bits_per_byte"):
-        raise ValueError(f"a set named {name} would take the place of the metric val/{name}; give it another name")
+        raise ValueError(
+            f"a set named {name} would take the place of the metric val/{name}; give it another "
+            "name"
+        )
     return name
 
 
-SetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100), AfterValidator(_not_a_measure)]
+SetName = Annotated[
+    str,
+    Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100),
+    AfterValidator(_not_a_measure),
+]
 
 
 class MixtureEntry(Strict):
@@ -107,7 +116,10 @@ class MixtureEntry(Strict):
 
     path: SetPath = Field(description="made by `dnt data prepare`")
     weight: float = Field(
-        gt=0, le=1e12, description="its part of the predicted tokens (padding is none), relative to the other sets'"
+        gt=0,
+        le=1e12,
+        description="its part of the predicted tokens (padding is none), relative to the other "
+        "sets'",
     )
 
 
@@ -120,7 +132,9 @@ class DataConfig(DataSection):
     kind: Literal["tokens"] = "tokens"
     path: SetPath | None = Field(None, description="made by `dnt data prepare`")
     mixture: dict[SetName, MixtureEntry] = Field({})
-    document_mask: bool = Field(False, description="attention stays inside documents, where positions restart")
+    document_mask: bool = Field(
+        False, description="attention stays inside documents, where positions restart"
+    )
 
     @model_validator(mode="after")
     def _path_or_mixture(self) -> Self:
@@ -141,4 +155,6 @@ class DataConfig(DataSection):
         if self.path is not None:
             return [NamedSet("", 1.0, self.path)]
         total = math.fsum(entry.weight for entry in self.mixture.values())
-        return [NamedSet(name, entry.weight / total, entry.path) for name, entry in self.mixture.items()]
+        return [
+            NamedSet(name, entry.weight / total, entry.path) for name, entry in self.mixture.items()
+        ]

@@ -1,6 +1,8 @@
-"""DeepSpeed's own JSON: what our fields make of it, and a user's ``engine.deepspeed`` merged over that.
+"""DeepSpeed's own JSON: what our fields make of it, and a user's ``engine.deepspeed`` merged over
+that.
 
-DeepSpeed says nothing of keys that it does not know, or that do nothing in the chosen stage. Here they are errors.
+DeepSpeed says nothing of keys that it does not know, or that do nothing in the chosen stage. Here
+they are errors.
 """
 
 from typing import Any
@@ -15,7 +17,8 @@ PATH = "engine.deepspeed"
 OWNED = {
     "train_batch_size": "use train.global_batch",
     "train_micro_batch_size_per_gpu": "use train.micro_batch",
-    "gradient_accumulation_steps": "it follows from train.global_batch, train.micro_batch and the number of ranks",
+    "gradient_accumulation_steps": "it follows from train.global_batch, train.micro_batch and the "
+    "number of ranks",
     "gradient_clipping": "use optim.clip_norm",
     "optimizer": "use optim=msgdw or another file of configs/optim, and optim.lr and the like",
     "scheduler": "use optim.schedule",
@@ -34,13 +37,16 @@ OWNED = {
     "wandb": "use tracking",
     "comet": "use tracking",
     "csv_monitor": "use tracking",
-    "zero_optimization.allgather_bucket_size": "DeepSpeed gathers the weights of a parameter group at once",
+    "zero_optimization.allgather_bucket_size": "DeepSpeed gathers the weights of a parameter group "
+    "at once",
     "zero_optimization.stage": "use engine=zero0, zero1, zero2 or zero3",
     "zero_optimization.compute_grad_norm": "the gradient norm is always measured",
     "zero_optimization.cpu_offload": "use engine.offload_optimizer",
     "zero_optimization.cpu_offload_param": "use engine.offload_parameters",
-    "zero_optimization.offload_optimizer.device": "use engine.offload_optimizer (cpu is the only place)",
-    "zero_optimization.offload_param.device": "use engine.offload_parameters (cpu is the only place)",
+    "zero_optimization.offload_optimizer.device": "use engine.offload_optimizer (cpu is the only "
+    "place)",
+    "zero_optimization.offload_param.device": "use engine.offload_parameters (cpu is the only "
+    "place)",
 }
 TOP_LEVEL = {"log_level", "wall_clock_breakdown", "zero_optimization"}
 LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
@@ -87,7 +93,8 @@ def deepspeed_json(run: RunConfig, world_size: int, *, pin_memory: bool) -> JSON
         # DeepSpeed's 5e8 would take 2 GB a rank, however small the model
         zero["reduce_bucket_size"] = 20_000_000
     if stage == 3:
-        # the memory-efficient one replaces torch.nn.functional.linear for the whole process, for good
+        # the memory-efficient one replaces torch.nn.functional.linear for the whole process, for
+        # good
         zero |= {"memory_efficient_linear": False}
     if run.engine.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": pin_memory}
@@ -101,8 +108,13 @@ def deepspeed_json(run: RunConfig, world_size: int, *, pin_memory: bool) -> JSON
         "zero_force_ds_cpu_optimizer": False,
         "communication_data_type": "fp32",
         "data_types": {"grad_accum_dtype": "fp32"},
-        # in stage 0 it would sum gradients in bf16: the model casts its weights itself; check: the judge does that
-        "bf16": {"enabled": bf16 and stage > 0, "immediate_grad_update": True, "check_grad_overflow": False},
+        # in stage 0 it would sum gradients in bf16: the model casts its weights itself; check: the
+        # judge does that
+        "bf16": {
+            "enabled": bf16 and stage > 0,
+            "immediate_grad_update": True,
+            "check_grad_overflow": False,
+        },
         "steps_per_print": None,
         "log_level": "info" if run.engine.deepspeed.get("wall_clock_breakdown") else "error",
         "zero_optimization": zero,
@@ -117,16 +129,21 @@ def merge(base: JSON, over: JSON) -> JSON:
     merged = dict(base)
     for key, value in over.items():
         inner = base.get(key)
-        merged[key] = merge(inner if isinstance(inner, dict) else {}, value) if isinstance(value, dict) else value
+        merged[key] = (
+            merge(inner if isinstance(inner, dict) else {}, value)
+            if isinstance(value, dict)
+            else value
+        )
     return merged
 
 
 def check(run: RunConfig) -> None:
-    """What can be judged without DeepSpeed, whose import takes seconds; part of a RunConfig's validation.
+    """What can be judged without DeepSpeed, whose import takes seconds; part of a RunConfig's
+    validation.
 
     Raises:
-        ConfigError: for the first key of ``engine.deepspeed`` that DeepSpeed does not have, that has no effect in this
-            stage, or that a field of ours decides.
+        ConfigError: for the first key of ``engine.deepspeed`` that DeepSpeed does not have, that
+            has no effect in this stage, or that a field of ours decides.
     """
     assert isinstance(run.engine, DeepSpeedEngineConfig)
     stage, raw = run.engine.stage, run.engine.deepspeed
@@ -140,18 +157,28 @@ def check(run: RunConfig) -> None:
     for key, value in zero.items():
         if stage not in ZERO[key]:
             stages = " and ".join(f"zero{number}" for number in ZERO[key])
-            raise _error(f"zero_optimization.{key}", value, f"nothing: it acts in {stages} only; remove it")
+            raise _error(
+                f"zero_optimization.{key}", value, f"nothing: it acts in {stages} only; remove it"
+            )
         if stage == 1 and run.train.dtype == "bf16" and not run.engine.offload_optimizer:
             message = (
-                "nothing: zero1 in bf16 without offload has its own way of reducing; remove it or use engine=zero2"
+                "nothing: zero1 in bf16 without offload has its own way of reducing; remove it or "
+                "use engine=zero2"
             )
             raise _error(f"zero_optimization.{key}", value, message)
-    for key, field in (("offload_optimizer", "offload_optimizer"), ("offload_param", "offload_parameters")):
+    for key, field in (
+        ("offload_optimizer", "offload_optimizer"),
+        ("offload_param", "offload_parameters"),
+    ):
         if key in zero:
             section = _section(zero, key, "zero_optimization.")
             _check_keys(section, OFFLOAD, f"zero_optimization.{key}.")
             if not getattr(run.engine, field):
-                raise _error(f"zero_optimization.{key}", section, f"nothing without offload; set engine.{field}=true")
+                raise _error(
+                    f"zero_optimization.{key}",
+                    section,
+                    f"nothing without offload; set engine.{field}=true",
+                )
 
 
 def _check_keys(section: JSON, known: set[str], prefix: str) -> None:
@@ -162,7 +189,9 @@ def _check_keys(section: JSON, known: set[str], prefix: str) -> None:
         if key not in known:
             close = nearest(key, known)
             hint = f"did you mean {close}?" if close else "remove it."
-            raise ConfigError(f"{PATH}.{path}: no such key; {hint} There are: {', '.join(sorted(known))}")
+            raise ConfigError(
+                f"{PATH}.{path}: no such key; {hint} There are: {', '.join(sorted(known))}"
+            )
         if value == "auto":
             raise _error(path, value, "a value; auto is for Hugging Face's Trainer")
 

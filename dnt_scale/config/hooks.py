@@ -41,7 +41,9 @@ class ProfileSection(Strict):
 class GarbageSection(Strict):
     """``garbage.*``: when Python looks for objects that refer to each other in a circle."""
 
-    every: Count = Field(100, ge=0, description="steps between collections, on all ranks; 0: as Python does")
+    every: Count = Field(
+        100, ge=0, description="steps between collections, on all ranks; 0: as Python does"
+    )
 
 
 class MeasureSection(Strict):

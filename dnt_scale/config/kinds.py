@@ -31,7 +31,9 @@ class Registry:
         default: the kind of a section that names none; None: it has to name one.
     """
 
-    def __init__(self, section: str, package: str, *, tag: str = "kind", default: str | None = None) -> None:
+    def __init__(
+        self, section: str, package: str, *, tag: str = "kind", default: str | None = None
+    ) -> None:
         self.section = section
         self.package = package
         self.default = default
@@ -58,7 +60,11 @@ class Registry:
         """Return the class of a kind, from its file if that was not imported yet; None where there
         is none.
         """
-        if kind not in self._classes and kind.isidentifier() and find_spec(f"{self.package}.{kind}"):
+        if (
+            kind not in self._classes
+            and kind.isidentifier()
+            and find_spec(f"{self.package}.{kind}")
+        ):
             import_module(f"{self.package}.{kind}")
         return self._classes.get(kind)
 

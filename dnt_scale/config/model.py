@@ -65,7 +65,9 @@ class ModelConfig(ModelSection):
     width: Size
     heads: Size
     vocab_size: int = Field(gt=0, le=1 << 25)
-    context: int = Field(gt=0, le=1 << 24, description="longest row the position table can hold, in tokens")
+    context: int = Field(
+        gt=0, le=1 << 24, description="longest row the position table can hold, in tokens"
+    )
     setting: Setting = "S5"
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     norm_eps: float = Field(1e-6, gt=0, description="added to the mean square")
@@ -77,12 +79,16 @@ class ModelConfig(ModelSection):
     ffn_multiple: int = Field(4, gt=0, le=1024)
     tied_head: bool = True
     init_std: float = Field(0.02, gt=0)
-    residual_init_scaled: bool = Field(True, description="W_o and W_2 start 1/sqrt(2 layers) smaller")
+    residual_init_scaled: bool = Field(
+        True, description="W_o and W_2 start 1/sqrt(2 layers) smaller"
+    )
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> Self:
         if self.width % self.heads:
-            raise ValueError(f"width {self.width} is not divisible by heads {self.heads}; change one of them")
+            raise ValueError(
+                f"width {self.width} is not divisible by heads {self.heads}; change one of them"
+            )
         return self
 
     def build(self, rows: TokenRows | None = None) -> Any:
@@ -96,12 +102,13 @@ class ModelConfig(ModelSection):
             )
         if rows.seq_len > self.context:
             raise ConfigError(
-                f"model.context is {self.context}, but the rows in {rows.folder} have {rows.seq_len} tokens; "
-                f"set model.context={rows.seq_len} or prepare with --seq-len {self.context}"
+                f"model.context is {self.context}, but the rows in {rows.folder} have "
+                f"{rows.seq_len} tokens; set model.context={rows.seq_len} or prepare with "
+                f"--seq-len {self.context}"
             )
 
     def describe(self) -> str:
         return (
-            f"setting {self.setting}, {self.layers} layers, width {self.width}, {self.heads} heads, "
-            f"vocabulary {self.vocab_size:,}"
+            f"setting {self.setting}, {self.layers} layers, width {self.width}, {self.heads} "
+            f"heads, vocabulary {self.vocab_size:,}"
         )

@@ -20,7 +20,9 @@ OPTIMIZERS = Registry("optim", "dnt_scale.optim.algorithms", tag="algorithm")
 
 
 class GroupConfig(Strict):
-    """Parameters whose name matches ``pattern`` (re.search) get these values instead of the optimizer's."""
+    """Parameters whose name matches ``pattern`` (re.search) get these values instead of the
+    optimizer's.
+    """
 
     pattern: str
     lr: float | None = Field(None, ge=0)
@@ -34,7 +36,9 @@ class ScheduleConfig(Strict):
     name: Literal["cosine", "wsd", "constant"] = "cosine"
     warmup_steps: Count = Field(0, ge=0)
     final: float = Field(0.1, ge=0, le=1, description="factor at the last step")
-    decay_fraction: float = Field(0.2, gt=0, le=1, description="wsd only: share of the run that decays")
+    decay_fraction: float = Field(
+        0.2, gt=0, le=1, description="wsd only: share of the run that decays"
+    )
 
 
 class OptimizerConfig(Strict):
@@ -55,14 +59,19 @@ class OptimizerConfig(Strict):
 
     lr: float = Field(ge=0)
     weight_decay: float = Field(0.0, ge=0)
-    clip_norm: float | None = Field(1.0, gt=0, description="global gradient norm; null: no clipping")
+    clip_norm: float | None = Field(
+        1.0, gt=0, description="global gradient norm; null: no clipping"
+    )
     schedule: ScheduleConfig = ScheduleConfig()
     groups: dict[str, GroupConfig] = Field({})
     algorithm: str
-    gradient_buffer: bool = Field(True, description="false: backward adds each gradient to the momentum and frees it")
+    gradient_buffer: bool = Field(
+        True, description="false: backward adds each gradient to the momentum and frees it"
+    )
     clip: Literal["global", "tensor", "previous"] = Field(
         "global",
-        description="what clip_norm bounds: the whole gradient; each tensor's; the whole, by the last step's norm",
+        description="what clip_norm bounds: the whole gradient; each tensor's; the whole, by the "
+        "last step's norm",
     )
 
     def buffers(self) -> dict[str, Storage]:
@@ -91,10 +100,12 @@ class OptimizerConfig(Strict):
         if not self.gradient_buffer and (reason := self.needs_gradient_buffer()):
             raise ValueError(reason)
         if self.gradient_buffer != (self.clip == "global") and self.clip_norm is not None:
-            expected = "optim.clip=global" if self.gradient_buffer else "optim.clip=tensor or previous"
+            expected = (
+                "optim.clip=global" if self.gradient_buffer else "optim.clip=tensor or previous"
+            )
             raise ValueError(
-                f"clip is {self.clip}, which does not go with gradient_buffer {self.gradient_buffer}; "
-                f"set {expected}, or optim.clip_norm=null"
+                f"clip is {self.clip}, which does not go with gradient_buffer "
+                f"{self.gradient_buffer}; set {expected}, or optim.clip_norm=null"
             )
         return self
 

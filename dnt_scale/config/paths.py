@@ -13,7 +13,9 @@ def unreadable(text: str) -> str | None:
     try:
         text.encode()
     except UnicodeEncodeError:
-        return "it holds bytes that are no UTF-8; rename what it names, or link to it by another name"
+        return (
+            "it holds bytes that are no UTF-8; rename what it names, or link to it by another name"
+        )
     return None
 
 
@@ -22,12 +24,16 @@ def is_url(text: str) -> bool:
 
 
 def expanded(text: str) -> str:
-    """A path with ``~`` and ``~user`` in front replaced as a shell does; a URL and an unknown user stay."""
+    """A path with ``~`` and ``~user`` in front replaced as a shell does; a URL and an unknown
+    user stay.
+    """
     return text if is_url(text) else os.path.expanduser(text)  # noqa: PTH111 (Path's fails for an unknown user)
 
 
 def place(text: Any) -> Any:
-    """A path that a user gave, ``~`` replaced. Raises ValueError for one that cannot be a folder or file here."""
+    """A path that a user gave, ``~`` replaced. Raises ValueError for one that cannot be a folder
+    or file here.
+    """
     if not isinstance(text, str | Path):
         raise ValueError("expected a path")
     if not str(text):

@@ -29,7 +29,10 @@ RESERVED = {"mlartifacts", "mlflow.db", "mlruns"}
 
 def _name(text: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,254}", text):
-        raise ValueError("expected up to 255 letters, digits, dots, _ and -, of which the first is a letter or digit")
+        raise ValueError(
+            "expected up to 255 letters, digits, dots, _ and -, of which the first is a letter or "
+            "digit"
+        )
     if text in RESERVED:
         raise ValueError("MLflow's records lie there, beside the run folders; take another name")
     return text
@@ -44,16 +47,24 @@ class RunSection(Strict):
 
 class TrainSection(Strict):
     steps: Count | None = Field(None, gt=0)
-    tokens: int | None = Field(None, gt=0, le=10**18, description="instead of steps: places in rows, padding too")
-    global_batch: int = Field(gt=0, le=1 << 31, description="rows a step, over all ranks and micro-batches")
+    tokens: int | None = Field(
+        None, gt=0, le=10**18, description="instead of steps: places in rows, padding too"
+    )
+    global_batch: int = Field(
+        gt=0, le=1 << 31, description="rows a step, over all ranks and micro-batches"
+    )
     micro_batch: int = Field(gt=0, le=1 << 31, description="rows a rank a forward")
     dtype: Literal["auto", "bf16", "fp32"] = Field("auto", description="compute dtype")
-    max_skipped: Count = Field(10, gt=0, description="skipped or undone steps in a row that end the run")
+    max_skipped: Count = Field(
+        10, gt=0, description="skipped or undone steps in a row that end the run"
+    )
 
     @model_validator(mode="after")
     def _one_budget(self) -> Self:
         if (self.steps is None) == (self.tokens is None):
-            raise ValueError(f"set one of steps and tokens; found steps={self.steps}, tokens={self.tokens}")
+            raise ValueError(
+                f"set one of steps and tokens; found steps={self.steps}, tokens={self.tokens}"
+            )
         return self
 
 
@@ -65,19 +76,23 @@ class EvalSection(Strict):
 class CheckpointSection(Strict):
     every: Count = Field(500, ge=0, description="steps between checkpoints; 0: only at the end")
     keep: Count = Field(2, gt=0, description="newest checkpoints kept")
-    keep_every: Count | None = Field(None, gt=0, description="checkpoints at multiples of this step are kept for good")
+    keep_every: Count | None = Field(
+        None, gt=0, description="checkpoints at multiples of this step are kept for good"
+    )
     dir: Annotated[Text, AfterValidator(paths.expanded)] | None = Field(
         None, description="a folder or an fsspec URL; null: RUN/checkpoints"
     )
-    background: bool = Field(True, description="write while training goes on, from a copy in the host's memory")
+    background: bool = Field(
+        True, description="write while training goes on, from a copy in the host's memory"
+    )
 
     @model_validator(mode="after")
     def _no_password(self) -> Self:
         parts = urlsplit(self.dir or "")
         if parts.password or _LOGIN.search(parts.query):
             raise ValueError(
-                "dir holds a login, which would be stored with the run; put it into the environment or into fsspec's "
-                "configuration (~/.config/fsspec) instead"
+                "dir holds a login, which would be stored with the run; put it into the "
+                "environment or into fsspec's configuration (~/.config/fsspec) instead"
             )
         return self
 
@@ -87,22 +102,33 @@ class HealthSection(Strict):
 
     spike: Literal["off", "skip", "clip", "rollback"] = Field(
         "off",
-        description="a loss or gradient norm far above the last ones: skip the step, clip its gradient to their "
-        "mean, or go back to the last snapshot in memory, also from a step that is not finite",
+        description="a loss or gradient norm far above the last ones: skip the step, clip its "
+        "gradient to their mean, or go back to the last snapshot in memory, also from a step that "
+        "is not finite",
     )
     spike_window: int = Field(
         128, ge=8, le=1_000_000, description="steps whose loss and gradient norm tell what is usual"
     )
-    spike_sigmas: float = Field(6.0, gt=0, description="standard deviations above the window's mean that are a spike")
+    spike_sigmas: float = Field(
+        6.0, gt=0, description="standard deviations above the window's mean that are a spike"
+    )
     snapshot_every: Count = Field(50, gt=0, description="rollback only: steps between snapshots")
-    check_every: Count = Field(100, ge=0, description="steps between comparisons of what ranks share; 0: at start only")
-    hang_s: float = Field(600.0, gt=0, le=1e9, description="seconds without a step, after which all ranks end")
+    check_every: Count = Field(
+        100, ge=0, description="steps between comparisons of what ranks share; 0: at start only"
+    )
+    hang_s: float = Field(
+        600.0, gt=0, le=1e9, description="seconds without a step, after which all ranks end"
+    )
 
 
 class TrackingSection(Strict):
     enabled: bool = True
-    backends: list[Text] = Field(["mlflow"], description="choices of configs/tracking, one or several")
-    uri: str | None = Field(None, description="MLflow's; null: sqlite:///mlflow.db beside the run folder")
+    backends: list[Text] = Field(
+        ["mlflow"], description="choices of configs/tracking, one or several"
+    )
+    uri: str | None = Field(
+        None, description="MLflow's; null: sqlite:///mlflow.db beside the run folder"
+    )
     experiment: Text = Field("dnt-scale", description="MLflow's")
     system_every_s: float = Field(
         10.0, ge=0, le=1e6, description="between samples of each node's CPU, memory, GPUs; 0: none"
@@ -122,8 +148,14 @@ class TrackingSection(Strict):
         parts = urlsplit(self.uri or "")
         if "@" in parts.netloc or _LOGIN.search(parts.query):
             server = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
-            instead = server if parts.scheme.startswith("http") else "PGUSER, and PGPASSWORD or a PGPASSFILE,"
-            raise ValueError(f"uri holds a login, which would be stored with the run; set {instead} instead")
+            instead = (
+                server
+                if parts.scheme.startswith("http")
+                else "PGUSER, and PGPASSWORD or a PGPASSFILE,"
+            )
+            raise ValueError(
+                f"uri holds a login, which would be stored with the run; set {instead} instead"
+            )
         return self
 
 
@@ -148,8 +180,8 @@ class RunConfig(Strict):
     def _a_spike_in_the_momentum_is_only_undone(self) -> Self:
         if not self.optim.gradient_buffer and self.health.spike in ("skip", "clip"):
             raise ValueError(
-                f"health.spike is {self.health.spike}, but with optim.gradient_buffer false the momentum has taken the "
-                "gradient before the step can be judged; use rollback"
+                f"health.spike is {self.health.spike}, but with optim.gradient_buffer false the "
+                "momentum has taken the gradient before the step can be judged; use rollback"
             )
         return self
 
@@ -159,8 +191,8 @@ class RunConfig(Strict):
             return self
         if not self.optim.gradient_buffer:
             raise ValueError(
-                f"optim.gradient_buffer is false, but engine={self.engine.name} sums gradients in buffers of its own; "
-                "use engine=fsdp, ddp or hsdp, or optim.gradient_buffer=true"
+                f"optim.gradient_buffer is false, but engine={self.engine.name} sums gradients in "
+                "buffers of its own; use engine=fsdp, ddp or hsdp, or optim.gradient_buffer=true"
             )
         if self.engine.deepspeed:
             from dnt_scale.config import deepspeed_json
@@ -177,7 +209,9 @@ class RunConfig(Strict):
         return chosen if "://" in chosen else Path(chosen)
 
     def total_steps(self, units_a_row: int) -> int:
-        """Return the optimizer steps of the whole run; a row counts so many units (of text, tokens)."""
+        """Return the optimizer steps of the whole run; a row counts so many units (of text,
+        tokens).
+        """
         if self.train.steps is not None:
             return self.train.steps
         assert self.train.tokens is not None

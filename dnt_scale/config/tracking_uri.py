@@ -1,4 +1,6 @@
-"""Which tracking URIs can work at all: told at the start of a run, before anything is computed or queued."""
+"""Which tracking URIs can work at all: told at the start of a run, before anything is computed
+or queued.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,10 @@ def _objection(uri: str) -> str:
     if uri == "databricks" or scheme == "databricks" or scheme in plugins:
         return ""
     if "databricks-uc" in (uri, scheme) or "uc" in (uri, scheme):
-        return "names Unity Catalog, which keeps models and takes no runs; give databricks or databricks://PROFILE"
+        return (
+            "names Unity Catalog, which keeps models and takes no runs; give databricks or "
+            "databricks://PROFILE"
+        )
     if scheme in SERVERS:
         bad = not parts.hostname or re.search(r"\s", uri)
         return f"is no server's address; expected {scheme}://HOST:PORT" if bad else ""
@@ -62,12 +67,18 @@ def _objection(uri: str) -> str:
     if database in DATABASES:
         if not uri.startswith(scheme):
             return f"has a scheme in capitals; give {scheme}{uri[len(scheme) :]}"
-        return _of_sqlite(uri) if database == "sqlite" and driver in ("", "pysqlite") else _of_a_driver(uri)
+        return (
+            _of_sqlite(uri)
+            if database == "sqlite" and driver in ("", "pysqlite")
+            else _of_a_driver(uri)
+        )
     if scheme == "postgres":
         return f"has a scheme that SQLAlchemy no longer takes; give postgresql{uri[len(scheme) :]}"
     known = [*SERVERS, *DATABASES, "databricks", *sorted(plugins)]
     near = nearest(scheme, known)
-    hint = f"did you mean {near}{uri[len(scheme) :]}?" if near else f"MLflow takes {', '.join(known)}"
+    hint = (
+        f"did you mean {near}{uri[len(scheme) :]}?" if near else f"MLflow takes {', '.join(known)}"
+    )
     return f"is of a kind that MLflow does not know; {hint}"
 
 
@@ -75,7 +86,11 @@ def _of_sqlite(uri: str) -> str:
     rest = uri.partition(":")[2]
     if not rest.startswith("///"):
         path = rest.lstrip("/")
-        there = f"{sqlite_uri(Path(path))}, or sqlite:////{path} from the root of the file system" if path else ""
+        there = (
+            f"{sqlite_uri(Path(path))}, or sqlite:////{path} from the root of the file system"
+            if path
+            else ""
+        )
         return f"needs three slashes before a file's path; give {there or 'sqlite:///FILE'}"
     if (file := sqlite_file(uri)) is None:
         return "names no file, so that nothing would be kept; give sqlite:///FILE"
@@ -86,19 +101,31 @@ def _of_sqlite(uri: str) -> str:
             start = opened.read(16)
     except OSError:  # it is still to be made, or to be permitted
         return ""
-    return "" if start in (b"", b"SQLite format 3\0") else "names a file that is no SQLite database; give another"
+    return (
+        ""
+        if start in (b"", b"SQLite format 3\0")
+        else "names a file that is no SQLite database; give another"
+    )
 
 
 def _of_a_folder(uri: str) -> str:
     """MLflow's store of plain files, which it has given up: only a variable opens it still."""
     if _keeps_files():
         return ""
-    path = Path(uri.removeprefix("file://") if uri.startswith("file://") else uri.removeprefix("file:"))
+    path = Path(
+        uri.removeprefix("file://") if uri.startswith("file://") else uri.removeprefix("file:")
+    )
     file = path if path.suffix in (".db", ".sqlite", ".sqlite3") else path / "mlflow.db"
     instead = f"for a file give {sqlite_uri(file.expanduser().absolute())}"
-    if not path.exists() and re.fullmatch(r"[A-Za-z0-9-]+(\.[A-Za-z0-9-]+)+(/.*)?", uri) and path.suffix != file.suffix:
+    if (
+        not path.exists()
+        and re.fullmatch(r"[A-Za-z0-9-]+(\.[A-Za-z0-9-]+)+(/.*)?", uri)
+        and path.suffix != file.suffix
+    ):
         instead += f", for an MLflow server http://{uri}"
-    return f"names a folder or has no scheme, and MLflow keeps runs in plain files no more; {instead}"
+    return (
+        f"names a folder or has no scheme, and MLflow keeps runs in plain files no more; {instead}"
+    )
 
 
 def _keeps_files() -> bool:
@@ -107,7 +134,10 @@ def _keeps_files() -> bool:
     found = importlib.util.find_spec("mlflow")
     folders = list(found.submodule_search_locations or ()) if found else []
     try:  # the versions before know nothing of that variable
-        return b"MLFLOW_ALLOW_FILE_STORE" not in (Path(folders[0]) / "environment_variables.py").read_bytes()
+        return (
+            b"MLFLOW_ALLOW_FILE_STORE"
+            not in (Path(folders[0]) / "environment_variables.py").read_bytes()
+        )
     except (OSError, IndexError):
         return True
 
@@ -123,7 +153,10 @@ def _of_a_driver(uri: str) -> str:
             return f"asks for {dialect.driver}, which is for asyncio; give another driver, or none"
         dialect.import_dbapi()
     except ArgumentError as error:
-        return f"is none that SQLAlchemy can read ({str(error).splitlines()[0]}); expected DATABASE://HOST:PORT/NAME"
+        return (
+            f"is none that SQLAlchemy can read ({str(error).splitlines()[0]}); expected "
+            "DATABASE://HOST:PORT/NAME"
+        )
     except ImportError as error:
         package = DRIVERS.get((error.name or "psycopg").partition(".")[0], error.name)
         return f"needs a Python package that is not installed; pip install {package}"
@@ -131,12 +164,16 @@ def _of_a_driver(uri: str) -> str:
 
 
 def default_uri(run_dir: Path) -> str:
-    """The MLflow store used when none is configured: ``mlflow.db`` (SQLite) in the folder that holds the run folder."""
+    """The MLflow store used when none is configured: ``mlflow.db`` (SQLite) in the folder that
+    holds the run folder.
+    """
     return sqlite_uri(run_dir.absolute().parent / "mlflow.db")
 
 
 def sqlite_uri(file: Path) -> str:
-    """The URI of a SQLite file. A ``%`` or ``?`` of its path is written as a URI wants it; the rest stays readable."""
+    """The URI of a SQLite file. A ``%`` or ``?`` of its path is written as a URI wants it; the
+    rest stays readable.
+    """
     return f"sqlite:///{str(file).replace('%', '%25').replace('?', '%3F')}"
 
 
@@ -147,7 +184,9 @@ def sqlite_file(uri: str) -> Path | None:
 
 
 def absolute_uri(uri: str) -> str:
-    """``uri`` with a relative SQLite path made absolute, so that it means the same store from every folder."""
+    """``uri`` with a relative SQLite path made absolute, so that it means the same store from
+    every folder.
+    """
     if (file := sqlite_file(uri)) is None:
         return uri
     _, mark, query = uri.partition("?")
@@ -155,6 +194,8 @@ def absolute_uri(uri: str) -> str:
 
 
 def without_login(uri: str, text: str = "") -> str:
-    """``text``, or else ``uri`` itself, without the user name and password that ``uri`` may carry."""
+    """``text``, or else ``uri`` itself, without the user name and password that ``uri`` may
+    carry.
+    """
     login, at, _ = urlsplit(uri).netloc.rpartition("@")
     return (text or uri).replace(login + at, "") if at else text or uri

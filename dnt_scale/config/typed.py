@@ -1,13 +1,14 @@
-"""What a user typed is the value: names and paths out of overrides and YAML files, whatever their text looks like.
+"""What a user typed is the value: names and paths out of overrides and YAML files, whatever their
+text looks like.
 
-YAML and Hydra take 1.10 for a number, 4:00:00 for 14,400 and ~ for nothing, and Hydra's grammar has no é, ( or &. So
-text goes around both: its place is taken by a word of letters (:class:`Hidden`), until all is put together. Which
-fields are text is found in the annotations of the pydantic models, here and nowhere else.
+YAML and Hydra take 1.10 for a number, 4:00:00 for 14,400 and ~ for nothing, and Hydra's grammar has
+no é, ( or &. So text goes around both: its place is taken by a word of letters (:class:`Hidden`),
+until all is put together. Which fields are text is found in the annotations of the pydantic models,
+here and nowhere else.
 """
 
 import re
 import secrets
-import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from types import NoneType, UnionType
@@ -28,10 +29,11 @@ Kinds = tuple[Any, ...]  # the types that a value may have; (): not known
 UNSET = "???"  # Hydra's word for a value that has to be given
 MOST_BRACKETS = 100  # in an override: its parser takes minutes for some hundred open ones
 _FLOAT = r"[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9_]+)[eE][-+]?[0-9]+"
-_SIMPLE = re.compile(r"(?i)(?!(?:true|false|null|nan|inf)$)[a-z_][a-z0-9_]*")  # a key that Hydra reads as a word
+# a key that Hydra reads as a word
+_SIMPLE = re.compile(r"(?i)(?!(?:true|false|null|nan|inf)$)[a-z_][a-z0-9_]*")
 
 
-# --- which fields are text --------------------------------------------------------------------------------------------
+# --- which fields are text ------------------------------------------------------------------------
 
 
 def kinds(annotation: Any) -> Kinds:
@@ -60,7 +62,9 @@ def inside(found: Kinds, key: str) -> Kinds:
 
 
 def _classes(model: type[BaseModel], key: str) -> list[type[BaseModel]]:
-    """The classes that have a field ``key``: of a section that comes in kinds (config/kinds.py), those of its kinds."""
+    """The classes that have a field ``key``: of a section that comes in kinds (config/kinds.py),
+    those of its kinds.
+    """
     if several := vars(model).get("registry"):
         found: list[type[BaseModel]] = several.having(key)
         return found
@@ -100,7 +104,9 @@ def is_whole(found: Kinds) -> bool:
 
 
 def is_container(found: Kinds) -> bool:
-    return not found or any(kind is Any or _is_model(kind) or _origin(kind) in (dict, list, tuple) for kind in found)
+    return not found or any(
+        kind is Any or _is_model(kind) or _origin(kind) in (dict, list, tuple) for kind in found
+    )
 
 
 def _has_names(found: Kinds) -> bool:
@@ -112,7 +118,7 @@ def _is_model(kind: Any) -> bool:
     return isinstance(kind, type) and issubclass(kind, BaseModel)
 
 
-# --- YAML -------------------------------------------------------------------------------------------------------------
+# --- YAML -----------------------------------------------------------------------------------------
 
 
 class _Loader(yaml.SafeLoader):
@@ -124,11 +130,14 @@ class Dumper(yaml.SafeDumper):
 
 
 for _class in (_Loader, Dumper):
-    _class.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(_FLOAT + "$"), list("-+0123456789."))
+    _class.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(_FLOAT + "$"), list("-+0123456789.")
+    )
 
 
 def read_yaml(text: str, found: Kinds) -> Any:
-    """The value of a YAML text at a place of these kinds: what is text there is as it was written, and so are numbers.
+    """The value of a YAML text at a place of these kinds: what is text there is as it was written,
+    and so are numbers.
 
     Raises:
         ValueError: it is no YAML; the message is one line.
@@ -151,7 +160,9 @@ def read_yaml(text: str, found: Kinds) -> Any:
 
 
 def _retag(node: yaml.Node, found: Kinds, above: set[int]) -> None:
-    """Make text of each unquoted scalar that is to be text or a number, and of each key that is a name."""
+    """Make text of each unquoted scalar that is to be text or a number, and of each key that is
+    a name.
+    """
     if id(node) in above:
         raise yaml.YAMLError(f"an alias inside of what it stands for{node.start_mark}")
     above = above | {id(node)}
@@ -169,14 +180,16 @@ def _retag(node: yaml.Node, found: Kinds, above: set[int]) -> None:
         for item in node.value:
             _retag(item, items(found), above)
     elif isinstance(node, yaml.ScalarNode) and node.tag.startswith("tag:yaml.org,2002:"):
-        words = is_text(found) or is_number(found) or any(_origin(kind) is Literal for kind in found)
+        words = (
+            is_text(found) or is_number(found) or any(_origin(kind) is Literal for kind in found)
+        )
         null = node.tag.endswith(":null") and (NoneType in found or not is_text(found))
         flag = bool in found and node.value.lower() in ("true", "false")
         if words and not null and not flag:
             node.tag = "tag:yaml.org,2002:str"
 
 
-# --- text that Hydra and OmegaConf do not read ------------------------------------------------------------------------
+# --- text that Hydra and OmegaConf do not read ----------------------------------------------------
 
 
 class Hidden:
@@ -193,13 +206,20 @@ class Hidden:
         return f"{self._mark}{self._texts.index(text)}_"
 
     def carry(self, text: str, model: type[BaseModel]) -> str:
-        """``text`` hidden, but for references to other fields of ``model`` and to the environment (``${oc.env:X}``)."""
-        return "".join(part if refers else self.hide(part) for refers, part in _parts(text, model) if part)
+        """``text`` hidden, but for references to other fields of ``model`` and to the
+        environment (``${oc.env:X}``).
+        """
+        return "".join(
+            part if refers else self.hide(part) for refers, part in _parts(text, model) if part
+        )
 
     def carry_all(self, value: Any, model: type[BaseModel]) -> Any:
         """A tree whose strings hold no ``${`` but references."""
         if isinstance(value, dict):
-            return {self.carry_all(key, model): self.carry_all(inner, model) for key, inner in value.items()}
+            return {
+                self.carry_all(key, model): self.carry_all(inner, model)
+                for key, inner in value.items()
+            }
         if isinstance(value, list):
             return [self.carry_all(inner, model) for inner in value]
         return self.carry(value, model) if isinstance(value, str) and "${" in value else value
@@ -227,7 +247,9 @@ class Hidden:
 
 
 def _merge(tree: dict[Any, Any], key: Any, value: Any) -> None:
-    """Set a key, or what is new in it where both are mappings: one may have been written hidden and one not."""
+    """Set a key, or what is new in it where both are mappings: one may have been written hidden
+    and one not.
+    """
     if isinstance(tree.get(key), dict) and isinstance(value, dict):
         for name, inner in value.items():
             _merge(tree[key], name, inner)
@@ -268,11 +290,13 @@ def _is_reference(content: str, model: type[BaseModel]) -> bool:
     )
 
 
-# --- overrides --------------------------------------------------------------------------------------------------------
+# --- overrides ------------------------------------------------------------------------------------
 
 
 def split(line: str) -> tuple[str, str, str | None]:
-    """An override as its prefix (+, ++, ~), key and value; the value is None where there is no =."""
+    """An override as its prefix (+, ++, ~), key and value; the value is None where there is no
+    =.
+    """
     key, equal, value = line.partition("=")
     name = key.lstrip("+~")
     return key[: len(key) - len(name)], name, value if equal else None
@@ -283,7 +307,12 @@ def meant(value: str, *, place: bool) -> str:
 
     A path that exists in quotes is one with quotes in its name.
     """
-    if len(value) < 2 or value[0] not in "'\"" or value[-1] != value[0] or (place and _exists(value)):
+    if (
+        len(value) < 2
+        or value[0] not in "'\""
+        or value[-1] != value[0]
+        or (place and _exists(value))
+    ):
         return value
     parsed = parse(f"x={value}")
     quoted = parsed._value if parsed else None
@@ -313,12 +342,15 @@ def quoted(text: str) -> str:
 
 
 def choices(value: str) -> list[str]:
-    """The texts of a list A,B,C or choice(A,B,C); one that holds a comma stands in quotes, which it keeps here."""
+    """The texts of a list A,B,C or choice(A,B,C); one that holds a comma stands in quotes, which
+    it keeps here.
+    """
     if match := re.fullmatch(r"choice\((.*)\)", value.strip(), re.DOTALL):
         value = match[1]
     in_quotes = r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*\""""
     parts: list[str] = re.findall(rf"\s*({in_quotes}|[^,]*?)\s*(?:,|$)", value, re.DOTALL)
-    return parts[:-1] if value and value.rstrip()[-1:] != "," else parts  # at the end there is an empty one
+    # at the end there is an empty one
+    return parts[:-1] if value and value.rstrip()[-1:] != "," else parts
 
 
 def key_for_hydra(model: type[BaseModel], key: str, hidden: Hidden) -> str:
@@ -399,96 +431,20 @@ def container(line: str, found: Kinds, hidden: Hidden, model: type[BaseModel]) -
 def _as_text(value: Any, found: Kinds, hidden: Hidden, model: type[BaseModel]) -> Any:
     if isinstance(value, dict):
         return {
-            (hidden.hide(key) if _has_names(found) and not _SIMPLE.fullmatch(key) else key): _as_text(
-                inner, inside(found, key), hidden, model
-            )
+            (
+                hidden.hide(key) if _has_names(found) and not _SIMPLE.fullmatch(key) else key
+            ): _as_text(inner, inside(found, key), hidden, model)
             for key, inner in value.items()
         }
     if isinstance(value, list):
         return [_as_text(inner, items(found), hidden, model) for inner in value]
     if isinstance(value, QuotedString):
-        return QuotedString(hidden.carry(value.text, model), Quote.single) if is_text(found) else value
+        return (
+            QuotedString(hidden.carry(value.text, model), Quote.single) if is_text(found) else value
+        )
     if not isinstance(value, Word):
         return value
     is_flag = bool in found and isinstance(value.value, bool)
     if not is_text(found) or (value == "null" and NoneType in found) or is_flag:
         return value.value
     return QuotedString(hidden.carry(str(value), model), Quote.single)
-
-
-# --- advice -----------------------------------------------------------------------------------------------------------
-
-
-def advice(key: str, value: str, found: Kinds) -> str:
-    """How to write an override that Hydra cannot read, for the shell; empty where no quoting helps."""
-    if sum(map(value.count, "([{")) > MOST_BRACKETS:
-        return ""
-    for candidate in (_requoted(value), _in_quotes(value) if Any in found else None):
-        if candidate is not None and parse(f"{key}={candidate}"):
-            return shlex.quote(f"{key}={candidate}")
-    return ""
-
-
-def _in_quotes(text: str) -> str:
-    return QuotedString(text, Quote.double).with_quotes()
-
-
-def _requoted(value: str) -> str | None:
-    """A list or mapping with quotes around what needs them; None where its brackets do not match."""
-    text = value.strip()
-    found, end = _list_or_mapping(text, 0)
-    return found if end == len(text) else None
-
-
-def _element(text: str, start: int) -> tuple[str, int]:
-    """What stands at ``start`` in a list or mapping, with quotes where needed, and where it ends."""
-    found, end = _list_or_mapping(text, start)
-    if end and text[_next(text, end) : _next(text, end) + 1] in (",", "}", "]", ""):
-        return found, end
-    end = _word_end(text, start, ",}]")
-    word = text[start:end].strip()
-    parsed = parse(f"x={word}") if word else None
-    return word if parsed and not parsed.is_sweep_override() else _in_quotes(word), end
-
-
-def _list_or_mapping(text: str, start: int) -> tuple[str, int]:
-    """The same of a list or mapping; an end of 0 where there is none, or its brackets do not match."""
-    opening = text[start : start + 1]
-    if opening not in ("{", "["):
-        return "", 0
-    closing, at_, parts = {"{": "}", "[": "]"}[opening], start + 1, []
-    while (at_ := _next(text, at_)) < len(text) and text[at_] != closing:
-        key = ""
-        if opening == "{":
-            end = _word_end(text, at_, ":")
-            key, at_ = f"{text[at_:end].strip()}: ", _next(text, end + 1)
-        element, at_ = _element(text, at_)
-        parts.append(key + element)
-        at_ = _next(text, at_)
-        if text[at_ : at_ + 1] not in (",", closing):
-            return "", 0
-        at_ += text[at_] == ","
-    return (f"{opening}{', '.join(parts)}{closing}", at_ + 1) if at_ < len(text) else ("", 0)
-
-
-def _next(text: str, start: int) -> int:
-    """The next place without a space."""
-    return start + len(text[start:]) - len(text[start:].lstrip())
-
-
-def _word_end(text: str, start: int, ends: str) -> int:
-    """Where a word ends: at one of ``ends`` outside of quotes and of brackets that open in it."""
-    depth, quote = 0, ""
-    for place in range(start, len(text)):
-        mark = text[place]
-        if quote:
-            quote = "" if mark == quote and text[place - 1] != "\\" else quote
-        elif mark in "'\"" and not text[start:place].strip():
-            quote = mark
-        elif not depth and mark in ends:
-            return place
-        elif mark in "([{":
-            depth += 1
-        elif mark in ")]}" and depth:
-            depth -= 1
-    return len(text)

@@ -21,14 +21,17 @@ def permutation(size: int, seed: int, epoch: int, part: int) -> Ints:
 
 
 def deal(shares: Sequence[int], positions: Ints) -> tuple[Ints, Ints]:
-    """Which of several sets gives the row at each position of their mixture, and as the how-manieth of its own.
+    """Which of several sets gives the row at each position of their mixture, and as the how-manieth
+    of its own.
 
-    Of the first P positions set 0 has round(P share / total); the others have the rest, dealt in the same way. With
-    the largest share first each set has its exact part of any P to within 1/2 row of two sets, 1 of three and
-    (1 + 1/1 + ... + 1/(n-2)) / 2 of n: every error, at most 1/2, is passed on in proportion.
+    Of the first P positions set 0 has round(P share / total); the others have the rest, dealt in
+    the same way. With the largest share first each set has its exact part of any P to within 1/2
+    row of two sets, 1 of three and (1 + 1/1 + ... + 1/(n-2)) / 2 of n: every error, at most 1/2, is
+    passed on in proportion.
 
     Args:
-        shares: of the sets, at least 1 each and about 2^30 together, so that nothing here leaves int64.
+        shares: of the sets, at least 1 each and about 2^30 together, so that nothing here leaves
+            int64.
         positions: int64 (n,), below 2^61.
 
     Returns:
@@ -97,7 +100,9 @@ class Order:
         return int(block_of[0]), int(row_of[0])
 
     def rows_from(self, position: int, count: int) -> tuple[Ints, Ints]:
-        """``row_at`` of ``count`` positions from ``position`` on: blocks and rows in them, both int64 (count,)."""
+        """``row_at`` of ``count`` positions from ``position`` on: blocks and rows in them, both
+        int64 (count,).
+        """
         blocks, rows = np.empty(count, dtype=np.int64), np.empty(count, dtype=np.int64)
         done = 0
         while done < count:
@@ -109,12 +114,17 @@ class Order:
 
 
 def row_at(manifest: Manifest, seed: int, position: int) -> tuple[int, int]:
-    """The order contract of one set as a pure function: (block, row in block) of the training split."""
+    """The order contract of one set as a pure function: (block, row in block) of the training
+    split.
+    """
     return Order(manifest.splits["train"], seed).row_at(position)
 
 
-def rows_from(shares: Sequence[int], orders: Sequence[Order], position: int, count: int) -> tuple[Ints, Ints, Ints]:
-    """The order contract of a mixture: set, block and row in block at ``count`` positions from ``position`` on.
+def rows_from(
+    shares: Sequence[int], orders: Sequence[Order], position: int, count: int
+) -> tuple[Ints, Ints, Ints]:
+    """The order contract of a mixture: set, block and row in block at ``count`` positions from
+    ``position`` on.
 
     Args:
         shares: of the sets, as ``deal`` wants them.

@@ -24,7 +24,9 @@ class ShardError(ValueError):
 
 
 class OpenFiles:
-    """Files open for reading, by path, ``most`` at a time: one more, and the one that was opened first is closed."""
+    """Files open for reading, by path, ``most`` at a time: one more, and the one that was opened
+    first is closed.
+    """
 
     def __init__(self, most: int) -> None:
         self.most = most
@@ -46,13 +48,15 @@ class OpenFiles:
 
 
 def files_for(sets: int) -> int:
-    """How many shards a stream of so many sets keeps open: what they have use for, within half of what the process may
-    open at all. That limit, often 1024, is raised where the system lets us."""
+    """How many shards a stream of so many sets keeps open: what they have use for, within half of
+    what the process may open at all. That limit, often 1024, is raised where the system lets us."""
     wanted = sets * OPEN_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if 0 <= soft < 2 * wanted:  # -1 is no limit
         with suppress(ValueError, OSError):  # then it stays as it is
-            resource.setrlimit(resource.RLIMIT_NOFILE, (2 * wanted if hard < 0 else min(2 * wanted, hard), hard))
+            resource.setrlimit(
+                resource.RLIMIT_NOFILE, (2 * wanted if hard < 0 else min(2 * wanted, hard), hard)
+            )
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return wanted if soft < 0 else max(1, min(wanted, soft // 2))
 
@@ -64,8 +68,12 @@ class RowReader:
         shards = source.manifest.splits[split].shards
         self.row_bytes = source.manifest.row_bytes
         self.paths = [str(source.folder / shard.file) for shard in shards]
-        self.shards: Ints = np.repeat(np.arange(len(shards)), [len(shard.members) for shard in shards])
-        self.offsets: Ints = np.array([member.offset for shard in shards for member in shard.members], dtype=np.int64)
+        self.shards: Ints = np.repeat(
+            np.arange(len(shards)), [len(shard.members) for shard in shards]
+        )
+        self.offsets: Ints = np.array(
+            [member.offset for shard in shards for member in shard.members], dtype=np.int64
+        )
         self.files = files
 
     def read(self, blocks: Ints, rows: Ints, places: Iterable[memoryview]) -> None:
@@ -80,9 +88,9 @@ class RowReader:
             got = os.preadv(self.files.open(self.paths[shard]), [place], position)
             if got != self.row_bytes:
                 raise ShardError(
-                    f"{self.paths[shard]}: ends inside block {blocks[index]}, row {rows[index]} ({got} of "
-                    f"{self.row_bytes} bytes); it was truncated while in use: restore it and check with "
-                    "`dnt data verify`"
+                    f"{self.paths[shard]}: ends inside block {blocks[index]}, row {rows[index]} "
+                    f"({got} of {self.row_bytes} bytes); it was truncated while in use: restore it "
+                    "and check with `dnt data verify`"
                 )
 
 
@@ -91,7 +99,8 @@ def token_ids(raw: Bytes, manifest: Manifest, padded: npt.NDArray[np.bool_]) -> 
 
     Args:
         raw: uint8 (rows, row_bytes).
-        padded: bool (rows,), whether a row is of packing "best_fit", where an eos after an eos is padding.
+        padded: bool (rows,), whether a row is of packing "best_fit", where an eos after an eos is
+            padding.
     """
     ids = raw.view(manifest.numpy_dtype)
     tokens = ids.astype(np.int64)

@@ -46,7 +46,9 @@ class Source(Protocol):
         """Return the sets, as they are now. Raises ValueError if one is gone."""
         ...
 
-    def stream(self, *, seed: int, global_batch: int, rank: int, world_size: int, consumed_rows: int = 0) -> Stream:
+    def stream(
+        self, *, seed: int, global_batch: int, rank: int, world_size: int, consumed_rows: int = 0
+    ) -> Stream:
         """Return this rank's slices of the global batches from row ``consumed_rows`` of the order
         on.
 
@@ -92,7 +94,9 @@ class Source(Protocol):
         parts = self.parts()
         if len(parts) == 1 and not parts[0].name:
             return parts[0].sha256
-        return hashlib.sha256(json.dumps([[part.name, part.sha256] for part in parts]).encode()).hexdigest()
+        return hashlib.sha256(
+            json.dumps([[part.name, part.sha256] for part in parts]).encode()
+        ).hexdigest()
 
     def facts(self) -> dict[str, str]:
         """Return SHA-256 hashes, as NAME_sha256, of what the model's weights depend on for their
@@ -107,7 +111,10 @@ class Source(Protocol):
         for name, found in self.facts().items():
             if found != (wanted := str(facts.get(name, found))):
                 what = name.removesuffix("_sha256").replace("_", " ")
-                return f"made with another {what} (sha256 {found[:12]}) than {newest} (sha256 {wanted[:12]})"
+                return (
+                    f"made with another {what} (sha256 {found[:12]}) than {newest} (sha256 "
+                    f"{wanted[:12]})"
+                )
         return None
 
     def difference(self, trained: DataSection, parts: Mapping[str, str], newest: Path | str) -> str:
@@ -115,9 +122,12 @@ class Source(Protocol):
         name.
         """
         found = self.parts()
-        changed = [part for part in found if parts.get(part.name, part.sha256) != part.sha256] or found
+        changed = [
+            part for part in found if parts.get(part.name, part.sha256) != part.sha256
+        ] or found
         return " or ".join(
-            f"{part.field}: the manifest of {part.place} is not the one that {newest} was trained on"
+            f"{part.field}: the manifest of {part.place} is not the one that {newest} was trained "
+            "on"
             for part in changed
         )
 
@@ -154,18 +164,19 @@ def load_source(run: RunConfig) -> Source:
     source: Source = run.data.open()
     if not isinstance(source.rows, run.model.reads):
         raise ConfigError(
-            f"model.kind is {run.model.kind}, which does not read the rows of data.kind={run.data.kind}; "
-            "choose a model= and a data= that go together"
+            f"model.kind is {run.model.kind}, which does not read the rows of "
+            f"data.kind={run.data.kind}; choose a model= and a data= that go together"
         )
     run.model.check(source.rows)
     if run.train.tokens is not None and source.unit.name != "tokens":
         raise ConfigError(
-            f"train.tokens is {run.train.tokens}, but data.kind={run.data.kind} has {source.unit.name}; "
-            "set train.steps instead"
+            f"train.tokens is {run.train.tokens}, but data.kind={run.data.kind} has "
+            f"{source.unit.name}; set train.steps instead"
         )
     if run.eval.every and (missing := source.no_validation()):
         raise ConfigError(
-            f"{missing.field}: eval.every is {run.eval.every}, but {missing.what}; set eval.every=0 or {missing.remedy}"
+            f"{missing.field}: eval.every is {run.eval.every}, but {missing.what}; set "
+            f"eval.every=0 or {missing.remedy}"
         )
     return source
 
@@ -179,6 +190,6 @@ def check_parts(source: Source, wanted: Mapping[str, str]) -> None:
     for part in source.parts():
         if part.sha256 != (first := wanted.get(part.name, part.sha256)):
             raise ConfigError(
-                f"{part.field}: {part.place} has another manifest here (sha256 {part.sha256[:12]}) than on rank 0 "
-                f"(sha256 {first[:12]}); copy the set to every node again"
+                f"{part.field}: {part.place} has another manifest here (sha256 {part.sha256[:12]}) "
+                f"than on rank 0 (sha256 {first[:12]}); copy the set to every node again"
             )

@@ -23,7 +23,8 @@ def rows_a_rank(global_batch: int, world_size: int) -> int:
     """
     if global_batch % world_size:
         raise ValueError(
-            f"train.global_batch is {global_batch}, not divisible by {world_size} ranks; use a multiple of {world_size}"
+            f"train.global_batch is {global_batch}, not divisible by {world_size} ranks; use a "
+            f"multiple of {world_size}"
         )
     return global_batch // world_size
 
@@ -69,7 +70,10 @@ class Stream:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.stopping.set()
         while self.thread.is_alive():  # it may wait for room in the queue

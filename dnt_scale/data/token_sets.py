@@ -9,13 +9,14 @@ from pathlib import Path
 from data_prep.shards import Manifest, load_manifest, manifest_sha256
 from dnt_scale.config import ConfigError, DataConfig
 
-SHARES = 1 << 30  # what the weights of a mixture are scaled to add up to: products with it fit int64
+# what the weights of a mixture are scaled to add up to: products with it fit int64
+SHARES = 1 << 30
 
 
 @dataclass(frozen=True)
 class TokenSet:
-    """A prepared set. It gives the part ``weight`` of a run's tokens, which takes ``share`` of its rows in the sum of
-    all sets' shares."""
+    """A prepared set. It gives the part ``weight`` of a run's tokens, which takes ``share`` of its
+    rows in the sum of all sets' shares."""
 
     name: str  # empty: the one set of data.path
     folder: Path
@@ -29,7 +30,9 @@ class TokenSet:
         return f"data.mixture.{self.name}.path" if self.name else "data.path"
 
     def shuffle_seed(self, seed: int) -> int:
-        """The seed of this set's own order, below 2^64: ``seed`` for a set alone, another for each of a mixture."""
+        """The seed of this set's own order, below 2^64: ``seed`` for a set alone, another for
+        each of a mixture.
+        """
         if not self.name:
             return seed
         return int.from_bytes(hashlib.sha256(f"{seed}/{self.name}".encode()).digest()[:8], "little")
@@ -43,7 +46,8 @@ def load_sets(data: DataConfig) -> TokenSets:
     """The sets that a run reads, which agree in tokenizer, row length and dtype.
 
     Raises:
-        ValueError: a set is damaged, or does not go together with the first one; the message names both.
+        ValueError: a set is damaged, or does not go together with the first one; the message names
+            both.
     """
     if data.path is not None:
         return (TokenSet("", data.path, load_manifest(data.path)),)
@@ -52,25 +56,35 @@ def load_sets(data: DataConfig) -> TokenSets:
     rows = {name: weight / tokens_a_place(manifests[name]) for name, weight in weights.items()}
     total = math.fsum(rows.values())
     sets = [
-        TokenSet(name, entry.path, manifests[name], max(1, round(rows[name] / total * SHARES)), weights[name])
+        TokenSet(
+            name,
+            entry.path,
+            manifests[name],
+            max(1, round(rows[name] / total * SHARES)),
+            weights[name],
+        )
         for name, entry in data.mixture.items()
     ]
     first, *others = sets = sorted(sets, key=lambda found: (-found.share, found.name))
     for other in others:
         for what, expected, found in zip(
-            ("tokenizer (sha256)", "seq_len", "eos_id", "dtype"), _shape(first), _shape(other), strict=True
+            ("tokenizer (sha256)", "seq_len", "eos_id", "dtype"),
+            _shape(first),
+            _shape(other),
+            strict=True,
         ):
             if found != expected:
                 raise ConfigError(
-                    f"{other.field}: {other.folder} has {what} {found}, but {first.folder} ({first.name}) has "
+                    f"{other.field}: {other.folder} has {what} {found}, but {first.folder} "
+                    f"({first.name}) has "
                     f"{expected}; prepare both with the same --tokenizer and --seq-len"
                 )
     return tuple(sets)
 
 
 def any_set(data: DataConfig) -> TokenSets:
-    """The first of a run's sets that loads, for what all of them share. Raises ValueError: why the first does not, when
-    none does."""
+    """The first of a run's sets that loads, for what all of them share. Raises ValueError: why the
+    first does not, when none does."""
     failures = []
     for one in [data.at(entry.path) for entry in data.mixture.values()] or [data]:
         try:
@@ -86,7 +100,9 @@ def weights_of(data: DataConfig) -> dict[str, float]:
 
 
 def tokens_a_place(manifest: Manifest) -> float:
-    """The mean number of tokens that a place of a training row predicts, 1 or less: padding predicts none."""
+    """The mean number of tokens that a place of a training row predicts, 1 or less: padding
+    predicts none.
+    """
     split = manifest.splits["train"]
     return split.tokens / (split.rows * manifest.seq_len) if manifest.packing == "best_fit" else 1.0
 
@@ -97,8 +113,9 @@ def _shape(found: TokenSet) -> tuple[str, int, int, str]:
 
 
 def identity(sets: TokenSets) -> str:
-    """Hex SHA-256 of what decides the rows and their order, but for the seed: of a set alone its manifest's, of a
-    mixture that of the sets' names, shares and manifests. Raises ValueError if a manifest is gone."""
+    """Hex SHA-256 of what decides the rows and their order, but for the seed: of a set alone its
+    manifest's, of a mixture that of the sets' names, shares and manifests. Raises ValueError if a
+    manifest is gone."""
     hashes = manifests_of(sets)
     if not sets[0].name:
         return hashes[""]

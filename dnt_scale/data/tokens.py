@@ -1,11 +1,14 @@
 """The source of text, ``data.kind: tokens``: shards in, rows of token ids out, in an order that is
 a pure function.
 
-1. An epoch visits every row of a split once. Its blocks (tar members of up to 512 rows) are permuted.
+1. An epoch visits every row of a split once. Its blocks (tar members of up to 512 rows) are
+   permuted.
 2. ``WINDOW_BLOCKS`` consecutive blocks of that permutation form a window, whose rows are permuted.
 3. Position p of the endless sequence is row p mod rows of epoch p div rows: ``row_at``.
-4. Of several sets, position p is the next row of the one that ``deal`` names; each has its own epochs and seed.
-5. Ranks slice it as :mod:`dnt_scale.data.stream` says; a thread reads rows by offset ahead of the training step.
+4. Of several sets, position p is the next row of the one that ``deal`` names; each has its own
+   epochs and seed.
+5. Ranks slice it as :mod:`dnt_scale.data.stream` says; a thread reads rows by offset ahead of the
+   training step.
 
 Both permutations are argsorts of Philox output keyed by (seed, epoch, window): numpy keeps a bit
 generator's raw stream fixed across versions, and no global generator is touched.
@@ -26,7 +29,14 @@ from dnt_scale.data.order import Order, rows_from
 from dnt_scale.data.rows import OpenFiles, RowReader, files_for, token_ids
 from dnt_scale.data.sources import DataPart, Missing, Source
 from dnt_scale.data.stream import Stream
-from dnt_scale.data.token_sets import TokenSet, TokenSets, identity, load_sets, manifests_of, weights_of
+from dnt_scale.data.token_sets import (
+    TokenSet,
+    TokenSets,
+    identity,
+    load_sets,
+    manifests_of,
+    weights_of,
+)
 from dnt_scale.model.batch import Batch
 from dnt_scale.model.dnt import IGNORED
 
@@ -59,7 +69,10 @@ class TokenSource(Source):
 
     def parts(self) -> list[DataPart]:
         hashes = manifests_of(self.sets)
-        return [DataPart(found.name, found.field, found.folder, hashes[found.name]) for found in self.sets]
+        return [
+            DataPart(found.name, found.field, found.folder, hashes[found.name])
+            for found in self.sets
+        ]
 
     def identity(self) -> str:
         return identity(self.sets)
@@ -74,11 +87,18 @@ class TokenSource(Source):
     def difference(self, trained: DataSection, parts: Mapping[str, str], newest: Path | str) -> str:
         assert isinstance(trained, DataConfig)
         before, now = weights_of(trained), weights_of(self.data)
-        if before.keys() != now.keys() or not all(math.isclose(before[name], now[name], rel_tol=1e-6) for name in now):
-            return f"data.mixture: {newest} was trained on {in_words(trained)}, this run asks for {in_words(self.data)}"
+        if before.keys() != now.keys() or not all(
+            math.isclose(before[name], now[name], rel_tol=1e-6) for name in now
+        ):
+            return (
+                f"data.mixture: {newest} was trained on {in_words(trained)}, this run asks for "
+                f"{in_words(self.data)}"
+            )
         return super().difference(trained, parts, newest)
 
-    def stream(self, *, seed: int, global_batch: int, rank: int, world_size: int, consumed_rows: int = 0) -> Stream:
+    def stream(
+        self, *, seed: int, global_batch: int, rank: int, world_size: int, consumed_rows: int = 0
+    ) -> Stream:
         return token_stream(
             self.sets,
             seed=seed,
@@ -122,7 +142,9 @@ class TokenSource(Source):
         own = [means[found.name] for found in self.sets]
 
         def mean(values: list[float]) -> float:
-            return math.fsum(found.weight * value for found, value in zip(self.sets, values, strict=True))
+            return math.fsum(
+                found.weight * value for found, value in zip(self.sets, values, strict=True)
+            )
 
         mixed = {measure: mean([each[measure] for each in own]) for measure in own[0]}
         metrics = text_measures("val", mixed, mean(bytes_a_token))
@@ -132,29 +154,40 @@ class TokenSource(Source):
         return metrics
 
     def validation_line(self, metrics: Mapping[str, float | None]) -> str:
-        loss, perplexity, bits = (metrics[f"val/{name}"] for name in ("loss", "perplexity", "bits_per_byte"))
-        own = [(name.split("/"), value) for name, value in metrics.items() if name.startswith("val/")]
+        loss, perplexity, bits = (
+            metrics[f"val/{name}"] for name in ("loss", "perplexity", "bits_per_byte")
+        )
+        own = [
+            (name.split("/"), value) for name, value in metrics.items() if name.startswith("val/")
+        ]
         sets = [f"{names[1]} {value:.4f}" for names, value in own if names[2:] == ["loss"]]
         line = f"loss {loss:.4f}, perplexity {perplexity:.2f}, {bits:.4f} bits per byte"
         return f"{line} ({', '.join(sets)})" if sets else line
 
     def epochs(self, rows: int) -> str:
         a_share = rows / sum(found.share for found in self.sets)
-        passes = [(found.name, a_share * found.share / found.manifest.splits["train"].rows) for found in self.sets]
+        passes = [
+            (found.name, a_share * found.share / found.manifest.splits["train"].rows)
+            for found in self.sets
+        ]
         return ", ".join(f"{count:.2f} epochs{name and ' of '}{name}" for name, count in passes)
 
     def describe(self) -> list[str]:
-        return [
-            f"{f'{found.name} ({found.weight:.1%} of the tokens) ' if found.name else ''}{found.folder}: "
-            f"{found.manifest.splits['train'].tokens:,} tokens"
-            for found in self.sets
-        ]
+        lines = []
+        for found in self.sets:
+            share = f"{found.name} ({found.weight:.1%} of the tokens) " if found.name else ""
+            tokens = found.manifest.splits["train"].tokens
+            lines.append(f"{share}{found.folder}: {tokens:,} tokens")
+        return lines
 
     def notes(self, run: RunConfig) -> list[str]:
         used = self.rows.vocab_size
         if (unused := getattr(run.model, "vocab_size", 0) - used) <= used:
             return []
-        return [f"model.vocab_size: {unused:,} rows are never used, for the tokenizer has {used:,} pieces only"]
+        return [
+            f"model.vocab_size: {unused:,} rows are never used, for the tokenizer has {used:,} "
+            "pieces only"
+        ]
 
     def rows_behind(self, seed: int, first: int, last: int) -> dict[str, object]:
         """Return where the rows at positions [first, last) lie, so that a person can look at their
@@ -165,8 +198,12 @@ class TokenSource(Source):
             them, in the order of sets, shards and members, its set's folder, shard, member, and
             rows in it, ascending.
         """
-        orders = [Order(found.manifest.splits["train"], found.shuffle_seed(seed)) for found in self.sets]
-        source, blocks, rows = rows_from([found.share for found in self.sets], orders, first, last - first)
+        orders = [
+            Order(found.manifest.splits["train"], found.shuffle_seed(seed)) for found in self.sets
+        ]
+        source, blocks, rows = rows_from(
+            [found.share for found in self.sets], orders, first, last - first
+        )
         places = []
         for index, found in enumerate(self.sets):
             shards = found.manifest.splits["train"].shards
@@ -174,27 +211,42 @@ class TokenSource(Source):
             for block in np.unique(blocks[source == index]).tolist():
                 shard_file, member = members[block]
                 here = np.sort(rows[(source == index) & (blocks == block)]).tolist()
-                places.append({"set": str(found.folder), "shard": shard_file, "member": member, "rows": here})
+                places.append(
+                    {"set": str(found.folder), "shard": shard_file, "member": member, "rows": here}
+                )
         return {"positions": [first, last], "rows": places}
 
 
 def in_words(data: DataConfig) -> str:
     """Return the names and weights of a mixture."""
     weights = weights_of(data)
-    return ", ".join(f"{name} {weights[name]:.6g}" for name in sorted(weights)) or "data.path, one set"
+    return (
+        ", ".join(f"{name} {weights[name]:.6g}" for name in sorted(weights)) or "data.path, one set"
+    )
 
 
-def text_measures(prefix: str, means: Mapping[str, float], bytes_a_token: float) -> dict[str, float]:
+def text_measures(
+    prefix: str, means: Mapping[str, float], bytes_a_token: float
+) -> dict[str, float]:
     """Return the measures of some text with what follows from its loss, named
     ``PREFIX/MEASURE``.
     """
     loss = means["loss"]
-    more = {"perplexity": math.exp(min(loss, 700.0)), "bits_per_byte": loss / math.log(2) / bytes_a_token}
+    more = {
+        "perplexity": math.exp(min(loss, 700.0)),
+        "bits_per_byte": loss / math.log(2) / bytes_a_token,
+    }
     return {f"{prefix}/{measure}": value for measure, value in {**means, **more}.items()}
 
 
 def token_stream(
-    sets: TokenSets, *, seed: int, global_batch: int, rank: int, world_size: int, consumed_rows: int = 0
+    sets: TokenSets,
+    *,
+    seed: int,
+    global_batch: int,
+    rank: int,
+    world_size: int,
+    consumed_rows: int = 0,
 ) -> Stream:
     """Return the stream of some sets, see ``Source.stream``; its batches are int64 (rows, seq_len +
     1).
@@ -217,7 +269,9 @@ class _Reader:
         self.manifest = sets[0].manifest
         self.padded = np.array([found.manifest.packing == "best_fit" for found in sets])
         self.shares = [found.share for found in sets]
-        self.orders = [Order(found.manifest.splits["train"], found.shuffle_seed(seed)) for found in sets]
+        self.orders = [
+            Order(found.manifest.splits["train"], found.shuffle_seed(seed)) for found in sets
+        ]
         self.files = OpenFiles(files_for(len(sets)))
         self.readers = [RowReader(found, "train", self.files) for found in sets]
 
@@ -232,7 +286,9 @@ class _Reader:
         return torch.from_numpy(token_ids(raw, self.manifest, self.padded[source]))
 
 
-def validation_batches(found: TokenSet, *, rows: int, micro_batch: int, rank: int, world_size: int) -> Iterator[Tensor]:
+def validation_batches(
+    found: TokenSet, *, rows: int, micro_batch: int, rank: int, world_size: int
+) -> Iterator[Tensor]:
     """``rows`` validation rows, evenly spread over the split, dealt to the ranks micro-batch by
     micro-batch.
 

@@ -1,4 +1,6 @@
-"""What the ranks of a run agree on: a value, a failure, that all have the same settings and code."""
+"""What the ranks of a run agree on: a value, a failure, that all have the same settings and
+code.
+"""
 
 import hashlib
 import os
@@ -18,17 +20,21 @@ T = TypeVar("T")
 
 
 def highest(*values: int) -> tuple[int, ...]:
-    """The largest of all ranks' values, each by itself, on every rank. A collective: all ranks call it together."""
+    """The largest of all ranks' values, each by itself, on every rank. A collective: all ranks
+    call it together.
+    """
     tensor = torch.tensor(values)
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     return tuple(tensor.tolist())
 
 
 def on_first(me: Ranks, action: Callable[[], T]) -> T:
-    """What ``action`` returns on rank 0, on every rank. A collective; the result travels pickled between our ranks.
+    """What ``action`` returns on rank 0, on every rank. A collective; the result travels pickled
+    between our ranks.
 
     Raises:
-        AgreedError: on every rank, when it raised ValueError or OSError; AgreedFault for one that :func:`is_fault`.
+        AgreedError: on every rank, when it raised ValueError or OSError; AgreedFault for one that
+            :func:`is_fault`.
     """
     outcome: list[T | AgreedError | None] = [None, None]
     if me.first:
@@ -43,11 +49,12 @@ def on_first(me: Ranks, action: Callable[[], T]) -> T:
 
 
 def together(me: Ranks, action: Callable[[], T]) -> T:
-    """Run ``action`` on every rank and give each its own result. A collective, so ``action`` must not hold one.
+    """Run ``action`` on every rank and give each its own result. A collective, so ``action`` must
+    not hold one.
 
     Raises:
-        AgreedError: on every rank, when any raised ValueError or OSError, with the first such message; AgreedFault for
-            one that :func:`is_fault`.
+        AgreedError: on every rank, when any raised ValueError or OSError, with the first such
+            message; AgreedFault for one that :func:`is_fault`.
     """
     result, failure = None, None
     try:
@@ -77,7 +84,8 @@ NUMERIC_VARIABLES = (
 
 
 def check_settings(me: Ranks, settings: Mapping[str, object]) -> None:
-    """That every rank has the settings, the code, the libraries and the environment that rank 0 has. A collective.
+    """That every rank has the settings, the code, the libraries and the environment that rank 0
+    has. A collective.
 
     Args:
         settings: ``config.flat(run)``.
@@ -119,11 +127,14 @@ def same_everywhere(me: Ranks, what: Mapping[str, object]) -> None:
         None,
     )
     found: list[tuple[str, object] | None] = [None] * me.world_size
-    dist.all_gather_object(found, None if difference is None else (difference, what.get(difference)))
+    dist.all_gather_object(
+        found, None if difference is None else (difference, what.get(difference))
+    )
     for rank, other in enumerate(found):
         if other is not None:
             name, value = other
             raise AgreedError(
                 f"{name} is {value} on rank {rank}, but {expected.get(name)} on rank 0; "
-                "start every rank with the same command, in the same environment, from the same code"
+                "start every rank with the same command, in the same environment, from the same "
+                "code"
             )

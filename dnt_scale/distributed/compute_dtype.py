@@ -1,7 +1,9 @@
-"""Which dtype a run computes in where ``train.dtype`` is auto: bf16 where the hardware multiplies it faster than fp32.
+"""Which dtype a run computes in where ``train.dtype`` is auto: bf16 where the hardware multiplies
+it faster than fp32.
 
-Many processors have no bf16 arithmetic: there a bf16 matmul takes 4 to 100 times as long as one in fp32. So a start
-times one small matmul of each, and records what it chose as ``train.dtype``; a resume computes as recorded.
+Many processors have no bf16 arithmetic: there a bf16 matmul takes 4 to 100 times as long as one in
+fp32. So a start times one small matmul of each, and records what it chose as ``train.dtype``; a
+resume computes as recorded.
 """
 
 import math
@@ -13,7 +15,8 @@ from dnt_scale.config import RunConfig, validate
 from dnt_scale.distributed.agree import highest
 from dnt_scale.distributed.process_group import Ranks
 
-SIDE = 256  # of the square matrices that are timed: smaller ones measure the call rather than the arithmetic
+# of the square matrices that are timed: smaller ones measure the call rather than the arithmetic
+SIDE = 256
 ROUNDS = 8
 FEWEST = 3  # the first makes oneDNN compile, and another process may take the processor away in one
 ENOUGH_S = 0.005  # a bf16 product, where more rounds would only take longer
@@ -22,16 +25,20 @@ PAYS_BELOW = 0.8
 
 
 def bf16_cost(device: torch.device) -> float:
-    """Return the time of a bf16 matmul over that of an fp32 one on a CPU, measured in some milliseconds.
+    """Return the time of a bf16 matmul over that of an fp32 one on a CPU, measured in some
+    milliseconds.
 
     A CUDA device is asked instead: 0 where it has bf16 arithmetic, infinity where it has not.
     """
     if device.type == "cuda":
         return 0.0 if torch.cuda.is_bf16_supported(including_emulation=False) else math.inf
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # on a busy machine threads wait for each other, which would be all that is timed
+    # on a busy machine threads wait for each other, which would be all that is timed
+    torch.set_num_threads(1)
     try:
-        matrices = {dtype: torch.ones(SIDE, SIDE, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)}
+        matrices = {
+            dtype: torch.ones(SIDE, SIDE, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)
+        }
         best = dict.fromkeys(matrices, math.inf)
         for number in range(ROUNDS):
             for dtype, matrix in matrices.items():
@@ -46,16 +53,21 @@ def bf16_cost(device: torch.device) -> float:
 
 
 def faster(cost: float) -> str:
-    """Return the dtype to compute in, bf16 or fp32, where a bf16 matmul costs so much of an fp32 one."""
+    """Return the dtype to compute in, bf16 or fp32, where a bf16 matmul costs so much of an fp32
+    one.
+    """
     return "bf16" if cost < PAYS_BELOW else "fp32"
 
 
 def resolve(run: RunConfig, me: Ranks, command: str, recorded: str | None) -> tuple[RunConfig, str]:
-    """Return ``run`` with bf16 or fp32 in place of auto, and a line for the user or "". A collective.
+    """Return ``run`` with bf16 or fp32 in place of auto, and a line for the user or "". A
+    collective.
 
     Args:
-        command: the ``train.dtype`` of the command alone; where it is auto, ``run`` may have the recorded one already.
-        recorded: what the checkpoint that the run resumes from was trained in; auto keeps it. None: a first start.
+        command: the ``train.dtype`` of the command alone; where it is auto, ``run`` may have the
+            recorded one already.
+        recorded: what the checkpoint that the run resumes from was trained in; auto keeps it. None:
+            a first start.
     """
     asked = run.train.dtype
     if asked == "fp32" and (recorded is None or command == "fp32"):
@@ -66,28 +78,42 @@ def resolve(run: RunConfig, me: Ranks, command: str, recorded: str | None) -> tu
     line = ""
     if chosen == "bf16" != best:
         whose = "recorded with the checkpoint" if recorded == "bf16" else "asked for"
-        line = f"train.dtype: bf16 was {whose}, but {slowness(me.device, cost)}; train.dtype=fp32 is faster"
+        line = (
+            f"train.dtype: bf16 was {whose}, but {slowness(me.device, cost)}; train.dtype=fp32 is "
+            "faster"
+        )
     elif chosen != best:
-        line = f"train.dtype: {chosen}, as recorded with the checkpoint; on this machine {best} is faster"
+        line = (
+            f"train.dtype: {chosen}, as recorded with the checkpoint; on this machine {best} is "
+            "faster"
+        )
     return with_dtype(run, chosen), line
 
 
 def for_inference(recorded: str, device: torch.device) -> tuple[torch.dtype, str]:
-    """Return the dtype in which to use weights of a run trained in ``recorded``, and a line about it, or none.
+    """Return the dtype in which to use weights of a run trained in ``recorded``, and a line about
+    it, or none.
 
-    What computes in bf16 elsewhere is computed in fp32 where bf16 is slower: weights are stored in fp32.
+    What computes in bf16 elsewhere is computed in fp32 where bf16 is slower: weights are stored in
+    fp32.
     """
     if recorded == "fp32":
         return torch.float32, ""
     cost = bf16_cost(device)
     if faster(cost) == "bf16":
         return torch.bfloat16, ""
-    line = f"computing in fp32: the run was trained in bf16, but {slowness(device, cost)}" if recorded == "bf16" else ""
+    line = (
+        f"computing in fp32: the run was trained in bf16, but {slowness(device, cost)}"
+        if recorded == "bf16"
+        else ""
+    )
     return torch.float32, line
 
 
 def for_preflight(run: RunConfig, me: Ranks) -> torch.dtype:
-    """Return the dtype in which to time the devices of a run, the same on all ranks. A collective."""
+    """Return the dtype in which to time the devices of a run, the same on all ranks. A
+    collective.
+    """
     resolved, _ = resolve(run, me, run.train.dtype, None)
     return torch.bfloat16 if resolved.train.dtype == "bf16" else torch.float32
 
@@ -100,7 +126,9 @@ def slowness(device: torch.device, cost: float) -> str:
 
 
 def expected(run: RunConfig, gpus: bool) -> RunConfig:
-    """Return ``run`` with what auto is most likely to become on nodes with or without GPUs, for estimates."""
+    """Return ``run`` with what auto is most likely to become on nodes with or without GPUs, for
+    estimates.
+    """
     if run.train.dtype != "auto":
         return run
     return with_dtype(run, "bf16" if gpus and run.run.device != "cpu" else "fp32")

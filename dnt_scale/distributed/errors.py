@@ -10,7 +10,9 @@ class AgreedError(ValueError):
 
 
 class Fault(ValueError):
-    """Nothing that the user has to mend in the run: another try, perhaps on other nodes, may go well."""
+    """Nothing that the user has to mend in the run: another try, perhaps on other nodes, may go
+    well.
+    """
 
 
 class AgreedFault(Fault, AgreedError):
@@ -18,11 +20,21 @@ class AgreedFault(Fault, AgreedError):
 
 
 # what a disk or a file server says that fails, not one that is asked for what it cannot do
-FAILING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN, errno.ENODEV, errno.EREMOTEIO}
+FAILING = {
+    errno.EIO,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+    errno.ENOTCONN,
+    errno.EHOSTDOWN,
+    errno.ENODEV,
+    errno.EREMOTEIO,
+}
 
 
 def is_fault(error: BaseException) -> bool:
-    """Whether another try may go well without anybody mending anything in the run; what it was raised from counts."""
+    """Whether another try may go well without anybody mending anything in the run; what it was
+    raised from counts.
+    """
     if isinstance(error, Fault) or (isinstance(error, OSError) and error.errno in FAILING):
         return True
     behind = error.__cause__ or error.__context__
@@ -30,8 +42,16 @@ def is_fault(error: BaseException) -> bool:
 
 
 def lost_peer(error: RuntimeError) -> bool:
-    """Whether a collective failed because another rank ended, rather than for a fault of this one."""
-    signs = ("closed by peer", "reset by peer", "Broken pipe", "remote process exited", "peer has left")
+    """Whether a collective failed because another rank ended, rather than for a fault of this
+    one.
+    """
+    signs = (
+        "closed by peer",
+        "reset by peer",
+        "Broken pipe",
+        "remote process exited",
+        "peer has left",
+    )
     return any(sign in str(error) for sign in signs)
 
 
@@ -39,7 +59,13 @@ def out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed, on the GPU or the host."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    signs = ("can't allocate memory", "Cannot allocate memory", "DefaultCPUAllocator", "out of memory", "bad_alloc")
+    signs = (
+        "can't allocate memory",
+        "Cannot allocate memory",
+        "DefaultCPUAllocator",
+        "out of memory",
+        "bad_alloc",
+    )
     return isinstance(error, RuntimeError | OSError) and any(sign in str(error) for sign in signs)
 
 

@@ -1,4 +1,6 @@
-"""Where the main thread is: told by whoever gets on, read by the watchdog. No torch, so that anybody may call it."""
+"""Where the main thread is: told by whoever gets on, read by the watchdog. No torch, so that
+anybody may call it.
+"""
 
 from dataclasses import dataclass
 
@@ -16,13 +18,16 @@ main_thread = MainThread()
 
 
 def beat(where: str) -> None:
-    """The main thread moves: it is now at ``where``, for example "step 118". Costs nothing to speak of."""
+    """The main thread moves: it is now at ``where``, for example "step 118". Costs nothing to
+    speak of.
+    """
     main_thread.beats += 1
     main_thread.where = where
 
 
 def moving() -> None:
-    """The main thread moves inside of what it told last: bytes are read, another thread it waits for gets on.
+    """The main thread moves inside of what it told last: bytes are read, another thread it waits
+    for gets on.
 
     Ranks need not do so equally often, so these do not tell who is behind.
     """

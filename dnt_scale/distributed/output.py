@@ -1,8 +1,9 @@
-"""Standard output and error that can neither end nor hold up what a command is there for: :func:`guard`.
+"""Standard output and error that can neither end nor hold up what a command is there for:
+:func:`guard`.
 
-A terminal goes, the reader of a pipe ends or does not read, a redirected log fills the disk, Ctrl-S stops the screen:
-what cannot be written is dropped. The exception is the output of a command that only shows something: where nobody
-reads it (``dnt jobs | head``) the command ends, quietly.
+A terminal goes, the reader of a pipe ends or does not read, a redirected log fills the disk, Ctrl-S
+stops the screen: what cannot be written is dropped. The exception is the output of a command that
+only shows something: where nobody reads it (``dnt jobs | head``) the command ends, quietly.
 """
 
 import atexit
@@ -25,9 +26,11 @@ READER_GONE = 141  # 128 + SIGPIPE, as shells have it
 
 
 class Output(io.RawIOBase):
-    """Writes to a file descriptor. While ``shows`` an end of its reader ends the process; else nothing does.
+    """Writes to a file descriptor. While ``shows`` an end of its reader ends the process; else
+    nothing does.
 
-    Bytes go through a thread, for a write to a terminal or a pipe may block for ever, and nothing tells beforehand.
+    Bytes go through a thread, for a write to a terminal or a pipe may block for ever, and nothing
+    tells beforehand.
     """
 
     def __init__(self, descriptor: int, *, shows: bool) -> None:
@@ -56,9 +59,12 @@ class Output(io.RawIOBase):
             return len(data)
         with self._changed:
             if self._thread is None:
-                self._thread = threading.Thread(target=self._write_on, name=f"output {self._descriptor}", daemon=True)
+                self._thread = threading.Thread(
+                    target=self._write_on, name=f"output {self._descriptor}", daemon=True
+                )
                 self._thread.start()
-            for at in range(0, len(data), PIECE_BYTES):  # so that a long one goes to a reader that reads
+            # so that a long one goes to a reader that reads
+            for at in range(0, len(data), PIECE_BYTES):
                 piece = data[at : at + PIECE_BYTES]
                 if self._held + len(piece) <= HELD_BYTES:
                     self._waiting.append(piece)
@@ -100,7 +106,9 @@ class Output(io.RawIOBase):
 
 
 def write_all(descriptor: int, data: bytes) -> None:
-    """Write all of it, also where another process made the terminal non-blocking. Raises OSError."""
+    """Write all of it, also where another process made the terminal non-blocking. Raises
+    OSError.
+    """
     while data:
         try:
             data = data[os.write(descriptor, data) :]
@@ -112,16 +120,21 @@ _outputs: dict[str, Output] = {}
 
 
 def guard(*, shows: bool = False) -> None:
-    """Put these in the place of sys.stdout and sys.stderr; again, it changes what standard output is for.
+    """Put these in the place of sys.stdout and sys.stderr; again, it changes what standard output
+    is for.
 
-    Characters that the terminal's encoding lacks come out as escapes. A descriptor that was closed (``>&-``) leads to
-    nowhere from now on, so that no file of ours gets its number. COLUMNS=0, which some terminals set, does not
-    mean that nothing is to be shown. Streams that somebody has put in place are left alone.
+    Characters that the terminal's encoding lacks come out as escapes. A descriptor that was closed
+    (``>&-``) leads to nowhere from now on, so that no file of ours gets its number. COLUMNS=0,
+    which some terminals set, does not mean that nothing is to be shown. Streams that somebody has
+    put in place are left alone.
 
     Args:
         shows: the output is all that the command is for.
     """
-    if os.environ.get("COLUMNS", "80").isdigit() and int(os.environ.get("COLUMNS", "80")) < LEAST_COLUMNS:
+    if (
+        os.environ.get("COLUMNS", "80").isdigit()
+        and int(os.environ.get("COLUMNS", "80")) < LEAST_COLUMNS
+    ):
         del os.environ["COLUMNS"]
     for descriptor, mode in ((0, os.O_RDONLY), (1, os.O_WRONLY), (2, os.O_WRONLY)):
         try:

@@ -1,7 +1,9 @@
-"""How the ranks of a run find each other: through a store on rank 0 at MASTER_ADDR:MASTER_PORT, or torchrun's own.
+"""How the ranks of a run find each other: through a store on rank 0 at MASTER_ADDR:MASTER_PORT, or
+torchrun's own.
 
-What env:// of torch.distributed does, but that whoever waits says for which ranks, Ctrl-C ends the waiting at once, and
-a rank that does not fit (a number twice, another WORLD_SIZE) is refused instead of met.
+What env:// of torch.distributed does, but that whoever waits says for which ranks, Ctrl-C ends the
+waiting at once, and a rank that does not fit (a number twice, another WORLD_SIZE) is refused
+instead of met.
 """
 
 import json
@@ -32,7 +34,8 @@ def meet(rank: int, world_size: int, timeout: timedelta) -> PrefixStore:
     """A store that all ranks share, once all are there.
 
     Raises:
-        ValueError: MASTER_ADDR or MASTER_PORT is missing or wrong, or this rank does not fit to those that are there.
+        ValueError: MASTER_ADDR or MASTER_PORT is missing or wrong, or this rank does not fit to
+            those that are there.
         NotMet: they are not all there within ``timeout``, or the address is of no use.
     """
     host, port = address()
@@ -47,7 +50,10 @@ def meet(rank: int, world_size: int, timeout: timedelta) -> PrefixStore:
     here = PrefixStore(f"dnt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     try:
         arrive(here, rank, world_size)
-        wait.until(lambda: here.check(["all"]) or everybody(here, rank, world_size), lambda: missing(here, world_size))
+        wait.until(
+            lambda: here.check(["all"]) or everybody(here, rank, world_size),
+            lambda: missing(here, world_size),
+        )
     except BaseException:
         if not serve:  # that it may come again
             with suppress(dist.DistError, RuntimeError):
@@ -60,7 +66,10 @@ def address() -> tuple[str, int]:
     """MASTER_ADDR and MASTER_PORT. Raises ValueError."""
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if not os.environ.get(name):
-            raise ValueError(f"{name} is not set: it takes the address and a free port of rank 0's machine; {alone()}")
+            raise ValueError(
+                f"{name} is not set: it takes the address and a free port of rank 0's machine; "
+                f"{alone()}"
+            )
     host, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
     if not (port.isascii() and port.isdigit() and 0 < int(port) < 65536):
         raise ValueError(f"MASTER_PORT is {port!r}, expected a number from 1 to 65535")
@@ -84,7 +93,12 @@ class Wait:
         self._say = time.monotonic() + SAY_S
         self._said: list[int] = []
 
-    def until(self, met: Callable[[], bool], missing: Callable[[], list[int]], why: Callable[[], str] = str) -> None:
+    def until(
+        self,
+        met: Callable[[], bool],
+        missing: Callable[[], list[int]],
+        why: Callable[[], str] = str,
+    ) -> None:
         """Wait for ``met``. Raises NotMet when the time is over.
 
         Args:
@@ -94,7 +108,9 @@ class Wait:
         pause = 0.01
         while not met():
             if time.monotonic() > self._until:
-                raise NotMet(why() or f"{in_words(missing())} did not come within {span(self._seconds)}")
+                raise NotMet(
+                    why() or f"{in_words(missing())} did not come within {span(self._seconds)}"
+                )
             if time.monotonic() > self._say:
                 self._tell(missing(), why())
             time.sleep(pause)
@@ -103,7 +119,11 @@ class Wait:
     def _tell(self, ranks: list[int], why: str) -> None:
         self._say = time.monotonic() + AGAIN_S
         # one of those who are there is enough
-        if not ranks or ranks == self._said or (min(ranks) and min({*range(self._world_size)} - {*ranks}) < self._rank):
+        if (
+            not ranks
+            or ranks == self._said
+            or (min(ranks) and min({*range(self._world_size)} - {*ranks}) < self._rank)
+        ):
             return
         self._said = ranks
         who = f"rank {self._rank}: " if self._rank else ""
@@ -139,7 +159,10 @@ def resolve(host: str, wait: Wait) -> None:
             socket.getaddrinfo(host, None)
             return True
         except (OSError, UnicodeError) as error:
-            why = f"MASTER_ADDR {host} is no name that is known here: {getattr(error, 'strerror', None) or error}"
+            why = (
+                f"MASTER_ADDR {host} is no name that is known here: "
+                f"{getattr(error, 'strerror', None) or error}"
+            )
             return False
 
     wait.until(known, lambda: [0], lambda: why)
@@ -163,7 +186,8 @@ def reach(host: str, port: int, wait: Wait) -> None:
 
 
 def connect(host: str, port: int, *, serve: bool) -> TCPStore:
-    """The store, in which nobody is yet. Made on a thread: torch hears no Ctrl-C, and another program may not answer.
+    """The store, in which nobody is yet. Made on a thread: torch hears no Ctrl-C, and another
+    program may not answer.
 
     Raises:
         NotMet: the port is taken, or what is there is no store.
@@ -197,13 +221,16 @@ def connect(host: str, port: int, *, serve: bool) -> TCPStore:
 
 
 def arrive(store: PrefixStore, rank: int, world_size: int) -> None:
-    """Tell that this rank is here. Raises ValueError where it does not fit to those that are there."""
+    """Tell that this rank is here. Raises ValueError where it does not fit to those that are
+    there.
+    """
     process = {"pid": os.getpid(), "started": start_ticks(os.getpid()), "machine": machine()}
     me = {"rank": rank, "host": socket.gethostname(), **process}
     first = json.loads(store.compare_set("world", "", json.dumps({**me, "size": world_size})))
     if first["size"] != world_size:
         raise ValueError(
-            f"WORLD_SIZE is {world_size} on rank {rank}, but {first['size']} on rank {first['rank']} "
+            f"WORLD_SIZE is {world_size} on rank {rank}, but {first['size']} on rank "
+            f"{first['rank']} "
             f"({first['host']}); start every rank with the same one"
         )
     key = f"rank/{rank}"
@@ -212,8 +239,8 @@ def arrive(store: PrefixStore, rank: int, world_size: int) -> None:
         return
     if not has_ended(other["pid"], other["started"], other["machine"]):
         raise ValueError(
-            f"rank {rank} is here already, as process {other['pid']} on {other['host']}; give every process a RANK of "
-            "its own, or end them all and start them again"
+            f"rank {rank} is here already, as process {other['pid']} on {other['host']}; give "
+            "every process a RANK of its own, or end them all and start them again"
         )
     store.set(key, json.dumps(me))
 

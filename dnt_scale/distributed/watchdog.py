@@ -1,41 +1,40 @@
 """A hang ends all ranks, with one message that names the rank at fault.
 
-``with watching(me, hang_s):`` runs two threads beside the main one, which says where it is with ``beat("step 118")``:
+``with watching(me, hang_s):`` runs two threads beside the main one, which says where it is with
+``beat("step 118")``:
 
-- the pulse tells the others, through a TCPStore connection of its own (a client that waits, as the main thread's may,
-  lets nobody else in), how far the main thread is and that this process lives, and reads the same of them. There are no
-  collectives in it: these are what hangs;
-- the judge never waits for anything. It blames a process that is gone, one that gives no sign of life (stopped, or its
-  node is down), and else the rank that is furthest behind, once that has not moved for ``hang_s``. Ranks are compared
-  by the collectives they have entered: whoever waits inside one is ahead of whom it waits for.
+- the pulse tells the others, through a TCPStore connection of its own (a client that waits, as the
+  main thread's may, lets nobody else in), how far the main thread is and that this process lives,
+  and reads the same of them. There are no collectives in it: these are what hangs;
+- the judge never waits for anything. It blames a process that is gone, one that gives no sign of
+  life (stopped, or its node is down), and else the rank that is furthest behind, once that has not
+  moved for ``hang_s``. Ranks are compared by the collectives they have entered: whoever waits
+  inside one is ahead of whom it waits for.
 
-The first verdict stands in the store and ends everyone, with status 1 or that of the rank that failed by itself;
-without a store each rank ends on its own. Ages are measured by the judge's own clock, which stands still while its
-process does, so that a run that was stopped and continued (Ctrl-Z, a laptop's lid) blames nobody.
+The first verdict stands in the store and ends everyone, with status 1 or that of the rank that
+failed by itself; without a store each rank ends on its own. Ages are measured by the judge's own
+clock, which stands still while its process does, so that a run that was stopped and continued
+(Ctrl-Z, a laptop's lid) blames nobody.
 """
 
 import os
 import signal
-import sys
-import sysconfig
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import orjson
-import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
-from dnt_scale.distributed import output
 from dnt_scale.distributed.agree import on_first, together
 from dnt_scale.distributed.errors import AgreedError, exit_status, lost_peer, out_of_memory
 from dnt_scale.distributed.heartbeat import main_thread
 from dnt_scale.distributed.host import has_ended, host, machine, start_ticks
 from dnt_scale.distributed.process_group import Ranks
+from dnt_scale.distributed.this_process import collectives_entered, flush, line_of, say
 
 STATUS = 1  # that a hang or a death ends with
 TICK_S = 1.0  # longest time between two looks; a tenth of hang_s where that is less
@@ -82,7 +81,8 @@ class LastPulse:
 class Verdict:
     message: str
     lost: Sequence[int]  # ranks at fault that do not end by themselves
-    hosts: Sequence[str]  # of all ranks at fault; of none, when a rank could say itself why it ended
+    # of all ranks at fault; of none, when a rank could say itself why it ended
+    hosts: Sequence[str]
     printer: int  # the rank that prints the message
     readers: int  # ranks that are there to read it
     status: int = STATUS  # that all end with
@@ -103,7 +103,8 @@ class Watchdog:
         self.started = start_ticks(self.pid)
         self.number = 0
         self.clock = 0.0  # the judge's
-        self.contact = self.read = 0.0  # when on that clock the store answered last, and when all were read last
+        # when on that clock the store answered last, and when all were read last
+        self.contact = self.read = 0.0
         self.behind: list[int] = []  # the ranks that are furthest behind
         self.since = 0.0  # when on the judge's clock it became these
         self.left = False
@@ -120,11 +121,16 @@ class Watchdog:
         self.seen = {me.rank: LastPulse(self._pulse(), 0.0, 0.0)}
         self.store: PrefixStore | None = None
         if me.world_size > 1:
-            name = on_first(me, lambda: f"watchdog/{os.getpid()}/{time.time_ns()}")  # a store may outlive a run
+            # a store may outlive a run
+            name = on_first(me, lambda: f"watchdog/{os.getpid()}/{time.time_ns()}")
             address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            self.store = store = PrefixStore(name, TCPStore(address, port, is_master=False, wait_for_workers=False))
+            self.store = store = PrefixStore(
+                name, TCPStore(address, port, is_master=False, wait_for_workers=False)
+            )
             together(me, lambda: store.set(str(me.rank), encode(self._pulse())))
-            self.seen = {rank: LastPulse(pulse, 0.0, 0.0) for rank, pulse in enumerate(self._read_all(store))}
+            self.seen = {
+                rank: LastPulse(pulse, 0.0, 0.0) for rank, pulse in enumerate(self._read_all(store))
+            }
         self.judge = threading.Thread(target=self._judge_on, name="judge", daemon=True)
         self.pulse = threading.Thread(target=self._pulse_on, name="pulse", daemon=True)
         self.judge.start()
@@ -155,8 +161,8 @@ class Watchdog:
             while not self.stopping.is_set() and self._exchange(self.store):
                 self.wake.wait(self.tick)
                 self.wake.clear()
-        except (dist.DistError, RuntimeError):  # the process with the store is gone; the judge finds whose that was
-            pass
+        except (dist.DistError, RuntimeError):
+            pass  # the process with the store is gone; the judge finds whose that was
         self.told.set()
 
     def _exchange(self, store: PrefixStore) -> bool:
@@ -164,7 +170,9 @@ class Watchdog:
         reason, verdict, left = self.reason, self.verdict, self.left
         if reason is not None:
             what = f"ended at {main_thread.where}: {reason}"
-            verdict = Verdict(f"{self._name(self.me.rank)} {what}", [], [], 0, len(self._present()), self.status)
+            verdict = Verdict(
+                f"{self._name(self.me.rank)} {what}", [], [], 0, len(self._present()), self.status
+            )
         if verdict:  # the first one stands
             store.compare_set("ended", "", encode(verdict))
         # who is gone is looked at before it is read whether it had left
@@ -173,7 +181,12 @@ class Watchdog:
         if store.check(["ended"]):
             self._end(Verdict(**orjson.loads(store.get("ended"))), store)
             return False
-        if self.fast or self.suspecting or dead or self.clock - self.read >= self.read_every - self.tick / 2:
+        if (
+            self.fast
+            or self.suspecting
+            or dead
+            or self.clock - self.read >= self.read_every - self.tick / 2
+        ):
             for rank, pulse in enumerate(self._read_all(store)):
                 self._notice(rank, pulse)
             self.read = self.clock
@@ -184,7 +197,10 @@ class Watchdog:
         return True
 
     def _read_all(self, store: PrefixStore) -> list[Pulse]:
-        return [Pulse(**orjson.loads(text)) for text in store.multi_get([str(r) for r in range(self.me.world_size)])]
+        return [
+            Pulse(**orjson.loads(text))
+            for text in store.multi_get([str(r) for r in range(self.me.world_size)])
+        ]
 
     def _notice(self, rank: int, pulse: Pulse) -> None:
         before = self.seen[rank]
@@ -211,7 +227,8 @@ class Watchdog:
             if self.verdict is None and not self.quiet and (verdict := self._judge()):
                 self.verdict = verdict
                 self.wake.set()
-                # the pulse tells the others and ends us; it may be stuck in a store that does not answer
+                # the pulse tells the others and ends us; it may be stuck in a store that does not
+                # answer
                 if self.store is None or not self.stopping.wait(2 * self.tick):
                     self._end(verdict, None)
 
@@ -220,14 +237,28 @@ class Watchdog:
         alone_s = self.clock - self.contact if self.store else 0.0
         died = [0] if alone_s >= self.tick and self._gone(self.seen[0].pulse) else self.died
         if died:
-            return self._verdict(died, f"died (last heard of at {self.seen[died[0]].pulse.where})", died)
+            return self._verdict(
+                died, f"died (last heard of at {self.seen[died[0]].pulse.where})", died
+            )
         if alone_s >= alive_s:
-            whose = "or the torchrun of its node " if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else ""
-            return self._verdict([0], f"{whose}{SILENT.format(alone_s, self.seen[0].pulse.where)}", [0])
-        silent = [rank for rank, seen in self.seen.items() if not seen.pulse.left and self.read - seen.lived >= alive_s]
+            whose = (
+                "or the torchrun of its node "
+                if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+                else ""
+            )
+            return self._verdict(
+                [0], f"{whose}{SILENT.format(alone_s, self.seen[0].pulse.where)}", [0]
+            )
+        silent = [
+            rank
+            for rank, seen in self.seen.items()
+            if not seen.pulse.left and self.read - seen.lived >= alive_s
+        ]
         if silent:
             seen = self.seen[silent[0]]
-            return self._verdict(silent, SILENT.format(self.read - seen.lived, seen.pulse.where), silent)
+            return self._verdict(
+                silent, SILENT.format(self.read - seen.lived, seen.pulse.where), silent
+            )
         return self._furthest_behind()
 
     def _furthest_behind(self) -> Verdict | None:
@@ -245,7 +276,9 @@ class Watchdog:
             return self._verdict(behind, f"left {age:.0f} s ago, and the others wait for {it}")
         others = f"; the others wait for {it}" if len(behind) < self.me.world_size else ""
         return self._verdict(
-            behind, f"{has} not moved since {pulse.where}, {age:.0f} s ago ({first} is in {pulse.line}){others}"
+            behind,
+            f"{has} not moved since {pulse.where}, {age:.0f} s ago ({first} is in "
+            f"{pulse.line}){others}",
         )
 
     def _verdict(self, culprits: list[int], what: str, lost: Sequence[int] = ()) -> Verdict:
@@ -256,7 +289,11 @@ class Watchdog:
         return Verdict(f"{names} {what}", lost, hosts, min(able, default=self.me.rank), len(able))
 
     def _present(self) -> set[int]:
-        return {rank for rank, seen in self.seen.items() if not seen.pulse.left and not self._gone(seen.pulse)}
+        return {
+            rank
+            for rank, seen in self.seen.items()
+            if not seen.pulse.left and not self._gone(seen.pulse)
+        }
 
     def _name(self, rank: int) -> str:
         return f"rank {rank} ({self.seen[rank].pulse.host})"
@@ -270,7 +307,11 @@ class Watchdog:
                 for rank in verdict.lost:
                     self._kill(self.seen[rank].pulse)
                 if self.me.rank == verdict.printer:
-                    advice = "; the same command goes on from the newest checkpoint" if verdict.hosts else ""
+                    advice = (
+                        "; the same command goes on from the newest checkpoint"
+                        if verdict.hosts
+                        else ""
+                    )
                     say(f"error: {verdict.message}; all ranks end{advice}\n")
                     if self.tell:
                         self.tell(verdict.message, verdict.hosts)
@@ -290,7 +331,9 @@ class Watchdog:
             readers = store.add("readers", 0)
 
     def _kill(self, pulse: Pulse) -> None:
-        """A stopped process of this machine would outlive the rest: under a plain launch nobody else ends it."""
+        """A stopped process of this machine would outlive the rest: under a plain launch nobody
+        else ends it.
+        """
         if pulse.machine != self.machine or not pulse.started or pulse.left:
             return
         with suppress(OSError):
@@ -306,8 +349,8 @@ class Watchdog:
     def ended(self, reason: str, status: int) -> None:
         """Tell why this rank ends by itself, and with what status.
 
-        What is wrong on all ranks is for rank 0 to report, as if it were alone: the others let it go first, and end
-        here once it has.
+        What is wrong on all ranks is for rank 0 to report, as if it were alone: the others let it
+        go first, and end here once it has.
         """
         if not self.me.first:
             time.sleep(GRACE_S)
@@ -316,29 +359,41 @@ class Watchdog:
         self._tell()
 
     def suspect(self) -> None:
-        """Wait for the judge to find whose end made a collective fail; it then ends this process."""
+        """Wait for the judge to find whose end made a collective fail; it then ends this
+        process.
+        """
         self.suspecting = True
         deadline = time.monotonic() + min(SUSPECT_S, self.hang_s) + 5 * self.tick
-        while time.monotonic() < deadline and not any(seen.pulse.left for seen in self.seen.values()):
+        while time.monotonic() < deadline and not any(
+            seen.pulse.left for seen in self.seen.values()
+        ):
             time.sleep(self.tick / 5)
 
     def stop(self) -> None:
-        """Leave, all being well; rank 0 stays till all have left, who would take the end of its store for a death."""
+        """Leave, all being well; rank 0 stays till all have left, who would take the end of its
+        store for a death.
+        """
         self._leave()
         while self.me.first and not self._all_left():
             self._look()
         self._close()
 
     def abandon(self, *, for_first: bool = False) -> None:
-        """Leave, whatever the others do. With ``for_first`` they let rank 0 go first, which prints what all raised:
-        torchrun sends it SIGTERM as soon as another ends."""
+        """Leave, whatever the others do. With ``for_first`` they let rank 0 go first, which prints
+        what all raised: torchrun sends it SIGTERM as soon as another ends."""
         self.quiet = True
         self._leave()
         deadline = time.monotonic() + min(FAREWELL_S, 2 * self.read_every)
-        while self.me.first and not for_first and not self._all_left() and time.monotonic() < deadline:
+        while (
+            self.me.first and not for_first and not self._all_left() and time.monotonic() < deadline
+        ):
             self._look()  # that they know it before the store ends
         if for_first and not self.me.first:
-            while self.pulse.is_alive() and not self.seen[0].pulse.left and time.monotonic() < deadline:
+            while (
+                self.pulse.is_alive()
+                and not self.seen[0].pulse.left
+                and time.monotonic() < deadline
+            ):
                 self._look()
             time.sleep(PRINT_S)
         self._close()
@@ -370,13 +425,17 @@ class Watchdog:
 
 @contextmanager
 def watching(me: Ranks, hang_s: float, tell: Tell | None = None) -> Iterator[None]:
-    """Watch over all ranks for the length of a block. A collective at its start; every rank enters and leaves it.
+    """Watch over all ranks for the length of a block. A collective at its start; every rank enters
+    and leaves it.
 
-    An exception that leaves the block on one rank only (anything but AgreedError) ends the others at once, who name it.
+    An exception that leaves the block on one rank only (anything but AgreedError) ends the others
+    at once, who name it.
 
     Args:
-        hang_s: time without a ``beat``, a move or a collective, in seconds, after which the process ends with status 1.
-        tell: called once, on one rank, with the message and the hosts of the ranks that died, hung or went silent.
+        hang_s: time without a ``beat``, a move or a collective, in seconds, after which the process
+            ends with status 1.
+        tell: called once, on one rank, with the message and the hosts of the ranks that died, hung
+            or went silent.
     """
     watch = Watchdog(me, hang_s, tell)
     try:
@@ -403,52 +462,5 @@ def reason_of(error: BaseException) -> str:
     return (str(error).splitlines() or [""])[0] or type(error).__name__
 
 
-# --- this process, and others of this machine
-
-
-def collectives_entered() -> int:
-    """How many collectives this process has begun, on all its groups; backends that do not count give 0."""
-    entered = 0
-    for group in list(dist.distributed_c10d._world.pg_map):
-        for device in ("cpu", "cuda"):
-            with suppress(RuntimeError):
-                entered += group._get_backend(torch.device(device))._get_sequence_number_for_group()  # type: ignore[attr-defined]
-    return entered
-
-
-def line_of(thread_id: int) -> str:
-    """The innermost line of our own code that a thread is in, as "train.py:97 train"."""
-    frame = innermost = sys._current_frames().get(thread_id)
-    libraries = tuple({sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})
-    ours = str(Path(__file__).parents[1])
-    while frame and not frame.f_code.co_filename.startswith(ours) and frame.f_code.co_filename.startswith(libraries):
-        frame = frame.f_back
-    frame = frame or innermost
-    return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno} {frame.f_code.co_name}" if frame else "no code"
-
-
 def encode(what: Pulse | Verdict) -> str:
     return orjson.dumps(asdict(what)).decode()
-
-
-def say(line: str) -> None:
-    """Write to standard error, past sys.stderr: the main thread may hold that. No reader can hold this up."""
-    in_time(lambda: os.write(2, line.encode()))
-
-
-def flush() -> None:
-    """Flush what was printed; the main thread may hold a stream's lock for good."""
-    in_time(lambda: (sys.stdout.flush(), sys.stderr.flush()))
-    output.drain(1.0)
-
-
-def in_time(action: Callable[[], object]) -> None:
-    """Do it, or leave it at that: neither an error nor more than a second."""
-
-    def act() -> None:
-        with suppress(OSError, ValueError):
-            action()
-
-    thread = threading.Thread(target=act, daemon=True)
-    thread.start()
-    thread.join(1.0)

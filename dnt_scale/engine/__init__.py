@@ -9,7 +9,9 @@ from dnt_scale.engine.base import Engine
 from dnt_scale.model.task import Task
 
 
-def build(config: RunConfig, model_fn: Callable[[], Task], ranks: Ranks, total_steps: int) -> Engine:
+def build(
+    config: RunConfig, model_fn: Callable[[], Task], ranks: Ranks, total_steps: int
+) -> Engine:
     """The engine that ``config.engine`` names, with initial weights and its optimizer allocated.
 
     Args:
@@ -17,7 +19,8 @@ def build(config: RunConfig, model_fn: Callable[[], Task], ranks: Ranks, total_s
         total_steps: optimizer steps of the whole run, for the learning-rate schedule.
 
     Raises:
-        AgreedError: an optimizer group, a schedule or an engine that does not fit the model, the run or the ranks.
+        AgreedError: an optimizer group, a schedule or an engine that does not fit the model, the
+            run or the ranks.
     """
     try:
         if isinstance(config.engine, DeepSpeedEngineConfig):

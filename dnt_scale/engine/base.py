@@ -9,8 +9,8 @@ from torch import Tensor
 from dnt_scale.checkpoint.tensor_shards import Box
 from dnt_scale.model.batch import Batch
 
-# (mean loss, norm of the whole gradient) -> what the gradient is multiplied by; 0.0: skip the step. A pure function of
-# values that all ranks share, so that they decide alike.
+# (mean loss, norm of the whole gradient) -> what the gradient is multiplied by; 0.0: skip the step.
+# A pure function of values that all ranks share, so that they decide alike.
 Judge = Callable[[float, float], float]
 
 
@@ -21,9 +21,10 @@ class StepStats:
     loss: float  # mean over the targets of the global batch that count
     grad_norm: float  # of the whole gradient, before clipping
     lr: float  # of the default parameter group
-    skipped: bool  # the judge said so: weights and momentum are as before (without a gradient buffer: the weights)
-    # what was recorded during the step (distributed/device_metrics.py), by name: scalars, on the host where they came
-    # with the loss, on the device where they were measured after it
+    # the judge said so: weights and momentum are as before (without a gradient buffer: the weights)
+    skipped: bool
+    # what was recorded during the step (distributed/device_metrics.py), by name: scalars, on the
+    # host where they came with the loss, on the device where they were measured after it
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
 
 
@@ -38,24 +39,28 @@ class Engine(Protocol):
         ...
 
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
-        """The mean of the loss, and of what else the task measures (``Task.eval_sums``), over the targets of all ranks'
-        batches; every rank must pass the same number of them."""
+        """The mean of the loss, and of what else the task measures (``Task.eval_sums``), over the
+        targets of all ranks' batches; every rank must pass the same number of them."""
         ...
 
     def boxes(self) -> list[Box]:
         """This rank's parts of every weight (fp32 master) and optimizer buffer, as views.
 
-        The boxes of all ranks cover each tensor; where several ranks hold the same box, ``replica`` numbers them.
+        The boxes of all ranks cover each tensor; where several ranks hold the same box, ``replica``
+        numbers them.
         """
         ...
 
     def scalars(self) -> dict[str, float]:
-        """What a checkpoint holds beside tensors: ``step`` (train_step calls so far), ``updates`` (those that changed
-        the weights), and what else the engine counts. The same on every rank."""
+        """What a checkpoint holds beside tensors: ``step`` (train_step calls so far), ``updates``
+        (those that changed the weights), and what else the engine counts. The same on every
+        rank."""
         ...
 
     def refresh(self, scalars: Mapping[str, float]) -> None:
-        """Take over new contents of the boxes, which were written in place, and ``scalars`` with them."""
+        """Take over new contents of the boxes, which were written in place, and ``scalars`` with
+        them.
+        """
         ...
 
     def close(self) -> None:

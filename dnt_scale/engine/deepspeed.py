@@ -1,7 +1,9 @@
-"""DeepSpeed ZeRO 0 to 3: forward, backward, reduction and sharding are DeepSpeed's; the optimizer is ours.
+"""DeepSpeed ZeRO 0 to 3: forward, backward, reduction and sharding are DeepSpeed's; the optimizer
+is ours.
 
-Our optimizer steps DeepSpeed's flat fp32 partitions, so its buffers are sharded as the master weights are. Between the
-backward pass and DeepSpeed's step we measure the gradient and let the judge scale or drop it.
+Our optimizer steps DeepSpeed's flat fp32 partitions, so its buffers are sharded as the master
+weights are. Between the backward pass and DeepSpeed's step we measure the gradient and let the
+judge scale or drop it.
 """
 
 import gc
@@ -35,12 +37,16 @@ from dnt_scale.optim.segments import Segment
 from dnt_scale.optim.sharded_optimizer import ShardedOptimizer
 
 
-def build(config: RunConfig, model_fn: Callable[[], Task], ranks: Ranks, total_steps: int) -> "DeepSpeedEngine":
-    """Shard ``model_fn()`` as ``engine.name`` says, fill it, and allocate its optimizer; see ``engine.build``.
+def build(
+    config: RunConfig, model_fn: Callable[[], Task], ranks: Ranks, total_steps: int
+) -> "DeepSpeedEngine":
+    """Shard ``model_fn()`` as ``engine.name`` says, fill it, and allocate its optimizer; see
+    ``engine.build``.
 
     Raises:
-        ConfigError: an optimizer group or a schedule that does not fit the model or the run, a value that DeepSpeed
-            does not take, or a release of DeepSpeed that lacks what we rely on.
+        ConfigError: an optimizer group or a schedule that does not fit the model or the run, a
+            value that DeepSpeed does not take, or a release of DeepSpeed that lacks what we rely
+            on.
     """
     assert isinstance(config.engine, DeepSpeedEngineConfig)
     schedule = Schedule(config.optim.schedule, total_steps)
@@ -57,7 +63,9 @@ def build(config: RunConfig, model_fn: Callable[[], Task], ranks: Ranks, total_s
         model = _sharded(model_fn, json)
     else:  # filled below; in stage 0 the weights are the fp32 masters
         model = LossModule(blank)
-        model = (model.to(torch.bfloat16) if bf16 and stage else model).to_empty(device=ranks.device)
+        model = (model.to(torch.bfloat16) if bf16 and stage else model).to_empty(
+            device=ranks.device
+        )
     task = model.task
     prepare_blocks(task, config)
     named = dict(task.named_parameters())
@@ -65,7 +73,9 @@ def build(config: RunConfig, model_fn: Callable[[], Task], ranks: Ranks, total_s
         group["params"] = [named[name] for name in group["names"]]
     if bf16 and not stage:
         _compute_in_bf16(model)
-    engine = deepspeed.initialize(model=model, optimizer=optimizer, config=json, dist_init_required=False)[0]
+    engine = deepspeed.initialize(
+        model=model, optimizer=optimizer, config=json, dist_init_required=False
+    )[0]
     zero = partitions(engine, {parameter: name for name, parameter in named.items()})
     parts = zero.parts()
     with zero.groups_filled():
@@ -88,7 +98,8 @@ def _compute_in_bf16(model: nn.Module) -> None:
     """For stage 0, where DeepSpeed's own bf16 would sum and reduce gradients in bf16."""
     for module in list(model.modules()):
         for name, _ in list(module.named_parameters(recurse=False)):
-            register_parametrization(module, name, _InBf16(), unsafe=True)  # unsafe: its dtype is another
+            # unsafe: its dtype is another
+            register_parametrization(module, name, _InBf16(), unsafe=True)
 
 
 def _sharded(model_fn: Callable[[], Task], json: JSON) -> LossModule:
@@ -111,7 +122,9 @@ def _segments(parts: list[Part]) -> dict[Tensor, list[Segment]]:
 
 @torch.no_grad()
 def _fill(parts: list[Part], task: Task, seed: int) -> None:
-    """Initial master weights: every rank draws a tensor by name and keeps its part, one tensor at a time."""
+    """Initial master weights: every rank draws a tensor by name and keeps its part, one tensor
+    at a time.
+    """
     for part in parts:
         if part.length:
             full = task.initial(part.name, torch.Size(part.shape), seed)
@@ -119,7 +132,9 @@ def _fill(parts: list[Part], task: Task, seed: int) -> None:
 
 
 class DeepSpeedEngine:
-    """The engine of ``engine=zero0`` to ``zero3``; see ``engine.base.Engine`` for the contract of each method."""
+    """The engine of ``engine=zero0`` to ``zero3``; see ``engine.base.Engine`` for the contract
+    of each method.
+    """
 
     def __init__(
         self,
@@ -155,9 +170,14 @@ class DeepSpeedEngine:
             self.engine.backward(loss * (self.ranks.world_size / targets), scale_wrt_gas=False)
             loss_sum += loss.detach()
         gradients = self.zero.gradients()
-        # also of a gradient that all ranks have: their sums may differ in the last bit, and all must decide alike
-        squares = squared_norms(gradients).sum() / (self.ranks.world_size if self.zero.replicated else 1)
-        totals, metrics = read_over_ranks(torch.stack([loss_sum, squares.to(loss_sum)]), self.ranks.device)
+        # also of a gradient that all ranks have: their sums may differ in the last bit, and all
+        # must decide alike
+        squares = squared_norms(gradients).sum() / (
+            self.ranks.world_size if self.zero.replicated else 1
+        )
+        totals, metrics = read_over_ranks(
+            torch.stack([loss_sum, squares.to(loss_sum)]), self.ranks.device
+        )
         mean_loss, grad_norm = totals[0] / targets, math.sqrt(totals[1])
 
         lr_factor = self.schedule.factor(self.step)
@@ -170,13 +190,17 @@ class DeepSpeedEngine:
             self.optimizer.updates = self.updates
             del gradients  # DeepSpeed frees them as it goes
             self.engine.step()
-            assert self.engine.was_step_applied(), "DeepSpeed skipped a step that the judge let through"
+            assert self.engine.was_step_applied(), (
+                "DeepSpeed skipped a step that the judge let through"
+            )
             self.updates += 1
         else:
             self.zero.drop()
         self.step += 1
         metrics |= recorded_over_ranks(self.ranks.device)
-        return StepStats(mean_loss, grad_norm, self.optimizer.defaults["lr"] * lr_factor, not factor, metrics)
+        return StepStats(
+            mean_loss, grad_norm, self.optimizer.defaults["lr"] * lr_factor, not factor, metrics
+        )
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
@@ -187,13 +211,17 @@ class DeepSpeedEngine:
         return sums.means()
 
     def boxes(self) -> list[Box]:
-        replica, replicas = (self.ranks.rank, self.ranks.world_size) if self.zero.replicated else (0, 1)
+        replica, replicas = (
+            (self.ranks.rank, self.ranks.world_size) if self.zero.replicated else (0, 1)
+        )
         boxes: list[Box] = []
         for part in self.parts:
             held = {"model": part.flat, **self.optimizer.buffers(part.flat)}
             for kind, buffer in held.items():
                 run = part.of(buffer)
-                boxes += flat_boxes(f"{kind}.{part.name}", part.shape, part.start, run, replica, replicas)
+                boxes += flat_boxes(
+                    f"{kind}.{part.name}", part.shape, part.start, run, replica, replicas
+                )
         return boxes
 
     def scalars(self) -> dict[str, float]:

@@ -1,4 +1,6 @@
-"""FSDP2: weights, gradients and optimizer state sharded over the ranks, block by block; ddp and hsdp keep copies."""
+"""FSDP2: weights, gradients and optimizer state sharded over the ranks, block by block; ddp and
+hsdp keep copies.
+"""
 
 import gc
 import math
@@ -31,13 +33,15 @@ from dnt_scale.optim.shards import local
 class Part:
     """This rank's rows of a parameter.
 
-    The optimizer steps ``rows`` and not FSDP2's parameter, whose storage they are: it then meets plain tensors only,
-    which its fused kernels take, and DTensors leave no host objects behind each step (torchtitan #3790).
+    The optimizer steps ``rows`` and not FSDP2's parameter, whose storage they are: it then meets
+    plain tensors only, which its fused kernels take, and DTensors leave no host objects behind each
+    step (torchtitan #3790).
     """
 
     name: str
     parameter: DTensor  # FSDP2's; backward leaves the gradient here
-    rows: nn.Parameter  # fp32, (rows of this rank, ...); 0 rows where there are more ranks than rows
+    # fp32, (rows of this rank, ...); 0 rows where there are more ranks than rows
+    rows: nn.Parameter
     offset: tuple[int, ...]  # of the rows in the whole tensor
 
     @property
@@ -47,8 +51,12 @@ class Part:
         return local(self.parameter.grad)
 
 
-def build(config: RunConfig, model_fn: Callable[[], Task], ranks: Ranks, total_steps: int) -> "FSDPEngine":
-    """Shard ``model_fn()`` (called on the meta device), fill it, and allocate its optimizer; see ``engine.build``."""
+def build(
+    config: RunConfig, model_fn: Callable[[], Task], ranks: Ranks, total_steps: int
+) -> "FSDPEngine":
+    """Shard ``model_fn()`` (called on the meta device), fill it, and allocate its optimizer; see
+    ``engine.build``.
+    """
     assert isinstance(config.engine, TorchEngineConfig)
     schedule = Schedule(config.optim.schedule, total_steps)
     with torch.device("meta"):
@@ -60,32 +68,39 @@ def build(config: RunConfig, model_fn: Callable[[], Task], ranks: Ranks, total_s
     fill_buffers(task, buffers, ranks.device)
     parts = [_part(name, parameter) for name, parameter in task.named_parameters()]
     fill(parts, task, config.run.seed)
-    optimizer = build_optimizer([(part.name, part.rows) for part in parts], config.optim, config.run.seed)
+    optimizer = build_optimizer(
+        [(part.name, part.rows) for part in parts], config.optim, config.run.seed
+    )
     optimizer.allocate()
     return FSDPEngine(model, parts, optimizer, schedule, config, ranks)
 
 
 def _part(name: str, parameter: nn.Parameter) -> Part:
     assert isinstance(parameter, DTensor)
-    _, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    _, offset = compute_local_shape_and_global_offset(
+        parameter.shape, parameter.device_mesh, parameter.placements
+    )
     return Part(name, parameter, nn.Parameter(local(parameter.detach())), tuple(offset))
 
 
 @torch.no_grad()
 def fill(parts: Iterable[Part], task: Task, seed: int) -> None:
-    """Initial weights: every rank draws a whole tensor by name and keeps its rows, so sharding changes nothing."""
+    """Initial weights: every rank draws a whole tensor by name and keeps its rows, so sharding
+    changes nothing.
+    """
     for part in parts:
         whole = task.initial(part.name, part.parameter.shape, seed)
         part.rows.copy_(whole[part.offset[0] :][: len(part.rows)])
 
 
 class FSDPEngine:
-    """The engine of ``engine=ddp``, ``fsdp`` and ``hsdp``; see ``engine.base.Engine`` for each method's contract.
+    """The engine of ``engine=ddp``, ``fsdp`` and ``hsdp``; see ``engine.base.Engine`` for each
+    method's contract.
 
-    Of several micro-batches each is reduce-scattered over the ranks of a copy, so that a rank never keeps more than
-    its own rows of the gradient between them; the sum over copies is made once a step, with the last.
-    What becomes of them is a strategy's: `AccumulateThenStep`, or `MomentumInBackward` with
-    ``optim.gradient_buffer: false``.
+    Of several micro-batches each is reduce-scattered over the ranks of a copy, so that a rank never
+    keeps more than its own rows of the gradient between them; the sum over copies is made once a
+    step, with the last. What becomes of them is a strategy's: `AccumulateThenStep`, or
+    `MomentumInBackward` with ``optim.gradient_buffer: false``.
     """
 
     def __init__(
@@ -134,7 +149,9 @@ class FSDPEngine:
             part.parameter.grad = part.rows.grad = None
         self.step += 1
         metrics |= recorded_over_ranks(self.ranks.device)
-        return StepStats(loss, grad_norm, self.optimizer.defaults["lr"] * lr_factor, not factor, metrics)
+        return StepStats(
+            loss, grad_norm, self.optimizer.defaults["lr"] * lr_factor, not factor, metrics
+        )
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
@@ -154,7 +171,9 @@ class FSDPEngine:
             for kind, data in held.items():
                 if data.numel():
                     shape = tuple(part.parameter.shape)
-                    found.append(Box(f"{kind}.{part.name}", shape, part.offset, data, replica, self.replicas))
+                    found.append(
+                        Box(f"{kind}.{part.name}", shape, part.offset, data, replica, self.replicas)
+                    )
         return found
 
     def scalars(self) -> dict[str, float]:
@@ -199,7 +218,11 @@ class FSDPEngine:
 
 def blockwise(parts: Iterable[Part], task: Task) -> list[list[Part]]:
     """The parts that FSDP2 reduces together: each block's, and the root's."""
-    block_of = {id(parameter): number for number, block in enumerate(task.blocks) for parameter in block.parameters()}
+    block_of = {
+        id(parameter): number
+        for number, block in enumerate(task.blocks)
+        for parameter in block.parameters()
+    }
     groups: dict[int | None, list[Part]] = {}
     for part in parts:
         groups.setdefault(block_of.get(id(part.parameter)), []).append(part)

@@ -1,7 +1,7 @@
 """The whole sharding recipe, in the order in which it is applied.
 
-``parallelize`` is where tensor and context parallelism will come: before the blocks are prepared, for
-checkpointing and compilation then see the split blocks, and with mesh dimensions of their own.
+``parallelize`` is where tensor and context parallelism will come: before the blocks are prepared,
+for checkpointing and compilation then see the split blocks, and with mesh dimensions of their own.
 """
 
 import logging
@@ -12,7 +12,13 @@ from functools import partial
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from dnt_scale.config import ConfigError, RunConfig, TorchEngineConfig
@@ -22,7 +28,8 @@ from dnt_scale.distributed.process_group import Ranks
 from dnt_scale.model.task import LossModule, Task
 
 _aten = torch.ops.aten
-# what selective checkpointing keeps: matrix products, and attention under each name it has on CPU and CUDA
+# what selective checkpointing keeps: matrix products, and attention under each name it has on CPU
+# and CUDA
 KEPT_OPS = [
     _aten.mm.default,
     _aten.addmm.default,
@@ -37,7 +44,8 @@ KEPT_OPS = [
 
 
 def parallelize(model: LossModule, config: RunConfig, ranks: Ranks) -> None:
-    """Spread ``model``, still on the meta device, over the ranks as ``config.engine`` says, in place. A collective.
+    """Spread ``model``, still on the meta device, over the ranks as ``config.engine`` says, in
+    place. A collective.
 
     Raises:
         AgreedError: the copies of hsdp do not share the ranks equally.
@@ -50,10 +58,11 @@ def parallelize(model: LossModule, config: RunConfig, ranks: Ranks) -> None:
 
 
 def prepare_blocks(task: Task, config: RunConfig) -> None:
-    """Checkpoint the blocks' activations and compile the blocks, as ``config.engine`` says; any engine's.
+    """Checkpoint the blocks' activations and compile the blocks, as ``config.engine`` says; any
+    engine's.
 
-    ``block.forward`` is replaced in place: parameters keep their names, and hooks stay outside of what is
-    recomputed and compiled. Blocks of equal shapes share one compilation.
+    ``block.forward`` is replaced in place: parameters keep their names, and hooks stay outside of
+    what is recomputed and compiled. Blocks of equal shapes share one compilation.
     """
     chosen = config.engine.activation_checkpointing
     for index, block in enumerate(task.blocks):
@@ -61,8 +70,11 @@ def prepare_blocks(task: Task, config: RunConfig) -> None:
         # a block draws no random numbers (see Task), so no generator's state need be kept
         recomputed = partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
         if chosen == "selective":
-            logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)  # warns of in-place operations
-            forward = partial(recomputed, context_fn=partial(create_selective_checkpoint_contexts, KEPT_OPS))
+            # warns of in-place operations
+            logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
+            forward = partial(
+                recomputed, context_fn=partial(create_selective_checkpoint_contexts, KEPT_OPS)
+            )
         elif chosen == "full" or (isinstance(chosen, int) and index % chosen == 0):
             forward = recomputed
         if config.engine.compile:
@@ -71,7 +83,8 @@ def prepare_blocks(task: Task, config: RunConfig) -> None:
 
 
 def data_mesh(engine: TorchEngineConfig, ranks: Ranks) -> DeviceMesh:
-    """The ranks as copies of the model by shards of a copy; fsdp's mesh has no dimension of copies. A collective.
+    """The ranks as copies of the model by shards of a copy; fsdp's mesh has no dimension of copies.
+    A collective.
 
     Raises:
         AgreedError: the copies do not share the ranks equally.
@@ -84,7 +97,9 @@ def data_mesh(engine: TorchEngineConfig, ranks: Ranks) -> DeviceMesh:
         copies = copies_of(engine, world, nodes)
     except ConfigError as error:  # all ranks have the same configuration
         raise AgreedError(str(error)) from None
-    return init_device_mesh(device, (copies, world // copies), mesh_dim_names=("replicate", "shard"))
+    return init_device_mesh(
+        device, (copies, world // copies), mesh_dim_names=("replicate", "shard")
+    )
 
 
 def _hosts(world: int) -> int:
@@ -94,30 +109,45 @@ def _hosts(world: int) -> int:
 
 
 def shard(model: LossModule, mesh: DeviceMesh, config: RunConfig) -> None:
-    """Each block is one all-gather and one reduce-scatter; what is in no block (of a DNT, the embeddings and outer
-    norms) is the root's.
+    """Each block is one all-gather and one reduce-scatter; what is in no block (of a DNT, the
+    embeddings and outer norms) is the root's.
 
-    Matrices are multiplied in ``train.dtype``; the shards, and gradients from the reduce-scatter on, are fp32. The
-    batch comes as the source made it: what of it meets weights, the model casts.
+    Matrices are multiplied in ``train.dtype``; the shards, and gradients from the reduce-scatter
+    on, are fp32. The batch comes as the source made it: what of it meets weights, the model casts.
     """
     assert isinstance(config.engine, TorchEngineConfig)
     dtype = torch.bfloat16 if config.train.dtype == "bf16" else torch.float32
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    # copies of pinned memory are faster on CUDA, and not waited for: torch 2.11's hooks would see them half made
+    # copies of pinned memory are faster on CUDA, and not waited for: torch 2.11's hooks would see
+    # them half made
     pinned = mesh.device_type == "cuda" and config.optim.gradient_buffer
     offload = CPUOffloadPolicy(pin_memory=pinned) if config.engine.cpu_offload else OffloadPolicy()
     reshard = config.engine.reshard_after_forward
     for block in model.task.blocks:
-        fully_shard(block, mesh=mesh, mp_policy=precision, offload_policy=offload, reshard_after_forward=reshard)
-    fully_shard(model, mesh=mesh, mp_policy=replace(precision, cast_forward_inputs=False), offload_policy=offload)
+        fully_shard(
+            block,
+            mesh=mesh,
+            mp_policy=precision,
+            offload_policy=offload,
+            reshard_after_forward=reshard,
+        )
+    fully_shard(
+        model,
+        mesh=mesh,
+        mp_policy=replace(precision, cast_forward_inputs=False),
+        offload_policy=offload,
+    )
 
 
 def set_prefetch(model: LossModule, ahead: int) -> None:
-    """Gather the weights of ``ahead`` blocks before the one that computes is done, in both passes."""
+    """Gather the weights of ``ahead`` blocks before the one that computes is done, in both
+    passes.
+    """
     assert isinstance(model, FSDPModule)
     blocks: list[FSDPModule] = list(model.task.blocks)  # type: ignore[arg-type]
     model.set_modules_to_forward_prefetch(blocks[:ahead])
-    # with an empty list FSDP2 gathers one block ahead in backward; a module that is gathered already does nothing
+    # with an empty list FSDP2 gathers one block ahead in backward; a module that is gathered
+    # already does nothing
     model.set_modules_to_backward_prefetch(blocks[::-1][:ahead] or [model])
     for index, block in enumerate(blocks):
         before = blocks[:index][::-1]

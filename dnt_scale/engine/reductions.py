@@ -10,30 +10,38 @@ from dnt_scale.distributed import device_metrics
 from dnt_scale.model.batch import Batch
 from dnt_scale.model.task import Task
 
-# elements whose squares torch may add up in fp32 on a CPU, one after the other: 1e7 are 4e-4 wrong, these 2e-7
+# elements whose squares torch may add up in fp32 on a CPU, one after the other: 1e7 are 4e-4 wrong,
+# these 2e-7
 PIECE = 1 << 16
 
 
 def squared_norms(tensors: Sequence[Tensor]) -> Tensor:
-    """The squared norm of each of fp32 ``tensors``: float64 of shape (len(tensors),), on their device.
+    """The squared norm of each of fp32 ``tensors``: float64 of shape (len(tensors),), on their
+    device.
 
     Right to 1e-6 of itself however large a tensor is; not finite where the tensor is not.
     """
     if tensors[0].device.type != "cpu":
         return torch.stack(torch._foreach_norm(list(tensors))).double().square()
-    norms = [torch.stack(torch._foreach_norm(tensor.reshape(-1).split(PIECE))) for tensor in tensors]
+    norms = [
+        torch.stack(torch._foreach_norm(tensor.reshape(-1).split(PIECE))) for tensor in tensors
+    ]
     return torch.stack([pieces.double().square().sum() for pieces in norms])
 
 
 def over_ranks(values: Tensor, device: torch.device) -> Tensor:
-    """The sum over all ranks of ``values``, whose shape it has: float64, on ``device``. A collective."""
+    """The sum over all ranks of ``values``, whose shape it has: float64, on ``device``. A
+    collective.
+    """
     total = values.detach().to(device, torch.float64, copy=True)
     dist.all_reduce(total)
     return total
 
 
 class EvalSums:
-    """Sums of what a task measures in validation, float64 on a device, and their means over all ranks."""
+    """Sums of what a task measures in validation, float64 on a device, and their means over all
+    ranks.
+    """
 
     def __init__(self, task: Task, device: torch.device) -> None:
         self.task = task
@@ -49,12 +57,15 @@ class EvalSums:
 
     def means(self) -> dict[str, float]:
         """Return the mean over all targets of all ranks, by name. A collective."""
-        *sums, targets = over_ranks(torch.stack([*self.totals.values(), self.targets]), self.device).tolist()
+        *sums, targets = over_ranks(
+            torch.stack([*self.totals.values(), self.targets]), self.device
+        ).tolist()
         return {name: value / targets for name, value in zip(self.totals, sums, strict=True)}
 
 
 def read_over_ranks(values: Tensor, device: torch.device) -> tuple[list[float], dict[str, Tensor]]:
-    """Return the sums over all ranks of ``values``, of shape (n,), and the metrics that were recorded until now.
+    """Return the sums over all ranks of ``values``, of shape (n,), and the metrics that were
+    recorded until now.
 
     The host waits for the device here, once for all of them. A collective.
 
@@ -69,7 +80,8 @@ def read_over_ranks(values: Tensor, device: torch.device) -> tuple[list[float], 
 
 
 def recorded_over_ranks(device: torch.device) -> dict[str, Tensor]:
-    """Return the metrics recorded since the last wait, by name: float64 scalars that are still on ``device``.
+    """Return the metrics recorded since the last wait, by name: float64 scalars that are still on
+    ``device``.
 
     A collective where any were recorded, which is so on all ranks or on none.
     """

@@ -1,15 +1,17 @@
 """What DeepSpeed keeps to itself: where its ZeRO optimizers hold master weights and gradients.
 
-DeepSpeed's public interface hides its partitions, so this file reads attributes of its optimizers. All such reliance is
-here; a release without one of them is refused when the engine is built. There are four optimizers:
+DeepSpeed's public interface hides its partitions, so this file reads attributes of its optimizers.
+All such reliance is here; a release without one of them is refused when the engine is built. There
+are four optimizers:
 
     stage 0                     none: ours steps the fp32 parameters themselves
     stage 1 in bf16             BF16_Optimizer; not when the optimizer is offloaded
     stages 1 and 2              DeepSpeedZeroOptimizer
     stage 3                     DeepSpeedZeroOptimizer_Stage3
 
-All but the first give our optimizer flat fp32 tensors to step, one a parameter group (stage 3: one a sub-group). Each
-holds this rank's runs of that group's parameters, one after the other, and padding.
+All but the first give our optimizer flat fp32 tensors to step, one a parameter group (stage 3: one
+a sub-group). Each holds this rank's runs of that group's parameters, one after the other, and
+padding.
 """
 
 import os
@@ -29,7 +31,9 @@ from dnt_scale.distributed.process_group import Ranks
 
 @dataclass(frozen=True)
 class Part:
-    """A run of a parameter in a tensor that the optimizer steps; length 0 where this rank holds none of it."""
+    """A run of a parameter in a tensor that the optimizer steps; length 0 where this rank holds
+    none of it.
+    """
 
     name: str
     shape: tuple[int, ...]  # of the whole parameter
@@ -53,7 +57,9 @@ class Partitions(Protocol):
         ...
 
     def gradients(self) -> list[Tensor]:
-        """This rank's part of the reduced gradient after the last backward of a step, as views; padding is zero."""
+        """This rank's part of the reduced gradient after the last backward of a step, as views;
+        padding is zero.
+        """
         ...
 
     def drop(self) -> None:
@@ -86,19 +92,24 @@ def join(ranks: Ranks) -> None:
     """Set DeepSpeed up, quietly, on this rank's device and in our process group."""
     if ranks.device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
-    os.environ["LOCAL_RANK"] = str(ranks.device.index or 0)  # here DeepSpeed reads the device's number; ZeRO 3 in steps
+    # here DeepSpeed reads the device's number; ZeRO 3 in steps
+    os.environ["LOCAL_RANK"] = str(ranks.device.index or 0)
     from deepspeed import comm
     from deepspeed.runtime import bf16_optimizer
 
-    # an op for inference, which would be compiled on the spot; comm.torch is PyTorch, not this module
+    # an op for inference, which would be compiled on the spot; comm.torch is PyTorch, not this
+    # module
     import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
-    bf16_optimizer.see_memory_usage = lambda *_, **__: None  # prints, collects garbage and resets CUDA's peaks
+    # prints, collects garbage and resets CUDA's peaks
+    bf16_optimizer.see_memory_usage = lambda *_, **__: None
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     comm.init_distributed(auto_mpi_discovery=False, dist_init_required=False)
 
 
 def free(engine: Any) -> None:
-    """End ``engine`` and give up its tensors: ZeRO 3 itself stays, in a list of modules and in a cache of results."""
+    """End ``engine`` and give up its tensors: ZeRO 3 itself stays, in a list of modules and in a
+    cache of results.
+    """
     engine.destroy()
     for holder in (*engine.module.parameters(), engine):
         vars(holder).clear()
@@ -113,7 +124,11 @@ class _Whole:
 
     def parts(self) -> list[Part]:
         groups = self.engine.optimizer.param_groups
-        return [Part(self.names[p], tuple(p.shape), p, 0, 0, p.numel()) for group in groups for p in group["params"]]
+        return [
+            Part(self.names[p], tuple(p.shape), p, 0, 0, p.numel())
+            for group in groups
+            for p in group["params"]
+        ]
 
     def gradients(self) -> list[Tensor]:
         return [parameter.grad for parameter in self.names if parameter.grad is not None]
@@ -141,16 +156,20 @@ class _Sharded:
             import deepspeed
 
             raise ConfigError(
-                f"deepspeed {deepspeed.__version__}: its {type(self.optimizer).__name__} has no {', '.join(missing)}, "
-                "which dnt-scale relies on; pip install 'deepspeed>=0.19.8,<0.20'"
+                f"deepspeed {deepspeed.__version__}: its {type(self.optimizer).__name__} has no "
+                f"{', '.join(missing)}, which dnt-scale relies on; pip install "
+                "'deepspeed>=0.19.8,<0.20'"
             )
 
     @contextmanager
     def groups_filled(self) -> Iterator[None]:
         yield
 
-    def part(self, parameter: Any, shape: torch.Size, flat: Tensor, begin: int, size: int, offset: int) -> Part:
-        """The part of a parameter whose elements from ``begin`` on, at most ``size``, lie in ``flat``.
+    def part(
+        self, parameter: Any, shape: torch.Size, flat: Tensor, begin: int, size: int, offset: int
+    ) -> Part:
+        """The part of a parameter whose elements from ``begin`` on, at most ``size``, lie in
+        ``flat``.
 
         Args:
             begin: may be negative: this rank's partition then begins before the parameter.
@@ -158,15 +177,29 @@ class _Sharded:
         """
         start = min(max(begin, 0), shape.numel())
         length = max(0, min(shape.numel(), begin + size) - start)
-        return Part(self.names[parameter], tuple(shape), flat, start, offset + start - begin if length else 0, length)
+        return Part(
+            self.names[parameter],
+            tuple(shape),
+            flat,
+            start,
+            offset + start - begin if length else 0,
+            length,
+        )
 
 
 class _Bf16(_Sharded):
-    needs = ("bf16_groups", "fp32_groups_flat_partition", "fp32_groups_gradient_flat_partition", "dp_rank")
+    needs = (
+        "bf16_groups",
+        "fp32_groups_flat_partition",
+        "fp32_groups_gradient_flat_partition",
+        "dp_rank",
+    )
 
     def parts(self) -> list[Part]:
         parts = []
-        for parameters, flat in zip(self.optimizer.bf16_groups, self.optimizer.fp32_groups_flat_partition, strict=True):
+        for parameters, flat in zip(
+            self.optimizer.bf16_groups, self.optimizer.fp32_groups_flat_partition, strict=True
+        ):
             begin, size = self.optimizer.dp_rank * flat.numel(), flat.numel()
             for parameter in parameters:
                 parts.append(self.part(parameter, parameter.shape, flat, begin, size, 0))
@@ -209,7 +242,9 @@ class _Zero12(_Sharded):
         ):
             size = flat.numel()
             for parameter, offset in zip(parameters, offsets, strict=True):
-                parts.append(self.part(parameter, parameter.shape, flat, rank * size - offset, size, 0))
+                parts.append(
+                    self.part(parameter, parameter.shape, flat, rank * size - offset, size, 0)
+                )
         return parts
 
     def gradients(self) -> list[Tensor]:

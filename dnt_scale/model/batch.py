@@ -5,7 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-# A tensor, or tensors by name, that share dimension 0: the rows. Of text, int64 token ids (rows, seq_len + 1).
+# A tensor, or tensors by name, that share dimension 0: the rows. Of text, int64 token ids (rows,
+# seq_len + 1).
 Batch = Tensor | dict[str, Tensor]
 
 

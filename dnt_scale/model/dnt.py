@@ -5,8 +5,8 @@
     x' = u + N_mid2( FFN( N_pre2(u) ) )                 S4;  S5 drops N_pre2
     logits = tok_emb^T N_out(x)
 
-Which of these norms stand is data (``SETTINGS``), not a subclass. Shapes in names: B rows, T tokens,
-D width, V vocabulary, H heads, K width of a head.
+Which of these norms stand is data (``SETTINGS``), not a subclass. Shapes in names: B rows, T
+tokens, D width, V vocabulary, H heads, K width of a head.
 """
 
 from dataclasses import dataclass
@@ -25,10 +25,12 @@ IGNORED = -1  # a target that does not count in the loss
 
 
 def next_tokens(batch: Batch) -> tuple[Tensor, Tensor]:
-    """Return inputs and targets of rows of token ids, each int64 (rows, seq_len): a target is the token that follows.
+    """Return inputs and targets of rows of token ids, each int64 (rows, seq_len): a target is the
+    token that follows.
 
     Args:
-        batch: int64 (rows, seq_len + 1); ``IGNORED`` is padding, for which token 0 stands as an input.
+        batch: int64 (rows, seq_len + 1); ``IGNORED`` is padding, for which token 0 stands as an
+            input.
     """
     assert isinstance(batch, Tensor)
     return batch[:, :-1].clamp(min=0), batch[:, 1:]
@@ -55,7 +57,9 @@ SETTINGS: dict[Setting, Norms] = {
 
 
 class Norm(nn.Module):
-    """N(x) = sqrt(d) g x / sqrt(|x|^2 + d eps) over the last dimension, or LayerNorm for the GPT-2 baseline."""
+    """N(x) = sqrt(d) g x / sqrt(|x|^2 + d eps) over the last dimension, or LayerNorm for the
+    GPT-2 baseline.
+    """
 
     def __init__(self, size: int, config: ModelConfig) -> None:
         super().__init__()
@@ -76,7 +80,9 @@ def norm_if(wanted: bool, size: int, config: ModelConfig) -> nn.Module:
 
 
 class Attention(nn.Module):
-    """Causal attention; with QKNorm the logits are sqrt(d_h) cos(q, k) times the gains (paper, Prop. 5)."""
+    """Causal attention; with QKNorm the logits are sqrt(d_h) cos(q, k) times the gains (paper,
+    Prop. 5).
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -121,7 +127,9 @@ class FeedForward(nn.Module):
         if self.activation == "relu":
             hidden = F.relu(hidden)
         else:
-            hidden = F.gelu(hidden, approximate="tanh" if self.activation == "gelu_tanh" else "none")
+            hidden = F.gelu(
+                hidden, approximate="tanh" if self.activation == "gelu_tanh" else "none"
+            )
         y_BTD: Tensor = self.w_2(hidden)
         return y_BTD
 
@@ -144,12 +152,14 @@ class Block(nn.Module):
 
 
 def document_layout(tokens_BT: Tensor, eos: int) -> tuple[Tensor, Tensor]:
-    """Where documents lie in rows: each ``eos`` begins one, and what precedes the first is the rest of another.
+    """Where documents lie in rows: each ``eos`` begins one, and what precedes the first is the rest
+    of another.
 
     Returns:
-        positions_BT, int64: the distance from the document's beginning, or from the row's where that comes later.
-        mask_B1TT, bool: whether a token (next to last dimension) attends to another (last): one of its own document,
-            not after it.
+        positions_BT, int64: the distance from the document's beginning, or from the row's where
+            that comes later.
+        mask_B1TT, bool: whether a token (next to last dimension) attends to another (last): one of
+            its own document, not after it.
     """
     index_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
     begin_BT = torch.where(tokens_BT == eos, index_T, 0).cummax(dim=1).values
@@ -163,8 +173,8 @@ class DNT(nn.Module, Task):
     Its batches are rows of token ids, see ``next_tokens``.
 
     Args:
-        document_eos: the token that stands before and after documents; attention then stays inside a document, and
-            its positions count from that token. None: a row is one text.
+        document_eos: the token that stands before and after documents; attention then stays inside
+            a document, and its positions count from that token. None: a row is one text.
     """
 
     def __init__(self, config: ModelConfig, document_eos: int | None = None) -> None:
@@ -172,11 +182,15 @@ class DNT(nn.Module, Task):
         self.config = config
         self.document_eos = document_eos
         self.tok_emb = nn.Embedding(config.vocab_size, config.width)
-        self.pos_emb = nn.Embedding(config.context, config.width) if config.positions == "learned" else None
+        self.pos_emb = (
+            nn.Embedding(config.context, config.width) if config.positions == "learned" else None
+        )
         self.norm_in = norm_if(SETTINGS[config.setting].input, config.width, config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm_out = norm_if(config.final_norm, config.width, config)
-        self.head = None if config.tied_head else nn.Linear(config.width, config.vocab_size, bias=False)
+        self.head = (
+            None if config.tied_head else nn.Linear(config.width, config.vocab_size, bias=False)
+        )
 
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None = None) -> Tensor:
         """Logits, or the summed loss when there are targets.
@@ -186,7 +200,8 @@ class DNT(nn.Module, Task):
             targets_BT: int64 ids of the next tokens; ``IGNORED`` ones do not count.
 
         Returns:
-            logits_BTV in the compute dtype, or the cross entropy summed over targets: fp32 scalar, nats.
+            logits_BTV in the compute dtype, or the cross entropy summed over targets: fp32 scalar,
+            nats.
 
         Raises:
             ValueError: T is longer than ``config.context``.
@@ -201,7 +216,8 @@ class DNT(nn.Module, Task):
         positions, mask_B1TT = torch.arange(length, device=tokens_BT.device), None
         if self.document_eos is not None:
             positions, attends_B1TT = document_layout(tokens_BT, self.document_eos)
-            # what is added to the logits; of a bool mask every block would make such a one and keep it for its backward
+            # what is added to the logits; of a bool mask every block would make such a one and keep
+            # it for its backward
             mask_B1TT = x_BTD.new_zeros(attends_B1TT.shape).masked_fill_(~attends_B1TT, -torch.inf)
         if self.pos_emb is not None:
             x_BTD = x_BTD + self.pos_emb(positions)
@@ -213,7 +229,10 @@ class DNT(nn.Module, Task):
         if targets_BT is None:
             return logits_BTV
         return F.cross_entropy(
-            logits_BTV.float().flatten(0, 1), targets_BT.flatten(), ignore_index=IGNORED, reduction="sum"
+            logits_BTV.float().flatten(0, 1),
+            targets_BT.flatten(),
+            ignore_index=IGNORED,
+            reduction="sum",
         )
 
     def loss_sum(self, batch: Batch) -> Tensor:

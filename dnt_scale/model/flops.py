@@ -11,7 +11,9 @@ def count_parameters(section: ModelSection, *, positions: bool = True) -> int:
     counts.
     """
     shapes = shapes_of(section)
-    return sum(math.prod(shape) for name, shape in shapes.items() if positions or name != "pos_emb.weight")
+    return sum(
+        math.prod(shape) for name, shape in shapes.items() if positions or name != "pos_emb.weight"
+    )
 
 
 def flops_per_token(config: ModelConfig, seq_len: int) -> float:
@@ -21,4 +23,7 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> float:
     full, not halved for causality (PaLM, arXiv 2204.02311, appendix B; nanoGPT and torchtitan count
     the same way).
     """
-    return 6.0 * count_parameters(config, positions=False) + 12.0 * config.layers * config.width * seq_len
+    return (
+        6.0 * count_parameters(config, positions=False)
+        + 12.0 * config.layers * config.width * seq_len
+    )

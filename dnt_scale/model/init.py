@@ -16,7 +16,9 @@ def drawn(name: str, shape: torch.Size, std: float, seed: int) -> Tensor:
     """Return fp32 values on the CPU out of N(0, std), by a generator of (seed, name)."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little"))
-    return torch.empty(shape, dtype=torch.float32, device="cpu").normal_(0.0, std, generator=generator)
+    return torch.empty(shape, dtype=torch.float32, device="cpu").normal_(
+        0.0, std, generator=generator
+    )
 
 
 def initial_tensor(name: str, shape: torch.Size, config: ModelConfig, seed: int) -> Tensor:

@@ -20,8 +20,8 @@ class Task(Protocol):
     batch.
     """
 
-    # The layers in the order of computing. Each is gathered and reduced as one, may be computed a second
-    # time in backward (engine.activation_checkpointing), and may be compiled.
+    # The layers in the order of computing. Each is gathered and reduced as one, may be computed a
+    # second time in backward (engine.activation_checkpointing), and may be compiled.
     blocks: Iterable[nn.Module]
 
     def loss_sum(self, batch: Batch) -> Tensor:
@@ -102,7 +102,7 @@ def build_task(section: ModelSection, rows: Any = None) -> Task:
     return task
 
 
-# --- what is known without allocating anything -------------------------------------------------------------------
+# --- what is known without allocating anything ----------------------------------------------------
 
 
 def on_meta(section: ModelSection) -> Task:
@@ -130,7 +130,7 @@ def flops_per_row(section: ModelSection, units_a_row: int) -> float:
     return on_meta(section).flops_per_row(units_a_row)
 
 
-# --- buffers -----------------------------------------------------------------------------------------------------
+# --- buffers --------------------------------------------------------------------------------------
 
 
 def blank_buffers(task: Task, kind: str) -> dict[str, Tensor]:
@@ -144,8 +144,9 @@ def blank_buffers(task: Task, kind: str) -> dict[str, Tensor]:
     buffers = dict(task.named_buffers(remove_duplicate=False))
     if lost := sorted(kept & buffers.keys()):
         raise ConfigError(
-            f"model.kind is {kind}, whose buffer {lost[0]} is persistent, but checkpoints hold weights and the "
-            "optimizer's state only; register it with persistent=False and fill it in init_buffers"
+            f"model.kind is {kind}, whose buffer {lost[0]} is persistent, but checkpoints hold "
+            "weights and the optimizer's state only; register it with persistent=False and fill it "
+            "in init_buffers"
         )
     return buffers
 
@@ -173,5 +174,6 @@ def fill_buffers(task: Task, blank: Mapping[str, Tensor], device: torch.device) 
     for name, buffer in task.named_buffers():
         if buffer.is_floating_point() and buffer.isnan().any():
             raise ConfigError(
-                f"{type(task).__name__}.init_buffers: leaves {name} without values (found nan); fill every buffer there"
+                f"{type(task).__name__}.init_buffers: leaves {name} without values (found nan); "
+                "fill every buffer there"
             )

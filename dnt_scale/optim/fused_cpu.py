@@ -44,13 +44,24 @@ def load() -> Update | None:
     function.restype = None
 
     def update(
-        ps: list[Tensor], vs: list[Tensor], gs: list[Tensor], momentum: float, keep: float, shrink: float, lr: float
+        ps: list[Tensor],
+        vs: list[Tensor],
+        gs: list[Tensor],
+        momentum: float,
+        keep: float,
+        shrink: float,
+        lr: float,
     ) -> None:
         lengths = [p.numel() for p in ps]
         for tensors in (ps, vs, gs):
             assert [tensor.numel() for tensor in tensors] == lengths
-            assert all(tensor.dtype == torch.float32 and tensor.is_contiguous() for tensor in tensors)
-        pointers = [(ctypes.c_void_p * len(ps))(*[tensor.data_ptr() for tensor in tensors]) for tensors in (ps, vs, gs)]
+            assert all(
+                tensor.dtype == torch.float32 and tensor.is_contiguous() for tensor in tensors
+            )
+        pointers = [
+            (ctypes.c_void_p * len(ps))(*[tensor.data_ptr() for tensor in tensors])
+            for tensors in (ps, vs, gs)
+        ]
         counts = (ctypes.c_ssize_t * len(ps))(*lengths)
         function(*pointers, counts, len(ps), momentum, keep, shrink, lr, torch.get_num_threads())
 

@@ -26,13 +26,18 @@ def parameter_groups(named: Named, config: OptimizerConfig) -> list[dict[str, An
         try:
             rules[label] = re.compile(group.pattern)
         except re.error as error:
-            raise ConfigError(f"optim.groups.{label}.pattern: {group.pattern!r} is not a regex: {error}") from None
-    members: dict[str, list[tuple[str, nn.Parameter]]] = {label: [] for label in [*rules, "default"]}
+            raise ConfigError(
+                f"optim.groups.{label}.pattern: {group.pattern!r} is not a regex: {error}"
+            ) from None
+    members: dict[str, list[tuple[str, nn.Parameter]]] = {
+        label: [] for label in [*rules, "default"]
+    }
     for name, parameter in named:
         matching = [label for label, regex in rules.items() if regex.search(name)]
         if len(matching) > 1:
             raise ConfigError(
-                f"optim.groups: parameter {name} is matched by {' and '.join(matching)}; narrow one pattern"
+                f"optim.groups: parameter {name} is matched by {' and '.join(matching)}; narrow "
+                "one pattern"
             )
         members[matching[0] if matching else "default"].append((name, parameter))
 

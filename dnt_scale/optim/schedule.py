@@ -20,12 +20,14 @@ class Schedule:
     def __post_init__(self) -> None:
         if self.config.warmup_steps >= self.total_steps:
             raise ConfigError(
-                f"optim.schedule.warmup_steps is {self.config.warmup_steps}, but the run has {self.total_steps} "
-                "steps; warm up for fewer steps or train for more"
+                f"optim.schedule.warmup_steps is {self.config.warmup_steps}, but the run has "
+                f"{self.total_steps} steps; warm up for fewer steps or train for more"
             )
 
     def factor(self, step: int) -> float:
-        """Factor for the update numbered ``step``, counted from 0: warmup ends at 1, the last step at ``final``."""
+        """Factor for the update numbered ``step``, counted from 0: warmup ends at 1, the last
+        step at ``final``.
+        """
         warmup, final, last = self.config.warmup_steps, self.config.final, self.total_steps - 1
         if step < warmup:
             return (step + 1) / warmup

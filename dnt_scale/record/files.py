@@ -17,7 +17,7 @@ import orjson
 NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
 
 
-# --- files --------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -86,7 +86,7 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
-# --- messages -----------------------------------------------------------------------------------
+# --- messages -------------------------------------------------------------------------------------
 
 
 def warn(text: str) -> None:

@@ -101,6 +101,13 @@ def unsent_points(
 
 
 def unit_of(records: Iterable[dict[str, Any]]) -> str:
-    """Return what a run's rows are counted in: what its records tell the speed of, ``NAME_per_s``; else tokens."""
-    names = (name.removesuffix("_per_s") for record in records for name in record if name.endswith("_per_s"))
+    """Return what a run's rows are counted in: what its records tell the speed of,
+    ``NAME_per_s``; else tokens.
+    """
+    names = (
+        name.removesuffix("_per_s")
+        for record in records
+        for name in record
+        if name.endswith("_per_s")
+    )
     return next(names, "tokens")

@@ -26,14 +26,14 @@ UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
 def plot_run(run_dir: Path) -> Path:
     """Draw ``RUN/plots/loss.png`` from ``RUN/metrics.jsonl`` and return its path.
 
-    Losses over what the rows are counted in, of text tokens (steps on the upper axis); below, learning rate, gradient
-    norm and speed.
-    The file is replaced in one piece. Raises ValueError when there is no loss to draw, OSError when a file cannot be
-    read or written.
+    Losses over what the rows are counted in, of text tokens (steps on the upper axis); below,
+    learning rate, gradient norm and speed. The file is replaced in one piece. Raises ValueError
+    when there is no loss to draw, OSError when a file cannot be read or written.
     """
     import matplotlib
 
-    with matplotlib.rc_context():  # a matplotlibrc of the user's, perhaps in the working folder, is for other plots
+    # a matplotlibrc of the user's, perhaps in the working folder, is for other plots
+    with matplotlib.rc_context():
         matplotlib.rcdefaults()
         return _draw(run_dir)
 
@@ -46,13 +46,20 @@ def _draw(run_dir: Path) -> Path:
     unit = unit_of(records)
     train, val = _series(records, "train/loss", unit), _series(records, "val/loss", unit)
     if not train[0].size and not val[0].size:
-        raise ValueError(f"{run_dir / 'metrics.jsonl'} holds no loss yet: nothing to draw; train some steps first")
+        raise ValueError(
+            f"{run_dir / 'metrics.jsonl'} holds no loss yet: nothing to draw; train some steps "
+            "first"
+        )
     panels = [(*panel, _series(records, panel[0], unit)) for panel in _panels(unit)]
     panels = [panel for panel in panels if panel[-1][0].size]
 
-    figure = Figure(figsize=(9, 6.6 if panels else 5), dpi=150, layout="constrained", facecolor="white")
+    figure = Figure(
+        figsize=(9, 6.6 if panels else 5), dpi=150, layout="constrained", facecolor="white"
+    )
     FigureCanvasAgg(figure)
-    grid = figure.add_gridspec(2 if panels else 1, max(1, len(panels)), height_ratios=[3.2, 1] if panels else [1])
+    grid = figure.add_gridspec(
+        2 if panels else 1, max(1, len(panels)), height_ratios=[3.2, 1] if panels else [1]
+    )
     axes = figure.add_subplot(grid[0, :])
     _draw_losses(axes, train, val, _last_validation(records))
     axes.set_xlabel(unit)
@@ -95,20 +102,34 @@ def _panels(unit: str) -> list[tuple[str, str, bool]]:
 
 def _last_validation(records: list[dict[str, Any]]) -> dict[str, float]:
     """Return the measures of the last validation beside its loss."""
-    last: dict[str, Any] = next((record for record in reversed(records) if record.get("val/loss") is not None), {})
-    names = [name for name in last if name.startswith("val/") and name.count("/") == 1 and name != "val/loss"]
-    return {name.removeprefix("val/").replace("_", " "): last[name] for name in names if last[name] is not None}
+    last: dict[str, Any] = next(
+        (record for record in reversed(records) if record.get("val/loss") is not None), {}
+    )
+    names = [
+        name
+        for name in last
+        if name.startswith("val/") and name.count("/") == 1 and name != "val/loss"
+    ]
+    return {
+        name.removeprefix("val/").replace("_", " "): last[name]
+        for name in names
+        if last[name] is not None
+    }
 
 
 def _series(records: list[dict[str, Any]], name: str, unit: str) -> tuple[Floats, Floats]:
     """Return the count of units and the value of one metric, where it was measured and finite."""
-    pairs = [(r[unit], r[name]) for r in records if r.get(name) is not None and r.get(unit) is not None]
+    pairs = [
+        (r[unit], r[name]) for r in records if r.get(name) is not None and r.get(unit) is not None
+    ]
     table = np.array(pairs, dtype=np.float64).reshape(-1, 2)
     return table[:, 0], table[:, 1]
 
 
 def _smooth(values: Floats) -> Floats:
-    """A centred mean, which does not lag; its window grows with the step, since the loss falls fastest at first."""
+    """A centred mean, which does not lag; its window grows with the step, since the loss falls
+    fastest at first.
+    """
     at = np.arange(values.size)
     half = np.minimum(values.size * SMOOTH_SHARE, at * 0.1).astype(np.int64)
     total = np.concatenate([[0.0], np.cumsum(values)])
@@ -136,10 +157,23 @@ def _draw_losses(
     room = max(0.01, 0.06 * (high - low))
     axes.set_ylim(low - room, high + room)
     if val[0].size:
-        axes.plot(*val, color=VAL, lw=1.2, marker="o", ms=4 if val[0].size < 60 else 2, label="validation", zorder=3)
+        axes.plot(
+            *val,
+            color=VAL,
+            lw=1.2,
+            marker="o",
+            ms=4 if val[0].size < 60 else 2,
+            label="validation",
+            zorder=3,
+        )
         last_count, last = val[0][-1], val[1][-1]
         axes.annotate(
-            "\n".join([f"validation {last:.3f}", *(f"{name} {value:.4g}" for name, value in measures.items())]),
+            "\n".join(
+                [
+                    f"validation {last:.3f}",
+                    *(f"{name} {value:.4g}" for name, value in measures.items()),
+                ]
+            ),
             (last_count, last),
             xytext=(0, 44),
             textcoords="offset points",

@@ -230,7 +230,7 @@ def held(run_dir: Path, what: str) -> Iterator[None]:
         yield
 
 
-# --- the parts ----------------------------------------------------------------------------------
+# --- the parts ------------------------------------------------------------------------------------
 
 
 def _try(run_dir: Path, holder: Holder, field: str) -> tuple[Lock | None, Holder | None]:

@@ -289,7 +289,7 @@ def _end_when_hung(sender: Sender, training: Training, over: threading.Event) ->
             os._exit(UNSENT)
 
 
-# --- the process --------------------------------------------------------------------------------
+# --- the process ----------------------------------------------------------------------------------
 
 
 def main(run_dir: Path, backend: str) -> int:

@@ -34,8 +34,9 @@ def peak_flops(device: torch.device) -> float | None:
 def speed(run: RunConfig, unit: Unit, flops_a_row: float, seconds: float, me: Ranks) -> Metrics:
     """Return what a step of so many seconds tells of a run's speed.
 
-    That is units a second over all ranks (``tokens_per_s``); MFU = rows/s x FLOPs a row / (ranks x peak), left out if
-    no peak is known; and on CUDA this rank's peak allocated memory in GB (1e9 bytes).
+    That is units a second over all ranks (``tokens_per_s``); MFU = rows/s x FLOPs a row / (ranks x
+    peak), left out if no peak is known; and on CUDA this rank's peak allocated memory in GB (1e9
+    bytes).
     """
     metrics: Metrics = {f"{unit.name}_per_s": unit.of(run.train.global_batch) / seconds}
     if peak := peak_flops(me.device):

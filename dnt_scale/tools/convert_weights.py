@@ -1,4 +1,6 @@
-"""``dnt checkpoint convert``: to one safetensors file, and from one; a chunk of a tensor in memory at a time."""
+"""``dnt checkpoint convert``: to one safetensors file, and from one; a chunk of a tensor in
+memory at a time.
+"""
 
 import json
 import re
@@ -9,7 +11,13 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from dnt_scale.checkpoint.inspection import bytes_of, checkpoints_at, problems_of, row_chunks, values_of
+from dnt_scale.checkpoint.inspection import (
+    bytes_of,
+    checkpoints_at,
+    problems_of,
+    row_chunks,
+    values_of,
+)
 from dnt_scale.checkpoint.progress import Meter
 from dnt_scale.checkpoint.read import by_name, complete, read_parts, whole_shape
 from dnt_scale.checkpoint.safetensors_header import Part, make_header, read_head, read_header
@@ -22,17 +30,21 @@ INTERMEDIATE = ".partial-"
 
 
 def to_file(source: str, out: Path, *, full: bool) -> str:
-    """Write the newest checkpoint at ``source`` as one safetensors file, whole or not at all; what was written.
+    """Write the newest checkpoint at ``source`` as one safetensors file, whole or not at all; what
+    was written.
 
     Args:
-        full: optimizer buffers too, under the checkpoint's names; else weights only, by the parameters' names.
+        full: optimizer buffers too, under the checkpoint's names; else weights only, by the
+            parameters' names.
 
     Raises:
         CheckpointError: no checkpoint, or a damaged one.
         OSError: the file cannot be written.
     """
     if not out.parent.is_dir():
-        raise CheckpointError(f"{out}: there is no folder {out.parent} to write it to; make that first")
+        raise CheckpointError(
+            f"{out}: there is no folder {out.parent} to write it to; make that first"
+        )
     if out.is_dir():
         raise CheckpointError(f"{out}: is a folder; expected the name of a file to write")
     folder = checkpoints_at(source)[-1]
@@ -41,9 +53,14 @@ def to_file(source: str, out: Path, *, full: bool) -> str:
         raise CheckpointError(problems[0])
     stored = read_parts(folder)
     names = [name for name in stored if full or name.startswith("model.")]
-    names.sort(key=lambda name: -stored[name][0].dtype.itemsize)  # all aligned, where some have 2 bytes
+    # all aligned, where some have 2 bytes
+    names.sort(key=lambda name: -stored[name][0].dtype.itemsize)
     entries = [
-        (name if full else name.removeprefix("model."), stored[name][0].dtype, _whole(whole_shape(stored[name])))
+        (
+            name if full else name.removeprefix("model."),
+            stored[name][0].dtype,
+            _whole(whole_shape(stored[name])),
+        )
         for name in names
     ]
     more = {"step": str(state.step), "model": json.dumps(state.config.get("model"))}
@@ -64,18 +81,22 @@ def to_file(source: str, out: Path, *, full: bool) -> str:
             fsync_folder(out.parent)
         finally:
             partial.unlink(missing_ok=True)
-    return f"{out}: {len(names)} tensors of step {state.step:,}, {record.bytes:,} bytes, sha256 {record.sha256}"
+    return (
+        f"{out}: {len(names)} tensors of step {state.step:,}, {record.bytes:,} bytes, sha256 "
+        f"{record.sha256}"
+    )
 
 
 def from_file(weights: Path, overrides: Sequence[str]) -> str:
-    """Make the checkpoint of step 0 from which the run that ``overrides`` describe begins; what was written.
+    """Make the checkpoint of step 0 from which the run that ``overrides`` describe begins; what was
+    written.
 
-    The weights are those of the file, by the parameters' names with or without ``model.``; the momentum is zero. So is
-    the model, where the file's metadata tells it and ``overrides`` do not.
+    The weights are those of the file, by the parameters' names with or without ``model.``; the
+    momentum is zero. So is the model, where the file's metadata tells it and ``overrides`` do not.
 
     Raises:
-        ValueError: the run is not described as `dnt train` wants it, its weights are not those in the file, or it
-            has a checkpoint already.
+        ValueError: the run is not described as `dnt train` wants it, its weights are not those in
+            the file, or it has a checkpoint already.
         OSError: the file cannot be read, or the checkpoint not written.
     """
     from dnt_scale import config
@@ -103,8 +124,14 @@ def from_file(weights: Path, overrides: Sequence[str]) -> str:
     buffers = run.optim.buffers()
 
     def chunks() -> Iterator[memoryview]:
-        shapes = [(f"{kind}.{name}", shape) for kind in ("model", *buffers) for name, shape in wanted.items()]
-        yield memoryview(make_header([(name, torch.float32, _whole(shape)) for name, shape in shapes]))
+        shapes = [
+            (f"{kind}.{name}", shape)
+            for kind in ("model", *buffers)
+            for name, shape in wanted.items()
+        ]
+        yield memoryview(
+            make_header([(name, torch.float32, _whole(shape)) for name, shape in shapes])
+        )
         for name in wanted:
             for _, values in values_of(source, stored, name):
                 yield _bytes(values.float())
@@ -131,7 +158,8 @@ def from_file(weights: Path, overrides: Sequence[str]) -> str:
 
 
 def _model_told(source: Storage, file: Path, overrides: Sequence[str]) -> list[str]:
-    """Overrides that make the model of ``overrides`` the one in the file's metadata, but for what they say themselves.
+    """Overrides that make the model of ``overrides`` the one in the file's metadata, but for what
+    they say themselves.
 
     Raises:
         ValueError: the metadata's model is none, or ``overrides`` describe no run.
@@ -149,37 +177,56 @@ def _model_told(source: Storage, file: Path, overrides: Sequence[str]) -> list[s
         problem = error.errors()[0]
         where = ".".join(["model", *map(str, problem["loc"])])
         raise CheckpointError(
-            f"{file}: {where} in its metadata: {problem['msg']}; give the model= that the weights are of"
+            f"{file}: {where} in its metadata: {problem['msg']}; give the model= that the weights "
+            "are of"
         ) from None
     # a name from outside is text of Hydra's language
     name = told["name"] if re.fullmatch(r"[\w.-]+", told["name"]) else "converted"
     chosen = [f"model={name}"] if (config.config_dir() / "model" / f"{name}.yaml").is_file() else []
-    others = [override for override, key in zip(overrides, keys, strict=True) if not key.startswith("model.")]
+    others = [
+        override
+        for override, key in zip(overrides, keys, strict=True)
+        if not key.startswith("model.")
+    ]
     before = config.load([*chosen, *others]).model.model_dump()
     told["name"] = name
-    fields = [key for key, value in told.items() if value != before.get(key) and f"model.{key}" not in keys]
+    fields = [
+        key
+        for key, value in told.items()
+        if value != before.get(key) and f"model.{key}" not in keys
+    ]
     return chosen + [f"model.{key}={told[key]}" for key in fields]
 
 
-def _weights(source: Storage, file: Path, wanted: dict[str, tuple[int, ...]]) -> dict[str, list[Part]]:
-    """The parts of a file by the parameters' names. Raises CheckpointError unless they are just those wanted."""
+def _weights(
+    source: Storage, file: Path, wanted: dict[str, tuple[int, ...]]
+) -> dict[str, list[Part]]:
+    """The parts of a file by the parameters' names. Raises CheckpointError unless they are just
+    those wanted.
+    """
     found = by_name(read_header(source, file.name))
     if any(name.startswith("model.") for name in found):  # a full one: leave the buffers
         found = {name: parts for name, parts in found.items() if name.startswith("model.")}
-    stored = by_name(part._replace(name=part.name.removeprefix("model.")) for parts in found.values() for part in parts)
+    stored = by_name(
+        part._replace(name=part.name.removeprefix("model."))
+        for parts in found.values()
+        for part in parts
+    )
     for problem, names in (
         ("it has no", [name for name in wanted if name not in stored]),
         ("the model has no", [name for name in stored if name not in wanted]),
     ):
         if names:
             more = f" and {len(names) - 1} more" if names[1:] else ""
-            raise CheckpointError(f"{file}: {problem} {names[0]}{more}; give the model= that the weights are of")
+            raise CheckpointError(
+                f"{file}: {problem} {names[0]}{more}; give the model= that the weights are of"
+            )
     for name, shape in wanted.items():
         part = stored[name][0]
         if whole_shape(stored[name]) != shape or not part.dtype.is_floating_point:
             raise CheckpointError(
-                f"{file}: {name} has shape {whole_shape(stored[name])} and dtype {part.dtype}, expected {shape} and "
-                "floating point; give the model= that the weights are of"
+                f"{file}: {name} has shape {whole_shape(stored[name])} and dtype {part.dtype}, "
+                f"expected {shape} and floating point; give the model= that the weights are of"
             )
     return stored
 

@@ -25,7 +25,15 @@ def _one_set(data: DataSection) -> Source:
 
 @torch.inference_mode()
 def generate(
-    run_dir: Path, prompt: str, me: Ranks, *, tokens: int, temperature: float, top_k: int, seed: int, data: Path | None
+    run_dir: Path,
+    prompt: str,
+    me: Ranks,
+    *,
+    tokens: int,
+    temperature: float,
+    top_k: int,
+    seed: int,
+    data: Path | None,
 ) -> Iterator[str]:
     """Yield the prompt and then the text as it is sampled, at most ``tokens`` tokens or to the end
     of document.
@@ -38,13 +46,16 @@ def generate(
     run, model, source = load_run(run_dir, data, me, _one_set)
     if not isinstance(source, TokenSource) or not isinstance(model, DNT):
         raise ConfigError(
-            f"{run_dir}: model.kind is {run.model.kind}, which is no language model, and has no text to go on with; "
-            "measure it with `dnt eval`"
+            f"{run_dir}: model.kind is {run.model.kind}, which is no language model, and has no "
+            "text to go on with; measure it with `dnt eval`"
         )
     folder, manifest = source.sets[0].folder, source.sets[0].manifest
     tokenizer = Tokenizer.load(folder / manifest.tokenizer.file)
     if tokenizer.sha256 != manifest.tokenizer.sha256:
-        raise ConfigError(f"{folder / manifest.tokenizer.file}: not the tokenizer that its manifest names; restore it")
+        raise ConfigError(
+            f"{folder / manifest.tokenizer.file}: not the tokenizer that its manifest names; "
+            "restore it"
+        )
     generator = torch.Generator().manual_seed(seed)
     ids = [manifest.eos_id, *tokenizer.encode(prompt)]
     shown = ""
@@ -57,7 +68,8 @@ def generate(
             break
         context_1T = torch.tensor([ids[-model.config.context :]], device=me.device)
         logits_V = model(context_1T)[0, -1].float().cpu()
-        logits_V[manifest.tokenizer.vocab_size :] = -torch.inf  # ids that only round the embedding up
+        # ids that only round the embedding up
+        logits_V[manifest.tokenizer.vocab_size :] = -torch.inf
         ids.append(sample(logits_V, temperature, top_k, generator))
 
 
@@ -68,7 +80,9 @@ def sample(logits_V: Tensor, temperature: float, top_k: int, generator: torch.Ge
         ConfigError: the logits tell nothing.
     """
     if logits_V.isnan().any() or logits_V.max().isinf():
-        raise ConfigError("the model's logits are not finite: its weights are spoilt; take an earlier checkpoint")
+        raise ConfigError(
+            "the model's logits are not finite: its weights are spoilt; take an earlier checkpoint"
+        )
     if temperature == 0:
         return int(logits_V.argmax())
     if top_k:

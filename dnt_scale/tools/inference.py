@@ -24,7 +24,10 @@ def whole_source(data: DataSection) -> Source:
 
 
 def load_run(
-    run_dir: Path, data: Path | None, me: Ranks, open_source: Callable[[DataSection], Source] = whole_source
+    run_dir: Path,
+    data: Path | None,
+    me: Ranks,
+    open_source: Callable[[DataSection], Source] = whole_source,
 ) -> tuple[RunConfig, Task, Source]:
     """Return a run's configuration, its model with the newest weights (to be computed with at
     once), and what it reads.
@@ -49,7 +52,9 @@ def load_run(
         raise ConfigError(f"{source.parts()[0].place}: {problem}")
     task = build_task(run.model, source.rows)
     weights = [(f"model.{name}", tuple(p.shape), p.detach()) for name, p in task.named_parameters()]
-    checkpoint.read_tensors(newest, [Box(name, shape, (0,) * len(shape), data) for name, shape, data in weights], me)
+    checkpoint.read_tensors(
+        newest, [Box(name, shape, (0,) * len(shape), data) for name, shape, data in weights], me
+    )
     dtype, line = compute_dtype.for_inference(run.train.dtype, me.device)
     if line:
         warn(line)
@@ -59,7 +64,9 @@ def load_run(
     return run, task, source
 
 
-def _found(run_dir: Path, data: Path | None, own: DataSection, open_source: Callable[[DataSection], Source]) -> Source:
+def _found(
+    run_dir: Path, data: Path | None, own: DataSection, open_source: Callable[[DataSection], Source]
+) -> Source:
     """Return the set ``data``, else the run's own. Raises ValueError, and tells what to do where
     those have moved.
     """
@@ -71,7 +78,11 @@ def _found(run_dir: Path, data: Path | None, own: DataSection, open_source: Call
         if not own.gone():
             raise
         alone = len(own.sets()) == 1
-        how = "give its new place with --data" if alone else "measure or take one set alone with --data"
+        how = (
+            "give its new place with --data"
+            if alone
+            else "measure or take one set alone with --data"
+        )
         raise ConfigError(f"{error}; {run_dir} was trained on it: {how}") from None
 
 

@@ -1,8 +1,10 @@
-"""What training costs each rank in memory and communication: formulas, checked against measurement (docs/memory.md).
+"""What training costs each rank in memory and communication: formulas, checked against measurement
+(docs/memory.md).
 
-Counted is what is held between backward and update, the bytes that grow with the model and not with the batch:
-fp32 weights that the optimizer steps, copies of them to compute with, gradients, optimizer buffers; with their padding.
-Activations, and what is whole for a moment (a block's gathered weights, a bucket), come on top.
+Counted is what is held between backward and update, the bytes that grow with the model and not with
+the batch: fp32 weights that the optimizer steps, copies of them to compute with, gradients,
+optimizer buffers; with their padding. Activations, and what is whole for a moment (a block's
+gathered weights, a bucket), come on top.
 
 N ranks make C copies of S = N / C shards each; P is the number of weights.
 """
@@ -25,8 +27,10 @@ from dnt_scale.model.task import names_in_blocks, shapes_of
 from dnt_scale.optim.groups import parameter_groups
 
 FP32, BF16 = 4, 2
-PERSISTENT = 100_000  # elements: ZeRO 3 keeps smaller tensors whole (stage3_param_persistence_threshold)
-REUSED = 1_000_000_000  # elements: and keeps what it needs again so soon (stage3_max_reuse_distance)
+# elements: ZeRO 3 keeps smaller tensors whole (stage3_param_persistence_threshold)
+PERSISTENT = 100_000
+# elements: and keeps what it needs again so soon (stage3_max_reuse_distance)
+REUSED = 1_000_000_000
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -53,9 +57,9 @@ FIELDS = ("weights", "copies", "gradients", "buffers")
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes that a rank's collectives of one step carry: the whole gathered tensor, the whole tensor before a
-    reduce-scatter, the tensor that is all-reduced. In a ring of N ranks (N - 1)/N of the first two pass each link, and
-    twice that of the third."""
+    """Bytes that a rank's collectives of one step carry: the whole gathered tensor, the whole
+    tensor before a reduce-scatter, the tensor that is all-reduced. In a ring of N ranks (N - 1)/N
+    of the first two pass each link, and twice that of the third."""
 
     all_gather: int
     reduce_scatter: int
@@ -71,7 +75,9 @@ def parameters_of(model: ModelSection) -> int:
 
 
 def checkpoint_bytes(run: RunConfig) -> int:
-    """A checkpoint's tensors: fp32 weights and the optimizer's buffers, whoever shards them; 8 P with a momentum."""
+    """A checkpoint's tensors: fp32 weights and the optimizer's buffers, whoever shards them; 8 P
+    with a momentum.
+    """
     return parameters_of(run.model) * (FP32 + run.optim.bytes_a_weight)
 
 
@@ -84,8 +90,8 @@ def memory(run: RunConfig, world_size: int, nodes: int = 1) -> Memory:
 
         weights 4 p,  gradients 4 p or 0 without a gradient buffer,  buffers b p
 
-    ZeRO, c = 4 or 2 bytes to compute with (fp32, bf16), p = P / N after padding (``_flat`` for stages 1 and 2, of each
-    parameter for itself in stage 3):
+    ZeRO, c = 4 or 2 bytes to compute with (fp32, bf16), p = P / N after padding (``_flat`` for
+    stages 1 and 2, of each parameter for itself in stage 3):
 
         stage   weights   copies   gradients   buffers
         0       4 P       -        4 P         b P
@@ -93,8 +99,8 @@ def memory(run: RunConfig, world_size: int, nodes: int = 1) -> Memory:
         2       4 p       c P      4 p         b p
         3       4 p       c p      4 p         b p
 
-    With ``offload_optimizer`` gradients are 4 p in stage 1 too, and DeepSpeed's own staging copies, 4 p to 8 p bytes of
-    the host's memory, are not counted.
+    With ``offload_optimizer`` gradients are 4 p in stage 1 too, and DeepSpeed's own staging copies,
+    4 p to 8 p bytes of the host's memory, are not counted.
     """
     shapes = shapes_of(run.model)
     buffer = run.optim.bytes_a_weight
@@ -121,11 +127,14 @@ def memory(run: RunConfig, world_size: int, nodes: int = 1) -> Memory:
 
 
 def traffic(run: RunConfig, world_size: int, nodes: int = 1) -> Traffic:
-    """What one step sends, over all M micro-batches of a rank; scalars (norms, losses, cut rows) are left out.
+    """What one step sends, over all M micro-batches of a rank; scalars (norms, losses, cut rows)
+    are left out.
 
-    ``fsdp``, ``hsdp``, each block and the root for itself, with p = P / S after padding, c as in ``memory``:
+    ``fsdp``, ``hsdp``, each block and the root for itself, with p = P / S after padding, c as in
+    ``memory``:
 
-        all-gather      c S p a pass: blocks in forward, and in backward if ``reshard_after_forward``; the root once
+        all-gather      c S p a pass: blocks in forward, and in backward if
+                        ``reshard_after_forward``; the root once
         reduce-scatter  4 S p a micro-batch
         all-reduce      4 p a step where there are copies; without a gradient buffer, a micro-batch
 
@@ -133,8 +142,9 @@ def traffic(run: RunConfig, world_size: int, nodes: int = 1) -> Traffic:
 
         stage 0, 1      all-reduce 4 P a step;           stage 1 also all-gathers c P
         stage 2         all-reduce 4 P a micro-batch,    all-gather c P a step
-        stage 3         reduce-scatter 4 P a micro-batch; all-gather c P in forward and in backward of each one, but
-                        only once together if P is less than stage3_max_reuse_distance (1e9), and for tensors of at most
+        stage 3         reduce-scatter 4 P a micro-batch; all-gather c P in forward and in backward
+                        of each one, but only once together if P is less than
+                        stage3_max_reuse_distance (1e9), and for tensors of at most
                         stage3_param_persistence_threshold (1e5) elements once a step
     """
     shapes, compute = shapes_of(run.model), _compute_bytes(run)
@@ -187,7 +197,9 @@ def _elements(shape: Iterable[int]) -> int:
 
 
 def _sharded_rows(shape: tuple[int, ...], shards: int) -> int:
-    """Elements of a rank's rows: FSDP2 divides dimension 0 and pads each shard to the first one's size."""
+    """Elements of a rank's rows: FSDP2 divides dimension 0 and pads each shard to the first
+    one's size.
+    """
     return -(-shape[0] // shards) * _elements(shape[1:])
 
 
@@ -199,5 +211,11 @@ def _flat(shapes: Iterable[tuple[int, ...]], world_size: int) -> int:
 
 def _groups(optim: OptimizerConfig, shapes: Shapes) -> list[list[tuple[int, ...]]]:
     """The shapes of each optimizer group, which ZeRO 1 and 2 make one flat tensor of."""
-    named = ((name, torch.nn.Parameter(torch.empty(shape, device="meta"))) for name, shape in shapes.items())
-    return [[tuple(parameter.shape) for parameter in group["params"]] for group in parameter_groups(named, optim)]
+    named = (
+        (name, torch.nn.Parameter(torch.empty(shape, device="meta")))
+        for name, shape in shapes.items()
+    )
+    return [
+        [tuple(parameter.shape) for parameter in group["params"]]
+        for group in parameter_groups(named, optim)
+    ]

@@ -1,10 +1,10 @@
 """``dnt verify-resume``: whether a run that is killed and resumed ends as one that is left alone.
 
 1. The configuration is trained for a few steps with real processes, straight through.
-2. It is trained again; every rank is killed (SIGKILL) once the checkpoint of the middle is in place, and the same
-   command goes on from there, if asked with another engine or number of ranks.
-3. Every record of metrics.jsonl and every tensor of the last checkpoints is compared: to the bit if nothing but the
-   kill differs, else within ``TOLERANCE``.
+2. It is trained again; every rank is killed (SIGKILL) once the checkpoint of the middle is in
+   place, and the same command goes on from there, if asked with another engine or number of ranks.
+3. Every record of metrics.jsonl and every tensor of the last checkpoints is compared: to the bit if
+   nothing but the kill differs, else within ``TOLERANCE``.
 """
 
 import json
@@ -31,12 +31,22 @@ from dnt_scale.checkpoint.state import read_state
 from dnt_scale.checkpoint.storage import Storage
 from dnt_scale.config import ConfigError, from_yaml, load
 
-# of each step's loss in nats and of each weight, where engines or ranks differ: rounding, over some tens of steps
+# of each step's loss in nats and of each weight, where engines or ranks differ: rounding, over some
+# tens of steps
 TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2}
 # Time or the machine decides these metrics, and NAME_per_s.
 NOT_COMPARED = {"time", "mfu", "memory_gb"}
 # of whoever started this process
-LAUNCHERS = ("RANK", "LOCAL_", "WORLD_SIZE", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "SLURM_STEP_")
+LAUNCHERS = (
+    "RANK",
+    "LOCAL_",
+    "WORLD_SIZE",
+    "GROUP_",
+    "ROLE_",
+    "MASTER_",
+    "TORCHELASTIC_",
+    "SLURM_STEP_",
+)
 TRIES = 5  # to kill a run before it is done
 
 Record = Mapping[str, Any]
@@ -55,7 +65,8 @@ def verify_resume(
     then_ranks: int | None = None,
     keep: bool = False,
 ) -> bool:
-    """Print how a killed and resumed run differs from one that was not; whether that is as it should be.
+    """Print how a killed and resumed run differs from one that was not; whether that is as it
+    should be.
 
     Args:
         overrides: as of ``dnt train``.
@@ -68,7 +79,10 @@ def verify_resume(
         ValueError: the configuration is wrong, or a run failed by itself.
     """
     if steps < 2 or ranks < 1 or (then_ranks is not None and then_ranks < 1):
-        raise ConfigError(f"--steps is {steps}, --ranks {ranks}; a kill half-way takes 2 steps and 1 rank at least")
+        raise ConfigError(
+            f"--steps is {steps}, --ranks {ranks}; a kill half-way takes 2 steps and 1 rank at "
+            "least"
+        )
     folder = Path(tempfile.mkdtemp(prefix="dnt-verify-resume-"))
     straight, resumed = folder / "straight", folder / "resumed"
     middle = steps // 2
@@ -77,7 +91,8 @@ def verify_resume(
         second = complete([*overrides, *then], resumed, steps)
         with Show(steps) as show:
             run(show, "straight", once, ranks, straight)
-            taken = from_yaml(straight / "config.yaml").train.dtype  # for auto; so the others do not choose again
+            # for auto; so the others do not choose again
+            taken = from_yaml(straight / "config.yaml").train.dtype
             first, second = (in_dtype(lines, taken) for lines in (first, second))
             dtype = max((taken, load(second).train.dtype), key=TOLERANCE.__getitem__)
             kill_at(show, first, ranks, resumed, middle, steps)
@@ -94,11 +109,14 @@ def verify_resume(
 
 def in_dtype(overrides: list[str], taken: str) -> list[str]:
     """Return the overrides with the dtype that another run took where they say auto."""
-    return [*overrides, f"train.dtype={taken}"] if load(overrides).train.dtype == "auto" else overrides
+    return (
+        [*overrides, f"train.dtype={taken}"] if load(overrides).train.dtype == "auto" else overrides
+    )
 
 
 def complete(overrides: Sequence[str], folder: Path, steps: int) -> list[str]:
-    """The overrides of a run of ``steps`` steps in ``folder``, with all that would keep it from being one.
+    """The overrides of a run of ``steps`` steps in ``folder``, with all that would keep it from
+    being one.
 
     Raises:
         ConfigError: they make no run.
@@ -128,8 +146,14 @@ class Show:
 
     def __init__(self, steps: int) -> None:
         console = Console(stderr=True, highlight=False)
-        columns = (TextColumn("step {task.completed:.0f}/{task.total:.0f}"), BarColumn(24), TimeElapsedColumn())
-        self.bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        columns = (
+            TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+            BarColumn(24),
+            TimeElapsedColumn(),
+        )
+        self.bar = Progress(
+            *columns, console=console, transient=True, disable=not console.is_terminal
+        )
         self.steps = steps
         self.task = self.bar.add_task("", total=steps)
 
@@ -159,13 +183,19 @@ def run(show: Show, name: str, overrides: Sequence[str], ranks: int, folder: Pat
         raise Failed(f"the {name} run failed: {complaint(folder.parent / f'{name}.log')}")
 
 
-def kill_at(show: Show, overrides: Sequence[str], ranks: int, folder: Path, middle: int, steps: int) -> None:
+def kill_at(
+    show: Show, overrides: Sequence[str], ranks: int, folder: Path, middle: int, steps: int
+) -> None:
     """Train, and kill every rank after the checkpoint of step ``middle``, before the last one."""
     show.say(f"to be killed: past the checkpoint of step {middle} on {in_words(ranks)}")
     log = folder.parent / "killed.log"
     for _ in range(TRIES):
         with started(overrides, ranks, log) as process:
-            wait_for(show, folder, lambda: process.poll() is not None or checkpoint(folder, middle).is_file())
+            wait_for(
+                show,
+                folder,
+                lambda: process.poll() is not None or checkpoint(folder, middle).is_file(),
+            )
             if process.poll():
                 raise Failed(f"the run to be killed failed by itself: {complaint(log)}")
             kill_ranks(process, ranks)
@@ -179,12 +209,20 @@ def kill_at(show: Show, overrides: Sequence[str], ranks: int, folder: Path, midd
 
 @contextmanager
 def started(overrides: Sequence[str], ranks: int, log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """``dnt_scale.train`` in one process, or under torchrun; nothing of it is left after the block."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    """``dnt_scale.train`` in one process, or under torchrun; nothing of it is left after the
+    block.
+    """
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        if ranks > 1
+        else []
+    )
     command = [sys.executable, "-P", *launcher, "-m", "dnt_scale.train", *overrides]
     env = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHERS)}
     with log.open("wb") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=file, stdin=subprocess.DEVNULL, env=env)
+        process = subprocess.Popen(
+            command, stdout=file, stderr=file, stdin=subprocess.DEVNULL, env=env
+        )
     try:
         yield process
     finally:
@@ -251,7 +289,11 @@ def records(folder: Path) -> list[Record]:
     path = folder / "metrics.jsonl"
     whole = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
     return [
-        {k: v for k, v in json.loads(line).items() if k not in NOT_COMPARED and not k.endswith("_per_s")}
+        {
+            k: v
+            for k, v in json.loads(line).items()
+            if k not in NOT_COMPARED and not k.endswith("_per_s")
+        }
         for line in whole
     ]
 
@@ -282,14 +324,19 @@ def first_divergence(straight: Sequence[Record], resumed: Sequence[Record]) -> s
         for name in sorted(a.keys() | b.keys(), key=lambda name: (name != "step", name)):
             one, other = a.get(name), b.get(name)
             if one != other:
-                return f"step {a['step']}: {name} is {one!r} and {other!r}, {distance(one, other):.3g} apart"
+                return (
+                    f"step {a['step']}: {name} is {one!r} and {other!r}, "
+                    f"{distance(one, other):.3g} apart"
+                )
     if len(straight) != len(resumed):
         return f"metrics.jsonl has {len(straight)} and {len(resumed)} steps"
     return None
 
 
 def near(straight: Path, resumed: Path, middle: int, tolerance: float, dtype: str) -> bool:
-    """Whether two runs are equal to the bit up to step ``middle`` and near each other after; prints how near."""
+    """Whether two runs are equal to the bit up to step ``middle`` and near each other after;
+    prints how near.
+    """
     a, b = records(straight), records(resumed)
     divergence = first_divergence(a[:middle], b[:middle])
     if divergence or len(a) != len(b):
@@ -310,7 +357,10 @@ def near(straight: Path, resumed: Path, middle: int, tolerance: float, dtype: st
         what = "the weights" if kind == "model" else kind
         print(f"largest difference of {what} in the last checkpoint: {largest:.3g} ({name})")
     good = loss <= tolerance and worst["model"][0] <= tolerance
-    print(f"{'within' if good else 'not within'} {tolerance:g} of loss and weights, the tolerance of {dtype}")
+    print(
+        f"{'within' if good else 'not within'} {tolerance:g} of loss and weights, the tolerance of "
+        f"{dtype}"
+    )
     return good
 
 
@@ -321,7 +371,9 @@ def furthest(straight: Sequence[Record], resumed: Sequence[Record], name: str) -
 
 
 def distance(one: float | None, other: float | None) -> float:
-    """Of two values of metrics.jsonl, where what is not a finite number is null; infinite where only one is."""
+    """Of two values of metrics.jsonl, where what is not a finite number is null; infinite where
+    only one is.
+    """
     if one is None or other is None:
         return 0.0 if one is other else math.inf
     return abs(one - other)

@@ -1,4 +1,6 @@
-"""Be one rank of a run: ``torchrun ... -m dnt_scale.train`` or ``srun python -m dnt_scale.train``."""
+"""Be one rank of a run: ``torchrun ... -m dnt_scale.train`` or ``srun python -m
+dnt_scale.train``.
+"""
 
 import sys
 

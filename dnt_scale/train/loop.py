@@ -86,11 +86,15 @@ def farewell(run: Training) -> int:
     """Say how the run ended, and return the exit status."""
     state = run.state
     if run.outcome == "KILLED":
-        run.progress.say(f"stopped at step {state.step} with a checkpoint, from which the run can go on")
+        run.progress.say(
+            f"stopped at step {state.step} with a checkpoint, from which the run can go on"
+        )
         return 128 + run.stopped_by
     skipped = f"{state.skipped} skipped"
     if state.skipped == state.step:
         skipped = "every step was skipped, so the weights are as they were at the start"
-    done = f"done: {state.step} steps, {run.unit.of(state.consumed_rows):,} {run.unit.name}, {skipped}"
+    done = (
+        f"done: {state.step} steps, {run.unit.of(state.consumed_rows):,} {run.unit.name}, {skipped}"
+    )
     run.progress.say(f"{done}; {run.config.run.dir}")
     return 0

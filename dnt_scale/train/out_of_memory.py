@@ -8,7 +8,11 @@ from dnt_scale.distributed.process_group import Ranks
 
 def out_of_memory_message(me: Ranks, run: RunConfig) -> str:
     """Where memory ran out, and what of ``run`` to change."""
-    advice = [f"a smaller train.micro_batch (it is {run.train.micro_batch})"] if run.train.micro_batch > 1 else []
+    advice = (
+        [f"a smaller train.micro_batch (it is {run.train.micro_batch})"]
+        if run.train.micro_batch > 1
+        else []
+    )
     if run.engine.activation_checkpointing != "full":
         advice.append("engine.activation_checkpointing=full")
     if run.engine.name in ("ddp", "zero0"):
@@ -17,4 +21,7 @@ def out_of_memory_message(me: Ranks, run: RunConfig) -> str:
     if droppable and run.engine.name in ("ddp", "fsdp", "hsdp"):
         advice.append("optim.gradient_buffer=false")
     advice.append("more ranks")
-    return f"out of memory on rank {me.rank} ({host()}) at {main_thread.where}; try {', '.join(advice)}"
+    return (
+        f"out of memory on rank {me.rank} ({host()}) at {main_thread.where}; try "
+        f"{', '.join(advice)}"
+    )

@@ -1,4 +1,6 @@
-"""What a person watching a run sees: one live line on a terminal, a plain line now and then elsewhere."""
+"""What a person watching a run sees: one live line on a terminal, a plain line now and then
+elsewhere.
+"""
 
 import time
 from pathlib import Path
@@ -19,19 +21,28 @@ from dnt_scale.record.speed import Metrics
 PLAIN_LINE_SECONDS = 10.0
 
 
-def opening_line(run: RunConfig, source: Source, total_steps: int, newest: Path | str | None, me: Ranks) -> str:
+def opening_line(
+    run: RunConfig, source: Source, total_steps: int, newest: Path | str | None, me: Ranks
+) -> str:
     epochs = source.epochs(total_steps * run.train.global_batch)
     return (
         f"{run.run.name}: {run.model.name}, {count_parameters(run.model) / 1e6:.1f}M parameters, "
-        f"{total_steps} steps of {source.unit.of(run.train.global_batch):,} {source.unit.name} ({epochs}) "
-        f"on {me.world_size} x {me.device.type} in {run.train.dtype}, engine {run.engine.name}, "
+        f"{total_steps} steps of {source.unit.of(run.train.global_batch):,} {source.unit.name} "
+        f"({epochs}) on {me.world_size} x {me.device.type} in {run.train.dtype}, engine "
+        f"{run.engine.name}, "
         + (f"resuming from {newest}" if newest else "from the start")
-        + (f" ({gone}, the latest, is gone)" if (gone := gone_latest(Storage(run.checkpoints))) else "")
+        + (
+            f" ({gone}, the latest, is gone)"
+            if (gone := gone_latest(Storage(run.checkpoints)))
+            else ""
+        )
     )
 
 
 class TrainProgress:
-    """Progress of one run on rank 0's stderr: step, loss, units a second, MFU, ETA. Silent on other ranks."""
+    """Progress of one run on rank 0's stderr: step, loss, units a second, MFU, ETA. Silent on
+    other ranks.
+    """
 
     def __init__(self, total_steps: int, first_step: int, source: Source, *, silent: bool) -> None:
         self.console = Console(stderr=True, quiet=silent, highlight=False)
@@ -57,7 +68,10 @@ class TrainProgress:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.bar.stop()
 

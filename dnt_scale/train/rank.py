@@ -1,4 +1,6 @@
-"""Be one rank of a run: ``torchrun ... -m dnt_scale.train``, ``srun python -m dnt_scale.train``, ``dnt train``."""
+"""Be one rank of a run: ``torchrun ... -m dnt_scale.train``, ``srun python -m dnt_scale.train``,
+``dnt train``.
+"""
 
 import os
 import signal
@@ -22,7 +24,9 @@ from dnt_scale.train.run_start import begun_on_all, check_no_job, only_writer
 
 
 def main(words: list[str], check_no_job: Callable[[Path], None] = check_no_job) -> int:
-    """Train what ``words``, overrides and ``--fresh``, describe, and return the exit status, see ``run_rank``."""
+    """Train what ``words``, overrides and ``--fresh``, describe, and return the exit status, see
+    ``run_rank``.
+    """
     output.guard()
     rank = 0
     overrides = [word for word in words if word != "--fresh"]
@@ -33,7 +37,8 @@ def main(words: list[str], check_no_job: Callable[[Path], None] = check_no_job) 
     except ValueError as error:
         if rank == 0:
             print(f"error: {error}", file=sys.stderr)
-        else:  # most often all find the same, and torchrun ends them as soon as the first has spoken and ended
+        else:
+            # Most often all find the same, and torchrun ends them as soon as the first has ended.
             time.sleep(1.0)
             print(f"rank {rank}: error: {error}", file=sys.stderr)
         return 2
@@ -43,7 +48,9 @@ def main(words: list[str], check_no_job: Callable[[Path], None] = check_no_job) 
 
 
 def asked_anew(words: list[str]) -> bool:
-    """Whether to begin anew: with ``--fresh``, but not again where a launcher restarts what it has begun."""
+    """Whether to begin anew: with ``--fresh``, but not again where a launcher restarts what it
+    has begun.
+    """
     if "--fresh" not in words:
         return False
     for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"):
@@ -64,21 +71,26 @@ def run_rank(
     """Be one rank of ``run``: meet the others, train, and return the exit status.
 
     Args:
-        before: called once the ranks have met and no other process writes the run folder, before anything else.
+        before: called once the ranks have met and no other process writes the run folder, before
+            anything else.
         typed: what was typed to get ``run``; the rest is as the run's checkpoint records it.
         fresh: move aside what an earlier run has left, and begin at step 0.
         check_no_job: see ``only_writer``.
 
     Returns:
-        0 when the run is complete; 1 after a fault that another try may not meet (a lost rank, a hang); 2 after an
-        error that the user has to mend; 128 + n when signal n stopped the run, with a checkpoint.
+        0 when the run is complete; 1 after a fault that another try may not meet (a lost rank, a
+        hang); 2 after an error that the user has to mend; 128 + n when signal n stopped the run,
+        with a checkpoint.
     """
     output.guard()
     rank = 0
     try:
         rank, _, _ = process_group.environment()
         me = process_group.start(run.run.device, run.health.hang_s)
-        with watching(me, run.health.hang_s, telling(run.run.dir)), only_writer(run, me, check_no_job):
+        with (
+            watching(me, run.health.hang_s, telling(run.run.dir)),
+            only_writer(run, me, check_no_job),
+        ):
             if before:
                 before(me)
             begun = begun_on_all(run, me, typed, fresh=fresh)
@@ -96,7 +108,10 @@ def run_rank(
             print(f"{speaker}error: {error}", file=sys.stderr)
         elif isinstance(error, RuntimeError) and lost_peer(error):
             reason = str(error).splitlines()[0]
-            print(f"rank {rank}: stopped, for another rank ended before it ({reason})", file=sys.stderr)
+            print(
+                f"rank {rank}: stopped, for another rank ended before it ({reason})",
+                file=sys.stderr,
+            )
             error = Fault(reason)
         else:
             raise

@@ -1,7 +1,9 @@
-"""A resume is the run that it was: settings that were not typed now keep the value recorded with the checkpoint.
+"""A resume is the run that it was: settings that were not typed now keep the value recorded with
+the checkpoint.
 
-That holds for ``model``, ``optim`` and ``train``; the other sections follow the command. Typed is a key=value override
-of a key, or a group choice (optim=, model=, preset=) other than the one recorded: the same choice again resets nothing.
+That holds for ``model``, ``optim`` and ``train``; the other sections follow the command. Typed is a
+key=value override of a key, or a group choice (optim=, model=, preset=) other than the one
+recorded: the same choice again resets nothing.
 """
 
 import os
@@ -30,9 +32,14 @@ class Typed:
 
 
 def kept(
-    run: RunConfig, command: Typed, recorded: Mapping[str, object], given: Sequence[str], newest: object
+    run: RunConfig,
+    command: Typed,
+    recorded: Mapping[str, object],
+    given: Sequence[str],
+    newest: object,
 ) -> tuple[RunConfig, tuple[str, ...]]:
-    """``run`` with what its checkpoint records in the place of what was not typed, and a line that says so, if any.
+    """``run`` with what its checkpoint records in the place of what was not typed, and a line that
+    says so, if any.
 
     Args:
         recorded: the checkpoint's configuration.
@@ -76,7 +83,7 @@ def _merged(prefix: str, before: Any, now: Any, keys: set[str]) -> Any:
     return {key: value for key, value in found.items() if value is not MISSING}
 
 
-# --- what was typed ---------------------------------------------------------------------------------------------------
+# --- what was typed -------------------------------------------------------------------------------
 
 
 def typed_keys(overrides: Sequence[str], given: Sequence[str]) -> set[str]:
@@ -91,7 +98,9 @@ def typed_keys(overrides: Sequence[str], given: Sequence[str]) -> set[str]:
     for override in overrides:
         key, value = _parts(override)
         if key.partition(".")[0] in KEPT and key not in GROUPS:
-            keys |= set(_leaves(key, _as_dict(override) if value.lstrip().startswith("{") else value))
+            keys |= set(
+                _leaves(key, _as_dict(override) if value.lstrip().startswith("{") else value)
+            )
     if keys & BUDGET:  # one budget: either takes the other's place
         keys |= BUDGET
     return keys
@@ -138,7 +147,13 @@ def _preset(name: str) -> tuple[dict[str, str], dict[str, Any]]:
 
 def _default_choices() -> dict[str, str]:
     found = yaml.safe_load((config.config_dir() / "train.yaml").read_text())["defaults"]
-    return {key: value for line in found if isinstance(line, dict) for key, value in line.items() if key in GROUPS}
+    return {
+        key: value
+        for line in found
+        if isinstance(line, dict)
+        for key, value in line.items()
+        if key in GROUPS
+    }
 
 
 def _as_dict(override: str) -> Any:
@@ -154,7 +169,7 @@ def _leaves(prefix: str, value: Any) -> Iterator[str]:
         yield prefix
 
 
-# --- what differs -----------------------------------------------------------------------------------------------------
+# --- what differs ---------------------------------------------------------------------------------
 
 
 def differences(before: RunConfig, now: RunConfig) -> list[tuple[str, Any, Any]]:
@@ -175,11 +190,19 @@ def shown(value: Any) -> str:
 
 
 def told(before: RunConfig, now: RunConfig, step: int, units_a_row: int) -> Iterator[str]:
-    """Lines on what a resume at ``step`` does otherwise than its checkpoint, ``before``: settings, learning rate."""
+    """Lines on what a resume at ``step`` does otherwise than its checkpoint, ``before``:
+    settings, learning rate.
+    """
     unchosen = ("train.dtype", "auto")  # which keeps what is recorded
-    changed = [item for item in differences(before, now) if not _same_place(*item) and (item[0], item[2]) != unchosen]
+    changed = [
+        item
+        for item in differences(before, now)
+        if not _same_place(*item) and (item[0], item[2]) != unchosen
+    ]
     if changed:
-        yield "other than in the checkpoint: " + ", ".join(f"{key} {shown(a)} -> {shown(b)}" for key, a, b in changed)
+        yield "other than in the checkpoint: " + ", ".join(
+            f"{key} {shown(a)} -> {shown(b)}" for key, a, b in changed
+        )
     if step >= now.total_steps(units_a_row):
         return
     old, new = rates(before, step, units_a_row), rates(now, step, units_a_row)
@@ -189,13 +212,21 @@ def told(before: RunConfig, now: RunConfig, step: int, units_a_row: int) -> Iter
         if name in old and f"{old[name]:.4g}" != f"{rate:.4g}"
     ]
     if jumps:
-        why = [key for key, *_ in changed if key in BUDGET or ".schedule." in key or key.endswith(".lr")]
-        yield f"learning rate of the next step: {', '.join(jumps)}" + (f" (by {', '.join(why)})" if why else "")
+        why = [
+            key
+            for key, *_ in changed
+            if key in BUDGET or ".schedule." in key or key.endswith(".lr")
+        ]
+        yield f"learning rate of the next step: {', '.join(jumps)}" + (
+            f" (by {', '.join(why)})" if why else ""
+        )
 
 
 def _same_place(key: str, before: Any, now: Any) -> bool:
     """Whether it is a folder that is only written in another way."""
-    return key in ("run.dir", "checkpoint.dir") and os.path.realpath(str(before)) == os.path.realpath(str(now))
+    return key in ("run.dir", "checkpoint.dir") and os.path.realpath(
+        str(before)
+    ) == os.path.realpath(str(now))
 
 
 def rates(run: RunConfig, step: int, units_a_row: int) -> dict[str, float]:

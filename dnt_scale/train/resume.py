@@ -1,4 +1,6 @@
-"""Where a run starts: at step 0, or at its newest checkpoint once that is known to fit and to be whole."""
+"""Where a run starts: at step 0, or at its newest checkpoint once that is known to fit and to be
+whole.
+"""
 
 import json
 import uuid
@@ -14,15 +16,19 @@ from dnt_scale.train import recorded
 from dnt_scale.train.run_start import Begun
 
 # what a resumed run may not change: its weights, its order of data and its momentum depend on it
-FIXED = ("model", "run.seed", "train.global_batch", "optim.algorithm", "data.kind")  # and data's own `fixed`
+# and data's own `fixed`
+FIXED = ("model", "run.seed", "train.global_batch", "optim.algorithm", "data.kind")
 
 
-def starting_state(begun: Begun, source: Source, total_steps: int, world_size: int) -> tuple[State, Path | str | None]:
-    """The newest checkpoint's state and path, checked against this run; or step 0 and None. For one rank to decide.
+def starting_state(
+    begun: Begun, source: Source, total_steps: int, world_size: int
+) -> tuple[State, Path | str | None]:
+    """The newest checkpoint's state and path, checked against this run; or step 0 and None. For one
+    rank to decide.
 
     Raises:
-        ValueError: the checkpoint was made with other data or another fixed field; or the run is no longer than
-            its warmup, or ends before the window of ``profile.steps``.
+        ValueError: the checkpoint was made with other data or another fixed field; or the run is no
+            longer than its warmup, or ends before the window of ``profile.steps``.
     """
     run, newest = begun.run, begun.start.newest
     Schedule(run.optim.schedule, total_steps)
@@ -50,29 +56,35 @@ def starting_state(begun: Begun, source: Source, total_steps: int, world_size: i
     if trained_run.data.kind != run.data.kind:
         check_fixed(trained_run, run, newest)
     if problem := source.foreign(state.of_source, newest):
-        raise ConfigError(f"{parts[0].field}: {parts[0].place} was {problem}, or take another run.name")
+        raise ConfigError(
+            f"{parts[0].field}: {parts[0].place} was {problem}, or take another run.name"
+        )
     if state.manifest_sha256 != fresh.manifest_sha256:
         raise ConfigError(
-            f"{source.difference(trained_run.data, state.sets, newest)}, so the order of rows would change; "
-            "change it back, or take another run.name"
+            f"{source.difference(trained_run.data, state.sets, newest)}, so the order of rows "
+            "would change; change it back, or take another run.name"
         )
     check_fixed(trained_run, run, newest)
     if state.step > total_steps:
         raise ConfigError(
-            f"train.steps: this run asks for {total_steps} steps, but {newest} already has {state.step}; "
-            "ask for more, or take another run.name"
+            f"train.steps: this run asks for {total_steps} steps, but {newest} already has "
+            f"{state.step}; ask for more, or take another run.name"
         )
     now = {"config": settings, "given": begun.given, "world_size": world_size, "sets": fresh.sets}
     return state.model_copy(update=now), newest
 
 
 def check_fixed(trained: RunConfig, run: RunConfig, newest: Path | str) -> None:
-    """Raises ConfigError, which names the very setting, when a resume asks for what it may not change."""
+    """Raises ConfigError, which names the very setting, when a resume asks for what it may not
+    change.
+    """
     changed = recorded.differences(trained, run)
     for field in (*FIXED, *(f"data.{name}" for name in run.data.fixed)):
         found = [item for item in changed if f"{item[0]}.".startswith(f"{field}.")]
         for key, before, now in found[:1]:
-            others = ", ".join(f"{name} {recorded.shown(a)} -> {recorded.shown(b)}" for name, a, b in found[1:])
+            others = ", ".join(
+                f"{name} {recorded.shown(a)} -> {recorded.shown(b)}" for name, a, b in found[1:]
+            )
             back = f"{key}={recorded.shown(before)} goes on with it"
             back = "change it back" if others or field.startswith("optim") else back
             raise ConfigError(
@@ -90,7 +102,8 @@ def changes(begun: Begun, units_a_row: int) -> list[str]:
 
 
 def check_place(run: RunConfig) -> None:
-    """That checkpoints can be written where they are to lie, found now rather than at the first save. For one rank.
+    """That checkpoints can be written where they are to lie, found now rather than at the first
+    save. For one rank.
 
     Raises:
         ConfigError: nothing can be written there.
@@ -100,15 +113,20 @@ def check_place(run: RunConfig) -> None:
     except OSError as error:
         field = "run.dir" if run.checkpoint.dir is None else "checkpoint.dir"
         raise ConfigError(
-            f"{field}: nothing can be written to {run.checkpoints} ({error.strerror or error}); give another"
+            f"{field}: nothing can be written to {run.checkpoints} ({error.strerror or error}); "
+            "give another"
         ) from None
 
 
 def earlier_run_id(run: RunConfig) -> str | None:
-    """The id of this very run if it was stopped before its first checkpoint, so that MLflow goes on with it."""
+    """The id of this very run if it was stopped before its first checkpoint, so that MLflow goes
+    on with it.
+    """
     try:
         if from_yaml(run.run.dir / "config.yaml") == run:
-            return str(json.loads((run.run.dir / "logs" / "tracking.json").read_text())["key"]["run_id"])
+            return str(
+                json.loads((run.run.dir / "logs" / "tracking.json").read_text())["key"]["run_id"]
+            )
     except (OSError, ValueError, KeyError):
         pass
     return None

@@ -13,7 +13,7 @@ from dnt_scale.distributed.process_group import Ranks
 from dnt_scale.model.flops import count_parameters
 from dnt_scale.record.files import git_commit
 from dnt_scale.record.tracker import Tracker
-from dnt_scale.train.run_start import write_config
+from dnt_scale.train.run_folder import write_config
 
 LINE_CHARS = 90
 
@@ -34,7 +34,11 @@ def start_tracking(run: RunConfig, state: State, me: Ranks) -> Tracker:
         experiment=run.tracking.experiment,
         run_name=run.run.name,
         run_id=state.run_id,
-        params={**config.flat(run), "parameters": count_parameters(run.model), "ranks": me.world_size},
+        params={
+            **config.flat(run),
+            "parameters": count_parameters(run.model),
+            "ranks": me.world_size,
+        },
         tags={
             "git_commit": commit,
             "manifest_sha256": state.manifest_sha256,
@@ -54,7 +58,9 @@ def description(run: RunConfig, me: Ranks, commit: str) -> str:
     batch = f"{budget}, {train.global_batch:,} rows a step, {train.dtype}"
     ranks = "1 rank" if me.world_size == 1 else f"{me.world_size} ranks"
     sets = [
-        f"{found.weight:.3g} {code(found.name)} {code(found.path)}" if found.name else code(found.path)
+        f"{found.weight:.3g} {code(found.name)} {code(found.path)}"
+        if found.name
+        else code(found.path)
         for found in run.data.sets()
     ]
     job = os.environ.get("SLURM_JOB_ID")
@@ -67,8 +73,8 @@ def description(run: RunConfig, me: Ranks, commit: str) -> str:
         f"- **budget**: {batch}",
         f"- **data**: {', '.join(sets) or f'kind {run.data.kind}'}",
         f"- **engine**: {run.engine.name} on {ranks} ({me.device.type})",
-        f"- **where**: host {code(socket.gethostname())}, folder {code(os.path.realpath(run.run.dir))}"
-        + (f", SLURM job {job}" if job else ""),
+        f"- **where**: host {code(socket.gethostname())}, folder "
+        f"{code(os.path.realpath(run.run.dir))}" + (f", SLURM job {job}" if job else ""),
         f"- **code**: commit {code(commit)}",
         "",
         "To go on with it:",
@@ -104,7 +110,9 @@ def command(run: RunConfig, me: Ranks) -> list[list[str]]:
 
 
 def shell_lines(words: list[str]) -> list[str]:
-    """A command in lines that the page has room for: longer ones would push the table of metrics off it."""
+    """A command in lines that the page has room for: longer ones would push the table of metrics
+    off it.
+    """
     lines = [""]
     for word in map(shlex.quote, words):
         if lines[-1] and len(lines[-1]) + len(word) > LINE_CHARS:

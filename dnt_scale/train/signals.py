@@ -12,8 +12,9 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 def stop_signals() -> Iterator[list[int]]:
     """Collect the signals that end a run, for the loop to read; a second SIGINT interrupts at once.
 
-    SIGHUP, which a terminal sends as it goes, is one of them, unless it was ignored when the process began (nohup).
-    It may come more than once (from the kernel and from the shell), so from then on it is ignored for good.
+    SIGHUP, which a terminal sends as it goes, is one of them, unless it was ignored when the
+    process began (nohup). It may come more than once (from the kernel and from the shell), so from
+    then on it is ignored for good.
     """
     received: list[int] = []
 

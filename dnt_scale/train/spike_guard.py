@@ -1,14 +1,18 @@
-"""The judge of every step: clips its gradient, and skips, clips or undoes a step that is not as the last ones were.
+"""The judge of every step: clips its gradient, and skips, clips or undoes a step that is not as the
+last ones were.
 
-1. ``Guard.judge`` (engine.base.Judge) is called between backward and update. What it decides depends on nothing but
-   the loss, the gradient norm and those of earlier steps, which are equal on all ranks: they decide alike, unasked.
-2. A loss or norm that is not finite is bad. So is a spike (``health.spike``): more than ``spike_sigmas`` standard
-   deviations above the mean of the last ``spike_window`` good steps, once there are half as many; OLMo-core's
-   SkipStepOptimizer reads the same two values. Bad steps do not enter the window.
-3. ``Guard.after`` rolls back where that is asked for, writes what was bad to ``logs/bad_steps.jsonl``, and ends a run
-   in which too many steps in a row were lost.
-4. A rollback restores weights and optimizer state from a ``Snapshot``. The step and the place in the data go on: the
-   rows since the snapshot are not seen again, those of the bad stretch least of all.
+1. ``Guard.judge`` (engine.base.Judge) is called between backward and update. What it decides
+   depends on nothing but the loss, the gradient norm and those of earlier steps, which are equal on
+   all ranks: they decide alike, unasked.
+2. A loss or norm that is not finite is bad. So is a spike (``health.spike``): more than
+   ``spike_sigmas`` standard deviations above the mean of the last ``spike_window`` good steps, once
+   there are half as many; OLMo-core's SkipStepOptimizer reads the same two values. Bad steps do not
+   enter the window.
+3. ``Guard.after`` rolls back where that is asked for, writes what was bad to
+   ``logs/bad_steps.jsonl``, and ends a run in which too many steps in a row were lost.
+4. A rollback restores weights and optimizer state from a ``Snapshot``. The step and the place in
+   the data go on: the rows since the snapshot are not seen again, those of the bad stretch least of
+   all.
 """
 
 import math
@@ -34,7 +38,9 @@ LEAST_SPREAD = 1e-6
 
 
 class HopelessRun(AgreedError):
-    """Too many steps in a row were lost, which every rank finds at once; the message says why and what to do."""
+    """Too many steps in a row were lost, which every rank finds at once; the message says why
+    and what to do.
+    """
 
 
 @dataclass(frozen=True)
@@ -46,7 +52,8 @@ class BadStep:
     why: str  # not finite, loss spike, gradient spike, or both spikes
     action: Action
     factor: float  # that the gradient was multiplied by
-    limits: dict[str, float]  # loss and grad_norm above which a step is a spike; empty: the window is not half full
+    # loss and grad_norm above which a step is a spike; empty: the window is not half full
+    limits: dict[str, float]
     window: int  # good steps behind the limits
 
 
@@ -54,8 +61,8 @@ class Guard:
     """Judges the steps of one run.
 
     Args:
-        clip_norm: bound of the gradient norm of every step; None: none. An engine that clips by itself (``optim.clip``)
-            minds a factor of 0 only.
+        clip_norm: bound of the gradient norm of every step; None: none. An engine that clips by
+            itself (``optim.clip``) minds a factor of 0 only.
         max_skipped: lost steps in a row that end the run.
     """
 
@@ -91,15 +98,23 @@ class Guard:
         spike = self.health.spike
         limits = {} if spike == "off" else self._limits()
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            # after a rollback the weights that made it are gone; whatever else was asked for, clipping mends nothing
+            # after a rollback the weights that made it are gone; whatever else was asked for,
+            # clipping mends nothing
             action: Action = "rollback" if spike == "rollback" else "skip"
             return BadStep(loss, grad_norm, "not finite", action, 0.0, limits, len(self.losses))
         if spike == "off":
             return None
-        above = [name for name, value in (("loss", loss), ("grad_norm", grad_norm)) if value > limits.get(name, value)]
+        above = [
+            name
+            for name, value in (("loss", loss), ("grad_norm", grad_norm))
+            if value > limits.get(name, value)
+        ]
         if not above:
             return None
-        why = " and ".join({"loss": "loss", "grad_norm": "gradient"}[name] for name in above) + " spike"
+        why = (
+            " and ".join({"loss": "loss", "grad_norm": "gradient"}[name] for name in above)
+            + " spike"
+        )
         usual = math.fsum(self.norms) / len(self.norms)
         factor = 0.0
         if spike == "clip":
@@ -114,12 +129,15 @@ class Guard:
             "grad_norm": limit(self.norms, self.health.spike_sigmas),
         }
 
-    def after(self, step: int, engine: Engine, rows: Callable[[], Mapping[str, object]], log: Path | None) -> None:
+    def after(
+        self, step: int, engine: Engine, rows: Callable[[], Mapping[str, object]], log: Path | None
+    ) -> None:
         """To be called after ``train_step``: acts on a bad step. Every rank calls it.
 
         Args:
             step: the step's number, from 1.
-            rows: where the global batch's rows lie, as ``rows_behind`` gives them; called for a bad step only.
+            rows: where the global batch's rows lie, as ``rows_behind`` gives them; called for a bad
+                step only.
             log: ``bad_steps.jsonl``, on rank 0 only.
 
         Raises:
@@ -138,18 +156,26 @@ class Guard:
             if bad.why != "not finite":
                 what = f"were lost, this one to a {bad.why}"
             raise HopelessRun(
-                f"step {step}: {self.lost_in_a_row} steps in a row {what} "
-                f"(loss {bad.loss}, gradient norm {bad.grad_norm}); {self._left(bad)}: lower optim.lr "
-                "or set optim.clip_norm, and run again to go on from the newest checkpoint"
+                f"step {step}: {self.lost_in_a_row} steps in a row {what} (loss {bad.loss}, "
+                f"gradient norm {bad.grad_norm}); {self._left(bad)}: lower optim.lr or set "
+                "optim.clip_norm, and run again to go on from the newest checkpoint"
             )
 
     def told(self) -> str | None:
-        """Of the step that was judged last, if it was bad: why, and what is done about it, in a sentence."""
+        """Of the step that was judged last, if it was bad: why, and what is done about it, in a
+        sentence.
+        """
         bad = self.bad
         if bad is None:
             return None
-        what = "a loss or gradient that is not finite" if bad.why == "not finite" else f"a {bad.why}"
-        done = f"gradient multiplied by {bad.factor:.3g}" if bad.action == "clip" else f"left out, {self._left(bad)}"
+        what = (
+            "a loss or gradient that is not finite" if bad.why == "not finite" else f"a {bad.why}"
+        )
+        done = (
+            f"gradient multiplied by {bad.factor:.3g}"
+            if bad.action == "clip"
+            else f"left out, {self._left(bad)}"
+        )
         return f"{what} (loss {bad.loss:.4g}, gradient norm {bad.grad_norm:.4g}): {done}"
 
     def _left(self, lost: BadStep) -> str:
@@ -159,20 +185,29 @@ class Guard:
         return "the weights are unchanged"
 
     def keep(self, step: int, engine: Engine, *, at_checkpoint: bool = False) -> None:
-        """Take a snapshot where one is due: at the start, every ``snapshot_every`` steps, and at every checkpoint.
+        """Take a snapshot where one is due: at the start, every ``snapshot_every`` steps, and at
+        every checkpoint.
 
-        A run that resumes takes its first at the checkpoint's step, so the run that wrote it does so too: both then
-        roll back to the same weights. Not so the checkpoint of a run that is stopped (Ctrl-C, SIGTERM): left alone it
-        would have had no snapshot there. A rollback before the next one then goes back less far than it would have.
+        A run that resumes takes its first at the checkpoint's step, so the run that wrote it does
+        so too: both then roll back to the same weights. Not so the checkpoint of a run that is
+        stopped (Ctrl-C, SIGTERM): left alone it would have had no snapshot there. A rollback before
+        the next one then goes back less far than it would have.
         """
-        due = at_checkpoint or step % self.health.snapshot_every == 0 or self.snapshot.copies is None
+        due = (
+            at_checkpoint or step % self.health.snapshot_every == 0 or self.snapshot.copies is None
+        )
         if self.health.spike == "rollback" and due:
             self.snapshot.take(engine)
 
     def metrics(self) -> dict[str, int]:
-        """For metrics.jsonl, of the last step: 1 where it was bad and this was done about it. A skip is told anyway."""
+        """For metrics.jsonl, of the last step: 1 where it was bad and this was done about it. A
+        skip is told anyway.
+        """
         actions: tuple[Action, ...] = ("clip", "rollback") if self.health.spike != "off" else ()
-        return {f"health/{action}": int(self.bad is not None and self.bad.action == action) for action in actions}
+        return {
+            f"health/{action}": int(self.bad is not None and self.bad.action == action)
+            for action in actions
+        }
 
     def state(self) -> dict[str, list[float]]:
         """What a checkpoint holds, so that a resumed run judges alike; equal on all ranks."""
@@ -183,14 +218,18 @@ class Guard:
         }
 
     def restore(self, state: Mapping[str, Sequence[float]]) -> None:
-        """Take over ``state()``; an empty one, as checkpoints of old have, is a window with nothing in it."""
+        """Take over ``state()``; an empty one, as checkpoints of old have, is a window with
+        nothing in it.
+        """
         self.losses = deque(state.get("losses", ()), maxlen=self.health.spike_window)
         self.norms = deque(state.get("grad_norms", ()), maxlen=self.health.spike_window)
         self.lost_in_a_row = int(sum(state.get("lost_in_a_row", ())))
 
 
 def limit(values: Sequence[float], sigmas: float) -> float:
-    """The mean plus ``sigmas`` standard deviations. Sums are exact (fsum): the same on every kind of machine."""
+    """The mean plus ``sigmas`` standard deviations. Sums are exact (fsum): the same on every
+    kind of machine.
+    """
     mean = math.fsum(values) / len(values)
     deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
     return mean + sigmas * max(deviation, LEAST_SPREAD * abs(mean))
@@ -199,9 +238,9 @@ def limit(values: Sequence[float], sigmas: float) -> float:
 class Snapshot:
     """A copy of what this rank holds of weights and optimizer state, to go back to.
 
-    It lives in the host's memory, of which there is several times the GPU's: there it would cost 8 bytes a parameter of
-    a rank's share (12 with two buffers), most of what sharding has won. Copying it takes a moment
-    every ``snapshot_every`` steps, and a rollback reads no disk.
+    It lives in the host's memory, of which there is several times the GPU's: there it would cost 8
+    bytes a parameter of a rank's share (12 with two buffers), most of what sharding has won.
+    Copying it takes a moment every ``snapshot_every`` steps, and a rollback reads no disk.
     """
 
     def __init__(self) -> None:
@@ -214,7 +253,9 @@ class Snapshot:
         data = [box.data for box in engine.boxes()]
         if self.copies is None:
             # page-locked where there is a GPU: several times as fast to copy
-            self.copies = [torch.empty_like(part, device="cpu", pin_memory=part.is_cuda) for part in data]
+            self.copies = [
+                torch.empty_like(part, device="cpu", pin_memory=part.is_cuda) for part in data
+            ]
         for copy, part in zip(self.copies, data, strict=True):
             copy.copy_(part)
         self.scalars = engine.scalars()
@@ -229,9 +270,11 @@ class Snapshot:
 
 
 def record(log: Path, step: int, bad: BadStep, rows: Mapping[str, object]) -> None:
-    """Append a line to ``bad_steps.jsonl``; a value that is not finite is null, and told in ``why``.
+    """Append a line to ``bad_steps.jsonl``; a value that is not finite is null, and told in
+    ``why``.
 
-    A run that is stopped and goes on from before a bad step meets it again, and has it twice, at two times.
+    A run that is stopped and goes on from before a bad step meets it again, and has it twice, at
+    two times.
     """
     entry = {"step": step, "time": time.time(), **asdict(bad), **rows}
     if bad.why == "not finite":

@@ -15,7 +15,10 @@ from dnt_scale.record.speed import Metrics
 def validation(run: RunConfig, trainer: Engine, source: Source, me: Ranks) -> Metrics:
     """Measure the model on ``eval.rows`` evenly spread held-out rows of each set of the source."""
     sets = source.validation(
-        rows=run.eval.rows, micro_batch=run.train.micro_batch, rank=me.rank, world_size=me.world_size
+        rows=run.eval.rows,
+        micro_batch=run.train.micro_batch,
+        rank=me.rank,
+        world_size=me.world_size,
     )
     with device_metrics.ignored():
         means = {name: trainer.evaluate(watched(sets[name])) for name in sets}

@@ -1,7 +1,8 @@
-"""Make docs/reference/configuration.md out of the pydantic models, the files of configs/ and notes.yaml.
+"""Make docs/reference/configuration.md out of the pydantic models, the files of configs/ and
+notes.yaml.
 
     python -m docs.make.configuration            # write the page
-    python -m docs.make.configuration --check    # exit status 1 where the page is not what it would write
+    python -m docs.make.configuration --check    # exit status 1 where the page is another
 
 A key's type, bounds and description come from its model, its value from ``configs/``. What the page
 says beyond a field's description stands in notes.yaml, by key.
@@ -64,7 +65,9 @@ def page() -> str:
     told: set[str] = set()
     parts = [HEAD, *run_sections(notes, told), *cluster_section(notes, told), cleaning_section()]
     if stray := notes.keys() - told:
-        raise ValueError(f"{NOTES}: no such keys: {', '.join(sorted(stray))}; remove or rename them there")
+        raise ValueError(
+            f"{NOTES}: no such keys: {', '.join(sorted(stray))}; remove or rename them there"
+        )
     return "\n".join(parts)
 
 
@@ -78,7 +81,9 @@ def run_sections(notes: dict[str, str], told: set[str]) -> Iterator[str]:
             yield wrapped(about)
         if name not in groups:
             section = getattr(plain, name)
-            yield table(rows(name, type(section), {"": section.model_dump(mode="json")}), notes, told)
+            yield table(
+                rows(name, type(section), {"": section.model_dump(mode="json")}), notes, told
+            )
             continue
         yield choices(name)
         yield from variants(name, notes, told)
@@ -87,7 +92,9 @@ def run_sections(notes: dict[str, str], told: set[str]) -> Iterator[str]:
 
 
 def variants(group: str, notes: dict[str, str], told: set[str]) -> Iterator[str]:
-    """Yield the keys of a group: those of every file, then a table for each model of its sections."""
+    """Yield the keys of a group: those of every file, then a table for each model of its
+    sections.
+    """
     files: dict[type[BaseModel], dict[str, Any]] = {}
     for path in sorted((config_dir() / group).glob("*.yaml")):
         given = MIXTURE if (group, path.stem) == ("data", "mixture") else GIVEN
@@ -101,7 +108,8 @@ def variants(group: str, notes: dict[str, str], told: set[str]) -> Iterator[str]
     shared = shared.intersection(*({row.key for row in rest} for rest in tables))
     everywhere = {name: dump for dumps in files.values() for name, dump in dumps.items()}
     of_all = [row for row in rows(group, next(iter(files)), everywhere) if row.key in shared]
-    for place, row in enumerate(of_all):  # a key that tells the models apart takes what any of them does
+    # a key that tells the models apart takes what any of them does
+    for place, row in enumerate(of_all):
         found = [each.takes for one in tables for each in one if each.key == row.key]
         of_all[place] = replace(row, takes=", ".join(dict.fromkeys(found)))
     yield "Keys of every file:\n"
@@ -112,18 +120,25 @@ def variants(group: str, notes: dict[str, str], told: set[str]) -> Iterator[str]
             yield table(mine, notes, told)
 
 
-# What has another default than the composed run shows, since a run has to be given a name and a set to be composed.
+# What has another default than the composed run shows, since a run has to be given a name and a set
+# to be composed.
 DEFAULTS = {"run.name": "-", "run.dir": "`runs/NAME`", "data.path": "-", "data.mixture": "none"}
 
 
 def rows(prefix: str, model: type[BaseModel], files: dict[str, Any]) -> Iterator[Row]:
-    """Yield the keys of a model and of models inside it; ``files`` are its values, by the name of their file."""
+    """Yield the keys of a model and of models inside it; ``files`` are its values, by the name
+    of their file.
+    """
     for name, field in model.model_fields.items():
         key, inner, many = f"{prefix}.{name}", model_in(field.annotation), is_many(field.annotation)
         if inner and not many:
-            yield from rows(key, inner, {file: dump[name] for file, dump in files.items() if name in dump})
+            yield from rows(
+                key, inner, {file: dump[name] for file, dump in files.items() if name in dump}
+            )
             continue
-        default = DEFAULTS.get(key) or shown({file: dump.get(name) for file, dump in files.items()}, many)
+        default = DEFAULTS.get(key) or shown(
+            {file: dump.get(name) for file, dump in files.items()}, many
+        )
         yield row(f"{key}.NAME" if inner else key, field, default)
         for each, inside in inner.model_fields.items() if inner else ():
             yield row(f"{key}.NAME.{each}", inside, own_default(inside))
@@ -138,7 +153,9 @@ def own_default(field: FieldInfo) -> str:
 
 
 def shown(files: dict[str, Any], many: bool) -> str:
-    """Return a default, or the defaults by file; of mappings and lists (``many``) what is in them."""
+    """Return a default, or the defaults by file; of mappings and lists (``many``) what is in
+    them.
+    """
     if len(files) > 1 and all(file == value for file, value in files.items()):
         return "the file's"
     by_value: dict[str, list[str]] = {}
@@ -182,7 +199,11 @@ MANY = 1e6  # an upper bound above it only keeps products of numbers finite
 
 def bounds(metadata: list[Any]) -> str:
     """Return the bounds in a field's metadata, such as " > 0, <= 1"."""
-    flat = [one for each in metadata for one in (each.metadata if isinstance(each, FieldInfo) else [each])]
+    flat = [
+        one
+        for each in metadata
+        for one in (each.metadata if isinstance(each, FieldInfo) else [each])
+    ]
     found = [(sign, getattr(each, name, None)) for each in flat for name, sign in SIGNS.items()]
     shown = [f"{sign} {bound:g}" for sign, bound in found if bound is not None and bound < MANY]
     return f" {', '.join(shown)}" if shown else ""
@@ -211,7 +232,9 @@ def table(found: Iterable[Row], notes: dict[str, str], told: set[str]) -> str:
         parts = (row.meaning.rstrip("."), note(row.key, notes, told))
         meaning = ". ".join(part for part in parts if part)
         if not meaning:
-            raise ValueError(f"{row.key}: no description; give its field one, or tell of it in {NOTES}")
+            raise ValueError(
+                f"{row.key}: no description; give its field one, or tell of it in {NOTES}"
+            )
         cells = (f"`{row.key}`", row.takes, row.default, meaning)
         lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
     return "\n".join([*lines, ""])
@@ -235,7 +258,9 @@ def choices(group: str) -> str:
 
 
 def comment(path: Path) -> str:
-    """Return the comment that a YAML file begins with, as one line and without its examples of code."""
+    """Return the comment that a YAML file begins with, as one line and without its examples of
+    code.
+    """
     found = []
     for line in path.read_text("utf-8").splitlines():
         if line.startswith("# @package"):
@@ -267,7 +292,10 @@ def cleaning_section() -> str:
     """Return the cleaning rules and their settings, a line a rule."""
     lines = [
         "## Cleaning rules\n",
-        wrapped("`dnt data prepare --clean FILE` takes these, in the file's order ([Data](../data.md#clean))."),
+        wrapped(
+            "`dnt data prepare --clean FILE` takes these, in the file's order "
+            "([Data](../data.md#clean))."
+        ),
         choices("clean"),
         "| rule | what it does | settings and defaults |",
         "|---|---|---|",
@@ -284,7 +312,8 @@ def main() -> int:
     text = page()
     if "--check" in sys.argv[1:]:
         current = PAGE.is_file() and PAGE.read_text("utf-8") == text
-        print(f"{PAGE}: {'current' if current else 'not current; run python -m docs.make.configuration'}")
+        found = "current" if current else "not current; run python -m docs.make.configuration"
+        print(f"{PAGE}: {found}")
         return 0 if current else 1
     PAGE.parent.mkdir(exist_ok=True)
     PAGE.write_text(text, "utf-8")

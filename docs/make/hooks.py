@@ -1,4 +1,6 @@
-"""What MkDocs does not do by itself: pages made of other files, links out of docs/, globs in the navigation."""
+"""What MkDocs does not do by itself: pages made of other files, links out of docs/, globs in the
+navigation.
+"""
 
 import argparse
 import os
@@ -31,12 +33,16 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 def named(entry: Any) -> set[str]:
     """Return the pages that the navigation names one by one."""
     if isinstance(entry, dict | list):
-        return set().union(*(named(each) for each in (entry.values() if isinstance(entry, dict) else entry)))
+        return set().union(
+            *(named(each) for each in (entry.values() if isinstance(entry, dict) else entry))
+        )
     return {entry}
 
 
 def expanded(entry: Any, known: set[str]) -> Any:
-    """Return an entry of the navigation with the pages that its globs match, but for those that it names."""
+    """Return an entry of the navigation with the pages that its globs match, but for those that
+    it names.
+    """
     if isinstance(entry, dict):
         return {title: expanded(inside, known) for title, inside in entry.items()}
     if isinstance(entry, list):
@@ -46,7 +52,9 @@ def expanded(entry: Any, known: set[str]) -> Any:
         return entry
     found = [*(path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").glob(entry))]
     found += [name for name in made() if PurePosixPath(name).match(entry)]
-    return sorted({*found} - known, key=lambda name: (not name.endswith("index.md"), name.removesuffix(".md")))
+    return sorted(
+        {*found} - known, key=lambda name: (not name.endswith("index.md"), name.removesuffix(".md"))
+    )
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -56,7 +64,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Lead links to where their targets are on the site; name files of the repository that are not on it."""
+    """Lead links to where their targets are on the site; name files of the repository that are
+    not on it.
+    """
     source = OF_THE_ROOT.get(page.file.src_uri)
     here = ROOT if source else (ROOT / "docs" / page.file.src_uri).parent
 

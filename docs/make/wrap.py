@@ -1,4 +1,5 @@
-"""Break the lines of Markdown pages at 100 columns, and leave code, tables, headings and pictures as they are.
+"""Break the lines of Markdown pages at 100 columns, and leave code, tables, headings and pictures
+as they are.
 
     python -m docs.make.wrap docs/data.md ...
 

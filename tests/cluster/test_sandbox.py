@@ -37,8 +37,10 @@ open("/run/hosts", "w").write("127.0.0.1 localhost\\n127.0.1.1 laptop\\n")
 subprocess.run(["mount", "--bind", "/run/hosts", "/etc/hosts"], check=True)
 socket.sethostname("laptop")
 card = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-for name, address in ((b"lo", "127.0.0.1"), (b"lo:1", "198.51.100.1")):  # without one "localhost" is not looked up
-    fcntl.ioctl(card, 0x8916, struct.pack("16sH2x4s8x", name, socket.AF_INET, socket.inet_aton(address)))  # SIOCSIFADDR
+# without a card "localhost" is not looked up
+for name, address in ((b"lo", "127.0.0.1"), (b"lo:1", "198.51.100.1")):
+    ip = socket.inet_aton(address)
+    fcntl.ioctl(card, 0x8916, struct.pack("16sH2x4s8x", name, socket.AF_INET, ip))  # SIOCSIFADDR
     fcntl.ioctl(card, 0x8914, struct.pack("16sH22x", name, 1))  # SIOCSIFFLAGS: up
 sys.exit(subprocess.run(["bash", "-ec", sys.argv[1]]).returncode)
 """

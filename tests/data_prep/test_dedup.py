@@ -426,7 +426,8 @@ connected_components(coo_array((2, 2)))
 
 def parts():
     for part in range(100):
-        make = lambda part: np.frombuffer(np.random.default_rng(part).bytes(3000 * FINGERPRINT.itemsize), FINGERPRINT)
+        size = 3000 * FINGERPRINT.itemsize
+        make = lambda part: np.frombuffer(np.random.default_rng(part).bytes(size), FINGERPRINT)
         made = make(part).copy()
         if part:  # some are like documents of the part before
             made[-100:] = make(part - 1)[:100]

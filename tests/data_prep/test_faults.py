@@ -125,7 +125,8 @@ def every_stage(folder: Path) -> PrepareOptions:
 # What is about to be done to a file of this name when the kill comes, at one of the times that this
 # is done.
 KILLS: dict[Packing, str] = {
-    "concat": "lock tokenizer- 000000. 000001. whole band- keep- rejects lead- train- report manifest",
+    "concat": "lock tokenizer- 000000. 000001. whole band- keep- rejects lead- train- report "
+    "manifest",
     "best_fit": "lead- train- train- val- tokenizer.model fingerprints report manifest",
 }
 

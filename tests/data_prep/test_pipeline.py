@@ -178,11 +178,13 @@ def test_verify_shows_progress_and_finds_nothing(prepared: Path) -> None:
         ({"tokenizer": Path("nowhere.model")}, "nowhere.model: cannot read the tokenizer"),
         (
             {"seq_len": 900_000},
-            "but one row needs 900000; give more text, or a smaller --seq-len, or a smaller --val-fraction",
+            "but one row needs 900000; give more text, or a smaller --seq-len, or a smaller "
+            "--val-fraction",
         ),
         (
             {"val_fraction": 1e-9},
-            "the val split has 0 tokens in 0 documents of 40, but one row needs 32; give a larger (such as 0.1, or 0)",
+            "the val split has 0 tokens in 0 documents of 40, but one row needs 32; give a larger "
+            "(such as 0.1, or 0)",
         ),
         ({"val_fraction": 1 - 1e-9}, "--val-fraction"),
     ],

@@ -23,14 +23,17 @@ def one_thread() -> None:
 def packed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A set of packing "best_fit" with the tokenizer and row length of `corpus`, to be read only.
 
-    Most documents take more than half a row, so that there is padding; some are shorter, some longer than a row.
+    Most documents take more than half a row, so that there is padding; some are shorter, some
+    longer than a row.
     """
     folder = tmp_path_factory.mktemp("packed")
     text = "\n\n".join(path.read_text() for path in python_source_files(300_000))
     long = [part for part in text.split("\n\n") if len(part) > 150]
     sizes = [10_000, 100, 100, 30, 100]
     paragraphs = [part[: sizes[number % len(sizes)]] for number, part in enumerate(long)]
-    (folder / "paragraphs.jsonl").write_text("".join(json.dumps({"text": part}) + "\n" for part in paragraphs))
+    (folder / "paragraphs.jsonl").write_text(
+        "".join(json.dumps({"text": part}) + "\n" for part in paragraphs)
+    )
     out = folder / "set"
     prepare(
         PrepareOptions(
@@ -51,15 +54,27 @@ def packed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def mixed(corpus: Path, packed: Path) -> list[str]:
     """Overrides of a run on two sets, two rows of `corpus` to one of `packed`."""
     sets = {"docs": (corpus, 2), "packed": (packed, 1)}
-    entries = (f"data.mixture.{name}={{path: {path}, weight: {weight}}}" for name, (path, weight) in sets.items())
+    entries = (
+        f"data.mixture.{name}={{path: {path}, weight: {weight}}}"
+        for name, (path, weight) in sets.items()
+    )
     return ["data.path=null", *entries]
 
 
 @pytest.fixture(scope="session")
 def mixed_run(mixed: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run on `mixed` with documents masked: 6 steps, stopped at 3. To be read only."""
+    """The folder of a run on `mixed` with documents masked: 6 steps, stopped at 3. To be read
+    only.
+    """
     run_dir = tmp_path_factory.mktemp("mixed") / "tiny"
-    overrides = tiny(Path(), run_dir, *mixed, "data.document_mask=true", "eval.every=2", "optim.schedule.name=constant")
+    overrides = tiny(
+        Path(),
+        run_dir,
+        *mixed,
+        "data.document_mask=true",
+        "eval.every=2",
+        "optim.schedule.name=constant",
+    )
     for steps in (3, 6):
         train([*overrides, f"train.steps={steps}"]).ok()
     return run_dir
@@ -67,7 +82,9 @@ def mixed_run(mixed: list[str], tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 @pytest.fixture(scope="session")
 def killed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run on 2 ranks, killed between its first checkpoint and its end. To be read only."""
+    """The folder of a run on 2 ranks, killed between its first checkpoint and its end. To be
+    read only.
+    """
     run_dir = tmp_path_factory.mktemp("killed") / "tiny"
     overrides = tiny(corpus, run_dir, "checkpoint.every=3", "checkpoint.background=false")
     stopped = stop_midway(overrides, run_dir, lambda group: group.kill(signal.SIGKILL), after=4)

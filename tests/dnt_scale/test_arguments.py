@@ -1,4 +1,6 @@
-"""Every option of every command has bounds: a value out of them is one line and exit status 2, never a traceback."""
+"""Every option of every command has bounds: a value out of them is one line and exit status 2,
+never a traceback.
+"""
 
 import argparse
 import contextlib
@@ -31,11 +33,16 @@ def refused(*words: str) -> str:
     """The one line of a command that ends with status 2."""
     status, err = dnt(*words)
     lines = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert status == 2 and len(lines) == 1 and "Traceback" not in err and "usage:" not in err, (words, err)
+    assert status == 2 and len(lines) == 1 and "Traceback" not in err and "usage:" not in err, (
+        words,
+        err,
+    )
     return lines[0].removeprefix("error: ")
 
 
-def commands(root: argparse.ArgumentParser, words: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], list]]:
+def commands(
+    root: argparse.ArgumentParser, words: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], list]]:
     """The words of every command, and its options and positionals."""
     inner = [action for action in root._actions if isinstance(action, argparse._SubParsersAction)]
     if not inner:
@@ -72,19 +79,32 @@ def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_walk_finds_all_commands() -> None:
-    assert {"train", "data prepare", "checkpoint convert", "sandbox up", "submit"} <= {" ".join(words) for words in ALL}
-    assert {"--temperature", "--val-fraction", "--port", "--ranks", "--cpus"} <= {option for _, option, _ in OPTIONS}
-    assert not [words for words, actions in ALL.items() for action in actions if action.type in (int, float, Path)]
+    assert {"train", "data prepare", "checkpoint convert", "sandbox up", "submit"} <= {
+        " ".join(words) for words in ALL
+    }
+    assert {"--temperature", "--val-fraction", "--port", "--ranks", "--cpus"} <= {
+        option for _, option, _ in OPTIONS
+    }
+    assert not [
+        words
+        for words, actions in ALL.items()
+        for action in actions
+        if action.type in (int, float, Path)
+    ]
 
 
 @pytest.mark.parametrize(
-    "value", ["nan", "-1e999", "-" + "9" * 30, "1e3x", "", "é", "\udcff", "0x10", "true", "½", "1,5", "٣x"]
+    "value",
+    ["nan", "-1e999", "-" + "9" * 30, "1e3x", "", "é", "\udcff", "0x10", "true", "½", "1,5", "٣x"],
 )
 def test_a_number_out_of_bounds_names_option_found_and_expected(value: str, nowhere: Path) -> None:
     found = 0
     for words, option, action in OPTIONS:
-        if getattr(action.type, "__name__", "") == "read":  # of arguments.whole and arguments.number
-            own = NEEDED.get(" ".join(words), [*(["r"] if words[0] in ("generate", "eval", "logs") else [])])
+        # of arguments.whole and arguments.number
+        if getattr(action.type, "__name__", "") == "read":
+            own = NEEDED.get(
+                " ".join(words), [*(["r"] if words[0] in ("generate", "eval", "logs") else [])]
+            )
             line = refused(*words, *own, f"{option}={value}")
             assert line.startswith(f"{option}: found ") and ", expected a " in line, line
             found += 1
@@ -93,7 +113,12 @@ def test_a_number_out_of_bounds_names_option_found_and_expected(value: str, nowh
 
 @pytest.mark.parametrize(
     ("option", "least", "most"),
-    [("--temperature", 0, None), ("--tokens", 0, None), ("--top-k", 0, None), ("--seed", 0, 2**64 - 1)],
+    [
+        ("--temperature", 0, None),
+        ("--tokens", 0, None),
+        ("--top-k", 0, None),
+        ("--seed", 0, 2**64 - 1),
+    ],
 )
 def test_the_ends_of_the_bounds(option: str, least: int, most: int | None, nowhere: Path) -> None:
     assert "config.yaml: no such file" in refused("generate", "r", option, str(least))
@@ -134,7 +159,9 @@ def test_a_path_that_cannot_be_one(path: str, nowhere: Path) -> None:
     ):
         assert "expected a path" in (line := refused(*words, path)) or "NUL" in line
     for option in ("--out", "--append", "--tokenizer", "--clean"):
-        assert refused("data", "prepare", "in", "--out", "o", option, path).startswith(f"{option}: ")
+        assert refused("data", "prepare", "in", "--out", "o", option, path).startswith(
+            f"{option}: "
+        )
     assert refused("generate", "r", "--data", path).startswith("--data: ")
 
 
@@ -149,12 +176,24 @@ def test_a_file_for_a_folder_and_a_folder_for_a_file(nowhere: Path) -> None:
         (["data", "verify", "file"], "file: no such folder"),
         (["checkpoint", "inspect", "file"], "file: no checkpoint there"),
         (["checkpoint", "convert", "r", "folder.safetensors"], "folder.safetensors: is a folder"),
-        (["checkpoint", "convert", "r", "no/such/x.safetensors"], "there is no folder no/such to write it to"),
-        (["checkpoint", "convert", "r", "file/x.safetensors"], "there is no folder file to write it to"),
+        (
+            ["checkpoint", "convert", "r", "no/such/x.safetensors"],
+            "there is no folder no/such to write it to",
+        ),
+        (
+            ["checkpoint", "convert", "r", "file/x.safetensors"],
+            "there is no folder file to write it to",
+        ),
         (["data", "prepare", "in.txt", "--out", "file"], "file: is a file"),
         (["data", "prepare", "in.txt", "--out", "o", "--append", "file"], "file: no such folder"),
-        (["data", "prepare", "in.txt", "--out", "o", "--tokenizer", "folder.safetensors"], "Is a directory"),
-        (["data", "prepare", "in.txt", "--out", "o", "--clean", "folder.safetensors"], "Is a directory"),
+        (
+            ["data", "prepare", "in.txt", "--out", "o", "--tokenizer", "folder.safetensors"],
+            "Is a directory",
+        ),
+        (
+            ["data", "prepare", "in.txt", "--out", "o", "--clean", "folder.safetensors"],
+            "Is a directory",
+        ),
         (["train", "run.name=x", "data.path=file", "run.device=cpu"], "file: no such folder"),
         (["submit", "cluster=./folder.safetensors"], "Is a directory"),
         (["submit", "cluster=./file", "run.name=x"], "file: found 'x', expected lines such as"),
@@ -163,7 +202,12 @@ def test_a_file_for_a_folder_and_a_folder_for_a_file(nowhere: Path) -> None:
 
 
 def test_a_home_in_an_option_is_expanded(nowhere: Path) -> None:
-    for words in (["generate", "~/r"], ["data", "info", "~/r"], ["checkpoint", "inspect", "~/r"], ["jobs", "~/r"]):
+    for words in (
+        ["generate", "~/r"],
+        ["data", "info", "~/r"],
+        ["checkpoint", "inspect", "~/r"],
+        ["jobs", "~/r"],
+    ):
         assert f"{nowhere}/r" in refused(*words)
     for option in ("--append", "--tokenizer"):
         assert f"{nowhere}/r" in refused("data", "prepare", "in", "--out", "o", option, "~/r")
@@ -175,10 +219,35 @@ ODD = st.one_of(
     st.integers().map(str),
     st.floats().map(str),
     st.sampled_from(
-        ["", "null", "true", "-1", "nan", "inf", "1e999", str(2**70), "a" * 300, "\0", "\udcff", "~", "zzz://x"]
+        [
+            "",
+            "null",
+            "true",
+            "-1",
+            "nan",
+            "inf",
+            "1e999",
+            str(2**70),
+            "a" * 300,
+            "\0",
+            "\udcff",
+            "~",
+            "zzz://x",
+        ]
     ),
     st.sampled_from(
-        ["=", "x=1", "run.name=", "data=./no.yaml", "model=(", "optim.lr=1,2", "cluster=no", "[", "{a: b}", "é=é"]
+        [
+            "=",
+            "x=1",
+            "run.name=",
+            "data=./no.yaml",
+            "model=(",
+            "optim.lr=1,2",
+            "cluster=no",
+            "[",
+            "{a: b}",
+            "é=é",
+        ]
     ),
 ).filter(lambda text: not text.startswith(("/", "-")) or text == "-1")
 
@@ -196,12 +265,19 @@ def command_lines(draw: st.DrawFn) -> tuple[str, list[str]]:
             line += draw(st.lists(ODD, min_size=least, max_size=most))
         elif (action.required or draw(st.booleans())) and action.dest != "watch":
             value = draw(st.sampled_from(sorted(action.choices)) | ODD if action.choices else ODD)
-            options += [action.option_strings[-1]] if action.nargs == 0 else [f"{action.option_strings[-1]}={value}"]
+            options += (
+                [action.option_strings[-1]]
+                if action.nargs == 0
+                else [f"{action.option_strings[-1]}={value}"]
+            )
     return " ".join(words), [*words, *line, *options]
 
 
 @settings(
-    max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=150,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(command_lines())
 def test_no_command_line_ends_in_a_traceback(nowhere: Path, case: tuple[str, list[str]]) -> None:

@@ -15,7 +15,11 @@ from tests.helpers.run import dnt, python, synthetic_set, tiny, train
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 @pytest.mark.parametrize(
@@ -47,7 +51,12 @@ def test_no_command_and_an_unknown_one_exit_2():
 
 def test_print_config_round_trips(corpus, tmp_path):
     overrides = tiny(
-        corpus, tmp_path / "run", "optim=adamw", "train.steps=null", "train.tokens=1_000_000", "run.seed=7"
+        corpus,
+        tmp_path / "run",
+        "optim=adamw",
+        "train.steps=null",
+        "train.tokens=1_000_000",
+        "run.seed=7",
     )
     printed = dnt("train", "--print-config", *overrides).ok().out
     assert config.validate(yaml.safe_load(printed)) == config.load(overrides)
@@ -134,7 +143,9 @@ def test_a_truncated_manifest_is_refused(corpus, tmp_path):
     data = shutil.copytree(corpus, tmp_path / "set")
     manifest = data / "manifest.json"
     os.truncate(manifest, manifest.stat().st_size // 2)
-    assert f"{manifest}: truncated or damaged" in train(tiny(data, tmp_path / "run"), ranks=2).error()
+    assert (
+        f"{manifest}: truncated or damaged" in train(tiny(data, tmp_path / "run"), ranks=2).error()
+    )
 
 
 def test_a_truncated_or_missing_shard_is_refused(corpus, tmp_path):
@@ -150,7 +161,8 @@ def test_a_truncated_or_missing_shard_is_refused(corpus, tmp_path):
 def test_a_run_folder_that_cannot_be_made_is_refused(corpus, tmp_path, ranks):
     (tmp_path / "file").write_text("")
     done = train(tiny(corpus, tmp_path / "file" / "run"), ranks=ranks)
-    assert str(tmp_path / "file") in done.error()  # the other ranks lose rank 0 and say that in a line of their own
+    # the other ranks lose rank 0 and say that in a line of their own
+    assert str(tmp_path / "file") in done.error()
     assert done.codes == [2] * ranks
 
 
@@ -174,7 +186,10 @@ def test_a_resumed_run_may_not_change_what_it_is(corpus, finished_run, override,
 def test_a_run_that_is_past_its_budget_is_refused(corpus, finished_run):
     before = tree(finished_run)
     error = train(tiny(corpus, finished_run, "train.steps=10")).error()
-    assert "train.steps: this run asks for 10 steps" in error and "step-00000020 already has 20" in error
+    assert (
+        "train.steps: this run asks for 10 steps" in error
+        and "step-00000020 already has 20" in error
+    )
     assert tree(finished_run) == before
 
 
@@ -188,7 +203,9 @@ def test_a_resumed_run_may_not_change_its_tokenizer(finished_run, tmp_path):
     before = tree(finished_run)
     other = synthetic_set(tmp_path / "other")
     error = train(tiny(other, finished_run)).error()
-    assert f"data.path: {other} was made with another tokenizer" in error and "step-00000020" in error
+    assert (
+        f"data.path: {other} was made with another tokenizer" in error and "step-00000020" in error
+    )
     assert tree(finished_run) == before
 
 
@@ -199,7 +216,8 @@ def test_a_resumed_run_may_not_change_its_data(corpus, finished_run, tmp_path):
     other = tmp_path / "other"
     inputs, tokenizer = python_source_files(300_000), corpus / "tokenizer.model"
     prepare(
-        PrepareOptions(inputs, other, tokenizer=tokenizer, seq_len=64, val_fraction=0.2, workers=1), Console(quiet=True)
+        PrepareOptions(inputs, other, tokenizer=tokenizer, seq_len=64, val_fraction=0.2, workers=1),
+        Console(quiet=True),
     )
     error = train(tiny(other, finished_run)).error()
     assert f"data.path: the manifest of {other} is not the one that" in error

@@ -1,4 +1,6 @@
-"""One line of config chooses the engine and nothing else changes: weights, losses and checkpoints of all of them."""
+"""One line of config chooses the engine and nothing else changes: weights, losses and
+checkpoints of all of them.
+"""
 
 import json
 from importlib import import_module
@@ -14,9 +16,9 @@ from tests.helpers.engines import ENGINES, STEPS
 from tests.helpers.run import call, same_tensors, tensors, tiny
 
 RANKS = (1, 2, 4)
-# An optimizer is run here if its test has a `reference_update`. Its OVERRIDES choose it; CHANGES says
-# how much of a tensor's change in all steps may differ, for each dtype that it is run in, and ERROR
-# by how much a weight may in fp32.
+# An optimizer is run here if its test has a `reference_update`. Its OVERRIDES choose it; CHANGES
+# says how much of a tensor's change in all steps may differ, for each dtype that it is run in, and
+# ERROR by how much a weight may in fp32.
 OPTIMIZERS = {
     path.stem.removeprefix("test_"): import_module(f"tests.dnt_scale.optim.{path.stem}")
     for path in sorted((Path(__file__).parent / "optim").glob("test_*.py"))
@@ -27,7 +29,9 @@ CASES = [(name, dtype) for name, module in OPTIMIZERS.items() for dtype in modul
 
 
 def run_all(data: Path, out: Path, dtype: str, overrides: list[str]) -> None:
-    """Each engine in turn on this group of ranks: its first weights, its losses, its last weights."""
+    """Each engine in turn on this group of ranks: its first weights, its losses, its last
+    weights.
+    """
     from dnt_scale.distributed import process_group
 
     me = process_group.start("cpu")
@@ -67,8 +71,12 @@ def test_every_engine_on_any_ranks_is_plain_pytorch(matrix, label):
         folder = out / f"{label}-{ranks}-{dtype}"
         assert same_tensors(folder / "step-00000000", first), f"initial weights on {ranks} ranks"
         found = json.loads((folder / "losses.json").read_text())
-        np.testing.assert_allclose(found, losses, rtol=0, atol=DTYPES[dtype], err_msg=f"on {ranks} ranks")
-        assert (np.abs(np.subtract(found, exact)).max() > 1e-4) == (dtype == "bf16"), "computed in another dtype"
+        np.testing.assert_allclose(
+            found, losses, rtol=0, atol=DTYPES[dtype], err_msg=f"on {ranks} ranks"
+        )
+        assert (np.abs(np.subtract(found, exact)).max() > 1e-4) == (dtype == "bf16"), (
+            "computed in another dtype"
+        )
         last = tensors(folder / f"step-{STEPS:08d}")
         check_weights(last, weights, initial, module, dtype)
         dtypes = {last[f"{buffer}.{name}"].dtype for buffer in buffers for name in weights}
@@ -76,8 +84,12 @@ def test_every_engine_on_any_ranks_is_plain_pytorch(matrix, label):
 
 
 def check_weights(last, weights, initial, module, dtype):
-    """The weights of a checkpoint are those of the reference, as nearly as the optimizer's test says."""
-    assert {key for key in last if key.startswith("model.")} == {f"model.{name}" for name in weights}
+    """The weights of a checkpoint are those of the reference, as nearly as the optimizer's test
+    says.
+    """
+    assert {key for key in last if key.startswith("model.")} == {
+        f"model.{name}" for name in weights
+    }
     for name, weight in weights.items():
         change = weight - initial[f"model.{name}"]
         error = last[f"model.{name}"] - weight
@@ -85,7 +97,7 @@ def check_weights(last, weights, initial, module, dtype):
         assert dtype != "fp32" or error.abs().max() <= module.ERROR, name
 
 
-# --- without a gradient buffer ------------------------------------------------------------------------
+# --- without a gradient buffer --------------------------------------------------------------------
 
 UNCLIPPED = ["optim.clip_norm=1e9", "train.micro_batch=2"]  # 2 ranks have 2 micro-batches each
 UNBUFFERED = [*UNCLIPPED, "optim.gradient_buffer=false", "optim.clip=previous"]
@@ -106,7 +118,9 @@ def run_unbuffered(data: Path, out: Path, runs: dict[str, list[str]]) -> None:
 def test_without_a_gradient_buffer_an_optimizer_that_can_is_plain_pytorch_too(corpus, tmp_path):
     runs, weights = {}, {}
     for name, module in OPTIMIZERS.items():
-        run = config.load(tiny(corpus, tmp_path, *module.OVERRIDES, *UNCLIPPED, f"train.steps={STEPS}"))
+        run = config.load(
+            tiny(corpus, tmp_path, *module.OVERRIDES, *UNCLIPPED, f"train.steps={STEPS}")
+        )
         if run.optim.needs_gradient_buffer() is None:
             runs[name] = [*module.OVERRIDES, *UNBUFFERED]
             weights[name] = engines.reference_losses(run, module.reference_update)[1]
@@ -117,12 +131,13 @@ def test_without_a_gradient_buffer_an_optimizer_that_can_is_plain_pytorch_too(co
         check_weights(last, weights[name], initial, OPTIMIZERS[name], "fp32")
 
 
-# --- checkpoints --------------------------------------------------------------------------------------
+# --- checkpoints ----------------------------------------------------------------------------------
 
 SAVERS = {"ddp": 2, "fsdp": 2, "hsdp": 4, "zero1": 2, "zero3": 2}
 LOADERS = ["ddp", "fsdp", "zero1", "zero3"]
-# (saver, loader, ranks): every saver with every loader, with every number of ranks, and with hsdp; two of the three
-# numbers for each pair, so that no two of saver, loader and ranks are never together
+# (saver, loader, ranks): every saver with every loader, with every number of ranks, and with hsdp;
+# two of the three numbers for each pair, so that no two of saver, loader and ranks are never
+# together
 EXCHANGES = [
     (saved, label, ranks)
     for number, saved in enumerate(SAVERS)
@@ -168,7 +183,13 @@ def load_each(data: Path, out: Path) -> None:
 def exchange(corpus, tmp_path_factory):
     out = tmp_path_factory.mktemp("exchange")
     for ranks in sorted(set(SAVERS.values())):
-        call(save_each, corpus, out, [label for label in SAVERS if SAVERS[label] == ranks], ranks=ranks).ok()
+        call(
+            save_each,
+            corpus,
+            out,
+            [label for label in SAVERS if SAVERS[label] == ranks],
+            ranks=ranks,
+        ).ok()
     for ranks in (1, 2, 3, 4):
         call(load_each, corpus, out, ranks=ranks).ok()
     return out
@@ -179,7 +200,13 @@ def test_a_checkpoint_of_any_engine_goes_on_in_any_other(exchange, saved, label,
     folder = exchange / f"{saved}-{label}-{ranks}"
     step = f"step-{BEFORE:08d}"
     assert any(name.startswith("momentum_buffer.") for name in tensors(folder / step))
-    assert any(value.abs().max() > 0 for name, value in tensors(folder / step).items() if "momentum" in name)
+    assert any(
+        value.abs().max() > 0
+        for name, value in tensors(folder / step).items()
+        if "momentum" in name
+    )
     assert same_tensors(folder / step, exchange / saved / step)
     expected = json.loads((exchange / saved / "losses.json").read_text())
-    np.testing.assert_allclose(json.loads((folder / "losses.json").read_text()), expected, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(
+        json.loads((folder / "losses.json").read_text()), expected, rtol=0, atol=1e-6
+    )

@@ -1,4 +1,6 @@
-"""Whatever befalls one rank of a run, all end soon with a message that names it, and the next start goes on bitwise."""
+"""Whatever befalls one rank of a run, all end soon with a message that names it, and the next
+start goes on bitwise.
+"""
 
 import json
 import os
@@ -42,7 +44,13 @@ def undisturbed(corpus, reference, tmp_path_factory):
     return {2: reference, 4: run_dir}
 
 
-def hit(overrides: list[str], run_dir: Path, ranks: int, when: Callable[[], bool], act: Callable[[Ranks], None]):
+def hit(
+    overrides: list[str],
+    run_dir: Path,
+    ranks: int,
+    when: Callable[[], bool],
+    act: Callable[[Ranks], None],
+):
     """Start a run, ``act`` on it at a moment, and wait; again when it had ended before."""
     for _ in range(10):
         group = start(overrides, ranks)
@@ -55,7 +63,9 @@ def hit(overrides: list[str], run_dir: Path, ranks: int, when: Callable[[], bool
     raise AssertionError("never hit before its end")
 
 
-def goes_on_as_if_nothing_had_been(overrides: list[str], run_dir: Path, ranks: int, undisturbed: Path) -> None:
+def goes_on_as_if_nothing_had_been(
+    overrides: list[str], run_dir: Path, ranks: int, undisturbed: Path
+) -> None:
     assert complete_checkpoints(run_dir)
     train(overrides, ranks).ok()
     assert metrics(run_dir) == metrics(undisturbed)
@@ -64,7 +74,9 @@ def goes_on_as_if_nothing_had_been(overrides: list[str], run_dir: Path, ranks: i
 
 
 def ended_naming(finished: Finished, rank: int, run_dir: Path) -> None:
-    """The victim was killed, all others ended with status 1; one line and the timeline name it and its host."""
+    """The victim was killed, all others ended with status 1; one line and the timeline name it
+    and its host.
+    """
     others = [code for index, code in enumerate(finished.codes) if index != rank]
     assert finished.codes[rank] == -signal.SIGKILL, finished.err
     assert set(others) == {1}, finished.err
@@ -95,9 +107,17 @@ def test_a_rank_killed_in_a_save(corpus, undisturbed, tmp_path, ranks):
     overrides = tiny(corpus, tmp_path / "run", *FIELDS)
 
     def saving() -> bool:
-        return steps_written(tmp_path / "run") >= 5 and any((tmp_path / "run").glob("checkpoints/.partial-*"))
+        return steps_written(tmp_path / "run") >= 5 and any(
+            (tmp_path / "run").glob("checkpoints/.partial-*")
+        )
 
-    finished = hit(overrides, tmp_path / "run", ranks, saving, lambda group: group.kill(signal.SIGKILL, ranks - 1))
+    finished = hit(
+        overrides,
+        tmp_path / "run",
+        ranks,
+        saving,
+        lambda group: group.kill(signal.SIGKILL, ranks - 1),
+    )
     ended_naming(finished, ranks - 1, tmp_path / "run")
     goes_on_as_if_nothing_had_been(overrides, tmp_path / "run", ranks, undisturbed[ranks])
 
@@ -141,7 +161,12 @@ def test_a_nan_on_one_rank(corpus, tmp_path, ranks, engine):
     """With 2 ranks a step is two passes, with 4 it is one; the fifth step is hit."""
     forward = 10 if ranks == 2 else 5
     overrides = tiny(
-        corpus, tmp_path / "run", f"engine={engine}", "checkpoint.every=3", "eval.every=0", "train.micro_batch=2"
+        corpus,
+        tmp_path / "run",
+        f"engine={engine}",
+        "checkpoint.every=3",
+        "eval.every=0",
+        "train.micro_batch=2",
     )
     call(train_with_a_nan, overrides, ranks - 1, forward, ranks=ranks).ok()
     assert [line["step"] for line in metrics(tmp_path / "run") if line["skipped"]] == [5]
@@ -182,10 +207,17 @@ def train_with_a_flipped_bit(overrides: list[str], rank: int, step: int) -> None
 
 def test_a_replica_that_parts_from_the_others(corpus, tmp_path):
     overrides = tiny(
-        corpus, tmp_path / "run", "engine=ddp", "health.check_every=2", "eval.every=0", "checkpoint.every=2"
+        corpus,
+        tmp_path / "run",
+        "engine=ddp",
+        "health.check_every=2",
+        "eval.every=0",
+        "checkpoint.every=2",
     )
     fault = call(train_with_a_flipped_bit, overrides, 1, 4, ranks=4).fault()
-    assert fault.startswith("error: rank 1 has other bits in model.tok_emb.weight than ranks 0, 2 and 3, which should ")
+    assert fault.startswith(
+        "error: rank 1 has other bits in model.tok_emb.weight than ranks 0, 2 and 3, which should "
+    )
     assert steps_written(tmp_path / "run") == 4
     assert "step-00000002" in complete_checkpoints(tmp_path / "run")
 
@@ -216,7 +248,9 @@ def train_on_a_small_disk(overrides: list[str], rank: int, room: int) -> None:
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_a_disk_that_is_full_for_one_rank(corpus, undisturbed, tmp_path, ranks):
-    """Its first save fails; the next start, on a disk with room, begins again and is the undisturbed run."""
+    """Its first save fails; the next start, on a disk with room, begins again and is the
+    undisturbed run.
+    """
     overrides = tiny(corpus, tmp_path / "run", *FIELDS)
     error = call(train_on_a_small_disk, overrides, ranks - 1, 20_000, ranks=ranks).error()
     assert "checkpoints" in error and f"on rank {ranks - 1}" in error
@@ -241,20 +275,30 @@ def train_without_a_file_system(overrides: list[str], rank: int) -> None:
 def test_a_node_that_cannot_open_the_url(corpus, tmp_path):
     overrides = tiny(corpus, tmp_path / "run", f"checkpoint.dir=file://{tmp_path}/there")
     error = call(train_without_a_file_system, overrides, 1, ranks=2).error()
-    assert f"rank 1: file://{tmp_path}/there: file:// needs a package that is not here; pip install" in error
+    assert (
+        f"rank 1: file://{tmp_path}/there: file:// needs a package that is not here; pip install"
+        in error
+    )
 
 
 def test_a_rank_whose_configuration_is_none_says_so(tmp_path):
     wrong = tiny(tmp_path, tmp_path / "run", "optim.lrr=1")
     finished = train(wrong, ranks=2)
     assert "error: configuration: optim.lrr: no such field" in finished.error()
-    assert "rank 1: error: configuration: optim.lrr: no such field; did you mean optim.lr?" in finished.err
+    assert (
+        "rank 1: error: configuration: optim.lrr: no such field; did you mean optim.lr?"
+        in finished.err
+    )
     alone = train(wrong, env={"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"})
-    assert alone.code == 2 and alone.err.startswith("rank 1: error: configuration: optim.lrr: no such field")
+    assert alone.code == 2 and alone.err.startswith(
+        "rank 1: error: configuration: optim.lrr: no such field"
+    )
 
 
 def train_with_a_spike(overrides: list[str], step: int, killed_at: int | None = None) -> None:
-    """`dnt_scale.train` whose loss is a thousandfold on rank 1 at ``step``; all ranks die at the step ``killed_at``."""
+    """`dnt_scale.train` whose loss is a thousandfold on rank 1 at ``step``; all ranks die at the
+    step ``killed_at``.
+    """
     from dnt_scale.model import dnt
     from dnt_scale.model.dnt import DNT
     from dnt_scale.train import loop
@@ -276,11 +320,18 @@ def train_with_a_spike(overrides: list[str], step: int, killed_at: int | None = 
     sys.exit(main(overrides))
 
 
-SPIKE = ["health.spike_window=8", "health.spike_sigmas=20", "eval.every=0", "train.steps=16", "checkpoint.keep=99"]
+SPIKE = [
+    "health.spike_window=8",
+    "health.spike_sigmas=20",
+    "eval.every=0",
+    "train.steps=16",
+    "checkpoint.keep=99",
+]
 
 
 @pytest.mark.parametrize(
-    ("spike", "every", "same_as", "updates"), [("skip", 1, 11, 11), ("clip", 1, None, 12), ("rollback", 4, 8, 8)]
+    ("spike", "every", "same_as", "updates"),
+    [("skip", 1, 11, 11), ("clip", 1, None, 12), ("rollback", 4, 8, 8)],
 )
 def test_a_spike(corpus, tmp_path, spike, every, same_as, updates):
     """At step 12; what it leaves is the weights of another step, or a step of the usual length."""
@@ -292,11 +343,15 @@ def test_a_spike(corpus, tmp_path, spike, every, same_as, updates):
     lines = metrics(run_dir)
     assert [line["step"] for line in lines if line["skipped"]] == ([] if spike == "clip" else [12])
     for action in ("clip", "rollback"):
-        assert [line["step"] for line in lines if line[f"health/{action}"]] == ([12] if spike == action else [])
+        assert [line["step"] for line in lines if line[f"health/{action}"]] == (
+            [12] if spike == action else []
+        )
     (bad,) = map(json.loads, (run_dir / "logs" / "bad_steps.jsonl").read_text().splitlines())
     assert (bad["step"], bad["action"], bad["positions"]) == (12, spike, [88, 96])
     place = run_dir / "checkpoints"
-    assert json.loads((place / "step-00000012/state.json").read_text())["engine"]["updates"] == updates
+    assert (
+        json.loads((place / "step-00000012/state.json").read_text())["engine"]["updates"] == updates
+    )
     if same_as:
         assert same_tensors(place / "step-00000012", place / f"step-{same_as:08d}")
     else:
@@ -305,7 +360,9 @@ def test_a_spike(corpus, tmp_path, spike, every, same_as, updates):
 
 
 def test_a_rollback_of_a_run_that_was_killed(corpus, tmp_path):
-    """Killed between the checkpoint and the spike, the run goes back to the same weights as one left alone."""
+    """Killed between the checkpoint and the spike, the run goes back to the same weights as one
+    left alone.
+    """
     fields = [*SPIKE, "health.spike=rollback", "checkpoint.every=4", "checkpoint.background=false"]
     whole, again = (tiny(corpus, tmp_path / name, *fields) for name in ("whole", "again"))
     call(train_with_a_spike, whole, 12, ranks=2).ok()

@@ -37,7 +37,11 @@ def untouched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     ],
 )
 def test_the_folder_leaves_the_path_unless_it_is_named(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, pythonpath: str | None, kept: bool, after: str | None
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    pythonpath: str | None,
+    kept: bool,
+    after: str | None,
 ) -> None:
     if pythonpath is not None:
         monkeypatch.setenv("PYTHONPATH", pythonpath.format(here=tmp_path))
@@ -50,7 +54,9 @@ def test_the_folder_leaves_the_path_unless_it_is_named(
     assert "PYTHONSAFEPATH" not in os.environ
 
 
-def test_a_checkout_stays_on_the_path_also_for_what_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkout_stays_on_the_path_also_for_what_is_started(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.chdir(HERE)
     sys.path.insert(0, str(HERE))
     startup.leave_folder_out()
@@ -65,9 +71,19 @@ def test_what_a_user_asked_for_stays(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_lies_there_is_not_imported(tmp_path: Path) -> None:
-    """Not by workers, whose server Python starts with the working folder on its path, and not by `python -m`."""
+    """Not by workers, whose server Python starts with the working folder on its path, and not by
+    `python -m`.
+    """
     stop = "raise SystemExit('imported from the working folder')\n"
-    for name in ("hydra", "omegaconf", "torch/__init__", "mlflow", "configs/__init__", "data_prep/__init__", "tests"):
+    for name in (
+        "hydra",
+        "omegaconf",
+        "torch/__init__",
+        "mlflow",
+        "configs/__init__",
+        "data_prep/__init__",
+        "tests",
+    ):
         (tmp_path / f"{name}.py").parent.mkdir(exist_ok=True)
         (tmp_path / f"{name}.py").write_text(stop)
     (tmp_path / "matplotlibrc").write_text("text.usetex: True\n")
@@ -76,9 +92,27 @@ def test_what_lies_there_is_not_imported(tmp_path: Path) -> None:
     for name in ("queue", "types", "random", "socket", "numpy"):
         (tmp_path / f"{name}.py").write_text(stop)
     for number in range(3):
-        (tmp_path / f"{number}.txt").write_text("a line of text that is told again, and again\n" * 400)
-    command = [str(Path(sys.executable).with_name("dnt")), "data", "prepare", *map("{}.txt".format, range(3))]
-    sizes = ["--out", "made", "--vocab-size", "280", "--seq-len", "16", "--val-fraction", "0", "--workers", "2"]
+        (tmp_path / f"{number}.txt").write_text(
+            "a line of text that is told again, and again\n" * 400
+        )
+    command = [
+        str(Path(sys.executable).with_name("dnt")),
+        "data",
+        "prepare",
+        *map("{}.txt".format, range(3)),
+    ]
+    sizes = [
+        "--out",
+        "made",
+        "--vocab-size",
+        "280",
+        "--seq-len",
+        "16",
+        "--val-fraction",
+        "0",
+        "--workers",
+        "2",
+    ]
     prepared = subprocess.run([*command, *sizes], capture_output=True, text=True)
     assert prepared.returncode == 0, prepared.stderr
     assert (tmp_path / "made" / "manifest.json").exists()

@@ -1,4 +1,6 @@
-"""The pages of the documentation as tests see them: code blocks, commands, code spans, headings, links."""
+"""The pages of the documentation as tests see them: code blocks, commands, code spans, headings,
+links.
+"""
 
 import re
 import shlex
@@ -18,7 +20,9 @@ FENCE = re.compile(r"\s*(```|~~~)\s*(\w*)")
 
 @cache
 def lines(name: str) -> list[tuple[str, str | None]]:
-    """Lines of a page, each with the language of the code block that it is in ("" where none is said), or None."""
+    """Lines of a page, each with the language of the code block that it is in ("" where none is
+    said), or None.
+    """
     found = list[tuple[str, str | None]]()
     language: str | None = None
     indented, blank = False, True
@@ -52,7 +56,9 @@ def commands(name: str) -> Iterator[list[str]]:
             waiting = whole.rstrip()[:-1]
             continue
         waiting = ""
-        if re.match(r"(sudo |setsid |nohup )?(\.venv/bin/)?(dnt|python|torchrun|srun|make) ", whole):
+        if re.match(
+            r"(sudo |setsid |nohup )?(\.venv/bin/)?(dnt|python|torchrun|srun|make) ", whole
+        ):
             words = shlex.split(whole, comments=True)
             yield words[words[0] in ("sudo", "setsid", "nohup") :]
 

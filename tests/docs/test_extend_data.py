@@ -36,7 +36,9 @@ def insert_into_dict(file: Path, entry: str, *, name: str) -> None:
 
 
 RULE, RULE_NAME, RULE_TEST, READER, READER_IMPORT, READER_NAME = blocks("python")
-RULE_COMMAND, READER_COMMAND = (shlex.split(block.replace("\\\n", " "))[1:] for block in blocks("bash"))
+RULE_COMMAND, READER_COMMAND = (
+    shlex.split(block.replace("\\\n", " "))[1:] for block in blocks("bash")
+)
 [RULES_FILE] = blocks("yaml")
 
 

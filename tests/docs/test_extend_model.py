@@ -44,10 +44,18 @@ def test_the_page_shows_a_model_a_source_and_their_choices() -> None:
 def test_the_commands_train_resume_and_measure(tree: Path, tmp_path: Path) -> None:
     [block] = re.findall(r"^```bash\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
     commands = [shlex.split(line) for line in block.replace("\\\n", " ").splitlines()]
-    assert [words[:2] for words in commands] == [["dnt", "train"], ["dnt", "train"], ["dnt", "eval"]]
+    assert [words[:2] for words in commands] == [
+        ["dnt", "train"],
+        ["dnt", "train"],
+        ["dnt", "eval"],
+    ]
     env = {"PYTHONPATH": str(tree)}
     for _, command, *words in commands:
-        more = [f"run.dir={tmp_path}/first", "tracking.enabled=false", "run.device=cpu"] if command == "train" else []
+        more = (
+            [f"run.dir={tmp_path}/first", "tracking.enabled=false", "run.device=cpu"]
+            if command == "train"
+            else []
+        )
         words = [word.replace("runs/first", f"{tmp_path}/first") for word in words]
         said = python("-P", "-m", "dnt_scale.cli", command, *words, *more, env=env).ok()
     last = metrics(tmp_path / "first")[-1]

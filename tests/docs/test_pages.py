@@ -1,4 +1,6 @@
-"""The documentation says what is so: links, paths, modules, keys, commands and their options, the lines' length."""
+"""The documentation says what is so: links, paths, modules, keys, commands and their options,
+the lines' length.
+"""
 
 import argparse
 import importlib.util
@@ -45,7 +47,9 @@ def test_links_lead_somewhere(name: str) -> None:
         found = (ROOT / name).parent / path if path else ROOT / name
         assert found.exists(), f"{name}: {target}"
         if anchor:
-            assert anchor in anchors(found.resolve().relative_to(ROOT).as_posix()), f"{name}: {target}"
+            assert anchor in anchors(found.resolve().relative_to(ROOT).as_posix()), (
+                f"{name}: {target}"
+            )
 
 
 @pytest.mark.parametrize("name", CURRENT)
@@ -57,7 +61,9 @@ def test_paths_are_there(name: str) -> None:
 
 @pytest.mark.parametrize("name", CURRENT)
 def test_modules_are_there(name: str) -> None:
-    text = "\n".join([*spans(name), *(line for line, language in lines(name) if language is not None)])
+    text = "\n".join(
+        [*spans(name), *(line for line, language in lines(name) if language is not None)]
+    )
     for module in re.findall(r"-m ((?:dnt_scale|data_prep|cluster|benchmarks|docs)[\w.]*)", text):
         assert importlib.util.find_spec(module) is not None, f"{name}: {module}"
 
@@ -67,7 +73,9 @@ def test_keys_are_there(name: str) -> None:
     known = keys()
     sections = {key.partition(".")[0] for key in known}
     for span in spans(name):
-        for key in re.findall(r"(?<![\w./-])([a-z]+\.[a-z_]+)(?=[=. ]|$)", re.sub(r"-m \S+", "", span)):
+        for key in re.findall(
+            r"(?<![\w./-])([a-z]+\.[a-z_]+)(?=[=. ]|$)", re.sub(r"-m \S+", "", span)
+        ):
             of_a_file = key.endswith((".py", ".md", ".json", ".jsonl", ".yaml", ".db", ".tar"))
             if key.partition(".")[0] in sections and not of_a_file:
                 assert key in known, f"{name}: {span}"
@@ -75,7 +83,9 @@ def test_keys_are_there(name: str) -> None:
 
 def keys() -> set[str]:
     """SECTION.KEY of every key that the page of the configuration lists."""
-    rows = re.findall(r"^\| `([a-z_]+\.[a-z_]+)", configuration.PAGE.read_text("utf-8"), re.MULTILINE)
+    rows = re.findall(
+        r"^\| `([a-z_]+\.[a-z_]+)", configuration.PAGE.read_text("utf-8"), re.MULTILINE
+    )
     return set(rows)
 
 
@@ -98,7 +108,14 @@ def test_options_in_the_text_are_there(name: str) -> None:
 
 
 def subcommands(of: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
-    return next((dict(each.choices) for each in of._actions if isinstance(each, argparse._SubParsersAction)), {})
+    return next(
+        (
+            dict(each.choices)
+            for each in of._actions
+            if isinstance(each, argparse._SubParsersAction)
+        ),
+        {},
+    )
 
 
 @pytest.fixture
@@ -112,7 +129,9 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize("name", CURRENT)
 def test_commands_are_taken(name: str, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Each command is one that its parser takes, and its overrides make a run; nothing is started."""
+    """Each command is one that its parser takes, and its overrides make a run; nothing is
+    started.
+    """
     for words in commands(name):
         shown = f"{name}: {' '.join(words)}"
         program, rest = Path(words[0]).name, words[1:]
@@ -128,7 +147,9 @@ def test_commands_are_taken(name: str, work: Path, capsys: pytest.CaptureFixture
             assert all("=" in word and not word.startswith("--") for word in overrides), shown
             makes_a_run(overrides, sweeps=getattr(options, "multirun", False), shown=shown)
         elif "dnt_scale.train" in words:
-            found = [word for word in words[words.index("dnt_scale.train") + 1 :] if word != "--fresh"]
+            found = [
+                word for word in words[words.index("dnt_scale.train") + 1 :] if word != "--fresh"
+            ]
             makes_a_run(found, sweeps=False, shown=shown)
 
 
@@ -153,4 +174,6 @@ def test_lines_have_at_most_100_columns(name: str) -> None:
 
 
 def test_the_page_of_the_configuration_is_current() -> None:
-    assert configuration.PAGE.read_text("utf-8") == configuration.page(), "python -m docs.make.configuration"
+    assert configuration.PAGE.read_text("utf-8") == configuration.page(), (
+        "python -m docs.make.configuration"
+    )

@@ -14,7 +14,9 @@ Tensors = Mapping[str, Tensor]
 
 
 def rows(tensors: Tensors, rank: int, ranks: int) -> list[Box]:
-    """FSDP2's shards: as many whole rows a rank as go, the last ranks perhaps none; scalars on rank 0."""
+    """FSDP2's shards: as many whole rows a rank as go, the last ranks perhaps none; scalars on
+    rank 0.
+    """
     boxes = []
     for name, tensor in tensors.items():
         if not tensor.dim():
@@ -29,7 +31,9 @@ def rows(tensors: Tensors, rank: int, ranks: int) -> list[Box]:
 
 def copies(tensors: Tensors, rank: int, ranks: int) -> list[Box]:
     """DDP's: everything everywhere."""
-    return [Box(name, tuple(t.shape), (0,) * t.dim(), t, rank, ranks) for name, t in tensors.items()]
+    return [
+        Box(name, tuple(t.shape), (0,) * t.dim(), t, rank, ranks) for name, t in tensors.items()
+    ]
 
 
 def columns(tensors: Tensors, rank: int, ranks: int) -> list[Box]:
@@ -72,8 +76,13 @@ def some_tensors(scale: int = 1, seed: int = 0) -> dict[str, Tensor]:
     """Two weights and a scalar with their momentum, one of it in bf16."""
     generator = torch.Generator().manual_seed(seed)
     shapes = {"emb.weight": (50 * scale, 33), "norm.gain": (33,), "temperature": ()}
-    weights = {f"model.{name}": torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-    momentum = {f"momentum_buffer.{name}": torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    weights = {
+        f"model.{name}": torch.randn(shape, generator=generator) for name, shape in shapes.items()
+    }
+    momentum = {
+        f"momentum_buffer.{name}": torch.randn(shape, generator=generator)
+        for name, shape in shapes.items()
+    }
     momentum["momentum_buffer.emb.weight"] = momentum["momentum_buffer.emb.weight"].bfloat16()
     return weights | momentum
 
@@ -107,11 +116,14 @@ def bits(tensor: Tensor) -> bytes:
 def equal(one: Tensors, other: Tensors) -> bool:
     """Whether tensors are the same to the last bit."""
     return one.keys() == other.keys() and all(
-        one[name].dtype == other[name].dtype and bits(one[name]) == bits(other[name]) for name in one
+        one[name].dtype == other[name].dtype and bits(one[name]) == bits(other[name])
+        for name in one
     )
 
 
-def save_made_up(folder: Path | str, step: int, me: Ranks, seed: int = 0, **changes: object) -> dict[str, Tensor]:
+def save_made_up(
+    folder: Path | str, step: int, me: Ranks, seed: int = 0, **changes: object
+) -> dict[str, Tensor]:
     """A checkpoint of `some_tensors`, written by one rank."""
     whole = some_tensors(seed=seed)
     saver = Saver(folder, me, keep=99)

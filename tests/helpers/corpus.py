@@ -11,17 +11,24 @@ from data_prep.options import PrepareOptions
 from data_prep.pipeline import prepare
 from data_prep.shards import Manifest
 
-TEXT = "Call me Ishmael. Some years ago, never mind how long precisely, having little or no money.\n"
+TEXT = (
+    "Call me Ishmael. Some years ago, never mind how long precisely, having little or no money.\n"
+)
 
 
 def python_source_files(limit_bytes: int) -> list[Path]:
-    """Source files of the standard library, tests left out, of `limit_bytes` together or a little more."""
+    """Source files of the standard library, tests left out, of `limit_bytes` together or a
+    little more.
+    """
     root = Path(sysconfig.get_path("stdlib"))
     chosen: list[Path] = []
     size = 0
     for path in sorted(root.rglob("*.py")):
         below = set(path.relative_to(root).parts[:-1])
-        if below & {"test", "tests", "idle_test", "site-packages", "dist-packages"} or size >= limit_bytes:
+        if (
+            below & {"test", "tests", "idle_test", "site-packages", "dist-packages"}
+            or size >= limit_bytes
+        ):
             continue
         chosen.append(path)
         size += path.stat().st_size
@@ -38,7 +45,9 @@ def small_set(
     shard_bytes: int = 200_000,
     **options: Any,
 ) -> Manifest:
-    """Prepare a set of several shards from the standard library in `out`; a second or two for the default size."""
+    """Prepare a set of several shards from the standard library in `out`; a second or two for
+    the default size.
+    """
     settings = PrepareOptions(
         inputs=python_source_files(limit_bytes),
         out=out,

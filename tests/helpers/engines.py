@@ -96,13 +96,14 @@ def load(trainer: Engine, me: Ranks, path: Path) -> None:
     trainer.refresh(checkpoint.read_state(path).engine)
 
 
-# An update of a whole weight in place: (weight, gradient, state, optimizer's section, group's update, lr, decay); the
-# state is the weight's own and empty before the first.
+# An update of a whole weight in place: (weight, gradient, state, optimizer's section, group's
+# update, lr, decay); the state is the weight's own and empty before the first.
 Update = Callable[[Tensor, Tensor, dict[str, Tensor], Any, str, float, float], None]
 
 
 def reference_losses(run: RunConfig, update: Update) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """The run in plain PyTorch: one process, one batch a step, no engine. Its losses and last fp32 weights.
+    """The run in plain PyTorch: one process, one batch a step, no engine. Its losses and last fp32
+    weights.
 
     All but the rule is written out here: groups, which tensors decay, clipping, the schedule.
     """
@@ -115,12 +116,18 @@ def reference_losses(run: RunConfig, update: Update) -> tuple[list[float], dict[
     schedule = Schedule(run.optim.schedule, STEPS)
     found = []
     with token_stream(
-        load_sets(run.data), seed=run.run.seed, global_batch=run.train.global_batch, rank=0, world_size=1
+        load_sets(run.data),
+        seed=run.run.seed,
+        global_batch=run.train.global_batch,
+        rank=0,
+        world_size=1,
     ) as stream:
         for step in range(STEPS):
             batch = next(stream)[0]
             compute = {name: weight.to(dtype) for name, weight in weights.items()}
-            loss = torch.func.functional_call(model, compute, (batch[:, :-1].clamp(min=0), batch[:, 1:]))
+            loss = torch.func.functional_call(
+                model, compute, (batch[:, :-1].clamp(min=0), batch[:, 1:])
+            )
             mean = loss / (batch[:, 1:] != IGNORED).sum()
             grads = torch.autograd.grad(mean, list(weights.values()))
             norm = float(torch.stack([grad.norm() for grad in grads]).norm())
@@ -128,10 +135,16 @@ def reference_losses(run: RunConfig, update: Update) -> tuple[list[float], dict[
             found.append(float(mean.detach()))
             with torch.no_grad():
                 for (name, weight), grad in zip(weights.items(), grads, strict=True):
-                    group = next((g for g in run.optim.groups.values() if re.search(g.pattern, name)), None)
-                    lr = (run.optim.lr if group is None or group.lr is None else group.lr) * schedule.factor(step)
+                    group = next(
+                        (g for g in run.optim.groups.values() if re.search(g.pattern, name)), None
+                    )
+                    lr = (
+                        run.optim.lr if group is None or group.lr is None else group.lr
+                    ) * schedule.factor(step)
                     decay = (
-                        run.optim.weight_decay if group is None or group.weight_decay is None else group.weight_decay
+                        run.optim.weight_decay
+                        if group is None or group.weight_decay is None
+                        else group.weight_decay
                     )
                     rule = "plain" if group is None else group.update
                     wd = decay if weight.ndim > 1 else 0.0

@@ -1,4 +1,5 @@
-"""What an engine takes: bytes of memory and of collectives, measured on real ranks, and on ranks that are made up.
+"""What an engine takes: bytes of memory and of collectives, measured on real ranks, and on ranks
+that are made up.
 
 The `print_` functions run on every rank, through `call`, and print one line of JSON.
 """
@@ -32,7 +33,8 @@ from dnt_scale.optim.build import build_optimizer
 from dnt_scale.optim.shards import local
 from tests.helpers.run import TINY_RUN, Finished
 
-# which argument is the whole tensor: what a gather makes, what a reduce-scatter is given, what is reduced in place
+# which argument is the whole tensor: what a gather makes, what a reduce-scatter is given, what is
+# reduced in place
 COLLECTIVES = {
     "_allgather_base_": ("all_gather", 0),
     "_reduce_scatter_base_": ("reduce_scatter", 1),
@@ -60,23 +62,32 @@ def trainer(run: RunConfig, me: Ranks) -> Iterator[Engine]:
 def batch(run: RunConfig, me: Ranks) -> Tensor:
     generator = torch.Generator().manual_seed(me.rank)
     rows = run.train.global_batch // me.world_size
-    return torch.randint(0, run.model.vocab_size, (rows, run.model.context + 1), generator=generator)
+    return torch.randint(
+        0, run.model.vocab_size, (rows, run.model.context + 1), generator=generator
+    )
 
 
 class _MallInfo(ctypes.Structure):
-    """glibc's struct mallinfo2, of which the fifth field is the bytes of pieces that are mapped for themselves."""
+    """glibc's struct mallinfo2, of which the fifth field is the bytes of pieces that are mapped
+    for themselves.
+    """
 
-    _fields_ = [("before", ctypes.c_size_t * 4), ("hblkhd", ctypes.c_size_t), ("after", ctypes.c_size_t * 5)]
+    _fields_ = [
+        ("before", ctypes.c_size_t * 4),
+        ("hblkhd", ctypes.c_size_t),
+        ("after", ctypes.c_size_t * 5),
+    ]
 
 
 class Meter(TorchDispatchMode):
-    """Bytes in use since it was made, and inside a `with` block the most of them after any operation of torch that
-    gives a large tensor or is a collective: glibc takes its time to count.
+    """Bytes in use since it was made, and inside a `with` block the most of them after any
+    operation of torch that gives a large tensor or is a collective: glibc takes its time to count.
 
-    Counted is what the process has allocated in pieces of LARGE bytes or more, by any thread, and not given back: glibc
-    then maps each such piece for itself and knows their sum, once the holes in its heap are plugged. Smaller ones,
-    Python objects mostly, are left out. Unlike the resident set it has no memory that is free but kept, and unlike
-    torch's profiler it sees what other threads free, as gloo's do.
+    Counted is what the process has allocated in pieces of LARGE bytes or more, by any thread, and
+    not given back: glibc then maps each such piece for itself and knows their sum, once the holes
+    in its heap are plugged. Smaller ones, Python objects mostly, are left out. Unlike the resident
+    set it has no memory that is free but kept, and unlike torch's profiler it sees what other
+    threads free, as gloo's do.
     """
 
     LARGE = 1 << 15
@@ -104,7 +115,9 @@ class Meter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         tensors = (leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
-        if func.namespace == "c10d" or any(tensor.untyped_storage().nbytes() >= self.LARGE for tensor in tensors):
+        if func.namespace == "c10d" or any(
+            tensor.untyped_storage().nbytes() >= self.LARGE for tensor in tensors
+        ):
             self.peak = max(self.peak, self.now())
         return result
 
@@ -119,7 +132,10 @@ class Collectives(TorchDispatchMode):
         super().__init__()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "c10d" and (name := func._schema.name.partition("::")[2]) in COLLECTIVES:
+        if (
+            func.namespace == "c10d"
+            and (name := func._schema.name.partition("::")[2]) in COLLECTIVES
+        ):
             kind, place = COLLECTIVES[name]
             whole = args[place]
             for tensor in whole if isinstance(whole, list) else [whole]:
@@ -128,11 +144,13 @@ class Collectives(TorchDispatchMode):
 
 
 def print_costs(overrides: Sequence[str], depths: Sequence[int]) -> None:
-    """Of the model at each depth: bytes `held` between backward and update of the second step, at the `peak` of that
-    step, in `boxes` of each kind, and of a step's collectives by kind, as `traffic`.
+    """Of the model at each depth: bytes `held` between backward and update of the second step, at
+    the `peak` of that step, in `boxes` of each kind, and of a step's collectives by kind, as
+    `traffic`.
 
-    What does not grow with the model (imports, buckets, a block's gathered weights) is in the differences no more. The
-    first depth is not reported: what the first engine of a process leaves behind would be in its numbers.
+    What does not grow with the model (imports, buckets, a block's gathered weights) is in the
+    differences no more. The first depth is not reported: what the first engine of a process leaves
+    behind would be in its numbers.
     """
     me = process_group.start("cpu")
     found: list[dict[str, Any]] = []
@@ -140,7 +158,9 @@ def print_costs(overrides: Sequence[str], depths: Sequence[int]) -> None:
         run = run_config([*overrides, f"model.layers={depth}"])
         meter, held = Meter(), [0]
 
-        def judge(loss: float, grad_norm: float, meter: Meter = meter, held: list[int] = held) -> float:
+        def judge(
+            loss: float, grad_norm: float, meter: Meter = meter, held: list[int] = held
+        ) -> float:
             held.append(meter.now())
             return 1.0
 
@@ -154,7 +174,9 @@ def print_costs(overrides: Sequence[str], depths: Sequence[int]) -> None:
             boxes: Counter[str] = Counter()
             for box in built.boxes():
                 boxes[box.name.partition(".")[0]] += box.data.numel() * box.data.element_size()
-        found.append({"held": held[2], "peak": meter.peak, "boxes": boxes, "traffic": counted.found})
+        found.append(
+            {"held": held[2], "peak": meter.peak, "boxes": boxes, "traffic": counted.found}
+        )
         del built
         gc.collect()
     print(json.dumps(found[1:]))
@@ -162,9 +184,11 @@ def print_costs(overrides: Sequence[str], depths: Sequence[int]) -> None:
 
 
 def print_simulated(overrides: Sequence[str], world_size: int) -> None:
-    """Bytes of storage that rank 0 of `world_size` holds after a backward pass: a simulation, in this one process.
+    """Bytes of storage that rank 0 of `world_size` holds after a backward pass: a simulation, in
+    this one process.
 
-    The sharding is `parallelize`'s own, over a fake process group; tensors are fake and have no storage behind them.
+    The sharding is `parallelize`'s own, over a fake process group; tensors are fake and have no
+    storage behind them.
     """
     run = run_config(overrides)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
@@ -173,14 +197,19 @@ def print_simulated(overrides: Sequence[str], world_size: int) -> None:
     parallelize(model, run, Ranks(0, 0, world_size, torch.device("cpu")))
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
-        rows = [(name, nn.Parameter(local(parameter.detach()))) for name, parameter in model.task.named_parameters()]
+        rows = [
+            (name, nn.Parameter(local(parameter.detach())))
+            for name, parameter in model.task.named_parameters()
+        ]
         optimizer = build_optimizer(rows, run.optim, run.run.seed)
         optimizer.allocate()
         model(torch.zeros(1, 9, dtype=torch.int64)).backward()
         found = {
             "weights": storage(parameter for _, parameter in rows),
             "gradients": storage(local(p.grad) for p in model.parameters() if p.grad is not None),
-            "buffers": storage(v for state in optimizer.state.values() for k, v in state.items() if k != "step"),
+            "buffers": storage(
+                v for state in optimizer.state.values() for k, v in state.items() if k != "step"
+            ),
         }
     print(json.dumps(found))
 

@@ -24,25 +24,41 @@ VARIANTS: dict[str, dict[str, object]] = {
 
 
 def tiny(**changes: object) -> ModelConfig:
-    fields = {"name": "tiny", "layers": 3, "width": 24, "heads": 3, "vocab_size": 29, "context": 12, "setting": "S4"}
+    fields = {
+        "name": "tiny",
+        "layers": 3,
+        "width": 24,
+        "heads": 3,
+        "vocab_size": 29,
+        "context": 12,
+        "setting": "S4",
+    }
     return ModelConfig.model_validate(fields | changes)
 
 
 def preset(name: str) -> ModelConfig:
-    return ModelConfig.model_validate(yaml.safe_load((config_dir() / "model" / f"{name}.yaml").read_text()))
+    return ModelConfig.model_validate(
+        yaml.safe_load((config_dir() / "model" / f"{name}.yaml").read_text())
+    )
 
 
-def normal(shape: tuple[int, ...] | torch.Size, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
+def normal(
+    shape: tuple[int, ...] | torch.Size, seed: int, dtype: torch.dtype = torch.float64
+) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 def random_tokens(config: ModelConfig, rows: int, length: int, seed: int = 0) -> Tensor:
-    return torch.randint(0, config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(
+        0, config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(seed)
+    )
 
 
 @torch.no_grad()
 def busy(config: ModelConfig, dtype: torch.dtype = torch.float64) -> DNT:
-    """A model with weights large enough that no part is nearly linear or nearly silent; gains between 0.5 and 1.5."""
+    """A model with weights large enough that no part is nearly linear or nearly silent; gains
+    between 0.5 and 1.5.
+    """
     model = DNT(config).to(dtype)
     for seed, (name, parameter) in enumerate(model.named_parameters()):
         value = normal(parameter.shape, seed)

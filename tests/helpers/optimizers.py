@@ -36,7 +36,9 @@ def new_optimizer(named: Named, config: OptimizerConfig, seed: int) -> ShardedOp
 
 
 def tiny_model() -> DNT:
-    config = ModelConfig(name="t", layers=2, width=16, heads=2, vocab_size=23, context=8, setting="S5")
+    config = ModelConfig(
+        name="t", layers=2, width=16, heads=2, vocab_size=23, context=8, setting="S5"
+    )
     model = DNT(config)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
@@ -45,9 +47,13 @@ def tiny_model() -> DNT:
     return model
 
 
-def tensors(shapes: Iterable[tuple[int, ...]], seed: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+def tensors(
+    shapes: Iterable[tuple[int, ...]], seed: int, dtype: torch.dtype = torch.float32
+) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+    return [
+        torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes
+    ]
 
 
 def drive(
@@ -58,7 +64,11 @@ def drive(
 ) -> None:
     """``steps`` updates with the gradients of a seed a step."""
     for step in range(steps):
-        given_grads = gradients(step) if gradients else tensors([p.shape for p in params], step, params[0].dtype)
+        given_grads = (
+            gradients(step)
+            if gradients
+            else tensors([p.shape for p in params], step, params[0].dtype)
+        )
         for parameter, gradient in zip(params, given_grads, strict=True):
             parameter.grad = None if gradient is None else gradient.clone()
         optimizer.step()

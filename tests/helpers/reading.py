@@ -9,7 +9,11 @@ from data_prep.read.pieces import Piece, read_pieces
 
 def pieces_of(*inputs: str | Path, text_field: str = "text") -> list[Piece]:
     """The pieces of all units, in order."""
-    return [piece for unit in plan_units(find_sources(inputs)) for piece in read_pieces(unit, text_field)]
+    return [
+        piece
+        for unit in plan_units(find_sources(inputs))
+        for piece in read_pieces(unit, text_field)
+    ]
 
 
 def read(

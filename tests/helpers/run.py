@@ -1,8 +1,9 @@
 """Real training processes for tests, and what they leave on disk.
 
-A rank runs `dnt_scale.train` as `__main__` with torchrun's variables, as `python -m dnt_scale.train` would, and takes
-real signals. It is forked from a server that has torch imported already, which saves seconds of imports a rank;
-`python` and `torchrun` start the same module the long way.
+A rank runs `dnt_scale.train` as `__main__` with torchrun's variables, as `python -m
+dnt_scale.train` would, and takes real signals. It is forked from a server that has torch imported
+already, which saves seconds of imports a rank; `python` and `torchrun` start the same module the
+long way.
 """
 
 import gc
@@ -61,7 +62,8 @@ PRELOAD = [
     "dnt_scale.train.progress",
     "tests.helpers.warm",
 ]
-os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed looks for devices when it is imported
+# else DeepSpeed looks for devices when it is imported
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
 multiprocessing.set_forkserver_preload(PRELOAD)
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -76,8 +78,8 @@ TINY_MODEL = [
     "model.context=64",
 ]
 STEPS = 20
-# 20 steps of 8 rows of 64 tokens: about a second. The learning rate is a tenth of msgdw_r's default, where fp32
-# rounding grows by less than a factor of ten in 20 steps.
+# 20 steps of 8 rows of 64 tokens: about a second. The learning rate is a tenth of msgdw_r's
+# default, where fp32 rounding grows by less than a factor of ten in 20 steps.
 TINY_RUN = [
     *TINY_MODEL,
     "run.name=tiny",
@@ -119,11 +121,15 @@ class Finished:
         return self
 
     def error(self) -> str:
-        """The one `error:` line about what the user has to mend: exit code 2 on every rank, no traceback."""
+        """The one `error:` line about what the user has to mend: exit code 2 on every rank, no
+        traceback.
+        """
         return self._line(2)
 
     def fault(self) -> str:
-        """The one `error:` line about what another try may not meet: exit code 1 on every rank, no traceback."""
+        """The one `error:` line about what another try may not meet: exit code 1 on every rank,
+        no traceback.
+        """
         return self._line(1)
 
     def _line(self, code: int) -> str:
@@ -151,9 +157,16 @@ class Ranks:
         self.processes: list[BaseProcess] = []
         for rank in range(ranks):
             group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port}
-            mine = {**ENVIRONMENT, "MASTER_ADDR": "127.0.0.1", **{k: str(v) for k, v in group.items()}, **env}
+            mine = {
+                **ENVIRONMENT,
+                "MASTER_ADDR": "127.0.0.1",
+                **{k: str(v) for k, v in group.items()},
+                **env,
+            }
             log = Path(self._logs.name, str(rank))
-            process = context.Process(target=_be_rank, args=(log, mine, file_limit, target, arguments), daemon=True)
+            process = context.Process(
+                target=_be_rank, args=(log, mine, file_limit, target, arguments), daemon=True
+            )
             process.start()
             self.processes.append(process)
 
@@ -169,9 +182,13 @@ class Ranks:
         return any(process.is_alive() for process in self.processes)
 
     def wait(self, timeout: float = 900.0) -> Finished:
-        """Wait for all ranks. When one fails the others get a while to notice, as under torchrun."""
+        """Wait for all ranks. When one fails the others get a while to notice, as under
+        torchrun.
+        """
         deadline = time.monotonic() + timeout
-        while waiting := [process.sentinel for process in self.processes if process.exitcode is None]:
+        while waiting := [
+            process.sentinel for process in self.processes if process.exitcode is None
+        ]:
             wait_for(waiting, timeout=1.0)
             if any(process.exitcode for process in self.processes):
                 deadline = min(deadline, time.monotonic() + OTHERS_MAY_TAKE_S)
@@ -179,7 +196,10 @@ class Ranks:
                 self.kill()
         for process in self.processes:
             process.join()
-        out, err = ("".join(self.read(rank, name) for rank in range(len(self.processes))) for name in ("out", "err"))
+        out, err = (
+            "".join(self.read(rank, name) for rank in range(len(self.processes)))
+            for name in ("out", "err")
+        )
         return Finished([process.exitcode for process in self.processes], out, err)
 
     def read(self, rank: int, name: str) -> str:
@@ -188,7 +208,11 @@ class Ranks:
 
 
 def _be_rank(
-    log: Path, env: Mapping[str, str], file_limit: int, target: Callable[..., None], arguments: tuple[Any, ...]
+    log: Path,
+    env: Mapping[str, str],
+    file_limit: int,
+    target: Callable[..., None],
+    arguments: tuple[Any, ...],
 ) -> None:
     for stream, name in ((1, "out"), (2, "err")):
         with log.with_suffix(f".{name}").open("wb") as file:
@@ -212,7 +236,9 @@ def start(
     env: Mapping[str, str] | None = None,
     file_limit: int = resource.RLIM_INFINITY,
 ) -> Ranks:
-    """Start `python -m dnt_scale.train` on `ranks` ranks; no file they write may exceed `file_limit` bytes."""
+    """Start `python -m dnt_scale.train` on `ranks` ranks; no file they write may exceed
+    `file_limit` bytes.
+    """
     return Ranks(_run_module, ("dnt_scale.train", overrides), ranks, env or {}, file_limit)
 
 
@@ -227,13 +253,21 @@ def train(
 
 
 def stop_midway(
-    overrides: Sequence[str], run_dir: Path, act: Callable[[Ranks], None], ranks: int = 2, after: int = 1
+    overrides: Sequence[str],
+    run_dir: Path,
+    act: Callable[[Ranks], None],
+    ranks: int = 2,
+    after: int = 1,
 ) -> Finished:
-    """Start a run of STEPS and `act` on it at a random step from `after` on; again when it was too quick to be hit."""
+    """Start a run of STEPS and `act` on it at a random step from `after` on; again when it was
+    too quick to be hit.
+    """
     for _ in range(20):
         moment = random.randrange(after, STEPS - 6)
         group = start(overrides, ranks)
-        until(lambda group=group, moment=moment: steps_written(run_dir) >= moment or not group.running)
+        until(
+            lambda group=group, moment=moment: steps_written(run_dir) >= moment or not group.running
+        )
         act(group)
         finished = group.wait()
         if 0 < steps_written(run_dir) < STEPS:
@@ -244,7 +278,9 @@ def stop_midway(
 
 def dnt(*arguments: object) -> Finished:
     """Run the `dnt` command in a process of its own."""
-    return Ranks(_run_module, ("dnt_scale.cli", [str(argument) for argument in arguments]), 1, {}).wait()
+    return Ranks(
+        _run_module, ("dnt_scale.cli", [str(argument) for argument in arguments]), 1, {}
+    ).wait()
 
 
 def call(function: Callable[..., None], *arguments: Any, ranks: int = 1) -> Finished:
@@ -272,7 +308,8 @@ def python(*arguments: object, env: Mapping[str, str] | None = None) -> Finished
 
 
 def synthetic_set(folder: Path, vocab_size: int = 512, val: bool = True) -> Path:
-    """A set of made-up tokens that depend on nothing but this function; its tokenizer is a file of a few bytes.
+    """A set of made-up tokens that depend on nothing but this function; its tokenizer is a file of
+    a few bytes.
 
     A token goes on to one of four others, so that there is something to learn.
     """
@@ -284,12 +321,16 @@ def synthetic_set(folder: Path, vocab_size: int = 512, val: bool = True) -> Path
         ids = np.zeros(tokens, dtype=np.uint16)
         for place in range(1, tokens):
             ids[place] = (
-                0 if place % 250 == 249 else 1 + (3 * int(ids[place - 1]) + int(choice[place])) % (vocab_size - 1)
+                0
+                if place % 250 == 249
+                else 1 + (3 * int(ids[place - 1]) + int(choice[place])) % (vocab_size - 1)
             )
         splits[name] = write_split(folder, name, np.concatenate([[0], ids]).astype(np.uint16), 64)
     tokenizer = f"no tokenizer of {vocab_size} pieces".encode()
     (folder / "tokenizer.model").write_bytes(tokenizer)
-    documents, text_bytes = (sum(getattr(split, f) for split in splits.values()) for f in ("documents", "text_bytes"))
+    documents, text_bytes = (
+        sum(getattr(split, f) for split in splits.values()) for f in ("documents", "text_bytes")
+    )
     manifest = Manifest(
         format="dnt-shards",
         version=1,
@@ -303,9 +344,17 @@ def synthetic_set(folder: Path, vocab_size: int = 512, val: bool = True) -> Path
         ),
         eos_id=0,
         options=Options(
-            vocab_size=None, kind=None, sample_bytes=None, val_fraction=0.1 if val else 0.0, shard_bytes=50_000
+            vocab_size=None,
+            kind=None,
+            sample_bytes=None,
+            val_fraction=0.1 if val else 0.0,
+            shard_bytes=50_000,
         ),
-        sources=(SourceInfo(name="made up", documents=documents, text_bytes=text_bytes, replaced=0, empty=0),),
+        sources=(
+            SourceInfo(
+                name="made up", documents=documents, text_bytes=text_bytes, replaced=0, empty=0
+            ),
+        ),
         splits=splits,
     )
     write_manifest(folder, manifest)
@@ -313,13 +362,17 @@ def synthetic_set(folder: Path, vocab_size: int = 512, val: bool = True) -> Path
 
 
 def write_split(folder: Path, name: SplitName, stream: np.ndarray, seq_len: int) -> Split:
-    """A split of packing "concat" out of a stream of tokens (n,) that begins with eos, 0; each block is a shard."""
+    """A split of packing "concat" out of a stream of tokens (n,) that begins with eos, 0; each
+    block is a shard.
+    """
     rows = (len(stream) - 1) // seq_len
     blocks = np.lib.stride_tricks.sliding_window_view(stream, seq_len + 1)[::seq_len]
     shards = []
     for number, start in enumerate(range(0, rows, BLOCK_ROWS)):
         file = shard_name(name, number)
-        shards.append(write_shard(folder / file, file, [blocks[start : start + BLOCK_ROWS]], number))
+        shards.append(
+            write_shard(folder / file, file, [blocks[start : start + BLOCK_ROWS]], number)
+        )
     return Split(
         documents=int((stream[1:] == 0).sum()),
         tokens=len(stream) - 1,
@@ -337,9 +390,14 @@ def free_port() -> int:
 
 
 def metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The records of metrics.jsonl without the fields that tell the time. JSON keeps every bit of a float."""
+    """The records of metrics.jsonl without the fields that tell the time. JSON keeps every bit
+    of a float.
+    """
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in ("time", "tokens_per_s")} for line in lines]
+    return [
+        {k: v for k, v in json.loads(line).items() if k not in ("time", "tokens_per_s")}
+        for line in lines
+    ]
 
 
 def steps_written(run_dir: Path) -> int:
@@ -350,7 +408,9 @@ def steps_written(run_dir: Path) -> int:
 
 
 def complete_checkpoints(run_dir: Path) -> list[str]:
-    """Names of the checkpoints that are in place, after checking every byte of them against their state.json."""
+    """Names of the checkpoints that are in place, after checking every byte of them against
+    their state.json.
+    """
     names = []
     for folder in sorted((run_dir / "checkpoints").glob("step-*")):
         state = json.loads((folder / "state.json").read_text())
@@ -358,7 +418,10 @@ def complete_checkpoints(run_dir: Path) -> list[str]:
         assert {path.name for path in folder.iterdir()} == {"state.json", *state["files"]}
         for name, record in state["files"].items():
             data = (folder / name).read_bytes()
-            assert (len(data), hashlib.sha256(data).hexdigest()) == (record["bytes"], record["sha256"]), name
+            assert (len(data), hashlib.sha256(data).hexdigest()) == (
+                record["bytes"],
+                record["sha256"],
+            ), name
         names.append(folder.name)
     return names
 
@@ -373,7 +436,9 @@ def can_mount() -> bool:
 
 
 def until(condition: Callable[[], Any], seconds: float = 300.0) -> None:
-    """Wait for `condition`, looking often; a busy machine needs five times as long as an idle one."""
+    """Wait for `condition`, looking often; a busy machine needs five times as long as an idle
+    one.
+    """
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "gave up waiting"
@@ -381,7 +446,9 @@ def until(condition: Callable[[], Any], seconds: float = 300.0) -> None:
 
 
 def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint, whole: the pieces of all files at the offsets they record, each element once."""
+    """Every tensor of a checkpoint, whole: the pieces of all files at the offsets they record,
+    each element once.
+    """
     pieces: dict[str, list[tuple[list[int], torch.Tensor]]] = {}
     for path in sorted(checkpoint.glob("*.safetensors")):
         with path.open("rb") as file:
@@ -391,9 +458,14 @@ def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
             pieces.setdefault(name, []).append((offsets[name]["saved_offsets"], piece))
     whole = {}
     for name, parts in pieces.items():
-        ends = [[o + s for o, s in zip(offset, piece.shape, strict=True)] for offset, piece in parts]
+        ends = [
+            [o + s for o, s in zip(offset, piece.shape, strict=True)] for offset, piece in parts
+        ]
         shape = [max(end) for end in zip(*ends, strict=True)]
-        whole[name], filled = torch.empty(shape, dtype=parts[0][1].dtype), torch.zeros(shape, dtype=torch.int32)
+        whole[name], filled = (
+            torch.empty(shape, dtype=parts[0][1].dtype),
+            torch.zeros(shape, dtype=torch.int32),
+        )
         for (offset, piece), end in zip(parts, ends, strict=True):
             place = tuple(slice(*window) for window in zip(offset, end, strict=True))
             whole[name][place] = piece

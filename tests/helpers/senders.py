@@ -1,6 +1,7 @@
 """Starts of a run as a sender of its sees them, without training and in this process.
 
-The sender's own code, real MLflow and real SQLite; a process of its own would import MLflow for seconds every time.
+The sender's own code, real MLflow and real SQLite; a process of its own would import MLflow for
+seconds every time.
 """
 
 from pathlib import Path
@@ -21,8 +22,14 @@ def without_processes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def begin(run_dir: Path, steps: int, run_id: str = "trained", **changes: Any) -> Sender:
-    """What training does at a start and in ``steps`` steps more, and its sender, which has sent nothing yet."""
-    done = (run_dir / "metrics.jsonl").read_bytes().count(b"\n") if (run_dir / "metrics.jsonl").exists() else 0
+    """What training does at a start and in ``steps`` steps more, and its sender, which has sent
+    nothing yet.
+    """
+    done = (
+        (run_dir / "metrics.jsonl").read_bytes().count(b"\n")
+        if (run_dir / "metrics.jsonl").exists()
+        else 0
+    )
     options: dict[str, Any] = {
         "uri": None,
         "experiment": "tests",
@@ -31,7 +38,9 @@ def begin(run_dir: Path, steps: int, run_id: str = "trained", **changes: Any) ->
         "tags": {"config": f"run:\n  dir: {run_dir}\n"},
         "description": f"in {run_dir}",
     }
-    tracker = Tracker.start(run_dir, run_id=run_id, enabled=True, resume_step=done, **{**options, **changes})
+    tracker = Tracker.start(
+        run_dir, run_id=run_id, enabled=True, resume_step=done, **{**options, **changes}
+    )
     for step in range(done + 1, done + steps + 1):
         tracker.log({"step": step, "time": float(step), "train/loss": 1 / step})
     tracker.finish("FINISHED")

@@ -13,12 +13,15 @@ from tests.helpers.run import Finished
 
 BASE = Path("/var/lib/dnt-sandbox")
 LEFT_OUT = "SLURM tests left out: "
-STANDARD = ("3", "8", "8", "1", "1")  # of sandbox.sh up: nodes, CPUs, GPUs, accounting, signal before preemption
+# of sandbox.sh up: nodes, CPUs, GPUs, accounting, signal before preemption
+STANDARD = ("3", "8", "8", "1", "1")
 Found = TypeVar("Found")
 
 
 def command(*words: object) -> Finished:
-    done = subprocess.run([str(word) for word in words], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    done = subprocess.run(
+        [str(word) for word in words], capture_output=True, text=True, stdin=subprocess.DEVNULL
+    )
     return Finished([done.returncode], done.stdout, done.stderr)
 
 
@@ -28,11 +31,15 @@ def sandbox(*words: str) -> Finished:
 
 def options() -> tuple[str, ...] | None:
     """What `sandbox.sh up` was last called with; None where the sandbox does not run."""
-    return tuple((BASE / "run/options").read_text().split()) if sandbox("status").code == 0 else None
+    return (
+        tuple((BASE / "run/options").read_text().split()) if sandbox("status").code == 0 else None
+    )
 
 
 def wait_for(condition: Callable[[], Found], what: str, timeout: float = 120.0) -> Found:
-    """The first true value of `condition`, asked five times a second, for SLURM's answers cost it time."""
+    """The first true value of `condition`, asked five times a second, for SLURM's answers cost
+    it time.
+    """
     deadline = time.monotonic() + timeout
     while not (found := condition()):
         assert time.monotonic() < deadline, f"gave up waiting after {timeout:.0f} s: {what}"
@@ -55,7 +62,9 @@ def state(job_id: str) -> str:
 
 def wait_state(job_id: str, *states: str, timeout: float = 120.0) -> str:
     return wait_for(
-        lambda: (now := state(job_id)) in states and now, f"job {job_id} to be {' or '.join(states)}", timeout
+        lambda: (now := state(job_id)) in states and now,
+        f"job {job_id} to be {' or '.join(states)}",
+        timeout,
     )
 
 
@@ -65,7 +74,8 @@ def free(*job_ids: str) -> None:
     if ids:
         command("scancel", *ids)
         wait_for(
-            lambda: not command("squeue", "--noheader", f"--jobs={','.join(ids)}").out.strip(), f"the end of {ids}"
+            lambda: not command("squeue", "--noheader", f"--jobs={','.join(ids)}").out.strip(),
+            f"the end of {ids}",
         )
 
 

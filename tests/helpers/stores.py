@@ -1,4 +1,6 @@
-"""Real MLflow stores for tests and benchmarks: a SQLite file, a PostgreSQL cluster of one's own, an `mlflow server`."""
+"""Real MLflow stores for tests and benchmarks: a SQLite file, a PostgreSQL cluster of one's own,
+an `mlflow server`.
+"""
 
 import contextlib
 import os
@@ -16,7 +18,11 @@ from typing import Any
 
 PASSWORD = "correct-horse-battery"
 PATIENCE_S = 180.0  # for a machine that is busy with other things
-QUIET = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "PYTHONWARNINGS": "ignore"}
+QUIET = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+    "PYTHONWARNINGS": "ignore",
+}
 
 
 def until(condition: Callable[[], Any], seconds: float = PATIENCE_S) -> None:
@@ -55,19 +61,26 @@ def sqlite_store(file: Path) -> str:
     return f"sqlite:///{file}"
 
 
-# --- PostgreSQL -------------------------------------------------------------------------------------------------------
+# --- PostgreSQL -----------------------------------------------------------------------------------
 
 
 def no_postgres() -> str:
-    """Why there is no PostgreSQL to test with; "" where there is. Installs Debian's package where that may be done."""
+    """Why there is no PostgreSQL to test with; "" where there is. Installs Debian's package
+    where that may be done.
+    """
     if _postgres_programs():
         return ""
     if os.geteuid() or not shutil.which("apt-get"):
         return "PostgreSQL is not installed, and installing it takes root and apt"
     # a run level of 1: the package's own cluster is not started
     env = {**os.environ, "DEBIAN_FRONTEND": "noninteractive", "RUNLEVEL": "1"}
-    for command in (["apt-get", "update"], ["apt-get", "install", "-y", "--no-install-recommends", "postgresql"]):
-        done = subprocess.run(command, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    for command in (
+        ["apt-get", "update"],
+        ["apt-get", "install", "-y", "--no-install-recommends", "postgresql"],
+    ):
+        done = subprocess.run(
+            command, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True
+        )
         if done.returncode:
             return f"`{' '.join(command)}` failed: {done.stderr.strip()[-300:]}"
     return "" if _postgres_programs() else "the package postgresql holds no initdb"
@@ -84,8 +97,8 @@ def _postgres_programs() -> Path | None:
 
 @contextlib.contextmanager
 def postgres() -> Iterator[tuple[str, dict[str, str]]]:
-    """A cluster that listens on the loopback only and asks for a password. Gives a URI without a login, and libpq's
-    variables that hold it."""
+    """A cluster that listens on the loopback only and asks for a password. Gives a URI without a
+    login, and libpq's variables that hold it."""
     programs = _postgres_programs()
     assert programs, no_postgres()
     port = free_port()
@@ -99,7 +112,15 @@ def postgres() -> Iterator[tuple[str, dict[str, str]]]:
             for path in (folder, secret):
                 shutil.chown(path, **as_user)
         quiet: dict[str, Any] = {"check": True, "capture_output": True, "cwd": folder, **as_user}
-        make = [programs / "initdb", "-D", folder / "data", "-U", "mlflow", "--auth=scram-sha-256", "--no-sync"]
+        make = [
+            programs / "initdb",
+            "-D",
+            folder / "data",
+            "-U",
+            "mlflow",
+            "--auth=scram-sha-256",
+            "--no-sync",
+        ]
         subprocess.run([*make, f"--pwfile={secret}", "--locale=C", "--encoding=UTF8"], **quiet)
         options = {"listen_addresses": "127.0.0.1", "port": port, "unix_socket_directories": ""}
         settings = [part for key, value in options.items() for part in ("-c", f"{key}={value}")]
@@ -107,7 +128,12 @@ def postgres() -> Iterator[tuple[str, dict[str, str]]]:
             run: list[str | Path] = [programs / "postgres", "-D", folder / "data", *settings]
             server = subprocess.Popen(run, stdout=log, stderr=log, cwd=folder, **as_user)
         try:
-            until(lambda: b"ready to accept connections" in (folder / "log").read_bytes() or server.poll() is not None)
+            until(
+                lambda: (
+                    b"ready to accept connections" in (folder / "log").read_bytes()
+                    or server.poll() is not None
+                )
+            )
             assert server.poll() is None, (folder / "log").read_text()
             login = {"PGUSER": "mlflow", "PGPASSWORD": PASSWORD}
             yield f"postgresql://127.0.0.1:{port}/postgres", login
@@ -116,21 +142,37 @@ def postgres() -> Iterator[tuple[str, dict[str, str]]]:
             server.wait(30)
 
 
-# --- mlflow server ----------------------------------------------------------------------------------------------------
+# --- mlflow server --------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def mlflow_server(store: str, artifacts: Path, port: int) -> Iterator[str]:
-    """`mlflow server` with one worker on a store; gives its URI once it answers. Killed at the end, workers and all."""
+    """`mlflow server` with one worker on a store; gives its URI once it answers. Killed at the
+    end, workers and all.
+    """
     uri = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store, "--host", "127.0.0.1"]
+    command = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "server",
+        "--backend-store-uri",
+        store,
+        "--host",
+        "127.0.0.1",
+    ]
     command += ["--port", str(port), "--workers", "1", "--artifacts-destination", str(artifacts)]
     with tempfile.TemporaryFile() as log:
-        server = subprocess.Popen(command, env={**os.environ, **QUIET}, stdout=log, stderr=log, start_new_session=True)
+        server = subprocess.Popen(
+            command, env={**os.environ, **QUIET}, stdout=log, stderr=log, start_new_session=True
+        )
 
         def answers() -> bool:
             assert server.poll() is None, log.seek(0) or log.read().decode()
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"{uri}/health", timeout=5) as answer:
+            with (
+                contextlib.suppress(OSError),
+                urllib.request.urlopen(f"{uri}/health", timeout=5) as answer,
+            ):
                 return bool(answer.read() == b"OK")
             return False
 

@@ -82,15 +82,23 @@ def test_the_default_partition_is_taken(data: Path, tmp_path: Path) -> None:
 
 
 REFUSED = {
-    "cluster.partition=mian": r"cluster\.partition: there is no mian \(did you mean main\?\); there are .*main",
+    "cluster.partition=mian": r"cluster\.partition: there is no mian \(did you mean main\?\); "
+    r"there are .*main",
     "cluster.nodes=9": r"cluster\.nodes is 9, but partition main has 3; ask for no more",
-    "cluster.nodelist=node[1-2,9]": r"cluster\.nodelist: partition main has no node9; it has node1, node2, node3",
-    "cluster.exclude=[node1,elsewhere]": r"cluster\.exclude: SLURM here has no elsewhere; it has node1, node2, node3",
-    "cluster.nodelist=node[1-x]": r"cluster\.nodelist: node\[1-x\] is no list of nodes; expected names such as",
-    "cluster.exclude=[node1,node2]": r"cluster\.nodes is 2, but partition main has 1 without those of cluster\.exclude",
-    "cluster.gpus_per_node=9": r"cluster\.gpus_per_node: a job needs 2 nodes with 9 GPUs, but .* has 0 \(.* is 8\)",
-    "cluster.cpus_per_rank=9": r"cluster\.cpus_per_rank: a job needs 2 nodes with 9 CPUs for 1 rank, .* is 8\)",
-    "cluster.mem_gb=100": r"cluster\.mem_gb: a job needs 2 nodes with 102400 MB of memory, .* is 8000\)",
+    "cluster.nodelist=node[1-2,9]": r"cluster\.nodelist: partition main has no node9; it has "
+    r"node1, node2, node3",
+    "cluster.exclude=[node1,elsewhere]": r"cluster\.exclude: SLURM here has no elsewhere; it has "
+    r"node1, node2, node3",
+    "cluster.nodelist=node[1-x]": r"cluster\.nodelist: node\[1-x\] is no list of nodes; expected "
+    r"names such as",
+    "cluster.exclude=[node1,node2]": r"cluster\.nodes is 2, but partition main has 1 without those "
+    r"of cluster\.exclude",
+    "cluster.gpus_per_node=9": r"cluster\.gpus_per_node: a job needs 2 nodes with 9 GPUs, but .* "
+    r"has 0 \(.* is 8\)",
+    "cluster.cpus_per_rank=9": r"cluster\.cpus_per_rank: a job needs 2 nodes with 9 CPUs for 1 "
+    r"rank, .* is 8\)",
+    "cluster.mem_gb=100": r"cluster\.mem_gb: a job needs 2 nodes with 102400 MB of memory, .* is "
+    r"8000\)",
 }
 
 
@@ -379,7 +387,8 @@ def test_no_room_for_the_checkpoints(data: Path, tmp_path: Path) -> None:
     checks.check_room(run, 20)  # there will be 20
     with pytest.raises(
         ConfigError,
-        match=r"run\.dir: 100000001 checkpoints of 1\.09 MB .* take 10\d\.\d\d TB, but .* has room for .*free",
+        match=r"run\.dir: 100000001 checkpoints of 1\.09 MB .* take 10\d\.\d\d TB, but .* has room "
+        r"for .*free",
     ):
         checks.check_room(run, 10**9)
 

@@ -31,7 +31,8 @@ def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         run_dir,
         "7",
         0,
-        "submitit WARNING (2026-11-26 18:01:15,795) - Bypassing signal SIGCONT\nsrun: got SIGCONT\n",
+        "submitit WARNING (2026-11-26 18:01:15,795) - Bypassing signal SIGCONT\nsrun: got "
+        "SIGCONT\n",
     )
     write(run_dir, "7", 0, START.format(minute=2, job=7, host="node2") + "step 2\n")
     write(run_dir, "12", 0, START.format(minute=3, job=12, host="node3") + "step 3\nno end of line")

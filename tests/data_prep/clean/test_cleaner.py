@@ -18,10 +18,14 @@ from data_prep.clean.cleaner import (
 )
 
 SHIPPED = Path(__file__).parents[3] / "configs" / "clean"
-ESSAY = """The old harbour lies to the north of the town, and nobody has ever counted the boats that sleep in it.
-In the morning the fishermen come back with baskets of herring, which they sell to whoever is awake by then.
-Later, children run along the quay with bread for the gulls. Their mothers have warned them about the water!
-When evening falls, a lamp is lit at the end of the mole, and it can be seen from the hills behind the church."""
+ESSAY = """The old harbour lies to the north of the town, and nobody has ever counted the boats \
+that sleep in it.
+In the morning the fishermen come back with baskets of herring, which they sell to whoever is \
+awake by then.
+Later, children run along the quay with bread for the gulls. Their mothers have warned them \
+about the water!
+When evening falls, a lamp is lit at the end of the mole, and it can be seen from the hills \
+behind the church."""
 
 
 def rules(folder: Path, text: str) -> Path:

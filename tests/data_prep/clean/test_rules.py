@@ -18,18 +18,21 @@ GERMAN = (
 OFF: dict[str, dict[str, Any]] = {
     "gopher_quality": {
         "min_words": 0, "max_words": None, "min_mean_word_length": 0, "max_mean_word_length": 1e9,
-        "max_symbols_per_word": 1e9, "max_bullet_lines": 1, "max_ellipsis_lines": 1, "min_alphabetic_words": 0,
-        "min_stop_words": 0,
+        "max_symbols_per_word": 1e9, "max_bullet_lines": 1, "max_ellipsis_lines": 1,
+        "min_alphabetic_words": 0, "min_stop_words": 0,
     },
     "gopher_repetition": {
         "max_duplicate_lines": 1, "max_duplicate_paragraphs": 1, "max_duplicate_line_chars": 1,
         "max_duplicate_paragraph_chars": 1, "max_top_ngram": {}, "max_duplicate_ngrams": {},
     },
     "c4_quality": {
-        "terminal_punctuation": False, "min_line_words": 0, "max_word_chars": 10**9, "min_sentences": 0,
-        "javascript": False, "lorem_ipsum": False, "curly_bracket": False, "citations": False, "policy_phrases": [],
+        "terminal_punctuation": False, "min_line_words": 0, "max_word_chars": 10**9,
+        "min_sentences": 0, "javascript": False, "lorem_ipsum": False, "curly_bracket": False,
+        "citations": False, "policy_phrases": [],
     },
-    "fineweb_quality": {"min_punctuated_lines": 0, "max_duplicate_line_chars": 1, "max_short_lines": 1},
+    "fineweb_quality": {
+        "min_punctuated_lines": 0, "max_duplicate_line_chars": 1, "max_short_lines": 1,
+    },
 }  # fmt: skip
 
 

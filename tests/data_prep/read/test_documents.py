@@ -63,7 +63,8 @@ NASTY: dict[str, tuple[bytes, list[str], dict[str, int]]] = {
         {"no_text": 6},
     ),
     "malformed.jsonl": (
-        b'{\n{\'text\': \'a\'}\n{"text": "cut\n{"text": "a"} {"text": "b"}\n{"text": "a\x01b"}\n{"text": "\\x"}\nx',
+        b'{\n{\'text\': \'a\'}\n{"text": "cut\n{"text": "a"} {"text": "b"}\n{"text": '
+        b'"a\x01b"}\n{"text": "\\x"}\nx',
         [],
         {"malformed_json": 7},
     ),
@@ -73,15 +74,16 @@ NASTY: dict[str, tuple[bytes, list[str], dict[str, int]]] = {
         {"malformed_json": 2},
     ),
     "numbers.jsonl": (
-        b'{"n": 1e999, "text": "a"}\n{"n": %b, "text": "b"}\n{"n": NaN, "text": "c"}\n{"n": -Infinity, "text": "d"}'
-        % (b"9" * 5000),
+        b'{"n": 1e999, "text": "a"}\n{"n": %b, "text": "b"}\n{"n": NaN, "text": "c"}\n{"n": '
+        b'-Infinity, "text": "d"}' % (b"9" * 5000),
         ["a", "b", "c", "d"],
         {},
     ),
     "twice.jsonl": (b'{"text": "first", "text": "last"}', ["last"], {}),
     "pairs.jsonl": (b'{"text": "\\ud83d\\ude00"}', ["\U0001f600"], {}),
     "lone.jsonl": (
-        b'{"text": "x\\ud800y\\ud83d\\ude00"}\n{"other": "\\udfff", "text": "a"}\n{"text": "\\ude00\\ud83d"}',
+        b'{"text": "x\\ud800y\\ud83d\\ude00"}\n{"other": "\\udfff", "text": "a"}\n{"text": '
+        b'"\\ude00\\ud83d"}',
         ["x\ufffdy\U0001f600", "a", "\ufffd\ufffd"],
         {"lone_surrogate": 2},
     ),
@@ -190,7 +192,8 @@ def test_good_text_comes_back_exactly(texts: list[str], ascii_only: bool) -> Non
         (
             "a.txt",
             b"caf\xe9",
-            r"a\.txt: found byte 0xe9 at 3, the first of 1 places that are no UTF-8, expected UTF-8",
+            r"a\.txt: found byte 0xe9 at 3, the first of 1 places that are no UTF-8, expected "
+            r"UTF-8",
         ),
         ("a.txt", b"a\r\n\r\n", r"a\.txt: found 2 lines that end in \\r\\n, expected"),
         ("a.txt", b"", r"a\.txt: found an empty document, expected some text"),

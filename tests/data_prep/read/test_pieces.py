@@ -409,7 +409,8 @@ for unit in inputs.plan_units(inputs.find_sources([sys.argv[1]])):
         for document in read.read_documents(piece, "text", read.Findings(), False):
             text.update(document.text.encode())
 # Not ru_maxrss, which a process has from the one that started it.
-print(text.hexdigest(), int(re.search(r"VmHWM:\\s*(\\d+) kB", open("/proc/self/status").read())[1]) // 1024)
+peak = re.search(r"VmHWM:\\s*(\\d+) kB", open("/proc/self/status").read())
+print(text.hexdigest(), int(peak[1]) // 1024)
 """
 
 

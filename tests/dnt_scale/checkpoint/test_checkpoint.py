@@ -47,9 +47,15 @@ def test_tensors_are_named_fp32_and_safetensors_only(reference):
     whole = tensors(folder)
     names = {name.removeprefix("model.") for name in whole if name.startswith("model.")}
     assert {"tok_emb.weight", "pos_emb.weight", "blocks.0.attn.w_q.weight", "norm_out.gain"} < names
-    assert whole.keys() == {f"{kind}.{name}" for kind in ("model", "momentum_buffer") for name in names}
+    assert whole.keys() == {
+        f"{kind}.{name}" for kind in ("model", "momentum_buffer") for name in names
+    }
     assert {tensor.dtype for tensor in whole.values()} == {torch.float32}
-    assert whole["model.tok_emb.weight"].shape == whole["momentum_buffer.tok_emb.weight"].shape == (512, 64)
+    assert (
+        whole["model.tok_emb.weight"].shape
+        == whole["momentum_buffer.tok_emb.weight"].shape
+        == (512, 64)
+    )
     files = sorted(path.name for path in folder.iterdir())
     assert [Path(name).suffix for name in files] == [".safetensors", ".safetensors", ".json"]
     for name in files[:-1]:
@@ -59,15 +65,26 @@ def test_tensors_are_named_fp32_and_safetensors_only(reference):
 
 def test_state_json_says_where_the_run_stands(corpus, reference):
     state = json.loads((reference / "checkpoints" / LAST / "state.json").read_text())
-    known = {"step": STEPS, "consumed_rows": 8 * STEPS, "tokens": 512 * STEPS, "skipped": 0, "world_size": 2}
+    known = {
+        "step": STEPS,
+        "consumed_rows": 8 * STEPS,
+        "tokens": 512 * STEPS,
+        "skipped": 0,
+        "world_size": 2,
+    }
     assert {key: state[key] for key in known} == known
-    assert {key: state["engine"][key] for key in ("step", "updates")} == {"step": STEPS, "updates": STEPS}
+    assert {key: state["engine"][key] for key in ("step", "updates")} == {
+        "step": STEPS,
+        "updates": STEPS,
+    }
     assert state["config"]["data"]["path"] == str(corpus)
 
 
 def test_retention_and_latest(corpus, reference, tmp_path):
     assert complete_checkpoints(reference) == [f"step-{step:08d}" for step in (6, 12, 18, 20)]
-    train(tiny(corpus, tmp_path / "run", "checkpoint.keep=2", "checkpoint.every=1", "train.steps=6")).ok()
+    train(
+        tiny(corpus, tmp_path / "run", "checkpoint.keep=2", "checkpoint.every=1", "train.steps=6")
+    ).ok()
     assert in_folder(tmp_path / "run") == ["latest", "step-00000005", "step-00000006"]
     assert (tmp_path / "run" / "checkpoints" / "latest").readlink() == Path("step-00000006")
     assert len(complete_checkpoints(tmp_path / "run")) == 2
@@ -134,7 +151,9 @@ def test_a_damaged_checkpoint_is_named_and_refused(corpus, finished_run, damage)
     before = (finished_run / "metrics.jsonl").read_bytes()
     error = train(tiny(corpus, finished_run), ranks=2).error()
     assert message in error
-    assert f"remove {finished_run / 'checkpoints' / LAST} to go on from an older checkpoint" in error
+    assert (
+        f"remove {finished_run / 'checkpoints' / LAST} to go on from an older checkpoint" in error
+    )
     assert (finished_run / "metrics.jsonl").read_bytes() == before
 
 
@@ -182,7 +201,9 @@ class Disk:
             subprocess.run(["mount", "-o", "remount,size=32m", self.folder], check=True)
 
 
-@pytest.fixture(params=["a limit on file sizes", "a full tmpfs"] if can_mount() else ["a limit on file sizes"])
+@pytest.fixture(
+    params=["a limit on file sizes", "a full tmpfs"] if can_mount() else ["a limit on file sizes"]
+)
 def disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Disk]:
     """Real failing writes: everyone can have the limit, root a small tmpfs as well."""
     folder = tmp_path / "disk"
@@ -200,7 +221,9 @@ def disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Disk]:
 def test_a_full_disk_stops_the_run_and_the_same_command_goes_on(corpus, reference, disk):
     run_dir = disk.folder / "run"
     shutil.copytree(reference, run_dir, ignore=shutil.ignore_patterns("step-*", "latest", "plots"))
-    shutil.copytree(reference / "checkpoints" / "step-00000012", run_dir / "checkpoints" / "step-00000012")
+    shutil.copytree(
+        reference / "checkpoints" / "step-00000012", run_dir / "checkpoints" / "step-00000012"
+    )
     overrides = tiny(corpus, run_dir, "checkpoint.keep=1")
     error = train(overrides, ranks=2, file_limit=disk.file_limit).error()
     assert disk.message in error
@@ -236,7 +259,9 @@ def test_metrics_that_cannot_be_written_end_all_ranks_with_one_line(corpus, tmp_
 def test_a_run_begins_from_converted_weights(corpus, reference, tmp_path):
     file, run_dir = tmp_path / "w.safetensors", tmp_path / "run"
     dnt("checkpoint", "convert", reference, file).ok()
-    given = [line for line in tiny(corpus, run_dir, "train.steps=3") if not line.startswith("model")]
+    given = [
+        line for line in tiny(corpus, run_dir, "train.steps=3") if not line.startswith("model")
+    ]
     told = dnt("checkpoint", "convert", file, *given).ok().out
     model = told.partition(" the same settings and ")[2].partition(" begins from it")[0].split()
     assert model == TINY_MODEL  # as the file's metadata has it
@@ -244,11 +269,20 @@ def test_a_run_begins_from_converted_weights(corpus, reference, tmp_path):
     assert f"resumingfrom{run_dir}/checkpoints/step-00000000" in "".join(done.err.split())
     losses = [line["train/loss"] for line in metrics(run_dir) if "train/loss" in line]
     fresh = [line["train/loss"] for line in metrics(reference) if "train/loss" in line]
-    assert len(losses) == 3 and losses[0] == pytest.approx(fresh[-1], abs=0.3) and losses[0] < fresh[0] - 0.5
+    assert (
+        len(losses) == 3
+        and losses[0] == pytest.approx(fresh[-1], abs=0.3)
+        and losses[0] < fresh[0] - 0.5
+    )
 
 
 def test_a_runs_checkpoints_may_lie_at_a_url(corpus, reference, tmp_path):
-    overrides = tiny(corpus, tmp_path / "run", f"checkpoint.dir=file://{tmp_path}/bucket/tiny", "checkpoint.keep=1")
+    overrides = tiny(
+        corpus,
+        tmp_path / "run",
+        f"checkpoint.dir=file://{tmp_path}/bucket/tiny",
+        "checkpoint.keep=1",
+    )
     stop_midway(overrides, tmp_path / "run", lambda group: group.kill(signal.SIGTERM))
     train(overrides, ranks=2).ok()
     assert metrics(tmp_path / "run") == metrics(reference)

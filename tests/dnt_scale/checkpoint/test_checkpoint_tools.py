@@ -28,7 +28,9 @@ def me() -> Iterator[Ranks]:
         yield me
 
 
-def write(folder: Path, whole: dict[str, torch.Tensor], me: Ranks, step: int = 7, **changes: object) -> Path:
+def write(
+    folder: Path, whole: dict[str, torch.Tensor], me: Ranks, step: int = 7, **changes: object
+) -> Path:
     """A checkpoint as 3 ranks of ZeRO would leave it."""
     final = Storage(folder) / f"step-{step:08d}"
     partial = Storage(folder) / "partial"
@@ -65,9 +67,15 @@ def test_inspect_reads_tensors_when_asked(me, tmp_path, capsys):
     whole["model.norm.gain"][3] = float("nan")
     step = write(tmp_path, whole, me)
     assert main(["checkpoint", "inspect", str(step), "--tensors"]) == 0
-    lines = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines() if "." in line}
+    lines = {
+        line.split()[0]: line.split()[1:]
+        for line in capsys.readouterr().out.splitlines()
+        if "." in line
+    }
     weight = whole["model.emb.weight"]
-    numbers = [f"{float(value):.6g}" for value in (weight.double().norm(), weight.min(), weight.max())]
+    numbers = [
+        f"{float(value):.6g}" for value in (weight.double().norm(), weight.min(), weight.max())
+    ]
     assert lines["model.emb.weight"][:5] == ["50", "x", "33", "float32", "2"]
     assert lines["model.emb.weight"][5:] == numbers
     assert lines["momentum_buffer.emb.weight"][3] == "bfloat16"
@@ -90,7 +98,8 @@ def test_no_checkpoint_is_told(command, tmp_path, capsys):
     arguments = [*command, str(tmp_path), *(["out.safetensors"] if command == ["convert"] else [])]
     assert main(["checkpoint", *arguments]) == 2
     assert (
-        "no checkpoint there; expected a run's folder, its checkpoints/, or a step-NNNNNNNN" in capsys.readouterr().err
+        "no checkpoint there; expected a run's folder, its checkpoints/, or a step-NNNNNNNN"
+        in capsys.readouterr().err
     )
 
 
@@ -114,7 +123,9 @@ def test_verify_says_whole_or_what_is_not(me, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("path", ["", "/latest"])
-def test_a_latest_that_was_removed_by_hand_means_the_newest_that_is_there(me, tmp_path, capsys, path):
+def test_a_latest_that_was_removed_by_hand_means_the_newest_that_is_there(
+    me, tmp_path, capsys, path
+):
     save_made_up(tmp_path, 1, me)
     save_made_up(tmp_path, 2, me)
     shutil.rmtree(write(tmp_path, some_tensors(), me))
@@ -125,7 +136,10 @@ def test_a_latest_that_was_removed_by_hand_means_the_newest_that_is_there(me, tm
         assert main(["checkpoint", command, f"{tmp_path}{path}"]) == 0
         out, err = capsys.readouterr()
         assert said in out
-        gone = f"{tmp_path}/latest: step-00000007 is gone; the newest that is there is {tmp_path}/step-00000002\n"
+        gone = (
+            f"{tmp_path}/latest: step-00000007 is gone; the newest that is there is "
+            f"{tmp_path}/step-00000002\n"
+        )
         assert err == gone
     assert ("step-00000001" in out) == (path == "")
     save_made_up(tmp_path, 3, me)
@@ -166,14 +180,18 @@ def test_diff_names_the_first_place_and_the_worst_tensors(me, tmp_path, capsys, 
 
 def test_diff_sees_the_sign_of_zero_and_what_is_missing(me, tmp_path, capsys):
     write(
-        tmp_path / "a", {"model.x": torch.zeros(3), "model.y": torch.ones(2), "momentum_buffer.x": torch.zeros(3)}, me
+        tmp_path / "a",
+        {"model.x": torch.zeros(3), "model.y": torch.ones(2), "momentum_buffer.x": torch.zeros(3)},
+        me,
     )
     b = {"model.x": -torch.zeros(3), "model.y": torch.ones(1, 2), "exp_avg.x": torch.zeros(3)}
     write(tmp_path / "b", b, me)
     assert main(["checkpoint", "diff", str(tmp_path / "a"), str(tmp_path / "b")]) == 1
     out = capsys.readouterr().out
     assert "first: model.x[0]: 0.0 and -0.0, 0 apart" in out
-    assert f"model.y: (2,) in {tmp_path}/a/step-00000007, (1, 2) in {tmp_path}/b/step-00000007" in out
+    assert (
+        f"model.y: (2,) in {tmp_path}/a/step-00000007, (1, 2) in {tmp_path}/b/step-00000007" in out
+    )
     assert f"momentum_buffer.x: only in {tmp_path}/a/step-00000007" in out
     assert f"exp_avg.x: only in {tmp_path}/b/step-00000007" in out
 
@@ -184,13 +202,22 @@ def test_convert_writes_weights_or_all(me, tmp_path, capsys):
     weights, everything = tmp_path / "w.safetensors", tmp_path / "all.safetensors"
     assert main(["checkpoint", "convert", str(tmp_path / "run"), str(weights)]) == 0
     assert main(["checkpoint", "convert", str(tmp_path / "run"), str(everything), "--full"]) == 0
-    plain = {name.removeprefix("model."): t for name, t in whole.items() if name.startswith("model.")}
+    plain = {
+        name.removeprefix("model."): t for name, t in whole.items() if name.startswith("model.")
+    }
     assert equal(load_file(weights), plain)
     assert equal(load_file(everything), whole)
     with safe_open(weights, "pt") as file:
         metadata = file.metadata()
-    assert metadata["format"] == "pt" and metadata["step"] == "7" and json.loads(metadata["model"]) == {"width": 33}
-    assert f"{weights}: 3 tensors of step 7, {weights.stat().st_size:,} bytes" in capsys.readouterr().out
+    assert (
+        metadata["format"] == "pt"
+        and metadata["step"] == "7"
+        and json.loads(metadata["model"]) == {"width": 33}
+    )
+    assert (
+        f"{weights}: 3 tensors of step 7, {weights.stat().st_size:,} bytes"
+        in capsys.readouterr().out
+    )
 
 
 def test_convert_leaves_the_file_that_was_there_when_it_fails(me, tmp_path, capsys):
@@ -223,19 +250,31 @@ def nano_weights() -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("optim", ["msgdw_r", "adamw"])
 def test_convert_makes_the_first_checkpoint_of_a_run(corpus, tmp_path, capsys, nano_weights, optim):
     file = tmp_path / "w.safetensors"
-    save_file({name: t.bfloat16() if "gain" in name else t for name, t in nano_weights.items()}, file)
+    save_file(
+        {name: t.bfloat16() if "gain" in name else t for name, t in nano_weights.items()}, file
+    )
     overrides = tiny(corpus, tmp_path / "run", f"optim={optim}")
     assert main(["checkpoint", "convert", str(file), *overrides]) == 0
     step = tmp_path / "run" / "checkpoints" / "step-00000000"
     state = read_state(step)
     assert (state.step, state.consumed_rows, state.scalars) == (0, 0, {"step": 0, "updates": 0})
     buffers = {"msgdw_r": ["momentum_buffer"], "adamw": ["exp_avg", "exp_avg_sq"]}[optim]
-    expected = {f"model.{name}": t.bfloat16().float() if "gain" in name else t for name, t in nano_weights.items()}
-    expected |= {f"{buffer}.{name}": torch.zeros(t.shape) for buffer in buffers for name, t in nano_weights.items()}
+    expected = {
+        f"model.{name}": t.bfloat16().float() if "gain" in name else t
+        for name, t in nano_weights.items()
+    }
+    expected |= {
+        f"{buffer}.{name}": torch.zeros(t.shape)
+        for buffer in buffers
+        for name, t in nano_weights.items()
+    }
     assert equal(tensors(step), expected)
     assert main(["checkpoint", "verify", str(step)]) == 0
     # and back, and from the full file
-    assert main(["checkpoint", "convert", str(step), str(tmp_path / "full.safetensors"), "--full"]) == 0
+    assert (
+        main(["checkpoint", "convert", str(step), str(tmp_path / "full.safetensors"), "--full"])
+        == 0
+    )
     again = tiny(corpus, tmp_path / "again", f"optim={optim}")
     assert main(["checkpoint", "convert", str(tmp_path / "full.safetensors"), *again]) == 0
     assert equal(tensors(tmp_path / "again" / "checkpoints" / "step-00000000"), expected)
@@ -244,7 +283,9 @@ def test_convert_makes_the_first_checkpoint_of_a_run(corpus, tmp_path, capsys, n
     assert "holds checkpoints already; take another run.name" in capsys.readouterr().err
 
 
-def test_convert_takes_the_model_from_the_file_but_for_what_is_given(corpus, tmp_path, capsys, nano_weights):
+def test_convert_takes_the_model_from_the_file_but_for_what_is_given(
+    corpus, tmp_path, capsys, nano_weights
+):
     from dnt_scale import config
 
     file = tmp_path / "w.safetensors"
@@ -260,7 +301,10 @@ def test_convert_takes_the_model_from_the_file_but_for_what_is_given(corpus, tmp
     assert found == {**model.model_dump(), "name": "converted", "activation": "gelu_tanh"}
     save_file(nano_weights, file, {"model": '{"name": "a", "layers": "many"}'})
     assert main(["checkpoint", "convert", str(file), *given, f"run.dir={tmp_path}/b"]) == 2
-    assert f"error: {file}: model.layers in its metadata: Input should be a valid integer" in capsys.readouterr().err
+    assert (
+        f"error: {file}: model.layers in its metadata: Input should be a valid integer"
+        in capsys.readouterr().err
+    )
 
 
 def lose(weights: dict[str, torch.Tensor]) -> str:
@@ -287,8 +331,20 @@ def to_int(weights: dict[str, torch.Tensor]) -> str:
 def test_weights_of_another_model_are_refused(corpus, tmp_path, capsys, nano_weights, change):
     weights = dict(nano_weights)
     message = change(weights)
-    save_file({name: tensor.clone() for name, tensor in weights.items()}, tmp_path / "w.safetensors")
-    assert main(["checkpoint", "convert", str(tmp_path / "w.safetensors"), *tiny(corpus, tmp_path / "run")]) == 2
+    save_file(
+        {name: tensor.clone() for name, tensor in weights.items()}, tmp_path / "w.safetensors"
+    )
+    assert (
+        main(
+            [
+                "checkpoint",
+                "convert",
+                str(tmp_path / "w.safetensors"),
+                *tiny(corpus, tmp_path / "run"),
+            ]
+        )
+        == 2
+    )
     assert f"{tmp_path}/w.safetensors: {message}" in capsys.readouterr().err
     assert not (tmp_path / "run" / "checkpoints").exists()
 
@@ -297,8 +353,12 @@ def test_convert_wants_one_file_or_a_run(me, corpus, tmp_path, capsys):
     write(tmp_path / "run", some_tensors(), me)
     assert main(["checkpoint", "convert", str(tmp_path / "run"), "out.bin"]) == 2
     assert "expected one file NAME.safetensors" in capsys.readouterr().err
-    shutil.copyfile(sorted((tmp_path / "run").glob("*/*.safetensors"))[0], tmp_path / "w.safetensors")
-    assert main(["checkpoint", "convert", str(tmp_path / "w.safetensors"), str(tmp_path / "run")]) == 2
+    shutil.copyfile(
+        sorted((tmp_path / "run").glob("*/*.safetensors"))[0], tmp_path / "w.safetensors"
+    )
+    assert (
+        main(["checkpoint", "convert", str(tmp_path / "w.safetensors"), str(tmp_path / "run")]) == 2
+    )
     assert "after it come KEY=VALUE" in capsys.readouterr().err
 
 

@@ -131,7 +131,9 @@ def test_a_folder_without_state_json_is_no_checkpoint(me, step):
     (step.parent / "step-99").mkdir()
     (step.parent / "step-99" / "state.json").touch()
     assert newest(step.parent) == step.parent / "step-00000001"
-    with pytest.raises(CheckpointError, match=r"state\.json: no such file; expected a checkpoint folder"):
+    with pytest.raises(
+        CheckpointError, match=r"state\.json: no such file; expected a checkpoint folder"
+    ):
         read_state(step)
 
 
@@ -168,13 +170,19 @@ def entry(**changes: object) -> dict[str, object]:
         (json.dumps({"__metadata__": {"DCP_SHARDING_INFO": "{"}, "x": entry()}).encode(), None),
         (
             json.dumps(
-                {"__metadata__": {"DCP_SHARDING_INFO": '{"x": {"saved_offsets": [1, 2]}}'}, "x": entry()}
+                {
+                    "__metadata__": {"DCP_SHARDING_INFO": '{"x": {"saved_offsets": [1, 2]}}'},
+                    "x": entry(),
+                }
             ).encode(),
             None,
         ),
         (
             json.dumps(
-                {"__metadata__": {"DCP_SHARDING_INFO": '{"x": {"saved_offsets": [-1]}}'}, "x": entry()}
+                {
+                    "__metadata__": {"DCP_SHARDING_INFO": '{"x": {"saved_offsets": [-1]}}'},
+                    "x": entry(),
+                }
             ).encode(),
             None,
         ),
@@ -191,21 +199,32 @@ def test_a_head_that_lies_is_refused(me, step, text, length):
 def test_parts_that_differ_in_dimensions_are_refused(me, step):
     shutil.copyfile(step / SHARD, step / SHARD.replace("shard-00001", "shard-00009"))
     with_head(step, json.dumps({"model.emb.weight": entry()}).encode())
-    with pytest.raises(CheckpointError, match=r"the parts of model\.emb\.weight differ in their number of dimensions"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"the parts of model\.emb\.weight differ in their number of dimensions",
+    ):
         read_tensors(step, copies({"model.emb.weight": torch.zeros(50, 33)}, 0, 1), me)
 
 
 def test_twice_the_same_part_is_refused(me, step):
     add_a_shard(step)
-    with pytest.raises(CheckpointError, match=r"element \[0, 0\] of model\.emb\.weight is in 2 parts, expected 1"):
+    with pytest.raises(
+        CheckpointError, match=r"element \[0, 0\] of model\.emb\.weight is in 2 parts, expected 1"
+    ):
         read_tensors(step, copies({"model.emb.weight": torch.zeros(50, 33)}, 0, 1), me)
 
 
 def test_a_file_that_ends_early_is_refused(me, step):
-    """Truncated after its head was read: between the check of its files and the reading of its tensors."""
+    """Truncated after its head was read: between the check of its files and the reading of its
+    tensors.
+    """
     parts = read_header(Storage(step), SHARD)
     from dnt_scale.checkpoint.read import by_name, fill_boxes
 
     os.truncate(step / SHARD, parts[0].begin + 50)
-    with pytest.raises(CheckpointError, match=r"shard-00001.*: truncated: model\.emb\.weight is not whole"):
-        fill_boxes(Storage(step), by_name(parts), copies({"model.emb.weight": torch.zeros(50, 33)}, 0, 1))
+    with pytest.raises(
+        CheckpointError, match=r"shard-00001.*: truncated: model\.emb\.weight is not whole"
+    ):
+        fill_boxes(
+            Storage(step), by_name(parts), copies({"model.emb.weight": torch.zeros(50, 33)}, 0, 1)
+        )

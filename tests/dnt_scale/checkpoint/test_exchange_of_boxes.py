@@ -1,4 +1,6 @@
-"""Whatever cut the tensors, and on however many ranks: what is read is what was written, to the last bit."""
+"""Whatever cut the tensors, and on however many ranks: what is read is what was written, to the
+last bit.
+"""
 
 import tempfile
 from collections.abc import Iterator
@@ -13,7 +15,10 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from torch import Tensor
 from torch.distributed.checkpoint import load
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.hf_storage import (
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+)
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from dnt_scale import checkpoint
@@ -23,7 +28,17 @@ from dnt_scale.checkpoint.tensor_shards import Box, Region, flat_boxes, intersec
 from dnt_scale.checkpoint.write import write_file
 from dnt_scale.distributed import process_group
 from dnt_scale.distributed.process_group import Ranks
-from tests.helpers.boxes import CUTS, copies, equal, flat, rows, save_made_up, some_state, some_tensors, zeros
+from tests.helpers.boxes import (
+    CUTS,
+    copies,
+    equal,
+    flat,
+    rows,
+    save_made_up,
+    some_state,
+    some_tensors,
+    zeros,
+)
 from tests.helpers.run import call, tensors
 
 
@@ -49,7 +64,9 @@ cuts = st.tuples(st.sampled_from(CUTS), st.integers(1, 5))
 @given(shapes, st.booleans(), cuts, st.lists(cuts, min_size=1, max_size=3))
 def test_any_cut_is_read_back_by_any_other(me, shapes, narrow, writers, readers):
     whole = {f"model.{n}": torch.randn(shape) for n, shape in enumerate(shapes)}
-    whole["momentum_buffer.0"] = torch.randn(shapes[0]).to(torch.bfloat16 if narrow else torch.float32)
+    whole["momentum_buffer.0"] = torch.randn(shapes[0]).to(
+        torch.bfloat16 if narrow else torch.float32
+    )
     with tempfile.TemporaryDirectory() as folder:
         write_as(Path(folder), whole, *writers, me)
         for cut, number in readers:
@@ -89,7 +106,10 @@ def test_flat_boxes_cover_their_run_and_no_more(shape, data):
 def test_replicas_share_out_what_is_large_and_write_nothing_twice():
     large, small, flat_row = torch.ones(1001, 64), torch.ones(8, 8), torch.ones(1, 100_000)
     for data in (large, small, flat_row, torch.ones(())):
-        parts = [owned(Box("model.x", tuple(data.shape), (0,) * data.dim(), data, r, 3)) for r in range(3)]
+        parts = [
+            owned(Box("model.x", tuple(data.shape), (0,) * data.dim(), data, r, 3))
+            for r in range(3)
+        ]
         there = [part.region for part in parts if part]
         assert miscovered(Region((0,) * data.dim(), tuple(data.shape)), there) is None
         assert len(there) == (3 if data is large else 1)
@@ -154,7 +174,11 @@ def test_we_read_torchs_and_so_the_checkpoints_of_old(me, tmp_path):
 
 def test_a_checkpoint_of_old_has_its_counts_elsewhere():
     assert some_state(9, skipped=2, engine={}).scalars == {"step": 9, "updates": 7}
-    assert some_state(9, engine={"step": 9, "updates": 5, "x": 1.5}).scalars == {"step": 9, "updates": 5, "x": 1.5}
+    assert some_state(9, engine={"step": 9, "updates": 5, "x": 1.5}).scalars == {
+        "step": 9,
+        "updates": 5,
+        "x": 1.5,
+    }
 
 
 def test_what_does_not_fit_is_named(me, tmp_path):
@@ -164,7 +188,9 @@ def test_what_does_not_fit_is_named(me, tmp_path):
     with pytest.raises(CheckpointError, match=r"norm\.gain has shape \(33,\), expected \(34,\)"):
         read_tensors(tmp_path, copies({"model.norm.gain": torch.zeros(34)}, 0, 1), me)
     sorted(tmp_path.iterdir())[0].unlink()
-    with pytest.raises(CheckpointError, match=r"element \[0, 0\] of model\.emb\.weight is in 0 parts, expected 1"):
+    with pytest.raises(
+        CheckpointError, match=r"element \[0, 0\] of model\.emb\.weight is in 0 parts, expected 1"
+    ):
         read_tensors(tmp_path, copies({"model.emb.weight": torch.zeros(50, 33)}, 0, 1), me)
 
 
@@ -190,7 +216,10 @@ def read_cut(path: Path, cut, scale: int, wrong_on: int | None) -> None:
         assert wrong_on is not None
         print(error)
     expected = cut(whole, me.rank, me.world_size)
-    assert all(torch.equal(a.data, b.data) for a, b in zip(boxes, expected, strict=False)) or wrong_on is not None
+    assert (
+        all(torch.equal(a.data, b.data) for a, b in zip(boxes, expected, strict=False))
+        or wrong_on is not None
+    )
     dist.barrier()
     process_group.stop()
 

@@ -1,7 +1,8 @@
 """Runs that commit c4e2237 began and that this one ends, one of each engine.
 
-`tests/golden/c4e2237/make_runs.py` made them on 2 ranks: each folder was killed after step 5 of 6, with a checkpoint of
-step 3, and NAME.jsonl holds the metrics of the same run when nothing killed it.
+`tests/golden/c4e2237/make_runs.py` made them on 2 ranks: each folder was killed after step 5 of 6,
+with a checkpoint of step 3, and NAME.jsonl holds the metrics of the same run when nothing killed
+it.
 """
 
 import json
@@ -39,7 +40,12 @@ def test_goes_on_as_it_would_have_then(name, tmp_path):
             *("run.device=cpu", "tracking.enabled=false", "eval.every=3", "eval.rows=4"),
             *("train.global_batch=4", "train.steps=6"),
             *(f"run.dir={run_dir}", f"run.name={name}", f"data.path={GOLDEN / 'set'}"),
-            *("model=dnt_nano", "model.vocab_size=512", "model.context=64", f"engine={name.partition('-')[0]}"),
+            *(
+                "model=dnt_nano",
+                "model.vocab_size=512",
+                "model.context=64",
+                f"engine={name.partition('-')[0]}",
+            ),
             *(["engine.replicas=2"] if name.startswith("hsdp") else []),
         ],
         ranks=2,

@@ -1,4 +1,6 @@
-"""Saves in the background: what is in place is whole, whoever fails, is killed, or fills the disk."""
+"""Saves in the background: what is in place is whole, whoever fails, is killed, or fills the
+disk.
+"""
 
 import contextlib
 import os
@@ -68,7 +70,11 @@ def test_a_save_is_in_place_only_when_settled(me, tmp_path):
         assert not saver.pending and not saver.busy and saver.settle() is None
         saver.save(some_state(3), copies(whole, 0, 1))
         until(lambda: not saver.busy)
-        assert saver.pending and names(tmp_path) == [".partial-step-00000003"] and newest(tmp_path) is None
+        assert (
+            saver.pending
+            and names(tmp_path) == [".partial-step-00000003"]
+            and newest(tmp_path) is None
+        )
         assert saver.settle() == tmp_path / "step-00000003" == newest(tmp_path)
         assert not saver.pending and saver.settle() is None
     assert names(tmp_path) == ["latest", "step-00000003"]
@@ -77,7 +83,9 @@ def test_a_save_is_in_place_only_when_settled(me, tmp_path):
 
 
 def test_what_is_saved_is_what_the_tensors_were(me, tmp_path):
-    """Training goes on in the tensors while the thread writes; the buffers of one save serve the next."""
+    """Training goes on in the tensors while the thread writes; the buffers of one save serve the
+    next.
+    """
     whole = some_tensors(scale=2000)
     with saver_of(tmp_path, me) as saver:
         for step in (1, 2, 3):
@@ -142,7 +150,9 @@ def test_close_gives_an_unsettled_save_up(me, tmp_path):
 
 @pytest.mark.parametrize("wait", [False, True])
 def test_what_is_on_disk_is_read_back(me, tmp_path, monkeypatch, wait):
-    """A disk that stores another byte than it was given: found before the checkpoint is put in place."""
+    """A disk that stores another byte than it was given: found before the checkpoint is put in
+    place.
+    """
     save_made_up(tmp_path, 1, me)
 
     def spoil(file: storage.File) -> None:
@@ -154,7 +164,9 @@ def test_what_is_on_disk_is_read_back(me, tmp_path, monkeypatch, wait):
     monkeypatch.setattr(write, "finish", spoil)
     with saver_of(tmp_path, me) as saver:
         saver.save(some_state(2), copies(some_tensors(), 0, 1))
-        with pytest.raises(CheckpointError, match=r"on rank 0: .*what is on disk is not what was written") as failed:
+        with pytest.raises(
+            CheckpointError, match=r"on rank 0: .*what is on disk is not what was written"
+        ) as failed:
             saver.settle(wait=True) if wait else settle(saver)
         assert is_fault(failed.value)  # another disk may do
         assert names(tmp_path) == ["latest", "step-00000001"]
@@ -167,7 +179,8 @@ def test_an_old_checkpoint_that_cannot_be_removed_is_told(me, tmp_path):
         (tmp_path / ".old-step-00000001" / "in the way").mkdir(parents=True)
         with pytest.raises(
             CheckpointError,
-            match=r"step-00000002: is in place, but older checkpoints could not be removed: .*not empty",
+            match=r"step-00000002: is in place, but older checkpoints could not be removed: .*not "
+            r"empty",
         ):
             saver.settle(wait=True)
     assert newest(tmp_path) == tmp_path / "step-00000002"
@@ -221,7 +234,10 @@ def test_a_rank_that_cannot_write_fails_the_save_on_all(tmp_path, background):
     done = call(save_with_a_limit_on_rank_1, tmp_path, background, ranks=2).ok()
     lines = done.out.splitlines()
     assert len(lines) == 2 and len(set(lines)) == 1
-    assert ".partial-step-00000002: could not be written on rank 1: OSError: [Errno 27] File too large" in lines[0]
+    assert (
+        ".partial-step-00000002: could not be written on rank 1: OSError: [Errno 27] File too large"
+        in lines[0]
+    )
     assert names(tmp_path) == ["latest", "step-00000001", "step-00000003"]
     assert not any(verify(str(tmp_path)).values())
 
@@ -233,7 +249,9 @@ def test_a_full_disk_is_told_with_what_is_left(me, tmp_path):
         save_made_up(tmp_path, 1, me)
         with saver_of(tmp_path, me) as saver:
             saver.save(some_state(2), copies(some_tensors(scale=200), 0, 1))
-            with pytest.raises(CheckpointError, match=r"disk full while saving on rank 0 \(0\.\d MB free\)"):
+            with pytest.raises(
+                CheckpointError, match=r"disk full while saving on rank 0 \(0\.\d MB free\)"
+            ):
                 settle(saver)
             assert names(tmp_path) == ["latest", "step-00000001"]
             saver.save(some_state(2), copies(some_tensors(), 0, 1))
@@ -290,7 +308,9 @@ def lack_a_file_system(folder: Path) -> None:
         lambda: check_files(url, read_state(folder / "step-00000001"), me),
         lambda: read_tensors(url, [], me),
     ):
-        with pytest.raises(CheckpointError, match=r"^rank 1: file://.*: file:// needs a package that is not here"):
+        with pytest.raises(
+            CheckpointError, match=r"^rank 1: file://.*: file:// needs a package that is not here"
+        ):
             act()
     process_group.stop()
 
@@ -380,7 +400,9 @@ def test_at_a_url_state_json_comes_last_and_leftovers_go(me, tmp_path):
         assert newest(url) is None
     # given up: closed before it was settled
     (tmp_path / "step-00000007").mkdir(exist_ok=True)
-    (tmp_path / "step-00000007" / "shard-00001-model-00001-of-00001.safetensors").write_bytes(b"killed here")
+    (tmp_path / "step-00000007" / "shard-00001-model-00001-of-00001.safetensors").write_bytes(
+        b"killed here"
+    )
     with saver_of(url, me) as saver:
         saver.save(some_state(2), copies(some_tensors(), 0, 1))
         settle(saver)
@@ -396,7 +418,8 @@ def test_memory_serves_one_rank(me):
 
 def test_a_url_nobody_can_open_is_told(me):
     with pytest.raises(
-        CheckpointError, match=r"s3://bucket/run: s3:// needs a package that is not here; pip install s3fs"
+        CheckpointError,
+        match=r"s3://bucket/run: s3:// needs a package that is not here; pip install s3fs",
     ):
         Saver("s3://bucket/run", me, keep=1)
     with pytest.raises(CheckpointError, match=r"nowhere://x: .*expected a folder, s3://"):

@@ -25,7 +25,8 @@ def test_one_or_several_are_chosen() -> None:
     [
         (
             "[mlflow,tensorbord]",
-            "no such backend as tensorbord; did you mean tensorboard? There are: mlflow, tensorboard",
+            "no such backend as tensorbord; did you mean tensorboard? There are: mlflow, "
+            "tensorboard",
         ),
         ("[wandb]", "no such backend as wandb. There are: mlflow, tensorboard"),
         ("[mlflow,mlflow]", "mlflow is there twice; expected each once"),

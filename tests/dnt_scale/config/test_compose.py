@@ -50,7 +50,11 @@ def test_the_demo_preset_needs_nothing_more() -> None:
         Path("runs/demo"),
         Path("data/demo").absolute(),
     )
-    assert (config.model.name, config.model.setting, config.train.tokens) == ("dnt_nano", "S4", None)
+    assert (config.model.name, config.model.setting, config.train.tokens) == (
+        "dnt_nano",
+        "S4",
+        None,
+    )
     assert config.train.steps != run().train.steps  # the preset's own
     assert isinstance(config.optim, MSGDWConfig)
     assert config.optim.groups["embedding"].update == "row_normalized"
@@ -58,7 +62,9 @@ def test_the_demo_preset_needs_nothing_more() -> None:
 
 
 def test_the_command_line_wins_over_the_preset_and_the_preset_over_the_defaults() -> None:
-    config = load(["preset=demo", "train.steps=7", "run.name=mine", "model.layers=2", "optim=adamw"])
+    config = load(
+        ["preset=demo", "train.steps=7", "run.name=mine", "model.layers=2", "optim=adamw"]
+    )
     assert (config.train.steps, config.run.name, config.run.dir) == (7, "mine", Path("runs/mine"))
     assert config.model.layers == 2 and config.model.name == "dnt_nano"
     assert isinstance(config.optim, AdamWConfig) and config.optim.lr == 6e-4
@@ -66,7 +72,11 @@ def test_the_command_line_wins_over_the_preset_and_the_preset_over_the_defaults(
 
 def test_the_defaults_are_the_papers_small_model() -> None:
     config = run()
-    assert config.model.name == "dnt_124m" and config.engine.name == "fsdp" and config.run.device == "auto"
+    assert (
+        config.model.name == "dnt_124m"
+        and config.engine.name == "fsdp"
+        and config.run.device == "auto"
+    )
     assert config.train.global_batch * config.model.context == 491_520
     assert isinstance(config.optim, MSGDWConfig)
     assert (config.optim.lr, config.optim.momentum, config.optim.dampening) == (1.0, 0.9, 0.9)
@@ -75,7 +85,12 @@ def test_the_defaults_are_the_papers_small_model() -> None:
 
 
 @pytest.mark.parametrize(
-    "choice", [f"{group}={p.stem}" for group in GROUPS for p in sorted((config_dir() / group).glob("*.yaml"))]
+    "choice",
+    [
+        f"{group}={p.stem}"
+        for group in GROUPS
+        for p in sorted((config_dir() / group).glob("*.yaml"))
+    ],
 )
 def test_every_file_in_configs_loads(choice: str) -> None:
     group, _, name = choice.partition("=")
@@ -88,7 +103,8 @@ def test_every_file_in_configs_loads(choice: str) -> None:
 
 def test_no_config_file_is_left_out() -> None:
     folders = {path.name for path in config_dir().iterdir() if path.is_dir()}
-    assert folders - {"clean", "cluster"} == set(GROUPS)  # which others read: data_prep, and cluster.cluster_config
+    # which others read: data_prep, and cluster.cluster_config
+    assert folders - {"clean", "cluster"} == set(GROUPS)
 
 
 def test_a_budget_in_tokens_takes_the_place_of_one_in_steps_and_the_reverse() -> None:
@@ -99,15 +115,25 @@ def test_a_budget_in_tokens_takes_the_place_of_one_in_steps_and_the_reverse() ->
 
 
 def test_keys_that_only_the_models_have_can_be_set() -> None:
-    """They stand in no YAML file, so Hydra alone would refuse them; with and without its + and ++."""
+    """They stand in no YAML file, so Hydra alone would refuse them; with and without its + and
+    ++.
+    """
     for prefix in ("", "+", "++"):
         assert run(f"{prefix}model.bias=true").model.bias is True
-    config = run("model.norm=layernorm", "model.activation=relu", "optim.groups.gains={pattern: gain, lr: 0.1}")
+    config = run(
+        "model.norm=layernorm",
+        "model.activation=relu",
+        "optim.groups.gains={pattern: gain, lr: 0.1}",
+    )
     assert (config.model.norm, config.model.activation) == ("layernorm", "relu")
     assert config.optim.groups["gains"].lr == 0.1 and "embedding" in config.optim.groups
 
 
-MIXTURE = ["data=mixture", "data.mixture.wiki={path: a, weight: 7}", "data.mixture.code={path: /b, weight: 0.3}"]
+MIXTURE = [
+    "data=mixture",
+    "data.mixture.wiki={path: a, weight: 7}",
+    "data.mixture.code={path: /b, weight: 0.3}",
+]
 
 
 def test_a_mixture() -> None:
@@ -117,8 +143,14 @@ def test_a_mixture() -> None:
         "wiki": (Path("a").absolute(), 7),
         "code": (Path("/b"), 0.3),
     }
-    dotted = ["data.path=null", *(f"data.mixture.{k}" for k in ("wiki.path=a", "wiki.weight=7", "code.weight=0.3"))]
-    assert load(["run.name=x", *dotted, "data.mixture.code.path=/b", "data.document_mask=true"]).data == data
+    dotted = [
+        "data.path=null",
+        *(f"data.mixture.{k}" for k in ("wiki.path=a", "wiki.weight=7", "code.weight=0.3")),
+    ]
+    assert (
+        load(["run.name=x", *dotted, "data.mixture.code.path=/b", "data.document_mask=true"]).data
+        == data
+    )
     assert load(["preset=demo", "data.path=null", *MIXTURE[1:]]).data.mixture == data.mixture
 
 
@@ -130,7 +162,12 @@ def test_a_run_from_before_there_were_mixtures_still_reads() -> None:
 
 
 def test_interpolation_and_numbers() -> None:
-    config = run("run.dir=/scratch/${run.name}/${model.name}", "train.tokens=10e9", "train.steps=null", "optim.lr=1e-3")
+    config = run(
+        "run.dir=/scratch/${run.name}/${model.name}",
+        "train.tokens=10e9",
+        "train.steps=null",
+        "optim.lr=1e-3",
+    )
     assert config.run.dir == Path("/scratch/try/dnt_124m")
     assert config.train.tokens == 10_000_000_000 and isinstance(config.train.tokens, int)
     assert config.optim.lr == 0.001
@@ -138,7 +175,12 @@ def test_interpolation_and_numbers() -> None:
 
 @pytest.mark.parametrize("spike", ["off", "rollback"])
 def test_without_a_gradient_buffer_a_spike_can_be_undone(spike: str) -> None:
-    assert run("optim.gradient_buffer=false", "optim.clip=tensor", f"health.spike={spike}").health.spike == spike
+    assert (
+        run(
+            "optim.gradient_buffer=false", "optim.clip=tensor", f"health.spike={spike}"
+        ).health.spike
+        == spike
+    )
 
 
 def test_nothing_changes_after_validation() -> None:
@@ -154,21 +196,40 @@ def test_nothing_changes_after_validation() -> None:
 WRONG: dict[str, tuple[list[str], list[str]]] = {
     "misspelt key": (["model.layrs=3"], ["model.layrs", "did you mean model.layers?"]),
     "misspelt section": (["trian.steps=3"], ["trian", "did you mean train?"]),
-    "misspelt nested key": (["optim.schedule.warmup=3"], ["optim.schedule.warmup", "optim.schedule.warmup_steps?"]),
-    "misspelt group key": (["optim.groups.embedding.patern=x"], ["optim.groups.embedding.patern", "pattern?"]),
-    "key of another choice": (["optim=adamw", "optim.momentum=0.5"], ["optim.momentum", "other choices"]),
-    "unknown model": (["model=dnt_12m"], ["model=dnt_12m", "did you mean dnt_124m?", "gpt_774m", "dnt_nano"]),
+    "misspelt nested key": (
+        ["optim.schedule.warmup=3"],
+        ["optim.schedule.warmup", "optim.schedule.warmup_steps?"],
+    ),
+    "misspelt group key": (
+        ["optim.groups.embedding.patern=x"],
+        ["optim.groups.embedding.patern", "pattern?"],
+    ),
+    "key of another choice": (
+        ["optim=adamw", "optim.momentum=0.5"],
+        ["optim.momentum", "other choices"],
+    ),
+    "unknown model": (
+        ["model=dnt_12m"],
+        ["model=dnt_12m", "did you mean dnt_124m?", "gpt_774m", "dnt_nano"],
+    ),
     "unknown optimizer": (["optim=sgd"], ["optim=sgd", "adamw, ", "msgdw, msgdw_r"]),
     "unknown engine": (
         ["engine=zero9"],
         ["engine=zero9: no such choice", "ddp, fsdp, hsdp, zero0, zero1, zero2, zero3, zero3_off"],
     ),
     "unknown preset": (["preset=dem"], ["did you mean demo?"]),
-    "unknown setting": (["model.setting=S6"], ["model.setting", "'S1', 'S2', 'S3', 'S4' or 'S5'", "'S6'"]),
+    "unknown setting": (
+        ["model.setting=S6"],
+        ["model.setting", "'S1', 'S2', 'S3', 'S4' or 'S5'", "'S6'"],
+    ),
     "unknown norm": (["model.norm=batch"], ["model.norm", "'rmsnorm' or 'layernorm'"]),
     "unknown algorithm": (
         ["optim.algorithm=msgwd"],
-        ["optim.algorithm: no such algorithm; did you mean msgdw?", "There are: adamw, ", "'msgwd'"],
+        [
+            "optim.algorithm: no such algorithm; did you mean msgdw?",
+            "There are: adamw, ",
+            "'msgwd'",
+        ],
     ),
     "no algorithm": (["~optim.algorithm"], ["optim.algorithm: Field required"]),
     "an optimizer that is none": (
@@ -182,7 +243,10 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
     "zero": (["model.layers=0"], ["model.layers", "greater than 0"]),
     "not a number at all": (["optim.lr=nan"], ["optim.lr", "finite", "nan"]),
     "infinite": (["model.gain_init=inf"], ["model.gain_init", "finite", "inf"]),
-    "an unset variable": (["run.name=${oc.env:DNT_SCALE_NOWHERE}"], ["run.name", "'DNT_SCALE_NOWHERE' not found"]),
+    "an unset variable": (
+        ["run.name=${oc.env:DNT_SCALE_NOWHERE}"],
+        ["run.name", "'DNT_SCALE_NOWHERE' not found"],
+    ),
     "a reference to nothing": (["run.dir=runs/${run.nme}"], ["run.dir", "'run.nme' not found"]),
     "a circle": (["run.dir=${run.dir}/x"], ["run.dir", "Recursive"]),
     "a value for a section": (["train=3"], ["train", "found 3"]),
@@ -195,7 +259,10 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
         ["train.tokens=1000", "train.steps=10000"],
         ["train", "one of steps and tokens", "steps=10000", "tokens=1000"],
     ),
-    "neither steps nor tokens": (["train.steps=null"], ["train", "one of steps and tokens", "None"]),
+    "neither steps nor tokens": (
+        ["train.steps=null"],
+        ["train", "one of steps and tokens", "None"],
+    ),
     "rows for adamw": (
         ["optim=adamw", "optim.groups={e: {pattern: emb, update: row_normalized}}"],
         ["groups.e.update", "row_normalized", "only msgdw"],
@@ -204,7 +271,10 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
         ["optim.gradient_buffer=false"],
         ["optim: clip is global", "gradient_buffer False", "set optim.clip=tensor or previous"],
     ),
-    "a clip that needs no gradient": (["optim.clip=tensor"], ["optim: clip is tensor", "gradient_buffer True"]),
+    "a clip that needs no gradient": (
+        ["optim.clip=tensor"],
+        ["optim: clip is tensor", "gradient_buffer True"],
+    ),
     "adamw without a gradient": (
         ["optim=adamw", "optim.gradient_buffer=false", "optim.clip=tensor"],
         ["optim: adamw needs the gradient after backward; set gradient_buffer: true"],
@@ -231,16 +301,28 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
     ),
     "a key that DeepSpeed does not have": (
         ["engine=zero2", "engine.deepspeed={zero_optimization: {reduce_bucket_sise: 5}}"],
-        ["engine.deepspeed.zero_optimization.reduce_bucket_sise: no such key", "did you mean reduce_bucket_size?"],
+        [
+            "engine.deepspeed.zero_optimization.reduce_bucket_sise: no such key",
+            "did you mean reduce_bucket_size?",
+        ],
     ),
     "checkpoints nowhere": (["checkpoint.dir=''"], ["checkpoint.dir", "at least 1 character"]),
     "a weight in a set named as an engine": (
         ["data.path=null", "data.mixture.fsdp={path: x, weight: -1}"],
         ["data.mixture.fsdp.weight: "],
     ),
-    "a group named as an engine": (["optim.groups.ddp={pattern: 3, lr: -1}"], ["optim.groups.ddp.lr: "]),
-    "copies of fsdp": (["engine=fsdp", "engine.replicas=2"], ["engine: replicas is 2", "engine=hsdp"]),
-    "a key of the other engine": (["engine=zero2", "engine.prefetch=2"], ["engine.prefetch", "other choices"]),
+    "a group named as an engine": (
+        ["optim.groups.ddp={pattern: 3, lr: -1}"],
+        ["optim.groups.ddp.lr: "],
+    ),
+    "copies of fsdp": (
+        ["engine=fsdp", "engine.replicas=2"],
+        ["engine: replicas is 2", "engine=hsdp"],
+    ),
+    "a key of the other engine": (
+        ["engine=zero2", "engine.prefetch=2"],
+        ["engine.prefetch", "other choices"],
+    ),
     "an optimizer that is whole offloaded": (
         ["engine=zero0", "engine.offload_optimizer=true"],
         ["engine: offload_optimizer needs a sharded optimizer"],
@@ -249,22 +331,55 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
         ["engine=zero2", "engine.offload_parameters=true"],
         ["engine: offload_parameters needs sharded weights", "zero3"],
     ),
-    "zero3 compiled": (["engine=zero3", "engine.compile=true"], ["engine: compile does not go with zero3"]),
-    "every block twice": (["engine.activation_checkpointing=1"], ["engine.activation_checkpointing"]),
+    "zero3 compiled": (
+        ["engine=zero3", "engine.compile=true"],
+        ["engine: compile does not go with zero3"],
+    ),
+    "every block twice": (
+        ["engine.activation_checkpointing=1"],
+        ["engine.activation_checkpointing"],
+    ),
     "an unknown spike": (["health.spike=ignore"], ["health.spike", "'skip', 'clip' or 'rollback'"]),
-    "a path and a mixture": (MIXTURE[1:], ["data: set one of path and mixture", "shards", "wiki, code in mixture"]),
-    "neither path nor mixture": (["data.path=null"], ["data: set one of path and mixture", "path=None and no sets"]),
-    "no weight": (["data.path=null", "data.mixture.a.path=x"], ["data.mixture.a.weight: Field required"]),
-    "a weight of nothing": ([*MIXTURE, "data.mixture.code.weight=0"], ["mixture.code.weight", "greater than 0"]),
-    "an endless weight": ([*MIXTURE, "data.mixture.code.weight=inf"], ["mixture.code.weight", "finite"]),
-    "too large a weight": ([*MIXTURE, "data.mixture.code.weight=1e13"], ["mixture.code.weight", "1000000000000"]),
+    "a path and a mixture": (
+        MIXTURE[1:],
+        ["data: set one of path and mixture", "shards", "wiki, code in mixture"],
+    ),
+    "neither path nor mixture": (
+        ["data.path=null"],
+        ["data: set one of path and mixture", "path=None and no sets"],
+    ),
+    "no weight": (
+        ["data.path=null", "data.mixture.a.path=x"],
+        ["data.mixture.a.weight: Field required"],
+    ),
+    "a weight of nothing": (
+        [*MIXTURE, "data.mixture.code.weight=0"],
+        ["mixture.code.weight", "greater than 0"],
+    ),
+    "an endless weight": (
+        [*MIXTURE, "data.mixture.code.weight=inf"],
+        ["mixture.code.weight", "finite"],
+    ),
+    "too large a weight": (
+        [*MIXTURE, "data.mixture.code.weight=1e13"],
+        ["mixture.code.weight", "1000000000000"],
+    ),
     "a set named as a metric": (
         [*MIXTURE, "data.mixture.loss={path: x, weight: 1}"],
         ["data.mixture.loss", "metric val/loss", "another name"],
     ),
-    "a long name of a set": ([*MIXTURE, f"data.mixture.{'a' * 101}={{path: x, weight: 1}}"], ["aaa", "100 characters"]),
-    "a set with a slash": (["data.mixture={a/b: {path: x, weight: 1}}"], ["data.mixture.a/b", "pattern"]),
-    "a misspelt weight": ([*MIXTURE, "data.mixture.code.wieght=1"], ["data.mixture.code.wieght: no such field"]),
+    "a long name of a set": (
+        [*MIXTURE, f"data.mixture.{'a' * 101}={{path: x, weight: 1}}"],
+        ["aaa", "100 characters"],
+    ),
+    "a set with a slash": (
+        ["data.mixture={a/b: {path: x, weight: 1}}"],
+        ["data.mixture.a/b", "pattern"],
+    ),
+    "a misspelt weight": (
+        [*MIXTURE, "data.mixture.code.wieght=1"],
+        ["data.mixture.code.wieght: no such field"],
+    ),
     "a mixture without its group": (
         ["data.path=???", "data.mixture.wiki.path=a", "data.mixture.wiki.weight=1"],
         ["data.path: is not set", "add data=mixture"],
@@ -287,7 +402,10 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
     "nothing": ([""], ["key=value"]),
     "half an interpolation": (["run.name=${"], ["run.name: ", "'${'"]),
     "a sweep of values": (["optim.lr=1,2"], ["optim.lr=1,2", "several values are a sweep"]),
-    "a sweep of choices": (["model=dnt_nano,gpt_nano"], ["model=dnt_nano,gpt_nano", "several values are a sweep"]),
+    "a sweep of choices": (
+        ["model=dnt_nano,gpt_nano"],
+        ["model=dnt_nano,gpt_nano", "several values are a sweep"],
+    ),
     "a range": (["optim.lr=range(1,3)"], ["optim.lr=range(1,3)", "several values are a sweep"]),
     "a glob": (["model=glob(*)"], ["model=glob(*)", "several values are a sweep"]),
 }
@@ -300,14 +418,22 @@ def test_a_mistake_is_one_line_that_names_the_field(case: str) -> None:
     assert all(part in message for part in expected), message
 
 
-@pytest.mark.parametrize(("given_one", "missing"), [("data.path=x", "run.name"), ("run.name=x", "data.path")])
+@pytest.mark.parametrize(
+    ("given_one", "missing"), [("data.path=x", "run.name"), ("run.name=x", "data.path")]
+)
 def test_mandatory_keys_are_asked_for(given_one: str, missing: str) -> None:
-    assert refused(given_one, minimal=False).startswith(f"{missing}: is not set; add {missing}=VALUE")
+    assert refused(given_one, minimal=False).startswith(
+        f"{missing}: is not set; add {missing}=VALUE"
+    )
 
 
 RAW = yaml.safe_load(to_yaml(load(["preset=demo"])))
 ADAMW_RAW = yaml.safe_load(to_yaml(load(["preset=demo", "optim=adamw"])))
-LEAVES = sorted(key for key in flat(validate(RAW)).keys() | flat(validate(ADAMW_RAW)).keys() if ".groups." not in key)
+LEAVES = sorted(
+    key
+    for key in flat(validate(RAW)).keys() | flat(validate(ADAMW_RAW)).keys()
+    if ".groups." not in key
+)
 
 
 def misspellings(key: str) -> list[str]:
@@ -323,7 +449,10 @@ def names_the_misspelling(message: str, misspelt: str) -> bool:
 
 def test_every_misspelling_of_every_key_in_a_config_file_is_named() -> None:
     tried = 0
-    for raw, keys in ((RAW, LEAVES), (ADAMW_RAW, [key for key in LEAVES if key.startswith("optim.")])):
+    for raw, keys in (
+        (RAW, LEAVES),
+        (ADAMW_RAW, [key for key in LEAVES if key.startswith("optim.")]),
+    ):
         for key in keys:
             for misspelt in misspellings(key):
                 tree: dict[str, Any] = deepcopy(raw)
@@ -370,7 +499,11 @@ def test_a_misspelt_key_is_named_with_the_right_one() -> None:
 @given(
     st.one_of(
         st.text(max_size=30),
-        st.builds("{}={}".format, st.sampled_from([*LEAVES, *GROUPS, "hydra", "+x", "~model"]), st.text(max_size=20)),
+        st.builds(
+            "{}={}".format,
+            st.sampled_from([*LEAVES, *GROUPS, "hydra", "+x", "~model"]),
+            st.text(max_size=20),
+        ),
     )
 )
 def test_any_override_at_all_is_accepted_or_refused_in_our_words(text: str) -> None:
@@ -422,8 +555,17 @@ def test_a_config_file_is_data_and_runs_nothing(tmp_path: Path) -> None:
         [],
         ["optim=adamw", "model=gpt_1.4b"],
         ["data.path=null", *MIXTURE[1:], "data.document_mask=true"],
-        ["train.steps=null", "train.tokens=1e9", "optim.clip_norm=null", "tracking.uri=http://localhost:5000"],
-        ["optim.groups.x={pattern: 'w_[qk]\\.', lr: 0.3, weight_decay: 0}", "run.dir=/elsewhere", "model.bias=true"],
+        [
+            "train.steps=null",
+            "train.tokens=1e9",
+            "optim.clip_norm=null",
+            "tracking.uri=http://localhost:5000",
+        ],
+        [
+            "optim.groups.x={pattern: 'w_[qk]\\.', lr: 0.3, weight_decay: 0}",
+            "run.dir=/elsewhere",
+            "model.bias=true",
+        ],
         ["optim.lr=0.1234567890123456789", "model.norm_eps=1e-12", "run.seed=123456789012345678"],
     ],
 )
@@ -445,7 +587,10 @@ def test_a_config_file_that_is_not_one_is_named(tmp_path: Path) -> None:
         (b"\xff\xfe\x00", "not readable as YAML"),
         (b"", "should be a valid dictionary"),
         (b"- 1\n- 2\n", "should be a valid dictionary"),
-        (to_yaml(run()).replace("layers", "layres").encode(), "model.layres: no such field; did you mean model.layers"),
+        (
+            to_yaml(run()).replace("layers", "layres").encode(),
+            "model.layres: no such field; did you mean model.layers",
+        ),
     ):
         path.write_bytes(content)
         with pytest.raises(ConfigError) as caught:
@@ -464,7 +609,11 @@ def test_flat_is_every_leaf_as_a_scalar() -> None:
                 node = node[part]
             assert value == (str(node) if isinstance(node, list) else node)
     got = flat(run("optim=adamw"))
-    assert (got["optim.betas"], got["run.dir"], got["train.tokens"]) == ("[0.9, 0.95]", "runs/try", None)
+    assert (got["optim.betas"], got["run.dir"], got["train.tokens"]) == (
+        "[0.9, 0.95]",
+        "runs/try",
+        None,
+    )
     assert got["data.path"] == str(Path("shards").absolute()) and "model" not in got
     assert flat(run())["optim.groups.embedding.update"] == "row_normalized"
 
@@ -479,16 +628,30 @@ def budget(steps: int | None, tokens: int | None, batch: int) -> RunConfig:
 
 def test_total_steps_by_hand() -> None:
     assert budget(37, None, 4).total_steps(256) == 37
-    assert [budget(None, n, 2).total_steps(5) for n in (1, 9, 10, 11, 1000, 1001)] == [1, 1, 1, 2, 100, 101]
+    assert [budget(None, n, 2).total_steps(5) for n in (1, 9, 10, 11, 1000, 1001)] == [
+        1,
+        1,
+        1,
+        2,
+        100,
+        101,
+    ]
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(tokens=st.integers(1, 10**15), batch=st.integers(1, 10**5), seq_len=st.integers(1, 10**5))
-def test_total_steps_is_the_fewest_that_reach_the_tokens(tokens: int, batch: int, seq_len: int) -> None:
+def test_total_steps_is_the_fewest_that_reach_the_tokens(
+    tokens: int, batch: int, seq_len: int
+) -> None:
     steps = budget(None, tokens, batch).total_steps(seq_len)
     below, reached = ((steps - i) * batch * seq_len for i in (1, 0))
     assert below < tokens <= reached
-    assert all(a <= b for a, b in pairwise(budget(None, t, batch).total_steps(seq_len) for t in (tokens, tokens + 1)))
+    assert all(
+        a <= b
+        for a, b in pairwise(
+            budget(None, t, batch).total_steps(seq_len) for t in (tokens, tokens + 1)
+        )
+    )
 
 
 def test_a_misspelt_mandatory_key_is_named_before_it_is_missed() -> None:
@@ -501,4 +664,6 @@ def test_a_place_for_checkpoints_holds_no_password(url):
     with pytest.raises(ConfigError, match="checkpoint: dir holds a login") as refused:
         load(["run.name=a", "data.path=set", f"checkpoint.dir='{url}'"])
     assert "s3cret" not in str(refused.value)
-    assert load(["run.name=a", "data.path=set", "checkpoint.dir='sftp://me@host/runs'"]).checkpoint.dir
+    assert load(
+        ["run.name=a", "data.path=set", "checkpoint.dir='sftp://me@host/runs'"]
+    ).checkpoint.dir

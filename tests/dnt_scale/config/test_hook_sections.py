@@ -18,7 +18,21 @@ def test_a_window(typed: str, steps: list[int]) -> None:
 
 
 @pytest.mark.parametrize(
-    "typed", ["10", "10-12", "10...12", "10..", "..12", "a..b", "0..3", "-1..3", "1.5..3", "[1, 2]", "1..2..3", "٣..٤"]
+    "typed",
+    [
+        "10",
+        "10-12",
+        "10...12",
+        "10..",
+        "..12",
+        "a..b",
+        "0..3",
+        "-1..3",
+        "1.5..3",
+        "[1, 2]",
+        "1..2..3",
+        "٣..٤",
+    ],
 )
 def test_what_is_no_window(typed: str) -> None:
     with pytest.raises(ConfigError, match=r"profile\.steps: ") as caught:
@@ -27,14 +41,18 @@ def test_what_is_no_window(typed: str) -> None:
 
 
 def test_a_window_that_ends_before_it_begins() -> None:
-    with pytest.raises(ConfigError, match=r"the window ends before it begins; expected FIRST..LAST.*'12\.\.10'"):
+    with pytest.raises(
+        ConfigError, match=r"the window ends before it begins; expected FIRST..LAST.*'12\.\.10'"
+    ):
         load([*MINIMAL, "profile.steps=12..10"])
 
 
 def test_a_window_lies_within_the_run() -> None:
     check_window(ProfileSection(), 5)
     check_window(ProfileSection(steps="4..5"), 5)
-    with pytest.raises(ConfigError, match=r"the window 4\.\.6 ends after the run's last step, 5; give steps"):
+    with pytest.raises(
+        ConfigError, match=r"the window 4\.\.6 ends after the run's last step, 5; give steps"
+    ):
         check_window(ProfileSection(steps="4..6"), 5)
 
 

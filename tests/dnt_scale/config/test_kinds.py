@@ -37,7 +37,11 @@ def kinds(tmp_path, monkeypatch):
 
 def test_a_kind_is_a_file_named_after_it(kinds):
     assert kinds.loaded() == []
-    assert kinds.validate({"patch": 4}, None).patch == kinds.validate({"kind": "vit", "patch": 4}, None).patch == 4
+    assert (
+        kinds.validate({"patch": 4}, None).patch
+        == kinds.validate({"kind": "vit", "patch": 4}, None).patch
+        == 4
+    )
     assert [cls.__name__ for cls in kinds.loaded()] == ["Vit"]
     assert "rooms_of_a_test.other" not in sys.modules
 
@@ -60,5 +64,7 @@ def test_two_classes_of_one_kind_are_refused(kinds):
     class Again(vit):
         pass
 
-    with pytest.raises(ValueError, match=r"model\.kind vit: .*Again and rooms_of_a_test\.vit\.Vit both have it"):
+    with pytest.raises(
+        ValueError, match=r"model\.kind vit: .*Again and rooms_of_a_test\.vit\.Vit both have it"
+    ):
         kinds.register(Again)

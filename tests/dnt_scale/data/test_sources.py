@@ -16,7 +16,11 @@ from tests.helpers.run import synthetic_set
 
 def mixture(**sets):
     return DataConfig.model_validate(
-        {"mixture": {name: {"path": path, "weight": weight} for name, (path, weight) in sets.items()}}
+        {
+            "mixture": {
+                name: {"path": path, "weight": weight} for name, (path, weight) in sets.items()
+            }
+        }
     )
 
 
@@ -43,7 +47,9 @@ def test_shares_are_of_rows_and_weights_of_tokens(corpus, packed):
     part = tokens_a_place(load_manifest(packed))
     split = load_manifest(packed).splits["train"]
     assert part == split.tokens / (split.rows * 64) < 0.97
-    docs, padded = sorted(load_sets(mixture(a=(corpus, 6), b=(packed, 2))), key=lambda source: source.name)
+    docs, padded = sorted(
+        load_sets(mixture(a=(corpus, 6), b=(packed, 2))), key=lambda source: source.name
+    )
     assert (docs.weight, padded.weight) == (0.75, 0.25)
     assert padded.share / docs.share == pytest.approx(1 / 3 / part, rel=1e-8)
     assert tokens_a_place(docs.manifest) == 1
@@ -54,7 +60,10 @@ def test_a_tiny_weight_still_gives_rows(corpus, packed):
 
 
 @settings(max_examples=30, deadline=None)
-@given(weights=st.lists(st.integers(1, 1000), min_size=2, max_size=2), scale=st.sampled_from([1, 2, 0.25, 1000]))
+@given(
+    weights=st.lists(st.integers(1, 1000), min_size=2, max_size=2),
+    scale=st.sampled_from([1, 2, 0.25, 1000]),
+)
 def test_only_what_decides_the_rows_is_in_the_identity(corpus, packed, weights, scale):
     a, b = weights
     found = identity(load_sets(mixture(x=(corpus, a), y=(packed, b))))
@@ -75,7 +84,10 @@ def test_another_tokenizer_is_named(corpus, tmp_path):
         load_sets(mixture(wiki=(corpus, 2), code=(other, 1)))
     message = str(caught.value)
     assert message.startswith(f"data.mixture.code.path: {other} has tokenizer (sha256) ")
-    assert f"but {corpus} (wiki) has {load_manifest(corpus).tokenizer.sha256[:12]}; prepare both" in message
+    assert (
+        f"but {corpus} (wiki) has {load_manifest(corpus).tokenizer.sha256[:12]}; prepare both"
+        in message
+    )
 
 
 def test_another_row_length_is_named(corpus, tmp_path):
@@ -83,7 +95,8 @@ def test_another_row_length_is_named(corpus, tmp_path):
     small_set(tmp_path / "b", val_fraction=0.0, limit_bytes=200_000, seq_len=32)
     assert load_manifest(tmp_path / "a").tokenizer == load_manifest(tmp_path / "b").tokenizer
     with pytest.raises(
-        ConfigError, match=r"data\.mixture\.b\.path: .* has seq_len 32, but .* \(a\) has 64; prepare both"
+        ConfigError,
+        match=r"data\.mixture\.b\.path: .* has seq_len 32, but .* \(a\) has 64; prepare both",
     ):
         load_sets(mixture(a=(tmp_path / "a", 1), b=(tmp_path / "b", 1)))
 

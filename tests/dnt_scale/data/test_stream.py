@@ -14,7 +14,15 @@ import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.shards import Member, Shard, Split, iter_documents, load_manifest, read_block, write_manifest
+from data_prep.shards import (
+    Member,
+    Shard,
+    Split,
+    iter_documents,
+    load_manifest,
+    read_block,
+    write_manifest,
+)
 from dnt_scale.config import DataConfig
 from dnt_scale.data import rows as rows_module
 from dnt_scale.data.order import WINDOW_BLOCKS, Order, deal, row_at, rows_from
@@ -34,7 +42,10 @@ def order_of(block_rows: list[int], seed: int) -> Order:
     members = tuple(Member.model_construct(rows=rows) for rows in block_rows)
     middle = len(members) // 2
     parts = [part for part in (members[:middle], members[middle:]) if part]
-    return Order(Split.model_construct(shards=tuple(Shard.model_construct(members=part) for part in parts)), seed)
+    return Order(
+        Split.model_construct(shards=tuple(Shard.model_construct(members=part) for part in parts)),
+        seed,
+    )
 
 
 def epoch(order: Order, number: int) -> list[tuple[int, int]]:
@@ -52,7 +63,9 @@ def test_an_epoch_holds_every_row_once(block_rows, seed, number):
 @given(BLOCK_SIZES, SEEDS, st.lists(st.integers(0, 10**6), max_size=20))
 def test_a_position_is_the_same_row_whatever_was_asked_before(block_rows, seed, positions):
     used = order_of(block_rows, seed)
-    assert [used.row_at(p) for p in positions] == [order_of(block_rows, seed).row_at(p) for p in positions]
+    assert [used.row_at(p) for p in positions] == [
+        order_of(block_rows, seed).row_at(p) for p in positions
+    ]
 
 
 @settings(deadline=None, max_examples=20)
@@ -107,19 +120,25 @@ def test_many_rows_at_once_are_row_at(block_rows, seed, position, count):
 
 # ---------------------------------------------------------------- mixtures
 
-WEIGHTS = st.lists(st.one_of(st.floats(1e-6, 1e6), st.sampled_from([1.0, 2.0])), min_size=1, max_size=8)
+WEIGHTS = st.lists(
+    st.one_of(st.floats(1e-6, 1e6), st.sampled_from([1.0, 2.0])), min_size=1, max_size=8
+)
 
 
 def shares_of(weights):
     """What `load_sets` makes of weights."""
-    return sorted((max(1, round(weight / sum(weights) * SHARES)) for weight in weights), reverse=True)
+    return sorted(
+        (max(1, round(weight / sum(weights) * SHARES)) for weight in weights), reverse=True
+    )
 
 
 def dealt_by_hand(shares, position):
     """The definition of `deal`, in integers of any size."""
     for index, share in enumerate(shares):
         total = sum(shares[index:])
-        before, after = ((2 * share * count + total) // (2 * total) for count in (position, position + 1))
+        before, after = (
+            (2 * share * count + total) // (2 * total) for count in (position, position + 1)
+        )
         if after > before:
             return index, before
         position -= before
@@ -141,7 +160,9 @@ def test_deal_is_right_at_any_position(weights, first, count):
 def test_each_set_gives_its_rows_in_turn_and_its_part_of_any_prefix(weights, count):
     shares = shares_of(weights)
     source, within = deal(shares, np.arange(count))
-    bound = {1: 0, 2: 0.5}.get(len(shares), 0.5 + 0.5 * sum(1 / k for k in range(1, len(shares) - 1)))
+    bound = {1: 0, 2: 0.5}.get(
+        len(shares), 0.5 + 0.5 * sum(1 / k for k in range(1, len(shares) - 1))
+    )
     for index, share in enumerate(shares):
         mine = source == index
         assert np.array_equal(within[mine], np.arange(mine.sum()))
@@ -154,14 +175,19 @@ def test_each_set_gives_its_rows_in_turn_and_its_part_of_any_prefix(weights, cou
     st.lists(st.tuples(BLOCK_SIZES, st.floats(0.01, 1)), min_size=1, max_size=4),
     SEEDS,
     st.integers(0, 10**8),
-    st.lists(st.tuples(st.sampled_from([1, 2, 3, 4, 6, 12]), st.integers(1, 3)), min_size=1, max_size=4),
+    st.lists(
+        st.tuples(st.sampled_from([1, 2, 3, 4, 6, 12]), st.integers(1, 3)), min_size=1, max_size=4
+    ),
 )
 def test_any_sequence_of_ranks_sees_the_same_rows(sets, seed, first_batch, stages):
     """Each stage runs some steps of 12 rows on some ranks, each rank with orders of its own."""
     shares = shares_of([weight for _, weight in sets])
 
     def new_orders():
-        return [order_of(block_rows, (seed + index) % 2**64) for index, (block_rows, _) in enumerate(sets)]
+        return [
+            order_of(block_rows, (seed + index) % 2**64)
+            for index, (block_rows, _) in enumerate(sets)
+        ]
 
     start = position = 12 * first_batch
     seen = []
@@ -169,7 +195,9 @@ def test_any_sequence_of_ranks_sees_the_same_rows(sets, seed, first_batch, stage
         orders = [new_orders() for _ in range(ranks)]
         for _ in range(steps):
             for rank in range(ranks):
-                parts = rows_from(shares, orders[rank], position + rank * (12 // ranks), 12 // ranks)
+                parts = rows_from(
+                    shares, orders[rank], position + rank * (12 // ranks), 12 // ranks
+                )
                 seen += zip(*(part.tolist() for part in parts), strict=True)
             position += 12
     orders = new_orders()
@@ -209,7 +237,9 @@ def plain(corpus):
     return read
 
 
-def batches(corpus, manifest, count, *, seed=7, consumed_rows=0, rank=0, world_size=1, global_batch=8):
+def batches(
+    corpus, manifest, count, *, seed=7, consumed_rows=0, rank=0, world_size=1, global_batch=8
+):
     """The first ``count`` batches of one rank, and the states that belong to them."""
     with token_stream(
         (TokenSet("", corpus, manifest),),
@@ -227,7 +257,10 @@ def test_rows_are_those_that_webdataset_reads(corpus, manifest, plain):
     blocks = plain("train")
     got = torch.cat(batches(corpus, manifest, 5)[0])
     assert got.dtype == torch.int64
-    wanted = [blocks[block][row] for block, row in (row_at(manifest, 7, position) for position in range(40))]
+    wanted = [
+        blocks[block][row]
+        for block, row in (row_at(manifest, 7, position) for position in range(40))
+    ]
     assert np.array_equal(got.numpy(), np.stack(wanted))
 
 
@@ -236,10 +269,16 @@ def test_an_epoch_predicts_every_token_once(corpus, manifest):
     position_of = {row_at(manifest, 7, position): position for position in range(split.rows)}
     assert len(position_of) == split.rows
     batch = 128
-    read = torch.cat(batches(corpus, manifest, -(-split.rows // batch), global_batch=batch)[0])[: split.rows]
+    read = torch.cat(batches(corpus, manifest, -(-split.rows // batch), global_batch=batch)[0])[
+        : split.rows
+    ]
     in_file_order = read[[position_of[row] for row in sorted(position_of)]]
     predicted = in_file_order[:, 1:].flatten().tolist() + list(split.tail[1:])
-    documents = [token for document in iter_documents(corpus, "train") for token in (*document, manifest.eos_id)]
+    documents = [
+        token
+        for document in iter_documents(corpus, "train")
+        for token in (*document, manifest.eos_id)
+    ]
     assert predicted == documents  # all but the eos in front, which nothing predicts
     assert len(predicted) == split.tokens
     assert torch.equal(in_file_order[1:, 0], in_file_order[:-1, -1])
@@ -248,7 +287,9 @@ def test_an_epoch_predicts_every_token_once(corpus, manifest):
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_ranks_slice_the_same_global_batches(corpus, manifest, world_size):
     alone, consumed_alone = batches(corpus, manifest, 6)
-    parts = [batches(corpus, manifest, 6, rank=rank, world_size=world_size) for rank in range(world_size)]
+    parts = [
+        batches(corpus, manifest, 6, rank=rank, world_size=world_size) for rank in range(world_size)
+    ]
     for index, whole in enumerate(alone):
         assert torch.equal(torch.cat([part[index] for part, _ in parts]), whole)
     assert all(consumed == consumed_alone for _, consumed in parts)
@@ -274,7 +315,11 @@ def test_global_random_states_stay(corpus, manifest):
     torch.manual_seed(3)
     before = random.getstate(), np.random.get_state()[1].tobytes(), torch.get_rng_state()
     batches(corpus, manifest, 3)
-    list(validation_batches(TokenSet("", corpus, manifest), rows=8, micro_batch=4, rank=0, world_size=1))
+    list(
+        validation_batches(
+            TokenSet("", corpus, manifest), rows=8, micro_batch=4, rank=0, world_size=1
+        )
+    )
     after = random.getstate(), np.random.get_state()[1].tobytes(), torch.get_rng_state()
     assert before[:2] == after[:2] and torch.equal(before[2], after[2])
 
@@ -287,7 +332,9 @@ def stream_threads():
 def test_leaving_stops_the_thread_and_closes_the_files(corpus, manifest, taken):
     with (
         pytest.raises(ZeroDivisionError),
-        token_stream((TokenSet("", corpus, manifest),), seed=0, global_batch=8, rank=0, world_size=1) as stream,
+        token_stream(
+            (TokenSet("", corpus, manifest),), seed=0, global_batch=8, rank=0, world_size=1
+        ) as stream,
     ):
         for _ in range(taken):
             next(stream)
@@ -299,12 +346,16 @@ def test_leaving_stops_the_thread_and_closes_the_files(corpus, manifest, taken):
 
 def test_a_batch_that_ranks_cannot_share_is_an_error(corpus, manifest):
     with pytest.raises(ValueError, match=r"train\.global_batch is 9, not divisible by 2 ranks"):
-        token_stream((TokenSet("", corpus, manifest),), seed=0, global_batch=9, rank=0, world_size=2)
+        token_stream(
+            (TokenSet("", corpus, manifest),), seed=0, global_batch=9, rank=0, world_size=2
+        )
 
 
 def test_a_shard_truncated_in_use_is_named(corpus, manifest, tmp_path):
     folder = shutil.copytree(corpus, tmp_path / "set")
-    with token_stream((TokenSet("", folder, manifest),), seed=0, global_batch=64, rank=0, world_size=1) as stream:
+    with token_stream(
+        (TokenSet("", folder, manifest),), seed=0, global_batch=64, rank=0, world_size=1
+    ) as stream:
         next(stream)
         for path in folder.glob("train-*.tar"):
             os.truncate(path, 2048)
@@ -323,7 +374,11 @@ def test_validation_deals_every_row_once(corpus, manifest, plain, world_size, ro
     ranks = [
         list(
             validation_batches(
-                TokenSet("", corpus, manifest), rows=rows, micro_batch=4, rank=rank, world_size=world_size
+                TokenSet("", corpus, manifest),
+                rows=rows,
+                micro_batch=4,
+                rank=rank,
+                world_size=world_size,
             )
         )
         for rank in range(world_size)
@@ -336,7 +391,8 @@ def test_validation_deals_every_row_once(corpus, manifest, plain, world_size, ro
     assert (dealt[len(real) :] == IGNORED).all()
 
 
-# ---------------------------------------------------------------- several real sets, one of them with padding
+# ---------------------------------------------------------------- several real sets, one of them
+# with padding
 
 
 @pytest.fixture(scope="module")
@@ -362,8 +418,14 @@ def test_a_mixture_reads_each_sets_rows_in_its_own_order(mixture):
     for position in range(600):
         index, within = dealt_by_hand([source.share for source in mixture], position)
         block, row = orders[index].row_at(within)
-        ids = read_block(mixture[index].folder, mixture[index].manifest, "train", block)[row].tolist()
-        wanted.append(ignoring_padding(ids, mixture[index].manifest.eos_id) if mixture[index].name == "packed" else ids)
+        ids = read_block(mixture[index].folder, mixture[index].manifest, "train", block)[
+            row
+        ].tolist()
+        wanted.append(
+            ignoring_padding(ids, mixture[index].manifest.eos_id)
+            if mixture[index].name == "packed"
+            else ids
+        )
     assert got == wanted
     assert sum(IGNORED in row for row in got) > 20
 
@@ -372,13 +434,21 @@ def test_a_mixture_reads_each_sets_rows_in_its_own_order(mixture):
 def test_ranks_slice_the_same_batches_of_a_mixture(mixture, world_size):
     def read(rank, world_size, consumed_rows=0):
         with token_stream(
-            mixture, seed=7, global_batch=12, rank=rank, world_size=world_size, consumed_rows=consumed_rows
+            mixture,
+            seed=7,
+            global_batch=12,
+            rank=rank,
+            world_size=world_size,
+            consumed_rows=consumed_rows,
         ) as stream:
             return [next(stream)[0] for _ in range(6)]
 
     alone = read(0, 1)
     parts = [read(rank, world_size) for rank in range(world_size)]
-    assert all(torch.equal(torch.cat(part), whole) for part, whole in zip(zip(*parts, strict=True), alone, strict=True))
+    assert all(
+        torch.equal(torch.cat(part), whole)
+        for part, whole in zip(zip(*parts, strict=True), alone, strict=True)
+    )
     assert torch.equal(torch.cat(read(0, 1, consumed_rows=36)[:3]), torch.cat(alone[3:]))
 
 
@@ -389,11 +459,15 @@ def test_padding_is_all_that_is_ignored(packed):
     with token_stream((source,), seed=0, global_batch=split.rows, rank=0, world_size=1) as stream:
         tokens = next(stream)[0]
     assert (tokens[:, 0] == source.manifest.eos_id).all()
-    assert int((tokens[:, 1:] != IGNORED).sum()) == split.tokens < split.rows * source.manifest.seq_len
+    assert (
+        int((tokens[:, 1:] != IGNORED).sum()) == split.tokens < split.rows * source.manifest.seq_len
+    )
     targets, inputs = tokens[:, 1:], tokens[:, :-1]
     assert not ((targets == source.manifest.eos_id) & (inputs == source.manifest.eos_id)).any()
     val = source.manifest.splits["val"]
-    held_out = torch.cat(list(validation_batches(source, rows=10**6, micro_batch=4, rank=0, world_size=1)))
+    held_out = torch.cat(
+        list(validation_batches(source, rows=10**6, micro_batch=4, rank=0, world_size=1))
+    )
     assert int((held_out[:, 1:] != IGNORED).sum()) == val.tokens
 
 
@@ -416,12 +490,16 @@ def test_a_mixture_weighs_tokens_not_rows(corpus, packed):
 
 def test_many_shards_are_read_through_few_open_files(corpus, manifest, monkeypatch):
     def open_files():
-        return len([path for path in Path("/proc/self/fd").iterdir() if path.resolve().parent == corpus])
+        return len(
+            [path for path in Path("/proc/self/fd").iterdir() if path.resolve().parent == corpus]
+        )
 
     wanted = torch.cat(batches(corpus, manifest, 6)[0])
     assert len(manifest.splits["train"].shards) > 2
     monkeypatch.setattr(rows_module, "OPEN_FILES", 2)
-    with token_stream((TokenSet("", corpus, manifest),), seed=7, global_batch=8, rank=0, world_size=1) as stream:
+    with token_stream(
+        (TokenSet("", corpus, manifest),), seed=7, global_batch=8, rank=0, world_size=1
+    ) as stream:
         got = torch.cat([next(stream)[0] for _ in range(6)])
         assert open_files() <= 2
     assert torch.equal(got, wanted)
@@ -442,14 +520,20 @@ def many_shards(tmp_path_factory):
         split = write_split(out, "train", stream, 4)
         totals = {"documents": split.documents, "text_bytes": split.text_bytes}
         [source] = manifest.sources
-        update = {"seq_len": 4, "splits": {"train": split}, "sources": (source.model_copy(update=totals),)}
+        update = {
+            "seq_len": 4,
+            "splits": {"train": split},
+            "sources": (source.model_copy(update=totals),),
+        }
         write_manifest(out, manifest.model_copy(update=update))
         entries[f"set{number}"] = {"path": out, "weight": 1}
     return DataConfig.model_validate({"mixture": entries})
 
 
 def read_with_a_limit_on_files(data, soft, hard):
-    """Print how many shards a stream keeps open, the soft limit that it leaves, and the sum of what it reads."""
+    """Print how many shards a stream keeps open, the soft limit that it leaves, and the sum of
+    what it reads.
+    """
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     folders = {entry.path for entry in data.mixture.values()}
     with token_stream(load_sets(data), seed=7, global_batch=600, rank=0, world_size=1) as stream:

@@ -1,4 +1,6 @@
-"""`train.dtype: auto`: what a machine is found to be good at is what a run computes in, and what its records say."""
+"""`train.dtype: auto`: what a machine is found to be good at is what a run computes in, and what
+its records say.
+"""
 
 import json
 import os
@@ -24,7 +26,8 @@ def run_with(dtype: str, *overrides: str) -> RunConfig:
 
 @pytest.fixture
 def me(monkeypatch: pytest.MonkeyPatch) -> process_group.Ranks:
-    monkeypatch.setattr(compute_dtype, "highest", lambda *values: values)  # a world of one needs no collective
+    # a world of one needs no collective
+    monkeypatch.setattr(compute_dtype, "highest", lambda *values: values)
     return process_group.Ranks(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
 
 
@@ -47,12 +50,36 @@ def test_auto_is_the_default() -> None:
         (GOOD, "auto", None, "bf16", ""),
         (POOR, "auto", None, "fp32", ""),
         (0.95, "auto", None, "fp32", ""),
-        (POOR, "bf16", None, "bf16", "bf16 was asked for, but a bf16 matmul takes 36 times as long"),
+        (
+            POOR,
+            "bf16",
+            None,
+            "bf16",
+            "bf16 was asked for, but a bf16 matmul takes 36 times as long",
+        ),
         (GOOD, "bf16", None, "bf16", ""),
         (GOOD, "fp32", None, "fp32", ""),
-        (POOR, "auto", "bf16", "bf16", "bf16 was recorded with the checkpoint, but a bf16 matmul takes 36 times"),
-        (POOR, "bf16", "bf16", "bf16", "bf16 was recorded with the checkpoint, but a bf16 matmul takes 36 times"),
-        (GOOD, "auto", "fp32", "fp32", "fp32, as recorded with the checkpoint; on this machine bf16 is faster"),
+        (
+            POOR,
+            "auto",
+            "bf16",
+            "bf16",
+            "bf16 was recorded with the checkpoint, but a bf16 matmul takes 36 times",
+        ),
+        (
+            POOR,
+            "bf16",
+            "bf16",
+            "bf16",
+            "bf16 was recorded with the checkpoint, but a bf16 matmul takes 36 times",
+        ),
+        (
+            GOOD,
+            "auto",
+            "fp32",
+            "fp32",
+            "fp32, as recorded with the checkpoint; on this machine bf16 is faster",
+        ),
         (GOOD, "fp32", "fp32", "fp32", ""),
         (GOOD, "auto", "bf16", "bf16", ""),
         (POOR, "auto", "fp32", "fp32", ""),
@@ -70,7 +97,8 @@ def test_what_is_chosen_and_said(
     said: str,
 ) -> None:
     machine(monkeypatch, cost)
-    for asked in {command, recorded or command} if command == "auto" else {command}:  # it may be kept already
+    # it may be kept already
+    for asked in {command, recorded or command} if command == "auto" else {command}:
         resolved, line = compute_dtype.resolve(run_with(asked), me, command, recorded)
         assert resolved.train.dtype == chosen
         assert (said in line) if said else not line
@@ -99,7 +127,12 @@ def test_an_engine_that_does_not_go_with_it_is_refused(
     ("recorded", "cost", "dtype", "said"),
     [
         ("bf16", GOOD, torch.bfloat16, ""),
-        ("bf16", POOR, torch.float32, "computing in fp32: the run was trained in bf16, but a bf16 matmul takes 36"),
+        (
+            "bf16",
+            POOR,
+            torch.float32,
+            "computing in fp32: the run was trained in bf16, but a bf16 matmul takes 36",
+        ),
         ("fp32", GOOD, torch.float32, ""),
         ("auto", POOR, torch.float32, ""),
     ],
@@ -114,28 +147,41 @@ def test_inference_computes_in_what_this_machine_is_good_at(
 
 
 def test_estimates_before_the_start_take_what_is_likely() -> None:
-    assert compute_dtype.expected(run_with("auto", "run.device=auto"), gpus=True).train.dtype == "bf16"
-    assert compute_dtype.expected(run_with("auto", "run.device=auto"), gpus=False).train.dtype == "fp32"
-    assert compute_dtype.expected(run_with("auto", "run.device=cpu"), gpus=True).train.dtype == "fp32"
+    assert (
+        compute_dtype.expected(run_with("auto", "run.device=auto"), gpus=True).train.dtype == "bf16"
+    )
+    assert (
+        compute_dtype.expected(run_with("auto", "run.device=auto"), gpus=False).train.dtype
+        == "fp32"
+    )
+    assert (
+        compute_dtype.expected(run_with("auto", "run.device=cpu"), gpus=True).train.dtype == "fp32"
+    )
     assert compute_dtype.expected(run_with("bf16"), gpus=False).train.dtype == "bf16"
 
 
 def test_the_measurement_agrees_with_what_onednn_says_of_the_processor() -> None:
-    """Where oneDNN may use no more than AVX2 there is no bf16 arithmetic, whatever the processor has."""
+    """Where oneDNN may use no more than AVX2 there is no bf16 arithmetic, whatever the processor
+    has.
+    """
     code = (
-        "import torch; from dnt_scale.distributed import compute_dtype; before = torch.get_num_threads();"
-        "print(torch.ops.mkldnn._is_mkldnn_bf16_supported(), compute_dtype.bf16_cost(torch.device('cpu')));"
-        "assert torch.get_num_threads() == before"
+        "import torch; from dnt_scale.distributed import compute_dtype; before = "
+        "torch.get_num_threads();print(torch.ops.mkldnn._is_mkldnn_bf16_supported(), "
+        "compute_dtype.bf16_cost(torch.device('cpu')));assert torch.get_num_threads() == before"
     )
     env = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
-    done = subprocess.run([sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True, check=True
+    )
     native, cost = done.stdout.split()
     if native == "False":
         assert compute_dtype.faster(float(cost)) == "fp32", cost
 
 
 def test_what_was_taken_is_recorded_and_kept(corpus: Path, tmp_path: Path) -> None:
-    """In config.yaml and in the checkpoint; a resume on a machine that is good at the other one computes as before."""
+    """In config.yaml and in the checkpoint; a resume on a machine that is good at the other one
+    computes as before.
+    """
     run_dir = tmp_path / "run"
     overrides = tiny(corpus, run_dir, "train.dtype=auto", "eval.every=0")
     train([*overrides, "train.steps=3"], env={"ONEDNN_MAX_CPU_ISA": "AVX2"}).ok()

@@ -18,7 +18,9 @@ def test_a_process_lives_until_it_ends() -> None:
     assert not has_ended(child.pid, 0, machine())
     child.kill()
     deadline = time.monotonic() + 60
-    while psutil.Process(child.pid).status() != psutil.STATUS_ZOMBIE and time.monotonic() < deadline:
+    while (
+        psutil.Process(child.pid).status() != psutil.STATUS_ZOMBIE and time.monotonic() < deadline
+    ):
         time.sleep(0.01)
     assert has_ended(child.pid, started, machine())  # only its exit status is left
     child.wait()

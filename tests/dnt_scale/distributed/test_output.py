@@ -1,4 +1,6 @@
-"""Output that breaks, blocks or is not there: a command that works goes on, one that only shows something ends."""
+"""Output that breaks, blocks or is not there: a command that works goes on, one that only shows
+something ends.
+"""
 
 import fcntl
 import io
@@ -63,11 +65,21 @@ def closed() -> tuple[int, int | None]:
     return writes, None
 
 
-BROKEN = (no_reader, does_not_read, does_not_wait, full_disk, dead_terminal, stopped_terminal, closed)
+BROKEN = (
+    no_reader,
+    does_not_read,
+    does_not_wait,
+    full_disk,
+    dead_terminal,
+    stopped_terminal,
+    closed,
+)
 
 
 @pytest.mark.parametrize("kind", BROKEN)
-def test_nothing_that_output_meets_is_an_error_or_holds_up(kind: Callable[[], tuple[int, int | None]]) -> None:
+def test_nothing_that_output_meets_is_an_error_or_holds_up(
+    kind: Callable[[], tuple[int, int | None]],
+) -> None:
     writes, reads = kind()
     output = Output(writes, shows=False)
     text = io.TextIOWrapper(output, "ascii", "backslashreplace", write_through=True)
@@ -117,7 +129,11 @@ def hang_up(overrides: list[str], run_dir: Path, ignored: bool) -> None:
 def test_a_terminal_that_goes_costs_no_step(corpus, reference, tmp_path, ignored):
     """It also reads nothing all the time. As `nohup` has it, the run goes on to its end."""
     run_dir = tmp_path / "run"
-    more = [] if ignored else ["train.steps=100000", "checkpoint.every=0", "optim.schedule.name=constant"]
+    more = (
+        []
+        if ignored
+        else ["train.steps=100000", "checkpoint.every=0", "optim.schedule.name=constant"]
+    )
     finished = Ranks(hang_up, (tiny(corpus, run_dir, *more), run_dir, ignored), 1, {}).wait()
     assert finished.code == (0 if ignored else 128 + signal.SIGHUP)
     lines, steps = metrics(run_dir), steps_written(run_dir)
@@ -128,7 +144,8 @@ def test_a_terminal_that_goes_costs_no_step(corpus, reference, tmp_path, ignored
 def closed_streams(overrides: list[str]) -> None:
     for descriptor in (0, 1, 2):
         os.close(descriptor)
-    sys.stdin = sys.__stdin__ = sys.stdout = sys.__stdout__ = sys.stderr = sys.__stderr__ = None  # as Python has it
+    # as Python has it
+    sys.stdin = sys.__stdin__ = sys.stdout = sys.__stdout__ = sys.stderr = sys.__stderr__ = None
     _run_module("dnt_scale.train", overrides)
 
 
@@ -148,14 +165,19 @@ def test_training_needs_no_output(corpus, tmp_path, begin):
 
 @pytest.fixture
 def signals() -> Iterator[None]:
-    before = {number: signal.getsignal(number) for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGINT)}
+    before = {
+        number: signal.getsignal(number)
+        for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGINT)
+    }
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
 @pytest.mark.usefixtures("signals")
-@pytest.mark.parametrize(("before", "counted"), [(signal.SIG_DFL, [signal.SIGHUP] * 2), (signal.SIG_IGN, [])])
+@pytest.mark.parametrize(
+    ("before", "counted"), [(signal.SIG_DFL, [signal.SIGHUP] * 2), (signal.SIG_IGN, [])]
+)
 def test_a_hangup_stops_unless_it_is_ignored(before, counted):
     signal.signal(signal.SIGHUP, before)
     with stop_signals() as received:
@@ -165,10 +187,14 @@ def test_a_hangup_stops_unless_it_is_ignored(before, counted):
     signal.raise_signal(signal.SIGHUP)  # once more, from the shell
 
 
-def dnt(*arguments: object, env: dict[str, str] | None = None, **streams: object) -> subprocess.CompletedProcess[str]:
+def dnt(
+    *arguments: object, env: dict[str, str] | None = None, **streams: object
+) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "dnt_scale.cli", *map(str, arguments)]
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **streams}
-    return subprocess.run(command, text=True, timeout=120, env={**os.environ, **(env or {})}, **streams)
+    return subprocess.run(
+        command, text=True, timeout=120, env={**os.environ, **(env or {})}, **streams
+    )
 
 
 def test_a_command_that_shows_something_ends_with_its_reader(corpus):
@@ -179,16 +205,27 @@ def test_a_command_that_shows_something_ends_with_its_reader(corpus):
         assert (done.returncode, done.stderr) == (141, ""), arguments
     with Path("/dev/full").open("w") as full:
         done = dnt("data", "info", corpus, stdout=full)
-        assert (done.returncode, done.stderr) == (2, "error: [Errno 28] standard output: No space left on device\n")
+        assert (done.returncode, done.stderr) == (
+            2,
+            "error: [Errno 28] standard output: No space left on device\n",
+        )
         assert dnt("data", "info", corpus / "no", stderr=full).returncode == 2
 
 
 def test_a_poor_terminal_shows_everything(corpus, tmp_path):
     """Its encoding lacks characters; it has a column, or is dumb."""
     (tmp_path / "año").mkdir()
-    env = {"PYTHONIOENCODING": "ascii", "COLUMNS": "1", "TERM": "dumb", "NO_COLOR": "1", "LC_ALL": "C"}
+    env = {
+        "PYTHONIOENCODING": "ascii",
+        "COLUMNS": "1",
+        "TERM": "dumb",
+        "NO_COLOR": "1",
+        "LC_ALL": "C",
+    }
     done = dnt("data", "info", tmp_path / "año", env=env)
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and "a\\xf1o" in done.stderr, done.stderr
+    assert (
+        done.returncode == 2 and done.stderr.startswith("error: ") and "a\\xf1o" in done.stderr
+    ), done.stderr
     shown = re.findall(r"[\w.,]+", dnt("data", "info", corpus).stdout)
     assert len(shown) > 20
     for columns in "01":
@@ -198,7 +235,12 @@ def test_a_poor_terminal_shows_everything(corpus, tmp_path):
 
 def test_a_working_folder_that_is_gone(tmp_path):
     (tmp_path / "gone").mkdir()
-    command = f'cd "{tmp_path}/gone" && rmdir "{tmp_path}/gone" && exec "{sys.executable}" -P -m dnt_scale.cli jobs'
+    command = (
+        f'cd "{tmp_path}/gone" && rmdir "{tmp_path}/gone" && exec "{sys.executable}" -P -m '
+        "dnt_scale.cli jobs"
+    )
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert done.returncode == 2, done.stderr
-    assert done.stderr == ("error: the working folder is gone (No such file or directory); `cd` to one that exists\n")
+    assert done.stderr == (
+        "error: the working folder is gone (No such file or directory); `cd` to one that exists\n"
+    )

@@ -20,7 +20,12 @@ from dnt_scale.distributed.process_group import environment, first_host
 from tests.helpers.run import call
 
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-STEP = {"SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "4123456"}
+STEP = {
+    "SLURM_STEP_NUM_TASKS": "8",
+    "SLURM_PROCID": "5",
+    "SLURM_LOCALID": "1",
+    "SLURM_JOB_ID": "4123456",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +71,9 @@ def test_torchrun(monkeypatch):
 
 
 def test_torchrun_inside_a_step_counts_before_slurm(monkeypatch):
-    set_all(monkeypatch, **STEP, SLURM_STEP_NODELIST="n[1-2]", RANK="3", LOCAL_RANK="1", WORLD_SIZE="4")
+    set_all(
+        monkeypatch, **STEP, SLURM_STEP_NODELIST="n[1-2]", RANK="3", LOCAL_RANK="1", WORLD_SIZE="4"
+    )
     assert environment() == (3, 1, 4)
 
 
@@ -82,13 +89,21 @@ def test_srun_step(monkeypatch):
 def test_srun_step_keeps_a_given_address(monkeypatch):
     import os
 
-    set_all(monkeypatch, **STEP, SLURM_STEP_NODELIST="gpu[11-12]", MASTER_ADDR="10.0.0.1", MASTER_PORT="29500")
+    set_all(
+        monkeypatch,
+        **STEP,
+        SLURM_STEP_NODELIST="gpu[11-12]",
+        MASTER_ADDR="10.0.0.1",
+        MASTER_PORT="29500",
+    )
     assert environment() == (5, 1, 8)
     assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("10.0.0.1", "29500")
 
 
 def test_a_batch_script_without_srun_is_one_process(monkeypatch):
-    set_all(monkeypatch, SLURM_JOB_ID="4123456", SLURM_NTASKS="8", SLURM_PROCID="0", SLURM_LOCALID="0")
+    set_all(
+        monkeypatch, SLURM_JOB_ID="4123456", SLURM_NTASKS="8", SLURM_PROCID="0", SLURM_LOCALID="0"
+    )
     assert environment() == (0, 0, 1)
 
 
@@ -97,9 +112,21 @@ def test_ranks_that_cannot_meet_say_where(tmp_path):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        group = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        group = {
+            "RANK": "0",
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
         done = subprocess.run(
-            [sys.executable, "-m", "dnt_scale.train", "run.name=a", f"data.path={tmp_path}", "run.device=cpu"],
+            [
+                sys.executable,
+                "-m",
+                "dnt_scale.train",
+                "run.name=a",
+                f"data.path={tmp_path}",
+                "run.device=cpu",
+            ],
             env={**os.environ, **group},
             capture_output=True,
             text=True,
@@ -107,7 +134,9 @@ def test_ranks_that_cannot_meet_say_where(tmp_path):
         )
     assert done.returncode == 1
     errors = [line for line in done.stderr.splitlines() if "error:" in line]
-    assert len(errors) == 1 and errors[0].startswith("error: rank 0 could not meet the other 1"), done.stderr
+    assert len(errors) == 1 and errors[0].startswith("error: rank 0 could not meet the other 1"), (
+        done.stderr
+    )
     assert f"127.0.0.1:{port}" in errors[0] and "Traceback" not in done.stderr
 
 
@@ -167,13 +196,18 @@ def unequal_settings() -> None:
     me = process_group.start("cpu")
     mine = {"optim.lr": 0.1, "train.steps": 10}
     check_settings(me, mine)
-    with pytest.raises(AgreedError, match=r"^optim.lr is 0.2 on rank 2, but 0.1 on rank 0; start every rank with"):
+    with pytest.raises(
+        AgreedError, match=r"^optim.lr is 0.2 on rank 2, but 0.1 on rank 0; start every rank with"
+    ):
         check_settings(me, {**mine, "optim.lr": 0.2} if me.rank == 2 else mine)
     with pytest.raises(AgreedError, match=r"^optim.nesterov is True on rank 1, but None on rank 0"):
         check_settings(me, {**mine, "optim.nesterov": True} if me.rank == 1 else mine)
     if me.rank == 1:
         os.environ["NVIDIA_TF32_OVERRIDE"] = "0"
-    with pytest.raises(AgreedError, match=r"^the variable NVIDIA_TF32_OVERRIDE is 0 on rank 1, but not set on rank 0"):
+    with pytest.raises(
+        AgreedError,
+        match=r"^the variable NVIDIA_TF32_OVERRIDE is 0 on rank 1, but not set on rank 0",
+    ):
         check_settings(me, mine)
     process_group.stop()
 
@@ -183,11 +217,16 @@ def test_unequal_settings_are_refused_on_every_rank():
 
 
 def boxes_of(me: process_group.Ranks) -> list[Box]:
-    """A weight that ranks 0 and 2 hold the first half of and 1 and 3 the other, and a buffer of all."""
+    """A weight that ranks 0 and 2 hold the first half of and 1 and 3 the other, and a buffer of
+    all.
+    """
     half = me.rank % 2
     weight = torch.arange(6.0).view(2, 3) + half
     buffer = torch.full((4,), 0.5, dtype=torch.bfloat16)
-    return [Box("model.w", (4, 3), (2 * half, 0), weight), Box("momentum_buffer.b", (4,), (0,), buffer)]
+    return [
+        Box("model.w", (4, 3), (2 * half, 0), weight),
+        Box("momentum_buffer.b", (4,), (0,), buffer),
+    ]
 
 
 def parted_replicas() -> None:
@@ -199,17 +238,24 @@ def parted_replicas() -> None:
     if me.rank == 3:
         boxes[0].data[1, 2] = -boxes[0].data[1, 2]
         boxes[1].data[0] = 0
-    with pytest.raises(AgreedFault, match=r"^rank [13] has other bits in model.w than rank [13], which should hold"):
+    with pytest.raises(
+        AgreedFault, match=r"^rank [13] has other bits in model.w than rank [13], which should hold"
+    ):
         check_replicas(me, boxes, counts)
 
     everyone = boxes_of(me)[1:]
     check_replicas(me, everyone, counts)
     if me.rank == 1:
         everyone[0].data[3] = 0.50390625  # the next bf16 number
-    with pytest.raises(AgreedFault, match=r"^rank 1 has other bits in momentum_buffer.b than ranks 0, 2 and 3, which"):
+    with pytest.raises(
+        AgreedFault,
+        match=r"^rank 1 has other bits in momentum_buffer.b than ranks 0, 2 and 3, which",
+    ):
         check_replicas(me, everyone, counts)
 
-    with pytest.raises(AgreedFault, match=r"^rank 2 counts \{'previous_norm': nan, 'step': 6.0\}, but rank 0 "):
+    with pytest.raises(
+        AgreedFault, match=r"^rank 2 counts \{'previous_norm': nan, 'step': 6.0\}, but rank 0 "
+    ):
         check_replicas(me, boxes_of(me), {**counts, "step": 6.0} if me.rank == 2 else counts)
     process_group.stop()
 
@@ -228,11 +274,17 @@ def test_a_checksum_sees_any_change_and_any_exchange(values, data):
     swapped[[place, other]] = swapped[[other, place]]
     (before,), (after,) = checksums([one]), checksums([changed.view(torch.float32)])
     assert before != after
-    assert (checksums([swapped.view(torch.float32)]) == [before]) == (bits[place].item() == bits[other].item())
+    assert (checksums([swapped.view(torch.float32)]) == [before]) == (
+        bits[place].item() == bits[other].item()
+    )
 
 
 def test_a_checksum_does_not_depend_on_its_chunks(monkeypatch):
-    tensors = [torch.randn(5, 7, generator=torch.Generator().manual_seed(1)), torch.zeros(0), torch.ones(3)[1:2]]
+    tensors = [
+        torch.randn(5, 7, generator=torch.Generator().manual_seed(1)),
+        torch.zeros(0),
+        torch.ones(3)[1:2],
+    ]
     whole = checksums(tensors)
     monkeypatch.setattr(replicas, "CHUNK", 4)
     assert checksums(tensors) == whole

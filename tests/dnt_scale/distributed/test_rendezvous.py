@@ -68,19 +68,21 @@ def test_who_waits_says_for_whom_and_is_joined_or_interrupted():
     world = {"WORLD_SIZE": 3, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
     one = Process(RANK=1, **world)
     assert one.says(
-        f"rank 1: waiting for rank 0 of 3 at localhost:{port} (connection refused), up to 30 minutes; "
-        "to run alone, `unset RANK WORLD_SIZE`\n"
+        f"rank 1: waiting for rank 0 of 3 at localhost:{port} (connection refused), up to 30 "
+        "minutes; to run alone, `unset RANK WORLD_SIZE`\n"
     )
     zero = Process(RANK=0, **world)
     assert zero.says(
-        f"waiting for rank 2 of 3 at localhost:{port}, up to 30 minutes; to run alone, `unset RANK WORLD_S"
+        f"waiting for rank 2 of 3 at localhost:{port}, up to 30 minutes; to run alone, `unset RANK "
+        "WORLD_S"
     )
     assert Process(RANK=2, **{**world, "WORLD_SIZE": 4}).end() == (
-        f"ValueError WORLD_SIZE is 4 on rank 2, but 3 on rank 0 ({HOST}); start every rank with the same one"
+        f"ValueError WORLD_SIZE is 4 on rank 2, but 3 on rank 0 ({HOST}); start every rank with "
+        "the same one"
     )
     assert Process(RANK=1, **world).end() == (
-        f"ValueError rank 1 is here already, as process {one.processes[0].pid} on {HOST}; give every process a RANK "
-        "of its own, or end them all and start them again"
+        f"ValueError rank 1 is here already, as process {one.processes[0].pid} on {HOST}; give "
+        "every process a RANK of its own, or end them all and start them again"
     )
     one.kill(signal.SIGINT)  # as a person does who sees a mistake in its command
     assert one.end() == "KeyboardInterrupt"
@@ -95,7 +97,11 @@ def test_who_waits_says_for_whom_and_is_joined_or_interrupted():
 @pytest.mark.parametrize(
     ("env", "world"),
     [
-        (STEP, ", up to 30 minutes; started in a shell of srun? to run alone, `unset SLURM_STEP_NUM_TASKS`\n"),
+        (
+            STEP,
+            ", up to 30 minutes; started in a shell of srun? to run alone, `unset "
+            "SLURM_STEP_NUM_TASKS`\n",
+        ),
         (
             {**STEP, "RANK": 0, "WORLD_SIZE": 4, "MASTER_ADDR": "localhost", "MASTER_PORT": 20077},
             ", up to 30 minutes; to run alone, `unset RANK WORLD_SIZE SLURM_STEP_NUM_TASKS`\n",
@@ -108,7 +114,10 @@ def test_the_advice_to_run_alone_helps(env, world):
     waiting.kill(signal.SIGINT)
     assert waiting.end() == "KeyboardInterrupt"
     unset = world.partition("`unset ")[2].removesuffix("`\n").split()
-    assert Process(**{name: value for name, value in env.items() if name not in unset}).end() == "met 0 1 0"
+    assert (
+        Process(**{name: value for name, value in env.items() if name not in unset}).end()
+        == "met 0 1 0"
+    )
 
 
 def test_nobody_comes(monkeypatch):
@@ -120,7 +129,12 @@ def test_nobody_comes(monkeypatch):
         taken = other.getsockname()[1]
         for host, port, seconds, why in (
             ("127.0.0.1", free_port(), 0.3, "Connection refused"),
-            ("no-such-host.invalid", 1234, 0.3, "MASTER_ADDR no-such-host.invalid is no name that is known here"),
+            (
+                "no-such-host.invalid",
+                1234,
+                0.3,
+                "MASTER_ADDR no-such-host.invalid is no name that is known here",
+            ),
             ("127.0.0.1", taken, 5.0, "what answers there is another program"),
         ):
             monkeypatch.setenv("MASTER_ADDR", host)
@@ -132,17 +146,29 @@ def test_nobody_comes(monkeypatch):
 @pytest.mark.parametrize(
     ("env", "complaint"),
     [
-        ({"RANK": "one", "WORLD_SIZE": "2"}, "RANK is 'one', expected a whole number, 0 or more; to run alone, `unset"),
+        (
+            {"RANK": "one", "WORLD_SIZE": "2"},
+            "RANK is 'one', expected a whole number, 0 or more; to run alone, `unset",
+        ),
         ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK is '-1', expected"),
         ({"RANK": "", "WORLD_SIZE": "2"}, "RANK is '', expected"),
         ({"RANK": "0", "WORLD_SIZE": "0"}, "WORLD_SIZE is '0', expected a whole number, 1 or more"),
         ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK is 2, expected 0 to 1, for WORLD_SIZE is 2"),
         ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "x"}, "LOCAL_RANK is 'x'"),
-        ({"RANK": "1"}, "RANK is '1', but WORLD_SIZE is not set; set both, or to run alone, `unset RANK`"),
+        (
+            {"RANK": "1"},
+            "RANK is '1', but WORLD_SIZE is not set; set both, or to run alone, `unset RANK`",
+        ),
         ({"WORLD_SIZE": "2"}, "WORLD_SIZE is '2', but RANK is not set"),
         ({"SLURM_STEP_NUM_TASKS": "many"}, "SLURM_STEP_NUM_TASKS is 'many'"),
-        ({"SLURM_STEP_NUM_TASKS": "4"}, "SLURM_PROCID is not set, as it is in every task that srun starts; to run al"),
-        ({**STEP, "SLURM_PROCID": "4"}, "SLURM_PROCID is 4, expected 0 to 3, for SLURM_STEP_NUM_TASKS is 4"),
+        (
+            {"SLURM_STEP_NUM_TASKS": "4"},
+            "SLURM_PROCID is not set, as it is in every task that srun starts; to run al",
+        ),
+        (
+            {**STEP, "SLURM_PROCID": "4"},
+            "SLURM_PROCID is 4, expected 0 to 3, for SLURM_STEP_NUM_TASKS is 4",
+        ),
     ],
 )
 def test_wrong_variables_are_named(monkeypatch, env, complaint):
@@ -153,7 +179,9 @@ def test_wrong_variables_are_named(monkeypatch, env, complaint):
     assert str(error.value).startswith(complaint), error.value
 
 
-@pytest.mark.parametrize("env", [{}, {"RANK": "0"}, {"WORLD_SIZE": "1"}, {"SLURM_STEP_NUM_TASKS": "1"}])
+@pytest.mark.parametrize(
+    "env", [{}, {"RANK": "0"}, {"WORLD_SIZE": "1"}, {"SLURM_STEP_NUM_TASKS": "1"}]
+)
 def test_what_says_alone_is_alone(monkeypatch, env):
     for name, value in env.items():
         monkeypatch.setenv(name, value)
@@ -163,9 +191,16 @@ def test_what_says_alone_is_alone(monkeypatch, env):
 @pytest.mark.parametrize(
     ("variables", "complaint"),
     [
-        ({}, "MASTER_ADDR is not set: it takes the address and a free port of rank 0's machine; to run alone, `unset"),
+        (
+            {},
+            "MASTER_ADDR is not set: it takes the address and a free port of rank 0's machine; to "
+            "run alone, `unset",
+        ),
         ({"MASTER_ADDR": "localhost"}, "MASTER_PORT is not set"),
-        ({"MASTER_ADDR": "localhost", "MASTER_PORT": "70000"}, "MASTER_PORT is '70000', expected a number from 1 to"),
+        (
+            {"MASTER_ADDR": "localhost", "MASTER_PORT": "70000"},
+            "MASTER_PORT is '70000', expected a number from 1 to",
+        ),
     ],
 )
 def test_a_place_to_meet_is_needed(monkeypatch, variables, complaint):
@@ -176,7 +211,9 @@ def test_a_place_to_meet_is_needed(monkeypatch, variables, complaint):
     assert str(error.value).startswith(complaint), error.value
 
 
-@pytest.mark.parametrize("env", [STEP, {"RANK": "3", "WORLD_SIZE": "4"}, {"RANK": "x", "MASTER_PORT": "y"}])
+@pytest.mark.parametrize(
+    "env", [STEP, {"RANK": "3", "WORLD_SIZE": "4"}, {"RANK": "x", "MASTER_PORT": "y"}]
+)
 def test_one_process_joins_no_ranks(monkeypatch, env):
     for name, value in env.items():
         monkeypatch.setenv(name, value)

@@ -62,11 +62,16 @@ def at_step_3(group: Ranks, folder: Path) -> None:
 
 
 def message(finished, *, culprit: int) -> str:
-    """The one line, after checking that all but the culprit ended with 1 and the culprit with 1 or by SIGKILL."""
+    """The one line, after checking that all but the culprit ended with 1 and the culprit with 1
+    or by SIGKILL.
+    """
     lines = [line for line in finished.err.splitlines() if line.startswith("error:")]
     assert len(lines) == 1, finished.err
     for rank, code in enumerate(finished.codes):
-        assert code in ((1, -signal.SIGKILL) if rank == culprit else (1,)), (finished.codes, finished.err)
+        assert code in ((1, -signal.SIGKILL) if rank == culprit else (1,)), (
+            finished.codes,
+            finished.err,
+        )
     assert lines[0].startswith(f"error: rank {culprit} ("), lines[0]
     said, ends, advice = lines[0].removeprefix("error: ").partition("; all ranks end")
     assert ends and advice == "; the same command goes on from the newest checkpoint"
@@ -120,7 +125,9 @@ def sleep_on_0_and_1(me, step) -> None:
 
 def test_several_ranks_that_do_not_come_are_named(tmp_path):
     line = message(group(run, tmp_path, sleep_on_0_and_1, ranks=3).wait(), culprit=0)
-    assert re.search(r"\) and rank 1 \(.*have not moved since step 4, \d+ s ago \(the first is in ", line)
+    assert re.search(
+        r"\) and rank 1 \(.*have not moved since step 4, \d+ s ago \(the first is in ", line
+    )
     assert "; the others wait for them" in line
 
 
@@ -136,7 +143,9 @@ def test_a_long_step_that_gets_on_is_no_hang(tmp_path):
 
 
 def test_who_waited_for_a_slow_rank_is_not_blamed_when_that_goes_on():
-    """Pulses are read at different times: a rank just set free may seem to be behind the one it has waited for."""
+    """Pulses are read at different times: a rank just set free may seem to be behind the one it
+    has waited for.
+    """
     with process_group.alone() as me:
         watch = Watchdog(me, 10.0, None)
         watch.stop()
@@ -166,7 +175,8 @@ def test_a_process_alone_that_does_not_move_ends(tmp_path):
 
 
 def test_no_false_alarm_for_a_slow_group(tmp_path):
-    finished = group(run, tmp_path, nothing, 6, 2.5, 0.7, ranks=2).wait()  # longer than hang_s, all in all
+    # longer than hang_s, all in all
+    finished = group(run, tmp_path, nothing, 6, 2.5, 0.7, ranks=2).wait()
     assert finished.codes == [0, 0] and not finished.err
 
 
@@ -265,7 +275,8 @@ def fail_on_all(me, step) -> None:
 
 def test_what_is_wrong_on_all_ranks_is_reported_by_the_first(tmp_path):
     finished = group(run, tmp_path, fail_on_all, 10**9, NEVER, ranks=3).wait()
-    assert finished.codes[0] == 4 and "error:" not in finished.err  # 4: to be reported by its main thread
+    # 4: to be reported by its main thread
+    assert finished.codes[0] == 4 and "error:" not in finished.err
 
 
 def agree(folder: Path) -> None:

@@ -30,18 +30,19 @@ OPTIMIZERS = {
 PLAIN = ["zero0", "zero1", "zero2", "zero3"]
 # every key that acts, with another value than its default
 FLAT = [
-    "round_robin_gradients: true, parameter_alignment: true, overlap_comm: true, reduce_bucket_size: 10000, "
-    "use_multi_rank_bucket_allreduce: false",
+    "round_robin_gradients: true, parameter_alignment: true, overlap_comm: true, "
+    "reduce_bucket_size: 10000, use_multi_rank_bucket_allreduce: false",
     "contiguous_gradients: false, reduce_scatter: false",
 ]
 JSON = {
     1: FLAT,
     2: FLAT,
     3: [
-        "sub_group_size: 20000, stage3_param_persistence_threshold: 0, overlap_comm: false, reduce_bucket_size: 10000, "
-        "enable_sanity_checks: true",
+        "sub_group_size: 20000, stage3_param_persistence_threshold: 0, overlap_comm: false, "
+        "reduce_bucket_size: 10000, enable_sanity_checks: true",
         "contiguous_gradients: false, reduce_scatter: false, stage3_allgather_sequential: true, "
-        "stage3_max_live_parameters: 10, stage3_max_reuse_distance: 10, stage3_prefetch_bucket_size: 10",
+        "stage3_max_live_parameters: 10, stage3_max_reuse_distance: 10, "
+        "stage3_prefetch_bucket_size: 10",
         "stage3_model_persistence_threshold: 1000, stage3_module_granularity_threshold: 100, "
         "stage3_use_all_reduce_for_fetch_params: true",
     ],
@@ -61,7 +62,8 @@ ENGINES = {
         for number, keys in enumerate(given)
     },
     "zero1, recomputing": ["engine=zero1", "engine.activation_checkpointing=selective"],
-    "zero1, compiled": ["engine=zero1", "engine.compile=true", "train.micro_batch=6"],  # of one shape
+    # of one shape
+    "zero1, compiled": ["engine=zero1", "engine.compile=true", "train.micro_batch=6"],
     "zero3, recomputing": [
         "engine=zero3",
         "engine.activation_checkpointing=full",
@@ -113,7 +115,9 @@ def build(run: RunConfig, me: process_group.Ranks):
 
 
 def batch_of(step: int, me: process_group.Ranks) -> torch.Tensor:
-    """This rank's rows of a made-up global batch of few tokens, which can be learnt; some targets do not count."""
+    """This rank's rows of a made-up global batch of few tokens, which can be learnt; some
+    targets do not count.
+    """
     tokens = torch.randint(0, 16, (ROWS, 33), generator=torch.Generator().manual_seed(step))
     tokens[0, 20:] = -1
     return tokens.chunk(me.world_size)[me.rank]
@@ -141,9 +145,13 @@ def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
 
 
 def check_start(run: RunConfig, trainer, me: process_group.Ranks) -> None:
-    """The boxes of all ranks tile each tensor; weights are bit for bit as they must be, buffers are zero."""
+    """The boxes of all ranks tile each tensor; weights are bit for bit as they must be, buffers
+    are zero.
+    """
     with torch.device("meta"):
-        shapes = {name: tuple(parameter.shape) for name, parameter in DNT(run.model).named_parameters()}
+        shapes = {
+            name: tuple(parameter.shape) for name, parameter in DNT(run.model).named_parameters()
+        }
     buffers = ["exp_avg", "exp_avg_sq"] if run.optim.algorithm == "adamw" else ["momentum_buffer"]
     mine = []
     for box in trainer.boxes():
@@ -159,7 +167,11 @@ def check_start(run: RunConfig, trainer, me: process_group.Ranks) -> None:
     everyone: list[list] = [[] for _ in range(me.world_size)]
     dist.all_gather_object(everyone, mine)
     copies = me.world_size if run.engine.stage == 0 else 1
-    held = {f"{kind}.{name}": torch.zeros(copies, *shapes[name]) for kind in ["model", *buffers] for name in shapes}
+    held = {
+        f"{kind}.{name}": torch.zeros(copies, *shapes[name])
+        for kind in ["model", *buffers]
+        for name in shapes
+    }
     elements = [0] * me.world_size
     for rank, boxes in enumerate(everyone):
         for name, place, replica, replicas in boxes:
@@ -230,7 +242,9 @@ def test_trains_as_fsdp_does_on_one_rank(records, case):
     tolerance = {"fp32": 1e-5, "bf16": 1e-2}[case.dtype]
     assert found.keys() == expected.keys()
     for key in found:
-        np.testing.assert_allclose(found[key], expected[key], rtol=tolerance, atol=tolerance, err_msg=key)
+        np.testing.assert_allclose(
+            found[key], expected[key], rtol=tolerance, atol=tolerance, err_msg=key
+        )
 
 
 @pytest.mark.parametrize("stage", JSON)
@@ -273,7 +287,9 @@ def skip_and_refresh() -> None:
         assert same(contents(trainer), once), f"{where}: a skipped step changed something"
         assert trainer.scalars() == {"step": 2, "updates": 1}
         step(trainer, 1, me)
-        assert same(contents(trainer), twice), f"{where}: the step after going back and skipping one"
+        assert same(contents(trainer), twice), (
+            f"{where}: the step after going back and skipping one"
+        )
         assert trainer.evaluate([batch_of(99, me)])["loss"] == loss, where
 
         model = DNT(run.model)
@@ -281,7 +297,9 @@ def skip_and_refresh() -> None:
         overwrite(trainer, [part_of(model, box) for box in trainer.boxes()])
         trainer.refresh({"step": 0, "updates": 0})
         tokens = batch_of(99, process_group.Ranks(0, 0, 1, me.device))
-        expected = float(model(tokens[:, :-1].clamp(min=0), tokens[:, 1:])) / int((tokens[:, 1:] != -1).sum())
+        expected = float(model(tokens[:, :-1].clamp(min=0), tokens[:, 1:])) / int(
+            (tokens[:, 1:] != -1).sum()
+        )
         found = trainer.evaluate([batch_of(99, me)])["loss"]
         assert abs(found - expected) < {"fp32": 1e-5, "bf16": 1e-2}[dtype] and found != loss, where
         trainer.close()
@@ -322,21 +340,26 @@ REFUSED = {
     "{wall_clock_breakdown: 1}": "true or false",
     "{zero_optimization: true}": "a section",
     "{zero_optimization: {stage: 3}}": "engine=zero0",
-    "{zero_optimization: {reduce_bucket_sise: 5}}": "no such key; did you mean reduce_bucket_size? There are: ",
+    "{zero_optimization: {reduce_bucket_sise: "
+    "5}}": "no such key; did you mean reduce_bucket_size? There are: ",
     "{zero_optimization: {reduce_bucket_size: auto}}": "Hugging Face",
     "{zero_optimization: {sub_group_size: 5}}": "zero3 only",
     "{zero_optimization: {stage3_prefetch_bucket_size: 5}}": "zero3 only",
-    "{zero_optimization: {elastic_checkpoint: true}}": "engine.deepspeed.zero_optimization.elastic_checkpoint",
+    "{zero_optimization: {elastic_checkpoint: "
+    "true}}": "engine.deepspeed.zero_optimization.elastic_checkpoint",
     "{zero_optimization: {cpu_offload: true}}": "engine.offload_optimizer",
     "{zero_optimization: {offload_optimizer: {device: nvme}}}": "engine.offload_optimizer",
     "{zero_optimization: {offload_optimizer: {pin_memory: true}}}": "engine.offload_optimizer=true",
-    "{zero_optimization: {offload_optimizer: {ratio: 0.5}}}": "zero_optimization.offload_optimizer.ratio",
+    "{zero_optimization: {offload_optimizer: {ratio: "
+    "0.5}}}": "zero_optimization.offload_optimizer.ratio",
 }
 
 
 @pytest.mark.parametrize("raw", REFUSED)
 def test_json_that_deepspeed_would_ignore_or_that_contradicts_is_refused(raw):
-    with pytest.raises(ConfigError, match=r"engine\.deepspeed\.\w+.*: (found|no such key; )") as error:
+    with pytest.raises(
+        ConfigError, match=r"engine\.deepspeed\.\w+.*: (found|no such key; )"
+    ) as error:
         run_of("engine=zero2", f"engine.deepspeed={raw}")
     assert REFUSED[raw] in str(error.value)
 
@@ -346,11 +369,33 @@ def test_json_that_deepspeed_would_ignore_or_that_contradicts_is_refused(raw):
     [
         (["engine=zero0", "engine.deepspeed={zero_optimization: {reduce_bucket_size: 5}}"], True),
         (["engine=zero1", "engine.deepspeed={zero_optimization: {reduce_bucket_size: 5}}"], False),
-        (["engine=zero1", "engine.deepspeed={zero_optimization: {reduce_bucket_size: 5}}", "train.dtype=bf16"], True),
-        (["engine=zero2", "engine.deepspeed={zero_optimization: {allgather_bucket_size: 6}}"], True),
-        (["engine=zero1", "engine.deepspeed={zero_optimization: {round_robin_gradients: true}}"], False),
-        (["engine=zero3", "engine.deepspeed={zero_optimization: {round_robin_gradients: true}}"], True),
-        (["engine=zero3_offload", "engine.deepspeed={zero_optimization: {offload_param: {pin_memory: true}}}"], False),
+        (
+            [
+                "engine=zero1",
+                "engine.deepspeed={zero_optimization: {reduce_bucket_size: 5}}",
+                "train.dtype=bf16",
+            ],
+            True,
+        ),
+        (
+            ["engine=zero2", "engine.deepspeed={zero_optimization: {allgather_bucket_size: 6}}"],
+            True,
+        ),
+        (
+            ["engine=zero1", "engine.deepspeed={zero_optimization: {round_robin_gradients: true}}"],
+            False,
+        ),
+        (
+            ["engine=zero3", "engine.deepspeed={zero_optimization: {round_robin_gradients: true}}"],
+            True,
+        ),
+        (
+            [
+                "engine=zero3_offload",
+                "engine.deepspeed={zero_optimization: {offload_param: {pin_memory: true}}}",
+            ],
+            False,
+        ),
     ],
 )
 def test_what_acts_depends_on_the_stage(overrides, refused):
@@ -363,8 +408,15 @@ def test_what_acts_depends_on_the_stage(overrides, refused):
 
 def refuse_at_build() -> None:
     me = process_group.start("cpu")
-    with pytest.raises(AgreedError, match=r"engine\.deepspeed\.zero_optimization\.reduce_bucket_size: found -5"):
-        build(run_of("engine=zero2", "engine.deepspeed={zero_optimization: {reduce_bucket_size: -5}}"), me)
+    with pytest.raises(
+        AgreedError, match=r"engine\.deepspeed\.zero_optimization\.reduce_bucket_size: found -5"
+    ):
+        build(
+            run_of(
+                "engine=zero2", "engine.deepspeed={zero_optimization: {reduce_bucket_size: -5}}"
+            ),
+            me,
+        )
     for name in ("zero2", "fsdp"):
         with pytest.raises(AgreedError, match=r"optim\.groups\.x\.pattern"):
             build(run_of(f"engine={name}", "optim.groups.x.pattern=nothing"), me)
@@ -384,7 +436,9 @@ def test_what_cannot_be_is_refused_when_the_engine_is_built():
 
 
 def step_rounded_apart() -> None:
-    """What one rank reads of the gradient is another in its last bits, as after sums in another order."""
+    """What one rank reads of the gradient is another in its last bits, as after sums in another
+    order.
+    """
     me = process_group.start("cpu")
     trainer = build(run_of("engine=zero0"), me)
     whole = trainer.zero.gradients

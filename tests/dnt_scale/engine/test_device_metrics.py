@@ -1,4 +1,6 @@
-"""Metrics measured on the device: means over micro-batches and ranks that come with the step's loss."""
+"""Metrics measured on the device: means over micro-batches and ranks that come with the step's
+loss.
+"""
 
 import json
 from pathlib import Path
@@ -59,14 +61,17 @@ class Recording(DNT):
 
 
 def record_in_steps(data: Path, label: str, *more: str) -> None:
-    """Two steps of an engine, the second of which is skipped; prints its loss and what was recorded."""
+    """Two steps of an engine, the second of which is skipped; prints its loss and what was
+    recorded.
+    """
     me = process_group.start("cpu")
     overrides = [*engines.overrides_of(label, me.world_size), *more, "train.micro_batch=2"]
     run = config.load(tiny(data, Path("unused"), *overrides))
     built = engine.build(run, lambda: Recording(run.model), me, 20)
 
     def judge(loss: float, grad_norm: float) -> float:
-        record("judged", torch.tensor(loss + me.rank, dtype=torch.float64))  # the host has waited for the loss by now
+        # the host has waited for the loss by now
+        record("judged", torch.tensor(loss + me.rank, dtype=torch.float64))
         return 0.0 if built.scalars()["step"] else 0.5
 
     order = {"seed": 1, "global_batch": 8, "rank": me.rank, "world_size": me.world_size}
@@ -104,14 +109,26 @@ def test_a_models_metric_is_the_mean_over_micro_batches_and_ranks(made_up, label
 
 def rms(checkpoint: Path, kind: str) -> float:
     """The root mean square of a checkpoint's tensors of a kind, in float64."""
-    parts = [value.double() for name, value in tensors(checkpoint).items() if name.startswith(f"{kind}.")]
+    parts = [
+        value.double() for name, value in tensors(checkpoint).items() if name.startswith(f"{kind}.")
+    ]
     return float(torch.cat([part.flatten() for part in parts]).square().mean().sqrt())
 
 
-@pytest.mark.parametrize(("ranks", "chosen"), [(2, "engine=fsdp"), (3, "engine=ddp"), (2, "engine=zero2")])
+@pytest.mark.parametrize(
+    ("ranks", "chosen"), [(2, "engine=fsdp"), (3, "engine=ddp"), (2, "engine=zero2")]
+)
 def test_the_rms_of_weights_and_momentum(made_up, tmp_path, ranks, chosen):
-    """Measured before a step, it is that of the checkpoint before it; and no other number changes by it."""
-    fields = [chosen, "train.global_batch=12", "train.micro_batch=2", "eval.every=0", "checkpoint.every=1"]
+    """Measured before a step, it is that of the checkpoint before it; and no other number
+    changes by it.
+    """
+    fields = [
+        chosen,
+        "train.global_batch=12",
+        "train.micro_batch=2",
+        "eval.every=0",
+        "checkpoint.every=1",
+    ]
     fields += ["train.steps=5", "checkpoint.keep=9"]
     overrides = tiny(made_up, tmp_path / "run", *fields)
     train([*overrides, "measure.every=2"], ranks).ok()
@@ -120,7 +137,9 @@ def test_the_rms_of_weights_and_momentum(made_up, tmp_path, ranks, chosen):
     for line in lines[1::2]:
         before = tmp_path / "run" / "checkpoints" / f"step-{line['step'] - 1:08d}"
         assert line["rms/weights"] == pytest.approx(rms(before, "model"), rel=1e-6)
-        assert line["rms/momentum_buffer"] == pytest.approx(rms(before, "momentum_buffer"), rel=1e-6)
+        assert line["rms/momentum_buffer"] == pytest.approx(
+            rms(before, "momentum_buffer"), rel=1e-6
+        )
     train([*overrides, f"run.dir={tmp_path / 'plain'}"], ranks).ok()
     plain = metrics(tmp_path / "plain")
     without = [{k: v for k, v in line.items() if not k.startswith("rms/")} for line in lines]
@@ -144,7 +163,9 @@ def test_the_host_waits_no_more_often_for_what_is_recorded(made_up):
 
 
 def count_waits(data: Path) -> None:
-    """Print how often the host waits for the device in a step, without and with recorded metrics."""
+    """Print how often the host waits for the device in a step, without and with recorded
+    metrics.
+    """
     import os
     import warnings
 

@@ -1,4 +1,6 @@
-"""The FSDP2 engine on real ranks: against one rank, against sums written out, and bit for bit where that is due."""
+"""The FSDP2 engine on real ranks: against one rank, against sums written out, and bit for bit
+where that is due.
+"""
 
 import gc
 import json
@@ -86,7 +88,9 @@ def write(engine: FSDPEngine, path: Path, me: Ranks) -> None:
 
 
 def whole(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of all ranks, after a check that every replica tiles each of them with equal bits."""
+    """The tensors of all ranks, after a check that every replica tiles each of them with equal
+    bits.
+    """
     copies: dict[tuple[str, int], torch.Tensor] = {}
     numbers: dict[str, int] = {}
     for file in sorted(path.glob("*.safetensors")):
@@ -104,7 +108,7 @@ def whole(path: Path) -> dict[str, torch.Tensor]:
     return {name: copy for (name, replica), copy in copies.items() if replica == 0}
 
 
-# --- every mesh and option trains as one rank does -----------------------------------------------------------------
+# --- every mesh and option trains as one rank does ------------------------------------------------
 
 NARROW = ["model.heads=16"]  # QK gains of 4 elements, 2 a rank: nothing is left for the third
 VARIANTS: dict[int, dict[str, list[str]]] = {
@@ -122,7 +126,11 @@ VARIANTS: dict[int, dict[str, list[str]]] = {
         "offload": ["engine.cpu_offload=true"],
         "prefetch0": ["engine.prefetch=0"],
         "prefetch2": ["engine.prefetch=2", "engine.reshard_after_forward=false"],
-        "compiled": ["engine.compile=true", "engine.activation_checkpointing=selective", "train.micro_batch=6"],
+        "compiled": [
+            "engine.compile=true",
+            "engine.activation_checkpointing=selective",
+            "train.micro_batch=6",
+        ],
         "adamw": ADAMW,
         "bf16": ["train.dtype=bf16"],
         "bf16_momentum": ["optim.momentum_dtype=bf16"],
@@ -160,20 +168,29 @@ def losses_of(curves: Path, folder: str) -> list[float]:
     return json.loads((curves / folder / "losses.json").read_text())
 
 
-@pytest.mark.parametrize("folder", [f"{world}-{label}" for world in VARIANTS for label in VARIANTS[world]])
+@pytest.mark.parametrize(
+    "folder", [f"{world}-{label}" for world in VARIANTS for label in VARIANTS[world]]
+)
 def test_starts_from_the_initial_tensors_and_trains_as_one_rank(curves, folder):
     label = folder.partition("-")[2]
     run = chosen(*(NARROW if label == "narrow" else []))
     tensors = whole(curves / folder)
     with torch.device("meta"):
         shapes = {name: parameter.shape for name, parameter in DNT(run.model).named_parameters()}
-    assert {name.removeprefix("model.") for name in tensors if name.startswith("model.")} == set(shapes)
+    assert {name.removeprefix("model.") for name in tensors if name.startswith("model.")} == set(
+        shapes
+    )
     for name, shape in shapes.items():
-        assert torch.equal(tensors[f"model.{name}"], initial_tensor(name, shape, run.model, run.run.seed)), name
+        assert torch.equal(
+            tensors[f"model.{name}"], initial_tensor(name, shape, run.model, run.run.seed)
+        ), name
     buffers = {"exp_avg", "exp_avg_sq"} if label == "adamw" else {"momentum_buffer"}
     assert {name.partition(".")[0] for name in tensors} == {"model", *buffers}
 
-    found, wanted = losses_of(curves, folder), losses_of(curves, f"1-{REFERENCE.get(label, 'plain')}")
+    found, wanted = (
+        losses_of(curves, folder),
+        losses_of(curves, f"1-{REFERENCE.get(label, 'plain')}"),
+    )
     assert len(set(wanted)) == len(wanted)
     assert found == pytest.approx(wanted, rel=0, abs=1e-2 if "bf16" in label else 1e-5)
 
@@ -183,7 +200,7 @@ def test_recomputing_activations_changes_no_bit(curves, label):
     assert losses_of(curves, f"1-{label}") == losses_of(curves, "1-plain")
 
 
-# --- skipping, restoring, and what stays in memory -----------------------------------------------------------------
+# --- skipping, restoring, and what stays in memory ------------------------------------------------
 
 
 def run_skips(me: Ranks, *overrides: str) -> None:
@@ -268,7 +285,9 @@ def run_counts(me: Ranks, *overrides: str) -> None:
         for step in range(1, 6):
             engine.train_step(rows_of(step, me), clip)
         assert 0 < specs() == before
-        assert all(not isinstance(p, type(engine.parts[0].parameter)) for p in engine.optimizer.state)
+        assert all(
+            not isinstance(p, type(engine.parts[0].parameter)) for p in engine.optimizer.state
+        )
 
 
 def run_behaviour() -> None:
@@ -298,7 +317,7 @@ def test_one_bad_rank_is_every_ranks_bad_step():
     call(run_one_bad_rank, ranks=4).ok()
 
 
-# --- no gradient buffer --------------------------------------------------------------------------------------------
+# --- no gradient buffer ---------------------------------------------------------------------------
 
 
 def run_unbuffered_poisoned(me: Ranks) -> None:
@@ -316,11 +335,16 @@ def run_unbuffered_poisoned(me: Ranks) -> None:
             straight.train_step(rows_of(1, me), clip)
             after, taken = contents(engine), contents(straight)
             assert stats.skipped and math.isnan(stats.grad_norm)
-            assert engine.scalars() | previous_norm(straight) == {**straight.scalars(), "updates": 1.0}
+            assert engine.scalars() | previous_norm(straight) == {
+                **straight.scalars(),
+                "updates": 1.0,
+            }
             for key, value in before.items():
                 if key.startswith("model."):
                     assert torch.equal(after[key], value), key
-                elif key == f"momentum_buffer.{name}" and (me.rank == 1 or (how == "tensor" and me.rank == 0)):
+                elif key == f"momentum_buffer.{name}" and (
+                    me.rank == 1 or (how == "tensor" and me.rank == 0)
+                ):
                     assert torch.equal(after[key], value * 0.9), key
                 else:
                     assert torch.equal(after[key], taken[key]), key
@@ -352,16 +376,28 @@ UNBUFFERED_RUNS = {
 
 
 def runs_on(world: int) -> list[str]:
-    """All on 1 and 4 ranks; on 2 and 3 those in which a rank computes with more than its own elements."""
-    return [label for label in UNBUFFERED_RUNS if world in (1, 4) or not label.startswith(("dampened", "bf16"))]
+    """All on 1 and 4 ranks; on 2 and 3 those in which a rank computes with more than its own
+    elements.
+    """
+    return [
+        label
+        for label in UNBUFFERED_RUNS
+        if world in (1, 4) or not label.startswith(("dampened", "bf16"))
+    ]
 
 
 def step_freeing_gradients(engine: FSDPEngine, rows: torch.Tensor) -> float:
-    """A step; without a buffer, no gradient is left when backward ends, although references to all are kept here."""
+    """A step; without a buffer, no gradient is left when backward ends, although references to
+    all are kept here.
+    """
     arrived: list[torch.Tensor] = []
     handles = []
     for part in engine.parts:
-        handles.append(part.parameter.register_post_accumulate_grad_hook(lambda p: arrived.append(p.grad.to_local())))
+        handles.append(
+            part.parameter.register_post_accumulate_grad_hook(
+                lambda p: arrived.append(p.grad.to_local())
+            )
+        )
         part.parameter._post_accumulate_grad_hooks.move_to_end(handles[-1].id, last=False)
 
     def judge(loss: float, grad_norm: float) -> float:
@@ -381,7 +417,9 @@ def step_freeing_gradients(engine: FSDPEngine, rows: torch.Tensor) -> float:
 
 
 def written_out(world: int, *overrides: str) -> tuple[dict[str, torch.Tensor], list[float]]:
-    """Momentum SGD as the clippings define it, in plain PyTorch: the last tensors, and each step's reported norm."""
+    """Momentum SGD as the clippings define it, in plain PyTorch: the last tensors, and each
+    step's reported norm.
+    """
     run = chosen(*overrides)
     how, clip_norm = run.optim.clip, run.optim.clip_norm
     model = DNT(run.model)
@@ -409,9 +447,13 @@ def written_out(world: int, *overrides: str) -> tuple[dict[str, torch.Tensor], l
                 for grad in grads:
                     own = len(grads) * float(grad[place].norm())
                     v += grad[place] * min(1.0, clip_norm / (own if how == "tensor" else previous))
-                weight.mul_(1 - lr * (run.optim.weight_decay if weight.ndim > 1 else 0.0)).sub_(lr * v)
+                weight.mul_(1 - lr * (run.optim.weight_decay if weight.ndim > 1 else 0.0)).sub_(
+                    lr * v
+                )
     found = {f"model.{name}": weight.detach() for name, weight in zip(names, weights, strict=True)}
-    return found | {f"momentum_buffer.{name}": v for name, v in zip(names, momentum, strict=True)}, norms
+    return found | {
+        f"momentum_buffer.{name}": v for name, v in zip(names, momentum, strict=True)
+    }, norms
 
 
 @pytest.mark.parametrize(
@@ -430,7 +472,9 @@ def test_without_a_gradient_buffer(world, overrides, tmp_path):
     for label, same_as in [(label, pairs[label]) for label in runs_on(world) if label in pairs]:
         found, wanted = whole(tmp_path / label), whole(tmp_path / same_as)
         for name, tensor in wanted.items():
-            torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-6, msg=f"{label}: {name}")
+            torch.testing.assert_close(
+                found[name], tensor, rtol=0, atol=1e-6, msg=f"{label}: {name}"
+            )
     exact = whole(tmp_path / "buffer")
     rounded = whole(tmp_path / "bf16") if "bf16" in runs_on(world) else {}
     for name, tensor in exact.items():
@@ -438,8 +482,13 @@ def test_without_a_gradient_buffer(world, overrides, tmp_path):
             assert torch.equal(rounded[name].bfloat16().float(), rounded[name]), name
             assert 0 < (rounded[name] - tensor).norm() < 0.02 * tensor.norm(), name
     for label in ("tensor", "previous"):
-        found, norms = whole(tmp_path / label), json.loads((tmp_path / label / "norms.json").read_text())
+        found, norms = (
+            whole(tmp_path / label),
+            json.loads((tmp_path / label / "norms.json").read_text()),
+        )
         wanted, wanted_norms = written_out(world, *overrides, *UNBUFFERED_RUNS[label])
         assert norms == pytest.approx(wanted_norms, rel=1e-4)
         for name, tensor in wanted.items():
-            torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-6, msg=f"{label}: {name}")
+            torch.testing.assert_close(
+                found[name], tensor, rtol=0, atol=1e-6, msg=f"{label}: {name}"
+            )

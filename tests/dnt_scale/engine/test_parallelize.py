@@ -27,7 +27,9 @@ TOKENS = torch.randint(0, 512, (2, 65), generator=torch.Generator().manual_seed(
 
 
 def chosen(*overrides: str) -> RunConfig:
-    return config.load(tiny(Path("no-data"), Path("no-folder"), f"model.layers={LAYERS}", *overrides))
+    return config.load(
+        tiny(Path("no-data"), Path("no-folder"), f"model.layers={LAYERS}", *overrides)
+    )
 
 
 def prepared(*overrides: str) -> DNT:
@@ -72,7 +74,8 @@ def gradients(model: DNT) -> list[torch.Tensor]:
 
 def test_checkpointing_keeps_less_and_changes_no_bit():
     models = {
-        how: prepared(f"engine.activation_checkpointing={how}") for how in ("none", "selective", "2", "3", "full")
+        how: prepared(f"engine.activation_checkpointing={how}")
+        for how in ("none", "selective", "2", "3", "full")
     }
     kept = {how: kept_bytes(model) for how, model in models.items()}
     a_block = (kept["none"] - kept["full"]) / LAYERS
@@ -82,8 +85,13 @@ def test_checkpointing_keeps_less_and_changes_no_bit():
     for how in ("2", "3"):
         assert kept["none"] - kept[how] == pytest.approx(2 * a_block, rel=0.01)
     for model in models.values():
-        assert [name for name, _ in model.named_parameters()] == [name for name, _ in models["none"].named_parameters()]
-        assert all(torch.equal(a, b) for a, b in zip(gradients(model), gradients(models["none"]), strict=True))
+        assert [name for name, _ in model.named_parameters()] == [
+            name for name, _ in models["none"].named_parameters()
+        ]
+        assert all(
+            torch.equal(a, b)
+            for a, b in zip(gradients(model), gradients(models["none"]), strict=True)
+        )
 
 
 class Calls(TorchDispatchMode):
@@ -115,10 +123,16 @@ def test_selective_recomputes_no_product_and_no_attention():
 @pytest.mark.parametrize("how", ["none", "selective"])
 def test_blocks_share_one_compilation(how, monkeypatch):
     compiled = torch.compile
-    backend = CompileCounterWithBackend("aot_eager")  # the graph is what counts, not the kernels that are made of it
-    monkeypatch.setattr(torch, "compile", lambda function, **how: compiled(function, backend=backend, **how))
+    # the graph is what counts, not the kernels that are made of it
+    backend = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(
+        torch, "compile", lambda function, **how: compiled(function, backend=backend, **how)
+    )
     torch._dynamo.reset()
-    model, plain = prepared("engine.compile=true", f"engine.activation_checkpointing={how}"), prepared()
+    model, plain = (
+        prepared("engine.compile=true", f"engine.activation_checkpointing={how}"),
+        prepared(),
+    )
     losses = [one(TOKENS[:, :-1], TOKENS[:, 1:]) for one in (model, plain)]
     for loss in losses:
         loss.backward()
@@ -128,7 +142,7 @@ def test_blocks_share_one_compilation(how, monkeypatch):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
-# --- on ranks ------------------------------------------------------------------------------------------------------
+# --- on ranks -------------------------------------------------------------------------------------
 
 
 def sharded(me: Ranks, *overrides: str) -> LossModule:
@@ -164,9 +178,13 @@ def run_gathers() -> None:
     every = range(LAYERS)
     for ahead in (0, 1, 2):
         for reshard in (True, False):
-            model = sharded(me, f"engine.prefetch={ahead}", f"engine.reshard_after_forward={reshard}")
+            model = sharded(
+                me, f"engine.prefetch={ahead}", f"engine.reshard_after_forward={reshard}"
+            )
             forward, backward = gathers(model)
-            assert forward == [1 + min(LAYERS, i + 1 + ahead) for i in every], "the root, and blocks"
+            assert forward == [1 + min(LAYERS, i + 1 + ahead) for i in every], (
+                "the root, and blocks"
+            )
             again = [min(LAYERS, i + 1 + ahead) if reshard else 0 for i in every]
             assert backward == [1 + LAYERS + more for more in again]
             assert all(isinstance(parameter, DTensor) for parameter in model.parameters())

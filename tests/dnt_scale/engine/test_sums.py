@@ -10,7 +10,10 @@ from dnt_scale.engine.reductions import squared_norms
 
 def test_the_squares_of_ten_million_elements_add_up() -> None:
     generator = torch.Generator().manual_seed(0)
-    tensors = [1e-3 * torch.randn(shape, generator=generator) for shape in ((2500, 4000), (7,), (0, 3), (3, 5))]
+    tensors = [
+        1e-3 * torch.randn(shape, generator=generator)
+        for shape in ((2500, 4000), (7,), (0, 3), (3, 5))
+    ]
     found = squared_norms(tensors)
     exact = torch.stack([tensor.double().square().sum() for tensor in tensors])
     assert found.dtype == torch.float64

@@ -38,7 +38,9 @@ def gpt2_twin(config: ModelConfig) -> tuple[DNT, GPT2LMHeadModel]:
     with torch.no_grad():
         for seed, (name, parameter) in enumerate(theirs.named_parameters()):
             noise = normal(parameter.shape, seed, torch.float32)
-            parameter.copy_(1 + 0.3 * noise if ".ln_" in name and name.endswith("weight") else 0.15 * noise)
+            parameter.copy_(
+                1 + 0.3 * noise if ".ln_" in name and name.endswith("weight") else 0.15 * noise
+            )
     ours = DNT(config)
     weights = dict(ours.named_parameters())
     with torch.no_grad():
@@ -49,7 +51,9 @@ def gpt2_twin(config: ModelConfig) -> tuple[DNT, GPT2LMHeadModel]:
 
 
 def as_ours(read: Callable[[str], Tensor], config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    """GPT-2's tensors (weights or gradients) by our names. Its Conv1D stores (in, out) and fuses q, k, v."""
+    """GPT-2's tensors (weights or gradients) by our names. Its Conv1D stores (in, out) and fuses
+    q, k, v.
+    """
     yield "tok_emb.weight", read("transformer.wte.weight")
     yield "pos_emb.weight", read("transformer.wpe.weight")
     norms = {"norm_out": "transformer.ln_f"}
@@ -60,7 +64,11 @@ def as_ours(read: Callable[[str], Tensor], config: ModelConfig) -> Iterator[tupl
         yield from ((f"{block}.attn.w_{letter}.weight", part.T) for letter, part in qkv)
         qkv = zip("qkv", read(f"{theirs}.attn.c_attn.bias").chunk(3), strict=True)
         yield from ((f"{block}.attn.w_{letter}.bias", part) for letter, part in qkv)
-        for mine, other in (("attn.w_o", "attn.c_proj"), ("ffn.w_1", "mlp.c_fc"), ("ffn.w_2", "mlp.c_proj")):
+        for mine, other in (
+            ("attn.w_o", "attn.c_proj"),
+            ("ffn.w_1", "mlp.c_fc"),
+            ("ffn.w_2", "mlp.c_proj"),
+        ):
             yield f"{block}.{mine}.weight", read(f"{theirs}.{other}.weight").T
             yield f"{block}.{mine}.bias", read(f"{theirs}.{other}.bias")
     for mine, other in norms.items():
@@ -69,7 +77,9 @@ def as_ours(read: Callable[[str], Tensor], config: ModelConfig) -> Iterator[tupl
 
 
 def gpt2_config(**sizes: int) -> ModelConfig:
-    return tiny(setting="S1", norm="layernorm", bias=True, activation="gelu_tanh", norm_eps=1e-5, **sizes)
+    return tiny(
+        setting="S1", norm="layernorm", bias=True, activation="gelu_tanh", norm_eps=1e-5, **sizes
+    )
 
 
 def test_s1_is_gpt2_in_logits_loss_and_every_gradient() -> None:
@@ -107,7 +117,9 @@ def test_s1_is_gpt2_at_its_real_vocabulary_and_context() -> None:
 
 
 def written_out(weights: dict[str, Tensor], config: ModelConfig, tokens_T: Tensor) -> Tensor:
-    """Logits of one row, from the equations of dnt.md and nothing of ours but the parameter names."""
+    """Logits of one row, from the equations of dnt.md and nothing of ours but the parameter
+    names.
+    """
     setting, heads = config.setting, config.heads
     d_h = config.width // heads
 
@@ -171,7 +183,8 @@ def test_every_setting_is_the_written_out_one(setting: Setting, variant: str) ->
     assert expected.std() > 0.3
     torch.testing.assert_close(model(tokens), expected, atol=1e-12, rtol=1e-12)
     error = (model.float()(tokens).double() - expected).abs().max()
-    assert error <= 1e-5 * max(1.0, float(expected.std()))  # without a final norm logits are several times larger
+    # without a final norm logits are several times larger
+    assert error <= 1e-5 * max(1.0, float(expected.std()))
 
 
 @torch.no_grad()
@@ -189,7 +202,15 @@ PRESENT: dict[Setting, set[str]] = {
     "S1": {"norm_pre1", "norm_pre2"},
     "S2": {"norm_pre1", "norm_pre2", "attn.norm_q", "attn.norm_k"},
     "S3": {"norm_in", "norm_pre1", "norm_pre2", "attn.norm_q", "attn.norm_k"},
-    "S4": {"norm_in", "norm_pre1", "norm_pre2", "attn.norm_q", "attn.norm_k", "norm_mid1", "norm_mid2"},
+    "S4": {
+        "norm_in",
+        "norm_pre1",
+        "norm_pre2",
+        "attn.norm_q",
+        "attn.norm_k",
+        "norm_mid1",
+        "norm_mid2",
+    },
     "S5": {"norm_in", "norm_pre1", "attn.norm_q", "attn.norm_k", "norm_mid1", "norm_mid2"},
 }
 
@@ -213,10 +234,17 @@ def test_norms_of_a_setting_are_gains_only(setting: Setting) -> None:
 
 def test_biases_and_optional_parts() -> None:
     names = set(dict(DNT(tiny(norm="layernorm", bias=True, layers=1)).named_parameters()))
-    assert {"blocks.0.attn.w_q.bias", "blocks.0.ffn.w_2.bias", "blocks.0.norm_mid2.bias", "norm_in.bias"} <= names
+    assert {
+        "blocks.0.attn.w_q.bias",
+        "blocks.0.ffn.w_2.bias",
+        "blocks.0.norm_mid2.bias",
+        "norm_in.bias",
+    } <= names
     names = set(dict(DNT(tiny(norm="layernorm", bias=False)).named_parameters()))
     assert not any(name.endswith("bias") for name in names)
-    bare = set(dict(DNT(tiny(final_norm=False, positions="none", tied_head=False)).named_parameters()))
+    bare = set(
+        dict(DNT(tiny(final_norm=False, positions="none", tied_head=False)).named_parameters())
+    )
     assert "head.weight" in bare and not bare & {"norm_out.gain", "pos_emb.weight"}
 
 
@@ -232,7 +260,8 @@ def test_a_later_token_never_changes_earlier_logits(setting: Setting) -> None:
         changed[:, position] = (changed[:, position] + 1) % config.vocab_size
         other = model(changed)
         torch.testing.assert_close(other[:, :position], logits[:, :position], atol=1e-12, rtol=0)
-        assert ((other - logits)[:, position:].abs().amax(dim=(0, 2)) > 1e-6).all()  # and reaches all later ones
+        # and reaches all later ones
+        assert ((other - logits)[:, position:].abs().amax(dim=(0, 2)) > 1e-6).all()
 
 
 @torch.no_grad()
@@ -263,15 +292,22 @@ def test_loss_is_the_fp32_sum_over_counted_targets() -> None:
     torch.testing.assert_close(model(tokens, targets).double(), -log_p.sum(), atol=1e-4, rtol=0)
     ignored = targets.clone()
     ignored[0, 3:] = ignored[1, 0] = IGNORED
-    torch.testing.assert_close(model(tokens, ignored).double(), -log_p[ignored != IGNORED].sum(), atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        model(tokens, ignored).double(), -log_p[ignored != IGNORED].sum(), atol=1e-4, rtol=0
+    )
     assert model(tokens, torch.full_like(targets, IGNORED)) == 0
     assert model.bfloat16()(tokens, targets).dtype == torch.float32
 
 
 # ---------------------------------------------------------------- sizes
 
-# size: layers, width, millions of parameters with the position table, and without it as dnt.md counts
-SIZES = {"124m": (12, 768, 124, 123.6), "774m": (36, 1280, 774, 772.3), "1.4b": (48, 1536, 1438, 1436.5)}
+# size: layers, width, millions of parameters with the position table, and without it as dnt.md
+# counts
+SIZES = {
+    "124m": (12, 768, 124, 123.6),
+    "774m": (36, 1280, 774, 772.3),
+    "1.4b": (48, 1536, 1438, 1436.5),
+}
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -281,10 +317,14 @@ def test_presets_have_the_papers_parameter_counts(size: str) -> None:
     assert (config.setting, config.vocab_size, config.context) == ("S5", 50304, 1024)
     # S5: three norms of the width and two of a head's a block; InputNorm and the final norm
     gains = layers * (3 * width + 2 * width // config.heads) + 2 * width
-    assert count_parameters(config, positions=False) - gains == layers * 12 * width**2 + 50304 * width
+    assert (
+        count_parameters(config, positions=False) - gains == layers * 12 * width**2 + 50304 * width
+    )
     assert count_parameters(config) - count_parameters(config, positions=False) == 1024 * width
     assert round(count_parameters(config) / 1e6) == millions
-    assert count_parameters(config, positions=False) / 1e6 == pytest.approx(without_positions, abs=0.06)
+    assert count_parameters(config, positions=False) / 1e6 == pytest.approx(
+        without_positions, abs=0.06
+    )
 
 
 def test_the_largest_preset_is_dnt_mds_formula() -> None:
@@ -308,7 +348,11 @@ def test_every_dnt_preset_has_its_gpt_twin() -> None:
 
 
 def test_count_parameters_counts_what_is_there() -> None:
-    for config in (tiny(), tiny(tied_head=False, positions="none"), tiny(norm="layernorm", bias=True)):
+    for config in (
+        tiny(),
+        tiny(tied_head=False, positions="none"),
+        tiny(norm="layernorm", bias=True),
+    ):
         total = sum(parameter.numel() for parameter in DNT(config).parameters())
         assert count_parameters(config) == total
         table = config.context * config.width if config.positions == "learned" else 0
@@ -318,7 +362,8 @@ def test_count_parameters_counts_what_is_there() -> None:
 def test_flops_per_token_by_hand() -> None:
     config = tiny(setting="S1", layers=2, width=8, heads=2, vocab_size=10, context=32)
     # 2 blocks of 12 * 8 * 8 = 768, embedding 80, five gains of 8: N = 1656; 6 N = 9936
-    # attention: forward 2 * (2 * 16 * 8) a layer for q k^T and a v, three times that with the backward: 1536 a layer
+    # attention: forward 2 * (2 * 16 * 8) a layer for q k^T and a v, three times that with the
+    # backward: 1536 a layer
     assert flops_per_token(config, seq_len=16) == 9936 + 2 * 1536
     untied = config.model_copy(update={"tied_head": False})
     assert flops_per_token(untied, seq_len=16) == 9936 + 6 * 80 + 2 * 1536
@@ -334,7 +379,8 @@ def test_an_initial_tensor_is_a_function_of_seed_and_name_alone() -> None:
     first = {name: initial_tensor(name, shape, config, 7) for name, shape in shapes.items()}
     assert torch.equal(torch.get_rng_state(), before)
     with torch.random.fork_rng():
-        for state, (name, shape) in enumerate(reversed(shapes.items())):  # another order, other global states
+        # another order, other global states
+        for state, (name, shape) in enumerate(reversed(shapes.items())):
             torch.manual_seed(state)
             value = initial_tensor(name, shape, config, 7)
             assert value.dtype == torch.float32 and torch.equal(value, first[name]), name
@@ -353,7 +399,10 @@ def test_initial_tensors_differ_by_name_and_seed_and_not_by_setting() -> None:
     assert correlation.abs().max() < 5 / math.sqrt(flat.shape[1])
     # the twin of a DNT starts from the same matrices
     gpt = tiny(setting="S1")
-    assert all(torch.equal(initial_tensor(n, shape, config, 3), initial_tensor(n, shape, gpt, 3)) for n in names)
+    assert all(
+        torch.equal(initial_tensor(n, shape, config, 3), initial_tensor(n, shape, gpt, 3))
+        for n in names
+    )
 
 
 def test_initial_scales_are_nano_gpts() -> None:
@@ -376,11 +425,19 @@ def test_initial_scales_are_nano_gpts() -> None:
         assert abs(float(value.mean())) < 5 * std / 768, name
         kurtosis = float(((value - value.mean()) / value.std()).pow(4).mean())
         assert kurtosis == pytest.approx(3, abs=0.04), name
-    unscaled = config.model_copy(update={"residual_init_scaled": False, "init_std": 0.1, "gain_init": 0.7})
-    assert float(initial_tensor("blocks.3.ffn.w_2.weight", square, unscaled, 0).std()) == pytest.approx(0.1, rel=5e-3)
-    assert torch.equal(initial_tensor("norm_in.gain", torch.Size((5,)), unscaled, 0), torch.full((5,), 0.7))
+    unscaled = config.model_copy(
+        update={"residual_init_scaled": False, "init_std": 0.1, "gain_init": 0.7}
+    )
+    assert float(
+        initial_tensor("blocks.3.ffn.w_2.weight", square, unscaled, 0).std()
+    ) == pytest.approx(0.1, rel=5e-3)
+    assert torch.equal(
+        initial_tensor("norm_in.gain", torch.Size((5,)), unscaled, 0), torch.full((5,), 0.7)
+    )
     assert torch.equal(initial_tensor("norm_in.gain", torch.Size((5,)), config, 0), torch.ones(5))
-    assert torch.equal(initial_tensor("blocks.0.ffn.w_1.bias", torch.Size((5,)), config, 0), torch.zeros(5))
+    assert torch.equal(
+        initial_tensor("blocks.0.ffn.w_1.bias", torch.Size((5,)), config, 0), torch.zeros(5)
+    )
 
 
 GOLDEN_WEIGHTS = {
@@ -388,7 +445,13 @@ GOLDEN_WEIGHTS = {
     "blocks.0.attn.w_q.weight": [0.0269289184, -0.0189475883, -0.00611390639, -0.00985973142],
     "blocks.2.ffn.w_2.weight": [-0.00654707011, 0.00335020479, 0.00237549772, -0.000904477143],
 }
-GOLDEN_LOSSES: dict[Setting, float] = {"S1": 3.352856, "S2": 3.353352, "S3": 3.352672, "S4": 3.391563, "S5": 3.392473}
+GOLDEN_LOSSES: dict[Setting, float] = {
+    "S1": 3.352856,
+    "S2": 3.353352,
+    "S3": 3.352672,
+    "S4": 3.391563,
+    "S5": 3.392473,
+}
 
 
 def test_initial_weights_are_what_they_were() -> None:

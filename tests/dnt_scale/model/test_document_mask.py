@@ -14,12 +14,17 @@ EOS = 5
 
 
 def documents_in_a_row(config: ModelConfig) -> tuple[list[Tensor], Tensor]:
-    """Documents, each behind its eos but the first, which begins in the row before; and the two rows of them."""
+    """Documents, each behind its eos but the first, which begins in the row before; and the two
+    rows of them.
+    """
     tokens = random_tokens(config, 1, 24)[0]
     tokens[tokens == EOS] += 1
-    for begin in (4, 5, 9, 12, 19):  # one document is empty, and the second row begins with a document
+    # one document is empty, and the second row begins with a document
+    for begin in (4, 5, 9, 12, 19):
         tokens[begin] = EOS
-    documents = [tokens[a:b] for a, b in zip((0, 4, 5, 9, 12, 19), (4, 5, 9, 12, 19, 24), strict=True)]
+    documents = [
+        tokens[a:b] for a, b in zip((0, 4, 5, 9, 12, 19), (4, 5, 9, 12, 19, 24), strict=True)
+    ]
     return documents, tokens.view(2, 12)
 
 
@@ -32,7 +37,9 @@ def test_masked_documents_are_as_if_each_were_alone(setting: Setting, variant: s
     documents, rows = documents_in_a_row(config)
     logits = masked(rows).flatten(0, 1)
     alone = torch.cat([plain(document[None])[0] for document in documents])
-    torch.testing.assert_close(logits, alone, atol=1e-5 * max(1.0, float(alone.detach().std())), rtol=0)
+    torch.testing.assert_close(
+        logits, alone, atol=1e-5 * max(1.0, float(alone.detach().std())), rtol=0
+    )
     assert (plain(rows).flatten(0, 1) - alone).abs().max() > 0.1
 
     weights = normal(logits.shape, 3, torch.float32)
@@ -43,10 +50,16 @@ def test_masked_documents_are_as_if_each_were_alone(setting: Setting, variant: s
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
-@given(st.lists(st.lists(st.sampled_from([EOS, 1, 2, 3]), min_size=9, max_size=9), min_size=1, max_size=3))
+@given(
+    st.lists(
+        st.lists(st.sampled_from([EOS, 1, 2, 3]), min_size=9, max_size=9), min_size=1, max_size=3
+    )
+)
 def test_the_layout_of_documents_by_hand(rows: list[list[int]]) -> None:
     positions_BT, mask_B1TT = document_layout(torch.tensor(rows), EOS)
-    for row, positions_T, mask_TT in zip(rows, positions_BT.tolist(), mask_B1TT[:, 0].tolist(), strict=True):
+    for row, positions_T, mask_TT in zip(
+        rows, positions_BT.tolist(), mask_B1TT[:, 0].tolist(), strict=True
+    ):
         begin = 0
         for place, token in enumerate(row):
             begin = place if token == EOS else begin
@@ -94,4 +107,6 @@ def test_masked_documents_in_bf16() -> None:
     exact = busy(config)
     exact.document_eos = EOS
     with torch.no_grad():
-        assert float(loss.detach()) == pytest.approx(float(exact(rows[:, :-1], rows[:, 1:])), rel=0.05)
+        assert float(loss.detach()) == pytest.approx(
+            float(exact(rows[:, :-1], rows[:, 1:])), rel=0.05
+        )

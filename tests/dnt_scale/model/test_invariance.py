@@ -17,7 +17,8 @@ from tests.helpers.models import MATRICES, busy, mean_loss, normal, random_token
 
 PROPERTY = settings(max_examples=12, deadline=None, derandomize=True)
 SCALE = st.floats(0.1, 10)
-TINY_EPS = 1e-30  # the scale invariances are exact up to eps, so this makes them exact up to rounding
+# the scale invariances are exact up to eps, so this makes them exact up to rounding
+TINY_EPS = 1e-30
 
 
 # ---------------------------------------------------------------- scale invariance (dnt.md, [R])
@@ -30,7 +31,9 @@ def rescale(model: DNT, scales: dict[str, list[float] | float]) -> None:
         for name, scale in scales.items():
             weight = block.get_parameter(f"{name}.weight")
             if isinstance(scale, list):
-                scale_rows = torch.tensor(scale, dtype=weight.dtype).repeat_interleave(len(weight) // len(scale))
+                scale_rows = torch.tensor(scale, dtype=weight.dtype).repeat_interleave(
+                    len(weight) // len(scale)
+                )
                 weight.mul_(scale_rows[:, None])
             else:
                 weight.mul_(scale)
@@ -52,7 +55,9 @@ HEAD_SCALES = st.lists(SCALE, min_size=3, max_size=3)
 @pytest.mark.parametrize("setting", ["S2", "S3", "S4", "S5"])
 @PROPERTY
 @given(q=HEAD_SCALES, k=HEAD_SCALES)
-def test_qk_norm_makes_each_heads_wq_and_wk_scale_free(setting: Setting, q: list[float], k: list[float]) -> None:
+def test_qk_norm_makes_each_heads_wq_and_wk_scale_free(
+    setting: Setting, q: list[float], k: list[float]
+) -> None:
     assert change(tiny(setting=setting, norm_eps=TINY_EPS), {"attn.w_q": q, "attn.w_k": k}) < 1e-11
 
 
@@ -65,7 +70,8 @@ def test_mid_norm_makes_wv_wo_and_relu_ffn_scale_free(
     config = tiny(setting=setting, norm_eps=TINY_EPS, activation="relu")
     assert change(config, {"attn.w_v": v, "attn.w_o": o, "ffn.w_1": w_1, "ffn.w_2": w_2}) < 1e-11
     gelu = config.model_copy(update={"activation": "gelu"})
-    assert change(gelu, {"attn.w_v": v, "attn.w_o": o, "ffn.w_2": w_2}) < 1e-11  # W_1 alone is not exact
+    # W_1 alone is not exact
+    assert change(gelu, {"attn.w_v": v, "attn.w_o": o, "ffn.w_2": w_2}) < 1e-11
 
 
 SCALE_FREE: dict[Setting, set[str]] = {
@@ -107,7 +113,9 @@ def test_at_the_default_eps_and_fp32_the_loss_is_scale_free_to_rounding() -> Non
 
 
 @pytest.mark.parametrize("setting", ["S4", "S5"])
-def test_the_gradient_is_orthogonal_to_scale_free_weights_and_shrinks_with_their_scale(setting: Setting) -> None:
+def test_the_gradient_is_orthogonal_to_scale_free_weights_and_shrinks_with_their_scale(
+    setting: Setting,
+) -> None:
     config = tiny(setting=setting, norm_eps=TINY_EPS, activation="relu")
     tokens, targets = random_tokens(config, 2, 12), random_tokens(config, 2, 12, seed=1)
     model = busy(config)
@@ -119,7 +127,10 @@ def test_the_gradient_is_orthogonal_to_scale_free_weights_and_shrinks_with_their
     mean_loss(model, tokens, targets).backward()
     for layer, block in enumerate(model.blocks):
         for name in MATRICES:
-            weight, gradient = block.get_parameter(f"{name}.weight"), first[f"blocks.{layer}.{name}.weight"]
+            weight, gradient = (
+                block.get_parameter(f"{name}.weight"),
+                first[f"blocks.{layer}.{name}.weight"],
+            )
             factor = float(factors.get(name, 1.0))  # type: ignore[arg-type]
             heads = config.heads if name in ("attn.w_q", "attn.w_k") else 1
             products = (weight * gradient).view(heads, -1).sum(1)  # per head under QKNorm
@@ -129,9 +140,9 @@ def test_the_gradient_is_orthogonal_to_scale_free_weights_and_shrinks_with_their
 
 @torch.no_grad()
 def test_gelu_is_scale_free_in_w1_only_roughly() -> None:
-    """dnt.md's "within about 5 %": the direction of the FFN's output, which is all that MidNorm keeps, at width 768
-    from the initial weights and a unit-RMS input turns by 6 to 7 % when W_1 grows or shrinks by a quarter, and by
-    17 to 21 % at a factor of two. W_2 is exact."""
+    """dnt.md's "within about 5 %": the direction of the FFN's output, which is all that MidNorm
+    keeps, at width 768 from the initial weights and a unit-RMS input turns by 6 to 7 % when W_1
+    grows or shrinks by a quarter, and by 17 to 21 % at a factor of two. W_2 is exact."""
     config = tiny(width=768, heads=12)
     ffn = FeedForward(config).double()
     for name, parameter in ffn.named_parameters():
@@ -152,7 +163,8 @@ def test_gelu_is_scale_free_in_w1_only_roughly() -> None:
         assert turned_by("w_2.weight", scale) < 1e-14
 
 
-# ---------------------------------------------------------------- Jacobians (dnt.md, [R] and Props. 2, 5)
+# ---------------------------------------------------------------- Jacobians (dnt.md, [R] and Props.
+# 2, 5)
 
 
 def one_head(setting: Setting, width: int = 6, **changes: object) -> Attention:
@@ -166,10 +178,14 @@ def one_head(setting: Setting, width: int = 6, **changes: object) -> Attention:
     return attention
 
 
-def dnt_md_jacobian(X: Tensor, W_q: Tensor, W_k: Tensor, W_v: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Y = W_v X A and dvec(Y)/dvec(X) as dnt.md writes them; columns are tokens, A's columns are softmaxes of P's.
+def dnt_md_jacobian(
+    X: Tensor, W_q: Tensor, W_k: Tensor, W_v: Tensor, mask: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Y = W_v X A and dvec(Y)/dvec(X) as dnt.md writes them; columns are tokens, A's columns are
+    softmaxes of P's.
 
-    The paper takes the softmax over the first index of P = X^T W_q^T W_k X, so its W_k makes what we call queries.
+    The paper takes the softmax over the first index of P = X^T W_q^T W_k X, so its W_k makes what
+    we call queries.
     """
     d, n = X.shape
     P = X.T @ W_q.T @ W_k @ X
@@ -190,7 +206,8 @@ def test_attention_jacobian_formula(causal: bool) -> None:
     """Without a mask against a written-out attention, causal against our Attention module."""
     d, n = 6, 5
     attention = one_head("S1")
-    W_k, W_q, W_v = (m.weight.detach() for m in (attention.w_q, attention.w_k, attention.w_v))  # the paper's names
+    # the paper's names
+    W_k, W_q, W_v = (m.weight.detach() for m in (attention.w_q, attention.w_k, attention.w_v))
     x_TD = normal((n, d), seed=9)
     visible = torch.ones(n, n, dtype=torch.bool)
     mask = visible.triu() if causal else visible  # column j sees rows i <= j
@@ -198,11 +215,15 @@ def test_attention_jacobian_formula(causal: bool) -> None:
     def ours(x: Tensor) -> Tensor:
         if causal:
             return attention(x[None])[0]
-        return torch.softmax(attention.w_q(x) @ attention.w_k(x).T / math.sqrt(d), dim=1) @ attention.w_v(x)
+        return torch.softmax(
+            attention.w_q(x) @ attention.w_k(x).T / math.sqrt(d), dim=1
+        ) @ attention.w_v(x)
 
     Y, formula = dnt_md_jacobian(x_TD.T, W_q, W_k, W_v, mask)
     torch.testing.assert_close(ours(x_TD), Y.T, atol=1e-13, rtol=1e-12)
-    torch.testing.assert_close(jacobian(ours, x_TD).reshape(n * d, n * d), formula, atol=1e-12, rtol=1e-11)
+    torch.testing.assert_close(
+        jacobian(ours, x_TD).reshape(n * d, n * d), formula, atol=1e-12, rtol=1e-11
+    )
 
     columns = []
     step = 1e-4
@@ -217,7 +238,9 @@ COLUMN_SCALES = st.lists(SCALE, min_size=5, max_size=5)
 
 @PROPERTY
 @given(scales=COLUMN_SCALES)
-def test_prop_2_the_jacobian_at_the_normalised_input_ignores_column_norms(scales: list[float]) -> None:
+def test_prop_2_the_jacobian_at_the_normalised_input_ignores_column_norms(
+    scales: list[float],
+) -> None:
     attention = one_head("S1")
     norm = Norm(6, tiny(norm_eps=TINY_EPS)).double()
     with torch.no_grad():
@@ -231,10 +254,15 @@ def test_prop_2_the_jacobian_at_the_normalised_input_ignores_column_norms(scales
         return attend(norm(x))
 
     torch.testing.assert_close(
-        jacobian(attend, norm(s_T1 * x_TD).detach()), jacobian(attend, norm(x_TD).detach()), atol=1e-12, rtol=1e-10
+        jacobian(attend, norm(s_T1 * x_TD).detach()),
+        jacobian(attend, norm(x_TD).detach()),
+        atol=1e-12,
+        rtol=1e-10,
     )
     # through the norm, the block of token j is exactly 1/s_j of what it was
-    torch.testing.assert_close(jacobian(pre_norm, s_T1 * x_TD) * s_T1, jacobian(pre_norm, x_TD), atol=1e-12, rtol=1e-10)
+    torch.testing.assert_close(
+        jacobian(pre_norm, s_T1 * x_TD) * s_T1, jacobian(pre_norm, x_TD), atol=1e-12, rtol=1e-10
+    )
 
 
 def test_without_a_norm_the_jacobian_does_depend_on_column_norms() -> None:
@@ -277,6 +305,10 @@ def test_qk_norm_logits_are_sqrt_d_h_times_the_cosine() -> None:
     x_TD = normal((7, config.width), seed=5)
     attention.norm_q.gain.fill_(1)
     attention.norm_k.gain.fill_(1)
-    q, k = (m(x_TD).view(7, config.heads, d_h).transpose(0, 1) for m in (attention.w_q, attention.w_k))
+    q, k = (
+        m(x_TD).view(7, config.heads, d_h).transpose(0, 1) for m in (attention.w_q, attention.w_k)
+    )
     cosine = F.cosine_similarity(q[:, :, None], k[:, None], dim=-1)
-    torch.testing.assert_close(attention_logits(attention, x_TD), math.sqrt(d_h) * cosine, atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(
+        attention_logits(attention, x_TD), math.sqrt(d_h) * cosine, atol=1e-12, rtol=1e-12
+    )

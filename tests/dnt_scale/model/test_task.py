@@ -1,4 +1,6 @@
-"""What engines take from a task: batches in parts, buffers made anew, the language model's targets."""
+"""What engines take from a task: batches in parts, buffers made anew, the language model's
+targets.
+"""
 
 from itertools import pairwise
 
@@ -70,18 +72,26 @@ def test_buffers_that_were_cast_come_back_in_their_dtype():
 
 def test_a_buffer_that_is_forgotten_is_named():
     task = on_meta(forgets=True)
-    with pytest.raises(ConfigError, match=r"Rotary\.init_buffers: leaves blocks\.0\.angles without"):
+    with pytest.raises(
+        ConfigError, match=r"Rotary\.init_buffers: leaves blocks\.0\.angles without"
+    ):
         fill_buffers(task, blank_buffers(task, "rotary"), CPU)
 
 
 def test_a_persistent_buffer_is_refused():
-    with pytest.raises(ConfigError, match=r"model\.kind is rotary, whose buffer places is persistent"):
+    with pytest.raises(
+        ConfigError, match=r"model\.kind is rotary, whose buffer places is persistent"
+    ):
         blank_buffers(on_meta(persistent=True), "rotary")
 
 
 def test_a_batch_is_split_by_rows_whatever_is_in_it():
     rows = torch.arange(10).view(5, 2)
-    assert [part.tolist() for part in split(rows, 2)] == [[[0, 1], [2, 3]], [[4, 5], [6, 7]], [[8, 9]]]
+    assert [part.tolist() for part in split(rows, 2)] == [
+        [[0, 1], [2, 3]],
+        [[4, 5], [6, 7]],
+        [[8, 9]],
+    ]
     parts = split({"image": rows, "label": torch.arange(5)}, 3)
     assert [part["label"].tolist() for part in parts] == [[0, 1, 2], [3, 4]]
     assert [part["image"].shape for part in parts] == [(3, 2), (2, 2)]
@@ -110,7 +120,9 @@ def test_what_is_known_of_a_section_without_its_weights():
     shapes = shapes_of(config)
     assert shapes["tok_emb.weight"] == (29, 24)
     assert names_in_blocks(config) == {name for name in shapes if name.startswith("blocks.")}
-    assert flops_per_row(config, 8) == 8 * (6 * (sum(map(size, shapes.values())) - 12 * 24) + 12 * 2 * 24 * 8)
+    assert flops_per_row(config, 8) == 8 * (
+        6 * (sum(map(size, shapes.values())) - 12 * 24) + 12 * 2 * 24 * 8
+    )
 
 
 def size(shape: tuple[int, ...]) -> int:

@@ -55,7 +55,9 @@ class ToyModel(ModelSection):
 
     def check(self, rows: Images) -> None:
         if rows != Images(self.pixels, self.classes):
-            raise ConfigError(f"model.pixels is {self.pixels}, but the images have {rows.pixels}; set it to that")
+            raise ConfigError(
+                f"model.pixels is {self.pixels}, but the images have {rows.pixels}; set it to that"
+            )
 
 
 def brightness(pixels: int) -> Tensor:
@@ -68,9 +70,13 @@ class ToyClassifier(nn.Module, Task):
         super().__init__()
         width = section.width
         self.embed = nn.Linear(section.pixels, width)
-        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(width, width), nn.GELU()) for _ in range(3))
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(width, width), nn.GELU()) for _ in range(3)
+        )
         self.head = nn.Linear(width, section.classes)
-        self.register_buffer("brightness", torch.empty(section.pixels), persistent=section.persistent)
+        self.register_buffer(
+            "brightness", torch.empty(section.pixels), persistent=section.persistent
+        )
 
     def init_buffers(self) -> None:
         self.brightness.copy_(brightness(len(self.brightness)))
@@ -92,7 +98,11 @@ class ToyClassifier(nn.Module, Task):
         return {"loss": self.loss_sum(batch), "top1": hits}
 
     def initial(self, name: str, shape: torch.Size, seed: int) -> Tensor:
-        return torch.zeros(shape) if name.endswith("bias") else drawn(name, shape, shape[-1] ** -0.5, seed)
+        return (
+            torch.zeros(shape)
+            if name.endswith("bias")
+            else drawn(name, shape, shape[-1] ** -0.5, seed)
+        )
 
     def flops_per_row(self, units_a_row: int) -> float:
         return 6.0 * sum(parameter.numel() for parameter in self.parameters())
@@ -116,15 +126,24 @@ class ToyImages(Source):
         self.shades = drawn("shades", torch.Size((4, 24)), 1.0, 0)
 
     def parts(self) -> list[DataPart]:
-        return [DataPart("", "data.salt", "made-up images", hashlib.sha256(self.salt.encode()).hexdigest())]
+        return [
+            DataPart(
+                "", "data.salt", "made-up images", hashlib.sha256(self.salt.encode()).hexdigest()
+            )
+        ]
 
     def made(self, seed: int, first: int, count: int) -> dict[str, Tensor]:
         """The rows at positions from ``first`` on: each a function of (salt, seed, position)."""
         labels = torch.arange(first, first + count) * 7 % 4
-        noise = [drawn(f"{self.salt}/{place}", torch.Size((24,)), 0.7, seed) for place in range(first, first + count)]
+        noise = [
+            drawn(f"{self.salt}/{place}", torch.Size((24,)), 0.7, seed)
+            for place in range(first, first + count)
+        ]
         return {"image": self.shades[labels] + torch.stack(noise), "label": labels}
 
-    def stream(self, *, seed: int, global_batch: int, rank: int, world_size: int, consumed_rows: int = 0) -> Stream:
+    def stream(
+        self, *, seed: int, global_batch: int, rank: int, world_size: int, consumed_rows: int = 0
+    ) -> Stream:
         return Stream(
             lambda first, count: self.made(seed, first, count),
             global_batch=global_batch,
@@ -133,17 +152,21 @@ class ToyImages(Source):
             consumed_rows=consumed_rows,
         )
 
-    def validation(self, *, rows: int | None, micro_batch: int, rank: int, world_size: int) -> dict[str, Any]:
+    def validation(
+        self, *, rows: int | None, micro_batch: int, rank: int, world_size: int
+    ) -> dict[str, Any]:
         return {"": self.held_out(rows or 50, micro_batch, rank, world_size)}
 
     def held_out(self, rows: int, micro_batch: int, rank: int, world_size: int) -> Any:
         for start in range(0, rows, micro_batch * world_size):
             batch = self.made(99, start + rank * micro_batch, micro_batch)
-            beyond = torch.arange(start + rank * micro_batch, start + (rank + 1) * micro_batch) >= rows
+            beyond = (
+                torch.arange(start + rank * micro_batch, start + (rank + 1) * micro_batch) >= rows
+            )
             yield {**batch, "label": batch["label"].masked_fill(beyond, -1)}
 
 
-# --- the proof -------------------------------------------------------------------------------------------------------
+# --- the proof ------------------------------------------------------------------------------------
 
 STEPS = 8
 
@@ -161,8 +184,17 @@ def toy(tmp_path_factory) -> list[str]:
         "checkpoint": {"every": 4, "keep": 9},
         "optim": {"lr": 0.3},
     }
-    values = [f"{section}.{key}={value}" for section, keys in chosen.items() for key, value in keys.items()]
-    warmup = ["optim=msgdw", "optim.schedule.warmup_steps=1", "optim.schedule.name=constant", "tracking.enabled=false"]
+    values = [
+        f"{section}.{key}={value}"
+        for section, keys in chosen.items()
+        for key, value in keys.items()
+    ]
+    warmup = [
+        "optim=msgdw",
+        "optim.schedule.warmup_steps=1",
+        "optim.schedule.name=constant",
+        "tracking.enabled=false",
+    ]
     return [f"model={folder}/toy.yaml", f"data={folder}/images.yaml", *warmup, *values]
 
 
@@ -188,22 +220,31 @@ def test_a_task_that_is_no_language_trains_resumes_and_checkpoints(toy, name, tm
     assert "resuming from" in said and "images/s" in said and f"{12 * STEPS} images" in said
 
     def without_speed(run_dir: Path) -> list[dict[str, Any]]:
-        return [{k: v for k, v in line.items() if not k.endswith("_per_s")} for line in metrics(run_dir)]
+        return [
+            {k: v for k, v in line.items() if not k.endswith("_per_s")} for line in metrics(run_dir)
+        ]
 
     lines = without_speed(whole)
     assert without_speed(parts) == lines  # bitwise
-    assert complete_checkpoints(parts) == complete_checkpoints(whole) == ["step-00000004", "step-00000008"]
+    assert (
+        complete_checkpoints(parts)
+        == complete_checkpoints(whole)
+        == ["step-00000004", "step-00000008"]
+    )
     assert same_tensors(*(folder / "checkpoints" / "step-00000008" for folder in (whole, parts)))
     assert lines[-1]["images"] == 12 * STEPS and "tokens" not in lines[-1]
     measured = [line for line in lines if "val/loss" in line]
     assert {name for name in measured[0] if name.startswith("val/")} == {"val/loss", "val/top1"}
     assert measured[-1]["val/loss"] < measured[0]["val/loss"]
-    assert all(round(line["val/top1"] * 50, 6) % 1 == 0 for line in measured)  # of 50 images, each once
+    # of 50 images, each once
+    assert all(round(line["val/top1"] * 50, 6) % 1 == 0 for line in measured)
     assert (whole / "plots" / "loss.png").stat().st_size > 10_000
     state = json.loads((whole / "checkpoints" / "step-00000008" / "state.json").read_text())
     assert state["images"] == 12 * STEPS and "tokenizer_sha256" not in state
 
-    error = call(train_toy, [*overrides, f"run.dir={parts}", "data.salt=b", "train.steps=9"], ranks=2).error()
+    error = call(
+        train_toy, [*overrides, f"run.dir={parts}", "data.salt=b", "train.steps=9"], ranks=2
+    ).error()
     assert "data.salt: the manifest of made-up images is not the one that" in error
 
 
@@ -227,8 +268,13 @@ def test_a_run_is_measured_afterwards_and_makes_no_text(toy, tmp_path):
     call(train_toy, [*toy, f"run.dir={tmp_path}/run", "engine=fsdp"]).ok()
     found = json.loads(call(print_evaluated, tmp_path / "run").ok().out)
     last = metrics(tmp_path / "run")[-1]
-    assert found == pytest.approx({key: value for key, value in last.items() if key.startswith("val/")}, abs=1e-6)
-    assert "model.kind is toy, which is no language model" in call(print_generated, tmp_path / "run").ok().out
+    assert found == pytest.approx(
+        {key: value for key, value in last.items() if key.startswith("val/")}, abs=1e-6
+    )
+    assert (
+        "model.kind is toy, which is no language model"
+        in call(print_generated, tmp_path / "run").ok().out
+    )
 
 
 def steps_of_every_engine(overrides: list[str]) -> None:
@@ -240,13 +286,19 @@ def steps_of_every_engine(overrides: list[str]) -> None:
     for label in ENGINES:
         run = config.load([*overrides, *overrides_of(label, me.world_size)])
         source = load_source(run)
-        trainer = engine.build(run, lambda run=run, source=source: build_task(run.model, source.rows), me, STEPS)
+        trainer = engine.build(
+            run, lambda run=run, source=source: build_task(run.model, source.rows), me, STEPS
+        )
         task = trainer.task if hasattr(trainer, "task") else trainer.model.task
-        with source.stream(seed=1, global_batch=12, rank=me.rank, world_size=me.world_size) as stream:
+        with source.stream(
+            seed=1, global_batch=12, rank=me.rank, world_size=me.world_size
+        ) as stream:
             batch, _ = next(stream)
         before = trainer.evaluate([batch])
         for _ in range(2):
-            assert task.brightness.dtype == torch.float32 and torch.equal(task.brightness, brightness(24)), label
+            assert task.brightness.dtype == torch.float32 and torch.equal(
+                task.brightness, brightness(24)
+            ), label
             loss = trainer.train_step(batch, lambda loss, norm: 1.0).loss
             trainer.refresh(trainer.scalars())
         found[label] = [before["loss"], loss]
@@ -277,22 +329,39 @@ def build_refused(overrides: list[str]) -> None:
 
 @pytest.mark.parametrize("name", ["fsdp", "zero2"])
 def test_a_persistent_buffer_is_refused(toy, name):
-    said = call(build_refused, [*toy, "run.dir=unused", "model.persistent=true", f"engine={name}"]).ok().out
-    assert said.startswith("model.kind is toy, whose buffer brightness is persistent, but checkpoints hold weights")
+    said = (
+        call(build_refused, [*toy, "run.dir=unused", "model.persistent=true", f"engine={name}"])
+        .ok()
+        .out
+    )
+    assert said.startswith(
+        "model.kind is toy, whose buffer brightness is persistent, but checkpoints hold weights"
+    )
 
 
 def test_what_does_not_go_together_is_named(toy, tmp_path):
     tokens = synthetic_set(tmp_path / "set")
     model, data = toy[:2]
     others = [value for value in toy[2:] if not value.startswith(("data", "model"))]
-    with pytest.raises(ConfigError, match=r"model\.kind is toy, which does not read the rows of data\.kind=tokens"):
+    with pytest.raises(
+        ConfigError, match=r"model\.kind is toy, which does not read the rows of data\.kind=tokens"
+    ):
         load_source(config.load([model, f"data.path={tokens}", *others]))
-    with pytest.raises(ConfigError, match=r"model\.kind is dnt, which does not read the rows of data\.kind=toy_images"):
+    with pytest.raises(
+        ConfigError,
+        match=r"model\.kind is dnt, which does not read the rows of data\.kind=toy_images",
+    ):
         load_source(config.load(["model=dnt_nano", data, *others]))
     with pytest.raises(ConfigError, match=r"model\.pixels is 23, but the images have 24"):
         load_source(config.load([*toy, "model.pixels=23"]))
-    with pytest.raises(ConfigError, match=r"train\.tokens is 100, but data\.kind=toy_images has images; set train"):
-        load_source(config.load([value for value in toy if "train.steps" not in value] + ["train.tokens=100"]))
+    with pytest.raises(
+        ConfigError, match=r"train\.tokens is 100, but data\.kind=toy_images has images; set train"
+    ):
+        load_source(
+            config.load(
+                [value for value in toy if "train.steps" not in value] + ["train.tokens=100"]
+            )
+        )
 
 
 def test_memory_is_planned_for_any_task(toy):
@@ -301,5 +370,8 @@ def test_memory_is_planned_for_any_task(toy):
 
 
 def test_an_unknown_kind_is_named_with_those_there_are(toy):
-    with pytest.raises(ConfigError, match=re.escape("model.kind: no such kind; did you mean toy? There are: dnt, toy")):
+    with pytest.raises(
+        ConfigError,
+        match=re.escape("model.kind: no such kind; did you mean toy? There are: dnt, toy"),
+    ):
         config.load([*toy, "model.kind=tooy"])

@@ -23,7 +23,9 @@ ROOT = Path(__file__).parents[3]
 
 @pytest.fixture(params=ALGORITHMS)
 def algorithm(request: pytest.FixtureRequest) -> OptimizerConfig:
-    return ALGORITHMS[request.param].model_validate({"algorithm": request.param, "lr": 0.01, "weight_decay": 0.1})
+    return ALGORITHMS[request.param].model_validate(
+        {"algorithm": request.param, "lr": 0.01, "weight_decay": 0.1}
+    )
 
 
 def built(algorithm: OptimizerConfig, values: list[Tensor], seed: int = 0) -> ShardedOptimizer:
@@ -85,7 +87,9 @@ def test_buffers_are_as_described(algorithm: OptimizerConfig) -> None:
 
 
 def test_a_rank_steps_its_elements_as_the_whole_is_stepped(algorithm: OptimizerConfig) -> None:
-    """Wherever a flat tensor is cut; torch's fused AdamW rounds a tensor's last elements otherwise."""
+    """Wherever a flat tensor is cut; torch's fused AdamW rounds a tensor's last elements
+    otherwise.
+    """
     whole = trained(built(algorithm, START), GRADIENTS)
     count = len(SHAPES)
     joined = [torch.cat([t.reshape(-1) for t in some]) for some in (whole[:count], START)]

@@ -30,7 +30,10 @@ def by_name(groups: list[dict]) -> dict[str, dict]:
 
 
 BAD_GROUPS = {
-    "no match": ({"head": {"pattern": "lm_head"}}, r"optim\.groups\.head\.pattern.*'lm_head' matches no parameter"),
+    "no match": (
+        {"head": {"pattern": "lm_head"}},
+        r"optim\.groups\.head\.pattern.*'lm_head' matches no parameter",
+    ),
     "no regex": ({"bad": {"pattern": "tok_emb("}}, r"optim\.groups\.bad\.pattern.*not a regex"),
     "overlap": (
         {"emb": {"pattern": "emb"}, "tok": {"pattern": "^tok_"}},
@@ -68,16 +71,24 @@ def test_without_groups_only_matrices_are_decayed() -> None:
 def test_a_groups_own_values_are_used_and_zero_is_a_value() -> None:
     config = msgdw_config(
         {
-            "embedding": {"pattern": r"^tok_emb\.", "update": "row_normalized", "lr": 0.05, "weight_decay": 0.0},
+            "embedding": {
+                "pattern": r"^tok_emb\.",
+                "update": "row_normalized",
+                "lr": 0.05,
+                "weight_decay": 0.0,
+            },
             "first": {"pattern": r"^blocks\.0\.", "lr": 0.0, "weight_decay": 0.3},
             "mid": {"pattern": r"^blocks\.1.*norm_mid"},
         }
     )
     groups = by_name(groups_of(config))
-    values = {name: (g["lr"], g["base_lr"], g["weight_decay"], g["update"]) for name, g in groups.items()}
+    values = {
+        name: (g["lr"], g["base_lr"], g["weight_decay"], g["update"]) for name, g in groups.items()
+    }
     assert values["tok_emb.weight"] == (0.05, 0.05, 0.0, "row_normalized")
     assert values["blocks.0.ffn.w_1.weight"] == (0.0, 0.0, 0.3, "plain")
-    assert values["blocks.0.norm_pre1.gain"] == (0.0, 0.0, 0.0, "plain")  # never decayed, whatever the group says
+    # never decayed, whatever the group says
+    assert values["blocks.0.norm_pre1.gain"] == (0.0, 0.0, 0.0, "plain")
     assert values["blocks.1.norm_mid1.gain"] == (1.0, 1.0, 0.0, "plain")
     assert values["blocks.1.ffn.w_1.weight"] == values["pos_emb.weight"] == (1.0, 1.0, 0.1, "plain")
 
@@ -86,7 +97,9 @@ def test_a_groups_own_values_are_used_and_zero_is_a_value() -> None:
     drive(new_optimizer(model.named_parameters(), config, seed=1), list(model.parameters()), 1)
     moved = {name: p.detach() - before[name] for name, p in model.named_parameters()}
     assert not any(change.any() for name, change in moved.items() if name.startswith("blocks.0."))
-    torch.testing.assert_close(moved["tok_emb.weight"].norm(dim=1), torch.full((23,), 0.05), rtol=1e-4, atol=0)
+    torch.testing.assert_close(
+        moved["tok_emb.weight"].norm(dim=1), torch.full((23,), 0.05), rtol=1e-4, atol=0
+    )
     gradients = dict(zip(moved, tensors([p.shape for p in model.parameters()], 0), strict=True))
     torch.testing.assert_close(moved["norm_in.gain"], -gradients["norm_in.gain"])
 
@@ -109,10 +122,14 @@ PATTERNS = [
 @given(chosen=st.lists(st.sampled_from(PATTERNS), max_size=4))
 def test_every_parameter_is_in_exactly_one_group_or_it_raises(chosen: list[str]) -> None:
     shapes = {name: p.ndim for name, p in tiny_model().named_parameters()}
-    matches = {name: [i for i, pattern in enumerate(chosen) if re.search(pattern, name)] for name in shapes}
+    matches = {
+        name: [i for i, pattern in enumerate(chosen) if re.search(pattern, name)] for name in shapes
+    }
     overlap = any(len(found) > 1 for found in matches.values())
     unused = set(range(len(chosen))) - {i for found in matches.values() for i in found}
-    config = msgdw_config({f"g{i}": {"pattern": pattern, "lr": 2.0 + i} for i, pattern in enumerate(chosen)})
+    config = msgdw_config(
+        {f"g{i}": {"pattern": pattern, "lr": 2.0 + i} for i, pattern in enumerate(chosen)}
+    )
     if overlap or unused:
         with pytest.raises(ConfigError, match=r"optim\.groups"):
             groups_of(config)
@@ -130,7 +147,9 @@ def test_names_and_params_stay_in_step() -> None:
     model = tiny_model()
     named = dict(model.named_parameters())
     for group in parameter_groups(named.items(), msgdw_config({"ffn": {"pattern": "ffn"}})):
-        assert all(named[name] is p for name, p in zip(group["names"], group["params"], strict=True))
+        assert all(
+            named[name] is p for name, p in zip(group["names"], group["params"], strict=True)
+        )
 
 
 def test_build_optimizer_passes_every_field_on() -> None:

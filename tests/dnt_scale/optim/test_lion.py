@@ -9,8 +9,8 @@ from dnt_scale.config import ConfigError, load
 from dnt_scale.optim.algorithms.lion import LionConfig
 from tests.helpers.optimizers import drive, new_optimizer, tensors
 
-# The run that tests/dnt_scale/test_matrix.py compares with `reference_update`. Where rounding turns a
-# sign, a weight is 2 lr off, which is 2.5 % of what a gain of 64 elements changes by.
+# The run that tests/dnt_scale/test_matrix.py compares with `reference_update`. Where rounding turns
+# a sign, a weight is 2 lr off, which is 2.5 % of what a gain of 64 elements changes by.
 OVERRIDES = ["optim=lion", "optim.lr=1e-3"]
 CHANGES = {"fp32": 3e-2}
 ERROR = 1e-2
@@ -73,6 +73,8 @@ def test_momentum_in_bf16_is_near_that_in_fp32() -> None:
 
 def test_without_a_gradient_buffer_it_is_refused() -> None:
     chosen = ["optim=lion", "optim.gradient_buffer=false", "run.name=x", "data.path=x"]
-    with pytest.raises(ConfigError, match="optim: lion steps by the gradient and the momentum") as e:
+    with pytest.raises(
+        ConfigError, match="optim: lion steps by the gradient and the momentum"
+    ) as e:
         load(chosen)
     assert "set gradient_buffer: true, or use optim=signum" in str(e.value)

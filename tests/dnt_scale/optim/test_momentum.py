@@ -1,4 +1,6 @@
-"""The momentum on its own: gradients added as backward makes them, buffers of bf16, allocation, going on."""
+"""The momentum on its own: gradients added as backward makes them, buffers of bf16, allocation,
+going on.
+"""
 
 import math
 from collections.abc import Callable
@@ -30,7 +32,11 @@ def build(**options: Any) -> tuple[ShardedOptimizer, list[nn.Parameter]]:
     params = [nn.Parameter(value) for value in drawn(1000)]
     matrices = [p for p in params if p.ndim == 2]
     rows = {"params": matrices[:1], "update": "row_normalized", "lr": 0.05}
-    groups = [rows, {"params": matrices[1:]}, {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0}]
+    groups = [
+        rows,
+        {"params": matrices[1:]},
+        {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
+    ]
     return new_msgdw(groups, **{"lr": 0.1, "weight_decay": 0.02, **options}), params
 
 
@@ -59,7 +65,8 @@ def test_adding_then_applying_is_a_step(
     for step in range(5):
         usual_step(whole, one, step)
         parts.updates = step
-        for parameter, gradient in reversed(list(zip(other, drawn(step), strict=True))):  # as backward has them
+        # as backward has them
+        for parameter, gradient in reversed(list(zip(other, drawn(step), strict=True))):
             parts.add_gradient(parameter, gradient, scale=scale, first=True)
         parts.apply()
     for a, b in zip([*one, *buffers(whole, one)], [*other, *buffers(parts, other)], strict=True):
@@ -102,7 +109,8 @@ def rounded(values: Tensor, seed: int) -> Tensor:
 
 @PROPERTY
 @given(
-    st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=50), st.integers(0, 99)
+    st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=50),
+    st.integers(0, 99),
 )
 def test_a_value_becomes_one_of_its_two_neighbours(numbers: list[float], seed: int) -> None:
     values = torch.tensor(numbers, dtype=torch.float32)
@@ -115,22 +123,31 @@ def test_a_value_becomes_one_of_its_two_neighbours(numbers: list[float], seed: i
 
 
 def test_the_expectation_is_exact() -> None:
-    """Over many draws the mean error of each value is within 5 standard errors, in both directions of the sign."""
+    """Over many draws the mean error of each value is within 5 standard errors, in both
+    directions of the sign.
+    """
     draws, count = 40_000, 64
-    values = torch.randn(count, generator=torch.Generator().manual_seed(4)) * 10.0 ** torch.linspace(-8, 8, count)
-    values[:3] = torch.tensor([1 + 2**-15, 1 + 2**-8 - 2**-15, -3e-39])  # next to a bf16, and a denormal
+    values = torch.randn(
+        count, generator=torch.Generator().manual_seed(4)
+    ) * 10.0 ** torch.linspace(-8, 8, count)
+    # next to a bf16, and a denormal
+    values[:3] = torch.tensor([1 + 2**-15, 1 + 2**-8 - 2**-15, -3e-39])
     found = rounded(values.repeat(draws), 1).double().view(draws, count)
     spacing = 2.0 ** (torch.frexp(values.double()).exponent - 8).clamp(min=-133)
     error = (found.mean(0) - values.double()) / spacing
-    part = (values.double() / spacing).remainder(1)  # rounds up with this probability, on the positive side
+    # rounds up with this probability, on the positive side
+    part = (values.double() / spacing).remainder(1)
     standard_error = (part * (1 - part) / draws).sqrt()
     assert (error.abs() <= 5 * standard_error + 1e-12).all(), error
     assert (found != values).any(0)[:3].all()  # also the rare direction happens
     nearest = values.to(torch.bfloat16).double() - values.double()
-    assert nearest.abs().sum() > 50 * (error * spacing).abs().sum()  # which rounding to nearest would not pass
+    # which rounding to nearest would not pass
+    assert nearest.abs().sum() > 50 * (error * spacing).abs().sum()
 
 
-@pytest.mark.parametrize("bits", [0x7F800000, 0xFF800000, 0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001, 0x7FC00000])
+@pytest.mark.parametrize(
+    "bits", [0x7F800000, 0xFF800000, 0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001, 0x7FC00000]
+)
 def test_what_is_not_finite_stays_so(bits: int) -> None:
     signed = bits - (1 << 32) if bits >> 31 else bits
     values = torch.full((999,), signed, dtype=torch.int32).view(torch.float32)
@@ -138,13 +155,17 @@ def test_what_is_not_finite_stays_so(bits: int) -> None:
 
 
 def test_all_sixteen_bits_are_drawn_evenly() -> None:
-    """1 + k/2^16 spacings round up with probability k/2^16, for every position of four values in a 64-bit draw."""
+    """1 + k/2^16 spacings round up with probability k/2^16, for every position of four values in
+    a 64-bit draw.
+    """
     draws = 1 << 18
     for k in (1 << 14, 1 << 15, 3 << 14):
         value = torch.tensor([0x3F800000 + k], dtype=torch.int32).view(torch.float32)
         up = (rounded(value.repeat(draws), k).float() > 1).view(-1, 4).double().mean(0)
         expected = k / (1 << 16)
-        assert ((up - expected).abs() < 5 * math.sqrt(expected * (1 - expected) / (draws / 4))).all(), (k, up)
+        assert (
+            (up - expected).abs() < 5 * math.sqrt(expected * (1 - expected) / (draws / 4))
+        ).all(), (k, up)
 
 
 def test_bf16_momentum_takes_two_bytes_and_follows_fp32() -> None:
@@ -161,7 +182,9 @@ def test_bf16_momentum_takes_two_bytes_and_follows_fp32() -> None:
 
 
 def test_small_gradients_are_not_lost_in_bf16() -> None:
-    """Without decay of the buffer, 400 gradients of 1/1000 of a bf16 spacing each would all round away."""
+    """Without decay of the buffer, 400 gradients of 1/1000 of a bf16 spacing each would all
+    round away.
+    """
     parameter = nn.Parameter(torch.zeros(20_000))
     optimizer = new_msgdw([{"params": [parameter]}], lr=0.0, momentum_dtype=torch.bfloat16, seed=3)
     optimizer.add_gradient(parameter, torch.ones(20_000), scale=1.0, first=True)
@@ -172,7 +195,9 @@ def test_small_gradients_are_not_lost_in_bf16() -> None:
 
 
 def test_the_draws_are_the_optimizers_own_and_a_resumed_run_repeats_them() -> None:
-    def run(seed: int, disturb: Callable[[], object] = lambda: None, stop: int | None = None) -> list[Tensor]:
+    def run(
+        seed: int, disturb: Callable[[], object] = lambda: None, stop: int | None = None
+    ) -> list[Tensor]:
         optimizer, params = build(momentum_dtype=torch.bfloat16, seed=seed)
         for step in range(6):
             disturb()
@@ -204,7 +229,10 @@ def test_updates_parameters_and_micro_batches_draw_differently() -> None:
             optimizer.add_gradient(parameter, halfway, scale=1.0, first=True)
             found.append(optimizer.state[parameter]["momentum_buffer"] > 1)
             optimizer.add_gradient(
-                parameter, halfway - optimizer.state[parameter]["momentum_buffer"], scale=1.0, first=False
+                parameter,
+                halfway - optimizer.state[parameter]["momentum_buffer"],
+                scale=1.0,
+                first=False,
             )
             found.append(optimizer.state[parameter]["momentum_buffer"] > 1)
     for i, one in enumerate(found):
@@ -215,8 +243,12 @@ def test_updates_parameters_and_micro_batches_draw_differently() -> None:
 # ---------------------------------------------------------------- allocation, and going on
 
 
-@pytest.mark.parametrize("config", [MSGDWConfig(algorithm="msgdw", lr=0.1), AdamWConfig(algorithm="adamw", lr=0.1)])
-def test_state_can_be_allocated_for_what_replaces_the_parameters(config: MSGDWConfig | AdamWConfig) -> None:
+@pytest.mark.parametrize(
+    "config", [MSGDWConfig(algorithm="msgdw", lr=0.1), AdamWConfig(algorithm="adamw", lr=0.1)]
+)
+def test_state_can_be_allocated_for_what_replaces_the_parameters(
+    config: MSGDWConfig | AdamWConfig,
+) -> None:
     optimizer = build_optimizer([("a", nn.Parameter(torch.ones(4, 3)))], config, 1)
     assert not optimizer.state
     flat = torch.ones(6)  # half of it, as on one of two ranks
@@ -257,7 +289,9 @@ def test_adamw_goes_on_with_its_bias_correction() -> None:
 
 def test_momentum_dtype_is_what_the_config_says() -> None:
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        config = MSGDWConfig.model_validate({"algorithm": "msgdw", "lr": 0.1, "momentum_dtype": name})
+        config = MSGDWConfig.model_validate(
+            {"algorithm": "msgdw", "lr": 0.1, "momentum_dtype": name}
+        )
         optimizer = new_optimizer([("a", nn.Parameter(torch.ones(4, 3)))], config, 7)
         assert optimizer._bits.seed == 7
         assert [state["momentum_buffer"].dtype for state in optimizer.state.values()] == [dtype]

@@ -13,8 +13,8 @@ from dnt_scale.optim.algorithms.adamw import AdamWConfig
 from dnt_scale.optim.algorithms.msgdw import MSGDWConfig
 from tests.helpers.optimizers import drive, new_msgdw, new_optimizer, tensors, tiny_model
 
-# The run that tests/dnt_scale/test_matrix.py compares with `reference_update`. One ulp of a gain near 1 is 1e-4 of its
-# change, bf16 itself changes 1 to 2 %.
+# The run that tests/dnt_scale/test_matrix.py compares with `reference_update`. One ulp of a gain
+# near 1 is 1e-4 of its change, bf16 itself changes 1 to 2 %.
 OVERRIDES = ["optim=msgdw_r"]
 CHANGES = {"fp32": 1e-3, "bf16": 3e-2}
 ERROR = 1e-5
@@ -41,7 +41,9 @@ def reference_update(
 SHAPES = [(7,), (3, 5), (1,), (2, 3, 4), (64, 33), (), (1, 9)]
 
 
-def parameters(shapes: Iterable[tuple[int, ...]], dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
+def parameters(
+    shapes: Iterable[tuple[int, ...]], dtype: torch.dtype = torch.float32
+) -> list[nn.Parameter]:
     return [nn.Parameter(value) for value in tensors(shapes, 1000, dtype)]
 
 
@@ -52,7 +54,9 @@ def parameters(shapes: Iterable[tuple[int, ...]], dtype: torch.dtype = torch.flo
 @pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize("momentum", [0.9, 0.5, 0.99])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_plain_msgdw_is_torch_sgd_bitwise(momentum: float, nesterov: bool, foreach: bool, dtype: torch.dtype) -> None:
+def test_plain_msgdw_is_torch_sgd_bitwise(
+    momentum: float, nesterov: bool, foreach: bool, dtype: torch.dtype
+) -> None:
     ours, theirs = parameters(SHAPES, dtype), parameters(SHAPES, dtype)
     sgd = torch.optim.SGD(theirs, lr=0.07, momentum=momentum, nesterov=nesterov, foreach=foreach)
     msgdw = new_msgdw([{"params": ours}], lr=0.07, momentum=momentum, nesterov=nesterov)
@@ -67,7 +71,8 @@ def test_plain_msgdw_is_torch_sgd_bitwise(momentum: float, nesterov: bool, forea
 def test_bitwise_also_with_momentum_zero_missing_gradients_and_a_changing_lr() -> None:
     def gradients(step: int) -> list[Tensor | None]:
         drawn: list[Tensor | None] = list(tensors(SHAPES, step))
-        drawn[step % len(SHAPES)] = None  # a parameter without a gradient stays, and so does its buffer
+        # a parameter without a gradient stays, and so does its buffer
+        drawn[step % len(SHAPES)] = None
         drawn[0] = None if step < 5 else drawn[0]  # as does one that starts late
         return drawn
 
@@ -115,22 +120,38 @@ def written_out(
 @pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize("dampening", [0.0, 0.9, 0.3])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_msgdw_is_the_written_out_formula(update: str, nesterov: bool, dampening: float, weight_decay: float) -> None:
-    options = {"momentum": 0.9, "dampening": dampening, "nesterov": nesterov, "weight_decay": weight_decay}
+def test_msgdw_is_the_written_out_formula(
+    update: str, nesterov: bool, dampening: float, weight_decay: float
+) -> None:
+    options = {
+        "momentum": 0.9,
+        "dampening": dampening,
+        "nesterov": nesterov,
+        "weight_decay": weight_decay,
+    }
     shapes = [(5, 7), (1, 3), (40, 16)]
-    drawn = [[g.double() for g in tensors(shapes, step)] for step in range(20)]  # fp32 holds them exactly
+    # fp32 holds them exactly
+    drawn = [[g.double() for g in tensors(shapes, step)] for step in range(20)]
     for gradients in drawn:
         gradients[0][2] = 0  # a row that never has a gradient
     start = [p.detach().double().numpy() for p in parameters(shapes)]
     # fp32 rounds to 6e-8 a step; fp64 shows that nothing else is lost
-    for dtype, count, tolerance in ((torch.float32, 1, 1e-7), (torch.float32, 20, 6e-7), (torch.float64, 20, 1e-13)):
+    for dtype, count, tolerance in (
+        (torch.float32, 1, 1e-7),
+        (torch.float32, 20, 6e-7),
+        (torch.float64, 20, 1e-13),
+    ):
         params = [nn.Parameter(p.detach().to(dtype)) for p in parameters(shapes)]
         optimizer = new_msgdw([{"params": params, "update": update}], lr=0.05, **options)
-        drive(optimizer, params, count, lambda step, dtype=dtype: [g.to(dtype) for g in drawn[step]])
+        drive(
+            optimizer, params, count, lambda step, dtype=dtype: [g.to(dtype) for g in drawn[step]]
+        )
         for i, parameter in enumerate(params):
             steps = [gradients[i].numpy() for gradients in drawn[:count]]
             expected = written_out(start[i], steps, lr=0.05, update=update, **options)
-            error = np.linalg.norm(parameter.detach().double().numpy() - expected) / np.linalg.norm(expected)
+            error = np.linalg.norm(parameter.detach().double().numpy() - expected) / np.linalg.norm(
+                expected
+            )
             assert error < tolerance, (dtype, count, i)
 
 
@@ -140,10 +161,14 @@ def test_two_groups_follow_their_own_formula() -> None:
     params = parameters(shapes, torch.float64)
     start = [p.detach().numpy().copy() for p in params]
     own = {"lr": 0.3, "weight_decay": 0.02, "update": "row_normalized"}
-    optimizer = new_msgdw([{"params": params[:1]}, {"params": params[1:], **own}], lr=0.1, dampening=0.9)
+    optimizer = new_msgdw(
+        [{"params": params[:1]}, {"params": params[1:], **own}], lr=0.1, dampening=0.9
+    )
     drive(optimizer, params, 10, lambda step: list(drawn[step]))
     shared = {"momentum": 0.9, "dampening": 0.9, "nesterov": False}
-    plain = written_out(start[0], [g[0].numpy() for g in drawn], lr=0.1, weight_decay=0, update="plain", **shared)
+    plain = written_out(
+        start[0], [g[0].numpy() for g in drawn], lr=0.1, weight_decay=0, update="plain", **shared
+    )
     rows = written_out(start[1], [g[1].numpy() for g in drawn], **shared, **own)  # type: ignore[arg-type]
     np.testing.assert_allclose(params[0].detach().numpy(), plain, rtol=1e-12)
     np.testing.assert_allclose(params[1].detach().numpy(), rows, rtol=1e-12)
@@ -155,7 +180,8 @@ def test_the_ema_form_is_the_same_after_lr_over_one_minus_mu(nesterov: bool) -> 
     ema, sgd = parameters(SHAPES, torch.float64), parameters(SHAPES, torch.float64)
     options = {"momentum": mu, "nesterov": nesterov}
     drive(new_msgdw([{"params": ema}], lr=lr, dampening=mu, weight_decay=decay, **options), ema, 20)
-    plain = new_msgdw([{"params": sgd}], lr=lr * (1 - mu), weight_decay=decay / (1 - mu), **options)  # lr * wd is kept
+    # lr * wd is kept
+    plain = new_msgdw([{"params": sgd}], lr=lr * (1 - mu), weight_decay=decay / (1 - mu), **options)
     drive(plain, sgd, 20)
     for a, b in zip(ema, sgd, strict=True):
         torch.testing.assert_close(a, b, atol=1e-13, rtol=1e-13)
@@ -165,8 +191,15 @@ def test_rows_do_not_feel_dampening_or_the_scale_of_the_gradient() -> None:
     ends = []
     for dampening, scale in ((0.0, 1.0), (0.9, 1.0), (0.5, 1e-6), (0.0, 1e6)):
         params = parameters([(6, 8)], torch.float64)
-        optimizer = new_msgdw([{"params": params, "update": "row_normalized"}], lr=0.05, dampening=dampening)
-        drive(optimizer, params, 10, lambda step, scale=scale: [scale * tensors([(6, 8)], step, torch.float64)[0]])
+        optimizer = new_msgdw(
+            [{"params": params, "update": "row_normalized"}], lr=0.05, dampening=dampening
+        )
+        drive(
+            optimizer,
+            params,
+            10,
+            lambda step, scale=scale: [scale * tensors([(6, 8)], step, torch.float64)[0]],
+        )
         ends.append(params[0].detach())
     for end in ends[1:]:
         torch.testing.assert_close(end, ends[0], atol=1e-13, rtol=1e-12)
@@ -196,14 +229,18 @@ def test_every_row_moves_by_exactly_lr_and_rows_without_gradient_stay() -> None:
 def test_row_decay_is_decoupled() -> None:
     """Rows without gradient only shrink; the others shrink and move by lr."""
     (p,) = params = parameters([(3, 8)], torch.float64)
-    optimizer = new_msgdw([{"params": params, "update": "row_normalized"}], lr=0.05, weight_decay=2.0)
+    optimizer = new_msgdw(
+        [{"params": params, "update": "row_normalized"}], lr=0.05, weight_decay=2.0
+    )
     before = p.detach().clone()
     (gradient,) = tensors([(3, 8)], 0, torch.float64)
     gradient[0] = 0
     drive(optimizer, params, 1, lambda _: [gradient])
     torch.testing.assert_close(p.detach()[0], 0.9 * before[0], atol=0, rtol=1e-15)
     step = p.detach() - 0.9 * before
-    torch.testing.assert_close(step[1:], -0.05 * gradient[1:] / gradient[1:].norm(dim=1, keepdim=True))
+    torch.testing.assert_close(
+        step[1:], -0.05 * gradient[1:] / gradient[1:].norm(dim=1, keepdim=True)
+    )
 
 
 # ---------------------------------------------------------------- the buffer
@@ -226,12 +263,17 @@ def test_one_zero_buffer_a_parameter_before_the_first_step_and_nothing_else_ever
         for p in params:
             (buffer,) = optimizer.state[p].values()
             assert list(optimizer.state[p]) == ["momentum_buffer"]
-            assert buffer.shape == p.shape and buffer.dtype == p.dtype and buffer.data_ptr() != p.data_ptr()
+            assert (
+                buffer.shape == p.shape
+                and buffer.dtype == p.dtype
+                and buffer.data_ptr() != p.data_ptr()
+            )
             assert p.grad is not None or torch.count_nonzero(buffer) == 0
         drive(optimizer, params, 3)
     addresses = [optimizer.state[p]["momentum_buffer"].data_ptr() for p in params]
     drive(optimizer, params, 3)
-    assert addresses == [optimizer.state[p]["momentum_buffer"].data_ptr() for p in params]  # updated in place
+    # updated in place
+    assert addresses == [optimizer.state[p]["momentum_buffer"].data_ptr() for p in params]
 
 
 def test_state_is_four_bytes_a_parameter_against_adamws_eight() -> None:
@@ -239,7 +281,9 @@ def test_state_is_four_bytes_a_parameter_against_adamws_eight() -> None:
     total = sum(parameter.numel() for parameter in model.parameters())
     embedding = GroupConfig(pattern=r"^tok_emb\.", update="row_normalized")
     for groups in ({}, {"embedding": embedding}):
-        msgdw = new_optimizer(model.named_parameters(), MSGDWConfig(algorithm="msgdw", lr=1.0, groups=groups), seed=1)
+        msgdw = new_optimizer(
+            model.named_parameters(), MSGDWConfig(algorithm="msgdw", lr=1.0, groups=groups), seed=1
+        )
         drive(msgdw, list(model.parameters()), 2)
         assert state_bytes(msgdw, lambda key: True) == 4 * total
     adamw = new_optimizer(model.named_parameters(), AdamWConfig(algorithm="adamw", lr=1e-3), seed=1)
@@ -259,11 +303,15 @@ def test_torchs_way_of_going_on_is_refused() -> None:
 
 @pytest.mark.parametrize(("dampening", "lr"), [(0.0, 1.0), (0.9, 10.0)])
 def test_scale_free_weights_settle_at_the_stated_rotation(dampening: float, lr: float) -> None:
-    """Random gradients orthogonal to the weight and inverse to its norm, as of a scale-invariant loss."""
+    """Random gradients orthogonal to the weight and inverse to its norm, as of a scale-invariant
+    loss.
+    """
     mu, lr_wd = 0.9, 2e-3  # relaxes in 1 / (lr * wd) = 500 steps
     rows, width = 48, 192
     (stacked,) = parameters([(rows, width)], torch.float64)
-    optimizer = new_msgdw([{"params": [stacked]}], lr=lr, momentum=mu, dampening=dampening, weight_decay=lr_wd / lr)
+    optimizer = new_msgdw(
+        [{"params": [stacked]}], lr=lr, momentum=mu, dampening=dampening, weight_decay=lr_wd / lr
+    )
     generator = torch.Generator().manual_seed(1)
     angles = []
     for step in range(2000):
@@ -303,8 +351,15 @@ def test_adamw_with_its_state_allocated_early_is_torch_adamw_bitwise() -> None:
         for optimizer, model in ((mine, ours), (plain, theirs)):
             for group in optimizer.param_groups:
                 group["lr"] = 3e-3 / (1 + step)
-            drive(optimizer, list(model.parameters()), 1, lambda _, step=step: list(tensors(shapes, step)))
+            drive(
+                optimizer,
+                list(model.parameters()),
+                1,
+                lambda _, step=step: list(tensors(shapes, step)),
+            )
         for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
             assert torch.equal(a, b), step
             assert mine.state[a].keys() == plain.state[b].keys()
-            assert all(torch.equal(mine.state[a][key], plain.state[b][key]) for key in mine.state[a])
+            assert all(
+                torch.equal(mine.state[a][key], plain.state[b][key]) for key in mine.state[a]
+            )

@@ -32,13 +32,22 @@ def test_wsd_by_hand() -> None:
 
 
 def test_constant_and_warmup() -> None:
-    assert factors(6, name="constant", warmup_steps=4, final=0.0) == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    assert factors(6, name="constant", warmup_steps=4, final=0.0) == [
+        0.25,
+        0.5,
+        0.75,
+        1.0,
+        1.0,
+        1.0,
+    ]
     assert factors(1, name="constant") == [1.0]
     assert factors(3, name="constant") == [1.0] * 3
 
 
 @PROPERTY
-@given(data=st.data(), total=st.integers(3, 300), final=st.floats(0, 1), fraction=st.floats(0.01, 1))
+@given(
+    data=st.data(), total=st.integers(3, 300), final=st.floats(0, 1), fraction=st.floats(0.01, 1)
+)
 @pytest.mark.parametrize("name", ["cosine", "wsd"])
 def test_a_schedule_rises_once_then_never_again(
     name: str, data: st.DataObject, total: int, final: float, fraction: float
@@ -53,10 +62,13 @@ def test_a_schedule_rises_once_then_never_again(
     assert all(a >= b - 1e-12 for a, b in pairwise(after))
     assert got[-1] == pytest.approx(final, abs=1e-9)
     schedule = Schedule(ScheduleConfig(name=name, warmup_steps=warmup, final=final), total)  # type: ignore[arg-type]
-    assert schedule.factor(total + 5) == pytest.approx(final, abs=1e-9)  # a step too many does not climb again
+    # a step too many does not climb again
+    assert schedule.factor(total + 5) == pytest.approx(final, abs=1e-9)
 
 
 @pytest.mark.parametrize(("warmup", "total"), [(5, 5), (9, 5), (1, 1), (0, 0)])
 def test_warmup_as_long_as_the_run_is_refused(warmup: int, total: int) -> None:
-    with pytest.raises(ConfigError, match=rf"optim\.schedule\.warmup_steps is {warmup}.*{total} steps"):
+    with pytest.raises(
+        ConfigError, match=rf"optim\.schedule\.warmup_steps is {warmup}.*{total} steps"
+    ):
         Schedule(ScheduleConfig(warmup_steps=warmup), total)

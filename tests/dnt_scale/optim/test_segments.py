@@ -1,4 +1,6 @@
-"""Row-normalised updates of flat partitions, as ZeRO makes them, on real ranks, against those of whole matrices."""
+"""Row-normalised updates of flat partitions, as ZeRO makes them, on real ranks, against those of
+whole matrices.
+"""
 
 import numpy as np
 import pytest
@@ -24,7 +26,9 @@ def matrices(seed: int) -> list[Tensor]:
 
 
 def flat_slice(whole: list[Tensor], first: int, length: int) -> Tensor:
-    """Elements [first, first + length) of all matrices, one after the other, with zeros behind the last."""
+    """Elements [first, first + length) of all matrices, one after the other, with zeros behind
+    the last.
+    """
     joined = torch.cat([matrix.flatten() for matrix in whole])
     return torch.cat([joined, joined.new_zeros(first + length)])[first : first + length].clone()
 
@@ -36,7 +40,9 @@ def segments_of(first: int, length: int) -> list[Segment]:
         end = begin + rows * columns
         low, high = max(begin, first), min(end, first + length)
         held = max(0, high - low)
-        segments.append(Segment((rows, columns), low - begin if held else 0, low - first if held else 0, held))
+        segments.append(
+            Segment((rows, columns), low - begin if held else 0, low - first if held else 0, held)
+        )
         begin = end
     return segments
 
@@ -94,7 +100,9 @@ def test_nesterov_too() -> None:
 
 def test_a_rank_that_holds_everything_asks_no_other() -> None:
     flat = flat_slice(matrices(0), 0, 120)
-    optimizer = new_msgdw([{"params": [flat], "update": "row_normalized"}], lr=0.05, weight_decay=0.1)
+    optimizer = new_msgdw(
+        [{"params": [flat], "update": "row_normalized"}], lr=0.05, weight_decay=0.1
+    )
     optimizer.segments[flat] = segments_of(0, 120)
     for step in range(1, STEPS + 1):
         flat.grad = flat_slice(matrices(step), 0, 120)
@@ -117,6 +125,8 @@ def test_large_rows_are_worked_on_in_pieces() -> None:
     optimizer.segments[flat] = [Segment(shape, start, 0, length)]
     optimizer.step()
     inner = slice(1000 - start, 650_000 // 1000 * 1000 - start)  # rows that are whole here
-    torch.testing.assert_close(flat[inner], whole.detach().view(-1)[start:][inner], rtol=1e-13, atol=0)
+    torch.testing.assert_close(
+        flat[inner], whole.detach().view(-1)[start:][inner], rtol=1e-13, atol=0
+    )
     head = gradient[start:1000]
     torch.testing.assert_close(flat[: len(head)], values[start:1000] - 0.05 * head / head.norm())

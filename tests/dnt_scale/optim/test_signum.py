@@ -10,8 +10,8 @@ from dnt_scale.optim.algorithms.signum import SignumConfig
 from dnt_scale.optim.sharded_optimizer import ShardedOptimizer
 from tests.helpers.optimizers import drive, new_optimizer, tensors
 
-# The run that tests/dnt_scale/test_matrix.py compares with `reference_update`. Where rounding turns a
-# sign, a weight is 2 lr off, which is 2.5 % of what a gain of 64 elements changes by.
+# The run that tests/dnt_scale/test_matrix.py compares with `reference_update`. Where rounding turns
+# a sign, a weight is 2 lr off, which is 2.5 % of what a gain of 64 elements changes by.
 OVERRIDES = ["optim=signum", "optim.lr=1e-3"]
 CHANGES = {"fp32": 3e-2}
 ERROR = 1e-2

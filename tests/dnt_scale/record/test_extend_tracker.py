@@ -37,16 +37,30 @@ def extended(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def here(folder: Path, *command: str) -> None:
     """Run a command in a folder, with its packages before all others."""
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run([sys.executable, *command], cwd=folder, env=env, capture_output=True, text=True)
+    env = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]),
+    }
+    done = subprocess.run(
+        [sys.executable, *command], cwd=folder, env=env, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_the_pages_test_passes(extended: Path) -> None:
-    here(extended, "-m", "pytest", "-p", "no:cacheprovider", "tests/dnt_scale/record/test_csv_file.py")
+    here(
+        extended,
+        "-m",
+        "pytest",
+        "-p",
+        "no:cacheprovider",
+        "tests/dnt_scale/record/test_csv_file.py",
+    )
 
 
-def test_a_run_fills_the_tracker_and_a_resumed_one_goes_on(extended: Path, corpus: Path, tmp_path: Path) -> None:
+def test_a_run_fills_the_tracker_and_a_resumed_one_goes_on(
+    extended: Path, corpus: Path, tmp_path: Path
+) -> None:
     run_dir = tmp_path / "tiny"
     for steps in (6, 9):
         more = ("tracking=csv_file", "tracking.enabled=true", f"train.steps={steps}")

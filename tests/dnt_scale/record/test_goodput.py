@@ -1,4 +1,6 @@
-"""Where a run's allocated time went: against a simulated run that knows it, and against real ones."""
+"""Where a run's allocated time went: against a simulated run that knows it, and against real
+ones.
+"""
 
 import io
 import math
@@ -30,10 +32,13 @@ class Cluster:
     spent: list[dict[str, float]] = field(default_factory=list)
     queues: list[float] = field(default_factory=list)
     saved: int = 0  # the step of the newest checkpoint
-    done: list[tuple[int, int, float]] = field(default_factory=list)  # attempt, step, seconds: those that stand
+    # attempt, step, seconds: those that stand
+    done: list[tuple[int, int, float]] = field(default_factory=list)
 
     def tell(self, event: str, attempt: str, at: float | None = None, **fields: object) -> None:
-        self.events.append({"event": event, "time": self.now if at is None else at, "attempt": attempt, **fields})
+        self.events.append(
+            {"event": event, "time": self.now if at is None else at, "attempt": attempt, **fields}
+        )
 
     def attempt(self, plan: dict, launcher: bool) -> None:
         number, name = len(self.spent), f"7.{len(self.spent)}"
@@ -88,7 +93,11 @@ class Cluster:
             self.saved = step
             self.tell("progress", name, step=step, seconds=dict(seconds))
             self.tell("end", name, outcome="KILLED", step=step)
-        spent["eval"], spent["checkpoint"], spent["lost"] = seconds["eval"], seconds["save"], seconds["step"]
+        spent["eval"], spent["checkpoint"], spent["lost"] = (
+            seconds["eval"],
+            seconds["save"],
+            seconds["step"],
+        )
 
     def truth(self) -> list[dict[str, float]]:
         for number, _, seconds in self.done:
@@ -127,7 +136,10 @@ def test_a_run_that_tells_every_step_is_accounted_for_to_the_microsecond(attempt
     for attempt, queue, spent in zip(found.attempts, cluster.queues, cluster.truth(), strict=True):
         assert attempt.queue == pytest.approx(queue, abs=1e-5)
         for part, expected in spent.items():
-            assert getattr(attempt.parts, part) == pytest.approx(expected, abs=1e-5), (attempt.name, part)
+            assert getattr(attempt.parts, part) == pytest.approx(expected, abs=1e-5), (
+                attempt.name,
+                part,
+            )
 
 
 @settings(deadline=None)
@@ -144,7 +156,10 @@ def test_whatever_the_timeline_lacks_the_parts_add_up(tmp_path_factory, data, at
     file = timeline.path(tmp_path_factory.mktemp("run"))
     for number in order:
         if number not in missing:
-            rest = {**cluster.events[number], "time": cluster.events[number]["time"] + data.draw(shift)}
+            rest = {
+                **cluster.events[number],
+                "time": cluster.events[number]["time"] + data.draw(shift),
+            }
             timeline.append(file.parents[1], rest.pop("event"), **rest)
     if file.exists():
         os.truncate(file, max(0, file.stat().st_size - data.draw(st.integers(0, 300))))
@@ -158,7 +173,12 @@ def test_whatever_the_timeline_lacks_the_parts_add_up(tmp_path_factory, data, at
         assert 0.0 <= parts.goodput <= 1.0
     assert all(attempt.queue >= 0.0 and attempt.lost_steps >= 0 for attempt in found.attempts)
     assert table(found).row_count == len(found.attempts) + (len(found.attempts) > 1)
-    moments = [event[key] for event in events for key in ("time", "started", "launched", "until") if key in event]
+    moments = [
+        event[key]
+        for event in events
+        for key in ("time", "started", "launched", "until")
+        if key in event
+    ]
     assert total.allocated <= max([now, *moments]) - min([now, *moments]) + 1e-5  # no second twice
 
 
@@ -170,11 +190,13 @@ def train_telling_every_step(overrides: list[str]) -> None:
 
 @pytest.fixture(scope="module")
 def eventful(corpus, tmp_path_factory):
-    """The folder of a run that was killed between its checkpoints of steps 8 and 16, then stopped, then went on to its
-    end; and the steps it had written when it was killed and stopped."""
+    """The folder of a run that was killed between its checkpoints of steps 8 and 16, then stopped,
+    then went on to its end; and the steps it had written when it was killed and stopped."""
     for _ in range(10):
         run_dir = tmp_path_factory.mktemp("eventful") / "run"
-        overrides = tiny(corpus, run_dir, "checkpoint.background=false", "checkpoint.every=8", "train.steps=24")
+        overrides = tiny(
+            corpus, run_dir, "checkpoint.background=false", "checkpoint.every=8", "train.steps=24"
+        )
         killed = signalled(overrides, run_dir, signal.SIGKILL)
         if 10 <= killed < 16 and complete_checkpoints(run_dir) == ["step-00000008"]:
             stopped = signalled(overrides, run_dir, signal.SIGTERM)
@@ -185,7 +207,9 @@ def eventful(corpus, tmp_path_factory):
 
 
 def signalled(overrides: list[str], run_dir: Path, number: int) -> int:
-    """Start the run, send it a signal once it has told of step 10 or a later one, and return the last step it wrote."""
+    """Start the run, send it a signal once it has told of step 10 or a later one, and return the
+    last step it wrote.
+    """
     before = len(timeline.read(run_dir))
 
     def told_of_ten() -> bool:
@@ -205,9 +229,13 @@ def test_a_killed_run_lost_the_steps_since_its_checkpoint(eventful):
     found = breakdown(events, events[-1]["time"])
     first, second, third = found.attempts
     assert [attempt.status for attempt in found.attempts] == ["killed", "stopped", "finished"]
-    assert first.first == 0 and first.last in (killed - 1, killed)  # killed between the lines of a step
+    # killed between the lines of a step
+    assert first.first == 0 and first.last in (killed - 1, killed)
     assert first.lost_steps == first.last - 8 > 0
-    assert [(attempt.first, attempt.last) for attempt in (second, third)] == [(8, stopped), (stopped, 24)]
+    assert [(attempt.first, attempt.last) for attempt in (second, third)] == [
+        (8, stopped),
+        (stopped, 24),
+    ]
     steps = {name: {} for name in (first.name, second.name, third.name)}
     for event in events:
         if event["event"] == "progress":
@@ -231,12 +259,20 @@ def test_steps_that_only_metrics_jsonl_knew_of_are_lost_steps_too():
         cluster.tell("allocated", attempt, at, nodes=["node1"], ranks=2, queued=at, started=at)
         cluster.tell("start", attempt, at, launched=at, ranks=2, **more)
         cluster.tell("ready", attempt, at + 10, step=begin, restored=0.0)
-        cluster.tell("progress", attempt, at + 51, step=begin + 40, seconds={"step": 40.0, "eval": 1.0, "save": 0.0})
+        cluster.tell(
+            "progress",
+            attempt,
+            at + 51,
+            step=begin + 40,
+            seconds={"step": 40.0, "eval": 1.0, "save": 0.0},
+        )
     first = breakdown(cluster.events, T0 + 151).attempts[0]
     assert (first.last, first.lost_steps) == (80, 30)
     assert first.parts == Parts(50.0, 10.0, 0.0, 30.0, 1.0, 0.0, 0.0, 0.0)
     cluster.events[-3]["logged"]["time"] = T0 + 71  # no more than there was time for
-    assert breakdown(cluster.events, T0 + 151).attempts[0].parts.lost == pytest.approx(60.0 - 40.0 - 20.0 * 10 / 40)
+    assert breakdown(cluster.events, T0 + 151).attempts[0].parts.lost == pytest.approx(
+        60.0 - 40.0 - 20.0 * 10 / 40
+    )
 
 
 def test_a_beginning_by_a_coarse_clock_takes_nothing_from_the_attempt_before_it():
@@ -244,7 +280,13 @@ def test_a_beginning_by_a_coarse_clock_takes_nothing_from_the_attempt_before_it(
     for attempt, at, launched, begin in (("a", T0, T0 - 1, 0), ("b", T0 + 50, T0 + 39, 20)):
         cluster.tell("start", attempt, at, launched=launched, ranks=1)
         cluster.tell("ready", attempt, at, step=begin, restored=0.0)
-        cluster.tell("progress", attempt, at + 40, step=begin + 40, seconds={"step": 40.0, "eval": 0.0, "save": 0.0})
+        cluster.tell(
+            "progress",
+            attempt,
+            at + 40,
+            step=begin + 40,
+            seconds={"step": 40.0, "eval": 0.0, "save": 0.0},
+        )
     first, second = breakdown(cluster.events, T0 + 91).attempts
     assert (first.parts.training, first.parts.lost, first.parts.stall) == (20.0, 20.0, 0.0)
     assert second.parts.start_up == 10.0
@@ -278,17 +320,36 @@ def test_a_hang_is_stall_and_a_run_that_just_spoke_is_not():
     cluster.tell("allocated", "7.0", T0 + 2, nodes=["node1"], ranks=2, queued=T0 - 9, started=T0)
     cluster.tell("start", "7.0", T0 + 10, launched=T0 + 3, ranks=2)
     cluster.tell("ready", "7.0", T0 + 20, step=0, restored=0.0)
-    cluster.tell("progress", "7.0", T0 + 101, step=70, seconds={"step": 70.0, "eval": 6.0, "save": 4.0})
+    cluster.tell(
+        "progress", "7.0", T0 + 101, step=70, seconds={"step": 70.0, "eval": 6.0, "save": 4.0}
+    )
     events = cluster.events
     fine = breakdown(events, T0 + 109).attempts[0]
-    assert (fine.status, fine.queue, fine.parts) == ("running", 9.0, Parts(70.0, 20.0, 0.0, 0.0, 6.0, 4.0, 1.0, 0.0))
+    assert (fine.status, fine.queue, fine.parts) == (
+        "running",
+        9.0,
+        Parts(70.0, 20.0, 0.0, 0.0, 6.0, 4.0, 1.0, 0.0),
+    )
     hung = breakdown(events, T0 + 500).attempts[0]
-    assert (hung.status, hung.parts) == ("silent", Parts(70.0, 20.0, 0.0, 0.0, 6.0, 4.0, 1.0, 399.0))
-    told = {"event": "lost", "time": T0 + 700, "attempt": "7.0", "message": "rank 1 hung", "hosts": ["node2"]}
+    assert (hung.status, hung.parts) == (
+        "silent",
+        Parts(70.0, 20.0, 0.0, 0.0, 6.0, 4.0, 1.0, 399.0),
+    )
+    told = {
+        "event": "lost",
+        "time": T0 + 700,
+        "attempt": "7.0",
+        "message": "rank 1 hung",
+        "hosts": ["node2"],
+    }
     assert breakdown([*events, told], T0 + 701).attempts[0].parts.stall == 599.0
-    # on another machine's clock, that of rank 1 without a launcher, which names its attempts by itself
+    # on another machine's clock, that of rank 1 without a launcher, which names its attempts by
+    # itself
     plain = [event for event in events if event["event"] != "allocated"]
-    assert breakdown([*plain, {**told, "attempt": "node2-17"}], T0 + 9e9).attempts[0].parts.stall == 599.0
+    assert (
+        breakdown([*plain, {**told, "attempt": "node2-17"}], T0 + 9e9).attempts[0].parts.stall
+        == 599.0
+    )
 
 
 def test_steps_that_two_attempts_lost_and_steps_that_nobody_told_of():
@@ -297,22 +358,56 @@ def test_steps_that_two_attempts_lost_and_steps_that_nobody_told_of():
         return [
             {"event": "start", "time": at, "attempt": name, "launched": at, "ranks": 1},
             {"event": "ready", "time": at, "attempt": name, "step": first, "restored": 0.0},
-            {"event": "progress", "time": at + seconds["step"], "attempt": name, "step": last, "seconds": seconds},
+            {
+                "event": "progress",
+                "time": at + seconds["step"],
+                "attempt": name,
+                "step": last,
+                "seconds": seconds,
+            },
             {"event": "lost", "time": at + 900, "attempt": name, "message": "", "hosts": []},
         ]
 
-    # the second goes on from a checkpoint that came after the first one's last word; the third goes far back
-    events = [*attempt("a", T0, 0, 100), *attempt("b", T0 + 1000, 110, 130), *attempt("c", T0 + 2000, 40, 60)]
+    # the second goes on from a checkpoint that came after the first one's last word; the third goes
+    # far back
+    events = [
+        *attempt("a", T0, 0, 100),
+        *attempt("b", T0 + 1000, 110, 130),
+        *attempt("c", T0 + 2000, 40, 60),
+    ]
     first, second, third = breakdown(events, T0 + 3000).attempts
-    assert (first.last, first.lost_steps, first.parts.training, first.parts.lost) == (110, 70, 80.0, 140.0)
-    assert (second.last, second.lost_steps, second.parts.training, second.parts.lost) == (130, 20, 0.0, 40.0)
-    assert (third.last, third.lost_steps, third.parts.training, third.parts.lost) == (60, 0, 40.0, 0.0)
+    assert (first.last, first.lost_steps, first.parts.training, first.parts.lost) == (
+        110,
+        70,
+        80.0,
+        140.0,
+    )
+    assert (second.last, second.lost_steps, second.parts.training, second.parts.lost) == (
+        130,
+        20,
+        0.0,
+        40.0,
+    )
+    assert (third.last, third.lost_steps, third.parts.training, third.parts.lost) == (
+        60,
+        0,
+        40.0,
+        0.0,
+    )
     assert first.parts.stall == 900.0 - 220.0
 
 
 def test_the_table_of_a_long_run_fits_a_terminal():
     cluster = Cluster()
-    plan = {"queue": 300.0, "start_up": 60.0, "restore": 20.0, "steps": 5000, "pace": 2.0, "eval": 0.01, "save": 3.0}
+    plan = {
+        "queue": 300.0,
+        "start_up": 60.0,
+        "restore": 20.0,
+        "steps": 5000,
+        "pace": 2.0,
+        "eval": 0.01,
+        "save": 3.0,
+    }
     plan |= {"every": 700, "silent": 55.0, "overhead": 0.002}
     for end in ("stopped", "killed", "stopped"):
         cluster.attempt({**plan, "end": end}, launcher=True)

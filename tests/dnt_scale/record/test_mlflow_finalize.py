@@ -1,4 +1,6 @@
-"""Runs whose training and sender were both killed; the parent runs of sweeps. Real MLflow, real SQLite, real kills."""
+"""Runs whose training and sender were both killed; the parent runs of sweeps. Real MLflow, real
+SQLite, real kills.
+"""
 
 import contextlib
 import json
@@ -26,8 +28,9 @@ import signal, sys
 from pathlib import Path
 from dnt_scale.record.tracker import Tracker
 run_dir, uri, lines = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-tracker = Tracker.start(run_dir, uri=uri, experiment="tests", run_name=run_dir.name, run_id=f"id-{run_dir.name}",
-                        params={}, tags={}, enabled=True, resume_step=0)
+tracker = Tracker.start(run_dir, uri=uri, experiment="tests", run_name=run_dir.name,
+                        run_id=f"id-{run_dir.name}", params={}, tags={}, enabled=True,
+                        resume_step=0)
 for step in range(1, lines + 1):
     tracker.log({"step": step, "tokens": step, "train/loss": 1 / step})
 print(tracker.senders[0].process.pid, flush=True)
@@ -43,7 +46,9 @@ def uri(empty_store: Path, tmp_path: Path) -> str:
 
 @contextlib.contextmanager
 def tracked(run_dir: Path, uri: str, lines: int) -> Iterator[list[int]]:
-    """A process that has written some lines, and its sender: their ids. Killed at the end, if they are still there."""
+    """A process that has written some lines, and its sender: their ids. Killed at the end, if
+    they are still there.
+    """
     command = [sys.executable, "-c", TRACKED, str(run_dir), uri, str(lines)]
     training = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert training.stdout is not None
@@ -56,7 +61,8 @@ def tracked(run_dir: Path, uri: str, lines: int) -> Iterator[list[int]]:
 
 
 def kill(processes: list[int]) -> None:
-    for process in reversed(processes):  # the sender first, which would say KILLED when it sees training go
+    # the sender first, which would say KILLED when it sees training go
+    for process in reversed(processes):
         with contextlib.suppress(ProcessLookupError):
             os.kill(process, signal.SIGKILL)
 
@@ -71,7 +77,9 @@ def sample(run_dir: Path, step: int, node: str = "node1") -> None:
     file = run_dir / "logs" / "system" / f"{node}.jsonl"
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a") as lines:
-        lines.write(json.dumps({"time": time.time(), "step": step, "cpu_percent": 50.0 + step}) + "\n")
+        lines.write(
+            json.dumps({"time": time.time(), "step": step, "cpu_percent": 50.0 + step}) + "\n"
+        )
 
 
 def test_a_run_that_was_killed_with_its_sender_gets_its_true_status_once(tmp_path, uri, capfd):
@@ -83,7 +91,10 @@ def test_a_run_that_was_killed_with_its_sender_gets_its_true_status_once(tmp_pat
         if weight.exists():  # else its niceness alone says what it may take from training
             assert weight.read_text().endswith(" nice 10\n")
         assert not finalize_run(run_dir, "FAILED")  # its sender is at work
-        assert "MLflow was not told that victim is FAILED: its sender is still at work" in capfd.readouterr().err
+        assert (
+            "MLflow was not told that victim is FAILED: its sender is still at work"
+            in capfd.readouterr().err
+        )
         kill(processes)
     assert runs(uri)["victim"].info.status == "RUNNING"
     # what was written while nobody sent
@@ -108,7 +119,8 @@ def test_a_run_that_was_killed_with_its_sender_gets_its_true_status_once(tmp_pat
 
     log = (run_dir / "logs" / "mlflow.log").stat()
     before = state(run_dir)
-    assert finalize_run(run_dir, "FAILED")  # nothing to do: no process is started, which would write
+    # nothing to do: no process is started, which would write
+    assert finalize_run(run_dir, "FAILED")
     assert state(run_dir) == before
     assert (run_dir / "logs" / "mlflow.log").stat() == log
     assert finalize_run(run_dir, "KILLED")  # somebody knows better

@@ -1,4 +1,6 @@
-"""Run folders that were copied, moved, restored or mixed up between starts: two never write into one MLflow run."""
+"""Run folders that were copied, moved, restored or mixed up between starts: two never write into
+one MLflow run.
+"""
 
 import json
 import shutil
@@ -18,7 +20,8 @@ from tests.helpers.senders import begin, client, mlflow_run_of, shown, start, wi
 
 pytestmark = pytest.mark.slow
 
-OLD_FIELDS = ("place", "own_id", "copied_from", "leases", "claimed", "name", "notes", "remedy")  # mlflow.json has since
+# mlflow.json has since
+OLD_FIELDS = ("place", "own_id", "copied_from", "leases", "claimed", "name", "notes", "remedy")
 
 
 @pytest.fixture
@@ -36,7 +39,10 @@ def notes(run_dir: Path) -> list[str]:
 
 def made_by_an_older_dnt(run_dir: Path) -> None:
     """Take out of a folder and its MLflow run what a dnt of before this rule did not write."""
-    for name, fields in (("mlflow.json", OLD_FIELDS), ("tracking.json", ("place", "former_place", "description"))):
+    for name, fields in (
+        ("mlflow.json", OLD_FIELDS),
+        ("tracking.json", ("place", "former_place", "description")),
+    ):
         file = run_dir / "logs" / name
         file.write_text(json.dumps({k: v for k, v in read_json(file).items() if k not in fields}))
     client(run_dir).delete_tag(read_json(run_dir / "logs" / "mlflow.json")["mlflow_run_id"], LEASE)
@@ -68,7 +74,9 @@ def swap(a: Path, b: Path) -> None:
 
 
 def checkpoints_only(a: Path, b: Path) -> None:
-    """Someone takes over the checkpoints, which carry the run's id, and the numbers, but not the logs."""
+    """Someone takes over the checkpoints, which carry the run's id, and the numbers, but not the
+    logs.
+    """
     copy(a, b)
     shutil.rmtree(b / "logs")
 
@@ -98,9 +106,19 @@ def old_copy_without_place(a: Path, b: Path) -> None:
 @pytest.mark.parametrize("first", ["a", "b"])
 @pytest.mark.parametrize(
     "act",
-    [copy, move_and_copy_back, swap, checkpoints_only, restore_in_place, old_copy, old_copy_without_place],
+    [
+        copy,
+        move_and_copy_back,
+        swap,
+        checkpoints_only,
+        restore_in_place,
+        old_copy,
+        old_copy_without_place,
+    ],
 )
-def test_two_folders_have_two_mlflow_runs(runs_dir: Path, act: Callable[[Path, Path], None], first: str) -> None:
+def test_two_folders_have_two_mlflow_runs(
+    runs_dir: Path, act: Callable[[Path, Path], None], first: str
+) -> None:
     a, b = runs_dir / "a", runs_dir / "b"
     origin = start(a, 3)
     act(a, b)
@@ -113,7 +131,8 @@ def test_two_folders_have_two_mlflow_runs(runs_dir: Path, act: Callable[[Path, P
     for place in order:
         assert shown(place) == (place.name, list(range(1, before[place] + 5)))
     tags = client(a).get_run(made[a]).data.tags, client(b).get_run(made[b]).data.tags
-    assert origin in made.values() or act is restore_in_place  # whose run had gone on in the meantime
+    # whose run had gone on in the meantime
+    assert origin in made.values() or act is restore_in_place
     for place, own in zip((a, b), tags, strict=True):
         assert made[place] == origin or own["dnt.copied_from"] == origin
         assert own["mlflow.note.content"].startswith(f"in {place}")
@@ -127,7 +146,9 @@ def test_a_copy_of_a_copy_and_the_deleted_original(runs_dir: Path) -> None:
     made.append(start(b))
     copy(b, c)
     made.append(start(c))
-    assert notes(c) == [f"{c} was copied or moved from {b}: it gets an MLflow run of its own, with all steps"]
+    assert notes(c) == [
+        f"{c} was copied or moved from {b}: it gets an MLflow run of its own, with all steps"
+    ]
     copy_and_delete(c, d)
     made.append(start(d))
     assert len(set(made)) == 4
@@ -176,7 +197,9 @@ def test_what_a_person_writes_on_the_page_stays(runs_dir: Path) -> None:
     assert page.get_run(made).info.run_name == "a-2"
 
 
-@pytest.mark.parametrize("killed", ["before it is noted that the lease is taken", "before the run is noted"])
+@pytest.mark.parametrize(
+    "killed", ["before it is noted that the lease is taken", "before the run is noted"]
+)
 def test_a_start_that_is_killed_while_it_takes_the_lease(
     runs_dir: Path, monkeypatch: pytest.MonkeyPatch, killed: str
 ) -> None:
@@ -195,12 +218,16 @@ def test_a_start_that_is_killed_while_it_takes_the_lease(
         patched.setattr(Sent, "save", save)
         started.send()
     assert start(a) == made or not made
-    assert len(client(a).search_runs([client(a).get_experiment_by_name("tests").experiment_id])) == 1
+    assert (
+        len(client(a).search_runs([client(a).get_experiment_by_name("tests").experiment_id])) == 1
+    )
     assert shown(a)[1][-1] == 5 if made else 3
 
 
 def test_both_go_on_when_neither_place_nor_start_could_tell_them_apart(runs_dir: Path) -> None:
-    """The same folder on two machines at the same path: each thinks the lease is its own until it sees the other's."""
+    """The same folder on two machines at the same path: each thinks the lease is its own until
+    it sees the other's.
+    """
     a, there = runs_dir / "a", runs_dir / "there"
     origin = start(a)
     copy(a, there)
@@ -218,7 +245,9 @@ def test_both_go_on_when_neither_place_nor_start_could_tell_them_apart(runs_dir:
     assert shown(there) == ("a", [1, 2, 3, 4, 5, 6, 7])
 
 
-def test_finalizing_a_copy_tells_nothing_of_the_original(runs_dir: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_finalizing_a_copy_tells_nothing_of_the_original(
+    runs_dir: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     a, b, c = (runs_dir / name for name in "abc")
     made = start(a)
     copy(a, b)
@@ -245,7 +274,9 @@ def test_finalizing_a_copy_tells_nothing_of_the_original(runs_dir: Path, capfd: 
     assert capfd.readouterr().err == ""
 
 
-def test_a_copied_sweep_has_a_parent_run_of_its_own(runs_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_copied_sweep_has_a_parent_run_of_its_own(
+    runs_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("DNT_PARENT", "sweep-1:rates")
     uri = f"sqlite:///{runs_dir / 'mlflow.db'}"
     one, other, renamed = (runs_dir / name for name in ("one", "other", "renamed"))

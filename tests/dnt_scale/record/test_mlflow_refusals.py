@@ -1,4 +1,6 @@
-"""What is said where MLflow takes nothing: whatever a message tells to do is done, and the kept lines arrive."""
+"""What is said where MLflow takes nothing: whatever a message tells to do is done, and the kept
+lines arrive.
+"""
 
 import http.server
 import re
@@ -67,7 +69,14 @@ def test_a_deleted_experiment_is_restored_or_another_is_taken(
         assert sender.backend.explain(raised.value)[0] == "the experiment 'tests' was deleted"
         begin(a, 2)  # lines that nobody sends
 
-    names = {"uri": None, "experiment": "tests", "run_name": "a", "run_id": "trained", "params": {}, "tags": {}}
+    names = {
+        "uri": None,
+        "experiment": "tests",
+        "run_name": "a",
+        "run_id": "trained",
+        "params": {},
+        "tags": {},
+    }
     tracker = Tracker.start(a, enabled=True, resume_step=4, **names)
     tracker.finish("FAILED", PATIENCE_S)
     said = capfd.readouterr().err
@@ -88,7 +97,9 @@ def test_a_deleted_experiment_is_restored_or_another_is_taken(
     assert start(b, experiment="another") == other
 
 
-def test_an_older_store_is_brought_up_to_date(runs_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_older_store_is_brought_up_to_date(
+    runs_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     without_processes(monkeypatch)
     from alembic.script import ScriptDirectory
     from mlflow.store import db_migrations
@@ -96,7 +107,10 @@ def test_an_older_store_is_brought_up_to_date(runs_dir: Path, monkeypatch: pytes
 
     newest = next(iter(ScriptDirectory(db_migrations.__path__[0]).walk_revisions()))
     a, file = runs_dir / "a", runs_dir / "old.db"
-    for version, last in (("0123456789ab", "a newer MLflow"), (str(newest.down_revision), "an older one")):
+    for version, last in (
+        ("0123456789ab", "a newer MLflow"),
+        (str(newest.down_revision), "an older one"),
+    ):
         shutil.copy(runs_dir / "mlflow.db", file)
         with sqlite3.connect(file) as database:
             database.execute("UPDATE alembic_version SET version_num = ?", [version])
@@ -107,7 +121,10 @@ def test_an_older_store_is_brought_up_to_date(runs_dir: Path, monkeypatch: pytes
         assert ("A newer MLflow made the store" in remedy) == (last == "a newer MLflow")
     words = shlex.split(advised(remedy))
     assert words[-1] == f"sqlite:///{file}"
-    assert words[:-1] in (["mlflow", "db", "upgrade"], [sys.executable, "-m", "mlflow", "db", "upgrade"])
+    assert words[:-1] in (
+        ["mlflow", "db", "upgrade"],
+        [sys.executable, "-m", "mlflow", "db", "upgrade"],
+    )
 
 
 class _Refusing(http.server.BaseHTTPRequestHandler):
@@ -139,17 +156,30 @@ def refusing() -> Iterator[str]:
 @pytest.mark.parametrize(
     ("answer", "remedy"),
     [
-        ((401, b"You are not authenticated."), "Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"),
+        (
+            (401, b"You are not authenticated."),
+            "Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD",
+        ),
         ((403, b"Permission denied"), "permit this user to edit the experiment 'tests'"),
-        ((403, b'{"error_code": "PERMISSION_DENIED", "message": "no"}'), "permit this user to edit the experiment"),
-        ((403, b"Invalid Host header - possible DNS rebinding attack detected"), "`mlflow server --allowed-hosts`"),
+        (
+            (403, b'{"error_code": "PERMISSION_DENIED", "message": "no"}'),
+            "permit this user to edit the experiment",
+        ),
+        (
+            (403, b"Invalid Host header - possible DNS rebinding attack detected"),
+            "`mlflow server --allowed-hosts`",
+        ),
         ((404, b"<html>nothing here"), "No MLflow server answers there: check tracking.uri."),
         ((200, b"<html>a router's page"), "No MLflow server answers there: check tracking.uri."),
         ((503, b"starting up"), ""),
     ],
 )
 def test_what_a_server_refuses(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refusing: str, answer: tuple[int, bytes], remedy: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    refusing: str,
+    answer: tuple[int, bytes],
+    remedy: str,
 ) -> None:
     without_processes(monkeypatch)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
@@ -159,7 +189,9 @@ def test_what_a_server_refuses(
 
 
 @pytest.mark.skipif(not can_mount(), reason="mounting takes root")
-def test_a_store_that_cannot_be_written_names_the_file(runs_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_that_cannot_be_written_names_the_file(
+    runs_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     without_processes(monkeypatch)
     a, file = runs_dir / "a", runs_dir / "mlflow.db"
     subprocess.run(["mount", "--bind", file, file], check=True)
@@ -171,7 +203,9 @@ def test_a_store_that_cannot_be_written_names_the_file(runs_dir: Path, monkeypat
     assert f"Make {file} and its folder writable" in remedy
 
 
-def test_an_experiment_of_before_is_shown_as_model_training(runs_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_experiment_of_before_is_shown_as_model_training(
+    runs_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     without_processes(monkeypatch)
     from mlflow import MlflowClient
 
@@ -185,7 +219,7 @@ def test_an_experiment_of_before_is_shown_as_model_training(runs_dir: Path, monk
     assert kinds == {**training, "a person's": "genai_development"}
 
 
-# --- tracking URIs ----------------------------------------------------------------------------------------------------
+# --- tracking URIs --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -225,7 +259,9 @@ def test_a_uri_that_can_never_work_is_refused(
         tracking_uri.check(uri.replace("CWD", here))
     message = str(raised.value)
     assert instead.replace("CWD", here) in message
-    for suggested in re.findall(r"(?:sqlite:///|https?://)[^,;?]+", message.partition(" ")[2].partition(" ")[2]):
+    for suggested in re.findall(
+        r"(?:sqlite:///|https?://)[^,;?]+", message.partition(" ")[2].partition(" ")[2]
+    ):
         if "HOST" not in suggested and "FILE" not in suggested:
             tracking_uri.check(suggested)  # is none that is refused
 

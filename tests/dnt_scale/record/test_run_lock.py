@@ -77,7 +77,9 @@ def left_behind(run_dir: Path, **changes: object) -> Path:
 
 def test_a_second_one_is_told_who_writes(holder: Ranks, tmp_path: Path) -> None:
     run_dir, pid = tmp_path / "run", holder.processes[0].pid
-    with pytest.raises(HeldError, match=rf"^run\.dir: {run_dir} is being trained by pid {pid} on \S+ since") as caught:
+    with pytest.raises(
+        HeldError, match=rf"^run\.dir: {run_dir} is being trained by pid {pid} on \S+ since"
+    ) as caught:
         take(run_dir, me())
     assert str(caught.value).endswith(": wait for it, stop it, or take another run.name")
     found = current_holder(run_dir)
@@ -104,13 +106,17 @@ def test_kill_9_leaves_a_lock_that_the_next_one_takes_over_at_once(
     assert capsys.readouterr().err == ""  # a lock that was released is nothing to tell
 
 
-def test_a_child_that_outlives_the_holder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_child_that_outlives_the_holder_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(run_lock, "LEAVING_S", 0.3)
     run_dir = tmp_path / "run"
     Ranks(hold_in_a_child, (run_dir,), 1, {}).wait().ok()
     child = int((run_dir / "child").read_text())
     try:
-        with pytest.raises(HeldError, match=rf"left behind; `fuser {run_dir / FILE}` may name it: end it"):
+        with pytest.raises(
+            HeldError, match=rf"left behind; `fuser {run_dir / FILE}` may name it: end it"
+        ):
             take(run_dir, me())
     finally:
         os.kill(child, signal.SIGKILL)
@@ -118,7 +124,9 @@ def test_a_child_that_outlives_the_holder_is_named(tmp_path: Path, monkeypatch: 
     take(run_dir, me()).release()
 
 
-def test_a_moved_folder_takes_its_lock_along_and_a_copied_one_does_not(holder: Ranks, tmp_path: Path) -> None:
+def test_a_moved_folder_takes_its_lock_along_and_a_copied_one_does_not(
+    holder: Ranks, tmp_path: Path
+) -> None:
     shutil.copytree(tmp_path / "run", tmp_path / "copy")
     check_free(tmp_path / "copy")
     with take(tmp_path / "copy", me()):
@@ -130,13 +138,16 @@ def test_a_moved_folder_takes_its_lock_along_and_a_copied_one_does_not(holder: R
 
 
 def test_where_locks_do_not_work_the_process_itself_counts(tmp_path: Path) -> None:
-    """The record says that this very process, or one that is gone, holds it; nobody has an flock."""
+    """The record says that this very process, or one that is gone, holds it; nobody has an
+    flock.
+    """
     parent = os.getppid()
     alive = {"pid": parent, "started": start_ticks(parent)}
     left_behind(tmp_path / "alive", **alive)
     with pytest.raises(HeldError, match=f"pid {parent}"):
         take(tmp_path / "alive", me())
-    left_behind(tmp_path / "reused", **{**alive, "started": 1})  # another process has the number now
+    # another process has the number now
+    left_behind(tmp_path / "reused", **{**alive, "started": 1})
     take(tmp_path / "reused", me()).release()
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
@@ -276,7 +287,9 @@ def test_a_job_waits_for_what_will_pass_and_for_nothing_else(tmp_path: Path) -> 
 def test_somebodys_file_of_that_name_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / FILE).write_text("do not touch\n")
     for action in (lambda: take(tmp_path, me()), lambda: check_free(tmp_path)):
-        with pytest.raises(ConfigError, match=rf"run\.dir: {tmp_path / FILE} is no lock of dnt's; move it away"):
+        with pytest.raises(
+            ConfigError, match=rf"run\.dir: {tmp_path / FILE} is no lock of dnt's; move it away"
+        ):
             action()
     assert (tmp_path / FILE).read_text() == "do not touch\n"
     (tmp_path / FILE).rename(tmp_path / "mine")
@@ -302,7 +315,9 @@ def test_of_two_starts_in_one_folder_one_trains_undisturbed(corpus: Path, tmp_pa
             time.sleep(wait)
             pair.append(start(tiny(corpus, run_dir, "checkpoint.every=5", "eval.every=0")))
         ends = [group.wait() for group in pair]
-        assert sorted(end.codes[0] or 0 for end in ends) in ([0, 2], [0, 0]), [end.err for end in ends]
+        assert sorted(end.codes[0] or 0 for end in ends) in ([0, 2], [0, 0]), [
+            end.err for end in ends
+        ]
         assert [line["step"] for line in metrics(run_dir)] == list(range(1, STEPS + 1))
         for end in ends:
             if end.codes == [2]:
@@ -315,9 +330,13 @@ def test_a_folder_of_checkpoints_has_one_writer_too(corpus: Path, tmp_path: Path
     group = Ranks(hold, (tmp_path / "shared",), 1, {})
     until(lambda: (tmp_path / "shared" / "held").exists())
     try:
-        error = train(tiny(corpus, tmp_path / "run", f"checkpoint.dir={tmp_path / 'shared'}")).error()
+        error = train(
+            tiny(corpus, tmp_path / "run", f"checkpoint.dir={tmp_path / 'shared'}")
+        ).error()
         pid = group.processes[0].pid
-        assert error.startswith(f"error: checkpoint.dir: {tmp_path / 'shared'} is being written by pid {pid} on ")
+        assert error.startswith(
+            f"error: checkpoint.dir: {tmp_path / 'shared'} is being written by pid {pid} on "
+        )
         assert error.endswith("take another checkpoint.dir") and not (tmp_path / "run").exists()
     finally:
         group.kill()

@@ -39,12 +39,21 @@ def test_a_nodes_first_rank_samples_it(tmp_path, device):
     found = samples(run)
     assert [sample["step"] for sample in found] == sorted(sample["step"] for sample in found)
     for sample in found:
-        assert list(sample) == ["time", "step", "cpu_percent", "memory_used_gb", "memory_percent", "disk_free_gb"]
+        assert list(sample) == [
+            "time",
+            "step",
+            "cpu_percent",
+            "memory_used_gb",
+            "memory_percent",
+            "disk_free_gb",
+        ]
         assert 0 <= sample["cpu_percent"] <= 100
         assert 0 < sample["memory_percent"] < 100
         assert sample["memory_used_gb"] > 0
         assert sample["disk_free_gb"] >= 0
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("system metrics")]
+    assert not [
+        thread for thread in threading.enumerate() if thread.name.startswith("system metrics")
+    ]
 
 
 @pytest.mark.parametrize(
@@ -74,7 +83,10 @@ def test_a_folder_that_is_away_costs_its_samples_and_nothing_else(tmp_path, capf
 def test_what_is_new_is_read_once_and_whole(tmp_path):
     folder(tmp_path).mkdir(parents=True)
     one, two = (folder(tmp_path) / f"{node}.jsonl" for node in ("one", "two"))
-    lines = [f'{{"time": {step}.5, "step": {step}, "cpu_percent": {step}, "gpu0/power_w": 300}}\n' for step in range(5)]
+    lines = [
+        f'{{"time": {step}.5, "step": {step}, "cpu_percent": {step}, "gpu0/power_w": 300}}\n'
+        for step in range(5)
+    ]
     one.write_text("".join(lines[:3]) + lines[3][:20])  # the last is being written
     two.write_text("{torn\n" + lines[4])
     points, taken = read_new(tmp_path, {}, 4)

@@ -28,7 +28,9 @@ from tests.helpers.stores import PATIENCE_S, points, until
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(bool(TensorBoard.objection()), reason=f"tensorboard {TensorBoard.objection()}"),
+    pytest.mark.skipif(
+        bool(TensorBoard.objection()), reason=f"tensorboard {TensorBoard.objection()}"
+    ),
 ]
 
 HERE = {"backends": ["tensorboard"]}
@@ -51,13 +53,20 @@ def others(run_dir: Path) -> dict[str, list[bytes]]:
     """The texts and pictures that TensorBoard shows, by name."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    found = EventAccumulator(str(run_dir / "tensorboard"), size_guidance={"images": 0, "tensors": 0})
+    found = EventAccumulator(
+        str(run_dir / "tensorboard"), size_guidance={"images": 0, "tensors": 0}
+    )
     found.Reload()
     texts = {
-        tag.removesuffix("/text_summary"): [event.tensor_proto.string_val[0] for event in found.Tensors(tag)]
+        tag.removesuffix("/text_summary"): [
+            event.tensor_proto.string_val[0] for event in found.Tensors(tag)
+        ]
         for tag in found.Tags()["tensors"]
     }
-    pictures = {tag: [event.encoded_image_string for event in found.Images(tag)] for tag in found.Tags()["images"]}
+    pictures = {
+        tag: [event.encoded_image_string for event in found.Images(tag)]
+        for tag in found.Tags()["images"]
+    }
     return texts | pictures
 
 
@@ -69,7 +78,12 @@ def losses(steps: int) -> list[tuple[int, float]]:
 def test_a_run_and_its_resumption_show_each_step_once(corpus: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "runs" / "tiny"
     overrides = tiny(
-        corpus, run_dir, "tracking=tensorboard", "tracking.enabled=true", "checkpoint.every=4", "eval.every=5"
+        corpus,
+        run_dir,
+        "tracking=tensorboard",
+        "tracking.enabled=true",
+        "checkpoint.every=4",
+        "eval.every=5",
     )
     train([*overrides, "train.steps=9"]).ok()
     once = others(run_dir)
@@ -80,11 +94,15 @@ def test_a_run_and_its_resumption_show_each_step_once(corpus: Path, tmp_path: Pa
     assert [step for step, _ in found["val/loss"]] == [0, 5, 9, 10, 14]
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
     assert len(lines) == 15 and unsent_lines(run_dir) == 0
-    assert b"| optim.lr |" in also["params"][0] and len(also["params"]) == 2  # train.steps is another
+    # train.steps is another
+    assert b"| optim.lr |" in also["params"][0] and len(also["params"]) == 2
     assert b"To go on with it" in also["run"][0] and b"git_commit" in also["tags"][0]
     assert once["plots/loss"] == also["plots/loss"][:1]
     assert also["plots/loss"][-1] == (run_dir / "plots" / "loss.png").read_bytes()
-    assert not (run_dir / "logs" / "mlflow.json").exists() and not (run_dir.parent / "mlflow.db").exists()
+    assert (
+        not (run_dir / "logs" / "mlflow.json").exists()
+        and not (run_dir.parent / "mlflow.db").exists()
+    )
 
 
 def test_mlflow_and_tensorboard_get_the_same(
@@ -92,9 +110,17 @@ def test_mlflow_and_tensorboard_get_the_same(
 ) -> None:
     (tmp_path / "runs").mkdir()
     uri = f"sqlite:///{shutil.copy(empty_store, tmp_path / 'runs' / 'mlflow.db')}"
-    names = {"uri": uri, "experiment": "tests", "run_name": "one", "run_id": "x", "params": {}, "tags": {}}
+    names = {
+        "uri": uri,
+        "experiment": "tests",
+        "run_name": "one",
+        "run_id": "x",
+        "params": {},
+        "tags": {},
+    }
     run_dir = tmp_path / "runs" / "one"
-    tracker = Tracker.start(run_dir, backends=["mlflow", "tensorboard"], enabled=True, resume_step=0, **names)  # type: ignore[arg-type]
+    both = ["mlflow", "tensorboard"]
+    tracker = Tracker.start(run_dir, backends=both, enabled=True, resume_step=0, **names)  # type: ignore[arg-type]
     for step in range(1, 31):
         tracker.log({"step": step, "time": 1e9 + step, "train/loss": 1 / step})
     tracker.finish("FINISHED", PATIENCE_S)
@@ -107,8 +133,9 @@ TRACKED = """
 import signal, sys
 from pathlib import Path
 from dnt_scale.record.tracker import Tracker
-tracker = Tracker.start(Path(sys.argv[1]), backends=["tensorboard"], uri=None, experiment="e", run_name="victim",
-                        run_id="v", params={}, tags={}, enabled=True, resume_step=0)
+tracker = Tracker.start(Path(sys.argv[1]), backends=["tensorboard"], uri=None, experiment="e",
+                        run_name="victim", run_id="v", params={}, tags={}, enabled=True,
+                        resume_step=0)
 for step in range(1, 51):
     tracker.log({"step": step, "tokens": step, "train/loss": 1 / step})
 print(tracker.senders[0].process.pid, flush=True)
@@ -119,7 +146,9 @@ signal.pause()
 @pytest.mark.parametrize("sender_too", [False, True])
 def test_a_killed_run_leaves_readable_events(tmp_path: Path, sender_too: bool) -> None:
     run_dir = tmp_path / "victim"
-    training = subprocess.Popen([sys.executable, "-c", TRACKED, str(run_dir)], stdout=subprocess.PIPE, text=True)
+    training = subprocess.Popen(
+        [sys.executable, "-c", TRACKED, str(run_dir)], stdout=subprocess.PIPE, text=True
+    )
     assert training.stdout is not None
     sender = int(training.stdout.readline())
 
@@ -141,7 +170,9 @@ def test_a_killed_run_leaves_readable_events(tmp_path: Path, sender_too: bool) -
     assert report()["status"] == "FAILED"
 
 
-def test_a_sender_killed_before_it_noted_what_it_wrote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sender_killed_before_it_noted_what_it_wrote(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     without_processes(monkeypatch)
     run_dir = tmp_path / "run"
     start(run_dir, 4, **HERE)
@@ -184,12 +215,16 @@ print(send_all(sender, EndedTraining("FINISHED")))
 
 
 def test_a_full_disk_leaves_nothing_in_part(tmp_path: Path) -> None:
-    said = subprocess.run([sys.executable, "-c", FULL, str(tmp_path / "run")], capture_output=True, text=True)
+    said = subprocess.run(
+        [sys.executable, "-c", FULL, str(tmp_path / "run")], capture_output=True, text=True
+    )
     assert said.stdout.splitlines()[-3:] == ["File too large", "File too large", "0"], said.stderr
     assert shown(tmp_path / "run")["train/loss"] == losses(80)
 
 
-def test_folders_that_are_copied_moved_or_cleared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folders_that_are_copied_moved_or_cleared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     without_processes(monkeypatch)
     a, b, c = (tmp_path / name for name in "abc")
     start(a, 3, **HERE)
@@ -215,7 +250,9 @@ def test_folders_that_are_copied_moved_or_cleared(tmp_path: Path, monkeypatch: p
     assert shown(c)["train/loss"] == losses(11)
 
 
-def test_fresh_moves_the_events_aside(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fresh_moves_the_events_aside(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     without_processes(monkeypatch)
     run_dir = tmp_path / "tiny"
     start(run_dir, 3, **HERE)
@@ -226,7 +263,9 @@ def test_fresh_moves_the_events_aside(corpus: Path, tmp_path: Path, monkeypatch:
     assert shown(aside)["train/loss"] == losses(3) and not (run_dir / "tensorboard").exists()
 
 
-def test_pictures_are_shown_again_when_they_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pictures_are_shown_again_when_they_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     without_processes(monkeypatch)
     run_dir = tmp_path / "run"
     start(run_dir, 3, **HERE)
@@ -241,13 +280,23 @@ def test_pictures_are_shown_again_when_they_change(tmp_path: Path, monkeypatch: 
     assert len(others(run_dir)["plots/loss"]) == 2
 
 
-def test_without_the_package_it_is_refused(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "tensorboard", None)  # Python's own way to say that there is none
-    install = r"tracking\.backends: tensorboard needs a package .*; pip install 'dnt-scale\[tensorboard\]'"
+def test_without_the_package_it_is_refused(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Python's own way to say that there is none
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    needs = r"tracking\.backends: tensorboard needs a package .*; "
+    install = needs + r"pip install 'dnt-scale\[tensorboard\]'"
     with pytest.raises(ValueError, match=install):
         check_backends(["mlflow", "tensorboard"])
     run = config.load(tiny(corpus, tmp_path / "run", "tracking=tensorboard"))
     with pytest.raises(ValueError, match=install):
-        begin(run.model_copy(update={"tracking": run.tracking.model_copy(update={"enabled": True})}), Typed(whole=True))
-    begin(run.model_copy(update={"tracking": run.tracking.model_copy(update={"enabled": False})}), Typed(whole=True))
+        begin(
+            run.model_copy(update={"tracking": run.tracking.model_copy(update={"enabled": True})}),
+            Typed(whole=True),
+        )
+    begin(
+        run.model_copy(update={"tracking": run.tracking.model_copy(update={"enabled": False})}),
+        Typed(whole=True),
+    )
     assert not (tmp_path / "run").exists()

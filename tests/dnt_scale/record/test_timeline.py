@@ -1,4 +1,6 @@
-"""`logs/timeline-HOST.jsonl`: what it tells of a run that ended well, was stopped, or was killed."""
+"""`logs/timeline-HOST.jsonl`: what it tells of a run that ended well, was stopped, or was
+killed.
+"""
 
 import os
 import time
@@ -14,7 +16,11 @@ from tests.helpers.run import STEPS, tiny, train
 def kinds(events: list[timeline.Event]) -> list[str]:
     """The events' names but for checkpoints in place, several of progress in a row as one."""
     names = [event["event"] for event in events if event["event"] != "saved"]
-    return [name for name, before in zip(names, ["", *names], strict=False) if (name, before) != ("progress",) * 2]
+    return [
+        name
+        for name, before in zip(names, ["", *names], strict=False)
+        if (name, before) != ("progress",) * 2
+    ]
 
 
 def test_a_run_from_its_start_to_its_end(reference):
@@ -29,7 +35,9 @@ def test_a_run_from_its_start_to_its_end(reference):
     assert times == sorted(times)
     spent = [event["seconds"] for event in progress]
     for kind in ("step", "eval", "save"):
-        assert spent[-1][kind] > 0 and [seconds[kind] for seconds in spent] == sorted(s[kind] for s in spent)
+        assert spent[-1][kind] > 0 and [seconds[kind] for seconds in spent] == sorted(
+            s[kind] for s in spent
+        )
     assert sum(spent[-1].values()) <= end["time"] - ready["time"]
 
 
@@ -71,13 +79,18 @@ def test_what_is_no_event_is_left_out(tmp_path):
     with timeline.path(tmp_path).open("ab") as file:
         file.write(b'[1]\n{"event": "end"}\n\xff\n')
     timeline.append(tmp_path, "end", attempt="a", step=3)
-    assert [(event["event"], event.get("step")) for event in timeline.read(tmp_path)] == [("start", None), ("end", 3)]
+    assert [(event["event"], event.get("step")) for event in timeline.read(tmp_path)] == [
+        ("start", None),
+        ("end", 3),
+    ]
 
 
 def test_a_process_says_when_it_was_started_by_the_clock_that_its_events_have(monkeypatch):
     ticks = start_ticks(os.getpid())
     assert ticks is not None
     booted = 5.0 + ticks / os.sysconf("SC_CLK_TCK")
-    monkeypatch.setattr(time, "clock_gettime", lambda clock: booted if clock == time.CLOCK_BOOTTIME else 0.0)
+    monkeypatch.setattr(
+        time, "clock_gettime", lambda clock: booted if clock == time.CLOCK_BOOTTIME else 0.0
+    )
     monkeypatch.setattr(time, "time", lambda: 1.79e9)
     assert timeline.launched() == pytest.approx(1.79e9 - 5.0, abs=1e-3)

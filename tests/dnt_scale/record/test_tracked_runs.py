@@ -1,4 +1,6 @@
-"""Whole training runs and what MLflow shows of them meanwhile: status, system metrics, goodput; and no password."""
+"""Whole training runs and what MLflow shows of them meanwhile: status, system metrics, goodput;
+and no password.
+"""
 
 import json
 import shlex
@@ -14,9 +16,18 @@ def test_a_run_that_is_stopped_and_goes_on(corpus, tmp_path):
     uri = sqlite_store(tmp_path / "mlflow.db")
     run_dir = tmp_path / "runs" / "tiny"
     system = run_dir / "logs" / "system" / f"{socket.gethostname()}.jsonl"
-    overrides = ["train.steps=100000", "checkpoint.every=0", "eval.every=0", "tracking.enabled=true"]
+    overrides = [
+        "train.steps=100000",
+        "checkpoint.every=0",
+        "eval.every=0",
+        "tracking.enabled=true",
+    ]
     overrides += [f"tracking.uri={uri}", "tracking.system_every_s=0.2"]
-    secret = {"MLFLOW_TRACKING_USERNAME": "me", "MLFLOW_TRACKING_PASSWORD": PASSWORD, "PGPASSWORD": PASSWORD}
+    secret = {
+        "MLFLOW_TRACKING_USERNAME": "me",
+        "MLFLOW_TRACKING_PASSWORD": PASSWORD,
+        "PGPASSWORD": PASSWORD,
+    }
 
     def until_mlflow_says(status: str) -> None:
         until(lambda: "tiny" in (found := runs(uri)) and found["tiny"].info.status == status)
@@ -37,7 +48,9 @@ def test_a_run_that_is_stopped_and_goes_on(corpus, tmp_path):
     finally:
         training.kill()
     last = steps_written(run_dir)
-    start(tiny(corpus, run_dir, *overrides, f"train.steps={last + 1}"), ranks=2, env=secret).wait().ok()
+    start(
+        tiny(corpus, run_dir, *overrides, f"train.steps={last + 1}"), ranks=2, env=secret
+    ).wait().ok()
     until_mlflow_says("FINISHED")
 
     assert [step for step, _ in points(uri, "tiny", "train/loss")] == list(range(1, last + 2))
@@ -49,7 +62,8 @@ def test_a_run_that_is_stopped_and_goes_on(corpus, tmp_path):
         assert max(value for _, value in sent) > 0
     note = runs(uri)["tiny"].data.tags["mlflow.note.content"]
     assert f"folder `{run_dir}`" in note
-    how = shlex.split(note.partition("To go on with it:")[2])  # as a shell reads it, lines that go on included
+    # as a shell reads it, lines that go on included
+    how = shlex.split(note.partition("To go on with it:")[2])
     assert how[:2] == ["cd", str(Path.cwd())]
     last_start = [*tiny(corpus, run_dir, *overrides), f"train.steps={last + 1}"]
     assert [word for word in how[2:] if word != "\n"] == [

@@ -26,7 +26,13 @@ from tests.helpers.stores import free_port, mlflow_server, until
 
 pytestmark = pytest.mark.slow
 
-PARAMS = {"optim.lr": 1.0, "model.name": "dnt_nano", "train.steps": 20, "data.limit": None, "eval.full": True}
+PARAMS = {
+    "optim.lr": 1.0,
+    "model.name": "dnt_nano",
+    "train.steps": 20,
+    "data.limit": None,
+    "eval.full": True,
+}
 TAGS = {"git_commit": "abc123-dirty", "manifest_sha256": "0" * 64}
 
 PATIENCE_S = 120  # for a machine that is busy with other things
@@ -42,13 +48,26 @@ VARIABLES = {
     "MLFLOW_ACTIVE_MODEL_ID": "another",
     "PYTHONPATH": ":.",
 }
-MODULES = ("mlflow", "types", "random", "sqlite3", "orjson", "json", "runpy", "dnt_scale", "sitecustomize", "uvicorn")
+MODULES = (
+    "mlflow",
+    "types",
+    "random",
+    "sqlite3",
+    "orjson",
+    "json",
+    "runpy",
+    "dnt_scale",
+    "sitecustomize",
+    "uvicorn",
+)
 
 
 def in_the_way(folder: Path) -> None:
     """Files of a user's own that are named as modules and folders which MLflow looks for."""
     for name in MODULES:
-        (folder / f"{name}.py").write_text(f"raise SystemExit('{name} of the working folder was imported')\n")
+        (folder / f"{name}.py").write_text(
+            f"raise SystemExit('{name} of the working folder was imported')\n"
+        )
     for package in ("numpy", "alembic"):
         (folder / package).mkdir()
         (folder / package / "__init__.py").write_text("raise SystemExit('imported')\n")
@@ -58,18 +77,33 @@ def in_the_way(folder: Path) -> None:
 
 
 def start(run_dir: Path, resume_step: int = 0, **changes: object) -> Tracker:
-    options: dict = {"uri": None, "experiment": "tests", "params": PARAMS, "tags": TAGS, "enabled": True}
+    options: dict = {
+        "uri": None,
+        "experiment": "tests",
+        "params": PARAMS,
+        "tags": TAGS,
+        "enabled": True,
+    }
     names = {"run_name": run_dir.name, "run_id": f"id-{run_dir.name}"}
     return Tracker.start(run_dir, resume_step=resume_step, **{**options, **names, **changes})
 
 
 def line(step: int) -> dict:
-    record = {"step": step, "tokens": step * 512, "train/loss": 9 / step, "lr": 0.5, "grad_norm": 1.5, "skipped": 0}
+    record = {
+        "step": step,
+        "tokens": step * 512,
+        "train/loss": 9 / step,
+        "lr": 0.5,
+        "grad_norm": 1.5,
+        "skipped": 0,
+    }
     return record | ({"val/loss": 9 / step + 0.1} if step % 10 == 0 else {})
 
 
 def steps_in(run_dir: Path) -> list[int]:
-    return [json.loads(text)["step"] for text in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [
+        json.loads(text)["step"] for text in (run_dir / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 def mlflow_runs(uri: str) -> tuple:
@@ -84,14 +118,21 @@ def processes_with(argument: int) -> list[str]:
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):  # ended meanwhile
-            found += [path.parent.name] if str(argument).encode() in path.read_bytes().split(b"\0") else []
+            found += (
+                [path.parent.name]
+                if str(argument).encode() in path.read_bytes().split(b"\0")
+                else []
+            )
     return found
 
 
 def test_importing_loads_neither_mlflow_nor_matplotlib():
     code = "import sys, dnt_scale.record.tracker, dnt_scale.record.plots, dnt_scale.record.sender\n"
     code += "print({'mlflow', 'matplotlib', 'torch'} & set(sys.modules))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
+        == "set()\n"
+    )
 
 
 def test_a_run_and_its_resumption_are_one_mlflow_run(tmp_path, capfd, monkeypatch):
@@ -121,11 +162,17 @@ def test_a_run_and_its_resumption_are_one_mlflow_run(tmp_path, capfd, monkeypatc
     losses = client.get_metric_history(run.info.run_id, "train/loss")
     assert [point.step for point in losses] == [step for step in range(1, 21) if step != 7]
     assert [p.step for p in client.get_metric_history(run.info.run_id, "val/loss")] == [0, 10, 20]
-    assert {file.path for file in client.list_artifacts(run.info.run_id)} == {"config.yaml", "plots"}
-    assert [file.path for file in client.list_artifacts(run.info.run_id, "plots")] == ["plots/loss.png"]
+    assert {file.path for file in client.list_artifacts(run.info.run_id)} == {
+        "config.yaml",
+        "plots",
+    }
+    assert [file.path for file in client.list_artifacts(run.info.run_id, "plots")] == [
+        "plots/loss.png"
+    ]
     assert json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[7])["train/loss"] is None
 
-    # Resumed at a checkpoint before the last line, with a torn line at the end, and trained further than planned.
+    # Resumed at a checkpoint before the last line, with a torn line at the end, and trained further
+    # than planned.
     with (run_dir / "metrics.jsonl").open("a") as file:
         file.write('{"step": 15, "tok')
     tracker = start(run_dir, resume_step=14, params=PARAMS | {"train.steps": 30})
@@ -153,16 +200,18 @@ def test_a_killed_run_is_marked_killed_with_all_its_lines(tmp_path):
 import os, signal
 from pathlib import Path
 from dnt_scale.record.tracker import Tracker
-tracker = Tracker.start(Path({str(run_dir)!r}), uri=None, experiment="tests", run_name="victim", run_id="v",
-                        params={{}}, tags={{}}, enabled=True, resume_step=0)
+tracker = Tracker.start(Path({str(run_dir)!r}), uri=None, experiment="tests", run_name="victim",
+                        run_id="v", params={{}}, tags={{}}, enabled=True, resume_step=0)
 for step in range(1, 501):
     tracker.log({{"step": step, "tokens": step, "train/loss": 1 / step}})
-if os.fork() == 0:  # like a data loader's worker: it outlives the kill and holds the sender's pipe open
+if os.fork() == 0:  # like a data loader's worker: it outlives the kill and holds the pipe open
     os.sched_yield(); signal.pause()
 print(os.getpid(), tracker.senders[0].process.pid, flush=True)
 signal.pause()
 """
-    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, start_new_session=True)
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
     assert parent.stdout is not None
     pid, sender = map(int, parent.stdout.readline().split())
     os.kill(sender, signal.SIGTERM)  # a job's signal reaches the sender as well
@@ -185,7 +234,10 @@ def test_two_runs_may_create_the_store_at_once(tmp_path):
     with ThreadPoolExecutor() as pool:
         list(pool.map(lambda tracker: tracker.finish("FINISHED", PATIENCE_S), trackers))
     _, runs = mlflow_runs(default_uri(tmp_path / "runs" / "a"))
-    assert {name: run.info.status for name, run in runs.items()} == {"a": "FINISHED", "b": "FINISHED"}
+    assert {name: run.info.status for name, run in runs.items()} == {
+        "a": "FINISHED",
+        "b": "FINISHED",
+    }
     assert len({run.info.experiment_id for run in runs.values()}) == 1
 
 
@@ -199,7 +251,8 @@ def test_a_server_that_is_down_costs_a_warning_and_gets_everything_later_once(tm
     tracker = start(run_dir, uri=uri)
     for step in range(1, 201):
         tracker.log(line(step))
-    assert not (run_dir / "logs" / "mlflow.json").exists()  # 200 steps done before the sender had as much as started
+    # 200 steps done before the sender had as much as started
+    assert not (run_dir / "logs" / "mlflow.json").exists()
     assert steps_in(run_dir) == list(range(1, 201))
 
     def warned(tracker: Tracker) -> bool:
@@ -217,7 +270,8 @@ def test_a_server_that_is_down_costs_a_warning_and_gets_everything_later_once(tm
     tracker.log(line(201))
     before = time.monotonic()
     tracker.finish("FINISHED", PATIENCE_S)
-    assert time.monotonic() - before < PATIENCE_S  # it does not wait for its time to run out when the store refuses
+    # it does not wait for its time to run out when the store refuses
+    assert time.monotonic() - before < PATIENCE_S
     warning = capfd.readouterr().err
     assert warning.count("\n") == 1
     assert f"201 lines of {run_dir / 'metrics.jsonl'} are not in MLflow" in warning
@@ -226,7 +280,10 @@ def test_a_server_that_is_down_costs_a_warning_and_gets_everything_later_once(tm
     # The server comes up as `dnt ui`; the same command is run again.
     seed.finish("FINISHED", PATIENCE_S)
     in_the_way(here := tmp_path / ODD)
-    code = f"from dnt_scale.record.mlflow.ui import open_ui; raise SystemExit(open_ui('sqlite:///mlflow.db', {port}))"
+    code = (
+        "from dnt_scale.record.mlflow.ui import open_ui; raise "
+        f"SystemExit(open_ui('sqlite:///mlflow.db', {port}))"
+    )
     command = [sys.executable, "-P", "-c", code]
     with (tmp_path / "page.log").open("w") as log:
         page = subprocess.Popen(command, cwd=here, stdout=subprocess.PIPE, stderr=log, text=True)
@@ -266,7 +323,9 @@ def test_a_server_that_is_down_costs_a_warning_and_gets_everything_later_once(tm
     )
     for name in ("offline", "patient"):
         points = client.get_metric_history(runs[name].info.run_id, "train/loss")
-        assert [(point.step, point.value) for point in points] == [(step, 9 / step) for step in range(1, 202)]
+        assert [(point.step, point.value) for point in points] == [
+            (step, 9 / step) for step in range(1, 202)
+        ]
     assert capfd.readouterr().err == ""
 
 
@@ -317,7 +376,16 @@ except OSError as error:
 @pytest.mark.skipif(not shutil.which("git"), reason="git is not installed")
 def test_git_commit(tmp_path):
     def git(*arguments: str) -> str:
-        command = ["git", "-C", str(tmp_path), "-c", "user.name=t", "-c", "user.email=t@t", *arguments]
+        command = [
+            "git",
+            "-C",
+            str(tmp_path),
+            "-c",
+            "user.name=t",
+            "-c",
+            "user.email=t@t",
+            *arguments,
+        ]
         return subprocess.check_output(command, text=True).strip()
 
     file = tmp_path / "code.py"
@@ -350,7 +418,9 @@ def test_a_login_in_the_uri_is_refused(uri, instead):
     assert "hush" not in str(raised.value)
 
 
-@pytest.mark.parametrize("uri", ["postgresql://db:5433/mlflow?sslmode=require", "https://mlflow.example.org/a?b=c"])
+@pytest.mark.parametrize(
+    "uri", ["postgresql://db:5433/mlflow?sslmode=require", "https://mlflow.example.org/a?b=c"]
+)
 def test_a_uri_without_one_is_not(uri):
     assert config.load(["data.path=x", "run.name=r", f"tracking.uri='{uri}'"]).tracking.uri == uri
 

@@ -40,7 +40,15 @@ def start(run_dir: Path, uri: str, resume_step: int = 0) -> Tracker:
 
 def log(tracker: Tracker, steps: range) -> None:
     for step in steps:
-        tracker.log({"step": step, "tokens": step * 512, "time": 1e9 + step, "train/loss": 9 / step, "lr": 0.5})
+        tracker.log(
+            {
+                "step": step,
+                "tokens": step * 512,
+                "time": 1e9 + step,
+                "train/loss": 9 / step,
+                "lr": 0.5,
+            }
+        )
 
 
 def test_postgresql_takes_its_password_from_the_environment(tmp_path, database, monkeypatch, capfd):

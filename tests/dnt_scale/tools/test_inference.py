@@ -21,7 +21,14 @@ def texts(run_dir: Path, settings: list[dict]) -> None:
 
     defaults = {"tokens": 30, "temperature": 0.8, "top_k": 50, "seed": 0, "data": None}
     with process_group.alone() as me:
-        print(json.dumps(["".join(generate(run_dir, PROMPT, me, **{**defaults, **setting})) for setting in settings]))
+        print(
+            json.dumps(
+                [
+                    "".join(generate(run_dir, PROMPT, me, **{**defaults, **setting}))
+                    for setting in settings
+                ]
+            )
+        )
 
 
 def losses(run_dir: Path) -> None:
@@ -31,7 +38,14 @@ def losses(run_dir: Path) -> None:
 
     with process_group.alone() as me:
         found = [evaluate(run_dir, None, rows, me) for rows in (30, None)]
-    print(json.dumps([[value for name, value in each.items() if name.endswith("/loss")][-1] for each in found]))
+    print(
+        json.dumps(
+            [
+                [value for name, value in each.items() if name.endswith("/loss")][-1]
+                for each in found
+            ]
+        )
+    )
 
 
 def test_sampling_is_a_function_of_its_settings(reference):
@@ -68,7 +82,10 @@ def test_any_temperature_samples(temperature, top_k):
     from dnt_scale.tools.generate import sample
 
     logits = torch.tensor([-80.0, 70.0, 60.0, -torch.inf])
-    found = {sample(logits, temperature, top_k, torch.Generator().manual_seed(seed)) for seed in range(30)}
+    found = {
+        sample(logits, temperature, top_k, torch.Generator().manual_seed(seed))
+        for seed in range(30)
+    }
     assert found == {1} if temperature < 1 else found == ({1, 2} if top_k == 2 else {0, 1, 2})
 
 
@@ -91,7 +108,9 @@ def test_where_data_has_moved_the_advice_helps(finished_run, corpus):
     path.write_text(path.read_text().replace(str(corpus), "/gone/set"))
     for command in (["generate", finished_run, "--tokens", 3], ["eval", finished_run, "--rows", 5]):
         error = dnt(*command).error()
-        assert "/gone/set: no such folder" in error and error.endswith("give its new place with --data")
+        assert "/gone/set: no such folder" in error and error.endswith(
+            "give its new place with --data"
+        )
         dnt(*command, "--data", corpus).ok()
 
 
@@ -120,7 +139,10 @@ def test_a_run_without_a_checkpoint_is_refused(finished_run):
 
 
 def test_no_run_there_is_refused(tmp_path):
-    assert f"{tmp_path / 'none' / 'config.yaml'}: no such file" in dnt("generate", tmp_path / "none").error()
+    assert (
+        f"{tmp_path / 'none' / 'config.yaml'}: no such file"
+        in dnt("generate", tmp_path / "none").error()
+    )
 
 
 @pytest.mark.parametrize(
@@ -166,17 +188,27 @@ def test_eval_of_a_mixture_is_by_set_and_with_its_mask(mixed_run):
 
 def test_another_set_is_measured_alone(mixed_run, corpus):
     printed = dnt("eval", mixed_run, "--rows", 30, "--data", corpus).ok().out
-    assert {line.split()[0] for line in printed.splitlines()} == {"val/loss", "val/perplexity", "val/bits_per_byte"}
-    assert float(printed.split()[1]) == pytest.approx(metrics(mixed_run)[-1]["val/docs/loss"], abs=1e-3)
+    assert {line.split()[0] for line in printed.splitlines()} == {
+        "val/loss",
+        "val/perplexity",
+        "val/bits_per_byte",
+    }
+    assert float(printed.split()[1]) == pytest.approx(
+        metrics(mixed_run)[-1]["val/docs/loss"], abs=1e-3
+    )
 
 
 def test_a_text_is_one_document_masked_or_not_beyond_the_context_too(mixed_run, tmp_path):
     plain = Path(shutil.copytree(mixed_run, tmp_path / "run", symlinks=True))
     config = (plain / "config.yaml").read_text()
     assert "document_mask: true" in config
-    (plain / "config.yaml").write_text(config.replace("document_mask: true", "document_mask: false"))
+    (plain / "config.yaml").write_text(
+        config.replace("document_mask: true", "document_mask: false")
+    )
     settings = [{"tokens": 90, "temperature": 0}, {"tokens": 90, "seed": 1}]
-    masked, unmasked = (json.loads(call(texts, folder, settings).ok().out) for folder in (mixed_run, plain))
+    masked, unmasked = (
+        json.loads(call(texts, folder, settings).ok().out) for folder in (mixed_run, plain)
+    )
     assert masked == unmasked and len(masked[0]) > 64  # the context, in tokens
 
 
@@ -185,7 +217,10 @@ def test_generate_needs_one_set_of_a_mixture_and_eval_all(mixed_run, corpus, tmp
     config = (run_dir / "config.yaml").read_text()
     (run_dir / "config.yaml").write_text(config.replace(str(corpus), str(tmp_path / "gone")))
     settings = ["--prompt", PROMPT, "--tokens", 5]
-    assert dnt("generate", run_dir, *settings).ok().out == dnt("generate", mixed_run, *settings).ok().out
+    assert (
+        dnt("generate", run_dir, *settings).ok().out
+        == dnt("generate", mixed_run, *settings).ok().out
+    )
     assert str(tmp_path / "gone") in dnt("eval", run_dir, "--rows", 30).error()
 
 
@@ -202,4 +237,6 @@ def test_eval_names_the_set_without_a_validation_split(mixed_run, corpus, packed
     config = (run_dir / "config.yaml").read_text()
     (run_dir / "config.yaml").write_text(config.replace(str(corpus), str(bare)))
     assert f"data.mixture.docs.path: {bare} has no validation split" in dnt("eval", run_dir).error()
-    assert f"--data: {bare} has no validation split" in dnt("eval", mixed_run, "--data", bare).error()
+    assert (
+        f"--data: {bare} has no validation split" in dnt("eval", mixed_run, "--data", bare).error()
+    )

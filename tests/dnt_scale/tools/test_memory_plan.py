@@ -1,4 +1,6 @@
-"""The formulas of memory_plan.py against bytes measured on real ranks, and against the real recipe on made-up ones."""
+"""The formulas of memory_plan.py against bytes measured on real ranks, and against the real
+recipe on made-up ones.
+"""
 
 import pytest
 
@@ -8,13 +10,22 @@ from tests.helpers.measure import answers, print_costs, print_simulated, run_con
 from tests.helpers.run import call
 
 DEPTHS = (1, 4)
-SHAPE = ["model.width=512", "model.heads=8", "model.context=16", "train.global_batch=4", "train.micro_batch=1"]
+SHAPE = [
+    "model.width=512",
+    "model.heads=8",
+    "model.context=16",
+    "train.global_batch=4",
+    "train.micro_batch=1",
+]
 BF16 = "train.dtype=bf16"
 UNBUFFERED = ["optim.gradient_buffer=false", "optim.clip=previous", "optim.momentum_dtype=bf16"]
 CASES: dict[str, tuple[int, list[str]]] = {
     "fsdp": (2, ["engine=fsdp", "optim=msgdw"]),
     "fsdp, no gradient buffer, bf16 momentum": (2, ["engine=fsdp", "optim=msgdw_r", *UNBUFFERED]),
-    "fsdp, adamw, weights kept": (2, ["engine=fsdp", "optim=adamw", BF16, "engine.reshard_after_forward=false"]),
+    "fsdp, adamw, weights kept": (
+        2,
+        ["engine=fsdp", "optim=adamw", BF16, "engine.reshard_after_forward=false"],
+    ),
     "hsdp": (4, ["engine=hsdp", "engine.replicas=2", "optim=msgdw", BF16]),
     "ddp, no gradient buffer": (2, ["engine=ddp", "optim=msgdw", *UNBUFFERED]),
     "zero0": (2, ["engine=zero0", "optim=msgdw"]),
@@ -26,25 +37,44 @@ CASES: dict[str, tuple[int, list[str]]] = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_formulas_are_within_two_percent_of_what_is_measured(case: str) -> None:
-    """On every rank, by how much a deeper model takes more: gathered blocks, buckets and imports are in both."""
+    """On every rank, by how much a deeper model takes more: gathered blocks, buckets and imports
+    are in both.
+    """
     world_size, overrides = CASES[case]
     runs = [run_config([*SHAPE, *overrides, f"model.layers={depth}"]) for depth in DEPTHS]
-    shallow, deep = ((memory_plan.memory(run, world_size), memory_plan.traffic(run, world_size)) for run in runs)
-    for small, large in answers(call(print_costs, [*SHAPE, *overrides], (1, *DEPTHS), ranks=world_size)):
-        assert large["held"] - small["held"] == pytest.approx(deep[0].total() - shallow[0].total(), rel=0.02)
+    shallow, deep = (
+        (memory_plan.memory(run, world_size), memory_plan.traffic(run, world_size)) for run in runs
+    )
+    for small, large in answers(
+        call(print_costs, [*SHAPE, *overrides], (1, *DEPTHS), ranks=world_size)
+    ):
+        assert large["held"] - small["held"] == pytest.approx(
+            deep[0].total() - shallow[0].total(), rel=0.02
+        )
         for kind in ("all_gather", "reduce_scatter", "all_reduce"):
             expected = getattr(deep[1], kind)
-            assert large["traffic"].get(kind, 0) == pytest.approx(expected, rel=0.02, abs=10_000), kind
+            assert large["traffic"].get(kind, 0) == pytest.approx(expected, rel=0.02, abs=10_000), (
+                kind
+            )
         boxes = dict(large["boxes"])
         assert boxes.pop("model") == pytest.approx(deep[0].weights, rel=0.001)
         assert sum(boxes.values()) == pytest.approx(deep[0].buffers, rel=0.001)
 
 
-UNEVEN = ["model.width=200", "model.heads=4", "model.vocab_size=1003", "model.context=30", "model.layers=3"]
+UNEVEN = [
+    "model.width=200",
+    "model.heads=4",
+    "model.vocab_size=1003",
+    "model.context=30",
+    "model.layers=3",
+]
 SIMULATED: dict[str, tuple[int, list[str]]] = {
     "fsdp on 8": (8, ["engine=fsdp", "optim=msgdw_r", BF16]),
     "fsdp on 1024": (1024, ["engine=fsdp", "optim=adamw", "train.dtype=fp32"]),
-    "hsdp on 1024": (1024, ["engine=hsdp", "engine.replicas=16", "optim=msgdw", "optim.momentum_dtype=bf16"]),
+    "hsdp on 1024": (
+        1024,
+        ["engine=hsdp", "engine.replicas=16", "optim=msgdw", "optim.momentum_dtype=bf16"],
+    ),
 }
 
 
@@ -61,7 +91,14 @@ def test_simulated_ranks_hold_what_the_formulas_say(case: str) -> None:
 def test_bytes_fall_as_one_over_n_but_for_padding() -> None:
     for engine in ("fsdp", "zero3"):
         run = config.load(
-            ["model=dnt_1.4b", f"engine={engine}", "optim=msgdw", "run.name=none", "data.path=none", BF16]
+            [
+                "model=dnt_1.4b",
+                f"engine={engine}",
+                "optim=msgdw",
+                "run.name=none",
+                "data.path=none",
+                BF16,
+            ]
         )
         alone = memory_plan.memory(run, 1).total()
         for ranks, padding in ((2, 1e-5), (8, 1e-5), (256, 1e-3), (1024, 0.25)):
@@ -75,5 +112,7 @@ def test_one_buffer_takes_three_quarters_of_two_and_without_gradients_half() -> 
 
     adamw = total("optim=adamw")
     assert total("optim=msgdw") / adamw == 12 / 16
-    assert total("optim=msgdw", "optim.gradient_buffer=false", "optim.clip=tensor") / adamw == 8 / 16
+    assert (
+        total("optim=msgdw", "optim.gradient_buffer=false", "optim.clip=tensor") / adamw == 8 / 16
+    )
     assert total("optim=msgdw", *UNBUFFERED) / adamw == 6 / 16

@@ -48,7 +48,9 @@ def here(monkeypatch, tmp_path) -> None:
 
 @pytest.fixture(scope="module")
 def kept(overrides, tmp_path_factory) -> Path:
-    """The folders `straight` and `resumed` of a run on 2 ranks that was killed and resumed, bitwise equal."""
+    """The folders `straight` and `resumed` of a run on 2 ranks that was killed and resumed,
+    bitwise equal.
+    """
     place = tmp_path_factory.mktemp("kept")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tempfile, "tempdir", str(place))
@@ -59,18 +61,27 @@ def kept(overrides, tmp_path_factory) -> Path:
 
 def test_the_same_run_goes_on_to_the_last_bit(kept, capsys):
     assert equal(kept / "straight", kept / "resumed")
-    assert capsys.readouterr().out == "bitwise equal: 6 steps, and every tensor of the last checkpoint\n"
+    assert (
+        capsys.readouterr().out
+        == "bitwise equal: 6 steps, and every tensor of the last checkpoint\n"
+    )
     assert (kept / "killed.log").exists()
 
 
 def test_other_ranks_and_another_engine_go_on_within_rounding(overrides, capsys, tmp_path):
     # more micro-batches, or both numbers of ranks would add the same sums
-    assert verify_resume([*overrides, "train.micro_batch=2"], steps=STEPS, then_ranks=2, then=["engine=ddp"])
+    assert verify_resume(
+        [*overrides, "train.micro_batch=2"], steps=STEPS, then_ranks=2, then=["engine=ddp"]
+    )
     out, err = capsys.readouterr()
-    assert re.search(r"killed at step \d; goes on from the checkpoint of step 3$", err, re.MULTILINE)
+    assert re.search(
+        r"killed at step \d; goes on from the checkpoint of step 3$", err, re.MULTILINE
+    )
     assert not list(tmp_path.iterdir())
     assert re.search(
-        r"^largest difference of the weights in the last checkpoint: \S+ \(model\.\S+\)$", out, re.MULTILINE
+        r"^largest difference of the weights in the last checkpoint: \S+ \(model\.\S+\)$",
+        out,
+        re.MULTILINE,
     )
     assert "\nlargest difference of momentum_buffer in the last checkpoint: " in out
     assert out.endswith("within 1e-05 of loss and weights, the tolerance of fp32\n")
@@ -120,7 +131,9 @@ def test_a_tensor_that_differs_in_its_last_bit_is_named(kept, other, capsys):
     assert not equal(kept / "straight", other)
     found = capsys.readouterr().out
     assert re.match(
-        r"first divergence .*: the last checkpoint: (model|momentum_buffer)\.\S+\[.*\]: \S+ and \S+, ", found
+        r"first divergence .*: the last checkpoint: (model|momentum_buffer)\.\S+\[.*\]: \S+ and "
+        r"\S+, ",
+        found,
     )
     assert near(kept / "straight", other, 3, 1e-5, "fp32")
     capsys.readouterr()
@@ -132,7 +145,9 @@ def test_a_tensor_that_differs_in_its_last_bit_is_named(kept, other, capsys):
 def test_steps_before_the_kill_must_be_equal_on_any_engine(kept, other, capsys):
     path = other / "metrics.jsonl"
     lines = path.read_text().splitlines()
-    path.write_text("\n".join([json.dumps({**json.loads(lines[0]), "grad_norm": 1.0}), *lines[1:], ""]))
+    path.write_text(
+        "\n".join([json.dumps({**json.loads(lines[0]), "grad_norm": 1.0}), *lines[1:], ""])
+    )
     assert not near(kept / "straight", other, 3, 1e-5, "fp32")
     assert "step 1: grad_norm is " in capsys.readouterr().out
 

@@ -1,4 +1,6 @@
-"""docs/extend/hook.md: the worked example, run as it stands on the page in a copy of the packages."""
+"""docs/extend/hook.md: the worked example, run as it stands on the page in a copy of the
+packages.
+"""
 
 import re
 import shutil
@@ -39,7 +41,9 @@ def extended(tmp_path: Path) -> Path:
     sections = tmp_path / "dnt_scale" / "config" / "hooks.py"
     sections.write_text(f"{sections.read_text()}\n\n{section}")
     run = tmp_path / "dnt_scale" / "config" / "run.py"
-    put_before(run, "from dnt_scale.config.hooks", "from dnt_scale.config.hooks import NearZeroSection\n")
+    put_before(
+        run, "from dnt_scale.config.hooks", "from dnt_scale.config.hooks import NearZeroSection\n"
+    )
     put_before(run, "    health: HealthSection", f"    {field.lstrip()}")
     return tmp_path
 
@@ -48,14 +52,25 @@ def extended(tmp_path: Path) -> Path:
 def test_the_hook_of_the_page(extended, tmp_path):
     data = synthetic_set(tmp_path / "set")
     here = {"PYTHONPATH": str(extended)}
-    overrides = tiny(data, tmp_path / "run", "checkpoint.every=1", "checkpoint.keep=9", "eval.every=0", "train.steps=4")
+    overrides = tiny(
+        data,
+        tmp_path / "run",
+        "checkpoint.every=1",
+        "checkpoint.keep=9",
+        "eval.every=0",
+        "train.steps=4",
+    )
     overrides += ["near_zero.every=2", "near_zero.below=0.01"]
     python("-P", "-m", "dnt_scale.train", *overrides, env=here).ok()
     lines = metrics(tmp_path / "run")
     assert [line["step"] for line in lines if "weights/near_zero" in line] == [2, 4]
     before = tensors(tmp_path / "run" / "checkpoints" / "step-00000003")
-    weights = torch.cat([value.flatten() for name, value in before.items() if name.startswith("model.")])
-    assert lines[-1]["weights/near_zero"] == pytest.approx((weights.abs() < 0.01).double().mean().item(), rel=1e-12)
+    weights = torch.cat(
+        [value.flatten() for name, value in before.items() if name.startswith("model.")]
+    )
+    assert lines[-1]["weights/near_zero"] == pytest.approx(
+        (weights.abs() < 0.01).double().mean().item(), rel=1e-12
+    )
     wrong = python("-P", "-m", "dnt_scale.train", *overrides, "near_zero.evry=1", env=here).error()
     assert "near_zero.evry: no such field; did you mean near_zero.every?" in wrong
 

@@ -133,7 +133,9 @@ def test_all_hooks_are_closed_whatever_one_of_them_raises(made_up, tmp_path):
 
 
 def train_and_tell_of_garbage(overrides: list[str]) -> None:
-    """`dnt_scale.train`; prints the step before each collection, and how it leaves the collector."""
+    """`dnt_scale.train`; prints the step before each collection, and how it leaves the
+    collector.
+    """
     from dnt_scale.train import loop
 
     at, gone = [], []
@@ -141,7 +143,9 @@ def train_and_tell_of_garbage(overrides: list[str]) -> None:
     class Watching(Hook):
         def before_training(self, run):
             gone.append(gc.get_freeze_count() > 0)
-            gc.callbacks.append(lambda phase, info: at.append(run.state.step) if phase == "start" else None)
+            gc.callbacks.append(
+                lambda phase, info: at.append(run.state.step) if phase == "start" else None
+            )
 
         def after_step(self, run, step):
             for _ in range(3000):  # circles enough for Python to look for them by itself
@@ -169,7 +173,9 @@ def test_garbage_is_collected_at_fixed_steps_only(made_up, tmp_path):
 
 
 def find_tensors_in_garbage(data: Path, label: str, *overrides: str) -> None:
-    """Print how many tensors are left to the collector by some steps and a validation of an engine."""
+    """Print how many tensors are left to the collector by some steps and a validation of an
+    engine.
+    """
     me = process_group.start("cpu")
     with engines.built(label, me, data, *overrides) as (run, engine):
         stream = {"seed": 1, "global_batch": 8, "rank": me.rank, "world_size": me.world_size}

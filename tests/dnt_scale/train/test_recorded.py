@@ -1,4 +1,6 @@
-"""A resume keeps what was given once and is left out now, takes what is typed now, and tells both."""
+"""A resume keeps what was given once and is left out now, takes what is typed now, and tells
+both.
+"""
 
 import functools
 from collections.abc import Sequence
@@ -12,7 +14,13 @@ from dnt_scale.train.recorded import Typed, differences, kept, shown, together, 
 from dnt_scale.train.resume import check_fixed
 from tests.helpers.run import metrics, tiny, train
 
-BASE = ["model=dnt_nano", "run.name=x", "data.path=set", "train.steps=30", "optim.schedule.warmup_steps=2"]
+BASE = [
+    "model=dnt_nano",
+    "run.name=x",
+    "data.path=set",
+    "train.steps=30",
+    "optim.schedule.warmup_steps=2",
+]
 
 
 @functools.cache
@@ -21,9 +29,15 @@ def run_of(*overrides: str) -> RunConfig:
 
 
 def resumed(
-    first: Sequence[str], now: Sequence[str], *, alone: Sequence[str] | None = None, known: bool = True
+    first: Sequence[str],
+    now: Sequence[str],
+    *,
+    alone: Sequence[str] | None = None,
+    known: bool = True,
 ) -> tuple[RunConfig, tuple[str, ...]]:
-    """The run that was begun with BASE and ``first``, and is started again with ``alone`` (None: BASE) and ``now``."""
+    """The run that was begun with BASE and ``first``, and is started again with ``alone`` (None:
+    BASE) and ``now``.
+    """
     recorded = run_of(*first).model_dump(mode="json")
     again = [*(BASE if alone is None else alone), *now]
     given = [*BASE, *first] if known else []
@@ -54,7 +68,12 @@ KEEPS = [  # given once, typed now, a setting and its value then
     (["optim.schedule.name=wsd"], ["optim.schedule={final: 0.2}"], "optim.schedule.name", "wsd"),
     (["optim.schedule.name=wsd"], ["optim.schedule={final: 0.2}"], "optim.schedule.final", 0.2),
     (["+optim.groups.g.pattern=gain", "+optim.groups.g.lr=0.1"], [], "optim.groups.g.lr", 0.1),
-    (["+optim.groups.g.pattern=gain"], ["optim.groups.embedding.lr=0.3"], "optim.groups.g.pattern", "gain"),
+    (
+        ["+optim.groups.g.pattern=gain"],
+        ["optim.groups.embedding.lr=0.3"],
+        "optim.groups.g.pattern",
+        "gain",
+    ),
     (["~optim.groups.embedding"], [], "optim.groups.embedding.lr", None),
     ([], ["~optim.groups.embedding"], "optim.groups.embedding.lr", None),
     (["train.max_skipped=3"], [], "train.max_skipped", 3),
@@ -90,23 +109,31 @@ def test_the_budget_is_one_setting() -> None:
     assert (made.train.steps, made.train.tokens) == (40, None)
     made, notes = kept(config.load(bare), Typed(bare), recorded, bare, "step")
     assert (made.train.steps, made.train.tokens) == (None, 5_000_000)
-    kept_line = "train.steps null (the command alone says 10000), train.tokens 5000000 (the command alone says null)"
+    kept_line = (
+        "train.steps null (the command alone says 10000), train.tokens 5000000 (the command alone "
+        "says null)"
+    )
     assert notes == (f"kept from the checkpoint: {kept_line}",)
 
 
 def test_a_line_tells_what_is_kept_and_nothing_where_nothing_is() -> None:
-    assert resumed(["optim.lr=0.05"], [])[1] == ("kept from the checkpoint: optim.lr 0.05 (the command alone says 1)",)
+    assert resumed(["optim.lr=0.05"], [])[1] == (
+        "kept from the checkpoint: optim.lr 0.05 (the command alone says 1)",
+    )
     assert resumed(["optim.lr=0.05"], ["optim.lr=0.05"])[1] == ()
     assert resumed([], [])[1] == ()
     assert resumed(["+optim.groups.g.pattern=gain"], [])[1] == (
-        "kept from the checkpoint: optim.groups.g.pattern gain (the command alone says not there), optim.groups.g.lr "
-        "null (the command alone says not there), optim.groups.g.weight_decay null (the command alone says not there), "
-        "optim.groups.g.update plain (the command alone says not there)",
+        "kept from the checkpoint: optim.groups.g.pattern gain (the command alone says not there), "
+        "optim.groups.g.lr null (the command alone says not there), optim.groups.g.weight_decay "
+        "null (the command alone says not there), optim.groups.g.update plain (the command alone "
+        "says not there)",
     )
 
 
 def test_of_an_old_checkpoint_a_choice_counts_where_its_name_is_another() -> None:
-    """It does not tell which files were chosen; a preset may have been typed as before, and have changed since."""
+    """It does not tell which files were chosen; a preset may have been typed as before, and have
+    changed since.
+    """
     assert resumed(["optim.lr=0.05"], ["optim=msgdw_r"], known=False)[0].optim.lr == 0.05
     assert resumed(["optim.lr=0.05"], ["optim=adamw"], known=False)[0].optim.algorithm == "adamw"
     assert resumed(["optim.lr=0.05"], ["model=dnt_124m"], known=False)[0].model.name == "dnt_124m"
@@ -126,16 +153,25 @@ def test_a_dtype_that_was_not_chosen_yet_is_the_commands() -> None:
     """As in the checkpoint of step 0 that `dnt checkpoint convert` makes."""
     recorded = run_of("train.dtype=auto").model_dump(mode="json")
     for asked in ("auto", "fp32", "bf16"):
-        assert kept(run_of(f"train.dtype={asked}"), Typed(BASE), recorded, BASE, "step")[0].train.dtype == asked
+        assert (
+            kept(run_of(f"train.dtype={asked}"), Typed(BASE), recorded, BASE, "step")[0].train.dtype
+            == asked
+        )
 
 
 def test_a_jobs_configuration_leaves_nothing_out() -> None:
     recorded = run_of("optim.lr=0.05").model_dump(mode="json")
-    assert kept(run_of(), Typed(["optim.lr=0.05"], whole=True), recorded, [], "step") == (run_of(), ())
+    assert kept(run_of(), Typed(["optim.lr=0.05"], whole=True), recorded, [], "step") == (
+        run_of(),
+        (),
+    )
 
 
 def test_what_is_typed_must_go_with_what_is_kept() -> None:
-    with pytest.raises(ConfigError, match=r"^what was typed, with what step-00000030 records for the rest: .*_buffer"):
+    with pytest.raises(
+        ConfigError,
+        match=r"^what was typed, with what step-00000030 records for the rest: .*_buffer",
+    ):
         resumed(["optim.gradient_buffer=false", "optim.clip=previous"], ["engine=zero1"])
 
 
@@ -148,20 +184,33 @@ def test_words_that_hydra_cannot_read_are_no_trouble() -> None:
 
 
 def test_the_last_word_is_kept() -> None:
-    assert together(["a=1", "optim=adamw", "b=2"], ["+a=3", "optim=msgdw"]) == ["+a=3", "optim=msgdw", "b=2"]
+    assert together(["a=1", "optim=adamw", "b=2"], ["+a=3", "optim=msgdw"]) == [
+        "+a=3",
+        "optim=msgdw",
+        "b=2",
+    ]
 
 
 def test_differences_are_told_with_old_and_new_values() -> None:
     before, now = (
         run_of(),
-        run_of("train.steps=40", "checkpoint.keep_every=5", "optim.gradient_buffer=false", "optim.clip=previous"),
+        run_of(
+            "train.steps=40",
+            "checkpoint.keep_every=5",
+            "optim.gradient_buffer=false",
+            "optim.clip=previous",
+        ),
     )
     (line, rate) = told(before, now, 10, 64)
     assert line == (
-        "other than in the checkpoint: optim.gradient_buffer true -> false, optim.clip global -> previous, "
-        "train.steps 30 -> 40, checkpoint.keep_every null -> 5"
+        "other than in the checkpoint: optim.gradient_buffer true -> false, optim.clip global -> "
+        "previous, train.steps 30 -> 40, checkpoint.keep_every null -> 5"
     )
-    assert rate == "learning rate of the next step: 0.8187 -> 0.9001, of embedding 0.04094 -> 0.04501 (by train.steps)"
+    assert (
+        rate
+        == "learning rate of the next step: 0.8187 -> 0.9001, of embedding 0.04094 -> 0.04501 (by "
+        "train.steps)"
+    )
     assert list(told(before, before, 10, 64)) == []
     written_out = run_of(f"run.dir={Path('runs/x').absolute()}")
     assert list(told(before, written_out, 10, 64)) == []
@@ -176,14 +225,22 @@ def test_differences_are_told_with_old_and_new_values() -> None:
         (["optim.schedule.warmup_steps=20"], 10, "0.8187 -> 0.55, of embedding 0.04094 -> 0.0275"),
         (["optim.schedule.name=constant"], 30, None),  # over: there is no next step
         (["train.steps=60"], 30, "0.1 -> 0.5624, of embedding 0.005 -> 0.02812 (by train.steps)"),
-        (["optim.groups.embedding.lr=0.1"], 10, "of embedding 0.04094 -> 0.08187 (by optim.groups.embedding.lr)"),
+        (
+            ["optim.groups.embedding.lr=0.1"],
+            10,
+            "of embedding 0.04094 -> 0.08187 (by optim.groups.embedding.lr)",
+        ),
         (["eval.every=3"], 10, None),
         (["optim.lr=1.000001"], 10, None),  # no jump
         (["optim.momentum=0.5"], 10, None),
     ],
 )
 def test_a_learning_rate_that_jumps_is_told(change: list[str], step: int, said: str | None) -> None:
-    lines = [line for line in told(run_of(), run_of(*change), step, 64) if line.startswith("learning rate")]
+    lines = [
+        line
+        for line in told(run_of(), run_of(*change), step, 64)
+        if line.startswith("learning rate")
+    ]
     if said is None:
         assert lines == []
     else:
@@ -195,7 +252,8 @@ def test_a_learning_rate_that_jumps_is_told(change: list[str], step: int, said: 
     [
         (
             ["model.width=128"],
-            r"^model\.width: step was trained with 256, this run asks for 128; model\.width=256 goes",
+            r"^model\.width: step was trained with 256, this run asks for 128; model\.width=256 "
+            r"goes",
         ),
         (
             ["model.norm=layernorm"],
@@ -203,14 +261,22 @@ def test_a_learning_rate_that_jumps_is_told(change: list[str], step: int, said: 
         ),
         (
             ["run.seed=7"],
-            r"^run\.seed: step was trained with 1234, this run asks for 7; run\.seed=1234 goes on with",
+            r"^run\.seed: step was trained with 1234, this run asks for 7; run\.seed=1234 goes on "
+            r"with",
         ),
         (
             ["data.document_mask=true"],
             r"^data\.document_mask: .* False, .*; data\.document_mask=false goes on with it",
         ),
-        (["optim=adamw"], r"^optim\.algorithm: step was trained with msgdw, this run asks for adamw; change it back"),
-        (["model.layers=3", "model.heads=8"], r"^model\.layers: .* \(also model\.heads \d+ -> 8\); change it back"),
+        (
+            ["optim=adamw"],
+            r"^optim\.algorithm: step was trained with msgdw, this run asks for adamw; change it "
+            r"back",
+        ),
+        (
+            ["model.layers=3", "model.heads=8"],
+            r"^model\.layers: .* \(also model\.heads \d+ -> 8\); change it back",
+        ),
     ],
 )
 def test_a_refused_change_names_the_very_setting(change: list[str], said: str) -> None:
@@ -229,10 +295,17 @@ def test_values_as_a_line_tells_them() -> None:
 def test_a_run_goes_on_with_the_learning_rate_that_it_was_given(corpus, tmp_path) -> None:
     """Row 4 of the reports: lr left out, more steps."""
     run_dir = tmp_path / "run"
-    words = [word for word in tiny(corpus, run_dir, "eval.every=0") if not word.startswith("optim.lr")]
+    words = [
+        word for word in tiny(corpus, run_dir, "eval.every=0") if not word.startswith("optim.lr")
+    ]
     train([*words, "optim.lr=0.05", "train.steps=6"]).ok()
     said = train([*words, "train.steps=9", "optim.schedule.final=0.5"]).ok().err
     assert "dnt: kept from the checkpoint: optim.lr 0.05 (the command alone says 1)" in said
-    assert "other than in the checkpoint: optim.schedule.final 0.1 -> 0.5, train.steps 6 -> 9" in said
-    assert "learning rate of the next step: 0.005 -> " in said and "(by optim.schedule.final, train.steps)" in said
+    assert (
+        "other than in the checkpoint: optim.schedule.final 0.1 -> 0.5, train.steps 6 -> 9" in said
+    )
+    assert (
+        "learning rate of the next step: 0.005 -> " in said
+        and "(by optim.schedule.final, train.steps)" in said
+    )
     assert metrics(run_dir)[-1]["lr"] == pytest.approx(0.025)

@@ -40,7 +40,9 @@ def test_what_a_killed_run_wrote_is_true(killed, reference):
     assert metrics(killed) == [line for line in metrics(reference) if line["step"] <= step]
 
 
-def test_resuming_on_as_many_ranks_is_bitwise_the_uninterrupted_run(corpus, killed, reference, tmp_path):
+def test_resuming_on_as_many_ranks_is_bitwise_the_uninterrupted_run(
+    corpus, killed, reference, tmp_path
+):
     run_dir = shutil.copytree(killed, tmp_path / "run", symlinks=True)
     train(tiny(corpus, run_dir, "checkpoint.every=3"), ranks=2).ok()
     assert metrics(run_dir) == metrics(reference)
@@ -60,18 +62,24 @@ def test_bf16_resumes_bitwise_too(corpus, tmp_path):
 
 
 @pytest.mark.parametrize("ranks", [1, 4])
-def test_resuming_on_other_ranks_goes_on_with_the_same_rows(corpus, killed, reference, tmp_path, ranks):
+def test_resuming_on_other_ranks_goes_on_with_the_same_rows(
+    corpus, killed, reference, tmp_path, ranks
+):
     run_dir = shutil.copytree(killed, tmp_path / "run", symlinks=True)
     train(tiny(corpus, run_dir, "checkpoint.every=3"), ranks).ok()
     ours, theirs = metrics(run_dir), metrics(reference)
-    assert [(line["step"], line["tokens"]) for line in ours] == [(line["step"], line["tokens"]) for line in theirs]
+    assert [(line["step"], line["tokens"]) for line in ours] == [
+        (line["step"], line["tokens"]) for line in theirs
+    ]
     for field in ("train/loss", "val/loss"):
         pairs = [(a[field], b[field]) for a, b in zip(ours, theirs, strict=True) if field in b]
         np.testing.assert_allclose(*zip(*pairs, strict=True), rtol=0, atol=1e-4)
     resumed, whole = tensors(run_dir / LAST), tensors(reference / LAST)
     assert resumed.keys() == whole.keys()
     for name, value in whole.items():
-        np.testing.assert_allclose(resumed[name].numpy(), value.numpy(), rtol=0, atol=1e-4, err_msg=name)
+        np.testing.assert_allclose(
+            resumed[name].numpy(), value.numpy(), rtol=0, atol=1e-4, err_msg=name
+        )
 
 
 def test_a_finished_run_has_nothing_to_do(corpus, finished_run):
@@ -88,10 +96,15 @@ def test_another_runs_checkpoints_are_refused(corpus, finished_run, tmp_path):
     names = sorted(path.name for path in place.iterdir())
     shared = f"checkpoint.dir={place}"
     error = train(tiny(corpus, tmp_path / "other", "run.name=other", shared), ranks=2).error()
-    assert error.startswith(f"error: checkpoint.dir: {place}/step-{STEPS:08d} is of the run tiny, this one is other; ")
+    assert error.startswith(
+        f"error: checkpoint.dir: {place}/step-{STEPS:08d} is of the run tiny, this one is other; "
+    )
     assert f"checkpoint.dir='{place}/${{run.name}}'" in error
-    assert sorted(path.name for path in place.iterdir()) == names and not (tmp_path / "other").exists()
-    assert "done: " in train(tiny(corpus, tmp_path / "moved", shared, "checkpoint.keep=9")).ok().err  # the run itself
+    assert (
+        sorted(path.name for path in place.iterdir()) == names and not (tmp_path / "other").exists()
+    )
+    # the run itself
+    assert "done: " in train(tiny(corpus, tmp_path / "moved", shared, "checkpoint.keep=9")).ok().err
 
 
 @pytest.mark.parametrize(
@@ -104,7 +117,9 @@ def test_another_runs_checkpoints_are_refused(corpus, finished_run, tmp_path):
         ("checkpoint.dir", ["checkpoint.dir=file:///proc/nowhere"], "file:///proc/nowhere"),
     ],
 )
-def test_a_place_that_cannot_be_written_is_told_at_the_start(corpus, tmp_path, field, overrides, place):
+def test_a_place_that_cannot_be_written_is_told_at_the_start(
+    corpus, tmp_path, field, overrides, place
+):
     file = tmp_path / "file"
     file.write_text("in the way")
 
@@ -131,7 +146,9 @@ def test_a_resumed_run_is_one_mlflow_run(corpus, tmp_path):
         python("-m", "dnt_scale.train", *overrides, f"train.steps={steps}").ok()
     store = sqlite3.connect(default_uri(run_dir).removeprefix("sqlite:///"))
     assert store.execute("select name, status from runs").fetchall() == [("tracked", "FINISHED")]
-    points = store.execute("select step, value from metrics where key = 'train/loss' order by step").fetchall()
+    points = store.execute(
+        "select step, value from metrics where key = 'train/loss' order by step"
+    ).fetchall()
     assert points == [(line["step"], line["train/loss"]) for line in metrics(run_dir)]
     assert [step for step, _ in points] == [1, 2, 3, 4, 5, 6]
 
@@ -153,7 +170,9 @@ def train_and_keep_batches(overrides: list[str], folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def stopped_mixture(mixed, tmp_path_factory):
-    """A run on a mixture on 4 ranks, stopped by SIGTERM before its end: its folder, overrides and batches."""
+    """A run on a mixture on 4 ranks, stopped by SIGTERM before its end: its folder, overrides
+    and batches.
+    """
     folder = tmp_path_factory.mktemp("elastic")
     (folder / "4").mkdir()
     data = [
@@ -183,7 +202,9 @@ def batches_kept(folder: Path) -> dict[int, list[list[int]]]:
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_a_mixture_stopped_on_4_ranks_goes_on_with_the_same_rows_on_fewer(stopped_mixture, tmp_path, ranks):
+def test_a_mixture_stopped_on_4_ranks_goes_on_with_the_same_rows_on_fewer(
+    stopped_mixture, tmp_path, ranks
+):
     stopped, overrides, before = stopped_mixture
     run_dir = Path(shutil.copytree(stopped, tmp_path / "run", symlinks=True))
     (tmp_path / "kept").mkdir()
@@ -195,16 +216,21 @@ def test_a_mixture_stopped_on_4_ranks_goes_on_with_the_same_rows_on_fewer(stoppe
     run = config.load(overrides)
     sources = load_sets(run.data)
     with token_stream(sources, seed=run.run.seed, global_batch=12, rank=0, world_size=1) as stream:
-        undisturbed = {consumed: batch.tolist() for batch, consumed in (next(stream) for _ in range(40))}
+        undisturbed = {
+            consumed: batch.tolist() for batch, consumed in (next(stream) for _ in range(40))
+        }
     assert first | rest == undisturbed
 
 
 def test_another_weight_is_refused(stopped_mixture, tmp_path):
     stopped, overrides, _ = stopped_mixture
     run_dir = Path(shutil.copytree(stopped, tmp_path / "run", symlinks=True))
-    error = train([*overrides, f"run.dir={run_dir}", "data.mixture.packed.weight=2"], ranks=1).error()
+    error = train(
+        [*overrides, f"run.dir={run_dir}", "data.mixture.packed.weight=2"], ranks=1
+    ).error()
     assert (
-        "was trained on docs 0.666667, packed 0.333333, this run asks for docs 0.5, packed 0.5, so the order" in error
+        "was trained on docs 0.666667, packed 0.333333, this run asks for docs 0.5, packed 0.5, so "
+        "the order" in error
     )
     assert error.startswith("error: data.mixture: ") and "run.name" in error
 
@@ -223,7 +249,9 @@ def test_another_weight_is_refused(stopped_mixture, tmp_path):
         ),
     ],
 )
-def test_what_is_another_in_a_mixture_is_named(stopped_mixture, corpus, packed, tmp_path, change, expected):
+def test_what_is_another_in_a_mixture_is_named(
+    stopped_mixture, corpus, packed, tmp_path, change, expected
+):
     stopped, overrides, _ = stopped_mixture
     run_dir = Path(shutil.copytree(stopped, tmp_path / "run", symlinks=True))
     other = Path(shutil.copytree(packed, tmp_path / "other"))
@@ -248,7 +276,9 @@ def test_a_run_from_before_there_were_mixtures_goes_on(corpus, finished_run):
     state_file.write_text(json.dumps(state))
     config_file.write_text(yaml.safe_dump(settings))
     assert dnt("eval", finished_run, "--rows", 30).ok().out.startswith("val/loss ")
-    assert dnt("generate", finished_run, "--prompt", "def ", "--tokens", 3).ok().out.startswith("def ")
+    assert (
+        dnt("generate", finished_run, "--prompt", "def ", "--tokens", 3).ok().out.startswith("def ")
+    )
     train(tiny(corpus, finished_run, "train.steps=22"), ranks=2).ok()
     assert [line["step"] for line in metrics(finished_run)][-2:] == [21, 22]
     assert json.loads((finished_run / "checkpoints/latest/state.json").read_text())["sets"]

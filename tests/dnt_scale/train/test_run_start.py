@@ -1,4 +1,6 @@
-"""Whatever can happen to a run folder between two starts: a start goes on exactly, begins and says so, or refuses."""
+"""Whatever can happen to a run folder between two starts: a start goes on exactly, begins and
+says so, or refuses.
+"""
 
 import functools
 import json
@@ -28,7 +30,9 @@ LAST = f"step-{STEPS:08d}"
 def tree(folder: Path) -> dict[str, bytes]:
     """All files and links below a folder, and what is in them."""
     return {
-        str(path.relative_to(folder)): str(path.readlink()).encode() if path.is_symlink() else path.read_bytes()
+        str(path.relative_to(folder)): str(path.readlink()).encode()
+        if path.is_symlink()
+        else path.read_bytes()
         for path in sorted(folder.rglob("*"))
         if path.is_symlink() or path.is_file()
     }
@@ -36,8 +40,12 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def finished(corpus: Path, reference: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The reference run without its tensors, which only reading them would miss; killed after its last checkpoint."""
-    run_dir = Path(shutil.copytree(reference, tmp_path_factory.mktemp("start") / "tiny", symlinks=True))
+    """The reference run without its tensors, which only reading them would miss; killed after
+    its last checkpoint.
+    """
+    run_dir = Path(
+        shutil.copytree(reference, tmp_path_factory.mktemp("start") / "tiny", symlinks=True)
+    )
     for shard in run_dir.glob("checkpoints/*/*.safetensors"):
         os.truncate(shard, 10)
     raw = yaml.safe_load((run_dir / "config.yaml").read_text())
@@ -95,7 +103,7 @@ def case(corpus: Path, finished: Path) -> Iterator[Case]:
     shutil.rmtree(place)
 
 
-# --- the states: what is done to the folder, and what a start says then -----------------------------------------------
+# --- the states: what is done to the folder, and what a start says then ---------------------------
 
 
 def untouched(case: Case) -> None: ...
@@ -389,12 +397,21 @@ def somebodys_project(case: Case) -> None:
 GOES_ON: dict[Callable[[Case], None], tuple[int, str]] = {  # the step, and what is told
     untouched: (20, ""),
     latest_is_gone: (20, ""),
-    the_newest_is_removed: (18, "steps 19 to 20 came after the newest checkpoint and are done again"),
+    the_newest_is_removed: (
+        18,
+        "steps 19 to 20 came after the newest checkpoint and are done again",
+    ),
     killed_after_the_checkpoint: (18, "step 19 came after the newest checkpoint and is done again"),
     a_link_to_the_newest: (20, ""),
     a_backup_beside: (20, ""),
-    a_link_of_such_a_name: (20, "CHECKPOINTS/step-00000099 is a file or a link, no checkpoint's folder: passed over"),
-    a_file_of_such_a_name: (20, "CHECKPOINTS/step-00000099 is a file or a link, no checkpoint's folder: passed over"),
+    a_link_of_such_a_name: (
+        20,
+        "CHECKPOINTS/step-00000099 is a file or a link, no checkpoint's folder: passed over",
+    ),
+    a_file_of_such_a_name: (
+        20,
+        "CHECKPOINTS/step-00000099 is a file or a link, no checkpoint's folder: passed over",
+    ),
     a_killed_save: (20, ""),
     an_empty_folder_of_a_step: (20, "CHECKPOINTS/step-00000030 is empty: passed over"),
     an_older_one_in_part: (20, ""),
@@ -405,51 +422,84 @@ GOES_ON: dict[Callable[[Case], None], tuple[int, str]] = {  # the step, and what
     copied_to_another_name: (20, ""),
     moved_with_checkpoints_elsewhere: (20, ""),
     moved_and_started_with_checkpoints_elsewhere: (20, ""),
-    no_metrics: (20, "RUN/metrics.jsonl is missing or empty: what it had up to step 20 is not in it any more"),
-    metrics_cut_short: (20, "RUN/metrics.jsonl ends at step 8: what it had up to step 20 is not in it any more"),
+    no_metrics: (
+        20,
+        "RUN/metrics.jsonl is missing or empty: what it had up to step 20 is not in it any more",
+    ),
+    metrics_cut_short: (
+        20,
+        "RUN/metrics.jsonl ends at step 8: what it had up to step 20 is not in it any more",
+    ),
 }
 BEGINS: dict[Callable[[Case], None], str] = {
     killed_before_the_first: "no checkpoint yet: 3 steps of RUN/metrics.jsonl are done again",
-    killed_before_the_first_in_a_dtype_that_was_chosen: "no checkpoint yet: 3 steps of RUN/metrics.jsonl are done ag",
+    killed_before_the_first_in_a_dtype_that_was_chosen: "no checkpoint yet: 3 steps of "
+    "RUN/metrics.jsonl are done ag",
     killed_in_the_first_save: "no checkpoint yet: 3 steps of RUN/metrics.jsonl are done again",
     killed_before_the_first_step: "",
-    killed_early_and_other_settings: "no checkpoint yet, and other settings than before: the 3 steps of RUN/metrics",
+    killed_early_and_other_settings: "no checkpoint yet, and other settings than before: the 3 "
+    "steps of RUN/metrics",
     killed_early_and_no_config: "no checkpoint yet, and no config.yaml: the 3 steps of RUN/metrics",
     an_empty_folder: "",
     somebodys_project: "",
 }
 REFUSES: dict[Callable[[Case], None], str] = {
-    a_state_is_missing: f"CHECKPOINTS/{LAST}/state.json: missing, .* remove CHECKPOINTS/{LAST} to go on from step 18",
-    a_state_is_cut_short: f"CHECKPOINTS/{LAST}/state.json: damaged .* remove CHECKPOINTS/{LAST} to go on from an older",
-    a_state_is_empty: f"CHECKPOINTS/{LAST}/state.json: damaged .* remove CHECKPOINTS/{LAST} to go on from an older",
-    the_only_state_is_foreign: f"CHECKPOINTS/{LAST}/state.json: damaged .* no older one: restore it, or .*--fresh",
-    a_copy_under_another_step: "CHECKPOINTS/step-00000030/state.json: is of step 6, .* remove it to go on",
-    checkpoints_removed: "RUN/metrics.jsonl has 20 steps, but there is no checkpoint in CHECKPOINTS .*step 20 is gone",
-    checkpoints_and_metrics_removed: "RUN had a checkpoint, but there is no .* in CHECKPOINTS .*step 20 is gone",
-    checkpoints_removed_and_metrics_of_the_start: "RUN had a checkpoint, but there is no .*step 20 is gone",
-    another_checkpoint_dir_and_no_metrics: "RUN/config.yaml they are in CHECKPOINTS, see checkpoint.dir.*--fresh",
-    another_run_by_a_path_from_elsewhere: "run.name: RUN/config.yaml is of the run tiny, this one is other; run.name=",
-    checkpoints_emptied: "RUN/metrics.jsonl has 20 steps, but there is no checkpoint in CHECKPOINTS .*step 20 is gone",
-    checkpoints_emptied_and_no_logs: "RUN/metrics.jsonl has 20 steps, but .*there was one at step 6",
-    only_latest_is_left: "RUN/metrics.jsonl has 3 steps, but .*CHECKPOINTS/latest points to one that is gone",
-    only_partial_ones_are_left: "RUN/metrics.jsonl has 20 steps, but there is no checkpoint in CHECKPOINTS",
+    a_state_is_missing: f"CHECKPOINTS/{LAST}/state.json: missing, .* remove CHECKPOINTS/{LAST} to "
+    "go on from step 18",
+    a_state_is_cut_short: f"CHECKPOINTS/{LAST}/state.json: damaged .* remove CHECKPOINTS/{LAST} to "
+    "go on from an older",
+    a_state_is_empty: f"CHECKPOINTS/{LAST}/state.json: damaged .* remove CHECKPOINTS/{LAST} to go "
+    "on from an older",
+    the_only_state_is_foreign: f"CHECKPOINTS/{LAST}/state.json: damaged .* no older one: restore "
+    "it, or .*--fresh",
+    a_copy_under_another_step: "CHECKPOINTS/step-00000030/state.json: is of step 6, .* remove it "
+    "to go on",
+    checkpoints_removed: "RUN/metrics.jsonl has 20 steps, but there is no checkpoint in "
+    "CHECKPOINTS .*step 20 is gone",
+    checkpoints_and_metrics_removed: "RUN had a checkpoint, but there is no .* in CHECKPOINTS "
+    ".*step 20 is gone",
+    checkpoints_removed_and_metrics_of_the_start: "RUN had a checkpoint, but there is no .*step 20 "
+    "is gone",
+    another_checkpoint_dir_and_no_metrics: "RUN/config.yaml they are in CHECKPOINTS, see "
+    "checkpoint.dir.*--fresh",
+    another_run_by_a_path_from_elsewhere: "run.name: RUN/config.yaml is of the run tiny, this one "
+    "is other; run.name=",
+    checkpoints_emptied: "RUN/metrics.jsonl has 20 steps, but there is no checkpoint in "
+    "CHECKPOINTS .*step 20 is gone",
+    checkpoints_emptied_and_no_logs: "RUN/metrics.jsonl has 20 steps, but .*there was one at step "
+    "6",
+    only_latest_is_left: "RUN/metrics.jsonl has 3 steps, but .*CHECKPOINTS/latest points to one "
+    "that is gone",
+    only_partial_ones_are_left: "RUN/metrics.jsonl has 20 steps, but there is no checkpoint in "
+    "CHECKPOINTS",
     checkpoints_is_a_file: "run.dir: nothing can be written to CHECKPOINTS .Not a directory.",
-    checkpoints_lead_nowhere: "run.dir: nothing can be written to CHECKPOINTS .a link to /nowhere/checkpoints, which",
+    checkpoints_lead_nowhere: "run.dir: nothing can be written to CHECKPOINTS .a link to "
+    "/nowhere/checkpoints, which",
     another_checkpoint_dir: "RUN/config.yaml they are in CHECKPOINTS, see checkpoint.dir.*--fresh",
     checkpoint_dir_not_mounted: "RUN/metrics.jsonl has 20 steps, but .*/mount .*not mounted",
-    somebodys_config: "RUN/config.yaml is not a run's .*; move it away to go on with the checkpoints",
-    a_config_cut_short: "RUN/config.yaml is not a run's .*; move it away to go on with the checkpoints",
-    a_config_of_bytes: "RUN/config.yaml is not a run's .no YAML.; move it away to go on with the checkpoints",
-    a_config_that_is_a_folder: "RUN/config.yaml is not a run's .a folder.; move it away to go on with the checkpoints",
-    a_config_that_leads_nowhere: "RUN/config.yaml is not a run's .a link to what is not there.; move it away",
-    another_run_in_its_folder: "run.name: RUN/config.yaml is of the run tiny, this one is other; run.name=tiny goes on",
-    only_the_config_of_another_run: "run.name: RUN/config.yaml is of the run tiny, .* no checkpoint to go on from; --",
-    somebodys_metrics: "RUN/metrics.jsonl is not a run's .its first line is none of training's.; move it away",
-    metrics_of_zeros: "RUN/metrics.jsonl is not a run's .its first line is none of training's.; move it away",
+    somebodys_config: "RUN/config.yaml is not a run's .*; move it away to go on with the "
+    "checkpoints",
+    a_config_cut_short: "RUN/config.yaml is not a run's .*; move it away to go on with the "
+    "checkpoints",
+    a_config_of_bytes: "RUN/config.yaml is not a run's .no YAML.; move it away to go on with the "
+    "checkpoints",
+    a_config_that_is_a_folder: "RUN/config.yaml is not a run's .a folder.; move it away to go on "
+    "with the checkpoints",
+    a_config_that_leads_nowhere: "RUN/config.yaml is not a run's .a link to what is not there.; "
+    "move it away",
+    another_run_in_its_folder: "run.name: RUN/config.yaml is of the run tiny, this one is other; "
+    "run.name=tiny goes on",
+    only_the_config_of_another_run: "run.name: RUN/config.yaml is of the run tiny, .* no "
+    "checkpoint to go on from; --",
+    somebodys_metrics: "RUN/metrics.jsonl is not a run's .its first line is none of training's.; "
+    "move it away",
+    metrics_of_zeros: "RUN/metrics.jsonl is not a run's .its first line is none of training's.; "
+    "move it away",
     metrics_that_are_a_folder: "RUN/metrics.jsonl is not a run's .a folder.; move it away",
     logs_that_are_a_file: "RUN/logs is no folder, which a run needs there; move it away",
     a_sweeps_folder: "RUN is the folder of a sweep, by its sweep.json; take another run.name",
-    a_folder_that_is_a_file: "run.dir: nothing can be written to RUN .Not a directory.; give another",
+    a_folder_that_is_a_file: "run.dir: nothing can be written to RUN .Not a directory.; give "
+    "another",
 }
 NOT_MENDED = {a_sweeps_folder, a_folder_that_is_a_file}  # by --fresh
 
@@ -463,7 +513,9 @@ def filled(text: str, case: Case) -> str:
 
 
 @pytest.mark.parametrize("damage", GOES_ON, ids=lambda damage: damage.__name__)
-def test_a_run_goes_on_from_its_newest_whole_checkpoint(case: Case, damage: Callable[[Case], None]) -> None:
+def test_a_run_goes_on_from_its_newest_whole_checkpoint(
+    case: Case, damage: Callable[[Case], None]
+) -> None:
     damage(case)
     before = tree(case.run_dir)
     begun = begin(case.run, Typed(case.overrides))
@@ -482,12 +534,19 @@ def test_a_run_begins_and_says_what_was_there(case: Case, damage: Callable[[Case
     begun = begin(case.run, Typed(case.overrides))
     assert begun.start.state is None
     assert begun.start.dtype == ("fp32" if "done ag" in BEGINS[damage] else None)
-    assert begun.notes == () if not BEGINS[damage] else begun.notes[0].startswith(filled(BEGINS[damage], case))
+    assert (
+        begun.notes == ()
+        if not BEGINS[damage]
+        else begun.notes[0].startswith(filled(BEGINS[damage], case))
+    )
     assert tree(case.run_dir) == before
     make_room(begun)  # nothing is lost where other lines are going to be written
     kept = tree(case.run_dir)
     if "done ag" not in BEGINS[damage]:
-        aside = {name.partition("/")[2] if name.startswith("before-") else name: data for name, data in kept.items()}
+        aside = {
+            name.partition("/")[2] if name.startswith("before-") else name: data
+            for name, data in kept.items()
+        }
         assert aside == before
         if "metrics.jsonl" in before and damage is not killed_before_the_first_step:
             assert "metrics.jsonl" not in kept
@@ -501,7 +560,9 @@ def test_a_run_is_refused_and_fresh_moves_it_aside(
 ) -> None:
     damage(case)
     before = tree(case.run_dir.parent)
-    with pytest.raises((ConfigError, CheckpointError), match=filled(REFUSES[damage], case)) as caught:
+    with pytest.raises(
+        (ConfigError, CheckpointError), match=filled(REFUSES[damage], case)
+    ) as caught:
         begin(case.run, Typed(case.overrides))
     assert "\n" not in str(caught.value)
     assert tree(case.run_dir.parent) == before
@@ -517,15 +578,25 @@ def test_a_run_is_refused_and_fresh_moves_it_aside(
     assert (again.start.state, again.start.aside, again.notes) == (None, (), ())
 
 
-ADVICE: dict[Callable[[Case], None], tuple[Callable[[Case], object], int]] = {  # what a refusal says, followed
+# what a refusal says, followed
+ADVICE: dict[Callable[[Case], None], tuple[Callable[[Case], object], int]] = {
     a_state_is_missing: (lambda case: shutil.rmtree(case.checkpoints / LAST), 18),
     a_state_is_cut_short: (lambda case: shutil.rmtree(case.checkpoints / LAST), 18),
     a_copy_under_another_step: (lambda case: shutil.rmtree(case.checkpoints / "step-00000030"), 20),
     another_checkpoint_dir: (lambda case: case.overrides.pop(), 20),
-    somebodys_config: (lambda case: (case.run_dir / "config.yaml").rename(case.run_dir / "mine.yaml"), 20),
-    a_config_that_is_a_folder: (lambda case: (case.run_dir / "config.yaml").rename(case.run_dir / "mine"), 20),
+    somebodys_config: (
+        lambda case: (case.run_dir / "config.yaml").rename(case.run_dir / "mine.yaml"),
+        20,
+    ),
+    a_config_that_is_a_folder: (
+        lambda case: (case.run_dir / "config.yaml").rename(case.run_dir / "mine"),
+        20,
+    ),
     another_run_in_its_folder: (lambda case: case.overrides.append("run.name=tiny"), 20),
-    somebodys_metrics: (lambda case: (case.run_dir / "metrics.jsonl").rename(case.run_dir / "mine.jsonl"), 20),
+    somebodys_metrics: (
+        lambda case: (case.run_dir / "metrics.jsonl").rename(case.run_dir / "mine.jsonl"),
+        20,
+    ),
     logs_that_are_a_file: (lambda case: (case.run_dir / "logs").rename(case.run_dir / "notes"), 20),
 }
 
@@ -551,7 +622,8 @@ def test_fresh_moves_checkpoints_that_lie_elsewhere_and_nothing_else_there(case:
     assert {path.name for path in aside.iterdir()} >= {LAST, "latest"}
     case.overrides[-1] = f"checkpoint.dir=file://{aside}"
     with pytest.raises(
-        ConfigError, match=r"checkpoint\.dir: --fresh moves nothing at a URL, .*another checkpoint\.dir"
+        ConfigError,
+        match=r"checkpoint\.dir: --fresh moves nothing at a URL, .*another checkpoint\.dir",
     ):
         begin(case.run, Typed(case.overrides), fresh=True)
 
@@ -566,7 +638,9 @@ def test_what_cannot_be_read_is_not_begun_anew(case: Case, hidden: str) -> None:
     (case.run_dir / hidden).chmod(0)
     os.seteuid(65534)
     try:
-        with pytest.raises(ConfigError, match=rf"run\.dir: {case.run_dir}.* cannot be read .Permission denied"):
+        with pytest.raises(
+            ConfigError, match=rf"run\.dir: {case.run_dir}.* cannot be read .Permission denied"
+        ):
             begin(run, Typed(case.overrides))
     finally:
         os.seteuid(0)
@@ -575,12 +649,17 @@ def test_what_cannot_be_read_is_not_begun_anew(case: Case, hidden: str) -> None:
 def test_a_job_that_its_timeline_tells_of_keeps_others_out(tmp_path: Path) -> None:
     run_dir = submitted_run(tmp_path / "big", [queued(1.0, "7")], "7")
     with pytest.raises(
-        ConfigError, match=rf"in use by job 7, .*`dnt cancel {run_dir}` ends that.*`dnt jobs {run_dir}`"
+        ConfigError,
+        match=rf"in use by job 7, .*`dnt cancel {run_dir}` ends that.*`dnt jobs {run_dir}`",
     ):
         check_no_job(run_dir)
-    over = submitted_run(tmp_path / "over", [queued(1.0, "7"), ended(2.0, "7.0", "crashed", "none")], "7")
+    over = submitted_run(
+        tmp_path / "over", [queued(1.0, "7"), ended(2.0, "7.0", "crashed", "none")], "7"
+    )
     check_no_job(over)
-    going = submitted_run(tmp_path / "going", [queued(1.0, "7"), ended(2.0, "7.0", "stopped", "requeued")], "7")
+    going = submitted_run(
+        tmp_path / "going", [queued(1.0, "7"), ended(2.0, "7.0", "stopped", "requeued")], "7"
+    )
     with pytest.raises(ConfigError, match="in use by job 7"):
         check_no_job(going)
     check_no_job(tmp_path / "never")
@@ -597,13 +676,17 @@ def test_print_config_shows_what_would_run(case: Case, capsys: pytest.CaptureFix
     assert yaml.safe_load(capsys.readouterr().out)["optim"]["lr"] == 1.0
     (case.run_dir / "config.yaml").write_text("mine: precious")
     assert main(["train", "--print-config", *words]) == 2
-    assert capsys.readouterr().err.startswith(f"error: run.dir: {case.run_dir}/config.yaml is not a run's")
+    assert capsys.readouterr().err.startswith(
+        f"error: run.dir: {case.run_dir}/config.yaml is not a run's"
+    )
 
 
-# --- real starts ------------------------------------------------------------------------------------------------------
+# --- real starts ----------------------------------------------------------------------------------
 
 
-def test_strange_siblings_change_nothing_and_stay(corpus: Path, reference: Path, finished_run: Path) -> None:
+def test_strange_siblings_change_nothing_and_stay(
+    corpus: Path, reference: Path, finished_run: Path
+) -> None:
     """The run goes on from step 12, and writes steps whose names a file and a link have taken."""
     place = finished_run / "checkpoints"
     for step in (18, 20):
@@ -618,7 +701,9 @@ def test_strange_siblings_change_nothing_and_stay(corpus: Path, reference: Path,
     assert same_tensors(place / LAST, reference / "checkpoints" / LAST)
     assert (place / "step-00000018.not-a-checkpoint").read_text() == "a note"
     assert (place / "step-00000020.not-a-checkpoint").readlink() == Path("step-00000012")
-    assert (place / "step-12").is_symlink() and (place / ".old-step-00000003").read_text() == "somebody's"
+    assert (place / "step-12").is_symlink() and (
+        place / ".old-step-00000003"
+    ).read_text() == "somebody's"
 
 
 def test_a_refused_start_leaves_somebodys_folder_as_it_was(corpus: Path, tmp_path: Path) -> None:
@@ -632,7 +717,8 @@ def test_a_refused_start_leaves_somebodys_folder_as_it_was(corpus: Path, tmp_pat
     assert tree(folder) == {"config.yaml": b"mine: precious\n", "metrics.jsonl": b'{"mine": 1}\n'}
     begun = train([*tiny(corpus, folder, "train.steps=3", "eval.every=0"), "--fresh"]).ok()
     assert re.search(
-        rf"dnt: config.yaml, logs, metrics.jsonl, profile of {folder} moved into {folder}/before-", begun.err
+        rf"dnt: config.yaml, logs, metrics.jsonl, profile of {folder} moved into {folder}/before-",
+        begun.err,
     )
     (aside,) = folder.glob("before-*")
     assert (aside / "config.yaml").read_text() == "mine: precious\n" and len(metrics(folder)) == 3
@@ -642,7 +728,9 @@ def test_fresh_leaves_another_runs_checkpoints_alone(case: Case) -> None:
     place = case.checkpoints.rename(case.run_dir.parent / "elsewhere")
     shutil.rmtree(case.run_dir)
     thief = [*case.overrides, "run.name=thief", f"checkpoint.dir={place}"]
-    with pytest.raises(ConfigError, match=r"checkpoint\.dir: .* is of the run tiny, this one is thief"):
+    with pytest.raises(
+        ConfigError, match=r"checkpoint\.dir: .* is of the run tiny, this one is thief"
+    ):
         begin(loaded(*thief), Typed(thief), fresh=True)
 
 

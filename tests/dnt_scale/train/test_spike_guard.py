@@ -26,7 +26,9 @@ CLIP_NORMS = st.one_of(st.none(), st.floats(0.01, 100))
 
 
 def guard(spike="skip", window=16, sigmas=6.0, clip_norm=None, max_skipped=10) -> Guard:
-    return Guard(HealthSection(spike=spike, spike_window=window, spike_sigmas=sigmas), clip_norm, max_skipped)
+    return Guard(
+        HealthSection(spike=spike, spike_window=window, spike_sigmas=sigmas), clip_norm, max_skipped
+    )
 
 
 def noisy(count: int, seed: int = 0) -> list[tuple[float, float]]:
@@ -40,7 +42,9 @@ def judged(one: Guard, stream) -> list[tuple[float, object]]:
 
 @settings(deadline=None)
 @given(STREAM, st.integers(0, 60), REACTIONS, CLIP_NORMS, st.integers(8, 20), st.floats(0.1, 6))
-def test_the_same_decisions_after_a_checkpoint_at_any_step(stream, cut, spike, clip_norm, window, sigmas):
+def test_the_same_decisions_after_a_checkpoint_at_any_step(
+    stream, cut, spike, clip_norm, window, sigmas
+):
     whole = guard(spike, window, sigmas, clip_norm)
     expected = judged(whole, stream)
 
@@ -60,7 +64,9 @@ def test_no_spike_in_a_constant_stream(loss, norm, count, sigmas):
 
 @given(STREAM, REACTIONS, CLIP_NORMS)
 def test_a_factor_is_between_0_and_1_and_0_where_a_value_is_not_finite(stream, spike, clip_norm):
-    for (factor, bad), (loss, norm) in zip(judged(guard(spike, 8, 1.0, clip_norm), stream), stream, strict=True):
+    for (factor, bad), (loss, norm) in zip(
+        judged(guard(spike, 8, 1.0, clip_norm), stream), stream, strict=True
+    ):
         assert 0 <= factor <= 1
         if not (math.isfinite(loss) and math.isfinite(norm)):
             assert factor == 0 and bad.why == "not finite" and bad.action != "clip"
@@ -71,7 +77,12 @@ def test_a_factor_is_between_0_and_1_and_0_where_a_value_is_not_finite(stream, s
 
 
 @settings(deadline=None)
-@given(st.integers(0, 10**6), st.integers(8, 50), st.floats(1, 6), st.sampled_from(["loss", "gradient"]))
+@given(
+    st.integers(0, 10**6),
+    st.integers(8, 50),
+    st.floats(1, 6),
+    st.sampled_from(["loss", "gradient"]),
+)
 def test_an_injected_spike_is_caught_once_half_the_window_is_there(seed, place, sigmas, which):
     stream = noisy(60, seed)
     good = guard(window=16, sigmas=sigmas)
@@ -129,7 +140,9 @@ def test_off_leaves_the_ordinary_clip():
 
 
 class Line:
-    """An engine of one weight and one momentum, of different dtypes, that goes down by 1 every step."""
+    """An engine of one weight and one momentum, of different dtypes, that goes down by 1 every
+    step.
+    """
 
     def __init__(self) -> None:
         self.weight = torch.full((2, 3), 10.0)
@@ -161,7 +174,10 @@ def nothing() -> dict[str, object]:
 
 
 def test_a_rollback_goes_back_to_the_snapshot_while_the_step_goes_on():
-    engine, one = Line(), Guard(HealthSection(spike="rollback", spike_window=8, snapshot_every=4), None, 10)
+    engine, one = (
+        Line(),
+        Guard(HealthSection(spike="rollback", spike_window=8, snapshot_every=4), None, 10),
+    )
     one.keep(0, engine)
     for step, (loss, norm) in enumerate(noisy(10), 1):
         assert one.judge(loss, norm) == 1.0
@@ -210,7 +226,8 @@ def test_too_many_lost_steps_in_a_row_end_the_run():
         one.after(step, Line(), nothing, None)
     one.judge(math.nan, 2.0)
     with pytest.raises(
-        HopelessRun, match=r"step 7: 3 steps in a row had a non-finite loss or gradient \(loss nan, grad"
+        HopelessRun,
+        match=r"step 7: 3 steps in a row had a non-finite loss or gradient \(loss nan, grad",
     ):
         one.after(7, Line(), nothing, None)
 
@@ -229,16 +246,26 @@ def test_what_was_bad_and_what_was_done_is_a_sentence():
         one.judge(100.0, math.inf)
         said[spike] = spiked, one.told()
         if spike in ("skip", "rollback"):
-            left = "the weights are unchanged" if spike == "skip" else "back to the weights of step 1"
-            with pytest.raises(HopelessRun, match=rf"^step 9: 2 steps in a row .*; {left}: lower optim.lr"):
+            left = (
+                "the weights are unchanged" if spike == "skip" else "back to the weights of step 1"
+            )
+            with pytest.raises(
+                HopelessRun, match=rf"^step 9: 2 steps in a row .*; {left}: lower optim.lr"
+            ):
                 one.after(9, engine, nothing, None)
     broken = "a loss or gradient that is not finite (loss 100, gradient norm inf): left out, "
     spike = "a loss spike (loss 100, gradient norm 0.5): "
     assert said == {
         "off": (None, f"{broken}the weights are unchanged"),
-        "skip": (f"{spike}left out, the weights are unchanged", f"{broken}the weights are unchanged"),
+        "skip": (
+            f"{spike}left out, the weights are unchanged",
+            f"{broken}the weights are unchanged",
+        ),
         "clip": (f"{spike}gradient multiplied by 1", f"{broken}the weights are unchanged"),
-        "rollback": (f"{spike}left out, back to the weights of step 1", f"{broken}back to the weights of step 1"),
+        "rollback": (
+            f"{spike}left out, back to the weights of step 1",
+            f"{broken}back to the weights of step 1",
+        ),
     }
 
 
@@ -248,11 +275,22 @@ def test_a_bad_step_is_written_down_with_its_rows(corpus, tmp_path):
     one = guard(window=8)
     for step, (loss, norm) in enumerate([*noisy(12), (90.0, 1.0), (math.nan, math.inf)], 1):
         one.judge(loss, norm)
-        one.after(step, Line(), lambda step=step: source.rows_behind(5, 4 * step - 4, 4 * step), log)
+        one.after(
+            step, Line(), lambda step=step: source.rows_behind(5, 4 * step - 4, 4 * step), log
+        )
     spike, broken = (json.loads(line) for line in log.read_text().splitlines())
-    assert (spike["step"], spike["loss"], spike["why"], spike["action"]) == (13, 90.0, "loss spike", "skip")
+    assert (spike["step"], spike["loss"], spike["why"], spike["action"]) == (
+        13,
+        90.0,
+        "loss spike",
+        "skip",
+    )
     assert spike["window"] == 8 and 4 < spike["limits"]["loss"] < 90
-    assert (broken["step"], broken["loss"], broken["why"]) == (14, None, "not finite: loss nan, gradient norm inf")
+    assert (broken["step"], broken["loss"], broken["why"]) == (
+        14,
+        None,
+        "not finite: loss nan, gradient norm inf",
+    )
 
     # the rows named are those that were trained on
     assert spike["positions"] == [48, 52]
@@ -260,11 +298,17 @@ def test_a_bad_step_is_written_down_with_its_rows(corpus, tmp_path):
         trained, consumed = next(stream)
     assert consumed == 52
     manifest = load_manifest(corpus)
-    members = [(shard.file, part.name) for shard in manifest.splits["train"].shards for part in shard.members]
+    members = [
+        (shard.file, part.name)
+        for shard in manifest.splits["train"].shards
+        for part in shard.members
+    ]
     named = []
     for place in spike["rows"]:
         assert place["set"] == str(corpus)
-        block = read_block(corpus, manifest, "train", members.index((place["shard"], place["member"])))
+        block = read_block(
+            corpus, manifest, "train", members.index((place["shard"], place["member"]))
+        )
         named += block[place["rows"]].tolist()
     assert sorted(named) == sorted(trained.tolist())
 
@@ -286,7 +330,9 @@ ROLLED = {
 
 
 def roll_each(data: Path) -> None:
-    """Engine by engine: a snapshot, three steps of which the last is skipped, back, and the first of them again."""
+    """Engine by engine: a snapshot, three steps of which the last is skipped, back, and the
+    first of them again.
+    """
     from dnt_scale.distributed import process_group
 
     def judge(loss: float, norm: float) -> float:
@@ -296,7 +342,9 @@ def roll_each(data: Path) -> None:
     for name, (label, *overrides) in ROLLED.items():
         with (
             engines.built(label, me, data, *overrides) as (run, trainer),
-            token_stream(load_sets(run.data), seed=1, global_batch=8, rank=me.rank, world_size=me.world_size) as stream,
+            token_stream(
+                load_sets(run.data), seed=1, global_batch=8, rank=me.rank, world_size=me.world_size
+            ) as stream,
         ):
             batches = [next(stream)[0] for _ in range(4)]
             trainer.train_step(batches[0], judge)
@@ -306,11 +354,21 @@ def roll_each(data: Path) -> None:
             first = trainer.train_step(batches[1], judge).loss
             trainer.train_step(batches[2], judge)
             trainer.train_step(batches[3], lambda loss, norm: 0.0)
-            moved = all(not torch.equal(box.data, data) for box, data in zip(trainer.boxes(), before, strict=True))
+            moved = all(
+                not torch.equal(box.data, data)
+                for box, data in zip(trainer.boxes(), before, strict=True)
+            )
             snapshot.restore(trainer)
-            back = all(torch.equal(box.data, data) for box, data in zip(trainer.boxes(), before, strict=True))
+            back = all(
+                torch.equal(box.data, data)
+                for box, data in zip(trainer.boxes(), before, strict=True)
+            )
             counts = [trainer.scalars()["step"], trainer.scalars()["updates"]]
-            print(json.dumps([name, moved, back, counts, first, trainer.train_step(batches[1], judge).loss]))
+            print(
+                json.dumps(
+                    [name, moved, back, counts, first, trainer.train_step(batches[1], judge).loss]
+                )
+            )
     process_group.stop()
 
 

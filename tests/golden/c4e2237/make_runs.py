@@ -1,7 +1,9 @@
-"""Write the runs of this folder, which another commit goes on with (tests/dnt_scale/checkpoint/test_old_runs.py).
+"""Write the runs of this folder, which another commit goes on with
+(tests/dnt_scale/checkpoint/test_old_runs.py).
 
-`PYTHONPATH=A_CHECKOUT_OF_c4e2237 python make_runs.py OUT`. OUT was then written as /srv/runs in config.yaml and
-state.json, OUT/NAME-whole/metrics.jsonl became NAME.jsonl, and the rest of OUT/NAME-whole was left out.
+`PYTHONPATH=A_CHECKOUT_OF_c4e2237 python make_runs.py OUT`. OUT was then written as /srv/runs in
+config.yaml and state.json, OUT/NAME-whole/metrics.jsonl became NAME.jsonl, and the rest of
+OUT/NAME-whole was left out.
 """
 
 import os
@@ -56,7 +58,9 @@ def on_two_ranks(overrides: list[str], *, killed: bool) -> int:
     }
     start = f'RANK={{0}} LOCAL_RANK={{0}} {sys.executable} -c "$RANK_SCRIPT" "$@" &\n'
     script = start.format(0) + start.format(1) + "wait"
-    return subprocess.run(["bash", "-c", script, "bash", *overrides], env=env, start_new_session=True).returncode
+    return subprocess.run(
+        ["bash", "-c", script, "bash", *overrides], env=env, start_new_session=True
+    ).returncode
 
 
 if __name__ == "__main__":
