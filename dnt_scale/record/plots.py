@@ -53,12 +53,20 @@ def _draw(run_dir: Path) -> Path:
     panels = [(*panel, _series(records, panel[0], unit)) for panel in _panels(unit)]
     panels = [panel for panel in panels if panel[-1][0].size]
 
-    figure = Figure(
-        figsize=(9, 6.6 if panels else 5), dpi=150, layout="constrained", facecolor="white"
-    )
+    width, height = (9, 6.6 if panels else 5)
+    figure = Figure(figsize=(width, height), dpi=150, facecolor="white")
     FigureCanvasAgg(figure)
     grid = figure.add_gridspec(
-        2 if panels else 1, max(1, len(panels)), height_ratios=[3.2, 1] if panels else [1]
+        2 if panels else 1,
+        max(1, len(panels)),
+        height_ratios=[3.2, 1] if panels else [1],
+        # Margins in inches: a layout engine draws everything twice to find about the same places.
+        left=0.75 / width,
+        right=1 - 0.15 / width,
+        bottom=0.5 / height,
+        top=1 - 0.75 / height,
+        hspace=0.35,
+        wspace=0.25,
     )
     axes = figure.add_subplot(grid[0, :])
     _draw_losses(axes, train, val, _last_validation(records))
@@ -75,7 +83,7 @@ def _draw(run_dir: Path) -> Path:
     path = run_dir / "plots" / "loss.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(".loss.png.tmp")
-    figure.savefig(beside, format="png")
+    figure.savefig(beside, format="png", pil_kwargs={"compress_level": 3})
     beside.replace(path)
     return path
 
