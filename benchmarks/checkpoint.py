@@ -34,7 +34,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dnt_scale.checkpoint import Saver, State
-from dnt_scale.checkpoint.tensor_shards import Box
+from dnt_scale.checkpoint.tensor_shards import TensorShard
 from dnt_scale.distributed import process_group
 from dnt_scale.record.files import git_commit
 from tests.helpers.run import synthetic_set
@@ -139,37 +139,37 @@ class Unverified(Saver):
 
 def save_in_turns_with_dd(folder: Path, size: int, rounds: int) -> None:
     """On every rank; rank 0 prints the seconds of each save and each dd."""
-    me = process_group.start()
+    ranks = process_group.start()
     shape = (size // 4 // 16 // 4096, 4096)
-    share = shape[0] // me.world_size
-    boxes = [
-        Box(
+    share = shape[0] // ranks.world_size
+    shards = [
+        TensorShard(
             f"model.{n}",
             shape,
-            (me.rank * share, 0),
-            torch.randn(share, shape[1], device=me.device),
+            (ranks.rank * share, 0),
+            torch.randn(share, shape[1], device=ranks.device),
         )
         for n in range(16)
     ]
     seconds: dict[str, list[float]] = {"dd": [], "first": [], "save": [], "verified": []}
     savers = {
-        False: Unverified(folder / "False", me, keep=9),
-        True: Saver(folder / "True", me, keep=9, background=False),
+        False: Unverified(folder / "False", ranks, keep=9),
+        True: Saver(folder / "True", ranks, keep=9, background=False),
     }
     for number in range(rounds + 1):
-        if me.first and number:
+        if ranks.first and number:
             seconds["dd"].append(dd(folder / "dd", size))
         for verified, saver in savers.items():
             dist.barrier()
             started = time.perf_counter()
-            saver.save(state_of(number, me.world_size), boxes)
-            saver.settle(wait=True)
+            saver.save(state_of(number, ranks.world_size), shards)
+            saver.commit(wait=True)
             taken = time.perf_counter() - started
-            if me.first:
+            if ranks.first:
                 shutil.rmtree(folder / str(verified) / f"step-{number:08d}")
             if number or not verified:
                 seconds["verified" if verified else "save" if number else "first"].append(taken)
-    if me.first:
+    if ranks.first:
         print(json.dumps(seconds))
     process_group.stop()
 

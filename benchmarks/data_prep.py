@@ -83,8 +83,8 @@ tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
 tokenizer.decoder = decoders.ByteLevel()
 texts = (json.loads(line)["text"] for line in open(sample, encoding="utf-8"))
 options = {"special_tokens": ["<eos>"], "show_progress": False}
-trainer = trainers.BpeTrainer(vocab_size=int(vocab_size), **options)
-tokenizer.train_from_iterator(texts, trainer)
+engine = trainers.BpeTrainer(vocab_size=int(vocab_size), **options)
+tokenizer.train_from_iterator(texts, engine)
 tokenizer.save(out)
 """
 

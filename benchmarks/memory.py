@@ -93,13 +93,13 @@ def main() -> None:
                 [*overrides_of(engine, ranks, "mSGDW"), f"model.layers={SHARED_LAYERS}"]
             )
             found = measure(engine, ranks, "mSGDW", SHARED_LAYERS)
-            boxes, held = found[0]["boxes"], max(rank["held"] for rank in found)
+            shards, held = found[0]["shards"], max(rank["held"] for rank in found)
             shares.append(
                 {
                     "engine": engine,
                     "ranks": ranks,
-                    "weights": boxes["model"] / fewer,
-                    "momentum": boxes["momentum_buffer"] / fewer,
+                    "weights": shards["model"] / fewer,
+                    "momentum": shards["momentum_buffer"] / fewer,
                     "held": held / fewer,
                     "formula": memory_plan.memory(run, ranks).total() / fewer,
                 }

@@ -8,7 +8,7 @@
 Tensors are keyed model.NAME, momentum_buffer.NAME (exp_avg.NAME and exp_avg_sq.NAME for AdamW),
 fp32 but for a momentum in bf16. Each file is plain safetensors; torch.distributed.checkpoint's
 ``DCP_SHARDING_INFO`` in its head tells where its parts lie in the whole tensors. A rank writes one
-file, or up to three where it holds several boxes of a tensor, as ZeRO's partitions are: a name
+file, or up to three where it holds several shards of a tensor, as ZeRO's partitions are: a name
 stands once in a file. There is no pickle to load. A checkpoint is written into a hidden folder,
 fsynced and renamed, so that a crash leaves the previous one whole; at a URL state.json comes last.
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from dnt_scale.checkpoint.progress import Meter
 from dnt_scale.checkpoint.read import (
     CHUNK,
-    Parts,
+    StoredRegions,
     complete,
     gone_latest,
     hole_in,
@@ -29,10 +29,10 @@ from dnt_scale.checkpoint.read import (
     whole_shape,
     window,
 )
-from dnt_scale.checkpoint.safetensors_header import Part
+from dnt_scale.checkpoint.safetensors_header import StoredRegion
 from dnt_scale.checkpoint.state import State, read_state
 from dnt_scale.checkpoint.storage import CheckpointError, Storage
-from dnt_scale.checkpoint.tensor_shards import Region, miscovered
+from dnt_scale.checkpoint.tensor_shards import Region, first_gap_or_overlap
 
 WORST = 10  # tensors in the table of a diff
 
@@ -75,7 +75,7 @@ def checkpoints_at(path: str) -> list[Storage]:
     )
 
 
-def values_of(folder: Storage, stored: Parts, name: str) -> Iterator[tuple[Region, Tensor]]:
+def values_of(folder: Storage, stored: StoredRegions, name: str) -> Iterator[tuple[Region, Tensor]]:
     """A whole tensor in pieces, in order of their places: regions of whole rows and their values,
     for a moment each.
 
@@ -104,11 +104,11 @@ def row_chunks(shape: tuple[int, ...]) -> Iterator[Region]:
         yield Region((first, *(0,) * len(rest)), (min(rows, shape[0] - first), *rest))
 
 
-def bytes_of(parts: list[Part]) -> int:
+def bytes_of(parts: list[StoredRegion]) -> int:
     return sum(part.nbytes for part in parts)
 
 
-def opened(folder: Storage) -> tuple[State, Parts]:
+def opened(folder: Storage) -> tuple[State, StoredRegions]:
     """A checkpoint's state.json and parts, its files being all there and as long as they should be.
 
     Raises:
@@ -155,7 +155,7 @@ def inspect(path: str, *, tensors: bool) -> None:
     Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
-def summary(folder: Storage, state: State, stored: Parts) -> dict[str, str]:
+def summary(folder: Storage, state: State, stored: StoredRegions) -> dict[str, str]:
     """What ``inspect`` says of a checkpoint as a whole."""
     weights = [
         math.prod(whole_shape(parts)) for name, parts in stored.items() if name.startswith("model.")
@@ -181,7 +181,7 @@ def summary(folder: Storage, state: State, stored: Parts) -> dict[str, str]:
     }
 
 
-def measures(folder: Storage, stored: Parts, name: str) -> tuple[float, float, float]:
+def measures(folder: Storage, stored: StoredRegions, name: str) -> tuple[float, float, float]:
     """Norm, minimum and maximum of a tensor; NaN if it holds one."""
     square, low, high = 0.0, math.inf, -math.inf
     for _, values in values_of(folder, stored, name):
@@ -230,7 +230,7 @@ def problems_of(folder: Storage, state: State) -> list[str]:
             continue
         shape = whole_shape(parts)
         whole = Region((0,) * len(shape), shape)
-        hole = miscovered(whole, [part.region for part in parts])
+        hole = first_gap_or_overlap(whole, [part.region for part in parts])
         if hole is not None:
             shared = [(part, part.region) for part in parts]
             found.append(f"{folder}: {hole_in(name, hole, shared)}")

@@ -1,4 +1,4 @@
-"""Reading: which parts overlap the boxes a rank wants, and only their bytes."""
+"""Reading: which parts overlap the shards a rank wants, and only their bytes."""
 
 import hashlib
 import math
@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dnt_scale.checkpoint.safetensors_header import Part, read_header
+from dnt_scale.checkpoint.safetensors_header import StoredRegion, read_header
 from dnt_scale.checkpoint.state import FileRecord, State, instead_of, step_name, step_of
 from dnt_scale.checkpoint.storage import CheckpointError, File, Storage, fill
-from dnt_scale.checkpoint.tensor_shards import Box, Region, intersect, miscovered
+from dnt_scale.checkpoint.tensor_shards import Region, TensorShard, first_gap_or_overlap, intersect
 from dnt_scale.distributed.agree import on_first, together
 from dnt_scale.distributed.errors import AgreedError
 from dnt_scale.distributed.heartbeat import moving
@@ -21,7 +21,7 @@ from dnt_scale.distributed.process_group import Ranks
 
 CHUNK = 1 << 25  # bytes read at a time
 
-Parts = dict[str, list[Part]]  # by the tensors' names, in the order of the files
+StoredRegions = dict[str, list[StoredRegion]]  # by the tensors' names, in the order of the files
 
 
 def newest(folder: Path | str) -> Path | str | None:
@@ -62,28 +62,28 @@ def gone_latest(folder: Storage) -> str | None:
     return link.readlink().name if link and link.is_symlink() and not link.exists() else None
 
 
-def read_tensors(path: Path | str, boxes: Sequence[Box], me: Ranks) -> None:
-    """Fill ``boxes`` in place from a checkpoint that any engine wrote on any number of ranks. A
+def read_tensors(path: Path | str, shards: Sequence[TensorShard], ranks: Ranks) -> None:
+    """Fill ``shards`` in place from a checkpoint that any engine wrote on any number of ranks. A
     collective.
 
-    Tensors of another dtype than the box's are converted, rounding to nearest.
+    Tensors of another dtype than the shard's are converted, rounding to nearest.
 
     Raises:
         CheckpointError: on every rank: a tensor is missing, has another shape or a hole, or a file
             is damaged.
     """
     try:
-        folder = together(me, lambda: Storage(path))
-        files = on_first(me, lambda: tensor_files(folder))
+        folder = together(ranks, lambda: Storage(path))
+        files = on_first(ranks, lambda: tensor_files(folder))
         mine = together(
-            me,
+            ranks,
             lambda: [
                 part
-                for file in files[me.rank :: me.world_size]
+                for file in files[ranks.rank :: ranks.world_size]
                 for part in read_header(folder, file)
             ],
         )
-        of_ranks: list[list[Part]] = [[] for _ in range(me.world_size)]
+        of_ranks: list[list[StoredRegion]] = [[] for _ in range(ranks.world_size)]
         dist.all_gather_object(of_ranks, mine)
         stored = by_name(
             sorted(
@@ -91,7 +91,7 @@ def read_tensors(path: Path | str, boxes: Sequence[Box], me: Ranks) -> None:
                 key=lambda part: (part.file, part.begin),
             )
         )
-        together(me, lambda: fill_boxes(folder, stored, boxes))
+        together(ranks, lambda: fill_shards(folder, stored, shards))
     except AgreedError as error:
         raise CheckpointError(str(error)) from None
 
@@ -100,7 +100,7 @@ def tensor_files(folder: Storage) -> list[str]:
     return [name for name in folder.names() if name.endswith(".safetensors")]
 
 
-def read_parts(folder: Storage) -> Parts:
+def read_parts(folder: Storage) -> StoredRegions:
     """Every file's parts, for one process. Raises CheckpointError or OSError as ``read_header``
     does.
     """
@@ -109,39 +109,39 @@ def read_parts(folder: Storage) -> Parts:
     return stored
 
 
-def by_name(parts: Iterable[Part]) -> Parts:
-    found: Parts = {}
+def by_name(parts: Iterable[StoredRegion]) -> StoredRegions:
+    found: StoredRegions = {}
     for part in parts:
         found.setdefault(part.name, []).append(part)
     return found
 
 
-def whole_shape(parts: Sequence[Part]) -> tuple[int, ...]:
+def whole_shape(parts: Sequence[StoredRegion]) -> tuple[int, ...]:
     """A tensor's shape: as far as its parts reach."""
     ends = ([a + n for a, n in zip(*part.region, strict=True)] for part in parts)
     return tuple(map(max, zip(*ends, strict=True)))
 
 
-def fill_boxes(folder: Storage, stored: Parts, boxes: Sequence[Box]) -> None:
-    """Fill boxes in place. Raises CheckpointError as ``read_tensors`` does, on this rank only."""
-    wanted: list[tuple[Part, Region, Box]] = []
-    for box in boxes:
+def fill_shards(folder: Storage, stored: StoredRegions, shards: Sequence[TensorShard]) -> None:
+    """Fill shards in place. Raises CheckpointError as ``read_tensors`` does, on this rank only."""
+    wanted: list[tuple[StoredRegion, Region, TensorShard]] = []
+    for shard in shards:
         wanted += [
-            (part, shared, box)
-            for part, shared in overlaps(folder, stored, box.name, box.shape, box.region)
+            (part, shared, shard)
+            for part, shared in overlaps(folder, stored, shard.name, shard.shape, shard.region)
         ]
     wanted.sort(key=lambda item: (item[0].file, item[0].begin))
     for name, items in groupby(wanted, key=lambda item: item[0].file):
         with folder.open(name) as file:
-            for part, shared, box in items:
+            for part, shared, shard in items:
                 for region, values in read_region(file, folder, part, shared):
-                    box.data.detach()[window(region, box.offset)].copy_(values)
+                    shard.data.detach()[window(region, shard.offset)].copy_(values)
                     moving()
 
 
 def overlaps(
-    folder: Storage, stored: Parts, name: str, shape: tuple[int, ...], wanted: Region
-) -> list[tuple[Part, Region]]:
+    folder: Storage, stored: StoredRegions, name: str, shape: tuple[int, ...], wanted: Region
+) -> list[tuple[StoredRegion, Region]]:
     """The parts that cover a region of a tensor, and what of it each has.
 
     Raises:
@@ -166,7 +166,7 @@ def overlaps(
             f"{shape}); {advice}"
         )
     shared = [(part, both) for part in parts if (both := intersect(part.region, wanted))]
-    hole = miscovered(wanted, [region for _, region in shared])
+    hole = first_gap_or_overlap(wanted, [region for _, region in shared])
     if hole is not None:
         raise CheckpointError(
             f"{folder}: damaged: {hole_in(name, hole, shared)}; {instead_of(folder.path)}"
@@ -174,8 +174,10 @@ def overlaps(
     return shared
 
 
-def hole_in(name: str, place: tuple[int, ...], shared: Sequence[tuple[Part, Region]]) -> str:
-    """What is wrong at a place that ``miscovered`` found."""
+def hole_in(
+    name: str, place: tuple[int, ...], shared: Sequence[tuple[StoredRegion, Region]]
+) -> str:
+    """What is wrong at a place that ``first_gap_or_overlap`` found."""
     element = Region(place, (1,) * len(place))
     times = sum(intersect(region, element) is not None for _, region in shared)
     return f"element {list(place)} of {name} is in {times} parts, expected 1"
@@ -241,7 +243,7 @@ def window(region: Region, origin: tuple[int, ...]) -> tuple[slice, ...]:
 
 
 def read_region(
-    file: File, folder: Storage, part: Part, wanted: Region
+    file: File, folder: Storage, part: StoredRegion, wanted: Region
 ) -> Iterator[tuple[Region, Tensor]]:
     """Read a region inside a part, in chunks of whole rows: each one's region and values, in the
     stored dtype.

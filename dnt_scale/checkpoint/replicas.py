@@ -7,27 +7,29 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dnt_scale.checkpoint.tensor_shards import Box
+from dnt_scale.checkpoint.tensor_shards import TensorShard
 from dnt_scale.distributed.errors import AgreedFault
 from dnt_scale.distributed.process_group import Ranks
 
 
-def check_replicas(me: Ranks, boxes: Sequence[Box], scalars: Mapping[str, float]) -> None:
-    """That ranks which hold the same boxes hold the same bits in them, and all ranks the same
+def check_replicas(
+    ranks: Ranks, shards: Sequence[TensorShard], scalars: Mapping[str, float]
+) -> None:
+    """That ranks which hold the same shards hold the same bits in them, and all ranks the same
     scalars. A collective.
 
     Args:
-        boxes: ``Engine.boxes()``; each rank sums up its own, on its device, in one pass over them.
+        shards: ``Engine.shards()``; each rank sums up its own, on its device, in one pass.
         scalars: ``Engine.scalars()``.
 
     Raises:
         AgreedFault: on every rank; names the ranks that differ from the rest, and the first tensor
             that does.
     """
-    sums = checksums([box.data for box in boxes])
-    places = repr([(box.name, box.offset, tuple(box.data.shape)) for box in boxes])
+    sums = checksums([shard.data for shard in shards])
+    places = repr([(shard.name, shard.offset, tuple(shard.data.shape)) for shard in shards])
     mine = (_digest(places), _digest(repr(sums)), sorted(scalars.items()))
-    found: list[tuple[str, str, list[tuple[str, float]]]] = [mine] * me.world_size
+    found: list[tuple[str, str, list[tuple[str, float]]]] = [mine] * ranks.world_size
     dist.all_gather_object(found, mine)
     for rank, (_, _, other) in enumerate(found):
         if repr(other) != repr(found[0][2]):
@@ -42,10 +44,10 @@ def check_replicas(me: Ranks, boxes: Sequence[Box], scalars: Mapping[str, float]
     ]
     if not apart:
         return
-    every: list[list[int]] = [sums] * me.world_size
+    every: list[list[int]] = [sums] * ranks.world_size
     dist.all_gather_object(every, sums)
-    names: list[list[str]] = [[]] * me.world_size
-    dist.all_gather_object(names, [box.name for box in boxes])
+    names: list[list[str]] = [[]] * ranks.world_size
+    dist.all_gather_object(names, [shard.name for shard in shards])
     held_by = apart[0]
     first = next(
         index

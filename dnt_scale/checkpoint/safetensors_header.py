@@ -33,7 +33,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 LONGEST = 100_000_000  # bytes of a head; the safetensors library's own limit
 
 
-class Part(NamedTuple):
+class StoredRegion(NamedTuple):
     """A region of the tensor ``name`` in a file, in row-major order from byte ``begin`` of it."""
 
     name: str
@@ -87,7 +87,7 @@ def make_header(
     return struct.pack("<Q", len(text)) + text
 
 
-def read_header(folder: Storage, file: str) -> list[Part]:
+def read_header(folder: Storage, file: str) -> list[StoredRegion]:
     """The parts a file holds, in its order.
 
     Raises:
@@ -97,7 +97,7 @@ def read_header(folder: Storage, file: str) -> list[Part]:
     return read_head(folder, file)[0]
 
 
-def read_head(folder: Storage, file: str) -> tuple[list[Part], Mapping[str, str]]:
+def read_head(folder: Storage, file: str) -> tuple[list[StoredRegion], Mapping[str, str]]:
     """The parts a file holds, in its order, and its metadata. Raises as ``read_header``."""
 
     def wrong(reason: object) -> CheckpointError:
@@ -129,7 +129,9 @@ def read_head(folder: Storage, file: str) -> tuple[list[Part], Mapping[str, str]
         if entry.dtype not in DTYPES or len(saved) != len(entry.shape):
             raise wrong(f"{name} has dtype {entry.dtype}, shape {entry.shape} and offset {saved}")
         begin, end = entry.data_offsets
-        part = Part(name, Region(saved, entry.shape), DTYPES[entry.dtype], file, 8 + length + begin)
+        part = StoredRegion(
+            name, Region(saved, entry.shape), DTYPES[entry.dtype], file, 8 + length + begin
+        )
         if end - begin != part.nbytes or 8 + length + end > size:
             raise wrong(
                 f"{name} lies at bytes {begin} to {end} after the head, the file has {size}"

@@ -1,8 +1,8 @@
-"""Boxes: what a rank holds of a tensor, whoever sharded it.
+"""Shards: what a rank holds of a tensor, whoever sharded it.
 
 Every engine describes its weights and optimizer buffers as rectangular parts of the whole tensors.
-FSDP2's row shards are one box each; a run of a flattened tensor, as ZeRO partitions are, is at most
-three boxes of a matrix.
+FSDP2's rows are one shard each; a run of a flattened tensor, as ZeRO partitions are, is at most
+three shards of a matrix.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,11 +23,11 @@ class Region(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Box:
+class TensorShard:
     """A part of the tensor ``name`` that this rank holds.
 
     ``data`` is a view of the engine's own storage, of the whole tensor's number of dimensions:
-    writing into it changes what the engine holds. ``replicas`` ranks hold an equal box, of which
+    writing into it changes what the engine holds. ``replicas`` ranks hold an equal shard, of which
     this is number ``replica``.
     """
 
@@ -43,15 +43,17 @@ class Box:
         return Region(self.offset, tuple(self.data.shape))
 
 
-def owned(box: Box) -> Box | None:
-    """What of ``box`` this replica writes, so that all replicas together write each element
+def shard_to_write(shard: TensorShard) -> TensorShard | None:
+    """What of ``shard`` this replica writes, so that all replicas together write each element
     once.
     """
-    rows = box.data.shape[0] if box.data.dim() else 1
-    if box.replicas == 1 or rows < box.replicas or box.data.nbytes <= SMALL:
-        return box if box.replica == 0 and box.data.numel() else None
-    first, last = (rows * number // box.replicas for number in (box.replica, box.replica + 1))
-    return replace(box, offset=(box.offset[0] + first, *box.offset[1:]), data=box.data[first:last])
+    rows = shard.data.shape[0] if shard.data.dim() else 1
+    if shard.replicas == 1 or rows < shard.replicas or shard.data.nbytes <= SMALL:
+        return shard if shard.replica == 0 and shard.data.numel() else None
+    first, last = (rows * number // shard.replicas for number in (shard.replica, shard.replica + 1))
+    return replace(
+        shard, offset=(shard.offset[0] + first, *shard.offset[1:]), data=shard.data[first:last]
+    )
 
 
 def intersect(one: Region, other: Region) -> Region | None:
@@ -65,7 +67,7 @@ def intersect(one: Region, other: Region) -> Region | None:
     return Region(offset, shape) if all(size > 0 for size in shape) else None
 
 
-def miscovered(region: Region, parts: Sequence[Region]) -> tuple[int, ...] | None:
+def first_gap_or_overlap(region: Region, parts: Sequence[Region]) -> tuple[int, ...] | None:
     """The first place in ``region`` that not exactly one of ``parts``, which lie inside it,
     covers; None if all are.
     """
@@ -85,26 +87,26 @@ def miscovered(region: Region, parts: Sequence[Region]) -> tuple[int, ...] | Non
         active = [part for part in active if part[1] >= last]
         while waiting and waiting[-1][0] == first:
             active.append(waiting.pop())
-        place = miscovered(inner, [part for _, _, part in active])
+        place = first_gap_or_overlap(inner, [part for _, _, part in active])
         if place is not None:
             return (first, *place)
     return None
 
 
-def flat_boxes(
+def flat_shards(
     name: str, shape: tuple[int, ...], start: int, flat: Tensor, replica: int = 0, replicas: int = 1
-) -> Iterator[Box]:
-    """The boxes of a run of a flattened tensor.
+) -> Iterator[TensorShard]:
+    """The shards of a run of a flattened tensor.
 
     Args:
         shape: of the whole tensor, not flattened.
         start: the place of the run's first element in the flattened tensor.
-        flat: the run itself, one-dimensional and contiguous; the boxes' data are views of it.
+        flat: the run itself, one-dimensional and contiguous; the shards' data are views of it.
     """
     if not flat.numel():
         return
     if len(shape) <= 1:
-        yield Box(
+        yield TensorShard(
             name, shape, (start,) * len(shape), flat.view(-1 if shape else ()), replica, replicas
         )
         return
@@ -118,9 +120,9 @@ def flat_boxes(
         part = flat[first - start : last - start]
         if first % row == 0 and last % row == 0:
             index = (first // row,) + (0,) * (len(shape) - 1)
-            yield Box(name, shape, index, part.view(-1, *shape[1:]), replica, replicas)
+            yield TensorShard(name, shape, index, part.view(-1, *shape[1:]), replica, replicas)
         else:
-            for inner in flat_boxes(name, shape[1:], first % row, part, replica, replicas):
-                yield Box(
+            for inner in flat_shards(name, shape[1:], first % row, part, replica, replicas):
+                yield TensorShard(
                     name, shape, (first // row, *inner.offset), inner.data[None], replica, replicas
                 )

@@ -42,7 +42,7 @@ from dnt_scale.checkpoint.storage import (
     fsync_folder,
     write_all,
 )
-from dnt_scale.checkpoint.tensor_shards import Box, owned
+from dnt_scale.checkpoint.tensor_shards import TensorShard, shard_to_write
 from dnt_scale.distributed.agree import on_first
 from dnt_scale.distributed.errors import AgreedError, is_fault
 from dnt_scale.distributed.heartbeat import moving
@@ -74,7 +74,7 @@ class _File:
 class Saver:
     """Writes a run's checkpoints into ``folder``, which is here or at a URL.
 
-    All ranks call ``save`` and ``settle`` together, on their main threads; the threads hold no
+    All ranks call ``save`` and ``commit`` together, on their main threads; the threads hold no
     collective.
 
     Args:
@@ -88,7 +88,7 @@ class Saver:
     def __init__(
         self,
         folder: Path | str,
-        me: Ranks,
+        ranks: Ranks,
         *,
         keep: int,
         keep_every: int | None = None,
@@ -96,12 +96,12 @@ class Saver:
         in_place: Callable[[int], None] = lambda step: None,
     ) -> None:
         self.folder = Storage(folder)
-        self.me = me
+        self.ranks = ranks
         self.keep = keep
         self.keep_every = keep_every
         self.background = background
         self.in_place = in_place
-        self._state: State | None = None  # of the save that is not settled
+        self._state: State | None = None  # of the save that is not committed
         self._buffer = torch.empty(0, dtype=torch.uint8)  # reused: the next save needs as much
         self._files: list[_File] = []
         self._writer: threading.Thread | None = None
@@ -117,30 +117,30 @@ class Saver:
 
     @property
     def pending(self) -> bool:
-        """A save is not settled; the same on all ranks."""
+        """A save is not committed; the same on all ranks."""
         return self._state is not None
 
-    def save(self, state: State, boxes: Sequence[Box]) -> None:
+    def save(self, state: State, shards: Sequence[TensorShard]) -> None:
         """Begin to write a checkpoint of ``state.step``; with ``background`` False, end it too. A
         collective.
 
         Raises:
             CheckpointError: on every rank, when it or the save before it could not be written.
         """
-        self.settle(wait=True)
+        self.commit(wait=True)
         self._state = state
         try:
-            on_first(self.me, self._fresh)
+            on_first(self.ranks, self._fresh)
         except AgreedError as error:
             self._state = None
             raise CheckpointError(str(error)) from None
-        self._files = self.stage(boxes)
+        self._files = self.stage(shards)
         self._writer = threading.Thread(target=self._work, name="checkpoint", daemon=True)
         self._writer.start()
         if not self.background:
-            self.settle(wait=True)
+            self.commit(wait=True)
 
-    def settle(self, *, wait: bool = False) -> Path | str | None:
+    def commit(self, *, wait: bool = False) -> Path | str | None:
         """Agree that all ranks have written, and put the checkpoint in place; its path, or None
         without one. A collective, to be called when no rank is busy.
 
@@ -156,7 +156,7 @@ class Saver:
         assert wait or not self.busy
         self._wait()
         outcomes: list[dict[str, FileRecord] | CheckpointError] = [
-            {} for _ in range(self.me.world_size)
+            {} for _ in range(self.ranks.world_size)
         ]
         dist.all_gather_object(outcomes, self._outcome)
         state, self._state = self._state, None
@@ -167,13 +167,13 @@ class Saver:
                     raise outcome
                 records |= outcome
             whole = state.model_copy(update={"files": records})
-            on_first(self.me, lambda: self._publish(whole))
+            on_first(self.ranks, lambda: self._publish(whole))
         except AgreedError as error:
             with contextlib.suppress(AgreedError):
-                on_first(self.me, self._partial(state).remove_all)
+                on_first(self.ranks, self._partial(state).remove_all)
             raise CheckpointError(str(error)) from None
         try:
-            on_first(self.me, lambda: self._retire(state.step))
+            on_first(self.ranks, lambda: self._retire(state.step))
         except AgreedError as error:
             raise CheckpointError(str(error)) from None
         return (self.folder / step_name(state.step)).path
@@ -189,7 +189,7 @@ class Saver:
                 moving()
 
     def close(self) -> None:
-        """Stop the thread and remove what this rank wrote of an unsettled save. No collective:
+        """Stop the thread and remove what this rank wrote of an uncommitted save. No collective:
         errors end here too.
         """
         self._stop.set()
@@ -231,17 +231,17 @@ class Saver:
         except OSError as error:
             raise CheckpointError(_explain(error, partial)) from None
 
-    def stage(self, boxes: Sequence[Box]) -> list[_File]:
+    def stage(self, shards: Sequence[TensorShard]) -> list[_File]:
         """What this rank writes, copied into host memory as its files will have it."""
-        parts = [part for part in map(owned, boxes) if part is not None]
-        # the largest box of a tensor goes into the first file, more of them into a second and
+        parts = [part for part in map(shard_to_write, shards) if part is not None]
+        # the largest shard of a tensor goes into the first file, more of them into a second and
         # third; and where elements have 4 bytes before those of 2, all are aligned
         parts.sort(key=lambda part: part.data.numel(), reverse=True)
         numbers: dict[str, Iterator[int]] = {}
-        groups: dict[int, list[Box]] = {}
+        groups: dict[int, list[TensorShard]] = {}
         for part in parts:
             groups.setdefault(next(numbers.setdefault(part.name, count())), []).append(part)
-        order = {box.name: place for place, box in enumerate(boxes)}
+        order = {shard.name: place for place, shard in enumerate(shards)}
         for group in groups.values():
             group.sort(key=lambda part: (-part.data.itemsize, order[part.name]))
 
@@ -251,7 +251,7 @@ class Saver:
             starts.append(starts[-1] + -(-size // 64) * 64)
         if len(self._buffer) < starts[-1]:
             self._buffer = torch.empty(
-                starts[-1], dtype=torch.uint8, pin_memory=self.me.device.type == "cuda"
+                starts[-1], dtype=torch.uint8, pin_memory=self.ranks.device.type == "cuda"
             )
         files = []
         for number, (group, start, size) in enumerate(
@@ -267,12 +267,11 @@ class Saver:
                 target.copy_(part.data.detach(), non_blocking=True)
                 place += part.data.nbytes
             head = make_header([(part.name, part.data.dtype, part.region) for part in group])
-            name = (
-                f"shard-{self.me.rank + 1:05d}-model-{number:05d}-of-{len(groups):05d}.safetensors"
-            )
+            counted = f"{number:05d}-of-{len(groups):05d}"
+            name = f"shard-{self.ranks.rank + 1:05d}-model-{counted}.safetensors"
             files.append(_File(name, memoryview(head), _bytes(self._buffer[start : start + size])))
-        if self.me.device.type == "cuda":
-            torch.cuda.synchronize(self.me.device)
+        if self.ranks.device.type == "cuda":
+            torch.cuda.synchronize(self.ranks.device)
         return files
 
     def _work(self) -> None:
@@ -291,9 +290,9 @@ class Saver:
             for file in self._files:
                 self._read_back(partial, file)
             self._outcome = records
-        except Exception as error:  # told by settle, on the main thread
+        except Exception as error:  # told by commit, on the main thread
             kind = CheckpointFault if is_fault(error) else CheckpointError
-            self._outcome = kind(_explain(error, partial, f" on rank {self.me.rank}"))
+            self._outcome = kind(_explain(error, partial, f" on rank {self.ranks.rank}"))
 
     def _unstopped(self, chunks: Iterable[memoryview]) -> Iterator[memoryview]:
         for chunk in chunks:

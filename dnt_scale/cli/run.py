@@ -163,11 +163,11 @@ def run_generate(options: argparse.Namespace) -> int:
     from dnt_scale.distributed import process_group
     from dnt_scale.tools.generate import generate
 
-    with process_group.alone() as me:
+    with process_group.alone() as ranks:
         for piece in generate(
             options.folder,
             options.prompt,
-            me,
+            ranks,
             tokens=options.tokens,
             temperature=options.temperature,
             top_k=options.top_k,
@@ -183,8 +183,8 @@ def run_eval(options: argparse.Namespace) -> int:
     from dnt_scale.distributed import process_group
     from dnt_scale.tools.inference import evaluate
 
-    with process_group.alone() as me:
-        metrics = evaluate(options.folder, options.data, options.rows, me)
+    with process_group.alone() as ranks:
+        metrics = evaluate(options.folder, options.data, options.rows, ranks)
     width = max(map(len, metrics))
     for name, value in metrics.items():
         print(f"{name:{width}} {value:.4f}")

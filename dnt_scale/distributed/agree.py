@@ -28,7 +28,7 @@ def highest(*values: int) -> tuple[int, ...]:
     return tuple(tensor.tolist())
 
 
-def on_first(me: Ranks, action: Callable[[], T]) -> T:
+def on_first(ranks: Ranks, action: Callable[[], T]) -> T:
     """What ``action`` returns on rank 0, on every rank. A collective; the result travels pickled
     between our ranks.
 
@@ -37,7 +37,7 @@ def on_first(me: Ranks, action: Callable[[], T]) -> T:
             :func:`is_fault`.
     """
     outcome: list[T | AgreedError | None] = [None, None]
-    if me.first:
+    if ranks.first:
         try:
             outcome[0] = action()
         except (ValueError, OSError) as error:
@@ -48,7 +48,7 @@ def on_first(me: Ranks, action: Callable[[], T]) -> T:
     return outcome[0]  # type: ignore[return-value]
 
 
-def together(me: Ranks, action: Callable[[], T]) -> T:
+def together(ranks: Ranks, action: Callable[[], T]) -> T:
     """Run ``action`` on every rank and give each its own result. A collective, so ``action`` must
     not hold one.
 
@@ -60,8 +60,8 @@ def together(me: Ranks, action: Callable[[], T]) -> T:
     try:
         result = action()
     except (ValueError, OSError) as error:
-        failure = agreed(error, "" if me.first else f"rank {me.rank}: ")
-    failures: list[AgreedError | None] = [None] * me.world_size
+        failure = agreed(error, "" if ranks.first else f"rank {ranks.rank}: ")
+    failures: list[AgreedError | None] = [None] * ranks.world_size
     dist.all_gather_object(failures, failure)
     for found in failures:
         if found is not None:
@@ -83,7 +83,7 @@ NUMERIC_VARIABLES = (
 )
 
 
-def check_settings(me: Ranks, settings: Mapping[str, object]) -> None:
+def check_settings(ranks: Ranks, settings: Mapping[str, object]) -> None:
     """That every rank has the settings, the code, the libraries and the environment that rank 0
     has. A collective.
 
@@ -93,10 +93,10 @@ def check_settings(me: Ranks, settings: Mapping[str, object]) -> None:
     Raises:
         AgreedError: on every rank, as ``same_everywhere``.
     """
-    same_everywhere(me, {**settings, **surroundings(me)})
+    same_everywhere(ranks, {**settings, **surroundings(ranks)})
 
 
-def surroundings(me: Ranks) -> dict[str, object]:
+def surroundings(ranks: Ranks) -> dict[str, object]:
     """What beside the configuration a run's numbers depend on: code, versions, environment."""
     code = hashlib.sha256()
     for file in sorted(Path(__file__).parents[1].rglob("*.py")):
@@ -109,24 +109,24 @@ def surroundings(me: Ranks) -> dict[str, object]:
             versions[package] = "not installed"
     return {
         **{f"the version of {name}": version for name, version in versions.items()},
-        "the device": me.device.type,
+        "the device": ranks.device.type,
         "the code of dnt_scale": code.hexdigest()[:12],
         **{f"the variable {name}": os.environ.get(name, "not set") for name in NUMERIC_VARIABLES},
     }
 
 
-def same_everywhere(me: Ranks, what: Mapping[str, object]) -> None:
+def same_everywhere(ranks: Ranks, what: Mapping[str, object]) -> None:
     """That ``what``, names to plain values, is on every rank as on rank 0. A collective.
 
     Raises:
         AgreedError: on every rank; names the first rank and field that differ, and both values.
     """
-    expected = on_first(me, lambda: dict(what))
+    expected = on_first(ranks, lambda: dict(what))
     difference = next(
         (name for name in sorted({*what, *expected}) if what.get(name) != expected.get(name)),
         None,
     )
-    found: list[tuple[str, object] | None] = [None] * me.world_size
+    found: list[tuple[str, object] | None] = [None] * ranks.world_size
     dist.all_gather_object(
         found, None if difference is None else (difference, what.get(difference))
     )

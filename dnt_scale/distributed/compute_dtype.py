@@ -59,7 +59,9 @@ def faster(cost: float) -> str:
     return "bf16" if cost < PAYS_BELOW else "fp32"
 
 
-def resolve(run: RunConfig, me: Ranks, command: str, recorded: str | None) -> tuple[RunConfig, str]:
+def resolve(
+    run: RunConfig, ranks: Ranks, command: str, recorded: str | None
+) -> tuple[RunConfig, str]:
     """Return ``run`` with bf16 or fp32 in place of auto, and a line for the user or "". A
     collective.
 
@@ -72,14 +74,15 @@ def resolve(run: RunConfig, me: Ranks, command: str, recorded: str | None) -> tu
     asked = run.train.dtype
     if asked == "fp32" and (recorded is None or command == "fp32"):
         return run, ""
-    cost = highest(round(1000 * min(bf16_cost(me.device), 1e6)))[0] / 1000  # the slowest rank's
+    cost = highest(round(1000 * min(bf16_cost(ranks.device), 1e6)))[0] / 1000  # the slowest rank's
     best = faster(cost)
     chosen = (recorded or best) if asked == "auto" else asked
     line = ""
     if chosen == "bf16" != best:
         whose = "recorded with the checkpoint" if recorded == "bf16" else "asked for"
         line = (
-            f"train.dtype: bf16 was {whose}, but {slowness(me.device, cost)}; train.dtype=fp32 is "
+            f"train.dtype: bf16 was {whose}, but {slowness(ranks.device, cost)}; train.dtype=fp32 "
+            "is "
             "faster"
         )
     elif chosen != best:
@@ -110,11 +113,11 @@ def for_inference(recorded: str, device: torch.device) -> tuple[torch.dtype, str
     return torch.float32, line
 
 
-def for_preflight(run: RunConfig, me: Ranks) -> torch.dtype:
+def for_preflight(run: RunConfig, ranks: Ranks) -> torch.dtype:
     """Return the dtype in which to time the devices of a run, the same on all ranks. A
     collective.
     """
-    resolved, _ = resolve(run, me, run.train.dtype, None)
+    resolved, _ = resolve(run, ranks, run.train.dtype, None)
     return torch.bfloat16 if resolved.train.dtype == "bf16" else torch.float32
 
 

@@ -225,8 +225,8 @@ def arrive(store: PrefixStore, rank: int, world_size: int) -> None:
     there.
     """
     process = {"pid": os.getpid(), "started": start_ticks(os.getpid()), "machine": machine()}
-    me = {"rank": rank, "host": socket.gethostname(), **process}
-    first = json.loads(store.compare_set("world", "", json.dumps({**me, "size": world_size})))
+    ranks = {"rank": rank, "host": socket.gethostname(), **process}
+    first = json.loads(store.compare_set("world", "", json.dumps({**ranks, "size": world_size})))
     if first["size"] != world_size:
         raise ValueError(
             f"WORLD_SIZE is {world_size} on rank {rank}, but {first['size']} on rank "
@@ -234,15 +234,15 @@ def arrive(store: PrefixStore, rank: int, world_size: int) -> None:
             f"({first['host']}); start every rank with the same one"
         )
     key = f"rank/{rank}"
-    other = json.loads(store.compare_set(key, "", json.dumps(me)))
-    if other == me:
+    other = json.loads(store.compare_set(key, "", json.dumps(ranks)))
+    if other == ranks:
         return
     if not has_ended(other["pid"], other["started"], other["machine"]):
         raise ValueError(
             f"rank {rank} is here already, as process {other['pid']} on {other['host']}; give "
             "every process a RANK of its own, or end them all and start them again"
         )
-    store.set(key, json.dumps(me))
+    store.set(key, json.dumps(ranks))
 
 
 def missing(store: PrefixStore, world_size: int) -> list[int]:

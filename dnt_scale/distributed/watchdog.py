@@ -1,6 +1,6 @@
 """A hang ends all ranks, with one message that names the rank at fault.
 
-``with watching(me, hang_s):`` runs two threads beside the main one, which says where it is with
+``with watching(ranks, hang_s):`` runs two threads beside the main one, which says where it is with
 ``beat("step 118")``:
 
 - the pulse tells the others, through a TCPStore connection of its own (a client that waits, as the
@@ -91,13 +91,13 @@ class Verdict:
 class Watchdog:
     """See ``watching``, which is the way to have one."""
 
-    def __init__(self, me: Ranks, hang_s: float, tell: Tell | None) -> None:
-        self.me = me
+    def __init__(self, ranks: Ranks, hang_s: float, tell: Tell | None) -> None:
+        self.ranks = ranks
         self.tell = tell
         self.hang_s = hang_s
         self.tick = min(TICK_S, hang_s / 10)
         # all ranks' reading of all ranks is the work of one store: the more there are, the rarer
-        self.read_every = min(hang_s / 10, max(self.tick, me.world_size / 20))
+        self.read_every = min(hang_s / 10, max(self.tick, ranks.world_size / 20))
         self.thread_id = threading.get_ident()
         self.host, self.machine, self.pid = host(), machine(), os.getpid()
         self.started = start_ticks(self.pid)
@@ -118,16 +118,16 @@ class Watchdog:
         self.told = threading.Event()  # the store holds that this rank left, or why
         self.wake, self.stopping = threading.Event(), threading.Event()
         self.ending = threading.Lock()
-        self.seen = {me.rank: LastPulse(self._pulse(), 0.0, 0.0)}
+        self.seen = {ranks.rank: LastPulse(self._pulse(), 0.0, 0.0)}
         self.store: PrefixStore | None = None
-        if me.world_size > 1:
+        if ranks.world_size > 1:
             # a store may outlive a run
-            name = on_first(me, lambda: f"watchdog/{os.getpid()}/{time.time_ns()}")
+            name = on_first(ranks, lambda: f"watchdog/{os.getpid()}/{time.time_ns()}")
             address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
             self.store = store = PrefixStore(
                 name, TCPStore(address, port, is_master=False, wait_for_workers=False)
             )
-            together(me, lambda: store.set(str(me.rank), encode(self._pulse())))
+            together(ranks, lambda: store.set(str(ranks.rank), encode(self._pulse())))
             self.seen = {
                 rank: LastPulse(pulse, 0.0, 0.0) for rank, pulse in enumerate(self._read_all(store))
             }
@@ -171,13 +171,18 @@ class Watchdog:
         if reason is not None:
             what = f"ended at {main_thread.where}: {reason}"
             verdict = Verdict(
-                f"{self._name(self.me.rank)} {what}", [], [], 0, len(self._present()), self.status
+                f"{self._name(self.ranks.rank)} {what}",
+                [],
+                [],
+                0,
+                len(self._present()),
+                self.status,
             )
         if verdict:  # the first one stands
             store.compare_set("ended", "", encode(verdict))
         # who is gone is looked at before it is read whether it had left
         dead = [rank for rank, seen in self.seen.items() if self._gone(seen.pulse)]
-        store.set(str(self.me.rank), encode(self._pulse()))
+        store.set(str(self.ranks.rank), encode(self._pulse()))
         if store.check(["ended"]):
             self._end(Verdict(**orjson.loads(store.get("ended"))), store)
             return False
@@ -199,7 +204,7 @@ class Watchdog:
     def _read_all(self, store: PrefixStore) -> list[Pulse]:
         return [
             Pulse(**orjson.loads(text))
-            for text in store.multi_get([str(r) for r in range(self.me.world_size)])
+            for text in store.multi_get([str(r) for r in range(self.ranks.world_size)])
         ]
 
     def _notice(self, rank: int, pulse: Pulse) -> None:
@@ -222,7 +227,7 @@ class Watchdog:
             self.clock += min(now - before, 2 * self.tick)
             before = now
             if self.store is None:
-                self._notice(self.me.rank, self._pulse())
+                self._notice(self.ranks.rank, self._pulse())
                 self.read = self.clock
             if self.verdict is None and not self.quiet and (verdict := self._judge()):
                 self.verdict = verdict
@@ -274,7 +279,7 @@ class Watchdog:
         has, it, first = ("has", "it", "it") if len(behind) == 1 else ("have", "them", "the first")
         if pulse.left:
             return self._verdict(behind, f"left {age:.0f} s ago, and the others wait for {it}")
-        others = f"; the others wait for {it}" if len(behind) < self.me.world_size else ""
+        others = f"; the others wait for {it}" if len(behind) < self.ranks.world_size else ""
         return self._verdict(
             behind,
             f"{has} not moved since {pulse.where}, {age:.0f} s ago ({first} is in "
@@ -286,7 +291,9 @@ class Watchdog:
         names += f" and {len(culprits) - 4} more" if len(culprits) > 4 else ""
         hosts = sorted({self.seen[rank].pulse.host for rank in culprits})
         able = self._present() - set(lost)
-        return Verdict(f"{names} {what}", lost, hosts, min(able, default=self.me.rank), len(able))
+        return Verdict(
+            f"{names} {what}", lost, hosts, min(able, default=self.ranks.rank), len(able)
+        )
 
     def _present(self) -> set[int]:
         return {
@@ -306,7 +313,7 @@ class Watchdog:
             if self.reason is None:
                 for rank in verdict.lost:
                     self._kill(self.seen[rank].pulse)
-                if self.me.rank == verdict.printer:
+                if self.ranks.rank == verdict.printer:
                     advice = (
                         "; the same command goes on from the newest checkpoint"
                         if verdict.hosts
@@ -326,7 +333,7 @@ class Watchdog:
         """Rank 0 may hold the store, so it goes last."""
         readers = store.add("readers", 1)
         deadline = time.monotonic() + FAREWELL_S
-        while self.me.first and readers < expected and time.monotonic() < deadline:
+        while self.ranks.first and readers < expected and time.monotonic() < deadline:
             time.sleep(0.02)
             readers = store.add("readers", 0)
 
@@ -352,7 +359,7 @@ class Watchdog:
         What is wrong on all ranks is for rank 0 to report, as if it were alone: the others let it
         go first, and end here once it has.
         """
-        if not self.me.first:
+        if not self.ranks.first:
             time.sleep(GRACE_S)
         with self.ending:
             self.reason, self.status = reason, status
@@ -374,7 +381,7 @@ class Watchdog:
         store for a death.
         """
         self._leave()
-        while self.me.first and not self._all_left():
+        while self.ranks.first and not self._all_left():
             self._look()
         self._close()
 
@@ -385,10 +392,13 @@ class Watchdog:
         self._leave()
         deadline = time.monotonic() + min(FAREWELL_S, 2 * self.read_every)
         while (
-            self.me.first and not for_first and not self._all_left() and time.monotonic() < deadline
+            self.ranks.first
+            and not for_first
+            and not self._all_left()
+            and time.monotonic() < deadline
         ):
             self._look()  # that they know it before the store ends
-        if for_first and not self.me.first:
+        if for_first and not self.ranks.first:
             while (
                 self.pulse.is_alive()
                 and not self.seen[0].pulse.left
@@ -424,7 +434,7 @@ class Watchdog:
 
 
 @contextmanager
-def watching(me: Ranks, hang_s: float, tell: Tell | None = None) -> Iterator[None]:
+def watching(ranks: Ranks, hang_s: float, tell: Tell | None = None) -> Iterator[None]:
     """Watch over all ranks for the length of a block. A collective at its start; every rank enters
     and leaves it.
 
@@ -437,7 +447,7 @@ def watching(me: Ranks, hang_s: float, tell: Tell | None = None) -> Iterator[Non
         tell: called once, on one rank, with the message and the hosts of the ranks that died, hung
             or went silent.
     """
-    watch = Watchdog(me, hang_s, tell)
+    watch = Watchdog(ranks, hang_s, tell)
     try:
         yield
     except AgreedError:

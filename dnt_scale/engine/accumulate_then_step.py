@@ -10,7 +10,7 @@ from dnt_scale.engine.reductions import squared_norms
 from dnt_scale.optim.sharded_optimizer import ShardedOptimizer
 
 if TYPE_CHECKING:
-    from dnt_scale.engine.fsdp import Part
+    from dnt_scale.engine.fsdp import ParameterShard
 
 
 class GradientStrategy(Protocol):
@@ -49,7 +49,7 @@ class AccumulateThenStep:
 
     sum_copies_each_time = False
 
-    def __init__(self, optimizer: ShardedOptimizer, parts: Sequence["Part"]) -> None:
+    def __init__(self, optimizer: ShardedOptimizer, parts: Sequence["ParameterShard"]) -> None:
         self.optimizer = optimizer
         self.parts = parts
 

@@ -6,7 +6,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from dnt_scale.checkpoint.tensor_shards import Box
+from dnt_scale.checkpoint.tensor_shards import TensorShard
 from dnt_scale.model.batch import Batch
 
 # (mean loss, norm of the whole gradient) -> what the gradient is multiplied by; 0.0: skip the step.
@@ -43,11 +43,11 @@ class Engine(Protocol):
         targets of all ranks' batches; every rank must pass the same number of them."""
         ...
 
-    def boxes(self) -> list[Box]:
+    def shards(self) -> list[TensorShard]:
         """This rank's parts of every weight (fp32 master) and optimizer buffer, as views.
 
-        The boxes of all ranks cover each tensor; where several ranks hold the same box, ``replica``
-        numbers them.
+        The shards of all ranks cover each tensor; where several ranks hold the same one,
+        ``replica`` numbers them.
         """
         ...
 
@@ -58,7 +58,7 @@ class Engine(Protocol):
         ...
 
     def refresh(self, scalars: Mapping[str, float]) -> None:
-        """Take over new contents of the boxes, which were written in place, and ``scalars`` with
+        """Take over new contents of the shards, which were written in place, and ``scalars`` with
         them.
         """
         ...

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 
-from dnt_scale.checkpoint.tensor_shards import Box, flat_boxes
+from dnt_scale.checkpoint.tensor_shards import TensorShard, flat_shards
 from dnt_scale.config import DeepSpeedEngineConfig, RunConfig
 from dnt_scale.config.deepspeed_json import JSON, deepspeed_json
 from dnt_scale.distributed.process_group import Ranks
@@ -28,7 +28,7 @@ from dnt_scale.engine.reductions import (
     recorded_over_ranks,
     squared_norms,
 )
-from dnt_scale.engine.zero_internals import Part, Partitions, free, join, partitions
+from dnt_scale.engine.zero_internals import Partitions, ZeroSlice, free, join, partitions
 from dnt_scale.model.batch import Batch, moved, split
 from dnt_scale.model.task import LossModule, Task, blank_buffers, fill_buffers
 from dnt_scale.optim.build import build_optimizer
@@ -110,7 +110,7 @@ def _sharded(model_fn: Callable[[], Task], json: JSON) -> LossModule:
         return LossModule(model_fn())
 
 
-def _segments(parts: list[Part]) -> dict[Tensor, list[Segment]]:
+def _segments(parts: list[ZeroSlice]) -> dict[Tensor, list[Segment]]:
     """Return where parameters lie in the flat tensors, in the order of ``parts``."""
     segments: dict[Tensor, list[Segment]] = {}
     for part in parts:
@@ -121,7 +121,7 @@ def _segments(parts: list[Part]) -> dict[Tensor, list[Segment]]:
 
 
 @torch.no_grad()
-def _fill(parts: list[Part], task: Task, seed: int) -> None:
+def _fill(parts: list[ZeroSlice], task: Task, seed: int) -> None:
     """Initial master weights: every rank draws a tensor by name and keeps its part, one tensor
     at a time.
     """
@@ -142,7 +142,7 @@ class DeepSpeedEngine:
         task: Task,
         optimizer: ShardedOptimizer,
         zero: Partitions,
-        parts: list[Part],
+        parts: list[ZeroSlice],
         schedule: Schedule,
         config: RunConfig,
         ranks: Ranks,
@@ -210,19 +210,19 @@ class DeepSpeedEngine:
             sums.add(self.engine(moved(batch, self.ranks.device), measure=True), batch)
         return sums.means()
 
-    def boxes(self) -> list[Box]:
+    def shards(self) -> list[TensorShard]:
         replica, replicas = (
             (self.ranks.rank, self.ranks.world_size) if self.zero.replicated else (0, 1)
         )
-        boxes: list[Box] = []
+        shards: list[TensorShard] = []
         for part in self.parts:
             held = {"model": part.flat, **self.optimizer.buffers(part.flat)}
             for kind, buffer in held.items():
                 run = part.of(buffer)
-                boxes += flat_boxes(
+                shards += flat_shards(
                     f"{kind}.{part.name}", part.shape, part.start, run, replica, replicas
                 )
-        return boxes
+        return shards
 
     def scalars(self) -> dict[str, float]:
         return {"step": self.step, "updates": self.updates}

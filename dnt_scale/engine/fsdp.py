@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from dnt_scale.checkpoint.tensor_shards import Box
+from dnt_scale.checkpoint.tensor_shards import TensorShard
 from dnt_scale.config import RunConfig, TorchEngineConfig
 from dnt_scale.distributed.process_group import Ranks
 from dnt_scale.engine.accumulate_then_step import AccumulateThenStep, GradientStrategy
@@ -30,7 +30,7 @@ from dnt_scale.optim.shards import local
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
+class ParameterShard:
     """This rank's rows of a parameter.
 
     The optimizer steps ``rows`` and not FSDP2's parameter, whose storage they are: it then meets
@@ -75,16 +75,16 @@ def build(
     return FSDPEngine(model, parts, optimizer, schedule, config, ranks)
 
 
-def _part(name: str, parameter: nn.Parameter) -> Part:
+def _part(name: str, parameter: nn.Parameter) -> ParameterShard:
     assert isinstance(parameter, DTensor)
     _, offset = compute_local_shape_and_global_offset(
         parameter.shape, parameter.device_mesh, parameter.placements
     )
-    return Part(name, parameter, nn.Parameter(local(parameter.detach())), tuple(offset))
+    return ParameterShard(name, parameter, nn.Parameter(local(parameter.detach())), tuple(offset))
 
 
 @torch.no_grad()
-def fill(parts: Iterable[Part], task: Task, seed: int) -> None:
+def fill(parts: Iterable[ParameterShard], task: Task, seed: int) -> None:
     """Initial weights: every rank draws a whole tensor by name and keeps its rows, so sharding
     changes nothing.
     """
@@ -106,7 +106,7 @@ class FSDPEngine:
     def __init__(
         self,
         model: LossModule,
-        parts: Sequence[Part],
+        parts: Sequence[ParameterShard],
         optimizer: ShardedOptimizer,
         schedule: Schedule,
         config: RunConfig,
@@ -163,7 +163,7 @@ class FSDPEngine:
                 module.reshard()
         return sums.means()
 
-    def boxes(self) -> list[Box]:
+    def shards(self) -> list[TensorShard]:
         replica = self.mesh.get_local_rank(0) if self.mesh.ndim == 2 else 0
         found = []
         for part in self.parts:
@@ -172,7 +172,9 @@ class FSDPEngine:
                 if data.numel():
                     shape = tuple(part.parameter.shape)
                     found.append(
-                        Box(f"{kind}.{part.name}", shape, part.offset, data, replica, self.replicas)
+                        TensorShard(
+                            f"{kind}.{part.name}", shape, part.offset, data, replica, self.replicas
+                        )
                     )
         return found
 
@@ -216,14 +218,14 @@ class FSDPEngine:
         return loss, math.fsum(math.sqrt(square) for square in whole_squares), metrics
 
 
-def blockwise(parts: Iterable[Part], task: Task) -> list[list[Part]]:
+def blockwise(parts: Iterable[ParameterShard], task: Task) -> list[list[ParameterShard]]:
     """The parts that FSDP2 reduces together: each block's, and the root's."""
     block_of = {
         id(parameter): number
         for number, block in enumerate(task.blocks)
         for parameter in block.parameters()
     }
-    groups: dict[int | None, list[Part]] = {}
+    groups: dict[int | None, list[ParameterShard]] = {}
     for part in parts:
         groups.setdefault(block_of.get(id(part.parameter)), []).append(part)
     return list(groups.values())

@@ -15,7 +15,7 @@ from dnt_scale.engine.reductions import squared_norms
 from dnt_scale.optim.sharded_optimizer import ShardedOptimizer
 
 if TYPE_CHECKING:
-    from dnt_scale.engine.fsdp import Part
+    from dnt_scale.engine.fsdp import ParameterShard
 
 
 class MomentumInBackward:
@@ -40,7 +40,7 @@ class MomentumInBackward:
         self,
         optimizer: ShardedOptimizer,
         config: OptimizerConfig,
-        blocks: Iterable[Sequence["Part"]],
+        blocks: Iterable[Sequence["ParameterShard"]],
         shards: dist.ProcessGroup,
         device: torch.device,
     ) -> None:
@@ -77,7 +77,7 @@ class MomentumInBackward:
             self.squares_M = torch.zeros(micro_batches, dtype=torch.float64, device=self.device)
 
     @torch.no_grad()
-    def on_gradients_ready(self, members: Sequence["Part"], _: Tensor) -> None:
+    def on_gradients_ready(self, members: Sequence["ParameterShard"], _: Tensor) -> None:
         """Take a block's gradients: each parameter's hook, of which the last one finds them all.
 
         They are one storage, so that none can be freed before all are there.

@@ -30,7 +30,7 @@ from dnt_scale.distributed.process_group import Ranks
 
 
 @dataclass(frozen=True)
-class Part:
+class ZeroSlice:
     """A run of a parameter in a tensor that the optimizer steps; length 0 where this rank holds
     none of it.
     """
@@ -52,7 +52,7 @@ class Partitions(Protocol):
 
     replicated: bool  # every rank holds everything, rather than a part
 
-    def parts(self) -> list[Part]:
+    def parts(self) -> list[ZeroSlice]:
         """Of every parameter of every flat tensor, in the same order on all ranks."""
         ...
 
@@ -122,10 +122,10 @@ class _Whole:
         self.engine = engine
         self.names = names
 
-    def parts(self) -> list[Part]:
+    def parts(self) -> list[ZeroSlice]:
         groups = self.engine.optimizer.param_groups
         return [
-            Part(self.names[p], tuple(p.shape), p, 0, 0, p.numel())
+            ZeroSlice(self.names[p], tuple(p.shape), p, 0, 0, p.numel())
             for group in groups
             for p in group["params"]
         ]
@@ -167,7 +167,7 @@ class _Sharded:
 
     def part(
         self, parameter: Any, shape: torch.Size, flat: Tensor, begin: int, size: int, offset: int
-    ) -> Part:
+    ) -> ZeroSlice:
         """The part of a parameter whose elements from ``begin`` on, at most ``size``, lie in
         ``flat``.
 
@@ -177,7 +177,7 @@ class _Sharded:
         """
         start = min(max(begin, 0), shape.numel())
         length = max(0, min(shape.numel(), begin + size) - start)
-        return Part(
+        return ZeroSlice(
             self.names[parameter],
             tuple(shape),
             flat,
@@ -195,7 +195,7 @@ class _Bf16(_Sharded):
         "dp_rank",
     )
 
-    def parts(self) -> list[Part]:
+    def parts(self) -> list[ZeroSlice]:
         parts = []
         for parameters, flat in zip(
             self.optimizer.bf16_groups, self.optimizer.fp32_groups_flat_partition, strict=True
@@ -231,7 +231,7 @@ class _Zero12(_Sharded):
         "_wait_for_offload_copies",
     )
 
-    def parts(self) -> list[Part]:
+    def parts(self) -> list[ZeroSlice]:
         rank = torch.distributed.get_rank(self.optimizer.dp_process_group)
         parts = []
         for parameters, offsets, flat in zip(
@@ -280,7 +280,7 @@ class _Zero3(_Sharded):
         "_reassign_or_swap_out_partitioned_parameters",
     )
 
-    def parts(self) -> list[Part]:
+    def parts(self) -> list[ZeroSlice]:
         parts = []
         for parameters, flat in zip(
             self.optimizer.fp16_groups, self.optimizer.fp32_partitioned_groups_flat, strict=True

@@ -71,7 +71,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Refuse torch's state dicts: they would cast bf16 buffers and replace the groups.
 
-        See ``Engine.boxes`` for what checkpoints do instead.
+        See ``Engine.shards`` for what checkpoints do instead.
         """
         raise NotImplementedError("copy into the buffers in place, then call set_updates")
 

@@ -31,7 +31,7 @@ def peak_flops(device: torch.device) -> float | None:
     return PEAK_FLOPS[max(matching, key=len)] if matching else None
 
 
-def speed(run: RunConfig, unit: Unit, flops_a_row: float, seconds: float, me: Ranks) -> Metrics:
+def speed(run: RunConfig, unit: Unit, flops_a_row: float, seconds: float, ranks: Ranks) -> Metrics:
     """Return what a step of so many seconds tells of a run's speed.
 
     That is units a second over all ranks (``tokens_per_s``); MFU = rows/s x FLOPs a row / (ranks x
@@ -39,11 +39,11 @@ def speed(run: RunConfig, unit: Unit, flops_a_row: float, seconds: float, me: Ra
     bytes).
     """
     metrics: Metrics = {f"{unit.name}_per_s": unit.of(run.train.global_batch) / seconds}
-    if peak := peak_flops(me.device):
+    if peak := peak_flops(ranks.device):
         flops = run.train.global_batch * flops_a_row
-        metrics["mfu"] = flops / seconds / (me.world_size * peak)
-    if me.device.type == "cuda":
-        metrics["memory_gb"] = torch.cuda.max_memory_allocated(me.device) / 1e9
+        metrics["mfu"] = flops / seconds / (ranks.world_size * peak)
+    if ranks.device.type == "cuda":
+        metrics["memory_gb"] = torch.cuda.max_memory_allocated(ranks.device) / 1e9
     return metrics
 
 

@@ -42,18 +42,18 @@ Sample = dict[str, float]
 
 
 @contextmanager
-def sampling(run: RunConfig, me: Ranks, step: Callable[[], int]) -> Iterator[None]:
+def sampling(run: RunConfig, ranks: Ranks, step: Callable[[], int]) -> Iterator[None]:
     """Append a sample now and then for the length of a block, where this rank is its node's first.
 
     Args:
         step: tells the last step done.
     """
     every_s = run.tracking.system_every_s
-    if not (run.tracking.enabled and every_s and me.local_rank == 0):
+    if not (run.tracking.enabled and every_s and ranks.local_rank == 0):
         yield
         return
     over = threading.Event()
-    gpus = me.device.type == "cuda"
+    gpus = ranks.device.type == "cuda"
     arguments = (run.run.dir, every_s, step, gpus, over)
     thread = threading.Thread(target=_keep_sampling, args=arguments, name="system metrics")
     thread.daemon = True

@@ -20,7 +20,12 @@ from dnt_scale.checkpoint.inspection import (
 )
 from dnt_scale.checkpoint.progress import Meter
 from dnt_scale.checkpoint.read import by_name, complete, read_parts, whole_shape
-from dnt_scale.checkpoint.safetensors_header import Part, make_header, read_head, read_header
+from dnt_scale.checkpoint.safetensors_header import (
+    StoredRegion,
+    make_header,
+    read_head,
+    read_header,
+)
 from dnt_scale.checkpoint.state import read_state, step_name
 from dnt_scale.checkpoint.storage import CheckpointError, Storage, fsync_folder
 from dnt_scale.checkpoint.tensor_shards import Region
@@ -200,7 +205,7 @@ def _model_told(source: Storage, file: Path, overrides: Sequence[str]) -> list[s
 
 def _weights(
     source: Storage, file: Path, wanted: dict[str, tuple[int, ...]]
-) -> dict[str, list[Part]]:
+) -> dict[str, list[StoredRegion]]:
     """The parts of a file by the parameters' names. Raises CheckpointError unless they are just
     those wanted.
     """

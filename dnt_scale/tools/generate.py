@@ -27,7 +27,7 @@ def _one_set(data: DataSection) -> Source:
 def generate(
     run_dir: Path,
     prompt: str,
-    me: Ranks,
+    ranks: Ranks,
     *,
     tokens: int,
     temperature: float,
@@ -43,7 +43,7 @@ def generate(
         top_k: sample from the k most likely tokens; 0: from all.
         data: where the tokenizer is, if the run's data has moved; of a mixture, one set is enough.
     """
-    run, model, source = load_run(run_dir, data, me, _one_set)
+    run, model, source = load_run(run_dir, data, ranks, _one_set)
     if not isinstance(source, TokenSource) or not isinstance(model, DNT):
         raise ConfigError(
             f"{run_dir}: model.kind is {run.model.kind}, which is no language model, and has no "
@@ -66,7 +66,7 @@ def generate(
             shown = text
         if not left or (ids[-1] == manifest.eos_id and len(ids) > 1):
             break
-        context_1T = torch.tensor([ids[-model.config.context :]], device=me.device)
+        context_1T = torch.tensor([ids[-model.config.context :]], device=ranks.device)
         logits_V = model(context_1T)[0, -1].float().cpu()
         # ids that only round the embedding up
         logits_V[manifest.tokenizer.vocab_size :] = -torch.inf

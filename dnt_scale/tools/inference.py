@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from dnt_scale import checkpoint, config
-from dnt_scale.checkpoint.tensor_shards import Box
+from dnt_scale.checkpoint.tensor_shards import TensorShard
 from dnt_scale.config import ConfigError, DataSection, RunConfig
 from dnt_scale.data.sources import Source
 from dnt_scale.distributed import compute_dtype
@@ -26,7 +26,7 @@ def whole_source(data: DataSection) -> Source:
 def load_run(
     run_dir: Path,
     data: Path | None,
-    me: Ranks,
+    ranks: Ranks,
     open_source: Callable[[DataSection], Source] = whole_source,
 ) -> tuple[RunConfig, Task, Source]:
     """Return a run's configuration, its model with the newest weights (to be computed with at
@@ -46,21 +46,25 @@ def load_run(
     if newest is None:
         raise ConfigError(f"{folder}: no complete checkpoint; train the run until it has saved one")
     state = checkpoint.read_state(newest)
-    checkpoint.check_files(newest, state, me)
+    checkpoint.check_files(newest, state, ranks)
     source = _found(run_dir, data, run.data, open_source)
     if problem := source.foreign(state.of_source, newest):
         raise ConfigError(f"{source.parts()[0].place}: {problem}")
     task = build_task(run.model, source.rows)
     weights = [(f"model.{name}", tuple(p.shape), p.detach()) for name, p in task.named_parameters()]
     checkpoint.read_tensors(
-        newest, [Box(name, shape, (0,) * len(shape), data) for name, shape, data in weights], me
+        newest,
+        [TensorShard(name, shape, (0,) * len(shape), data) for name, shape, data in weights],
+        ranks,
     )
-    dtype, line = compute_dtype.for_inference(run.train.dtype, me.device)
+    dtype, line = compute_dtype.for_inference(run.train.dtype, ranks.device)
     if line:
         warn(line)
     for _, parameter in task.named_parameters():
-        parameter.data = parameter.data.to(me.device, dtype)
-    fill_buffers(task, blank_buffers(task, run.model.kind), me.device)  # not cast, as in training
+        parameter.data = parameter.data.to(ranks.device, dtype)
+    fill_buffers(
+        task, blank_buffers(task, run.model.kind), ranks.device
+    )  # not cast, as in training
     return run, task, source
 
 
@@ -87,22 +91,22 @@ def _found(
 
 
 @torch.inference_mode()
-def evaluate(run_dir: Path, data: Path | None, rows: int | None, me: Ranks) -> dict[str, float]:
+def evaluate(run_dir: Path, data: Path | None, rows: int | None, ranks: Ranks) -> dict[str, float]:
     """Return what validation tells on ``rows`` (default: all) evenly spread held-out rows of each
     set, ``val/...``.
 
     Args:
         data: another set that the model knows; default the run's own.
     """
-    run, task, source = load_run(run_dir, data, me)
+    run, task, source = load_run(run_dir, data, ranks)
     if missing := source.no_validation():
         field = "--data" if data else missing.field
         raise ConfigError(f"{field}: {missing.what}; {missing.remedy}")
     means = {}
     sets = source.validation(rows=rows, micro_batch=run.train.micro_batch, rank=0, world_size=1)
     for name, batches in sets.items():
-        sums = EvalSums(task, me.device)
+        sums = EvalSums(task, ranks.device)
         for batch in batches:
-            sums.add(task.eval_sums(moved(batch, me.device)), batch)
+            sums.add(task.eval_sums(moved(batch, ranks.device)), batch)
         means[name] = sums.means()
     return source.validation_metrics(means)

@@ -6,7 +6,7 @@ from dnt_scale.distributed.host import host
 from dnt_scale.distributed.process_group import Ranks
 
 
-def out_of_memory_message(me: Ranks, run: RunConfig) -> str:
+def out_of_memory_message(ranks: Ranks, run: RunConfig) -> str:
     """Where memory ran out, and what of ``run`` to change."""
     advice = (
         [f"a smaller train.micro_batch (it is {run.train.micro_batch})"]
@@ -22,6 +22,6 @@ def out_of_memory_message(me: Ranks, run: RunConfig) -> str:
         advice.append("optim.gradient_buffer=false")
     advice.append("more ranks")
     return (
-        f"out of memory on rank {me.rank} ({host()}) at {main_thread.where}; try "
+        f"out of memory on rank {ranks.rank} ({host()}) at {main_thread.where}; try "
         f"{', '.join(advice)}"
     )

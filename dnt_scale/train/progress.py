@@ -22,13 +22,13 @@ PLAIN_LINE_SECONDS = 10.0
 
 
 def opening_line(
-    run: RunConfig, source: Source, total_steps: int, newest: Path | str | None, me: Ranks
+    run: RunConfig, source: Source, total_steps: int, newest: Path | str | None, ranks: Ranks
 ) -> str:
     epochs = source.epochs(total_steps * run.train.global_batch)
     return (
         f"{run.run.name}: {run.model.name}, {count_parameters(run.model) / 1e6:.1f}M parameters, "
         f"{total_steps} steps of {source.unit.of(run.train.global_batch):,} {source.unit.name} "
-        f"({epochs}) on {me.world_size} x {me.device.type} in {run.train.dtype}, engine "
+        f"({epochs}) on {ranks.world_size} x {ranks.device.type} in {run.train.dtype}, engine "
         f"{run.engine.name}, "
         + (f"resuming from {newest}" if newest else "from the start")
         + (

@@ -86,16 +86,16 @@ def run_rank(
     rank = 0
     try:
         rank, _, _ = process_group.environment()
-        me = process_group.start(run.run.device, run.health.hang_s)
+        ranks = process_group.start(run.run.device, run.health.hang_s)
         with (
-            watching(me, run.health.hang_s, telling(run.run.dir)),
-            only_writer(run, me, check_no_job),
+            watching(ranks, run.health.hang_s, telling(run.run.dir)),
+            only_writer(run, ranks, check_no_job),
         ):
             if before:
-                before(me)
-            begun = begun_on_all(run, me, typed, fresh=fresh)
+                before(ranks)
+            begun = begun_on_all(run, ranks, typed, fresh=fresh)
             run = begun.run
-            status = train(begun, me)
+            status = train(begun, ranks)
     except AgreedError as error:
         if rank == 0:
             print(f"error: {error}", file=sys.stderr)
@@ -103,7 +103,7 @@ def run_rank(
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         speaker = "" if rank == 0 else f"rank {rank}: "
         if out_of_memory(error):
-            print(f"{speaker}error: {out_of_memory_message(me, run)}", file=sys.stderr)
+            print(f"{speaker}error: {out_of_memory_message(ranks, run)}", file=sys.stderr)
         elif isinstance(error, ValueError | OSError):
             print(f"{speaker}error: {error}", file=sys.stderr)
         elif isinstance(error, RuntimeError) and lost_peer(error):

@@ -18,7 +18,7 @@ from dnt_scale.train.run_folder import write_config
 LINE_CHARS = 90
 
 
-def start_tracking(run: RunConfig, state: State, me: Ranks) -> Tracker:
+def start_tracking(run: RunConfig, state: State, ranks: Ranks) -> Tracker:
     """Write ``config.yaml`` and open the records, going on where the checkpoint stands.
 
     Raises:
@@ -37,7 +37,7 @@ def start_tracking(run: RunConfig, state: State, me: Ranks) -> Tracker:
         params={
             **config.flat(run),
             "parameters": count_parameters(run.model),
-            "ranks": me.world_size,
+            "ranks": ranks.world_size,
         },
         tags={
             "git_commit": commit,
@@ -47,16 +47,16 @@ def start_tracking(run: RunConfig, state: State, me: Ranks) -> Tracker:
         },
         enabled=run.tracking.enabled,
         resume_step=state.step,
-        description=description(run, me, commit),
+        description=description(run, ranks, commit),
     )
 
 
-def description(run: RunConfig, me: Ranks, commit: str) -> str:
+def description(run: RunConfig, ranks: Ranks, commit: str) -> str:
     """The text on the run's page, in Markdown: what it is, where it is, how to go on with it."""
     model, optim, train = run.model, run.optim, run.train
     budget = f"{train.steps:,} steps" if train.steps else f"{train.tokens:,} tokens"
     batch = f"{budget}, {train.global_batch:,} rows a step, {train.dtype}"
-    ranks = "1 rank" if me.world_size == 1 else f"{me.world_size} ranks"
+    counted = "1 rank" if ranks.world_size == 1 else f"{ranks.world_size} ranks"
     sets = [
         f"{found.weight:.3g} {code(found.name)} {code(found.path)}"
         if found.name
@@ -72,14 +72,14 @@ def description(run: RunConfig, me: Ranks, commit: str) -> str:
         f"{optim.schedule.name} schedule with {optim.schedule.warmup_steps:,} warmup steps",
         f"- **budget**: {batch}",
         f"- **data**: {', '.join(sets) or f'kind {run.data.kind}'}",
-        f"- **engine**: {run.engine.name} on {ranks} ({me.device.type})",
+        f"- **engine**: {run.engine.name} on {counted} ({ranks.device.type})",
         f"- **where**: host {code(socket.gethostname())}, folder "
         f"{code(os.path.realpath(run.run.dir))}" + (f", SLURM job {job}" if job else ""),
         f"- **code**: commit {code(commit)}",
         "",
         "To go on with it:",
         "",
-        *(f"    {line}" for words in command(run, me) for line in shell_lines(words)),
+        *(f"    {line}" for words in command(run, ranks) for line in shell_lines(words)),
     ]
     return "\n".join(lines) + "\n"
 
@@ -89,18 +89,20 @@ def code(text: object) -> str:
     return f"`` {text} ``" if "`" in str(text) else f"`{text}`"
 
 
-def command(run: RunConfig, me: Ranks) -> list[list[str]]:
+def command(run: RunConfig, ranks: Ranks) -> list[list[str]]:
     """What to run in a shell to go on with a run, word by word: what has started it."""
     if (run.run.dir / "jobs" / "run.json").exists():
         return [["dnt", "resubmit", os.path.realpath(run.run.dir)]]
     words = sys.argv[2:] if sys.argv[1:2] == ["train"] else sys.argv[1:]
     overrides = [word for word in words if word != "--fresh"]
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", me.world_size))
-        nodes = "--standalone" if local == me.world_size else f"--nnodes={me.world_size // local}"
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world_size))
+        nodes = (
+            "--standalone" if local == ranks.world_size else f"--nnodes={ranks.world_size // local}"
+        )
         start = ["torchrun", nodes, f"--nproc-per-node={local}", "-m", "dnt_scale.train"]
-    elif me.world_size > 1:
-        start = ["srun", f"--ntasks={me.world_size}", "python", "-m", "dnt_scale.train"]
+    elif ranks.world_size > 1:
+        start = ["srun", f"--ntasks={ranks.world_size}", "python", "-m", "dnt_scale.train"]
     else:
         start = ["dnt", "train"]
     try:

@@ -81,7 +81,9 @@ def begin(run: RunConfig, typed: Typed, *, fresh: bool = False) -> Begun:
 
 
 @contextmanager
-def only_writer(run: RunConfig, me: Ranks, check_no_job: Callable[[Path], None]) -> Iterator[None]:
+def only_writer(
+    run: RunConfig, ranks: Ranks, check_no_job: Callable[[Path], None]
+) -> Iterator[None]:
     """Hold the locks of the run folder and of a folder of its checkpoints elsewhere, on rank 0. A
     collective.
 
@@ -97,7 +99,7 @@ def only_writer(run: RunConfig, me: Ranks, check_no_job: Callable[[Path], None])
     attempt = os.environ.get("DNT_ATTEMPT")
 
     def lock() -> None:
-        mine = run_lock.this_process("training", me.world_size)
+        mine = run_lock.this_process("training", ranks.world_size)
         patience = JOB_PATIENCE_S if attempt else 0.0
         locks.append(run_lock.take(run.run.dir, mine, patience_s=patience))
         place = run.checkpoints
@@ -112,14 +114,14 @@ def only_writer(run: RunConfig, me: Ranks, check_no_job: Callable[[Path], None])
             check_no_job(run.run.dir)
 
     try:
-        on_first(me, lock)
+        on_first(ranks, lock)
         yield
     finally:
         for held in reversed(locks):
             held.release()
 
 
-def begun_on_all(run: RunConfig, me: Ranks, typed: Typed, *, fresh: bool) -> Begun:
+def begun_on_all(run: RunConfig, ranks: Ranks, typed: Typed, *, fresh: bool) -> Begun:
     """:func:`begin` on rank 0, for every rank, once all are found to have the same settings. A
     collective.
 
@@ -129,12 +131,12 @@ def begun_on_all(run: RunConfig, me: Ranks, typed: Typed, *, fresh: bool) -> Beg
     # a set may lie elsewhere on each node: its manifest tells which it is, see
     # data.sources.check_parts
     check_settings(
-        me, {key: value for key, value in config.flat(run).items() if not is_set_path(key)}
+        ranks, {key: value for key, value in config.flat(run).items() if not is_set_path(key)}
     )
-    begun = on_first(me, lambda: begin(run, typed, fresh=fresh))
+    begun = on_first(ranks, lambda: begin(run, typed, fresh=fresh))
     here = begun.run.model_copy(update={"data": run.data})
-    run, line = compute_dtype.resolve(here, me, run.train.dtype, begun.start.dtype)
-    for note in (*begun.notes, *([line] if line else [])) if me.first else ():
+    run, line = compute_dtype.resolve(here, ranks, run.train.dtype, begun.start.dtype)
+    for note in (*begun.notes, *([line] if line else [])) if ranks.first else ():
         warn(note)
     return replace(begun, run=run)
 

@@ -152,7 +152,7 @@ def open_stream(config: RunConfig, source: Source, state: State, ranks: Ranks) -
 def restore(built: Engine, guard: Guard, newest: Path | str, state: State, ranks: Ranks) -> float:
     """Read a checkpoint into the engine and the guard, and return the seconds that it took."""
     started = time.perf_counter()
-    checkpoint.read_tensors(newest, built.boxes(), ranks)
+    checkpoint.read_tensors(newest, built.shards(), ranks)
     built.refresh(state.scalars)
     guard.restore(state.health)
     return time.perf_counter() - started

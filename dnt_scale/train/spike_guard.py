@@ -249,8 +249,8 @@ class Snapshot:
 
     @torch.no_grad()
     def take(self, engine: Engine) -> None:
-        """Copy the engine's boxes, over the snapshot before."""
-        data = [box.data for box in engine.boxes()]
+        """Copy the engine's shards, over the snapshot before."""
+        data = [shard.data for shard in engine.shards()]
         if self.copies is None:
             # page-locked where there is a GPU: several times as fast to copy
             self.copies = [
@@ -264,8 +264,8 @@ class Snapshot:
     def restore(self, engine: Engine) -> None:
         """Write the copies back; ``step`` stays as it is, ``updates`` is the snapshot's."""
         assert self.copies is not None, "a rollback before the first snapshot"
-        for copy, box in zip(self.copies, engine.boxes(), strict=True):
-            box.data.copy_(copy)
+        for copy, shard in zip(self.copies, engine.shards(), strict=True):
+            shard.data.copy_(copy)
         engine.refresh({**self.scalars, "step": engine.scalars()["step"]})
 
 

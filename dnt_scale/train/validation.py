@@ -12,16 +12,16 @@ from dnt_scale.model.batch import Batch
 from dnt_scale.record.speed import Metrics
 
 
-def validation(run: RunConfig, trainer: Engine, source: Source, me: Ranks) -> Metrics:
+def validation(run: RunConfig, engine: Engine, source: Source, ranks: Ranks) -> Metrics:
     """Measure the model on ``eval.rows`` evenly spread held-out rows of each set of the source."""
     sets = source.validation(
         rows=run.eval.rows,
         micro_batch=run.train.micro_batch,
-        rank=me.rank,
-        world_size=me.world_size,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
     )
     with device_metrics.ignored():
-        means = {name: trainer.evaluate(watched(sets[name])) for name in sets}
+        means = {name: engine.evaluate(watched(sets[name])) for name in sets}
     return {**source.validation_metrics(means)}
 
 

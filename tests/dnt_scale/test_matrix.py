@@ -37,11 +37,11 @@ def run_all(data: Path, out: Path, dtype: str, overrides: list[str]) -> None:
     me = process_group.start("cpu")
     for label in ENGINES:
         chosen = [*overrides, f"train.dtype={dtype}", "train.micro_batch=4"]
-        with engines.built(label, me, data, *chosen) as (run, trainer):
+        with engines.built(label, me, data, *chosen) as (run, engine):
             folder = out / f"{label}-{me.world_size}-{dtype}"
-            engines.save(trainer, me, folder)
-            found = engines.losses(run, trainer, me, 0, STEPS)
-            engines.save(trainer, me, folder)
+            engines.save(engine, me, folder)
+            found = engines.losses(run, engine, me, 0, STEPS)
+            engines.save(engine, me, folder)
             if me.first:
                 (folder / "losses.json").write_text(json.dumps(found))
     process_group.stop()
@@ -108,10 +108,10 @@ def run_unbuffered(data: Path, out: Path, runs: dict[str, list[str]]) -> None:
 
     me = process_group.start("cpu")
     for name, overrides in runs.items():
-        with engines.built("fsdp", me, data, *overrides) as (run, trainer):
-            engines.save(trainer, me, out / name)
-            engines.losses(run, trainer, me, 0, STEPS)
-            engines.save(trainer, me, out / name)
+        with engines.built("fsdp", me, data, *overrides) as (run, engine):
+            engines.save(engine, me, out / name)
+            engines.losses(run, engine, me, 0, STEPS)
+            engines.save(engine, me, out / name)
     process_group.stop()
 
 
@@ -154,10 +154,10 @@ def save_each(data: Path, out: Path, labels: list[str]) -> None:
 
     me = process_group.start("cpu")
     for label in labels:
-        with engines.built(label, me, data, *BATCH) as (run, trainer):
-            engines.losses(run, trainer, me, 0, BEFORE)
-            engines.save(trainer, me, out / label)
-            after = engines.losses(run, trainer, me, BEFORE, AFTER)
+        with engines.built(label, me, data, *BATCH) as (run, engine):
+            engines.losses(run, engine, me, 0, BEFORE)
+            engines.save(engine, me, out / label)
+            after = engines.losses(run, engine, me, BEFORE, AFTER)
             if me.first:
                 (out / label / "losses.json").write_text(json.dumps(after))
     process_group.stop()
@@ -170,10 +170,10 @@ def load_each(data: Path, out: Path) -> None:
     for saved, label, on_ranks in EXCHANGES:
         if on_ranks == me.world_size:
             folder = out / f"{saved}-{label}-{me.world_size}"
-            with engines.built(label, me, data, *BATCH) as (run, trainer):
-                engines.load(trainer, me, out / saved / f"step-{BEFORE:08d}")
-                engines.save(trainer, me, folder)
-                after = engines.losses(run, trainer, me, BEFORE, AFTER)
+            with engines.built(label, me, data, *BATCH) as (run, engine):
+                engines.load(engine, me, out / saved / f"step-{BEFORE:08d}")
+                engines.save(engine, me, folder)
+                after = engines.losses(run, engine, me, BEFORE, AFTER)
                 if me.first:
                     (folder / "losses.json").write_text(json.dumps(after))
     process_group.stop()

@@ -198,7 +198,7 @@ def train_with_a_flipped_bit(overrides: list[str], rank: int, step: int) -> None
 
     def marked(where: str) -> None:
         if where == f"step {step}" and int(os.environ["RANK"]) == rank:
-            built[0].boxes()[0].data.view(torch.int32).flatten()[5] ^= 1
+            built[0].shards()[0].data.view(torch.int32).flatten()[5] ^= 1
         beat(where)
 
     setup.engine.build, loop.beat = kept, marked

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dnt_scale import checkpoint, config, engine
+from dnt_scale import checkpoint, config
 from dnt_scale.checkpoint import State
 from dnt_scale.config import RunConfig
 from dnt_scale.data.token_sets import load_sets
 from dnt_scale.data.tokens import token_stream
 from dnt_scale.distributed.process_group import Ranks
+from dnt_scale.engine import build as build_engine
 from dnt_scale.engine.base import Engine
 from dnt_scale.model.dnt import DNT, IGNORED
 from dnt_scale.model.init import init_weights
@@ -45,14 +46,14 @@ def built(label: str, me: Ranks, data: Path, *overrides: str) -> Iterator[tuple[
     """A tiny run's engine for a block."""
     chosen = overrides_of(label, me.world_size)
     run = config.load(tiny(data, Path("unused"), *chosen, f"train.steps={STEPS}", *overrides))
-    trainer = engine.build(run, lambda: DNT(run.model), me, STEPS)
+    engine = build_engine(run, lambda: DNT(run.model), me, STEPS)
     try:
-        yield run, trainer
+        yield run, engine
     finally:
-        trainer.close()
+        engine.close()
 
 
-def losses(run: RunConfig, trainer: Engine, me: Ranks, first: int, steps: int) -> list[float]:
+def losses(run: RunConfig, engine: Engine, me: Ranks, first: int, steps: int) -> list[float]:
     """The losses of ``steps`` steps from step ``first`` on."""
     judge = Guard(run.health, run.optim.clip_norm, run.train.max_skipped).judge
     batch = run.train.global_batch
@@ -65,12 +66,12 @@ def losses(run: RunConfig, trainer: Engine, me: Ranks, first: int, steps: int) -
         world_size=me.world_size,
         consumed_rows=first * batch,
     ) as stream:
-        return [trainer.train_step(next(stream)[0], judge).loss for _ in range(steps)]
+        return [engine.train_step(next(stream)[0], judge).loss for _ in range(steps)]
 
 
-def save(trainer: Engine, me: Ranks, folder: Path) -> Path:
+def save(engine: Engine, me: Ranks, folder: Path) -> Path:
     """A checkpoint of what the engine holds, in ``folder``."""
-    scalars = trainer.scalars()
+    scalars = engine.scalars()
     state = State(
         step=int(scalars["step"]),
         consumed_rows=0,
@@ -86,14 +87,14 @@ def save(trainer: Engine, me: Ranks, folder: Path) -> Path:
         files={},
     )
     saver = checkpoint.Saver(folder, me, keep=9, keep_every=None, background=False)
-    saver.save(state, trainer.boxes())
+    saver.save(state, engine.shards())
     saver.close()
     return folder / f"step-{state.step:08d}"
 
 
-def load(trainer: Engine, me: Ranks, path: Path) -> None:
-    checkpoint.read_tensors(path, trainer.boxes(), me)
-    trainer.refresh(checkpoint.read_state(path).engine)
+def load(engine: Engine, me: Ranks, path: Path) -> None:
+    checkpoint.read_tensors(path, engine.shards(), me)
+    engine.refresh(checkpoint.read_state(path).engine)
 
 
 # An update of a whole weight in place: (weight, gradient, state, optimizer's section, group's

@@ -21,10 +21,11 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dnt_scale import config, engine
+from dnt_scale import config
 from dnt_scale.config import RunConfig
 from dnt_scale.distributed import process_group
 from dnt_scale.distributed.process_group import Ranks
+from dnt_scale.engine import build as build_engine
 from dnt_scale.engine.base import Engine
 from dnt_scale.engine.parallelize import parallelize
 from dnt_scale.model.dnt import DNT
@@ -53,8 +54,8 @@ def run_config(overrides: Sequence[str]) -> RunConfig:
 
 
 @contextmanager
-def trainer(run: RunConfig, me: Ranks) -> Iterator[Engine]:
-    built = engine.build(run, lambda: DNT(run.model), me, 100)
+def engine(run: RunConfig, me: Ranks) -> Iterator[Engine]:
+    built = build_engine(run, lambda: DNT(run.model), me, 100)
     yield built
     built.close()
 
@@ -145,7 +146,7 @@ class Collectives(TorchDispatchMode):
 
 def print_costs(overrides: Sequence[str], depths: Sequence[int]) -> None:
     """Of the model at each depth: bytes `held` between backward and update of the second step, at
-    the `peak` of that step, in `boxes` of each kind, and of a step's collectives by kind, as
+    the `peak` of that step, in `shards` of each kind, and of a step's collectives by kind, as
     `traffic`.
 
     What does not grow with the model (imports, buckets, a block's gathered weights) is in the
@@ -164,18 +165,20 @@ def print_costs(overrides: Sequence[str], depths: Sequence[int]) -> None:
             held.append(meter.now())
             return 1.0
 
-        with trainer(run, me) as built:
+        with engine(run, me) as built:
             rows = batch(run, me)
             built.train_step(rows, judge)
             with meter:
                 built.train_step(rows, judge)
             with Collectives() as counted:
                 built.train_step(rows, lambda loss, grad_norm: 1.0)
-            boxes: Counter[str] = Counter()
-            for box in built.boxes():
-                boxes[box.name.partition(".")[0]] += box.data.numel() * box.data.element_size()
+            shards: Counter[str] = Counter()
+            for shard in built.shards():
+                shards[shard.name.partition(".")[0]] += (
+                    shard.data.numel() * shard.data.element_size()
+                )
         found.append(
-            {"held": held[2], "peak": meter.peak, "boxes": boxes, "traffic": counted.found}
+            {"held": held[2], "peak": meter.peak, "shards": shards, "traffic": counted.found}
         )
         del built
         gc.collect()

@@ -20,7 +20,7 @@ class Agreement(Hook):
         step.writing = bool(writing)
         if failed:
             # A checkpoint that was begun is whole then, or there is a better reason to end.
-            run.saver.settle(wait=True)
+            run.saver.commit(wait=True)
             on_first(run.ranks, lambda: raise_unwritten(run))
 
 

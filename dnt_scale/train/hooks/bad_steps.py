@@ -25,5 +25,5 @@ class BadSteps(Hook):
         try:
             run.guard.after(step.number, run.engine, places, log)
         except HopelessRun:
-            run.saver.settle(wait=True)  # its step was good
+            run.saver.commit(wait=True)  # its step was good
             raise

@@ -10,10 +10,10 @@ class ReplicaChecks(Hook):
 
     def before_training(self, run: Training) -> None:
         """Compare what the run starts with."""
-        check_replicas(run.ranks, run.engine.boxes(), run.engine.scalars())
+        check_replicas(run.ranks, run.engine.shards(), run.engine.scalars())
 
     def after_step(self, run: Training, step: Step) -> None:
         """Compare where it is due."""
         every = run.config.health.check_every
         if every and step.number % every == 0:
-            check_replicas(run.ranks, run.engine.boxes(), run.engine.scalars())
+            check_replicas(run.ranks, run.engine.shards(), run.engine.scalars())

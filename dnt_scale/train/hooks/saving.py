@@ -11,16 +11,16 @@ class Saving(Hook):
         """Settle the checkpoint that every rank has written, and begin one where it is due."""
         if run.saver.pending and not step.writing:
             with run.clock.spending("save"):
-                run.saver.settle()
+                run.saver.commit()
         every = run.config.checkpoint.every
         due = bool(every and step.number % every == 0)
         step.saved = due or step.last or bool(run.stopped_by)
         if step.saved:
             numbers = {"engine": run.engine.scalars(), "health": run.guard.state()}
             with run.clock.spending("save"):
-                run.saver.save(run.state.model_copy(update=numbers), run.engine.boxes())
+                run.saver.save(run.state.model_copy(update=numbers), run.engine.shards())
 
     def after_training(self, run: Training) -> None:
         """Wait until the last checkpoint is in place."""
         with run.clock.spending("save"):
-            run.saver.settle(wait=True)
+            run.saver.commit(wait=True)

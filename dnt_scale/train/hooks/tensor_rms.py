@@ -24,7 +24,7 @@ class TensorRMS(Hook):
     def before_training(self, run: Training) -> None:
         """Agree on the kinds, for a rank may hold no part of any tensor."""
         if run.config.measure.every:
-            here = [box.name.partition(".")[0] for box in run.engine.boxes()]
+            here = [shard.name.partition(".")[0] for shard in run.engine.shards()]
             found = [here] * run.ranks.world_size
             dist.all_gather_object(found, here)
             self.kinds = sorted({kind for kinds in found for kind in kinds})
@@ -41,10 +41,10 @@ class TensorRMS(Hook):
         """Return each kind's root mean square: float64 of shape (kinds,), on the device."""
         device = run.ranks.device
         sums = torch.zeros(len(self.kinds), 2, dtype=torch.float64, device=device)
-        for box in run.engine.boxes():
-            if box.replica == 0:  # which one rank holds, or the first of several
-                total = sums[self.kinds.index(box.name.partition(".")[0])]
-                total[0] += squared_norms([box.data.float()])[0].to(device)
-                total[1] += box.data.numel()
+        for shard in run.engine.shards():
+            if shard.replica == 0:  # which one rank holds, or the first of several
+                total = sums[self.kinds.index(shard.name.partition(".")[0])]
+                total[0] += squared_norms([shard.data.float()])[0].to(device)
+                total[1] += shard.data.numel()
         squares, elements = over_ranks(sums, device).unbind(1)
         return (squares / elements).sqrt()

@@ -22,8 +22,8 @@ from dnt_scale.distributed import process_group
 from dnt_scale.model.flops import flops_per_token
 from dnt_scale.record.speed import PEAK_FLOPS
 from dnt_scale.tools.memory_plan import checkpoint_bytes
-from tests.helpers.boxes import copies, some_state, some_tensors
 from tests.helpers.run import synthetic_set, tiny, train
+from tests.helpers.tensor_shards import copies, some_state, some_tensors
 
 H100 = Node("gpu1", "idle", 64, 500_000, 8, gpu="nvidia_h100_80gb_hbm3")
 TOKENS = Unit("tokens", 64)
@@ -189,7 +189,7 @@ def test_no_more_checkpoints_than_planned(
             if step == steps or (every and step % every == 0):
                 most = max(most, len(list((tmp_path / "one" / "checkpoints").glob("step-*"))) + 1)
                 saver.save(some_state(step), copies(tensors, 0, 1))
-                saver.settle(wait=True)
+                saver.commit(wait=True)
         saver.close()
     planned_for = plan.most_checkpoints(run, steps)
     assert most <= planned_for <= most + (1 if keep_every else 0)

@@ -16,7 +16,7 @@ from dnt_scale.checkpoint.safetensors_header import read_header
 from dnt_scale.checkpoint.storage import Storage
 from dnt_scale.distributed import process_group
 from dnt_scale.distributed.process_group import Ranks
-from tests.helpers.boxes import copies, save_made_up, some_tensors, zeros
+from tests.helpers.tensor_shards import copies, save_made_up, some_tensors, zeros
 
 SHARD = "shard-00001-model-00001-of-00001.safetensors"
 
@@ -219,12 +219,12 @@ def test_a_file_that_ends_early_is_refused(me, step):
     tensors.
     """
     parts = read_header(Storage(step), SHARD)
-    from dnt_scale.checkpoint.read import by_name, fill_boxes
+    from dnt_scale.checkpoint.read import by_name, fill_shards
 
     os.truncate(step / SHARD, parts[0].begin + 50)
     with pytest.raises(
         CheckpointError, match=r"shard-00001.*: truncated: model\.emb\.weight is not whole"
     ):
-        fill_boxes(
+        fill_shards(
             Storage(step), by_name(parts), copies({"model.emb.weight": torch.zeros(50, 33)}, 0, 1)
         )

@@ -35,8 +35,16 @@ from dnt_scale.distributed.errors import is_fault
 from dnt_scale.distributed.process_group import Ranks
 from dnt_scale.distributed.watchdog import watching
 from tests.helpers import run
-from tests.helpers.boxes import copies, equal, rows, save_made_up, some_state, some_tensors, zeros
 from tests.helpers.run import call, can_mount, tensors, until
+from tests.helpers.tensor_shards import (
+    copies,
+    equal,
+    rows,
+    save_made_up,
+    some_state,
+    some_tensors,
+    zeros,
+)
 
 
 @pytest.fixture(scope="module")
@@ -58,16 +66,16 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def settle(saver: Saver) -> Path | str | None:
+def commit(saver: Saver) -> Path | str | None:
     """As the loop does it: when no rank is busy."""
     until(lambda: not saver.busy)
-    return saver.settle()
+    return saver.commit()
 
 
-def test_a_save_is_in_place_only_when_settled(me, tmp_path):
+def test_a_save_is_in_place_only_when_committed(me, tmp_path):
     whole = some_tensors()
     with saver_of(tmp_path, me) as saver:
-        assert not saver.pending and not saver.busy and saver.settle() is None
+        assert not saver.pending and not saver.busy and saver.commit() is None
         saver.save(some_state(3), copies(whole, 0, 1))
         until(lambda: not saver.busy)
         assert (
@@ -75,8 +83,8 @@ def test_a_save_is_in_place_only_when_settled(me, tmp_path):
             and names(tmp_path) == [".partial-step-00000003"]
             and newest(tmp_path) is None
         )
-        assert saver.settle() == tmp_path / "step-00000003" == newest(tmp_path)
-        assert not saver.pending and saver.settle() is None
+        assert saver.commit() == tmp_path / "step-00000003" == newest(tmp_path)
+        assert not saver.pending and saver.commit() is None
     assert names(tmp_path) == ["latest", "step-00000003"]
     assert (tmp_path / "latest").readlink() == Path("step-00000003")
     assert not any(verify(str(tmp_path)).values())
@@ -94,17 +102,17 @@ def test_what_is_saved_is_what_the_tensors_were(me, tmp_path):
             buffer = saver._buffer.data_ptr()
             for tensor in whole.values():
                 tensor.mul_(1.5)
-            saver.settle(wait=step == 2) if step == 2 else settle(saver)
+            saver.commit(wait=step == 2) if step == 2 else commit(saver)
             assert equal(tensors(tmp_path / f"step-{step:08d}"), expected)
             assert saver._buffer.data_ptr() == buffer
 
 
-def test_a_save_settles_the_one_before(me, tmp_path):
+def test_a_save_commits_the_one_before(me, tmp_path):
     with saver_of(tmp_path, me) as saver:
         saver.save(some_state(1), copies(some_tensors(), 0, 1))
         saver.save(some_state(2), copies(some_tensors(), 0, 1))
         assert names(tmp_path) == [".partial-step-00000002", "latest", "step-00000001"]
-        saver.settle(wait=True)
+        saver.commit(wait=True)
     assert names(tmp_path) == ["latest", "step-00000001", "step-00000002"]
 
 
@@ -129,7 +137,7 @@ def test_retention(me, tmp_path, keep, keep_every, kept):
     with saver_of(tmp_path, me, keep=keep, keep_every=keep_every) as saver:
         for step in range(1, 8):
             saver.save(some_state(step), copies(some_tensors(), 0, 1))
-            settle(saver)
+            commit(saver)
     assert names(tmp_path) == ["latest", *(f"step-{step:08d}" for step in kept)]
 
 
@@ -140,7 +148,7 @@ def test_a_step_that_is_there_is_written_again(me, tmp_path):
     assert names(tmp_path) == ["latest", "step-00000005"]
 
 
-def test_close_gives_an_unsettled_save_up(me, tmp_path):
+def test_close_gives_an_uncommitted_save_up(me, tmp_path):
     save_made_up(tmp_path, 1, me)
     saver = Saver(tmp_path, me, keep=1)
     saver.save(some_state(2), copies(some_tensors(scale=5000), 0, 1))
@@ -167,7 +175,7 @@ def test_what_is_on_disk_is_read_back(me, tmp_path, monkeypatch, wait):
         with pytest.raises(
             CheckpointError, match=r"on rank 0: .*what is on disk is not what was written"
         ) as failed:
-            saver.settle(wait=True) if wait else settle(saver)
+            saver.commit(wait=True) if wait else commit(saver)
         assert is_fault(failed.value)  # another disk may do
         assert names(tmp_path) == ["latest", "step-00000001"]
 
@@ -182,7 +190,7 @@ def test_an_old_checkpoint_that_cannot_be_removed_is_told(me, tmp_path):
             match=r"step-00000002: is in place, but older checkpoints could not be removed: .*not "
             r"empty",
         ):
-            saver.settle(wait=True)
+            saver.commit(wait=True)
     assert newest(tmp_path) == tmp_path / "step-00000002"
     assert not any(verify(str(tmp_path)).values())
 
@@ -211,20 +219,20 @@ def save_with_a_limit_on_rank_1(folder: Path, background: bool) -> None:
     whole = some_tensors(scale=2000)
     saver = Saver(folder, me, keep=5, background=background)
     saver.save(some_state(1, 2), rows(whole, me.rank, 2))
-    saver.settle(wait=True)
+    saver.commit(wait=True)
     if me.rank == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
     try:
         saver.save(some_state(2, 2), rows(whole, me.rank, 2))
         until(lambda: highest(saver.busy) == (0,))
-        saver.settle()
+        saver.commit()
     except CheckpointError as error:
         print(error)
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     assert names(folder) == ["latest", "step-00000001"]
     dist.barrier()
     saver.save(some_state(3, 2), rows(whole, me.rank, 2))  # and it goes on
-    saver.settle(wait=True)
+    saver.commit(wait=True)
     saver.close()
     process_group.stop()
 
@@ -252,10 +260,10 @@ def test_a_full_disk_is_told_with_what_is_left(me, tmp_path):
             with pytest.raises(
                 CheckpointError, match=r"disk full while saving on rank 0 \(0\.\d MB free\)"
             ):
-                settle(saver)
+                commit(saver)
             assert names(tmp_path) == ["latest", "step-00000001"]
             saver.save(some_state(2), copies(some_tensors(), 0, 1))
-            settle(saver)
+            commit(saver)
         assert not any(verify(str(tmp_path)).values())
     finally:
         subprocess.run(["umount", tmp_path], check=True)
@@ -279,7 +287,7 @@ def save_and_check_slowly(folder: Path) -> None:
         saver = Saver(folder, me, keep=5)
         started = time.monotonic()
         saver.save(some_state(1, 2), rows(whole, me.rank, 2))
-        saver.settle(wait=True)
+        saver.commit(wait=True)
         saved = time.monotonic()
         check_files(newest(folder), read_state(newest(folder)), me)
         read_tensors(newest(folder), rows(zeros(whole), me.rank, 2), me)
@@ -329,7 +337,7 @@ def save_for_ever(folder: Path) -> None:
         saver.save(some_state(step, 2), rows(whole, me.rank, 2))
         while any(highest(saver.busy)):
             time.sleep(0.001)
-        saver.settle()
+        saver.commit()
 
 
 @pytest.mark.parametrize("victims", [[0], [1], [0, 1]])
@@ -364,7 +372,7 @@ def test_the_writer_leaves_the_cores_to_training(me, tmp_path):
     for background in (True, False):
         saver = Watching(tmp_path, me, keep=1, background=background)
         saver.save(some_state(1), copies(some_tensors(), 0, 1))
-        saver.settle(wait=True)
+        saver.commit(wait=True)
         saver.close()
     usual = os.getpriority(os.PRIO_PROCESS, 0)
     assert seen == [min(19, usual + 15), usual]
@@ -380,7 +388,7 @@ def test_a_url_holds_checkpoints_too(me, tmp_path):
     with saver_of(url, me, keep=1, keep_every=2) as saver:
         for step in (1, 2, 3):
             saver.save(some_state(step), copies(some_tensors(seed=step), 0, 1))
-            assert settle(saver) == f"{url}/step-{step:08d}"
+            assert commit(saver) == f"{url}/step-{step:08d}"
     assert names(inside) == ["step-00000002", "step-00000003"]
     assert newest(url) == f"{url}/step-00000003"
     state = read_state(f"{url}/step-00000003")
@@ -398,14 +406,14 @@ def test_at_a_url_state_json_comes_last_and_leftovers_go(me, tmp_path):
         until(lambda: not saver.busy)
         assert names(tmp_path / "step-00000001") == ["shard-00001-model-00001-of-00001.safetensors"]
         assert newest(url) is None
-    # given up: closed before it was settled
+    # given up: closed before it was committed
     (tmp_path / "step-00000007").mkdir(exist_ok=True)
     (tmp_path / "step-00000007" / "shard-00001-model-00001-of-00001.safetensors").write_bytes(
         b"killed here"
     )
     with saver_of(url, me) as saver:
         saver.save(some_state(2), copies(some_tensors(), 0, 1))
-        settle(saver)
+        commit(saver)
     assert names(tmp_path) == ["step-00000002"]
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from dnt_scale.checkpoint import replicas
 from dnt_scale.checkpoint.replicas import check_replicas, checksums
-from dnt_scale.checkpoint.tensor_shards import Box
+from dnt_scale.checkpoint.tensor_shards import TensorShard
 from dnt_scale.distributed import process_group
 from dnt_scale.distributed.agree import check_settings, highest, on_first, together
 from dnt_scale.distributed.errors import AgreedError, AgreedFault, is_fault
@@ -216,7 +216,7 @@ def test_unequal_settings_are_refused_on_every_rank():
     call(unequal_settings, ranks=3).ok()
 
 
-def boxes_of(me: process_group.Ranks) -> list[Box]:
+def shards_of(me: process_group.Ranks) -> list[TensorShard]:
     """A weight that ranks 0 and 2 hold the first half of and 1 and 3 the other, and a buffer of
     all.
     """
@@ -224,26 +224,26 @@ def boxes_of(me: process_group.Ranks) -> list[Box]:
     weight = torch.arange(6.0).view(2, 3) + half
     buffer = torch.full((4,), 0.5, dtype=torch.bfloat16)
     return [
-        Box("model.w", (4, 3), (2 * half, 0), weight),
-        Box("momentum_buffer.b", (4,), (0,), buffer),
+        TensorShard("model.w", (4, 3), (2 * half, 0), weight),
+        TensorShard("momentum_buffer.b", (4,), (0,), buffer),
     ]
 
 
 def parted_replicas() -> None:
     me = process_group.start("cpu")
     counts = {"step": 5.0, "previous_norm": float("nan")}
-    check_replicas(me, boxes_of(me), counts)
+    check_replicas(me, shards_of(me), counts)
 
-    boxes = boxes_of(me)
+    shards = shards_of(me)
     if me.rank == 3:
-        boxes[0].data[1, 2] = -boxes[0].data[1, 2]
-        boxes[1].data[0] = 0
+        shards[0].data[1, 2] = -shards[0].data[1, 2]
+        shards[1].data[0] = 0
     with pytest.raises(
         AgreedFault, match=r"^rank [13] has other bits in model.w than rank [13], which should hold"
     ):
-        check_replicas(me, boxes, counts)
+        check_replicas(me, shards, counts)
 
-    everyone = boxes_of(me)[1:]
+    everyone = shards_of(me)[1:]
     check_replicas(me, everyone, counts)
     if me.rank == 1:
         everyone[0].data[3] = 0.50390625  # the next bf16 number
@@ -256,7 +256,7 @@ def parted_replicas() -> None:
     with pytest.raises(
         AgreedFault, match=r"^rank 2 counts \{'previous_norm': nan, 'step': 6.0\}, but rank 0 "
     ):
-        check_replicas(me, boxes_of(me), {**counts, "step": 6.0} if me.rank == 2 else counts)
+        check_replicas(me, shards_of(me), {**counts, "step": 6.0} if me.rank == 2 else counts)
     process_group.stop()
 
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from dnt_scale import config, engine
-from dnt_scale.checkpoint.tensor_shards import Box
+from dnt_scale.checkpoint.tensor_shards import TensorShard
 from dnt_scale.config import ConfigError, RunConfig
 from dnt_scale.config.deepspeed_json import ZERO
 from dnt_scale.distributed import process_group
@@ -132,20 +132,20 @@ def skip(loss: float, norm: float) -> float:
     return 0.0
 
 
-def step(trainer, number: int, me: process_group.Ranks, judge=clip):
-    return trainer.train_step(batch_of(number, me), judge)
+def step(engine, number: int, me: process_group.Ranks, judge=clip):
+    return engine.train_step(batch_of(number, me), judge)
 
 
-def contents(trainer) -> list[torch.Tensor]:
-    return [box.data.clone() for box in trainer.boxes()]
+def contents(engine) -> list[torch.Tensor]:
+    return [shard.data.clone() for shard in engine.shards()]
 
 
 def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
     return len(one) == len(other) and all(map(torch.equal, one, other))
 
 
-def check_start(run: RunConfig, trainer, me: process_group.Ranks) -> None:
-    """The boxes of all ranks tile each tensor; weights are bit for bit as they must be, buffers
+def check_start(run: RunConfig, engine, me: process_group.Ranks) -> None:
+    """The shards of all ranks tile each tensor; weights are bit for bit as they must be, buffers
     are zero.
     """
     with torch.device("meta"):
@@ -154,16 +154,16 @@ def check_start(run: RunConfig, trainer, me: process_group.Ranks) -> None:
         }
     buffers = ["exp_avg", "exp_avg_sq"] if run.optim.algorithm == "adamw" else ["momentum_buffer"]
     mine = []
-    for box in trainer.boxes():
-        kind, _, name = box.name.partition(".")
-        assert box.shape == shapes[name] and box.data.dtype == torch.float32
-        place = window(box)
+    for shard in engine.shards():
+        kind, _, name = shard.name.partition(".")
+        assert shard.shape == shapes[name] and shard.data.dtype == torch.float32
+        place = window(shard)
         if kind == "model":
-            full = initial_tensor(name, torch.Size(box.shape), run.model, run.run.seed)
-            assert torch.equal(box.data, full[place]), name
+            full = initial_tensor(name, torch.Size(shard.shape), run.model, run.run.seed)
+            assert torch.equal(shard.data, full[place]), name
         else:
-            assert not box.data.any(), box.name
-        mine.append((box.name, place, box.replica, box.replicas))
+            assert not shard.data.any(), shard.name
+        mine.append((shard.name, place, shard.replica, shard.replicas))
     everyone: list[list] = [[] for _ in range(me.world_size)]
     dist.all_gather_object(everyone, mine)
     copies = me.world_size if run.engine.stage == 0 else 1
@@ -173,8 +173,8 @@ def check_start(run: RunConfig, trainer, me: process_group.Ranks) -> None:
         for name in shapes
     }
     elements = [0] * me.world_size
-    for rank, boxes in enumerate(everyone):
-        for name, place, replica, replicas in boxes:
+    for rank, shards in enumerate(everyone):
+        for name, place, replica, replicas in shards:
             assert replicas == copies
             held[name][replica][place] += 1
             elements[rank] += held[name][replica][place].numel()
@@ -188,41 +188,41 @@ def record_losses(out: Path, cases: list[Case]) -> None:
     me = process_group.start("cpu")
     for case in cases:
         run = run_of(*OPTIMIZERS[case.optimizer], *ENGINES[case.label], f"train.dtype={case.dtype}")
-        trainer = build(run, me)
-        check_start(run, trainer, me)
-        found = record(trainer, me)
-        assert trainer.scalars() == {"step": STEPS, "updates": STEPS}
-        close(trainer)
+        engine = build(run, me)
+        check_start(run, engine, me)
+        found = record(engine, me)
+        assert engine.scalars() == {"step": STEPS, "updates": STEPS}
+        close(engine)
         if me.first:
             (out / f"{case}.json").write_text(json.dumps(found))
     process_group.stop()
 
 
-def close(trainer) -> None:
+def close(engine) -> None:
     """Nothing that was trained is left, although the engine's object is."""
-    held = [StorageWeakRef(box.data.untyped_storage()) for box in trainer.boxes()]
-    trainer.close()
+    held = [StorageWeakRef(shard.data.untyped_storage()) for shard in engine.shards()]
+    engine.close()
     assert held and all(storage.expired() for storage in held)
 
 
-def record(trainer, me: process_group.Ranks) -> dict[str, list[float]]:
-    before = trainer.evaluate([batch_of(99, me)])["loss"]
-    stats = [step(trainer, number, me) for number in range(STEPS)]
+def record(engine, me: process_group.Ranks) -> dict[str, list[float]]:
+    before = engine.evaluate([batch_of(99, me)])["loss"]
+    stats = [step(engine, number, me) for number in range(STEPS)]
     assert not any(s.skipped for s in stats)
     return {
         "loss": [s.loss for s in stats],
         "norm": [s.grad_norm for s in stats],
         "lr": [s.lr for s in stats],
-        "eval": [before, trainer.evaluate([batch_of(99, me)])["loss"]],
+        "eval": [before, engine.evaluate([batch_of(99, me)])["loss"]],
     }
 
 
 def record_reference(out: Path) -> None:
     me = process_group.start("cpu")
     for optimizer, chosen in OPTIMIZERS.items():
-        trainer = build(run_of(*chosen, "engine=fsdp"), me)
-        (out / f"{optimizer}.json").write_text(json.dumps(record(trainer, me)))
-        close(trainer)
+        engine = build(run_of(*chosen, "engine=fsdp"), me)
+        (out / f"{optimizer}.json").write_text(json.dumps(record(engine, me)))
+        close(engine)
     process_group.stop()
 
 
@@ -273,54 +273,52 @@ def skip_and_refresh() -> None:
     ]:
         where = f"{label} in {dtype}"
         run = run_of(*OPTIMIZERS["rows"], *ENGINES[label], f"train.dtype={dtype}")
-        trainer = build(run, me)
-        step(trainer, 0, me)
-        once, scalars = contents(trainer), trainer.scalars()
-        step(trainer, 1, me)
-        twice, loss = contents(trainer), trainer.evaluate([batch_of(99, me)])["loss"]
+        engine = build(run, me)
+        step(engine, 0, me)
+        once, scalars = contents(engine), engine.scalars()
+        step(engine, 1, me)
+        twice, loss = contents(engine), engine.evaluate([batch_of(99, me)])["loss"]
 
-        overwrite(trainer, once)
-        trainer.refresh(scalars)
-        assert trainer.scalars() == {"step": 1, "updates": 1}
-        stats = step(trainer, 7, me, judge=skip)
+        overwrite(engine, once)
+        engine.refresh(scalars)
+        assert engine.scalars() == {"step": 1, "updates": 1}
+        stats = step(engine, 7, me, judge=skip)
         assert stats.skipped and math.isfinite(stats.grad_norm), where
-        assert same(contents(trainer), once), f"{where}: a skipped step changed something"
-        assert trainer.scalars() == {"step": 2, "updates": 1}
-        step(trainer, 1, me)
-        assert same(contents(trainer), twice), (
-            f"{where}: the step after going back and skipping one"
-        )
-        assert trainer.evaluate([batch_of(99, me)])["loss"] == loss, where
+        assert same(contents(engine), once), f"{where}: a skipped step changed something"
+        assert engine.scalars() == {"step": 2, "updates": 1}
+        step(engine, 1, me)
+        assert same(contents(engine), twice), f"{where}: the step after going back and skipping one"
+        assert engine.evaluate([batch_of(99, me)])["loss"] == loss, where
 
         model = DNT(run.model)
         init_weights(model, seed=77)
-        overwrite(trainer, [part_of(model, box) for box in trainer.boxes()])
-        trainer.refresh({"step": 0, "updates": 0})
+        overwrite(engine, [part_of(model, shard) for shard in engine.shards()])
+        engine.refresh({"step": 0, "updates": 0})
         tokens = batch_of(99, process_group.Ranks(0, 0, 1, me.device))
         expected = float(model(tokens[:, :-1].clamp(min=0), tokens[:, 1:])) / int(
             (tokens[:, 1:] != -1).sum()
         )
-        found = trainer.evaluate([batch_of(99, me)])["loss"]
+        found = engine.evaluate([batch_of(99, me)])["loss"]
         assert abs(found - expected) < {"fp32": 1e-5, "bf16": 1e-2}[dtype] and found != loss, where
-        trainer.close()
+        engine.close()
     process_group.stop()
 
 
-def overwrite(trainer, values: list[torch.Tensor]) -> None:
-    for box, value in zip(trainer.boxes(), values, strict=True):
-        box.data.copy_(value)
+def overwrite(engine, values: list[torch.Tensor]) -> None:
+    for shard, value in zip(engine.shards(), values, strict=True):
+        shard.data.copy_(value)
 
 
-def part_of(model: DNT, box: Box) -> torch.Tensor:
-    """What ``model`` has in the box's place; zero in that of a buffer."""
-    kind, _, name = box.name.partition(".")
+def part_of(model: DNT, shard: TensorShard) -> torch.Tensor:
+    """What ``model`` has in the shard's place; zero in that of a buffer."""
+    kind, _, name = shard.name.partition(".")
     if kind != "model":
-        return torch.zeros_like(box.data)
-    return model.get_parameter(name).detach()[window(box)]
+        return torch.zeros_like(shard.data)
+    return model.get_parameter(name).detach()[window(shard)]
 
 
-def window(box: Box) -> tuple[slice, ...]:
-    return tuple(slice(o, o + s) for o, s in zip(box.offset, box.data.shape, strict=True))
+def window(shard: TensorShard) -> tuple[slice, ...]:
+    return tuple(slice(o, o + s) for o, s in zip(shard.offset, shard.data.shape, strict=True))
 
 
 def test_skipped_steps_change_nothing_and_boxes_can_be_overwritten():
@@ -440,15 +438,15 @@ def step_rounded_apart() -> None:
     order.
     """
     me = process_group.start("cpu")
-    trainer = build(run_of("engine=zero0"), me)
-    whole = trainer.zero.gradients
+    engine = build(run_of("engine=zero0"), me)
+    whole = engine.zero.gradients
     if not me.first:
-        trainer.zero.gradients = lambda: [gradient * (1 + 1e-6) for gradient in whole()]
-    found = step(trainer, 0, me, judge=skip).grad_norm
+        engine.zero.gradients = lambda: [gradient * (1 + 1e-6) for gradient in whole()]
+    found = step(engine, 0, me, judge=skip).grad_norm
     everyone = [found] * 2
     dist.all_gather_object(everyone, found)
     assert everyone[0] == everyone[1], everyone
-    trainer.close()
+    engine.close()
     process_group.stop()
 
 

@@ -71,7 +71,7 @@ def keep(loss: float, grad_norm: float) -> float:
 
 
 def contents(engine: FSDPEngine) -> dict[str, torch.Tensor]:
-    return {box.name: box.data.clone() for box in engine.boxes()}
+    return {shard.name: shard.data.clone() for shard in engine.shards()}
 
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
@@ -79,11 +79,15 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 
 def write(engine: FSDPEngine, path: Path, me: Ranks) -> None:
-    """This rank's boxes, to be put together by `whole`."""
+    """This rank's shards, to be put together by `whole`."""
     path.mkdir(exist_ok=True)
-    boxes = engine.boxes()
-    save_file({box.name: box.data.contiguous() for box in boxes}, path / f"{me.rank}.safetensors")
-    places = {box.name: [box.shape, box.offset, box.replica, box.replicas] for box in boxes}
+    shards = engine.shards()
+    save_file(
+        {shard.name: shard.data.contiguous() for shard in shards}, path / f"{me.rank}.safetensors"
+    )
+    places = {
+        shard.name: [shard.shape, shard.offset, shard.replica, shard.replicas] for shard in shards
+    }
     (path / f"{me.rank}.json").write_text(json.dumps(places))
 
 
@@ -239,8 +243,8 @@ def run_restores(me: Ranks, *overrides: str) -> None:
         losses = steps(engine)
         for one in (engine, other):
             one.evaluate([rows_of(7, me)])  # leaves nothing of the old weights
-            for box in one.boxes():
-                box.data.copy_(saved[box.name])
+            for shard in one.shards():
+                shard.data.copy_(saved[shard.name])
             one.refresh(scalars)
             assert steps(one) == losses, overrides
             assert one.scalars() == scalars | {"step": 4.0, "updates": 4.0, **previous_norm(one)}

@@ -15,12 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dnt_scale import config, engine
+from dnt_scale import config
 from dnt_scale.config import MODELS, SOURCES, ConfigError, DataSection, ModelSection, Unit
 from dnt_scale.data.sources import DataPart, Source, load_source
 from dnt_scale.data.stream import Stream
 from dnt_scale.distributed import process_group
 from dnt_scale.distributed.errors import AgreedError
+from dnt_scale.engine import build as build_engine
 from dnt_scale.model.flops import count_parameters
 from dnt_scale.model.init import drawn
 from dnt_scale.model.task import Task, build_task
@@ -286,23 +287,23 @@ def steps_of_every_engine(overrides: list[str]) -> None:
     for label in ENGINES:
         run = config.load([*overrides, *overrides_of(label, me.world_size)])
         source = load_source(run)
-        trainer = engine.build(
+        engine = build_engine(
             run, lambda run=run, source=source: build_task(run.model, source.rows), me, STEPS
         )
-        task = trainer.task if hasattr(trainer, "task") else trainer.model.task
+        task = engine.task if hasattr(engine, "task") else engine.model.task
         with source.stream(
             seed=1, global_batch=12, rank=me.rank, world_size=me.world_size
         ) as stream:
             batch, _ = next(stream)
-        before = trainer.evaluate([batch])
+        before = engine.evaluate([batch])
         for _ in range(2):
             assert task.brightness.dtype == torch.float32 and torch.equal(
                 task.brightness, brightness(24)
             ), label
-            loss = trainer.train_step(batch, lambda loss, norm: 1.0).loss
-            trainer.refresh(trainer.scalars())
+            loss = engine.train_step(batch, lambda loss, norm: 1.0).loss
+            engine.refresh(engine.scalars())
         found[label] = [before["loss"], loss]
-        trainer.close()
+        engine.close()
     if me.first:
         print(json.dumps(found))
     process_group.stop()
@@ -322,7 +323,7 @@ def build_refused(overrides: list[str]) -> None:
     me = process_group.start("cpu")
     run = config.load(overrides)
     with pytest.raises(AgreedError) as caught:
-        engine.build(run, lambda: build_task(run.model), me, STEPS)
+        build_engine(run, lambda: build_task(run.model), me, STEPS)
     print(caught.value)
     process_group.stop()
 

@@ -56,9 +56,9 @@ def test_formulas_are_within_two_percent_of_what_is_measured(case: str) -> None:
             assert large["traffic"].get(kind, 0) == pytest.approx(expected, rel=0.02, abs=10_000), (
                 kind
             )
-        boxes = dict(large["boxes"])
-        assert boxes.pop("model") == pytest.approx(deep[0].weights, rel=0.001)
-        assert sum(boxes.values()) == pytest.approx(deep[0].buffers, rel=0.001)
+        shards = dict(large["shards"])
+        assert shards.pop("model") == pytest.approx(deep[0].weights, rel=0.001)
+        assert sum(shards.values()) == pytest.approx(deep[0].buffers, rel=0.001)
 
 
 UNEVEN = [

@@ -222,7 +222,7 @@ def poison_one_rank(data: Path, label: str) -> None:
     from tests.helpers import engines
 
     me = process_group.start("cpu")
-    with engines.built(label, me, data) as (run, trainer):
+    with engines.built(label, me, data) as (run, engine):
         judge = Guard(run.health, run.optim.clip_norm, run.train.max_skipped).judge
         with token_stream(
             load_sets(run.data), seed=1, global_batch=8, rank=me.rank, world_size=me.world_size
@@ -230,26 +230,28 @@ def poison_one_rank(data: Path, label: str) -> None:
             first, second = next(stream)[0], next(stream)[0]
 
         def snapshot() -> list[torch.Tensor]:
-            return [box.data.clone() for box in trainer.boxes()]
+            return [shard.data.clone() for shard in engine.shards()]
 
         def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
             return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
-        trainer.train_step(first, judge)
+        engine.train_step(first, judge)
         before = snapshot()
         weight = next(
-            box.data for box in trainer.boxes() if re.fullmatch(r"model.blocks.*weight", box.name)
+            shard.data
+            for shard in engine.shards()
+            if re.fullmatch(r"model.blocks.*weight", shard.name)
         )
         kept = weight[0, 5].clone()
         if me.rank == 1:
             weight[0, 5] = math.nan
-        trainer.refresh(trainer.scalars())
-        poisoned = trainer.train_step(second, judge)
-        counted = [trainer.scalars()[name] for name in ("step", "updates")]
+        engine.refresh(engine.scalars())
+        poisoned = engine.train_step(second, judge)
+        counted = [engine.scalars()[name] for name in ("step", "updates")]
         weight[0, 5] = kept
-        trainer.refresh(trainer.scalars())
+        engine.refresh(engine.scalars())
         unchanged = same(before, snapshot())
-        good = trainer.train_step(second, judge)
+        good = engine.train_step(second, judge)
         found = [
             poisoned.skipped,
             unchanged,

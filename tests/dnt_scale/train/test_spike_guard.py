@@ -10,7 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from data_prep.shards import load_manifest, read_block
-from dnt_scale.checkpoint.tensor_shards import Box
+from dnt_scale.checkpoint.tensor_shards import TensorShard
 from dnt_scale.config import DataConfig, HealthSection
 from dnt_scale.data.token_sets import load_sets
 from dnt_scale.data.tokens import open_tokens, token_stream
@@ -155,10 +155,10 @@ class Line:
         self.momentum += 0.5
         self.counts = {name: count + 1 for name, count in self.counts.items()}
 
-    def boxes(self) -> list[Box]:
+    def shards(self) -> list[TensorShard]:
         return [
-            Box("model.w", (2, 3), (0, 0), self.weight),
-            Box("momentum_buffer.w", (2, 3), (0, 0), self.momentum),
+            TensorShard("model.w", (2, 3), (0, 0), self.weight),
+            TensorShard("momentum_buffer.w", (2, 3), (0, 0), self.momentum),
         ]
 
     def scalars(self) -> dict[str, float]:
@@ -341,32 +341,32 @@ def roll_each(data: Path) -> None:
     me = process_group.start("cpu")
     for name, (label, *overrides) in ROLLED.items():
         with (
-            engines.built(label, me, data, *overrides) as (run, trainer),
+            engines.built(label, me, data, *overrides) as (run, engine),
             token_stream(
                 load_sets(run.data), seed=1, global_batch=8, rank=me.rank, world_size=me.world_size
             ) as stream,
         ):
             batches = [next(stream)[0] for _ in range(4)]
-            trainer.train_step(batches[0], judge)
+            engine.train_step(batches[0], judge)
             snapshot = Snapshot()
-            snapshot.take(trainer)
-            before = [box.data.clone() for box in trainer.boxes()]
-            first = trainer.train_step(batches[1], judge).loss
-            trainer.train_step(batches[2], judge)
-            trainer.train_step(batches[3], lambda loss, norm: 0.0)
+            snapshot.take(engine)
+            before = [shard.data.clone() for shard in engine.shards()]
+            first = engine.train_step(batches[1], judge).loss
+            engine.train_step(batches[2], judge)
+            engine.train_step(batches[3], lambda loss, norm: 0.0)
             moved = all(
-                not torch.equal(box.data, data)
-                for box, data in zip(trainer.boxes(), before, strict=True)
+                not torch.equal(shard.data, data)
+                for shard, data in zip(engine.shards(), before, strict=True)
             )
-            snapshot.restore(trainer)
+            snapshot.restore(engine)
             back = all(
-                torch.equal(box.data, data)
-                for box, data in zip(trainer.boxes(), before, strict=True)
+                torch.equal(shard.data, data)
+                for shard, data in zip(engine.shards(), before, strict=True)
             )
-            counts = [trainer.scalars()["step"], trainer.scalars()["updates"]]
+            counts = [engine.scalars()["step"], engine.scalars()["updates"]]
             print(
                 json.dumps(
-                    [name, moved, back, counts, first, trainer.train_step(batches[1], judge).loss]
+                    [name, moved, back, counts, first, engine.train_step(batches[1], judge).loss]
                 )
             )
     process_group.stop()

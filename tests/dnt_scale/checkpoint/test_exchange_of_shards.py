@@ -24,11 +24,19 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from dnt_scale import checkpoint
 from dnt_scale.checkpoint import CheckpointError, Saver, read_tensors
 from dnt_scale.checkpoint.storage import Storage
-from dnt_scale.checkpoint.tensor_shards import Box, Region, flat_boxes, intersect, miscovered, owned
+from dnt_scale.checkpoint.tensor_shards import (
+    Region,
+    TensorShard,
+    first_gap_or_overlap,
+    flat_shards,
+    intersect,
+    shard_to_write,
+)
 from dnt_scale.checkpoint.write import write_file
 from dnt_scale.distributed import process_group
 from dnt_scale.distributed.process_group import Ranks
-from tests.helpers.boxes import (
+from tests.helpers.run import call, tensors
+from tests.helpers.tensor_shards import (
     CUTS,
     copies,
     equal,
@@ -39,7 +47,6 @@ from tests.helpers.boxes import (
     some_tensors,
     zeros,
 )
-from tests.helpers.run import call, tensors
 
 
 @pytest.fixture(scope="module")
@@ -93,13 +100,13 @@ def test_flat_boxes_cover_their_run_and_no_more(shape, data):
     start = data.draw(st.integers(0, size))
     length = data.draw(st.integers(0, size - start))
     place = torch.arange(size).view(shape)
-    boxes = list(flat_boxes("model.x", shape, start, torch.arange(start, start + length)))
-    assert len(boxes) <= {1: 1, 2: 3, 3: 5}[len(shape)]
+    shards = list(flat_shards("model.x", shape, start, torch.arange(start, start + length)))
+    assert len(shards) <= {1: 1, 2: 3, 3: 5}[len(shape)]
     found = []
-    for box in boxes:
-        window = tuple(slice(a, a + n) for a, n in zip(*box.region, strict=True))
-        assert torch.equal(box.data, place[window])
-        found += box.data.flatten().tolist()
+    for shard in shards:
+        window = tuple(slice(a, a + n) for a, n in zip(*shard.region, strict=True))
+        assert torch.equal(shard.data, place[window])
+        found += shard.data.flatten().tolist()
     assert sorted(found) == list(range(start, start + length))
 
 
@@ -107,13 +114,13 @@ def test_replicas_share_out_what_is_large_and_write_nothing_twice():
     large, small, flat_row = torch.ones(1001, 64), torch.ones(8, 8), torch.ones(1, 100_000)
     for data in (large, small, flat_row, torch.ones(())):
         parts = [
-            owned(Box("model.x", tuple(data.shape), (0,) * data.dim(), data, r, 3))
+            shard_to_write(TensorShard("model.x", tuple(data.shape), (0,) * data.dim(), data, r, 3))
             for r in range(3)
         ]
         there = [part.region for part in parts if part]
-        assert miscovered(Region((0,) * data.dim(), tuple(data.shape)), there) is None
+        assert first_gap_or_overlap(Region((0,) * data.dim(), tuple(data.shape)), there) is None
         assert len(there) == (3 if data is large else 1)
-    assert owned(Box("model.x", (4, 4), (4, 0), torch.ones(0, 4))) is None
+    assert shard_to_write(TensorShard("model.x", (4, 4), (4, 0), torch.ones(0, 4))) is None
 
 
 @pytest.mark.parametrize(
@@ -130,7 +137,7 @@ def test_replicas_share_out_what_is_large_and_write_nothing_twice():
     ],
 )
 def test_holes_and_overlaps_are_found(parts, place):
-    assert miscovered(Region((0, 0), (4, 3)), [Region(*part) for part in parts]) == place
+    assert first_gap_or_overlap(Region((0, 0), (4, 3)), [Region(*part) for part in parts]) == place
 
 
 def test_regions_meet_or_do_not():
@@ -205,19 +212,19 @@ def save_cut(folder: Path, cut, scale: int) -> None:
 def read_cut(path: Path, cut, scale: int, wrong_on: int | None) -> None:
     me = process_group.start("cpu")
     whole, back = some_tensors(scale), zeros(some_tensors(scale))
-    boxes = cut(back, me.rank, me.world_size)
+    shards = cut(back, me.rank, me.world_size)
     if me.rank == wrong_on:
-        boxes.append(Box("model.other", (1,), (0,), torch.zeros(1)))
+        shards.append(TensorShard("model.other", (1,), (0,), torch.zeros(1)))
     try:
         checkpoint.check_files(path, checkpoint.read_state(path), me)
-        read_tensors(path, boxes, me)
+        read_tensors(path, shards, me)
         assert wrong_on is None
     except CheckpointError as error:
         assert wrong_on is not None
         print(error)
     expected = cut(whole, me.rank, me.world_size)
     assert (
-        all(torch.equal(a.data, b.data) for a, b in zip(boxes, expected, strict=False))
+        all(torch.equal(a.data, b.data) for a, b in zip(shards, expected, strict=False))
         or wrong_on is not None
     )
     dist.barrier()

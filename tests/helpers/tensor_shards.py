@@ -7,66 +7,71 @@ import torch
 from torch import Tensor
 
 from dnt_scale.checkpoint import Saver, State
-from dnt_scale.checkpoint.tensor_shards import Box, flat_boxes
+from dnt_scale.checkpoint.tensor_shards import TensorShard, flat_shards
 from dnt_scale.distributed.process_group import Ranks
 
 Tensors = Mapping[str, Tensor]
 
 
-def rows(tensors: Tensors, rank: int, ranks: int) -> list[Box]:
+def rows(tensors: Tensors, rank: int, ranks: int) -> list[TensorShard]:
     """FSDP2's shards: as many whole rows a rank as go, the last ranks perhaps none; scalars on
     rank 0.
     """
-    boxes = []
+    shards = []
     for name, tensor in tensors.items():
         if not tensor.dim():
-            boxes.append(Box(name, (), (), tensor, rank, ranks))
+            shards.append(TensorShard(name, (), (), tensor, rank, ranks))
             continue
         each = -(-len(tensor) // ranks)
         first = min(rank * each, len(tensor))
         offset = (first, *(0,) * (tensor.dim() - 1))
-        boxes.append(Box(name, tuple(tensor.shape), offset, tensor[first : first + each]))
-    return boxes
+        shards.append(TensorShard(name, tuple(tensor.shape), offset, tensor[first : first + each]))
+    return shards
 
 
-def copies(tensors: Tensors, rank: int, ranks: int) -> list[Box]:
+def copies(tensors: Tensors, rank: int, ranks: int) -> list[TensorShard]:
     """DDP's: everything everywhere."""
     return [
-        Box(name, tuple(t.shape), (0,) * t.dim(), t, rank, ranks) for name, t in tensors.items()
+        TensorShard(name, tuple(t.shape), (0,) * t.dim(), t, rank, ranks)
+        for name, t in tensors.items()
     ]
 
 
-def columns(tensors: Tensors, rank: int, ranks: int) -> list[Box]:
+def columns(tensors: Tensors, rank: int, ranks: int) -> list[TensorShard]:
     """Tensor parallelism's: a part of the last dimension; where there is one at most, rows."""
-    boxes = []
+    shards = []
     for name, tensor in tensors.items():
         if tensor.dim() < 2:
-            boxes += rows({name: tensor}, rank, ranks)
+            shards += rows({name: tensor}, rank, ranks)
             continue
         each = -(-tensor.shape[-1] // ranks)
         first = min(rank * each, tensor.shape[-1])
         offset = (*(0,) * (tensor.dim() - 1), first)
-        boxes.append(Box(name, tuple(tensor.shape), offset, tensor[..., first : first + each]))
-    return boxes
+        shards.append(
+            TensorShard(name, tuple(tensor.shape), offset, tensor[..., first : first + each])
+        )
+    return shards
 
 
-def flat(tensors: Tensors, rank: int, ranks: int) -> list[Box]:
+def flat(tensors: Tensors, rank: int, ranks: int) -> list[TensorShard]:
     """ZeRO 1 and 2's: all tensors end to end, cut into equal parts anywhere."""
     total = sum(t.numel() for t in tensors.values())
     first, last = (total * number // ranks for number in (rank, rank + 1))
-    boxes, place = [], 0
+    shards, place = [], 0
     for name, tensor in tensors.items():
         start, end = max(first, place), min(last, place + tensor.numel())
         if start < end:
             run = tensor.view(-1)[start - place : end - place]
-            boxes += flat_boxes(name, tuple(tensor.shape), start - place, run)
+            shards += flat_shards(name, tuple(tensor.shape), start - place, run)
         place += tensor.numel()
-    return boxes
+    return shards
 
 
-def flat_each(tensors: Tensors, rank: int, ranks: int) -> list[Box]:
+def flat_each(tensors: Tensors, rank: int, ranks: int) -> list[TensorShard]:
     """ZeRO 3's: each tensor cut into equal parts anywhere."""
-    return [box for name, tensor in tensors.items() for box in flat({name: tensor}, rank, ranks)]
+    return [
+        shard for name, tensor in tensors.items() for shard in flat({name: tensor}, rank, ranks)
+    ]
 
 
 CUTS = (rows, copies, columns, flat, flat_each)
@@ -128,6 +133,6 @@ def save_made_up(
     whole = some_tensors(seed=seed)
     saver = Saver(folder, me, keep=99)
     saver.save(some_state(step, **changes), copies(whole, 0, 1))
-    saver.settle(wait=True)
+    saver.commit(wait=True)
     saver.close()
     return whole
