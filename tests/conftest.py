@@ -1,5 +1,7 @@
+import os
 import shutil
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +60,14 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     reasons = [str(report.longrepr[2]) for report in terminalreporter.stats.get("skipped", ())]
     if left_out := [reason.partition(LEFT_OUT)[2] for reason in reasons if LEFT_OUT in reason]:
         terminalreporter.write_line(f"{len(left_out)} {LEFT_OUT}{left_out[0]}", red=True, bold=True)
+
+
+@pytest.fixture(autouse=True)
+def same_priority() -> Iterator[None]:
+    """Refuse a test that leaves this process nicer: beside others all later ones would starve."""
+    before = os.nice(0)
+    yield
+    assert os.nice(0) == before, f"niceness was {before} before the test and is {os.nice(0)} now"
 
 
 @pytest.fixture(scope="session")

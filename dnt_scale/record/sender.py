@@ -297,7 +297,7 @@ def main(run_dir: Path, backend: str) -> int:
     order = read_order(run_dir)
     if not order:
         return SUPERSEDED
-    _prepare(order, backend)
+    load(backend).prepare(order)
     training = LiveTraining(order["parent_pid"])
     with lock_file(run_dir, backend).open("wb") as lock:
         if not _wait_for_lock(lock.fileno(), training):
@@ -310,7 +310,7 @@ def finalize_here(run_dir: Path, backend: str, status: Status) -> int:
     order = read_order(run_dir)
     if is_finalized(run_dir, order, backend, status):
         return ALL_SENT
-    _prepare(order, backend)
+    load(backend).prepare(order)
     with lock_file(run_dir, backend).open("wb") as lock:
         if flock(lock.fileno()) is False:
             return AT_WORK
@@ -322,7 +322,7 @@ def finalize_sweep_here(run_dir: Path, backend: str, status: Status) -> int:
     order = read_order(run_dir)
     if load(backend).is_sweep_finalized(run_dir, order, status):
         return ALL_SENT
-    _prepare(order, backend)
+    load(backend).prepare(order)
     deadline = threading.Timer(FINALIZE_S + HUNG_S, os._exit, (UNSENT,))
     deadline.daemon = True
     deadline.start()
@@ -333,11 +333,6 @@ def finalize_sweep_here(run_dir: Path, backend: str, status: Status) -> int:
         print(without_login(address, traceback.format_exc()), flush=True)
         return UNSENT
     return ALL_SENT
-
-
-def _prepare(order: Order, backend: str) -> None:
-    os.nice(10)
-    load(backend).prepare(order)
 
 
 def _wait_for_lock(lock: int, training: Training) -> bool:
@@ -358,6 +353,7 @@ if __name__ == "__main__":
     parser.add_argument("--finalize", choices=ends, help="the run has ended with this status")
     parser.add_argument("--finalize-sweep", choices=ends, help="the sweep it is part of has")
     options = parser.parse_args()
+    os.nice(10)  # Training goes first.
     run, name = options.run_dir.absolute(), options.backend
     if options.finalize_sweep:
         raise SystemExit(finalize_sweep_here(run, name, options.finalize_sweep))

@@ -28,7 +28,14 @@ from dnt_scale.model.task import Task, build_task
 from dnt_scale.tools.memory_plan import memory
 from dnt_scale.train.rank import main
 from tests.helpers.engines import ENGINES, overrides_of
-from tests.helpers.run import call, complete_checkpoints, metrics, same_tensors, synthetic_set
+from tests.helpers.run import (
+    PLOTS,
+    call,
+    complete_checkpoints,
+    metrics,
+    same_tensors,
+    synthetic_set,
+)
 
 
 @dataclass(frozen=True)
@@ -215,7 +222,7 @@ def train_toy(overrides: list[str]) -> None:
 def test_a_task_that_is_no_language_trains_resumes_and_checkpoints(toy, name, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     overrides = [*toy, f"engine={name}"]
-    call(train_toy, [*overrides, f"run.dir={whole}"], ranks=2).ok()
+    call(train_toy, [*overrides, f"run.dir={whole}"], ranks=2, env=PLOTS).ok()
     call(train_toy, [*overrides, f"run.dir={parts}", f"train.steps={STEPS // 2}"], ranks=2).ok()
     said = call(train_toy, [*overrides, f"run.dir={parts}"], ranks=2).ok().err
     assert "resuming from" in said and "images/s" in said and f"{12 * STEPS} images" in said

@@ -21,7 +21,7 @@ from dnt_scale.record.tracker import Tracker
 from dnt_scale.record.training_process import EndedTraining
 from dnt_scale.train.recorded import Typed
 from dnt_scale.train.run_start import Begun, begin, make_room
-from tests.helpers.run import tiny, train
+from tests.helpers.run import PLOTS, tiny, train
 from tests.helpers.senders import begin as begin_sending
 from tests.helpers.senders import start, without_processes
 from tests.helpers.stores import PATIENCE_S, points, until
@@ -85,10 +85,10 @@ def test_a_run_and_its_resumption_show_each_step_once(corpus: Path, tmp_path: Pa
         "checkpoint.every=4",
         "eval.every=5",
     )
-    train([*overrides, "train.steps=9"]).ok()
+    train([*overrides, "train.steps=9"], env=PLOTS).ok()
     once = others(run_dir)
     assert [step for step, _ in shown(run_dir)["train/loss"]] == list(range(1, 10))
-    train([*overrides, "train.steps=14"], ranks=2).ok()
+    train([*overrides, "train.steps=14"], ranks=2, env=PLOTS).ok()
     found, also = shown(run_dir), others(run_dir)
     assert [step for step, _ in found["train/loss"]] == list(range(1, 15))
     assert [step for step, _ in found["val/loss"]] == [0, 5, 9, 10, 14]

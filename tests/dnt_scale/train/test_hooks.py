@@ -17,6 +17,7 @@ from dnt_scale.train.hooks import HOOKS, Hook
 from dnt_scale.train.rank import main
 from tests.helpers import engines
 from tests.helpers.run import (
+    PLOTS,
     call,
     complete_checkpoints,
     metrics,
@@ -121,7 +122,7 @@ def test_the_moments_of_a_run(made_up, tmp_path):
 
 def test_all_hooks_are_closed_whatever_one_of_them_raises(made_up, tmp_path):
     run_dir = tmp_path / "run"
-    finished = call(train_with_hooks, tiny(made_up, run_dir, *SHORT), Raising)
+    finished = call(train_with_hooks, tiny(made_up, run_dir, *SHORT), Raising, env=PLOTS)
     assert finished.code == 2 and "error: and once more" in finished.err
     assert finished.out.splitlines()[-1] == "first close FAILED"
     end = timeline.read(run_dir)[-1]

@@ -306,7 +306,7 @@ def another_run_by_a_path_from_elsewhere(case: Case) -> None:
 
 
 def only_the_config_of_another_run(case: Case) -> None:
-    for name in ("checkpoints", "logs", "plots"):
+    for name in ("checkpoints", "logs"):
         shutil.rmtree(case.run_dir / name)
     (case.run_dir / "metrics.jsonl").unlink()
     case.rename("other")
