@@ -37,7 +37,7 @@ from dnt_scale.checkpoint import Saver, State
 from dnt_scale.checkpoint.tensor_shards import TensorShard
 from dnt_scale.distributed import process_group
 from dnt_scale.record.files import git_commit
-from tests.helpers.run import synthetic_set
+from testbed.run import synthetic_set
 
 WARM_UP_STEPS = 4
 WANTED_BANDWIDTH = 0.7  # of dd's, at least

@@ -53,7 +53,7 @@ from data_prep.read.pieces import read_pieces
 from data_prep.tokenizer import Kind
 from data_prep.train_tokenizer import SAMPLE_BYTES, TextSample, train
 from dnt_scale.record.files import git_commit
-from tests.helpers.corpus import python_source_files
+from testbed.corpus import python_source_files
 
 ROOT = Path(__file__).parent.parent
 PARTS = ("encode", "workers", "kitoken", "datatrove", "memory")

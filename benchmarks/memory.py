@@ -29,8 +29,8 @@ from rich.table import Table
 from dnt_scale.model.flops import count_parameters
 from dnt_scale.record.files import git_commit
 from dnt_scale.tools import memory_plan
-from tests.helpers.measure import answers, print_costs, run_config
-from tests.helpers.run import Ranks
+from testbed.measure import answers, print_costs, run_config
+from testbed.run import Ranks
 
 WIDTH, CONTEXT = 256, 16
 SHARED_LAYERS = 16  # of the second table, which has no peaks

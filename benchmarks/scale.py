@@ -25,8 +25,8 @@ from rich.table import Table
 from dnt_scale.model.flops import count_parameters
 from dnt_scale.record.files import git_commit
 from dnt_scale.tools import memory_plan
-from tests.helpers.measure import answers, print_costs, print_simulated, run_config
-from tests.helpers.run import call
+from testbed.measure import answers, print_costs, print_simulated, run_config
+from testbed.run import call
 
 MODELS = {
     "dnt_1.4b": ["layers=48", "width=1536", "heads=24", "vocab_size=50304", "context=1024"],

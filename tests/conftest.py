@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from tests.helpers import run
-from tests.helpers.corpus import small_set
-from tests.helpers.run import tiny, train
+from testbed import run
+from testbed.corpus import small_set
+from testbed.run import tiny, train
 from tests.helpers.slurm import LEFT_OUT
 
 # A shell starts what it runs in the background with SIGINT ignored, and nohup what it runs with

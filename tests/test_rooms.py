@@ -1,6 +1,7 @@
 """The house rules of docs/design.md that imports can break: one way only, and heavy things late."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -266,3 +267,16 @@ def test_the_count_of_lines_sees_decorators_and_functions_in_functions() -> None
         "f has 6 lines",
         "g has 2 lines",
     ]
+
+
+def test_tests_and_benchmarks_leave_each_other_alone() -> None:
+    """What both need is in testbed/, which imports neither."""
+    forbidden = {
+        "tests": {"benchmarks"},
+        "benchmarks": {"tests"},
+        "testbed": {"tests", "benchmarks"},
+    }
+    for folder, others in forbidden.items():
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            found = re.findall(r"^\s*(?:from|import) (\w+)", path.read_text(), re.MULTILINE)
+            assert not others & set(found), path

@@ -9,7 +9,7 @@ from cluster.job import rank_main
 from cluster.run_record import RecordError
 from cluster.submit import data_prep_jobs, single_run
 from dnt_scale.cli.main import main as dnt
-from tests.helpers.run import synthetic_set, tiny
+from testbed.run import synthetic_set, tiny
 from tests.helpers.slurm import free, wait_for
 
 # what Python, submitit and our own packages would import from there

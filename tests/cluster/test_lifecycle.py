@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.soak import soak, steps_for
 from cluster import run_record
 from dnt_scale.record import timeline
 from dnt_scale.record.metrics_file import METRICS
-from tests.helpers.run import TINY_RUN, Finished, synthetic_set
+from testbed.run import TINY_RUN, Finished, synthetic_set
+from testbed.soak import soak, steps_for
 from tests.helpers.slurm import command, free, no_accounting, wait_for
 
 pytestmark = pytest.mark.usefixtures("slurm")

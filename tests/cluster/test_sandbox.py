@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.helpers.run import Finished, python
+from testbed.run import Finished, python
 from tests.helpers.slurm import (
     BASE,
     LEFT_OUT,

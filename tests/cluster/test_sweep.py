@@ -14,9 +14,9 @@ from cluster.watch.jobs_command import RunSummary, format_results
 from dnt_scale.cli.main import main as dnt
 from dnt_scale.config import ConfigError
 from dnt_scale.record import timeline
-from tests.helpers.run import metrics, start, steps_written, synthetic_set, tiny
+from testbed.run import metrics, start, steps_written, synthetic_set, tiny
+from testbed.stores import runs as mlflow_runs
 from tests.helpers.slurm import command, free, state, submit, wait_for
-from tests.helpers.stores import runs as mlflow_runs
 
 # --- what the overrides mean ----------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-from tests.helpers.corpus import TEXT, small_set
+from testbed.corpus import TEXT, small_set
 
 # How long an example takes depends on what else the machine does.
 settings.register_profile(

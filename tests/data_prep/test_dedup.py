@@ -22,7 +22,7 @@ from data_prep.dedup import (
     fingerprints,
     similarity,
 )
-from tests.helpers.corpus import python_source_files
+from testbed.corpus import python_source_files
 
 pytestmark = pytest.mark.slow
 

@@ -29,7 +29,7 @@ from data_prep.pipeline import prepare
 from data_prep.read import inputs, pieces
 from data_prep.shards import PARTIAL, Packing, load_manifest
 from data_prep.verify import verify
-from tests.helpers.corpus import contents, python_source_files, small_set
+from testbed.corpus import contents, python_source_files, small_set
 
 pytestmark = pytest.mark.slow
 
@@ -195,7 +195,7 @@ import sys, time
 from pathlib import Path
 import data_prep.read.pieces
 from data_prep import chunks
-from tests.helpers.corpus import small_set
+from testbed.corpus import small_set
 
 made, was_made = [], chunks._Journal.was_made
 

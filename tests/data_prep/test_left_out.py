@@ -19,7 +19,7 @@ from data_prep.report.terminal import print_plan
 from data_prep.shards import PARTIAL, iter_documents
 from data_prep.tokenizer import Tokenizer
 from data_prep.verify import verify
-from tests.helpers.corpus import TEXT, contents, run
+from testbed.corpus import TEXT, contents, run
 
 RUSSIAN = "Гавань открыта до полной воды, потом лодки уходят домой.\n" * 40
 EXPECTED = {

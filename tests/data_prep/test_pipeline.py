@@ -20,7 +20,7 @@ from data_prep.report.terminal import print_info, print_plan
 from data_prep.shards import PARTIAL, iter_documents, load_manifest
 from data_prep.tokenizer import Tokenizer
 from data_prep.verify import verify
-from tests.helpers.corpus import TEXT, contents, python_source_files, run, small_set
+from testbed.corpus import TEXT, contents, python_source_files, run, small_set
 
 
 def in_split(text: str, val_fraction: float) -> bool:

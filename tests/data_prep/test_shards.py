@@ -23,7 +23,7 @@ from data_prep.shards import (
 )
 from data_prep.tokenizer import Tokenizer
 from data_prep.verify import verify
-from tests.helpers.corpus import python_source_files, small_set
+from testbed.corpus import python_source_files, small_set
 
 
 def all_rows(folder: Path, manifest: Manifest, split: str) -> np.ndarray:

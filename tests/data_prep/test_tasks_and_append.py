@@ -23,7 +23,7 @@ from data_prep.report.terminal import print_plan
 from data_prep.shards import PARTIAL, iter_documents, load_manifest, write_shard
 from data_prep.tokenizer import Tokenizer
 from data_prep.verify import verify
-from tests.helpers.corpus import TEXT, contents, python_source_files, run
+from testbed.corpus import TEXT, contents, python_source_files, run
 
 pytestmark = pytest.mark.slow
 

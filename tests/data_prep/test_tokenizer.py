@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from data_prep.identity import text_hash
 from data_prep.tokenizer import PART_CHARS, FastPathDiffers, Tokenizer
 from data_prep.train_tokenizer import TextSample, train
-from tests.helpers.corpus import python_source_files
+from testbed.corpus import python_source_files
 
 pytestmark = pytest.mark.slow
 

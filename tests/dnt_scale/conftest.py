@@ -8,9 +8,9 @@ from rich.console import Console
 
 from data_prep.options import PrepareOptions
 from data_prep.pipeline import prepare
-from tests.helpers.corpus import python_source_files
-from tests.helpers.run import complete_checkpoints, stop_midway, tiny, train
-from tests.helpers.stores import sqlite_store
+from testbed.corpus import python_source_files
+from testbed.run import complete_checkpoints, stop_midway, tiny, train
+from testbed.stores import sqlite_store
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -10,8 +10,8 @@ import yaml
 from data_prep.options import PrepareOptions
 from data_prep.pipeline import prepare
 from dnt_scale import config
-from tests.helpers.corpus import python_source_files
-from tests.helpers.run import dnt, python, synthetic_set, tiny, train
+from testbed.corpus import python_source_files
+from testbed.run import dnt, python, synthetic_set, tiny, train
 
 
 def tree(folder: Path) -> dict[str, bytes]:

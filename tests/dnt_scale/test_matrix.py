@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from dnt_scale import config
+from testbed.run import call, same_tensors, tensors, tiny
 from tests.helpers import engines
 from tests.helpers.engines import ENGINES, STEPS
-from tests.helpers.run import call, same_tensors, tensors, tiny
 
 RANKS = {"msgdw": (1, 2, 4)}  # of the optimizers that are run on other than two ranks too
 # An optimizer is run here if its test has a `reference_update`. Its OVERRIDES choose it; CHANGES

@@ -17,7 +17,7 @@ import torch
 
 from dnt_scale.record import timeline
 from dnt_scale.train.rank import main
-from tests.helpers.run import (
+from testbed.run import (
     STEPS,
     Finished,
     Ranks,

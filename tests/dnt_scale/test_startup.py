@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dnt_scale import startup
-from tests.helpers.run import python
+from testbed.run import python
 
 pytestmark = pytest.mark.slow
 

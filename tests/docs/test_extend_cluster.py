@@ -10,7 +10,7 @@ import pytest
 
 from cluster.cluster_config import change_cluster, read_cluster, split_overrides
 from cluster.submit import single_run
-from tests.helpers.run import python
+from testbed.run import python
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "extend" / "cluster.md").read_text()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.run import Finished, python
+from testbed.run import Finished, python
 
 pytestmark = pytest.mark.slow
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.run import metrics, python
+from testbed.run import metrics, python
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "extend" / "model.md").read_text()

@@ -21,7 +21,7 @@ from dnt_scale.model.dnt import DNT, IGNORED
 from dnt_scale.model.init import init_weights
 from dnt_scale.optim.schedule import Schedule
 from dnt_scale.train.spike_guard import Guard
-from tests.helpers.run import tiny
+from testbed.run import tiny
 
 STEPS = 20
 ENGINES = {

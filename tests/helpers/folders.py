@@ -9,7 +9,7 @@ from cluster import run_record
 from cluster.cluster_config import from_raw
 from dnt_scale import config
 from dnt_scale.record import timeline
-from tests.helpers.run import tiny
+from testbed.run import tiny
 
 Event = dict[str, Any]
 

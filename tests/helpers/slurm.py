@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from cluster.sandbox import SCRIPT
 from cluster.slurm import job
-from tests.helpers.run import Finished
+from testbed.run import Finished
 
 BASE = Path("/var/lib/dnt-sandbox")
 LEFT_OUT = "SLURM tests left out: "

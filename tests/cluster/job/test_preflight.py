@@ -26,7 +26,7 @@ from dnt_scale.distributed import process_group
 from dnt_scale.distributed.errors import AgreedError, Fault
 from dnt_scale.record import timeline
 from dnt_scale.tools.memory_plan import checkpoint_bytes
-from tests.helpers.run import Ranks, call, can_mount, tiny
+from testbed.run import Ranks, call, can_mount, tiny
 
 RANKS = 4
 ANY = ClusterConfig(time=10)

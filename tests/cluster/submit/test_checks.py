@@ -23,8 +23,8 @@ from dnt_scale.config import ConfigError, RunConfig
 from dnt_scale.data.sources import load_source
 from dnt_scale.record import run_lock
 from dnt_scale.record.run_lock import HeldError
+from testbed.run import synthetic_set, tiny
 from tests.helpers.folders import submitted_run
-from tests.helpers.run import synthetic_set, tiny
 
 on_slurm = pytest.mark.usefixtures("slurm")
 

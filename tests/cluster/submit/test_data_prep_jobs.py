@@ -13,7 +13,7 @@ from data_prep.options import PrepareOptions
 from data_prep.pipeline import prepare as prepare_here
 from dnt_scale.cli.data import rules_file
 from dnt_scale.cli.main import main as dnt
-from tests.helpers.corpus import contents, python_source_files
+from testbed.corpus import contents, python_source_files
 from tests.helpers.slurm import command, free, wait_for
 
 SITE = ("--cluster", "sandbox", "cluster.partition=low", "cluster.mem_gb=null")

@@ -22,7 +22,7 @@ from dnt_scale.distributed import process_group
 from dnt_scale.model.flops import flops_per_token
 from dnt_scale.record.speed import PEAK_FLOPS
 from dnt_scale.tools.memory_plan import checkpoint_bytes
-from tests.helpers.run import synthetic_set, tiny, train
+from testbed.run import synthetic_set, tiny, train
 from tests.helpers.tensor_shards import copies, some_state, some_tensors
 
 H100 = Node("gpu1", "idle", 64, 500_000, 8, gpu="nvidia_h100_80gb_hbm3")

@@ -15,6 +15,7 @@ from cluster.watch.find_runs import find_runs
 from dnt_scale.cli.main import main as dnt
 from dnt_scale.record import timeline
 from dnt_scale.record.metrics_file import last_metrics
+from testbed.run import start, synthetic_set, tiny, until
 from tests.helpers.folders import (
     Event,
     allocated,
@@ -25,7 +26,6 @@ from tests.helpers.folders import (
     submission,
     submitted_run,
 )
-from tests.helpers.run import start, synthetic_set, tiny, until
 
 NOW = 10_000.0
 WAITS = [queued(NOW - 90, "7")]

@@ -19,8 +19,8 @@ from dnt_scale.cli.main import main as dnt
 from dnt_scale.config import ConfigError
 from dnt_scale.record import timeline
 from dnt_scale.train.run_start import check_no_job
+from testbed.run import steps_written, synthetic_set, tiny
 from tests.helpers.folders import allocated, queued, ready, submitted_run
-from tests.helpers.run import steps_written, synthetic_set, tiny
 from tests.helpers.slurm import command, free, wait_for, wait_state
 
 pytestmark = pytest.mark.usefixtures("slurm")

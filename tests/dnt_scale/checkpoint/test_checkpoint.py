@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from tests.helpers.run import (
+from testbed.run import (
     STEPS,
     TINY_MODEL,
     can_mount,

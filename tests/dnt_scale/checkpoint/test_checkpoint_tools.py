@@ -18,7 +18,7 @@ from dnt_scale.checkpoint.write import publish, write_file
 from dnt_scale.cli.main import main
 from dnt_scale.distributed import process_group
 from dnt_scale.distributed.process_group import Ranks
-from tests.helpers.run import tensors, tiny
+from testbed.run import tensors, tiny
 from tests.helpers.tensor_shards import equal, flat, save_made_up, some_state, some_tensors
 
 

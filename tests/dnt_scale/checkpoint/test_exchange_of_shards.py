@@ -35,7 +35,7 @@ from dnt_scale.checkpoint.tensor_shards import (
 from dnt_scale.checkpoint.write import write_file
 from dnt_scale.distributed import process_group
 from dnt_scale.distributed.process_group import Ranks
-from tests.helpers.run import call, tensors
+from testbed.run import call, tensors
 from tests.helpers.tensor_shards import (
     CUTS,
     copies,

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from dnt_scale.checkpoint import read_state
-from tests.helpers.run import train
+from testbed.run import train
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "c4e2237"
 NAMES = sorted(path.stem for path in GOLDEN.glob("*.jsonl"))

@@ -34,8 +34,8 @@ from dnt_scale.distributed.agree import highest
 from dnt_scale.distributed.errors import is_fault
 from dnt_scale.distributed.process_group import Ranks
 from dnt_scale.distributed.watchdog import watching
-from tests.helpers import run
-from tests.helpers.run import call, can_mount, tensors, until
+from testbed import run
+from testbed.run import call, can_mount, tensors, until
 from tests.helpers.tensor_shards import (
     copies,
     equal,

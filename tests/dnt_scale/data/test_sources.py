@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from data_prep.shards import load_manifest, manifest_sha256, write_manifest
 from dnt_scale.config import ConfigError, DataConfig
 from dnt_scale.data.token_sets import SHARES, TokenSet, any_set, identity, load_sets, tokens_a_place
-from tests.helpers.corpus import small_set
-from tests.helpers.run import synthetic_set
+from testbed.corpus import small_set
+from testbed.run import synthetic_set
 
 
 def mixture(**sets):

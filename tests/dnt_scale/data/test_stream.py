@@ -30,7 +30,7 @@ from dnt_scale.data.rows import ShardError
 from dnt_scale.data.token_sets import SHARES, TokenSet, load_sets
 from dnt_scale.data.tokens import token_stream, validation_batches
 from dnt_scale.model.dnt import IGNORED
-from tests.helpers.run import call, synthetic_set, write_split
+from testbed.run import call, synthetic_set, write_split
 
 BLOCK_SIZES = st.lists(st.integers(1, 12), min_size=1, max_size=3 * WINDOW_BLOCKS)
 SEEDS = st.integers(0, 2**64 - 1)

@@ -15,7 +15,7 @@ import yaml
 from dnt_scale import config
 from dnt_scale.config import RunConfig
 from dnt_scale.distributed import compute_dtype, process_group
-from tests.helpers.run import call, tiny, train
+from testbed.run import call, tiny, train
 
 ROOT = Path(__file__).parents[2]
 

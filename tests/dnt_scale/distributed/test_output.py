@@ -21,7 +21,7 @@ import pytest
 
 from dnt_scale.distributed.output import HELD_BYTES, Output
 from dnt_scale.train.signals import stop_signals
-from tests.helpers.run import STEPS, Ranks, _run_module, metrics, steps_written, tiny, until
+from testbed.run import STEPS, Ranks, _run_module, metrics, steps_written, tiny, until
 
 
 def no_reader() -> tuple[int, int | None]:

@@ -17,7 +17,7 @@ from dnt_scale.distributed import process_group
 from dnt_scale.distributed.agree import check_settings, highest, on_first, together
 from dnt_scale.distributed.errors import AgreedError, AgreedFault, is_fault
 from dnt_scale.distributed.process_group import environment, first_host
-from tests.helpers.run import call
+from testbed.run import call
 
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 STEP = {

@@ -17,7 +17,7 @@ from dnt_scale.distributed import process_group
 from dnt_scale.distributed.errors import AgreedError, Fault, exit_status, lost_peer, out_of_memory
 from dnt_scale.distributed.heartbeat import beat, moving
 from dnt_scale.distributed.watchdog import LastPulse, Watchdog, watching
-from tests.helpers.run import Ranks
+from testbed.run import Ranks
 
 HANG_S = 2.0
 NEVER = 600.0

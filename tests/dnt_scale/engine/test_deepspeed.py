@@ -19,7 +19,7 @@ from dnt_scale.distributed import process_group
 from dnt_scale.distributed.errors import AgreedError
 from dnt_scale.model.dnt import DNT
 from dnt_scale.model.init import init_weights, initial_tensor
-from tests.helpers.run import TINY_MODEL, call
+from testbed.run import TINY_MODEL, call
 
 STEPS = 5
 OPTIMIZERS = {

@@ -23,7 +23,7 @@ from dnt_scale.engine.fsdp import FSDPEngine
 from dnt_scale.engine.momentum_in_backward import MomentumInBackward
 from dnt_scale.model.dnt import DNT
 from dnt_scale.model.init import init_weights, initial_tensor
-from tests.helpers.run import call, tiny
+from testbed.run import call, tiny
 
 STEPS, ROWS = 5, 12  # 12 rows a step divide by 1, 2, 3 and 4 ranks
 # where rounding hardly grows: sums are compared that are made in another order

@@ -20,7 +20,7 @@ from dnt_scale.engine.parallelize import data_mesh, parallelize, prepare_blocks
 from dnt_scale.model.dnt import DNT
 from dnt_scale.model.init import init_weights
 from dnt_scale.model.task import LossModule
-from tests.helpers.run import call, tiny
+from testbed.run import call, tiny
 
 LAYERS = 4
 TOKENS = torch.randint(0, 512, (2, 65), generator=torch.Generator().manual_seed(0))

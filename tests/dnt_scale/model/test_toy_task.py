@@ -27,8 +27,7 @@ from dnt_scale.model.init import drawn
 from dnt_scale.model.task import Task, build_task
 from dnt_scale.tools.memory_plan import memory
 from dnt_scale.train.rank import main
-from tests.helpers.engines import ENGINES, overrides_of
-from tests.helpers.run import (
+from testbed.run import (
     PLOTS,
     call,
     complete_checkpoints,
@@ -36,6 +35,7 @@ from tests.helpers.run import (
     same_tensors,
     synthetic_set,
 )
+from tests.helpers.engines import ENGINES, overrides_of
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from dnt_scale.distributed import process_group
 from dnt_scale.optim.segments import Segment
+from testbed.run import call
 from tests.helpers.optimizers import new_msgdw
-from tests.helpers.run import call
 
 SHAPES = [(5, 7), (1, 40), (3, 2), (11, 3)]
 STEPS = 4

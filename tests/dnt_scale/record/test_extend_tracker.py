@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.run import tiny
+from testbed.run import tiny
 
 pytestmark = pytest.mark.slow
 

@@ -19,7 +19,7 @@ import pytest
 
 from dnt_scale.record.finalize import finalize_run, finalize_sweep
 from dnt_scale.record.tracker import Tracker
-from tests.helpers.stores import PATIENCE_S, points, runs, until
+from testbed.stores import PATIENCE_S, points, runs, until
 
 pytestmark = pytest.mark.slow
 

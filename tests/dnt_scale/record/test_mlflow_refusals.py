@@ -22,9 +22,9 @@ from dnt_scale.record.mlflow import store
 from dnt_scale.record.sender import send_all
 from dnt_scale.record.tracker import Tracker
 from dnt_scale.record.training_process import EndedTraining
-from tests.helpers.run import can_mount
+from testbed.run import can_mount
+from testbed.stores import PATIENCE_S
 from tests.helpers.senders import begin, client, shown, start, without_processes
-from tests.helpers.stores import PATIENCE_S
 
 pytestmark = pytest.mark.slow
 

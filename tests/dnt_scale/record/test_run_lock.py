@@ -32,7 +32,7 @@ from dnt_scale.record.run_lock import (
     take,
     this_process,
 )
-from tests.helpers.run import STEPS, Ranks, metrics, start, tiny, train, until
+from testbed.run import STEPS, Ranks, metrics, start, tiny, train, until
 
 
 def me(**changes: object) -> Holder:

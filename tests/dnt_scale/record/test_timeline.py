@@ -10,7 +10,7 @@ import pytest
 from dnt_scale.distributed.host import start_ticks
 from dnt_scale.record import timeline
 from dnt_scale.record.timeline import Clock
-from tests.helpers.run import STEPS, tiny, train
+from testbed.run import STEPS, tiny, train
 
 
 def kinds(events: list[timeline.Event]) -> list[str]:

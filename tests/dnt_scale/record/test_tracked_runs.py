@@ -8,8 +8,8 @@ import signal
 import socket
 from pathlib import Path
 
-from tests.helpers.run import start, steps_written, tiny
-from tests.helpers.stores import PASSWORD, points, runs, sqlite_store, until
+from testbed.run import start, steps_written, tiny
+from testbed.stores import PASSWORD, points, runs, sqlite_store, until
 
 
 def test_a_run_that_is_stopped_and_goes_on(corpus, tmp_path):

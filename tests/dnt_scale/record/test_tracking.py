@@ -22,7 +22,7 @@ from dnt_scale.record.mlflow.ui import open_ui
 from dnt_scale.record.plots import plot_run
 from dnt_scale.record.sender_files import unsent_lines
 from dnt_scale.record.tracker import Tracker
-from tests.helpers.stores import free_port, mlflow_server, until
+from testbed.stores import free_port, mlflow_server, until
 
 pytestmark = pytest.mark.slow
 

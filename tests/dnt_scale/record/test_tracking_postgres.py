@@ -9,7 +9,7 @@ import pytest
 
 from dnt_scale.record.finalize import finalize_run
 from dnt_scale.record.tracker import Tracker
-from tests.helpers.stores import PASSWORD, PATIENCE_S, no_postgres, points, postgres, runs
+from testbed.stores import PASSWORD, PATIENCE_S, no_postgres, points, postgres, runs
 
 pytestmark = pytest.mark.slow
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from data_prep.shards import load_manifest, write_manifest
-from tests.helpers.run import call, dnt, metrics, synthetic_set
+from testbed.run import call, dnt, metrics, synthetic_set
 
 PROMPT = "def main(self, größe):\n"
 

@@ -6,8 +6,8 @@ import pytest
 
 from dnt_scale import config
 from dnt_scale.tools import memory_plan
-from tests.helpers.measure import answers, print_costs, print_simulated, run_config
-from tests.helpers.run import call
+from testbed.measure import answers, print_costs, print_simulated, run_config
+from testbed.run import call
 
 DEPTHS = (1, 4)
 SHAPE = [

@@ -20,7 +20,7 @@ from dnt_scale.tools.verify_resume import (
     near,
     verify_resume,
 )
-from tests.helpers.run import ENVIRONMENT, TINY_RUN, dnt, synthetic_set
+from testbed.run import ENVIRONMENT, TINY_RUN, dnt, synthetic_set
 
 pytestmark = pytest.mark.slow
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dnt_scale.distributed.device_metrics import take
-from tests.helpers.run import metrics, python, synthetic_set, tensors, tiny
+from testbed.run import metrics, python, synthetic_set, tensors, tiny
 
 ROOT = Path(__file__).parents[3]
 PAGE = ROOT / "docs" / "extend" / "hook.md"

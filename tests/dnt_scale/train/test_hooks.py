@@ -15,8 +15,7 @@ from dnt_scale.distributed import process_group
 from dnt_scale.record import timeline
 from dnt_scale.train.hooks import HOOKS, Hook
 from dnt_scale.train.rank import main
-from tests.helpers import engines
-from tests.helpers.run import (
+from testbed.run import (
     PLOTS,
     call,
     complete_checkpoints,
@@ -26,7 +25,8 @@ from tests.helpers.run import (
     tiny,
     train,
 )
-from tests.helpers.stores import runs, sqlite_store
+from testbed.stores import runs, sqlite_store
+from tests.helpers import engines
 
 DESIGN = Path(__file__).parents[3] / "docs" / "design.md"
 SHORT = ["train.steps=4", "eval.every=2", "checkpoint.every=2", "optim.schedule.warmup_steps=1"]

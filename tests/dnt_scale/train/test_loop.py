@@ -24,7 +24,7 @@ from dnt_scale.model.init import init_weights
 from dnt_scale.train.progress import TrainProgress
 from dnt_scale.train.rank import main
 from dnt_scale.train.validation import watched
-from tests.helpers.run import (
+from testbed.run import (
     STEPS,
     call,
     free_port,

@@ -12,7 +12,7 @@ from dnt_scale import config
 from dnt_scale.config import ConfigError, RunConfig
 from dnt_scale.train.recorded import Typed, differences, kept, shown, together, told, typed_keys
 from dnt_scale.train.resume import check_fixed
-from tests.helpers.run import metrics, tiny, train
+from testbed.run import metrics, tiny, train
 
 BASE = [
     "model=dnt_nano",

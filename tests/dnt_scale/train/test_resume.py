@@ -16,7 +16,7 @@ from dnt_scale.config.tracking_uri import default_uri
 from dnt_scale.data.token_sets import load_sets
 from dnt_scale.data.tokens import token_stream
 from dnt_scale.train.rank import main
-from tests.helpers.run import (
+from testbed.run import (
     STEPS,
     Ranks,
     dnt,

@@ -21,8 +21,8 @@ from dnt_scale.config import ConfigError, RunConfig
 from dnt_scale.train.rank import asked_anew
 from dnt_scale.train.recorded import Typed
 from dnt_scale.train.run_start import begin, check_no_job, make_room
+from testbed.run import STEPS, metrics, same_tensors, tiny, train
 from tests.helpers.folders import ended, queued, submitted_run
-from tests.helpers.run import STEPS, metrics, same_tensors, tiny, train
 
 LAST = f"step-{STEPS:08d}"
 

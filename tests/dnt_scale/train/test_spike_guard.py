@@ -15,8 +15,8 @@ from dnt_scale.config import DataConfig, HealthSection
 from dnt_scale.data.token_sets import load_sets
 from dnt_scale.data.tokens import open_tokens, token_stream
 from dnt_scale.train.spike_guard import Guard, HopelessRun, Snapshot, limit
+from testbed.run import call
 from tests.helpers import engines
-from tests.helpers.run import call
 
 VALUES = st.floats(0, float(np.finfo(np.float32).max), width=32)
 ANY = st.one_of(VALUES, st.sampled_from([math.nan, math.inf]))

@@ -64,7 +64,7 @@ def on_two_ranks(overrides: list[str], *, killed: bool) -> int:
 
 
 if __name__ == "__main__":
-    from tests.helpers.run import synthetic_set
+    from testbed.run import synthetic_set
 
     out = Path(sys.argv[1]).absolute()
     out.mkdir(parents=True)

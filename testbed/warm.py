@@ -11,7 +11,7 @@ from pathlib import Path
 
 from dnt_scale import config
 from dnt_scale.record import plots
-from tests.helpers.run import tiny
+from testbed.run import tiny
 
 config.load(tiny(Path("data"), Path("run")))
 with tempfile.TemporaryDirectory() as folder:

@@ -32,7 +32,7 @@ from dnt_scale.model.dnt import DNT
 from dnt_scale.model.task import LossModule
 from dnt_scale.optim.build import build_optimizer
 from dnt_scale.optim.shards import local
-from tests.helpers.run import TINY_RUN, Finished
+from testbed.run import TINY_RUN, Finished
 
 # which argument is the whole tensor: what a gather makes, what a reduce-scatter is given, what is
 # reduced in place

@@ -61,7 +61,7 @@ PRELOAD = [
     "dnt_scale.record.tracker",
     "dnt_scale.record.plots",
     "dnt_scale.train.progress",
-    "tests.helpers.warm",
+    "testbed.warm",
 ]
 # else DeepSpeed looks for devices when it is imported
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
