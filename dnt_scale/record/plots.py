@@ -181,7 +181,7 @@ def _draw_losses(
             arrowprops={"arrowstyle": "-", "color": VAL, "lw": 0.8, "relpos": (1, 0), "shrinkB": 4},
         )
     axes.legend(frameon=False, loc="upper right")
-    _style(axes)
+    style(axes)
 
 
 def _add_steps(axes: Axes, records: list[dict[str, Any]], unit: str) -> None:
@@ -220,11 +220,12 @@ def _draw_panel(axes: Axes, counts: Floats, values: Floats, label: str, logarith
         axes.yaxis.set_minor_formatter(NullFormatter())
     else:
         axes.set_ylim(bottom=0)
-    _style(axes)
+    style(axes)
     axes.tick_params(labelsize=8)
 
 
-def _style(axes: Axes) -> None:
+def style(axes: Axes) -> None:
+    """Make axes look as all of ours do."""
     from matplotlib.ticker import FuncFormatter
 
     axes.spines[["top", "right"]].set_visible(False)

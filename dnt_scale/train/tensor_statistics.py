@@ -194,6 +194,13 @@ def hill_index(counts: Tensor, share: float) -> float:
     return float(weights.sum() / (weights * excess).sum())
 
 
+def rms_of(parts: Sequence[tuple[float, float]]) -> float:
+    """Return the RMS of what consists of parts, each (elements, RMS)."""
+    elements = math.fsum(number for number, _ in parts)
+    squares = math.fsum(number * rms**2 for number, rms in parts)
+    return math.sqrt(squares / elements) if elements else math.nan
+
+
 class Change(NamedTuple):
     """What a step has done to one tensor; nan where the weights or the update tell nothing.
 

@@ -4,7 +4,6 @@ import math
 import statistics
 import time
 from collections import defaultdict, deque
-from collections.abc import Sequence
 from typing import Any
 
 import orjson
@@ -19,6 +18,7 @@ from dnt_scale.train.tensor_statistics import (
     Changes,
     TensorStatistics,
     gradient_statistics,
+    rms_of,
 )
 
 SPIKE = 5.0  # times the median of a group's last updates: told as a spike
@@ -156,13 +156,6 @@ def of_gradient(found: TensorStatistics) -> Line:
     """Return the statistics of a gradient by their names in a line."""
     values = found._asdict()
     return {"elements": values.pop("elements")} | {f"grad_{key}": values[key] for key in values}
-
-
-def rms_of(parts: Sequence[tuple[float, float]]) -> float:
-    """Return the RMS of what consists of parts, each (elements, RMS)."""
-    elements = math.fsum(number for number, _ in parts)
-    squares = math.fsum(number * rms**2 for number, rms in parts)
-    return math.sqrt(squares / elements) if elements else math.nan
 
 
 def write(run: Training, line: Line) -> None:

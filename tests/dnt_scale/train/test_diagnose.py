@@ -74,7 +74,7 @@ def test_ratio_angle_and_groups_are_those_between_two_checkpoints(hooked):
             np.linalg.norm(b - a) / np.linalg.norm(a), rel=1e-5
         )
         assert found["angle"] == pytest.approx(np.arccos(min(1.0, cosine)), rel=1e-3, abs=1e-7)
-        group = squares["embedding" if "emb" in name else "default"]
+        group = squares["embedding" if name.startswith("tok_emb") else "default"]
         group[0] += ((b - a) ** 2).sum()
         group[1] += a.size
     expected = {label: (total / size) ** 0.5 for label, (total, size) in squares.items()}
