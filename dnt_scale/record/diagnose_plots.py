@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,8 @@ Series = Mapping[str, Sequence[float | None]]
 
 COLOURS = ("#2a5caa", "#d1495b", "#3a9d6e", "#e0a030", "#7b5ea7", "#5aa9c9", "#8a6d4b", "#c86fa8")
 MARKERS = "osD^vP*X"
-COLUMN, ROW = 3.3, 2.6  # inches of a panel
+COLUMN, ROW = 3.3, 2.2  # inches of a panel
+LEGEND = 1.5  # inches, to the right of the panels
 
 
 def draw(
@@ -58,21 +59,27 @@ def save(figure: Figure, path: Path) -> Path:
     return path
 
 
-def grid(rows: int, columns: int, legend_in: float = 1.2) -> tuple[Figure, Any]:
-    """Return a figure of panels, (rows, columns) of axes, whose rows share their scale."""
+def grid(rows: int, columns: int, wide: float = COLUMN, high: float = ROW) -> tuple[Figure, Any]:
+    """Return a figure of panels, (rows, columns) of axes, whose rows share their scale.
+
+    Args:
+        wide: inches of a panel.
+        high: the same.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    width, height = 0.9 + COLUMN * columns + legend_in, 0.9 + ROW * rows
+    between = 0.75  # inches, of rows
+    width, height = 0.95 + wide * columns + LEGEND, 0.95 + (high + between) * rows - between
     figure = Figure(figsize=(width, height), dpi=150, facecolor="white")
     FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns, squeeze=False, sharey="row")
     figure.subplots_adjust(
-        left=0.75 / width,
-        right=1 - (legend_in + 0.1) / width,
-        bottom=0.5 / height,
+        left=0.85 / width,
+        right=1 - (LEGEND + 0.1) / width,
+        bottom=0.55 / height,
         top=1 - 0.4 / height,
-        hspace=0.42,
+        hspace=between / high,
         wspace=0.08,
     )
     return figure, axes
@@ -93,17 +100,23 @@ def legend(figure: Figure, panel: Axes) -> None:
     figure.legend(handles, names, loc="center right", frameon=False, fontsize=8)
 
 
-def lines(panel: Axes, x: Sequence[float], series: Series, *, log: bool = True) -> None:
-    """Draw a line a name; what is not known is left out."""
-    for number, (name, values) in enumerate(series.items()):
-        known = [
-            (a, b) for a, b in zip(x, values, strict=True) if b is not None and math.isfinite(b)
-        ]
+def lines(
+    panel: Axes, x: Sequence[float], series: Series, names: Sequence[str] = (), *, log: bool = True
+) -> None:
+    """Draw a line a name; what is not known is left out.
+
+    Args:
+        names: whose order decides the colours, where ``series`` has some of them only.
+    """
+    for name, values in series.items():
+        number = list(names or series).index(name)
+        known = [(a, b) for a, b in zip(x, values, strict=True) if b is not None]
+        table = np.array([pair for pair in known if math.isfinite(pair[1])], dtype=np.float64)
         panel.plot(
-            *np.array(known, dtype=np.float64).reshape(-1, 2).T,
+            *table.reshape(-1, 2).T,
             color=COLOURS[number % len(COLOURS)],
             marker=MARKERS[number % len(MARKERS)],
-            ms=3.5,
+            ms=3 if len(table) < 40 else 0,
             lw=1.2,
             label=name,
         )
@@ -112,12 +125,31 @@ def lines(panel: Axes, x: Sequence[float], series: Series, *, log: bool = True) 
 
 
 def finish(axes: Any, labels: Sequence[str]) -> None:
-    """Style all panels, and say what stands on the left of each row."""
+    """Style all panels, mark their scales, and say what stands on the left of each row."""
     for row, label in zip(axes, labels, strict=True):
         for panel in row:
             style(panel)
             panel.tick_params(labelsize=8)
         row[0].set_ylabel(label, fontsize=9, color=INK)
+        if row[0].get_yscale() == "log":
+            mark_logarithms(row[0])
+
+
+def mark_logarithms(panel: Axes) -> None:
+    """Mark 1, 2, 5 and their tens on the left of a panel, of a wide scale powers of ten alone."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    low, high = panel.get_ylim()
+    if high < 6 * low:  # so that there is something to mark
+        middle = math.sqrt(low * high)
+        panel.set_ylim(middle / 2.5, middle * 2.5)
+    decades = math.log10(high / low)
+    base, subs = (
+        (100.0, (1.0,)) if decades > 6 else (10.0, (1.0,) if decades > 2 else (1.0, 2.0, 5.0))
+    )
+    panel.yaxis.set_major_locator(LogLocator(base=base, subs=subs))
+    panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+    panel.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _gradients(reports: Sequence[Report]) -> Figure:
@@ -130,15 +162,14 @@ def _gradients(reports: Sequence[Report]) -> Figure:
             (("kurtosis", 3.0), ("q999_q50", 4.88), ("rms", None)), start=1
         ):
             panel = axes[row, column]
-            lines(panel, depth, {kind: [e[measure] for e in own] for kind, own in kinds.items()})
+            series = {kind: [each[measure] for each in own] for kind, own in kinds.items()}
+            lines(panel, depth, series, list(report["histograms"]))
             if usual is not None:
                 panel.axhline(usual, color=INK, lw=0.8, ls=":")
             whole_numbers(panel)
             panel.set_xlabel("block", fontsize=9)
     labels = ["density", "kurtosis", "q99.9 / q50", "RMS of the gradient"]
     finish(axes, labels)
-    for panel in axes[0]:
-        powers_of_ten(panel)
     titled(axes, reports)
     legend(figure, axes[0, 0])
     return figure
@@ -176,9 +207,8 @@ def _histograms(panel: Axes, histograms: Mapping[str, Any]) -> None:
 
 
 def _deciles(reports: Sequence[Report]) -> Figure:
-    figure, axes = grid(1, 1, 1.6)
+    figure, axes = grid(1, 1, 5.5, 3.0)
     panel = axes[0, 0]
-    figure.set_size_inches(7.4, 4)
     known = [report for report in reports if report.get("deciles")]
     series = {label_of(report): [each["loss"] for each in report["deciles"]] for report in known}
     lines(panel, range(1, len(known[0]["deciles"]) + 1), series, log=False)
@@ -187,7 +217,7 @@ def _deciles(reports: Sequence[Report]) -> Figure:
         fontsize=9,
     )
     finish(axes, ["loss (nats per token)"])
-    panel.set_ylim(bottom=0)
+    panel.set_ylim(0, 1.05 * panel.get_ylim()[1])
     whole_numbers(panel)
     legend(figure, panel)
     return figure
@@ -200,7 +230,7 @@ def label_of(report: Report) -> str:
 
 
 def _jacobians(reports: Sequence[Report]) -> Figure:
-    figure, axes = grid(1, len(reports), 1.5)
+    figure, axes = grid(1, len(reports), high=3.0)
     for panel, report in zip(axes[0], reports, strict=True):
         found = report["jacobians"]
         layers = [each["layer"] for each in found]
@@ -208,15 +238,8 @@ def _jacobians(reports: Sequence[Report]) -> Figure:
         low, high = ([each[name] for each in last] for name in ("smallest", "largest"))
         if None not in low:
             panel.fill_between(layers, low, high, color=GRID, lw=0)
-        series = {name: [each[name] for each in last] for name in ("largest", "median", "smallest")}
-        lines(
-            panel,
-            layers,
-            {
-                f"{name}, a token" if name == "largest" else name: own
-                for name, own in series.items()
-            },
-        )
+        names = ("largest", "median", "smallest")
+        lines(panel, layers, {f"{name}, a token": [each[name] for each in last] for name in names})
         rows = [each["row_largest"] for each in found]
         panel.plot(layers, rows, color=INK, lw=1, ls="--", label="largest, the row")
         panel.axhline(1.0, color=INK, lw=0.8, ls=":")
@@ -232,42 +255,38 @@ def _training(reports: Sequence[Report], training: Sequence[Sequence[Report]]) -
     figure, axes = grid(4, len(reports))
     for column, (report, measured) in enumerate(zip(reports, training, strict=True)):
         steps = [line["step"] for line in measured]
-        kinds = {
-            each["kind"]: each["in_block"] for each in report["tensors"].values() if each["matrix"]
-        }
+        kinds = list(report["histograms"])
         kind_of = {name: each["kind"] for name, each in report["tensors"].items()}
-
-        def worst(
-            measure: str, choose: Callable[[list[float]], float], kind: str
-        ) -> list[float | None]:
-            found = []
-            for line in measured:  # noqa: B023
-                values = [
-                    each[measure]
-                    for name, each in line["tensors"].items()
-                    if kind_of.get(name) == kind and each.get(measure) is not None  # noqa: B023
-                ]
-                found.append(choose(values) if values else None)
-            return found
-
-        for row, (measure, choose) in enumerate(
-            (("grad_kurtosis", max), ("update_ratio", np.median), ("angle", np.median))
-        ):
-            series = {kind: worst(measure, choose, kind) for kind in kinds}
+        for row, measure in enumerate(("grad_kurtosis", "update_ratio", "angle")):
+            of_steps = [medians(line, kind_of, measure) for line in measured]
+            series = {kind: [found.get(kind) for found in of_steps] for kind in kinds}
             lines(axes[row, column], steps, series)
         spreads = [spread_of(line.get("block_grad_rms") or []) for line in measured]
         lines(axes[3, column], steps, {"blocks": spreads})
         axes[3, column].set_xlabel("step", fontsize=9)
-    labels = [
-        "kurtosis of gradients, worst",
-        "|update| / |weights|",
-        "rotation (radians)",
-        "RMS spread of blocks",
-    ]
-    finish(axes, labels)
+        for panel in axes[:, column]:
+            whole_numbers(panel, 5)
+    finish(
+        axes,
+        [
+            "kurtosis of gradients",
+            "|update| / |weights|",
+            "rotation (radians)",
+            "RMS spread of blocks",
+        ],
+    )
     titled(axes, reports)
     legend(figure, axes[0, 0])
     return figure
+
+
+def medians(line: Report, kind_of: Mapping[str, str], measure: str) -> dict[str, float]:
+    """Return the median of a measure over the tensors of each kind, where it is known."""
+    values: dict[str, list[float]] = {}
+    for name, each in line["tensors"].items():
+        if each.get(measure) is not None and name in kind_of:
+            values.setdefault(kind_of[name], []).append(each[measure])
+    return {kind: float(np.median(own)) for kind, own in values.items()}
 
 
 def spread_of(values: Sequence[float | None]) -> float | None:
@@ -276,16 +295,8 @@ def spread_of(values: Sequence[float | None]) -> float | None:
     return max(known) / min(known) if known and len(known) == len(values) else None
 
 
-def whole_numbers(panel: Axes) -> None:
+def whole_numbers(panel: Axes, most: int = 10) -> None:
     """Mark whole numbers only below a panel."""
     from matplotlib.ticker import MaxNLocator
 
-    panel.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
-
-
-def powers_of_ten(panel: Axes) -> None:
-    """Mark every other power of ten on the left of a panel."""
-    from matplotlib.ticker import LogFormatterSciNotation, LogLocator
-
-    panel.yaxis.set_major_locator(LogLocator(base=100))
-    panel.yaxis.set_major_formatter(LogFormatterSciNotation())
+    panel.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=most))
