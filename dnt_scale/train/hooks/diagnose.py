@@ -9,6 +9,7 @@ from typing import Any
 import orjson
 import torch
 
+from dnt_scale.distributed.agree import on_first
 from dnt_scale.model.task import build_task
 from dnt_scale.optim.groups import group_labels
 from dnt_scale.record.metrics_file import DIAGNOSTICS, drop_after, whole_lines
@@ -47,9 +48,7 @@ class Diagnose(Hook):
 
     def before_training(self, run: Training) -> None:
         """Note what tensors there are, and cut the lines that will be written again."""
-        file = run.config.run.dir / DIAGNOSTICS
-        if run.ranks.first:
-            drop_after(file, run.state.step)
+        on_first(run.ranks, lambda: self.read_back(run))
         if not run.config.diagnose.every:
             return
         with torch.device("meta"):
@@ -61,14 +60,18 @@ class Diagnose(Hook):
             own = list(block.parameters())
             self.blocks.append([name_of[id(parameter)] for parameter in own])
             self.matrices |= {name_of[id(each)] for each in own if each.ndim >= 2}
-        if run.ranks.first:
-            for line in whole_lines(file):
-                self.remember(line)
         if not run.config.optim.gradient_buffer:
             run.progress.say(
                 "diagnose.every: optim.gradient_buffer is false, so that there is no gradient to "
                 "look at; its statistics are left out, those of updates are measured"
             )
+
+    def read_back(self, run: Training) -> None:
+        """Cut the file, and take from it what updates were usual before. Raises OSError."""
+        file = run.config.run.dir / DIAGNOSTICS
+        drop_after(file, run.state.step)
+        for line in whole_lines(file):
+            self.remember(line)
 
     def due(self, run: Training) -> bool:
         """Say whether the step to come, ``run.state.step + 1``, is measured."""
