@@ -62,6 +62,7 @@ def parser() -> argparse.ArgumentParser:
     data.add_commands(commands)
     run.add_run_commands(commands)
     checkpoint.add_commands(commands)
+    run.add_diagnose(commands)
     run.add_verify_resume(commands)
     run.add_ui(commands)
 

@@ -1,4 +1,4 @@
-"""`dnt train`, `generate`, `eval`, `verify-resume` and `ui`."""
+"""`dnt train`, `generate`, `eval`, `diagnose`, `verify-resume` and `ui`."""
 
 import argparse
 import sys
@@ -19,6 +19,16 @@ tracking, preset; a wrong name is answered with all that there are. `dnt train -
 shows every key with its value. Running the same command again resumes the run; Ctrl-C, SIGTERM,
 SIGHUP and SIGUSR1 write a checkpoint and stop. Exit status: 0 complete, 1 a fault that another try
 may not meet (a lost rank), 2 error, 128 + n stopped by signal n.
+"""
+
+
+DIAGNOSE_HELP = """\
+Loads the newest checkpoint of each run in one process, takes the training rows that it would see
+next, and writes RUN/diagnose.json and plots; of several runs, plots that compare them. A run that
+trains is not disturbed. What each number means: docs/train/diagnose.md.
+
+  dnt diagnose runs/first
+  dnt diagnose runs/s1 runs/s2 runs/s3 runs/s4 runs/s5 --out plots
 """
 
 
@@ -90,6 +100,33 @@ def add_run_commands(commands: "argparse._SubParsersAction[Parser]") -> None:
         "--rows", type=whole(1), help="validation rows to use, at most (default: all)"
     )
     evaluate.set_defaults(run=run_eval)
+
+
+def add_diagnose(commands: "argparse._SubParsersAction[Parser]") -> None:
+    """Add `dnt diagnose`."""
+    diagnose = commands.add_parser(
+        "diagnose",
+        help="look into a run's gradients, loss by token frequency and Jacobians",
+        epilog=DIAGNOSE_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    diagnose.add_argument(
+        "folders", type=path, nargs="+", metavar="RUN", help="run folder, for example runs/demo"
+    )
+    diagnose.add_argument(
+        "--batches",
+        type=whole(1, 10**6),
+        default=4,
+        metavar="N",
+        help="micro-batches of training rows (default: 4)",
+    )
+    diagnose.add_argument(
+        "--out", type=path, help="folder of the plots (default: RUN/plots; needed for several runs)"
+    )
+    diagnose.add_argument(
+        "--data", type=set_folder, help="another set of the same tokenizer (default: the run's own)"
+    )
+    diagnose.set_defaults(run=run_diagnose)
 
 
 def add_verify_resume(commands: "argparse._SubParsersAction[Parser]") -> None:
@@ -188,6 +225,14 @@ def run_eval(options: argparse.Namespace) -> int:
     width = max(map(len, metrics))
     for name, value in metrics.items():
         print(f"{name:{width}} {value:.4f}")
+    return 0
+
+
+def run_diagnose(options: argparse.Namespace) -> int:
+    from dnt_scale.tools.diagnose import diagnose_runs
+
+    for picture in diagnose_runs(options.folders, options.data, options.batches, options.out):
+        print(picture)
     return 0
 
 

@@ -52,6 +52,15 @@ class MeasureSection(Strict):
     every: Count = Field(0, ge=0, description="steps between measurements of rms/*; 0: never")
 
 
+class DiagnoseSection(Strict):
+    """``diagnose.*``: tails of gradients, sizes of updates
+    (:mod:`dnt_scale.train.hooks.diagnose`)."""
+
+    every: Count = Field(
+        0, ge=0, description="steps between lines of RUN/diagnostics.jsonl; 0: never"
+    )
+
+
 def check_window(profile: ProfileSection, total_steps: int) -> None:
     """Check that the window to look into lies within the run.
 

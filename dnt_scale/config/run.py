@@ -19,7 +19,7 @@ from dnt_scale.config import paths
 from dnt_scale.config.base import Count, Place, Strict, Text
 from dnt_scale.config.data import AnyData
 from dnt_scale.config.engine import DeepSpeedEngineConfig, EngineConfig
-from dnt_scale.config.hooks import GarbageSection, MeasureSection, ProfileSection
+from dnt_scale.config.hooks import DiagnoseSection, GarbageSection, MeasureSection, ProfileSection
 from dnt_scale.config.model import AnyModel
 from dnt_scale.config.optim import OptimConfig
 
@@ -175,6 +175,7 @@ class RunConfig(Strict):
     profile: ProfileSection = ProfileSection()
     garbage: GarbageSection = GarbageSection()
     measure: MeasureSection = MeasureSection()
+    diagnose: DiagnoseSection = DiagnoseSection()
 
     @model_validator(mode="after")
     def _a_spike_in_the_momentum_is_only_undone(self) -> Self:

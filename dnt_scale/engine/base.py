@@ -51,6 +51,15 @@ class Engine(Protocol):
         """
         ...
 
+    def gradient_shards(self) -> list[TensorShard]:
+        """This rank's parts of the global batch's gradient, ``grad.NAME``, as ``shards`` has the
+        weights; views, to be looked at while ``judge`` is called and not kept.
+
+        They are summed over micro-batches and ranks, and not clipped yet. Empty where the gradient
+        is gone by then (``optim.gradient_buffer: false``).
+        """
+        ...
+
     def scalars(self) -> dict[str, float]:
         """What a checkpoint holds beside tensors: ``step`` (train_step calls so far), ``updates``
         (those that changed the weights), and what else the engine counts. The same on every

@@ -224,6 +224,17 @@ class DeepSpeedEngine:
                 )
         return shards
 
+    def gradient_shards(self) -> list[TensorShard]:
+        replica, replicas = (
+            (self.ranks.rank, self.ranks.world_size) if self.zero.replicated else (0, 1)
+        )
+        shards: list[TensorShard] = []
+        for part, run in self.zero.gradient_runs(self.parts):
+            shards += flat_shards(
+                f"grad.{part.name}", part.shape, part.start, run, replica, replicas
+            )
+        return shards
+
     def scalars(self) -> dict[str, float]:
         return {"step": self.step, "updates": self.updates}
 

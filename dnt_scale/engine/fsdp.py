@@ -178,6 +178,21 @@ class FSDPEngine:
                     )
         return found
 
+    def gradient_shards(self) -> list[TensorShard]:
+        replica = self.mesh.get_local_rank(0) if self.mesh.ndim == 2 else 0
+        return [
+            TensorShard(
+                f"grad.{part.name}",
+                tuple(part.parameter.shape),
+                part.offset,
+                part.grad,
+                replica,
+                self.replicas,
+            )
+            for part in self.parts
+            if part.parameter.grad is not None and part.rows.numel()
+        ]
+
     def scalars(self) -> dict[str, float]:
         counted = {"step": float(self.step), "updates": float(self.updates)}
         return counted | self.gradients.scalars()

@@ -16,10 +16,12 @@ padding.
 
 import os
 import warnings
+from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
+from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
@@ -59,6 +61,12 @@ class Partitions(Protocol):
     def gradients(self) -> list[Tensor]:
         """This rank's part of the reduced gradient after the last backward of a step, as views;
         padding is zero.
+        """
+        ...
+
+    def gradient_runs(self, parts: list[ZeroSlice]) -> Iterator[tuple[ZeroSlice, Tensor]]:
+        """Each part that this rank holds something of, with its run of ``gradients``,
+        one-dimensional: a view.
         """
         ...
 
@@ -133,6 +141,11 @@ class _Whole:
     def gradients(self) -> list[Tensor]:
         return [parameter.grad for parameter in self.names if parameter.grad is not None]
 
+    def gradient_runs(self, parts: list[ZeroSlice]) -> Iterator[tuple[ZeroSlice, Tensor]]:
+        for part in parts:
+            if part.flat.grad is not None:
+                yield part, part.flat.grad.detach().view(-1)
+
     def drop(self) -> None:
         self.engine.zero_grad()
 
@@ -160,6 +173,33 @@ class _Sharded:
                 f"{', '.join(missing)}, which dnt-scale relies on; pip install "
                 "'deepspeed>=0.19.8,<0.20'"
             )
+
+    def gradients(self) -> list[Tensor]:
+        raise NotImplementedError
+
+    def gradient_runs(self, parts: list[ZeroSlice]) -> Iterator[tuple[ZeroSlice, Tensor]]:
+        """See `Partitions.gradient_runs`.
+
+        One after the other, gradients lie as the flat tensors do, padding too; but one tensor of
+        gradients may be of several flat ones (stage 3), or of one parameter (stages 1 and 2).
+        """
+        begin_of: dict[int, int] = {}  # a flat tensor's place among all of them
+        end = 0
+        for part in parts:
+            if id(part.flat) not in begin_of:
+                begin_of[id(part.flat)] = end
+                end += part.flat.numel()
+        gradients = [gradient.detach().view(-1) for gradient in self.gradients()]
+        starts = list(accumulate((gradient.numel() for gradient in gradients), initial=0))
+        assert starts[-1] == end, "DeepSpeed's gradients do not lie as its weights do"
+        for part in parts:
+            if part.length:
+                place = begin_of[id(part.flat)] + part.offset
+                number = bisect_right(starts, place) - 1
+                first = place - starts[number]
+                run = gradients[number][first : first + part.length]
+                assert len(run) == part.length, f"the gradient of {part.name} is in two tensors"
+                yield part, run
 
     @contextmanager
     def groups_filled(self) -> Iterator[None]:

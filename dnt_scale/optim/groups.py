@@ -11,6 +11,32 @@ from dnt_scale.config import ConfigError, GroupConfig, OptimizerConfig
 Named = Iterable[tuple[str, nn.Parameter]]  # every parameter that is trained, by its name
 
 
+def group_labels(names: Iterable[str], config: OptimizerConfig) -> dict[str, str]:
+    """Return the group of each parameter: its label in ``optim.groups``, else ``default``.
+
+    Raises:
+        ConfigError: a pattern that is no regex, or a parameter that two patterns match.
+    """
+    rules = {}
+    for label, group in config.groups.items():
+        try:
+            rules[label] = re.compile(group.pattern)
+        except re.error as error:
+            raise ConfigError(
+                f"optim.groups.{label}.pattern: {group.pattern!r} is not a regex: {error}"
+            ) from None
+    labels = {}
+    for name in names:
+        matching = [label for label, regex in rules.items() if regex.search(name)]
+        if len(matching) > 1:
+            raise ConfigError(
+                f"optim.groups: parameter {name} is matched by {' and '.join(matching)}; narrow "
+                "one pattern"
+            )
+        labels[name] = matching[0] if matching else "default"
+    return labels
+
+
 def parameter_groups(named: Named, config: OptimizerConfig) -> list[dict[str, Any]]:
     """Put every parameter in one group; what no pattern matches gets the optimizer's own values.
 
@@ -21,33 +47,22 @@ def parameter_groups(named: Named, config: OptimizerConfig) -> list[dict[str, An
         ConfigError: a pattern that is no regex or matches nothing, a parameter that two patterns
             match, or an update of matrices on a tensor that is none.
     """
-    rules = {}
-    for label, group in config.groups.items():
-        try:
-            rules[label] = re.compile(group.pattern)
-        except re.error as error:
-            raise ConfigError(
-                f"optim.groups.{label}.pattern: {group.pattern!r} is not a regex: {error}"
-            ) from None
+    parameters = list(named)
+    label_of = group_labels([name for name, _ in parameters], config)
     members: dict[str, list[tuple[str, nn.Parameter]]] = {
-        label: [] for label in [*rules, "default"]
+        label: [] for label in [*config.groups, "default"]
     }
-    for name, parameter in named:
-        matching = [label for label, regex in rules.items() if regex.search(name)]
-        if len(matching) > 1:
-            raise ConfigError(
-                f"optim.groups: parameter {name} is matched by {' and '.join(matching)}; narrow "
-                "one pattern"
-            )
-        members[matching[0] if matching else "default"].append((name, parameter))
+    for name, parameter in parameters:
+        members[label_of[name]].append((name, parameter))
 
     groups = []
     every_name = [name for inside in members.values() for name, _ in inside]
     for label, inside in members.items():
-        if not inside and label in rules:
+        if not inside and label in config.groups:
             examples = ", ".join(every_name[:3])
+            pattern = config.groups[label].pattern
             raise ConfigError(
-                f"optim.groups.{label}.pattern: {rules[label].pattern!r} matches no parameter; "
+                f"optim.groups.{label}.pattern: {pattern!r} matches no parameter; "
                 f"names look like {examples}"
             )
         rule = config.groups.get(label, GroupConfig(pattern=""))

@@ -12,6 +12,7 @@ import orjson
 from dnt_scale.record.files import replace_file
 
 METRICS = "metrics.jsonl"
+DIAGNOSTICS = "diagnostics.jsonl"  # Lines of train/hooks/diagnose.py; a resume cuts both alike.
 TAIL_BYTES = 1 << 20  # Read of it for those who want the last lines.
 NOT_METRICS = ("step", "time")
 
@@ -53,6 +54,19 @@ def drop_after(path: Path, resume_step: int) -> None:
             kept += line + b"\n"
     if kept != data:
         replace_file(path, bytes(kept))
+
+
+def whole_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the whole lines of a file of JSON lines, in order; none where there is no such file.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    records = []
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):  # A line that training is writing just now.
+            records.append(orjson.loads(line))
+    return records
 
 
 def last_metrics(run_dir: Path) -> list[dict[str, Any]]:

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import orjson
 from numpy.typing import ArrayLike, NDArray
 
-from dnt_scale.record.metrics_file import unit_of
+from dnt_scale.record.metrics_file import METRICS, unit_of, whole_lines
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -42,7 +41,7 @@ def _draw(run_dir: Path) -> Path:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    records = _records(run_dir / "metrics.jsonl")
+    records = whole_lines(run_dir / METRICS)
     unit = unit_of(records)
     train, val = _series(records, "train/loss", unit), _series(records, "val/loss", unit)
     if not train[0].size and not val[0].size:
@@ -86,17 +85,6 @@ def _draw(run_dir: Path) -> Path:
     figure.savefig(beside, format="png", pil_kwargs={"compress_level": 3})
     beside.replace(path)
     return path
-
-
-def _records(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a metrics file, in order."""
-    records = []
-    for line in path.read_bytes().splitlines():
-        try:
-            records.append(orjson.loads(line))
-        except ValueError:  # a line that training is writing just now
-            continue
-    return records
 
 
 def _panels(unit: str) -> list[tuple[str, str, bool]]:
@@ -193,7 +181,7 @@ def _draw_losses(
             arrowprops={"arrowstyle": "-", "color": VAL, "lw": 0.8, "relpos": (1, 0), "shrinkB": 4},
         )
     axes.legend(frameon=False, loc="upper right")
-    _style(axes)
+    style(axes)
 
 
 def _add_steps(axes: Axes, records: list[dict[str, Any]], unit: str) -> None:
@@ -232,11 +220,12 @@ def _draw_panel(axes: Axes, counts: Floats, values: Floats, label: str, logarith
         axes.yaxis.set_minor_formatter(NullFormatter())
     else:
         axes.set_ylim(bottom=0)
-    _style(axes)
+    style(axes)
     axes.tick_params(labelsize=8)
 
 
-def _style(axes: Axes) -> None:
+def style(axes: Axes) -> None:
+    """Make axes look as all of ours do."""
     from matplotlib.ticker import FuncFormatter
 
     axes.spines[["top", "right"]].set_visible(False)

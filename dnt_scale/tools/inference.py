@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from dnt_scale import checkpoint, config
+from dnt_scale.checkpoint import State
 from dnt_scale.checkpoint.tensor_shards import TensorShard
 from dnt_scale.config import ConfigError, DataSection, RunConfig
 from dnt_scale.data.sources import Source
@@ -23,11 +24,26 @@ def whole_source(data: DataSection) -> Source:
     return source
 
 
+def newest_checkpoint(run_dir: Path) -> tuple[RunConfig, Path | str, State]:
+    """Return a run's configuration, its newest checkpoint, and that one's state.
+
+    Raises:
+        ValueError: no run or no checkpoint there, or a damaged one.
+    """
+    run = config.from_yaml(run_dir / "config.yaml")
+    folder = run.checkpoints if run.checkpoint.dir else run_dir / "checkpoints"
+    newest = checkpoint.newest(folder)
+    if newest is None:
+        raise ConfigError(f"{folder}: no complete checkpoint; train the run until it has saved one")
+    return run, newest, checkpoint.read_state(newest)
+
+
 def load_run(
     run_dir: Path,
     data: Path | None,
     ranks: Ranks,
     open_source: Callable[[DataSection], Source] = whole_source,
+    dtype: torch.dtype | None = None,
 ) -> tuple[RunConfig, Task, Source]:
     """Return a run's configuration, its model with the newest weights (to be computed with at
     once), and what it reads.
@@ -35,17 +51,13 @@ def load_run(
     Args:
         data: a set to read instead of the run's own, made with the same tokenizer and the like.
         open_source: opens what is needed of what the run reads.
+        dtype: to compute in; None: that of the run, where this machine is fast in it.
 
     Raises:
         ValueError: no run or no checkpoint there, a damaged one, no such set, or one that the model
             does not know.
     """
-    run = config.from_yaml(run_dir / "config.yaml")
-    folder = run.checkpoints if run.checkpoint.dir else run_dir / "checkpoints"
-    newest = checkpoint.newest(folder)
-    if newest is None:
-        raise ConfigError(f"{folder}: no complete checkpoint; train the run until it has saved one")
-    state = checkpoint.read_state(newest)
+    run, newest, state = newest_checkpoint(run_dir)
     checkpoint.check_files(newest, state, ranks)
     source = _found(run_dir, data, run.data, open_source)
     if problem := source.foreign(state.of_source, newest):
@@ -57,9 +69,10 @@ def load_run(
         [TensorShard(name, shape, (0,) * len(shape), data) for name, shape, data in weights],
         ranks,
     )
-    dtype, line = compute_dtype.for_inference(run.train.dtype, ranks.device)
-    if line:
-        warn(line)
+    if dtype is None:
+        dtype, line = compute_dtype.for_inference(run.train.dtype, ranks.device)
+        if line:
+            warn(line)
     for _, parameter in task.named_parameters():
         parameter.data = parameter.data.to(ranks.device, dtype)
     fill_buffers(

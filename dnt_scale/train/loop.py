@@ -6,13 +6,14 @@ SIGUSR2 finish the step, write a checkpoint and stop, on all ranks together
 """
 
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack, closing
 
 from dnt_scale.distributed.heartbeat import beat
 from dnt_scale.distributed.process_group import Ranks
 from dnt_scale.record.speed import speed
 from dnt_scale.record.system_metrics import sampling
-from dnt_scale.train.hooks import HOOKS
+from dnt_scale.train.hooks import HOOKS, Hook
 from dnt_scale.train.run_start import Begun
 from dnt_scale.train.setup import Step, Training, set_up
 from dnt_scale.train.signals import stop_signals
@@ -44,7 +45,7 @@ def train(begun: Begun, ranks: Ranks) -> int:
             while not (run.complete or run.stopped_by):
                 for hook in hooks:
                     hook.before_step(run)
-                step = take_step(run)
+                step = take_step(run, hooks)
                 for hook in hooks:
                     hook.after_step(run, step)
             for hook in hooks:
@@ -54,13 +55,19 @@ def train(begun: Begun, ranks: Ranks) -> int:
     return farewell(run)
 
 
-def take_step(run: Training) -> Step:
-    """Do one optimizer step on the next global batch. A collective."""
+def take_step(run: Training, hooks: Sequence[Hook]) -> Step:
+    """Do one optimizer step on the next global batch; hooks see its gradient. A collective."""
+
+    def judge(loss: float, grad_norm: float) -> float:
+        for hook in hooks:
+            hook.before_update(run)
+        return run.guard.judge(loss, grad_norm)
+
     beat(f"step {run.state.step + 1}")
     started = time.perf_counter()
     with run.clock.spending("step"):
         batch, consumed_rows = next(run.stream)
-        stats = run.engine.train_step(batch, run.guard.judge)
+        stats = run.engine.train_step(batch, judge)
     seconds = time.perf_counter() - started
     before = run.state
     run.state = before.model_copy(

@@ -25,7 +25,7 @@ from dnt_scale.distributed.process_group import Ranks
 from dnt_scale.record import run_lock, timeline
 from dnt_scale.record.backend import check_backends
 from dnt_scale.record.files import warn
-from dnt_scale.record.metrics_file import METRICS
+from dnt_scale.record.metrics_file import DIAGNOSTICS, METRICS
 from dnt_scale.record.sender_files import backends_of, read_order
 from dnt_scale.train import recorded
 from dnt_scale.train.recorded import Typed
@@ -42,7 +42,7 @@ AT_WORK = ("submitted", "allocated", "ended")
 ASIDE = "before-"
 JOB_PATIENCE_S = 120.0  # a file server may notice the end of a lost node so late
 # Moved aside by --fresh, with the checkpoints and what trackers made.
-MOVED = ("config.yaml", METRICS, "plots", "profile", "logs", "jobs")
+MOVED = ("config.yaml", METRICS, DIAGNOSTICS, "plots", "profile", "logs", "jobs")
 
 
 @dataclass(frozen=True)

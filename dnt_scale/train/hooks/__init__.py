@@ -3,6 +3,7 @@
 from dnt_scale.train.hooks.agreement import Agreement
 from dnt_scale.train.hooks.bad_steps import BadSteps
 from dnt_scale.train.hooks.base import Hook
+from dnt_scale.train.hooks.diagnose import Diagnose
 from dnt_scale.train.hooks.garbage import GarbageCollection
 from dnt_scale.train.hooks.profiler import ProfilerWindow
 from dnt_scale.train.hooks.records import Records
@@ -18,6 +19,7 @@ from dnt_scale.train.hooks.validation import Validation
 HOOKS: tuple[type[Hook], ...] = (
     Validation,  # every eval.every steps, and before the first: the loss on held-out rows
     TensorRMS,  # before every measure.every-th step: how large weights and optimizer buffers are
+    Diagnose,  # every diagnose.every steps: tails of gradients, sizes of updates, by tensor
     Records,  # the step's line in metrics.jsonl, from there in MLflow, and what a person sees
     BadSteps,  # tells of a step unlike the last ones, undoes it, ends a run that has too many
     Agreement,  # the one exchange of a step: signals, writers at work, a line that was not written

@@ -19,6 +19,12 @@ class Hook:
         """Act before step ``run.state.step + 1`` takes its batch. What is recorded on the device
         here comes with the step's loss."""
 
+    def before_update(self, run: Training) -> None:
+        """Act between backward and update, while ``run.engine.gradient_shards()`` is whole.
+
+        All ranks are here; collectives may be called.
+        """
+
     def after_step(self, run: Training, step: Step) -> None:
         """Act after a step; ``run.state`` is that after it."""
 

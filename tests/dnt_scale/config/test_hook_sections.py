@@ -59,6 +59,6 @@ def test_a_window_lies_within_the_run() -> None:
 def test_a_run_from_before_there_were_these_sections_still_reads() -> None:
     run = load(MINIMAL)
     raw = yaml.safe_load(to_yaml(run))
-    for section in ("profile", "garbage", "measure"):
+    for section in ("profile", "garbage", "measure", "diagnose"):
         del raw[section]
     assert validate(raw) == run
