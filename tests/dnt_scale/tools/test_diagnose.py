@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from dnt_scale.cli.main import main
 from dnt_scale.tools.diagnose import decile_of, histogram
 from dnt_scale.train.tensor_statistics import Entries
-from tests.helpers.run import call, tensors
+from testbed.run import call, tensors
 
 
 def diagnose_on_one_thread(arguments: list[str]) -> None:

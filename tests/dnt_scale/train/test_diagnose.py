@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from dnt_scale.train.hooks.diagnose import Diagnose
+from testbed.run import metrics, same_tensors, synthetic_set, tensors, tiny, train
 from tests.helpers.engines import ENGINES, overrides_of
-from tests.helpers.run import metrics, same_tensors, synthetic_set, tensors, tiny, train
 
 SHORT = ["train.steps=4", "eval.every=0", "optim.schedule.warmup_steps=1", "checkpoint.keep=9"]
 HOOKED = [*SHORT, "diagnose.every=2"]

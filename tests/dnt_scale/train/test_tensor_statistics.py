@@ -19,7 +19,7 @@ from dnt_scale.train.tensor_statistics import (
     change,
     gradient_statistics,
 )
-from tests.helpers.run import call
+from testbed.run import call
 
 ENTRIES = 1 << 19
 SCALE = 1e-12  # its fourth power is far below the least fp32
