@@ -69,7 +69,7 @@ multiprocessing.set_forkserver_preload(PRELOAD)
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 PLOTS = {"DNT_TEST_PLOTS": "1"}  # the rank draws its run's plots: a third of a tiny run's time
-OTHERS_MAY_TAKE_S = 20.0  # once a rank has failed, before the rest are killed
+OTHERS_MAY_TAKE_S = 100.0  # once a rank has failed; rank 0 may wait a minute for MLflow's sender
 
 TINY_MODEL = [
     "model=dnt_nano",

@@ -244,8 +244,15 @@ def test_a_sweep_of_which_two_are_preempted(
         (lr, f"{loss:.4f}", "finished") for loss, lr in sorted(best)
     ]
 
+    expected = {"lrs", *(place.name for place in places)}
+
+    def all_are_known() -> bool:
+        """A sender may still be at work; where it was killed with its job, `dnt jobs` sends."""
+        assert dnt(["jobs", str(lrs)]) == 0
+        return set(mlflow_runs(f"sqlite:///{lrs.parent}/mlflow.db")) == expected
+
+    wait_for(all_are_known, "all runs in MLflow")
     family = mlflow_runs(f"sqlite:///{lrs.parent}/mlflow.db")
-    assert set(family) == {"lrs", *(place.name for place in places)}
     wait_for(
         lambda: mlflow_runs(f"sqlite:///{lrs.parent}/mlflow.db")["lrs"].info.status == "FINISHED",
         "the parent's end",
