@@ -36,7 +36,7 @@ def options() -> tuple[str, ...] | None:
     )
 
 
-def wait_for(condition: Callable[[], Found], what: str, timeout: float = 120.0) -> Found:
+def wait_for(condition: Callable[[], Found], what: str, timeout: float = 300.0) -> Found:
     """The first true value of `condition`, asked five times a second, for SLURM's answers cost
     it time.
     """
