@@ -368,11 +368,12 @@ def _known_keys(model: type[BaseModel], prefix: str = "") -> set[str]:
         nested = field.annotation
         inner_prefix = f"{prefix}{name}.*." if get_origin(nested) is dict else f"{prefix}{name}."
         kinds = typed.kinds(nested)
-        for choice in (inner for kind in kinds for inner in get_args(kind) or (kind,)):
+        inside = (inner for kind in kinds for inner in get_args(kind) or (kind,))
+        for choice in (each for inner in inside for each in typed.kinds(inner)):
             if isinstance(choice, type) and issubclass(choice, BaseModel):
                 # of those imported: what was typed has been looked for already
                 several = vars(choice).get("registry")
-                for section in several.loaded() if several else [choice]:
+                for section in [choice, *(several.loaded() if several else [])]:
                     keys |= _known_keys(section, inner_prefix)
     return keys
 

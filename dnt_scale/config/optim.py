@@ -5,7 +5,6 @@ An optimizer is a file of dnt_scale/optim/algorithms: its section is a subclass 
 of an optimizer (engines, memory, checkpoints) asks the section.
 """
 
-from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, SerializeAsAny, WrapValidator, model_validator
@@ -17,17 +16,28 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 Storage = Literal["fp32", "bf16"]
 BYTES: dict[Storage, int] = {"fp32": 4, "bf16": 2}
 OPTIMIZERS = Registry("optim", "dnt_scale.optim.algorithms", tag="algorithm")
+UPDATES = Registry("optim.groups.NAME", "dnt_scale.optim.updates", tag="update", default="plain")
 
 
 class GroupConfig(Strict):
     """Parameters whose name matches ``pattern`` (re.search) get these values instead of the
-    optimizer's.
+    optimizer's. ``update`` chooses the class, a file of dnt_scale/optim/updates, which adds the
+    settings of its rule.
+
+    Attributes:
+        dimensions: how many a parameter needs for the rule; 0: any number.
     """
+
+    registry: ClassVar[Registry] = UPDATES
+    dimensions: ClassVar[int] = 0
 
     pattern: str
     lr: float | None = Field(None, ge=0)
     weight_decay: float | None = Field(None, ge=0)
     update: str = "plain"
+
+
+AnyGroup = Annotated[SerializeAsAny[GroupConfig], WrapValidator(UPDATES.validate)]
 
 
 class ScheduleConfig(Strict):
@@ -45,15 +55,14 @@ class OptimizerConfig(Strict):
     """The fields that every optimizer has, and the facts that others ask of it.
 
     Attributes:
-        updates: what ``groups.NAME.update`` may be, and how many dimensions a parameter then needs;
-            0: any number.
+        takes_updates: whether ``groups.NAME.update`` may be another than plain.
         counters: names of scalars that the optimizer keeps for each parameter: its number of
             updates.
         state_name: what a person calls the buffers.
     """
 
     registry: ClassVar[Registry] = OPTIMIZERS
-    updates: ClassVar[Mapping[str, int]] = {"plain": 0}
+    takes_updates: ClassVar[bool] = False
     counters: ClassVar[tuple[str, ...]] = ()
     state_name: ClassVar[str] = "momentum"
 
@@ -63,7 +72,7 @@ class OptimizerConfig(Strict):
         1.0, gt=0, description="global gradient norm; null: no clipping"
     )
     schedule: ScheduleConfig = ScheduleConfig()
-    groups: dict[str, GroupConfig] = Field({})
+    groups: dict[str, AnyGroup] = Field({})
     algorithm: str
     gradient_buffer: bool = Field(
         True, description="false: backward adds each gradient to the momentum and frees it"
@@ -110,17 +119,18 @@ class OptimizerConfig(Strict):
         return self
 
     @model_validator(mode="after")
-    def _groups_have_updates_of_this_algorithm(self) -> Self:
+    def _only_momentum_has_other_updates(self) -> Self:
         for name, group in self.groups.items():
-            if group.update not in self.updates:
+            if group.update != "plain" and not self.takes_updates:
                 having = [
                     other
                     for other, section in OPTIMIZERS.every().items()
-                    if issubclass(section, OptimizerConfig) and group.update in section.updates
+                    if issubclass(section, OptimizerConfig) and section.takes_updates
                 ]
-                who = f"only {' and '.join(having)} has" if having else "no optimizer has"
-                use = " or ".join(self.updates)
-                raise ValueError(f"groups.{name}.update is {group.update}, which {who}; use {use}")
+                raise ValueError(
+                    f"groups.{name}.update is {group.update}, which only {' and '.join(having)} "
+                    f"has, and not {self.algorithm}; use plain"
+                )
         return self
 
 

@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from dnt_scale.config import ConfigError, GroupConfig, OptimizerConfig
+from dnt_scale.config import ConfigError, OptimizerConfig
+from dnt_scale.optim.updates.plain import Plain
 
 Named = Iterable[tuple[str, nn.Parameter]]  # every parameter that is trained, by its name
 
@@ -15,7 +16,7 @@ def parameter_groups(named: Named, config: OptimizerConfig) -> list[dict[str, An
     """Put every parameter in one group; what no pattern matches gets the optimizer's own values.
 
     Tensors with fewer than two dimensions (gains, biases) are never decayed. Each dict has params,
-    names, lr, base_lr (what the schedule multiplies), weight_decay and update.
+    names, lr, base_lr (what the schedule multiplies), weight_decay and update, an `UpdateRule`.
 
     Raises:
         ConfigError: a pattern that is no regex or matches nothing, a parameter that two patterns
@@ -50,13 +51,12 @@ def parameter_groups(named: Named, config: OptimizerConfig) -> list[dict[str, An
                 f"optim.groups.{label}.pattern: {rules[label].pattern!r} matches no parameter; "
                 f"names look like {examples}"
             )
-        rule = config.groups.get(label, GroupConfig(pattern=""))
+        rule = config.groups.get(label, Plain(pattern=""))
         lr = config.lr if rule.lr is None else rule.lr
         decay = config.weight_decay if rule.weight_decay is None else rule.weight_decay
-        dimensions = config.updates[rule.update]
         for name, parameter in inside:
-            if dimensions and parameter.ndim != dimensions:
-                wanted = "matrices" if dimensions == 2 else f"{dimensions} dimensions"
+            if rule.dimensions and parameter.ndim != rule.dimensions:
+                wanted = "matrices" if rule.dimensions == 2 else f"{rule.dimensions} dimensions"
                 raise ConfigError(
                     f"optim.groups.{label}: {rule.update} needs {wanted}, but {name} has shape "
                     f"{tuple(parameter.shape)}; narrow the pattern"
@@ -71,7 +71,7 @@ def parameter_groups(named: Named, config: OptimizerConfig) -> list[dict[str, An
                         "lr": lr,
                         "base_lr": lr,
                         "weight_decay": decay if decayed else 0.0,
-                        "update": rule.update,
+                        "update": rule,
                     }
                 )
     return groups

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from dnt_scale.optim.algorithm import Algorithm, Group
-from dnt_scale.optim.segments import Segment
+from dnt_scale.optim.segments import Division, Segment
 from dnt_scale.optim.shards import Shard, local
 from dnt_scale.optim.stochastic_rounding import RandomBits
+from dnt_scale.optim.updates.plain import Plain
 
 
 class ShardedOptimizer(torch.optim.Optimizer):
@@ -23,10 +24,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
     Attributes:
         updates: how many updates were made before; whoever steps sets it. It decides nothing but
             the random bits.
-        segments: what a flat parameter consists of, for updates that look at rows: every rank lists
-            all of a group's parameters in the same order, with length 0 where it holds nothing of
-            one. The norms of rows that are cut between ranks are summed over all ranks, so all must
-            step. A parameter without an entry holds whole rows.
+        segments: what a parameter that is stepped holds of the model's, for updates that look at
+            rows or tensors: every rank lists all of a group's parameters in the same order, with
+            length 0 where it holds nothing of one, and every rank steps. One without an entry is
+            whole.
+        division: among which ranks those with an entry are divided.
 
     Args:
         groups: dicts of ``params`` and any of lr, weight_decay, update; see `parameter_groups`.
@@ -34,11 +36,13 @@ class ShardedOptimizer(torch.optim.Optimizer):
     """
 
     def __init__(self, algorithm: Algorithm, groups: Iterable[Group], seed: int) -> None:
-        defaults = {"lr": algorithm.lr, "weight_decay": algorithm.weight_decay, "update": "plain"}
+        defaults: Group = {"lr": algorithm.lr, "weight_decay": algorithm.weight_decay}
+        defaults["update"] = Plain(pattern="")
         super().__init__(groups, defaults)
         self.algorithm = algorithm
         self.updates = 0
         self.segments: dict[Tensor, list[Segment]] = {}
+        self.division = Division()
         self._bits = RandomBits(seed)
         self._place: dict[Tensor, int] = {}  # a parameter's number, over all groups
         self._roundings: dict[Tensor, int] = {}  # how often its buffer was rounded in this update
@@ -112,8 +116,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def apply(self) -> None:
         """Move every parameter by its momentum, which ``add_gradient`` has filled."""
         for group in self.param_groups:
-            for parameter in group["params"]:
-                self.algorithm.move(self._shard(parameter, None), group)
+            self.algorithm.move([self._shard(p, None) for p in group["params"]], group)
 
     def _shard(self, parameter: Tensor, grad: Tensor | None, rounding: int = 0) -> Shard:
         weights = local(parameter)
@@ -127,6 +130,6 @@ class ShardedOptimizer(torch.optim.Optimizer):
             buffers={name: local(buffer).view(-1) for name, buffer in buffers.items()},
             counters={name: self.state[parameter][name] for name in self.algorithm.counters},
             segments=self.segments.get(parameter, whole),
-            divided=parameter in self.segments,
+            division=self.division if parameter in self.segments else None,
             generator=partial(self._bits.generator, flat.device, *numbers),
         )

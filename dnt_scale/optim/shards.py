@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from dnt_scale.optim.segments import Segment, rows_with_norms
+from dnt_scale.optim.segments import Division, Segment, rows_with_norms
 from dnt_scale.optim.stochastic_rounding import stochastic_bf16
 
 
@@ -33,8 +33,8 @@ class Shard:
         gradient: (elements,), any float dtype; None where backward has added it to the momentum.
         buffers: by name, (elements,), stored in fp32 or bf16.
         counters: by name, fp32 scalars.
-        segments: where rows lie in ``weights``.
-        divided: whether other ranks hold other parts of the segments' tensors.
+        segments: where the model's parameters lie in ``weights``.
+        division: the ranks that hold the rest of them; None: nobody else does.
         generator: makes the random bits of this update and this parameter.
     """
 
@@ -43,7 +43,7 @@ class Shard:
     buffers: Mapping[str, Tensor]
     counters: Mapping[str, Tensor]
     segments: Sequence[Segment]
-    divided: bool
+    division: Division | None
     generator: Callable[[], torch.Generator]
 
     @property
@@ -75,12 +75,13 @@ class Shard:
                     assert generator is not None
                     buffer.copy_(stochastic_bf16(values, generator))
 
-    def rows(self, values: Callable[[slice], Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yield (weights, values, norms of values) by rows, see `rows_with_norms`. A collective."""
+    def rows(
+        self, segment: Segment, values: Callable[[slice], Tensor]
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield (weights, values, norms of values) by rows of a matrix, see `rows_with_norms`.
+
+        A collective where rows are cut.
+        """
         return rows_with_norms(
-            self.weights,
-            self.segments,
-            values,
-            piece=piece_length(self.weights),
-            divided=self.divided,
+            self.weights, segment, values, piece=piece_length(self.weights), division=self.division
         )

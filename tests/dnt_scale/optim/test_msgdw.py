@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dnt_scale.config import GroupConfig
 from dnt_scale.optim.algorithms.adamw import AdamWConfig
 from dnt_scale.optim.algorithms.msgdw import MSGDWConfig
 from tests.helpers.optimizers import drive, new_msgdw, new_optimizer, tensors, tiny_model
@@ -279,7 +278,7 @@ def test_one_zero_buffer_a_parameter_before_the_first_step_and_nothing_else_ever
 def test_state_is_four_bytes_a_parameter_against_adamws_eight() -> None:
     model = tiny_model()
     total = sum(parameter.numel() for parameter in model.parameters())
-    embedding = GroupConfig(pattern=r"^tok_emb\.", update="row_normalized")
+    embedding = {"pattern": r"^tok_emb\.", "update": "row_normalized"}
     for groups in ({}, {"embedding": embedding}):
         msgdw = new_optimizer(
             model.named_parameters(), MSGDWConfig(algorithm="msgdw", lr=1.0, groups=groups), seed=1
