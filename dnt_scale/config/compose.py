@@ -361,7 +361,12 @@ def flat(config: RunConfig) -> dict[str, str | int | float | bool | None]:
     return walk("", config.model_dump(mode="json"))
 
 
-def _known_keys(model: type[BaseModel], prefix: str = "") -> set[str]:
+def _known_keys(
+    model: type[BaseModel], prefix: str = "", above: tuple[object, ...] = ()
+) -> set[str]:
+    registry = getattr(model, "registry", None)
+    if registry and registry in above:  # an optimizer of a group of an optimizer
+        return {prefix + name for name in model.model_fields}
     keys: set[str] = set()
     for name, field in model.model_fields.items():
         keys.add(prefix + name)
@@ -374,7 +379,7 @@ def _known_keys(model: type[BaseModel], prefix: str = "") -> set[str]:
                 # of those imported: what was typed has been looked for already
                 several = vars(choice).get("registry")
                 for section in [choice, *(several.loaded() if several else [])]:
-                    keys |= _known_keys(section, inner_prefix)
+                    keys |= _known_keys(section, inner_prefix, (*above, registry))
     return keys
 
 

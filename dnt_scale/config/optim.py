@@ -5,9 +5,17 @@ An optimizer is a file of dnt_scale/optim/algorithms: its section is a subclass 
 of an optimizer (engines, memory, checkpoints) asks the section.
 """
 
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, SerializeAsAny, WrapValidator, model_validator
+from pydantic import (
+    Field,
+    SerializeAsAny,
+    ValidationInfo,
+    WrapValidator,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
 
 from dnt_scale.config.base import Count, Strict
 from dnt_scale.config.kinds import Registry
@@ -25,16 +33,69 @@ class GroupConfig(Strict):
     settings of its rule.
 
     Attributes:
-        dimensions: how many a parameter needs for the rule; 0: any number.
+        row_buffers: names of what the rule keeps of each row of a matrix, an fp32 number.
+        counters: names of scalars that the rule keeps for each parameter: its number of updates.
+        needs_gradient: whether a step looks at the gradient itself.
     """
 
     registry: ClassVar[Registry] = UPDATES
-    dimensions: ClassVar[int] = 0
+    row_buffers: ClassVar[tuple[str, ...]] = ()
+    counters: ClassVar[tuple[str, ...]] = ()
+    needs_gradient: ClassVar[bool] = False
 
     pattern: str
     lr: float | None = Field(None, ge=0)
     weight_decay: float | None = Field(None, ge=0)
     update: str = "plain"
+    fixed_norm: bool = Field(
+        False,
+        description="after a step each matrix is scaled to the Frobenius norm it had before; then "
+        "its weight decay is 0",
+    )
+    optimizer: "OptimizerConfig | None" = Field(
+        None,
+        description="an optimizer of the group's own: algorithm, and the keys that this one adds; "
+        "lr, schedule and clipping stay where they are",
+    )
+
+    @property
+    def dimensions(self) -> int:
+        """How many a parameter needs for the rule; 0: any number."""
+        return 0
+
+    @field_validator("optimizer", mode="wrap")
+    @classmethod
+    def _of_its_kind(cls, raw: Any, handler: Any, info: ValidationInfo) -> Any:
+        """Read the section as its algorithm's, with the learning rate of the group."""
+        if not isinstance(raw, dict):
+            return handler(raw)
+        for key in raw:
+            if key in OptimizerConfig.model_fields and key != "algorithm":
+                ours = key in cls.model_fields
+                raise ValueError(
+                    f"{key} is {'the group' if ours else 'the run'}'s: set "
+                    f"optim.{'groups.NAME.' if ours else ''}{key} instead"
+                )
+        lr = info.data.get("lr")
+        if lr is None:
+            raise ValueError("a group with an optimizer of its own needs an lr of its own")
+        return OPTIMIZERS.validate({**raw, "lr": lr}, handler)
+
+    @field_serializer("optimizer")
+    def _its_own_keys(self, optimizer: "OptimizerConfig | None") -> dict[str, Any] | None:
+        theirs = set(OptimizerConfig.model_fields) - {"algorithm"}
+        if optimizer is None:
+            return None
+        return optimizer.model_dump(mode="json", exclude=theirs)
+
+    @model_validator(mode="after")
+    def _a_fixed_norm_does_not_decay(self) -> Self:
+        if self.fixed_norm and self.weight_decay:
+            raise ValueError(
+                f"weight_decay is {self.weight_decay:g}, but fixed_norm undoes any decay; remove "
+                "one of them"
+            )
+        return self
 
 
 AnyGroup = Annotated[SerializeAsAny[GroupConfig], WrapValidator(UPDATES.validate)]
@@ -108,6 +169,14 @@ class OptimizerConfig(Strict):
     def _gradients_are_kept_where_they_are_needed(self) -> Self:
         if not self.gradient_buffer and (reason := self.needs_gradient_buffer()):
             raise ValueError(reason)
+        for name, group in self.groups.items():
+            reason = group.optimizer.needs_gradient_buffer() if group.optimizer else None
+            if group.needs_gradient:
+                reason = (
+                    f"{group.update} needs the gradient after backward; set gradient_buffer: true"
+                )
+            if not self.gradient_buffer and reason:
+                raise ValueError(f"groups.{name}: {reason}")
         if self.gradient_buffer != (self.clip == "global") and self.clip_norm is not None:
             expected = (
                 "optim.clip=global" if self.gradient_buffer else "optim.clip=tensor or previous"
@@ -121,7 +190,8 @@ class OptimizerConfig(Strict):
     @model_validator(mode="after")
     def _only_momentum_has_other_updates(self) -> Self:
         for name, group in self.groups.items():
-            if group.update != "plain" and not self.takes_updates:
+            algorithm = group.optimizer or self
+            if group.update != "plain" and not algorithm.takes_updates:
                 having = [
                     other
                     for other, section in OPTIMIZERS.every().items()
@@ -129,9 +199,10 @@ class OptimizerConfig(Strict):
                 ]
                 raise ValueError(
                     f"groups.{name}.update is {group.update}, which only {' and '.join(having)} "
-                    f"has, and not {self.algorithm}; use plain"
+                    f"has, and not {algorithm.algorithm}; use plain"
                 )
         return self
 
 
+GroupConfig.model_rebuild()
 OptimConfig = Annotated[SerializeAsAny[OptimizerConfig], WrapValidator(OPTIMIZERS.validate)]

@@ -216,6 +216,7 @@ class DeepSpeedEngine:
             (self.ranks.rank, self.ranks.world_size) if self.zero.replicated else (0, 1)
         )
         shards: list[TensorShard] = []
+        places: dict[Tensor, int] = {}  # of the part in its flat tensor
         for part in self.parts:
             held = {"model": part.flat, **self.optimizer.buffers(part.flat)}
             for kind, buffer in held.items():
@@ -223,6 +224,11 @@ class DeepSpeedEngine:
                 shards += flat_shards(
                     f"{kind}.{part.name}", part.shape, part.start, run, replica, replicas
                 )
+            place = places[part.flat] = places.get(part.flat, -1) + 1
+            for kind, rows in self.optimizer.row_buffers(part.flat).items():  # all, on every rank
+                me, of = self.ranks.rank, self.ranks.world_size
+                shape = part.shape[:1]
+                shards.append(TensorShard(f"{kind}.{part.name}", shape, (0,), rows[place], me, of))
         return shards
 
     def scalars(self) -> dict[str, float]:

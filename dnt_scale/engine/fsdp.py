@@ -179,12 +179,18 @@ class FSDPEngine:
         found = []
         for part in self.parts:
             held = {"model": part.rows.detach(), **self.optimizer.buffers(part.rows)}
+            held |= {name: own for name, [own] in self.optimizer.row_buffers(part.rows).items()}
             for kind, data in held.items():
                 if data.numel():
-                    shape = tuple(part.parameter.shape)
+                    shape, offset = tuple(part.parameter.shape)[: data.ndim], part.offset
                     found.append(
                         TensorShard(
-                            f"{kind}.{part.name}", shape, part.offset, data, replica, self.replicas
+                            f"{kind}.{part.name}",
+                            shape,
+                            offset[: data.ndim],
+                            data,
+                            replica,
+                            self.replicas,
                         )
                     )
         return found

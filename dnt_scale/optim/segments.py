@@ -76,7 +76,7 @@ def rows_with_norms(
     cuts_rows = division is not None and division.cuts_rows
     rows = segment.shape[0] if cuts_rows else 0
     squares_R = torch.zeros(rows, dtype=torch.float64, device=weights.device)
-    for part in _row_parts(segment, piece):
+    for part in row_parts(segment, piece):
         values_RC = values(part.place).view(part.rows, part.columns)
         norms_R = torch.linalg.vector_norm(values_RC, dim=1)
         if part.columns < segment.shape[1]:
@@ -92,7 +92,17 @@ def rows_with_norms(
         yield weights[part.place].view_as(values_RC), values_RC, norms_R
 
 
-def _row_parts(segment: Segment, piece: int) -> Iterator[RowPart]:
+def rows_held(segment: Segment, division: Division | None) -> tuple[int, int]:
+    """Return the first row and the number of rows of which a rank keeps what there is once a row.
+
+    All of them where rows are cut: it is the same on all ranks, which have summed it up.
+    """
+    if division and division.cuts_rows:
+        return 0, segment.shape[0]
+    return segment.start // segment.shape[1], segment.length // segment.shape[1]
+
+
+def row_parts(segment: Segment, piece: int) -> Iterator[RowPart]:
     """Yield the segment's rows in parts of at most ``piece`` elements or one row."""
     width = segment.shape[1]
     place, end = segment.start, segment.start + segment.length

@@ -1,6 +1,6 @@
 """Optimizers with their state allocated, as the engines have them, and what to try them on."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from dnt_scale.model.dnt import DNT
 from dnt_scale.optim.algorithms.msgdw import MSGDWConfig
 from dnt_scale.optim.build import build_optimizer
 from dnt_scale.optim.groups import Named
+from dnt_scale.optim.segments import Segment
 from dnt_scale.optim.sharded_optimizer import ShardedOptimizer
 from dnt_scale.optim.update_rule import UpdateRule
 
@@ -21,6 +22,7 @@ def new_msgdw(
     *,
     seed: int = 0,
     momentum_dtype: torch.dtype | None = None,
+    segments: Mapping[Tensor, list[Segment]] | None = None,
     **options: Any,
 ) -> ShardedOptimizer:
     """mSGDW of these groups; ``momentum_dtype`` None is each parameter's own.
@@ -34,6 +36,7 @@ def new_msgdw(
         for group in groups
     ]
     optimizer = ShardedOptimizer(config, groups, seed)
+    optimizer.segments.update(segments or {})
     optimizer.allocate()
     return optimizer
 

@@ -9,7 +9,7 @@ weight is one output unit, of an embedding one token.
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
@@ -24,12 +24,14 @@ if TYPE_CHECKING:
 class RowNormalized(UpdateRule):
     """Divide each row of the direction by its L2 norm."""
 
-    dimensions: ClassVar[int] = 2
-
     update: Literal["row_normalized"]
     tall_factor: bool = Field(
         False, description="of a matrix with more rows than columns: lr times sqrt(rows / columns)"
     )
+
+    @property
+    def dimensions(self) -> int:
+        return 2
 
     def move(self, shards: Sequence["Shard"], direction: Direction, lr: float) -> None:
         for shard in shards:
