@@ -105,11 +105,20 @@ class ScheduleConfig(Strict):
     """Learning-rate factor over the run: linear warmup, then cosine or warmup-stable-decay."""
 
     name: Literal["cosine", "wsd", "constant"] = "cosine"
-    warmup_steps: Count = Field(0, ge=0)
+    warmup: float = Field(0.0, ge=0, lt=1, description="share of the run that warms up")
+    warmup_steps: Count | None = Field(
+        None, ge=0, description="steps of warmup in its place; fewer than the run has"
+    )
     final: float = Field(0.1, ge=0, le=1, description="factor at the last step")
     decay_fraction: float = Field(
         0.2, gt=0, le=1, description="wsd only: share of the run that decays"
     )
+
+    def steps_of_warmup(self, total_steps: int) -> int:
+        """Return how many of the run's steps warm up; a share leaves one step after them."""
+        if self.warmup_steps is not None:
+            return self.warmup_steps
+        return max(0, min(round(self.warmup * total_steps), total_steps - 1))
 
 
 class OptimizerConfig(Strict):
