@@ -198,8 +198,8 @@ def verify(path: str) -> dict[str, list[str]]:
     """Re-read every byte of the checkpoints at ``path``: each one's path, and in words what is
     wrong with it.
 
-    Checks each file's size and sha256, that the parts tile every tensor, and that each optimizer
-    buffer has the shape of its weight.
+    Checks each file's size and sha256, that the parts tile every tensor, that each optimizer buffer
+    has the shape of its weight or a number for each of its rows, and that none has no buffer.
     """
     found: dict[str, list[str]] = {}
     for folder in checkpoints_at(path):
@@ -235,12 +235,17 @@ def problems_of(folder: Storage, state: State) -> list[str]:
             shared = [(part, part.region) for part in parts]
             found.append(f"{folder}: {hole_in(name, hole, shared)}")
         kind, _, weight = name.partition(".")
-        if kind != "model" and whole_shape(stored.get(f"model.{weight}", parts)) != shape:
-            found.append(f"{folder}: {name} has shape {shape}, its weight another")
-    names = {name.partition(".")[2] for name in stored if name.startswith("model.")}
-    for kind in {name.partition(".")[0] for name in stored}:
-        missing = [name for name in sorted(names) if f"{kind}.{name}" not in stored]
-        found += [f"{folder}: no {kind}.{name}" for name in missing]
+        of_weight = whole_shape(stored.get(f"model.{weight}", parts))
+        if kind != "model" and shape not in (of_weight, of_weight[:1]):  # one number a row
+            found.append(f"{folder}: {name} has shape {shape}, its weight {of_weight}")
+    kinds: dict[str, set[str]] = {}  # of tensors, by their weight
+    for kind, _, weight in (name.partition(".") for name in stored):
+        kinds.setdefault(weight, set()).add(kind)
+    for weight, of_it in sorted(kinds.items()):
+        if "model" not in of_it:
+            found.append(f"{folder}: no model.{weight}")
+        elif of_it == {"model"} and any(other != of_it for other in kinds.values()):
+            found.append(f"{folder}: no buffer of model.{weight}")
     return found
 
 

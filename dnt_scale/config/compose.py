@@ -361,19 +361,25 @@ def flat(config: RunConfig) -> dict[str, str | int | float | bool | None]:
     return walk("", config.model_dump(mode="json"))
 
 
-def _known_keys(model: type[BaseModel], prefix: str = "") -> set[str]:
+def _known_keys(
+    model: type[BaseModel], prefix: str = "", above: tuple[object, ...] = ()
+) -> set[str]:
+    registry = getattr(model, "registry", None)
+    if registry and registry in above:  # an optimizer of a group of an optimizer
+        return {prefix + name for name in model.model_fields}
     keys: set[str] = set()
     for name, field in model.model_fields.items():
         keys.add(prefix + name)
         nested = field.annotation
         inner_prefix = f"{prefix}{name}.*." if get_origin(nested) is dict else f"{prefix}{name}."
         kinds = typed.kinds(nested)
-        for choice in (inner for kind in kinds for inner in get_args(kind) or (kind,)):
+        inside = (inner for kind in kinds for inner in get_args(kind) or (kind,))
+        for choice in (each for inner in inside for each in typed.kinds(inner)):
             if isinstance(choice, type) and issubclass(choice, BaseModel):
                 # of those imported: what was typed has been looked for already
                 several = vars(choice).get("registry")
-                for section in several.loaded() if several else [choice]:
-                    keys |= _known_keys(section, inner_prefix)
+                for section in [choice, *(several.loaded() if several else [])]:
+                    keys |= _known_keys(section, inner_prefix, (*above, registry))
     return keys
 
 

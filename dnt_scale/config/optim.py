@@ -5,10 +5,17 @@ An optimizer is a file of dnt_scale/optim/algorithms: its section is a subclass 
 of an optimizer (engines, memory, checkpoints) asks the section.
 """
 
-from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, SerializeAsAny, WrapValidator, model_validator
+from pydantic import (
+    Field,
+    SerializeAsAny,
+    ValidationInfo,
+    WrapValidator,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
 
 from dnt_scale.config.base import Count, Strict
 from dnt_scale.config.kinds import Registry
@@ -17,43 +24,115 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 Storage = Literal["fp32", "bf16"]
 BYTES: dict[Storage, int] = {"fp32": 4, "bf16": 2}
 OPTIMIZERS = Registry("optim", "dnt_scale.optim.algorithms", tag="algorithm")
+UPDATES = Registry("optim.groups.NAME", "dnt_scale.optim.updates", tag="update", default="plain")
 
 
 class GroupConfig(Strict):
     """Parameters whose name matches ``pattern`` (re.search) get these values instead of the
-    optimizer's.
+    optimizer's. ``update`` chooses the class, a file of dnt_scale/optim/updates, which adds the
+    settings of its rule.
+
+    Attributes:
+        row_buffers: names of what the rule keeps of each row of a matrix, an fp32 number.
+        counters: names of scalars that the rule keeps for each parameter: its number of updates.
+        needs_gradient: whether a step looks at the gradient itself.
     """
+
+    registry: ClassVar[Registry] = UPDATES
+    row_buffers: ClassVar[tuple[str, ...]] = ()
+    counters: ClassVar[tuple[str, ...]] = ()
+    needs_gradient: ClassVar[bool] = False
 
     pattern: str
     lr: float | None = Field(None, ge=0)
     weight_decay: float | None = Field(None, ge=0)
     update: str = "plain"
+    fixed_norm: bool = Field(
+        False,
+        description="after a step each matrix is scaled to the Frobenius norm it had before; then "
+        "its weight decay is 0",
+    )
+    optimizer: "OptimizerConfig | None" = Field(
+        None,
+        description="an optimizer of the group's own: algorithm, and the keys that this one adds; "
+        "lr, schedule and clipping stay where they are",
+    )
+
+    @property
+    def dimensions(self) -> int:
+        """How many a parameter needs for the rule; 0: any number."""
+        return 0
+
+    @field_validator("optimizer", mode="wrap")
+    @classmethod
+    def _of_its_kind(cls, raw: Any, handler: Any, info: ValidationInfo) -> Any:
+        """Read the section as its algorithm's, with the learning rate of the group."""
+        if not isinstance(raw, dict):
+            return handler(raw)
+        for key in raw:
+            if key in OptimizerConfig.model_fields and key != "algorithm":
+                ours = key in cls.model_fields
+                raise ValueError(
+                    f"{key} is {'the group' if ours else 'the run'}'s: set "
+                    f"optim.{'groups.NAME.' if ours else ''}{key} instead"
+                )
+        lr = info.data.get("lr")
+        if lr is None:
+            raise ValueError("a group with an optimizer of its own needs an lr of its own")
+        return OPTIMIZERS.validate({**raw, "lr": lr}, handler)
+
+    @field_serializer("optimizer")
+    def _its_own_keys(self, optimizer: "OptimizerConfig | None") -> dict[str, Any] | None:
+        theirs = set(OptimizerConfig.model_fields) - {"algorithm"}
+        if optimizer is None:
+            return None
+        return optimizer.model_dump(mode="json", exclude=theirs)
+
+    @model_validator(mode="after")
+    def _a_fixed_norm_does_not_decay(self) -> Self:
+        if self.fixed_norm and self.weight_decay:
+            raise ValueError(
+                f"weight_decay is {self.weight_decay:g}, but fixed_norm undoes any decay; remove "
+                "one of them"
+            )
+        return self
+
+
+AnyGroup = Annotated[SerializeAsAny[GroupConfig], WrapValidator(UPDATES.validate)]
 
 
 class ScheduleConfig(Strict):
     """Learning-rate factor over the run: linear warmup, then cosine or warmup-stable-decay."""
 
     name: Literal["cosine", "wsd", "constant"] = "cosine"
-    warmup_steps: Count = Field(0, ge=0)
+    warmup: float = Field(0.0, ge=0, lt=1, description="share of the run that warms up")
+    warmup_steps: Count | None = Field(
+        None, ge=0, description="steps of warmup in its place; fewer than the run has"
+    )
     final: float = Field(0.1, ge=0, le=1, description="factor at the last step")
     decay_fraction: float = Field(
         0.2, gt=0, le=1, description="wsd only: share of the run that decays"
     )
+
+    def steps_of_warmup(self, total_steps: int) -> int:
+        """Return how many of the run's steps warm up; a share leaves one step after them."""
+        if self.warmup_steps is not None:
+            return self.warmup_steps
+        return max(0, min(round(self.warmup * total_steps), total_steps - 1))
 
 
 class OptimizerConfig(Strict):
     """The fields that every optimizer has, and the facts that others ask of it.
 
     Attributes:
-        updates: what ``groups.NAME.update`` may be, and how many dimensions a parameter then needs;
-            0: any number.
+        takes_updates: whether ``groups.NAME.update`` may be another than plain.
         counters: names of scalars that the optimizer keeps for each parameter: its number of
             updates.
         state_name: what a person calls the buffers.
     """
 
     registry: ClassVar[Registry] = OPTIMIZERS
-    updates: ClassVar[Mapping[str, int]] = {"plain": 0}
+    takes_updates: ClassVar[bool] = False
     counters: ClassVar[tuple[str, ...]] = ()
     state_name: ClassVar[str] = "momentum"
 
@@ -63,7 +142,7 @@ class OptimizerConfig(Strict):
         1.0, gt=0, description="global gradient norm; null: no clipping"
     )
     schedule: ScheduleConfig = ScheduleConfig()
-    groups: dict[str, GroupConfig] = Field({})
+    groups: dict[str, AnyGroup] = Field({})
     algorithm: str
     gradient_buffer: bool = Field(
         True, description="false: backward adds each gradient to the momentum and frees it"
@@ -99,6 +178,14 @@ class OptimizerConfig(Strict):
     def _gradients_are_kept_where_they_are_needed(self) -> Self:
         if not self.gradient_buffer and (reason := self.needs_gradient_buffer()):
             raise ValueError(reason)
+        for name, group in self.groups.items():
+            reason = group.optimizer.needs_gradient_buffer() if group.optimizer else None
+            if group.needs_gradient:
+                reason = (
+                    f"{group.update} needs the gradient after backward; set gradient_buffer: true"
+                )
+            if not self.gradient_buffer and reason:
+                raise ValueError(f"groups.{name}: {reason}")
         if self.gradient_buffer != (self.clip == "global") and self.clip_norm is not None:
             expected = (
                 "optim.clip=global" if self.gradient_buffer else "optim.clip=tensor or previous"
@@ -110,18 +197,21 @@ class OptimizerConfig(Strict):
         return self
 
     @model_validator(mode="after")
-    def _groups_have_updates_of_this_algorithm(self) -> Self:
+    def _only_momentum_has_other_updates(self) -> Self:
         for name, group in self.groups.items():
-            if group.update not in self.updates:
+            algorithm = group.optimizer or self
+            if group.update != "plain" and not algorithm.takes_updates:
                 having = [
                     other
                     for other, section in OPTIMIZERS.every().items()
-                    if issubclass(section, OptimizerConfig) and group.update in section.updates
+                    if issubclass(section, OptimizerConfig) and section.takes_updates
                 ]
-                who = f"only {' and '.join(having)} has" if having else "no optimizer has"
-                use = " or ".join(self.updates)
-                raise ValueError(f"groups.{name}.update is {group.update}, which {who}; use {use}")
+                raise ValueError(
+                    f"groups.{name}.update is {group.update}, which only {' and '.join(having)} "
+                    f"has, and not {algorithm.algorithm}; use plain"
+                )
         return self
 
 
+GroupConfig.model_rebuild()
 OptimConfig = Annotated[SerializeAsAny[OptimizerConfig], WrapValidator(OPTIMIZERS.validate)]

@@ -68,8 +68,7 @@ class AccumulateThenStep:
         if factor != 1.0:
             torch._foreach_mul_(self._grads(), factor)
         for part in self.parts:
-            if part.rows.numel():
-                part.rows.grad = part.grad
+            part.rows.grad = part.grad
         self.optimizer.step()
 
     def scalars(self) -> dict[str, float]:

@@ -33,7 +33,7 @@ from dnt_scale.model.batch import Batch, moved, split
 from dnt_scale.model.task import LossModule, Task, blank_buffers, fill_buffers
 from dnt_scale.optim.build import build_optimizer
 from dnt_scale.optim.schedule import Schedule
-from dnt_scale.optim.segments import Segment
+from dnt_scale.optim.segments import Division, Segment
 from dnt_scale.optim.sharded_optimizer import ShardedOptimizer
 
 
@@ -79,7 +79,9 @@ def build(
     zero = partitions(engine, {parameter: name for name, parameter in named.items()})
     parts = zero.parts()
     with zero.groups_filled():
-        optimizer.segments.update(_segments(parts))
+        if not zero.replicated:
+            optimizer.segments.update(_segments(parts))
+        optimizer.division = Division(device=ranks.device)
         optimizer.allocate()
     _fill(parts, task, config.run.seed)
     fill_buffers(task, buffers, ranks.device)
@@ -114,9 +116,8 @@ def _segments(parts: list[ZeroSlice]) -> dict[Tensor, list[Segment]]:
     """Return where parameters lie in the flat tensors, in the order of ``parts``."""
     segments: dict[Tensor, list[Segment]] = {}
     for part in parts:
-        if tuple(part.flat.shape) != part.shape:  # in stage 0 it is the parameter itself
-            place = Segment(part.shape, part.start, part.offset, part.length)
-            segments.setdefault(part.flat, []).append(place)
+        place = Segment(part.shape, part.start, part.offset, part.length)
+        segments.setdefault(part.flat, []).append(place)
     return segments
 
 
@@ -215,6 +216,7 @@ class DeepSpeedEngine:
             (self.ranks.rank, self.ranks.world_size) if self.zero.replicated else (0, 1)
         )
         shards: list[TensorShard] = []
+        places: dict[Tensor, int] = {}  # of the part in its flat tensor
         for part in self.parts:
             held = {"model": part.flat, **self.optimizer.buffers(part.flat)}
             for kind, buffer in held.items():
@@ -222,6 +224,11 @@ class DeepSpeedEngine:
                 shards += flat_shards(
                     f"{kind}.{part.name}", part.shape, part.start, run, replica, replicas
                 )
+            place = places[part.flat] = places.get(part.flat, -1) + 1
+            for kind, rows in self.optimizer.row_buffers(part.flat).items():  # all, on every rank
+                me, of = self.ranks.rank, self.ranks.world_size
+                shape = part.shape[:1]
+                shards.append(TensorShard(f"{kind}.{part.name}", shape, (0,), rows[place], me, of))
         return shards
 
     def gradient_shards(self) -> list[TensorShard]:

@@ -25,6 +25,7 @@ from dnt_scale.model.batch import Batch, moved, split
 from dnt_scale.model.task import LossModule, Task, blank_buffers, fill_buffers
 from dnt_scale.optim.build import build_optimizer
 from dnt_scale.optim.schedule import Schedule
+from dnt_scale.optim.segments import Division, Segment
 from dnt_scale.optim.sharded_optimizer import ShardedOptimizer
 from dnt_scale.optim.shards import local
 
@@ -43,6 +44,12 @@ class ParameterShard:
     # fp32, (rows of this rank, ...); 0 rows where there are more ranks than rows
     rows: nn.Parameter
     offset: tuple[int, ...]  # of the rows in the whole tensor
+
+    @property
+    def segment(self) -> Segment:
+        """The place of the rows in the whole tensor."""
+        shape = tuple(self.parameter.shape)
+        return Segment(shape, self.offset[0] * math.prod(shape[1:]), 0, self.rows.numel())
 
     @property
     def grad(self) -> Tensor:
@@ -71,6 +78,10 @@ def build(
     optimizer = build_optimizer(
         [(part.name, part.rows) for part in parts], config.optim, config.run.seed
     )
+    for part in parts:
+        optimizer.segments[part.rows] = [part.segment]
+    mesh = parts[0].parameter.device_mesh
+    optimizer.division = Division(mesh.get_group("shard"), ranks.device, cuts_rows=False)
     optimizer.allocate()
     return FSDPEngine(model, parts, optimizer, schedule, config, ranks)
 
@@ -168,12 +179,18 @@ class FSDPEngine:
         found = []
         for part in self.parts:
             held = {"model": part.rows.detach(), **self.optimizer.buffers(part.rows)}
+            held |= {name: own for name, [own] in self.optimizer.row_buffers(part.rows).items()}
             for kind, data in held.items():
                 if data.numel():
-                    shape = tuple(part.parameter.shape)
+                    shape, offset = tuple(part.parameter.shape)[: data.ndim], part.offset
                     found.append(
                         TensorShard(
-                            f"{kind}.{part.name}", shape, part.offset, data, replica, self.replicas
+                            f"{kind}.{part.name}",
+                            shape,
+                            offset[: data.ndim],
+                            data,
+                            replica,
+                            self.replicas,
                         )
                     )
         return found

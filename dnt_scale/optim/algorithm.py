@@ -10,7 +10,8 @@ if TYPE_CHECKING:
 
     from dnt_scale.optim.shards import Shard
 
-# A parameter group: lr (with the schedule's factor), weight_decay, update; params, names, base_lr.
+# A parameter group: lr (with the schedule's factor), weight_decay, update (its `UpdateRule`);
+# params, names, base_lr.
 Group = dict[str, Any]
 
 
@@ -23,11 +24,14 @@ class Algorithm(OptimizerConfig):
     """
 
     def step(self, shards: Sequence["Shard"], group: Group) -> None:
-        """Change the weights and buffers of a group's parameters in place by their gradients."""
+        """Change the weights and buffers of a group's parameters in place by their gradients.
+
+        A shard may be empty: every rank has all parameters of the group.
+        """
         for shard in shards:
             for _, gradient, momentum in shard.pieces():
                 self.accumulate(momentum, gradient, first=True)
-            self.move(shard, group)
+        self.move(shards, group)
 
     def accumulate(self, momentum: "Tensor", gradient: "Tensor", *, first: bool) -> None:
         """Add a gradient to the one buffer in place, elementwise.
@@ -39,6 +43,6 @@ class Algorithm(OptimizerConfig):
         """
         raise NotImplementedError
 
-    def move(self, shard: "Shard", group: Group) -> None:
-        """Change the weights in place by the momentum; ``shard.gradient`` may be None."""
+    def move(self, shards: Sequence["Shard"], group: Group) -> None:
+        """Change the weights in place by the momentum; ``gradient`` of a shard may be None."""
         raise NotImplementedError

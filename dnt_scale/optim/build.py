@@ -16,7 +16,10 @@ def build_optimizer(named: Named, config: OptimizerConfig, seed: int) -> Sharded
         seed: seeds the stochastic rounding of buffers in bf16.
 
     Raises:
-        ConfigError: as `parameter_groups` does.
+        ConfigError: as `parameter_groups` does, or a rule that this machine's torch lacks.
     """
     assert isinstance(config, Algorithm), f"{type(config).__name__} has no update rule"
-    return ShardedOptimizer(config, parameter_groups(named, config), seed)
+    groups = parameter_groups(named, config)
+    for group in groups:
+        group["update"].check()
+    return ShardedOptimizer(config, groups, seed)

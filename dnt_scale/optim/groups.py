@@ -1,12 +1,14 @@
 """Parameter groups: a learning rate, decay and update of their own, by regex over names."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
-from dnt_scale.config import ConfigError, GroupConfig, OptimizerConfig
+from dnt_scale.config import ConfigError, OptimizerConfig
+from dnt_scale.optim.updates.plain import Plain
 
 Named = Iterable[tuple[str, nn.Parameter]]  # every parameter that is trained, by its name
 
@@ -41,7 +43,8 @@ def parameter_groups(named: Named, config: OptimizerConfig) -> list[dict[str, An
     """Put every parameter in one group; what no pattern matches gets the optimizer's own values.
 
     Tensors with fewer than two dimensions (gains, biases) are never decayed. Each dict has params,
-    names, lr, base_lr (what the schedule multiplies), weight_decay and update.
+    names, lr, base_lr (what the schedule multiplies), weight_decay, update (an `UpdateRule`) and
+    algorithm (an `Algorithm`).
 
     Raises:
         ConfigError: a pattern that is no regex or matches nothing, a parameter that two patterns
@@ -65,15 +68,18 @@ def parameter_groups(named: Named, config: OptimizerConfig) -> list[dict[str, An
                 f"optim.groups.{label}.pattern: {pattern!r} matches no parameter; "
                 f"names look like {examples}"
             )
-        rule = config.groups.get(label, GroupConfig(pattern=""))
+        rule = config.groups.get(label, Plain(pattern=""))
         lr = config.lr if rule.lr is None else rule.lr
         decay = config.weight_decay if rule.weight_decay is None else rule.weight_decay
-        dimensions = config.updates[rule.update]
+        decay = 0.0 if rule.fixed_norm else decay
+        dimensions, what = rule.dimensions, rule.update
+        if rule.fixed_norm:
+            dimensions, what = 2, "fixed_norm"
         for name, parameter in inside:
             if dimensions and parameter.ndim != dimensions:
                 wanted = "matrices" if dimensions == 2 else f"{dimensions} dimensions"
                 raise ConfigError(
-                    f"optim.groups.{label}: {rule.update} needs {wanted}, but {name} has shape "
+                    f"optim.groups.{label}: {what} needs {wanted}, but {name} has shape "
                     f"{tuple(parameter.shape)}; narrow the pattern"
                 )
         for decayed in (True, False):
@@ -86,7 +92,28 @@ def parameter_groups(named: Named, config: OptimizerConfig) -> list[dict[str, An
                         "lr": lr,
                         "base_lr": lr,
                         "weight_decay": decay if decayed else 0.0,
-                        "update": rule.update,
+                        "update": rule,
+                        "algorithm": rule.optimizer or config,
                     }
                 )
     return groups
+
+
+def buffer_shapes(
+    weights: Mapping[str, tuple[int, ...]], config: OptimizerConfig
+) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every buffer of weights of these shapes, by its name in checkpoints.
+
+    Raises:
+        ConfigError: as `parameter_groups` does.
+    """
+    named = [
+        (name, nn.Parameter(torch.empty(shape, device="meta"))) for name, shape in weights.items()
+    ]
+    found: dict[str, tuple[int, ...]] = {}
+    for group in parameter_groups(named, config):
+        for name in group["names"]:
+            shape = weights[name]
+            found |= {f"{buffer}.{name}": shape for buffer in group["algorithm"].buffers()}
+            found |= {f"{buffer}.{name}": shape[:1] for buffer in group["update"].row_buffers}
+    return found

@@ -18,9 +18,10 @@ class Schedule:
     total_steps: int
 
     def __post_init__(self) -> None:
-        if self.config.warmup_steps >= self.total_steps:
+        warmup = self.config.steps_of_warmup(self.total_steps)
+        if warmup >= self.total_steps:
             raise ConfigError(
-                f"optim.schedule.warmup_steps is {self.config.warmup_steps}, but the run has "
+                f"optim.schedule.warmup_steps is {warmup}, but the run has "
                 f"{self.total_steps} steps; warm up for fewer steps or train for more"
             )
 
@@ -28,7 +29,8 @@ class Schedule:
         """Factor for the update numbered ``step``, counted from 0: warmup ends at 1, the last
         step at ``final``.
         """
-        warmup, final, last = self.config.warmup_steps, self.config.final, self.total_steps - 1
+        warmup = self.config.steps_of_warmup(self.total_steps)
+        final, last = self.config.final, self.total_steps - 1
         if step < warmup:
             return (step + 1) / warmup
         if self.config.name == "constant":

@@ -1,6 +1,6 @@
 """Rows of matrices inside of flat tensors, of which a rank holds any run and cuts rows in two."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -33,47 +33,76 @@ class RowPart(NamedTuple):
         return slice(self.offset, self.offset + self.rows * self.columns)
 
 
+@dataclass(frozen=True)
+class Division:
+    """How parameters are divided among ranks."""
+
+    group: dist.ProcessGroup | None = None  # the ranks that share a copy; None: all
+    device: torch.device | None = None  # where collectives take their tensors; None: as they are
+    cuts_rows: bool = True  # whether a row may lie on several ranks
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Return the sum over these ranks of ``values``, whose shape it has. A collective."""
+        if not dist.is_initialized():
+            return values
+        total = values.to(self.device or values.device, copy=True)
+        dist.all_reduce(total, group=self.group)
+        return total.to(values.device)
+
+
 def rows_with_norms(
     weights: Tensor,
-    segments: Sequence[Segment],
+    segment: Segment,
     values: Callable[[slice], Tensor],
     *,
     piece: int,
-    divided: bool,
+    division: Division | None,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield (weights, values, norms) of the segments' rows: views (R, C), (R, C) and (R,).
+    """Yield (weights, values, norms) of a matrix's rows: views (R, C), (R, C) and (R,).
 
     A norm is that of the whole row's values, wherever they are. A row that is cut comes as the part
-    that lies here, after the segment's whole rows.
+    that lies here, after the whole rows.
 
     Args:
         weights: (elements,), flat.
+        segment: what of them is the matrix's.
         values: makes the values that belong to a slice of the weights; called again for rows that
             are cut.
         piece: elements to yield at a time, or else one row.
-        divided: whether other ranks hold the rest. Squares are then summed over all ranks, so that
-            each has to come by, with the same matrices in the same order.
+        division: who holds the rest; None: nobody. Where rows are cut, squares are summed over
+            these ranks, so that each has to come by, with the same matrices in the same order.
     """
-    for segment in segments:
-        cut = []
-        squares_R = torch.zeros(segment.shape[0], dtype=torch.float64, device=weights.device)
-        for part in _row_parts(segment, piece):
-            values_RC = values(part.place).view(part.rows, part.columns)
-            norms_R = torch.linalg.vector_norm(values_RC, dim=1)
-            if part.columns < segment.shape[1]:
-                cut.append(part)
-                squares_R[part.row] += norms_R[0].double().square()
-            else:
-                yield weights[part.place].view_as(values_RC), values_RC, norms_R
-        if divided and dist.is_initialized():
-            dist.all_reduce(squares_R)
-        for part in cut:
-            values_RC = values(part.place)[None]
-            norms_R = squares_R[part.row, None].sqrt().to(weights.dtype)
+    cut = []
+    cuts_rows = division is not None and division.cuts_rows
+    rows = segment.shape[0] if cuts_rows else 0
+    squares_R = torch.zeros(rows, dtype=torch.float64, device=weights.device)
+    for part in row_parts(segment, piece):
+        values_RC = values(part.place).view(part.rows, part.columns)
+        norms_R = torch.linalg.vector_norm(values_RC, dim=1)
+        if part.columns < segment.shape[1]:
+            cut.append(part)
+            squares_R[part.row] += norms_R[0].double().square()
+        else:
             yield weights[part.place].view_as(values_RC), values_RC, norms_R
+    if division and cuts_rows:
+        squares_R = division.sum(squares_R)
+    for part in cut:
+        values_RC = values(part.place)[None]
+        norms_R = squares_R[part.row, None].sqrt().to(weights.dtype)
+        yield weights[part.place].view_as(values_RC), values_RC, norms_R
 
 
-def _row_parts(segment: Segment, piece: int) -> Iterator[RowPart]:
+def rows_held(segment: Segment, division: Division | None) -> tuple[int, int]:
+    """Return the first row and the number of rows of which a rank keeps what there is once a row.
+
+    All of them where rows are cut: it is the same on all ranks, which have summed it up.
+    """
+    if division and division.cuts_rows:
+        return 0, segment.shape[0]
+    return segment.start // segment.shape[1], segment.length // segment.shape[1]
+
+
+def row_parts(segment: Segment, piece: int) -> Iterator[RowPart]:
     """Yield the segment's rows in parts of at most ``piece`` elements or one row."""
     width = segment.shape[1]
     place, end = segment.start, segment.start + segment.length

@@ -1,6 +1,7 @@
 """The optimizer as engines have it: an algorithm's rule, on the tensors that they hold."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -8,9 +9,11 @@ import torch
 from torch import Tensor
 
 from dnt_scale.optim.algorithm import Algorithm, Group
-from dnt_scale.optim.segments import Segment
+from dnt_scale.optim.norms import fixed_norms
+from dnt_scale.optim.segments import Division, Segment, rows_held
 from dnt_scale.optim.shards import Shard, local
 from dnt_scale.optim.stochastic_rounding import RandomBits
+from dnt_scale.optim.updates.plain import Plain
 
 
 class ShardedOptimizer(torch.optim.Optimizer):
@@ -23,24 +26,29 @@ class ShardedOptimizer(torch.optim.Optimizer):
     Attributes:
         updates: how many updates were made before; whoever steps sets it. It decides nothing but
             the random bits.
-        segments: what a flat parameter consists of, for updates that look at rows: every rank lists
-            all of a group's parameters in the same order, with length 0 where it holds nothing of
-            one. The norms of rows that are cut between ranks are summed over all ranks, so all must
-            step. A parameter without an entry holds whole rows.
+        segments: what a parameter that is stepped holds of the model's, for updates that look at
+            rows or tensors: every rank lists all of a group's parameters in the same order, with
+            length 0 where it holds nothing of one, and every rank steps. One without an entry is
+            whole.
+        division: among which ranks those with an entry are divided.
 
     Args:
-        groups: dicts of ``params`` and any of lr, weight_decay, update; see `parameter_groups`.
+        groups: dicts of ``params`` and any of lr, weight_decay, update, algorithm; see
+            `parameter_groups`.
         seed: seeds the stochastic rounding of buffers in bf16.
     """
 
     def __init__(self, algorithm: Algorithm, groups: Iterable[Group], seed: int) -> None:
-        defaults = {"lr": algorithm.lr, "weight_decay": algorithm.weight_decay, "update": "plain"}
+        defaults: Group = {"lr": algorithm.lr, "weight_decay": algorithm.weight_decay}
+        defaults |= {"update": Plain(pattern=""), "algorithm": algorithm}
         super().__init__(groups, defaults)
         self.algorithm = algorithm
         self.updates = 0
         self.segments: dict[Tensor, list[Segment]] = {}
+        self.division = Division()
         self._bits = RandomBits(seed)
         self._place: dict[Tensor, int] = {}  # a parameter's number, over all groups
+        self._groups: dict[Tensor, Group] = {}  # each parameter's
         self._roundings: dict[Tensor, int] = {}  # how often its buffer was rounded in this update
 
     def allocate(self) -> None:
@@ -49,24 +57,35 @@ class ShardedOptimizer(torch.optim.Optimizer):
             for parameter in group["params"]:
                 self._place[parameter] = len(self._place)
                 state = self.state[parameter]
-                for name in self.algorithm.counters:
+                self._groups[parameter] = group
+                for name in self._counters(group):
                     state[name] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-                for name, storage in self.algorithm.buffers().items():
+                for name, storage in group["algorithm"].buffers().items():
                     # Only in tests are weights not fp32: then fp64, which buffers have too.
                     dtype = torch.bfloat16 if storage == "bf16" else parameter.dtype
                     state[name] = torch.zeros_like(parameter, dtype=dtype)
+                for name in group["update"].row_buffers:
+                    state[name] = parameter.new_zeros(sum(self._rows_held(parameter)))
 
     def set_updates(self, updates: int) -> None:
         """Go on as after ``updates`` updates: the random bits, and an algorithm's counters."""
         self.updates = updates
-        for state in self.state.values():
-            for name in self.algorithm.counters:
+        for parameter, state in self.state.items():
+            for name in self._counters(self._groups[parameter]):
                 state[name].fill_(updates)
 
     def buffers(self, parameter: Tensor) -> dict[str, Tensor]:
         """Return a parameter's buffers by their names in checkpoints, each of its shape."""
         state = self.state[parameter]
-        return {name: state[name] for name in self.algorithm.buffers()}
+        return {name: state[name] for name in self._groups[parameter]["algorithm"].buffers()}
+
+    def row_buffers(self, parameter: Tensor) -> dict[str, Sequence[Tensor]]:
+        """Return a parameter's buffers of a number a row by their names in checkpoints.
+
+        They are views: for each segment (rows,), of the rows that `rows_held` says.
+        """
+        state, names = self.state[parameter], self._groups[parameter]["update"].row_buffers
+        return {name: state[name].split(self._rows_held(parameter)) for name in names}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Refuse torch's state dicts: they would cast bf16 buffers and replace the groups.
@@ -81,7 +100,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             shards = [self._shard(p, p.grad) for p in group["params"] if p.grad is not None]
             if shards:
-                self.algorithm.step(shards, group)
+                with fixed_norms(shards) if group["update"].fixed_norm else nullcontext():
+                    group["algorithm"].step(shards, group)
 
     @torch.no_grad()
     def add_gradient(
@@ -101,32 +121,53 @@ class ShardedOptimizer(torch.optim.Optimizer):
             first: whether this is the update's first gradient of this parameter; micro-batches add
                 more.
         """
+        algorithm: Algorithm = self._groups[parameter]["algorithm"]
         rounding = 0 if first else self._roundings[parameter] + 1
         self._roundings[parameter] = rounding
         scaled = isinstance(scale, Tensor) or scale != 1.0
         for _, gradient, momentum in self._shard(parameter, grad, rounding).pieces():
             added = gradient * scale if scaled else gradient
-            self.algorithm.accumulate(momentum, added, first=first)
+            algorithm.accumulate(momentum, added, first=first)
 
     @torch.no_grad()
     def apply(self) -> None:
         """Move every parameter by its momentum, which ``add_gradient`` has filled."""
         for group in self.param_groups:
-            for parameter in group["params"]:
-                self.algorithm.move(self._shard(parameter, None), group)
+            shards = [self._shard(p, None) for p in group["params"]]
+            with fixed_norms(shards) if group["update"].fixed_norm else nullcontext():
+                group["algorithm"].move(shards, group)
+
+    def _counters(self, group: Group) -> tuple[str, ...]:
+        return *group["algorithm"].counters, *group["update"].counters
+
+    def _segments(self, parameter: Tensor) -> Sequence[Segment]:
+        weights = local(parameter)
+        return self.segments.get(parameter) or [
+            Segment(tuple(weights.shape), 0, 0, weights.numel())
+        ]
+
+    def _division(self, parameter: Tensor) -> Division | None:
+        return self.division if parameter in self.segments else None
+
+    def _rows_held(self, parameter: Tensor) -> list[int]:
+        division = self._division(parameter)
+        return [rows_held(segment, division)[1] for segment in self._segments(parameter)]
 
     def _shard(self, parameter: Tensor, grad: Tensor | None, rounding: int = 0) -> Shard:
         weights = local(parameter)
         flat = weights.view(-1)
-        whole = [Segment(tuple(weights.shape), 0, 0, flat.numel())]
         buffers = self.buffers(parameter)
         numbers = self.updates, self._place[parameter], rounding
         return Shard(
             weights=flat,
             gradient=None if grad is None else local(grad).reshape(-1),
             buffers={name: local(buffer).view(-1) for name, buffer in buffers.items()},
-            counters={name: self.state[parameter][name] for name in self.algorithm.counters},
-            segments=self.segments.get(parameter, whole),
-            divided=parameter in self.segments,
+            row_buffers=self.row_buffers(parameter),
+            counters={
+                name: self.state[parameter][name]
+                for name in self._counters(self._groups[parameter])
+            },
+            segments=self._segments(parameter),
+            division=self._division(parameter),
             generator=partial(self._bits.generator, flat.device, *numbers),
         )

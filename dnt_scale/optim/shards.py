@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from dnt_scale.optim.segments import Segment, rows_with_norms
+from dnt_scale.optim.segments import Division, Segment, row_parts, rows_held, rows_with_norms
 from dnt_scale.optim.stochastic_rounding import stochastic_bf16
+from dnt_scale.optim.update_rule import Direction
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -32,18 +33,20 @@ class Shard:
         weights: (elements,), fp32.
         gradient: (elements,), any float dtype; None where backward has added it to the momentum.
         buffers: by name, (elements,), stored in fp32 or bf16.
+        row_buffers: by name, of each segment (rows,), fp32: of the rows that `rows_held` says.
         counters: by name, fp32 scalars.
-        segments: where rows lie in ``weights``.
-        divided: whether other ranks hold other parts of the segments' tensors.
+        segments: where the model's parameters lie in ``weights``.
+        division: the ranks that hold the rest of them; None: nobody else does.
         generator: makes the random bits of this update and this parameter.
     """
 
     weights: Tensor
     gradient: Tensor | None
     buffers: Mapping[str, Tensor]
+    row_buffers: Mapping[str, Sequence[Tensor]]
     counters: Mapping[str, Tensor]
     segments: Sequence[Segment]
-    divided: bool
+    division: Division | None
     generator: Callable[[], torch.Generator]
 
     @property
@@ -51,6 +54,26 @@ class Shard:
         """The pieces to work on, so that what is temporary stays small."""
         length = piece_length(self.weights)
         return [slice(start, start + length) for start in range(0, self.weights.numel(), length)]
+
+    def within(self, segment: Segment) -> list[slice]:
+        """The pieces of one parameter."""
+        length, end = piece_length(self.weights), segment.offset + segment.length
+        starts = range(segment.offset, end, length)
+        return [slice(start, min(start + length, end)) for start in starts]
+
+    def by_rows(
+        self, segment: Segment, values: Direction
+    ) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Yield (rows, weights, values) of a matrix in pieces, the latter (R, C), views.
+
+        Rows are places in what is kept of each row (`rows_held`). One that is cut between ranks
+        comes as what lies here.
+        """
+        first, _ = rows_held(segment, self.division)
+        for part in row_parts(segment, piece_length(self.weights)):
+            values_RC = values(self, part.place).view(part.rows, part.columns)
+            rows = slice(part.row - first, part.row - first + part.rows)
+            yield rows, self.weights[part.place].view_as(values_RC), values_RC
 
     def read(self, buffer: str, part: slice) -> Tensor:
         """Return a part of a buffer in the weights' dtype; it may be a view: do not change it."""
@@ -75,12 +98,13 @@ class Shard:
                     assert generator is not None
                     buffer.copy_(stochastic_bf16(values, generator))
 
-    def rows(self, values: Callable[[slice], Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yield (weights, values, norms of values) by rows, see `rows_with_norms`. A collective."""
+    def rows(
+        self, segment: Segment, values: Callable[[slice], Tensor]
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield (weights, values, norms of values) by rows of a matrix, see `rows_with_norms`.
+
+        A collective where rows are cut.
+        """
         return rows_with_norms(
-            self.weights,
-            self.segments,
-            values,
-            piece=piece_length(self.weights),
-            divided=self.divided,
+            self.weights, segment, values, piece=piece_length(self.weights), division=self.division
         )

@@ -107,6 +107,7 @@ def from_file(weights: Path, overrides: Sequence[str]) -> str:
     from dnt_scale import config
     from dnt_scale.data.sources import load_source
     from dnt_scale.model.task import shapes_of
+    from dnt_scale.optim.groups import buffer_shapes
     from dnt_scale.record.run_lock import held
     from dnt_scale.train.recorded import Typed
     from dnt_scale.train.resume import starting_state
@@ -126,14 +127,10 @@ def from_file(weights: Path, overrides: Sequence[str]) -> str:
     state = state.model_copy(update={"engine": {"step": 0, "updates": 0}})
     wanted = shapes_of(run.model)
     stored = _weights(source, weights, wanted)
-    buffers = run.optim.buffers()
+    buffers = buffer_shapes(wanted, run.optim)
 
     def chunks() -> Iterator[memoryview]:
-        shapes = [
-            (f"{kind}.{name}", shape)
-            for kind in ("model", *buffers)
-            for name, shape in wanted.items()
-        ]
+        shapes = [*((f"model.{name}", shape) for name, shape in wanted.items()), *buffers.items()]
         yield memoryview(
             make_header([(name, torch.float32, _whole(shape)) for name, shape in shapes])
         )
@@ -141,10 +138,9 @@ def from_file(weights: Path, overrides: Sequence[str]) -> str:
             for _, values in values_of(source, stored, name):
                 yield _bytes(values.float())
                 meter(values.nbytes)
-        for _ in buffers:
-            for shape in wanted.values():
-                for region in row_chunks(shape):
-                    yield _bytes(torch.zeros(region.shape))
+        for shape in buffers.values():
+            for region in row_chunks(shape):
+                yield _bytes(torch.zeros(region.shape))
 
     final = folder / step_name(state.step)
     partial = folder / f"{INTERMEDIATE}{step_name(state.step)}" if folder.local else final

@@ -78,13 +78,20 @@ def checkpoint_bytes(run: RunConfig) -> int:
     """A checkpoint's tensors: fp32 weights and the optimizer's buffers, whoever shards them; 8 P
     with a momentum.
     """
-    return parameters_of(run.model) * (FP32 + run.optim.bytes_a_weight)
+    groups = _groups(run.optim, shapes_of(run.model))
+    return FP32 * parameters_of(run.model) + sum(
+        group.bytes_a_weight * _elements(shape) + group.bytes_a_row * shape[0]
+        for group in groups
+        for shape in group.shapes
+    )
 
 
 def memory(run: RunConfig, world_size: int, nodes: int = 1) -> Memory:
     """Bytes of the rank that holds most, between backward and update.
 
-    b is what the optimizer's buffers take a weight: 4 for each in fp32, 2 in bf16.
+    b is what the optimizer's buffers take a weight: 4 for each in fp32, 2 in bf16; each group of
+    parameters has its own. What a group keeps of rows (4 bytes a row) is divided as the rows are,
+    and whole on every rank with ZeRO.
 
     ``ddp``, ``fsdp``, ``hsdp`` with p weights a rank after sharding (``_sharded_rows``):
 
@@ -103,27 +110,43 @@ def memory(run: RunConfig, world_size: int, nodes: int = 1) -> Memory:
     4 p to 8 p bytes of the host's memory, are not counted.
     """
     shapes = shapes_of(run.model)
-    buffer = run.optim.bytes_a_weight
+    groups = _groups(run.optim, shapes)
     if isinstance(run.engine, TorchEngineConfig):
         shards = world_size // copies_of(run.engine, world_size, nodes)
         held = sum(_sharded_rows(shape, shards) for shape in shapes.values())
         host = frozenset(FIELDS) if run.engine.cpu_offload else frozenset[str]()
         gradients = FP32 * held if run.optim.gradient_buffer else 0
-        return Memory(FP32 * held, 0, gradients, buffer * held, host)
+        buffers = sum(
+            group.bytes_a_weight * _sharded_rows(shape, shards)
+            + group.bytes_a_row * -(-shape[0] // shards)
+            for group in groups
+            for shape in group.shapes
+        )
+        return Memory(FP32 * held, 0, gradients, buffers, host)
     engine, compute = run.engine, _compute_bytes(run)
     whole = sum(_elements(shape) for shape in shapes.values())
+    of_rows = sum(group.bytes_a_row * shape[0] for group in groups for shape in group.shapes)
     if engine.stage == 0:
-        return Memory(FP32 * whole, 0, FP32 * whole, buffer * whole)
-    if engine.stage == 3:
-        held = whole = sum(-(-_elements(shape) // world_size) for shape in shapes.values())
+        parts = [sum(map(_elements, group.shapes)) for group in groups]
+    elif engine.stage == 3:
+        parts = [
+            sum(-(-_elements(shape) // world_size) for shape in group.shapes) for group in groups
+        ]
+        whole = sum(parts)
     else:
-        whole = sum(_flat(group, world_size) for group in _groups(run.optim, shapes))
-        held = whole // world_size
+        parts = [_flat(group.shapes, world_size) // world_size for group in groups]
+        whole = sum(parts) * world_size
+    held = sum(parts)
+    buffers = of_rows + sum(
+        group.bytes_a_weight * part for group, part in zip(groups, parts, strict=True)
+    )
+    if engine.stage == 0:
+        return Memory(FP32 * whole, 0, FP32 * whole, buffers)
     gradients = FP32 * (whole if engine.stage == 1 and not engine.offload_optimizer else held)
     host = frozenset(("weights", "gradients", "buffers") if engine.offload_optimizer else ())
     if engine.offload_parameters:
         host |= {"copies"}
-    return Memory(FP32 * held, compute * whole, gradients, buffer * held, host)
+    return Memory(FP32 * held, compute * whole, gradients, buffers, host)
 
 
 def traffic(run: RunConfig, world_size: int, nodes: int = 1) -> Traffic:
@@ -168,7 +191,7 @@ def traffic(run: RunConfig, world_size: int, nodes: int = 1) -> Traffic:
     assert isinstance(run.engine, DeepSpeedEngineConfig)
     stage, whole = run.engine.stage, sum(_elements(shape) for shape in shapes.values())
     if stage < 3:
-        padded = sum(_flat(group, world_size) for group in _groups(run.optim, shapes))
+        padded = sum(_flat(each.shapes, world_size) for each in _groups(run.optim, shapes))
         sums = micro_batches if stage == 2 else 1
         return Traffic(compute * padded if stage else 0, 0, FP32 * whole * sums)
     gathered = reduced = 0
@@ -209,13 +232,25 @@ def _flat(shapes: Iterable[tuple[int, ...]], world_size: int) -> int:
     return -(-sum(_elements(shape) for shape in shapes) // unit) * unit
 
 
-def _groups(optim: OptimizerConfig, shapes: Shapes) -> list[list[tuple[int, ...]]]:
-    """The shapes of each optimizer group, which ZeRO 1 and 2 make one flat tensor of."""
+@dataclass(frozen=True)
+class _Group:
+    """An optimizer group, which ZeRO 1 and 2 make one flat tensor of."""
+
+    shapes: list[tuple[int, ...]]
+    bytes_a_weight: int  # of buffers
+    bytes_a_row: int
+
+
+def _groups(optim: OptimizerConfig, shapes: Shapes) -> list[_Group]:
     named = (
         (name, torch.nn.Parameter(torch.empty(shape, device="meta")))
         for name, shape in shapes.items()
     )
     return [
-        [tuple(parameter.shape) for parameter in group["params"]]
+        _Group(
+            [tuple(parameter.shape) for parameter in group["params"]],
+            group["algorithm"].bytes_a_weight,
+            FP32 * len(group["update"].row_buffers),
+        )
         for group in parameter_groups(named, optim)
     ]

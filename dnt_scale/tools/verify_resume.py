@@ -134,7 +134,7 @@ def complete(overrides: Sequence[str], folder: Path, steps: int) -> list[str]:
         "checkpoint.keep=1",
         "checkpoint.keep_every=null",
     ]
-    warmup = load(whole).optim.schedule.warmup_steps
+    warmup = load(whole).optim.schedule.steps_of_warmup(steps)
     return [*whole, f"optim.schedule.warmup_steps={min(warmup, steps // 4)}"]
 
 

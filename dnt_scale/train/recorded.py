@@ -19,7 +19,11 @@ from dnt_scale.optim.schedule import Schedule
 
 KEPT = ("model", "optim", "train")
 GROUPS = ("model", "optim")
-BUDGET = {"train.steps", "train.tokens"}
+# Of each, one has the other's place.
+PAIRS = (
+    BUDGET := {"train.steps", "train.tokens"},
+    {"optim.schedule.warmup", "optim.schedule.warmup_steps"},
+)
 MISSING = object()
 
 
@@ -101,8 +105,9 @@ def typed_keys(overrides: Sequence[str], given: Sequence[str]) -> set[str]:
             keys |= set(
                 _leaves(key, _as_dict(override) if value.lstrip().startswith("{") else value)
             )
-    if keys & BUDGET:  # one budget: either takes the other's place
-        keys |= BUDGET
+    for pair in PAIRS:
+        if keys & pair:
+            keys |= pair
     return keys
 
 

@@ -56,6 +56,12 @@ def description(run: RunConfig, ranks: Ranks, commit: str) -> str:
     model, optim, train = run.model, run.optim, run.train
     budget = f"{train.steps:,} steps" if train.steps else f"{train.tokens:,} tokens"
     batch = f"{budget}, {train.global_batch:,} rows a step, {train.dtype}"
+    schedule = optim.schedule
+    warmup = (
+        f"{100 * schedule.warmup:g} %"
+        if schedule.warmup_steps is None
+        else f"{schedule.warmup_steps:,} steps"
+    )
     counted = "1 rank" if ranks.world_size == 1 else f"{ranks.world_size} ranks"
     sets = [
         f"{found.weight:.3g} {code(found.name)} {code(found.path)}"
@@ -69,7 +75,7 @@ def description(run: RunConfig, ranks: Ranks, commit: str) -> str:
         "",
         f"- **optimizer**: {optim.algorithm}, lr {optim.lr:g}, {optim.describe()}, "
         f"weight decay {optim.weight_decay:g}, "
-        f"{optim.schedule.name} schedule with {optim.schedule.warmup_steps:,} warmup steps",
+        f"{schedule.name} schedule with {warmup} of warmup",
         f"- **budget**: {batch}",
         f"- **data**: {', '.join(sets) or f'kind {run.data.kind}'}",
         f"- **engine**: {run.engine.name} on {counted} ({ranks.device.type})",

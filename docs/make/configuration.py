@@ -142,6 +142,12 @@ def rows(prefix: str, model: type[BaseModel], files: dict[str, Any]) -> Iterator
         yield row(f"{key}.NAME" if inner else key, field, default)
         for each, inside in inner.model_fields.items() if inner else ():
             yield row(f"{key}.NAME.{each}", inside, own_default(inside))
+        registry = vars(inner).get("registry") if inner else None
+        for which, model in registry.every().items() if registry else ():
+            for each, inside in model.model_fields.items():
+                if each not in inner.model_fields:
+                    found = row(f"{key}.NAME.{each}", inside, own_default(inside))
+                    yield replace(found, meaning=f"`{which}`: {found.meaning}")
 
 
 def row(key: str, field: FieldInfo, default: str) -> Row:

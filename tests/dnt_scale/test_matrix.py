@@ -15,10 +15,12 @@ from testbed.run import call, same_tensors, tensors, tiny
 from tests.helpers import engines
 from tests.helpers.engines import ENGINES, STEPS
 
-RANKS = {"msgdw": (1, 2, 4)}  # of the optimizers that are run on other than two ranks too
-# An optimizer is run here if its test has a `reference_update`. Its OVERRIDES choose it; CHANGES
-# says how much of a tensor's change in all steps may differ, for each dtype that it is run in, and
-# ERROR by how much a weight may in fp32.
+# Of the optimizers that are run on other than two ranks too: plain momentum, and all rules that look
+# at rows or tensors that are cut between ranks.
+RANKS = {"msgdw": (1, 2, 4), "updates": (1, 2, 4)}
+# An optimizer is run here if its test has a `reference_update`. Its OVERRIDES choose it, UNBUFFERED
+# (if another) where there is no gradient buffer; CHANGES says how much of a tensor's change in all
+# steps may differ, for each dtype that it is run in, and ERROR by how much a weight may in fp32.
 OPTIMIZERS = {
     path.stem.removeprefix("test_"): import_module(f"tests.dnt_scale.optim.{path.stem}")
     for path in sorted((Path(__file__).parent / "optim").glob("test_*.py"))
@@ -80,7 +82,8 @@ def test_every_engine_on_any_ranks_is_plain_pytorch(matrix, label):
         )
         last = tensors(folder / f"step-{STEPS:08d}")
         check_weights(last, weights, initial, module, dtype)
-        dtypes = {last[f"{buffer}.{name}"].dtype for buffer in buffers for name in weights}
+        assert {f"{buffer}.{name}" for buffer in buffers for name in weights} <= last.keys()
+        dtypes = {tensor.dtype for tensor in last.values()}
         assert dtypes == {torch.float32}
 
 
@@ -119,11 +122,10 @@ def run_unbuffered(data: Path, out: Path, runs: dict[str, list[str]]) -> None:
 def test_without_a_gradient_buffer_an_optimizer_that_can_is_plain_pytorch_too(corpus, tmp_path):
     runs, weights = {}, {}
     for name, module in OPTIMIZERS.items():
-        run = config.load(
-            tiny(corpus, tmp_path, *module.OVERRIDES, *UNCLIPPED, f"train.steps={STEPS}")
-        )
+        chosen = getattr(module, "UNBUFFERED", module.OVERRIDES)
+        run = config.load(tiny(corpus, tmp_path, *chosen, *UNCLIPPED, f"train.steps={STEPS}"))
         if run.optim.needs_gradient_buffer() is None:
-            runs[name] = [*module.OVERRIDES, *UNBUFFERED]
+            runs[name] = [*chosen, *UNBUFFERED]
             weights[name] = engines.reference_losses(run, module.reference_update)[1]
     assert "msgdw" in runs
     call(run_unbuffered, corpus, tmp_path, runs, ranks=2).ok()
@@ -146,7 +148,12 @@ EXCHANGES = [
     if (number + place + ranks) % 3 == 0
 ] + [(saved, "hsdp", 4) for saved in SAVERS]
 BEFORE, AFTER = 4, 5
-BATCH = ["train.global_batch=12", "train.micro_batch=6"]  # divides by 1, 2, 3 and 4 ranks
+BATCH = [
+    "train.global_batch=12",  # divides by 1, 2, 3 and 4 ranks
+    "train.micro_batch=6",
+    "+optim.groups.rows={pattern: 'w_[12]', update: row_adaptive, lr: 1e-3}",
+    "+optim.groups.gains={pattern: 'gain', lr: 1e-3, optimizer: {algorithm: adamw}}",
+]
 
 
 def save_each(data: Path, out: Path, labels: list[str]) -> None:
@@ -199,7 +206,8 @@ def exchange(corpus, tmp_path_factory):
 def test_a_checkpoint_of_any_engine_goes_on_in_any_other(exchange, saved, label, ranks):
     folder = exchange / f"{saved}-{label}-{ranks}"
     step = f"step-{BEFORE:08d}"
-    assert any(name.startswith("momentum_buffer.") for name in tensors(folder / step))
+    for kind in ("momentum_buffer", "row_square", "exp_avg", "exp_avg_sq"):
+        assert any(name.startswith(f"{kind}.") for name in tensors(folder / step))
     assert any(
         value.abs().max() > 0
         for name, value in tensors(folder / step).items()

@@ -20,6 +20,8 @@ from dnt_scale.engine.base import Engine
 from dnt_scale.model.dnt import DNT, IGNORED
 from dnt_scale.model.init import init_weights
 from dnt_scale.optim.schedule import Schedule
+from dnt_scale.optim.update_rule import UpdateRule
+from dnt_scale.optim.updates.plain import Plain
 from dnt_scale.train.spike_guard import Guard
 from testbed.run import tiny
 
@@ -97,9 +99,9 @@ def load(engine: Engine, me: Ranks, path: Path) -> None:
     engine.refresh(checkpoint.read_state(path).engine)
 
 
-# An update of a whole weight in place: (weight, gradient, state, optimizer's section, group's
-# update, lr, decay); the state is the weight's own and empty before the first.
-Update = Callable[[Tensor, Tensor, dict[str, Tensor], Any, str, float, float], None]
+# An update of a whole weight in place: (weight, gradient, state, optimizer's section, its group's
+# section, lr, decay); the state is the weight's own and empty before the first.
+Update = Callable[[Tensor, Tensor, dict[str, Tensor], Any, UpdateRule, float, float], None]
 
 
 def reference_losses(run: RunConfig, update: Update) -> tuple[list[float], dict[str, torch.Tensor]]:
@@ -147,7 +149,7 @@ def reference_losses(run: RunConfig, update: Update) -> tuple[list[float], dict[
                         if group is None or group.weight_decay is None
                         else group.weight_decay
                     )
-                    rule = "plain" if group is None else group.update
-                    wd = decay if weight.ndim > 1 else 0.0
+                    rule = group or Plain(pattern="")
+                    wd = decay if weight.ndim > 1 and not rule.fixed_norm else 0.0
                     update(weight, grad * factor, states[name], run.optim, rule, lr, wd)
     return found, {name: weight.detach() for name, weight in weights.items()}

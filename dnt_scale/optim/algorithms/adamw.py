@@ -37,6 +37,9 @@ class AdamWConfig(Algorithm):
     def step(self, shards: Sequence["Shard"], group: Group) -> None:
         from torch.optim.adamw import adamw
 
+        shards = [shard for shard in shards if shard.weights.numel()]
+        if not shards:
+            return
         adamw(
             [shard.weights for shard in shards],
             [shard.gradient for shard in shards if shard.gradient is not None],

@@ -2,34 +2,32 @@
 
     v <- momentum v + (1 - dampening) g
     d  = (1 - dampening) g + momentum v   if nesterov else  v
-    plain:           p <- (1 - lr wd) p - lr d
-    row_normalized:  p_row <- (1 - lr wd) p_row - lr d_row / |d_row|      (rows with d_row = 0 stay)
+    p <- (1 - lr wd) p, and then a step against d, plain or by another rule of updates/
 
 With dampening 0 and weight decay 0 the plain update is torch.optim.SGD's, bit for bit (on CUDA:
 with fused=True).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
 from dnt_scale.config.optim import OPTIMIZERS, Storage
 from dnt_scale.optim.algorithm import Algorithm, Group
+from dnt_scale.optim.updates.plain import Plain
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from dnt_scale.optim.shards import Shard
 
-    Direction = Callable[[slice], Tensor]  # d of a slice of a shard's elements
-
 
 @OPTIMIZERS.register
 class MSGDWConfig(Algorithm):
     """Momentum SGD with decoupled weight decay."""
 
-    updates: ClassVar[Mapping[str, int]] = {"plain": 0, "row_normalized": 2}
+    takes_updates: ClassVar[bool] = True
 
     algorithm: Literal["msgdw"]
     momentum: float = Field(0.9, ge=0, lt=1)
@@ -50,7 +48,8 @@ class MSGDWConfig(Algorithm):
         return f"nesterov needs the gradient after backward; {remedy}"
 
     def step(self, shards: Sequence["Shard"], group: Group) -> None:
-        if group["update"] == "plain" and not self.nesterov and all(map(_of_one_dtype, shards)):
+        is_plain = isinstance(group["update"], Plain)
+        if is_plain and not self.nesterov and all(map(_of_one_dtype, shards)):
             from dnt_scale.optim.one_pass import momentum_step
 
             momentum_step(
@@ -68,37 +67,20 @@ class MSGDWConfig(Algorithm):
             momentum.mul_(self.momentum)
         momentum.add_(gradient, alpha=1.0 - self.dampening)
 
-    def move(self, shard: "Shard", group: Group) -> None:
+    def move(self, shards: Sequence["Shard"], group: Group) -> None:
         if group["weight_decay"] > 0:
-            shard.weights.mul_(1.0 - group["lr"] * group["weight_decay"])
-        update = {"plain": plain, "row_normalized": row_normalized}[group["update"]]
-        direction = self._nesterov(shard) if self.nesterov else self._momentum(shard)
-        update(shard, direction, group["lr"])
+            for shard in shards:
+                shard.weights.mul_(1.0 - group["lr"] * group["weight_decay"])
+        group["update"].move(shards, self._nesterov if self.nesterov else _momentum, group["lr"])
 
-    def _momentum(self, shard: "Shard") -> "Direction":
-        return lambda part: shard.read("momentum_buffer", part)
-
-    def _nesterov(self, shard: "Shard") -> "Direction":
-        gradient = shard.gradient
-        assert gradient is not None
-
-        def direction(part: slice) -> "Tensor":
-            kept = gradient[part].to(shard.weights.dtype) * (1.0 - self.dampening)
-            return kept.add_(shard.read("momentum_buffer", part), alpha=self.momentum)
-
-        return direction
+    def _nesterov(self, shard: "Shard", part: slice) -> "Tensor":
+        assert shard.gradient is not None
+        kept = shard.gradient[part].to(shard.weights.dtype) * (1.0 - self.dampening)
+        return kept.add_(shard.read("momentum_buffer", part), alpha=self.momentum)
 
 
-def plain(shard: "Shard", direction: "Direction", lr: float) -> None:
-    """Move the weights: p <- p - lr d."""
-    for part in shard.parts:
-        shard.weights[part].add_(direction(part), alpha=-lr)
-
-
-def row_normalized(shard: "Shard", direction: "Direction", lr: float) -> None:
-    """Move each row of the weights by a step of length lr: p_row <- p_row - lr d_row / |d_row|."""
-    for p_RC, d_RC, norms_R in shard.rows(direction):
-        p_RC.addcdiv_(d_RC, norms_R.where(norms_R > 0, 1.0)[:, None], value=-lr)
+def _momentum(shard: "Shard", part: slice) -> "Tensor":
+    return shard.read("momentum_buffer", part)
 
 
 def _of_one_dtype(shard: "Shard") -> bool:

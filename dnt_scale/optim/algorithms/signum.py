@@ -7,6 +7,7 @@ The paper has no weight decay; here it is decoupled, as in Lion. Every weight mo
 step. The momentum is a sum of gradients, so it goes without a gradient buffer too.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
@@ -42,8 +43,9 @@ class SignumConfig(Algorithm):
             momentum.mul_(self.momentum)
         momentum.add_(gradient, alpha=1 - self.momentum)
 
-    def move(self, shard: "Shard", group: Group) -> None:
+    def move(self, shards: Sequence["Shard"], group: Group) -> None:
         lr = group["lr"]
-        for part in shard.parts:
-            p, m = shard.weights[part], shard.read("momentum_buffer", part)
-            p.mul_(1 - lr * group["weight_decay"]).add_(m.sign(), alpha=-lr)
+        for shard in shards:
+            for part in shard.parts:
+                p, m = shard.weights[part], shard.read("momentum_buffer", part)
+                p.mul_(1 - lr * group["weight_decay"]).add_(m.sign(), alpha=-lr)

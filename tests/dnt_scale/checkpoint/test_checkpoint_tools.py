@@ -117,7 +117,7 @@ def test_verify_says_whole_or_what_is_not(me, tmp_path, capsys):
     assert main(["checkpoint", "verify", str(tmp_path)]) == 2
     out, err = capsys.readouterr()
     assert out == f"{tmp_path}/step-00000001: whole\n"
-    assert f"error: {step}: no momentum_buffer.temperature" in err.splitlines()
+    assert f"error: {step}: no buffer of model.temperature" in err.splitlines()
     assert "momentum_buffer.emb.weight has shape" in err
     assert main(["checkpoint", "verify", str(tmp_path / "step-00000001")]) == 0
 

@@ -65,7 +65,7 @@ def test_without_groups_only_matrices_are_decayed() -> None:
     assert by_name(groups).keys() == shapes.keys()
     for name, group in by_name(groups).items():
         assert group["weight_decay"] == (0.1 if len(shapes[name]) >= 2 else 0.0), name
-        assert (group["lr"], group["base_lr"], group["update"]) == (1.0, 1.0, "plain")
+        assert (group["lr"], group["base_lr"], group["update"].update) == (1.0, 1.0, "plain")
 
 
 def test_a_groups_own_values_are_used_and_zero_is_a_value() -> None:
@@ -83,7 +83,8 @@ def test_a_groups_own_values_are_used_and_zero_is_a_value() -> None:
     )
     groups = by_name(groups_of(config))
     values = {
-        name: (g["lr"], g["base_lr"], g["weight_decay"], g["update"]) for name, g in groups.items()
+        name: (g["lr"], g["base_lr"], g["weight_decay"], g["update"].update)
+        for name, g in groups.items()
     }
     assert values["tok_emb.weight"] == (0.05, 0.05, 0.0, "row_normalized")
     assert values["blocks.0.ffn.w_1.weight"] == (0.0, 0.0, 0.3, "plain")

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from dnt_scale.config import ConfigError, load
 from dnt_scale.optim.algorithms.lion import LionConfig
+from dnt_scale.optim.update_rule import UpdateRule
 from tests.helpers.optimizers import drive, new_optimizer, tensors
 
 # The run that tests/dnt_scale/test_matrix.py compares with `reference_update`. Where rounding turns
@@ -21,7 +22,7 @@ def reference_update(
     gradient: Tensor,
     state: dict[str, Tensor],
     optim: LionConfig,
-    update: str,
+    update: UpdateRule,
     lr: float,
     decay: float,
 ) -> None:

@@ -8,14 +8,22 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dnt_scale.config import GroupConfig
 from dnt_scale.optim.algorithms.adamw import AdamWConfig
 from dnt_scale.optim.algorithms.msgdw import MSGDWConfig
+from dnt_scale.optim.update_rule import UpdateRule
 from tests.helpers.optimizers import drive, new_msgdw, new_optimizer, tensors, tiny_model
 
 # The run that tests/dnt_scale/test_matrix.py compares with `reference_update`. One ulp of a gain
 # near 1 is 1e-4 of its change, bf16 itself changes 1 to 2 %.
-OVERRIDES = ["optim=msgdw_r"]
+UNBUFFERED = [
+    "optim=msgdw_r",
+    "+optim.groups.query={pattern: 'w_q', update: tensor_normalized, lr: 1e-3}",
+    "+optim.groups.key={pattern: 'w_k', update: capped, limit: 1e-4}",
+    "+optim.groups.positions={pattern: 'pos_emb', update: capped, limit: 1e-3, row_limit: 1e-4}",
+    "+optim.groups.value={pattern: 'w_v', fixed_norm: true}",
+    "+optim.groups.tall={pattern: 'w_1', update: row_normalized, tall_factor: true, lr: 0.01}",
+]
+OVERRIDES = [*UNBUFFERED, "+optim.groups.out={pattern: 'w_o', update: row_adaptive, lr: 1e-3}"]
 CHANGES = {"fp32": 1e-3, "bf16": 3e-2}
 ERROR = 1e-5
 
@@ -25,17 +33,36 @@ def reference_update(
     gradient: Tensor,
     state: dict[str, Tensor],
     optim: MSGDWConfig,
-    update: str,
+    update: UpdateRule,
     lr: float,
     decay: float,
 ) -> None:
     v = state.setdefault("momentum_buffer", torch.zeros_like(weight))
     v.mul_(optim.momentum).add_(gradient, alpha=1 - optim.dampening)
-    if update == "row_normalized":
+    norm = weight.norm()
+    step = lr * v
+    if update.update == "row_normalized":
         rows = v.norm(dim=1, keepdim=True)
-        v = v / torch.where(rows > 0, rows, 1.0)
+        step = lr * v / torch.where(rows > 0, rows, 1.0)
+        if update.tall_factor:
+            step *= max(1.0, weight.shape[0] / weight.shape[1]) ** 0.5
+    if update.update == "tensor_normalized":
+        step = lr * v / v.square().mean().sqrt()
+    if update.update == "capped":
+        if update.row_limit:
+            rows = v.norm(dim=1, keepdim=True)
+            step = lr * v * (update.row_limit / rows.clamp(min=1e-30)).clamp(max=1)
+        step = step * (update.limit / step.square().mean().sqrt()).clamp(max=1)
+    if update.update == "row_adaptive":
+        square = state.setdefault("square", torch.zeros(len(weight)))
+        count = state.setdefault("count", torch.zeros(())).add_(1)
+        square.lerp_(gradient.square().mean(dim=1), 1 - update.square_beta)
+        rms = (square / (1 - update.square_beta**count)).sqrt()
+        step = lr * v / (rms + update.eps)[:, None]
     weight.mul_(1 - lr * decay)
-    weight.sub_(lr * v)
+    weight.sub_(step)
+    if update.fixed_norm:
+        weight.mul_(norm / weight.norm())
 
 
 SHAPES = [(7,), (3, 5), (1,), (2, 3, 4), (64, 33), (), (1, 9)]
@@ -279,7 +306,7 @@ def test_one_zero_buffer_a_parameter_before_the_first_step_and_nothing_else_ever
 def test_state_is_four_bytes_a_parameter_against_adamws_eight() -> None:
     model = tiny_model()
     total = sum(parameter.numel() for parameter in model.parameters())
-    embedding = GroupConfig(pattern=r"^tok_emb\.", update="row_normalized")
+    embedding = {"pattern": r"^tok_emb\.", "update": "row_normalized"}
     for groups in ({}, {"embedding": embedding}):
         msgdw = new_optimizer(
             model.named_parameters(), MSGDWConfig(algorithm="msgdw", lr=1.0, groups=groups), seed=1

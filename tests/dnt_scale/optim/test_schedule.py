@@ -72,3 +72,12 @@ def test_warmup_as_long_as_the_run_is_refused(warmup: int, total: int) -> None:
         ConfigError, match=rf"optim\.schedule\.warmup_steps is {warmup}.*{total} steps"
     ):
         Schedule(ScheduleConfig(warmup_steps=warmup), total)
+
+
+def test_a_share_of_the_run_is_as_many_steps_whatever_its_length() -> None:
+    share = ScheduleConfig(warmup=0.05)
+    assert [share.steps_of_warmup(total) for total in (1, 9, 12, 400, 10_000)] == [0, 0, 1, 20, 500]
+    assert factors(12, warmup=0.3) == factors(12, warmup_steps=4)
+    assert ScheduleConfig(warmup=0.999).steps_of_warmup(10) == 9  # one step is left
+    assert ScheduleConfig(warmup=0.5, warmup_steps=3).steps_of_warmup(100) == 3
+    assert ScheduleConfig().steps_of_warmup(100) == 0  # as in the files of old

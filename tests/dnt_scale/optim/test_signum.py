@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from dnt_scale.config import load
 from dnt_scale.optim.algorithms.signum import SignumConfig
 from dnt_scale.optim.sharded_optimizer import ShardedOptimizer
+from dnt_scale.optim.update_rule import UpdateRule
 from tests.helpers.optimizers import drive, new_optimizer, tensors
 
 # The run that tests/dnt_scale/test_matrix.py compares with `reference_update`. Where rounding turns
@@ -22,7 +23,7 @@ def reference_update(
     gradient: Tensor,
     state: dict[str, Tensor],
     optim: SignumConfig,
-    update: str,
+    update: UpdateRule,
     lr: float,
     decay: float,
 ) -> None:

@@ -126,7 +126,8 @@ def test_a_line_tells_what_is_kept_and_nothing_where_nothing_is() -> None:
         "kept from the checkpoint: optim.groups.g.pattern gain (the command alone says not there), "
         "optim.groups.g.lr null (the command alone says not there), optim.groups.g.weight_decay "
         "null (the command alone says not there), optim.groups.g.update plain (the command alone "
-        "says not there)",
+        "says not there), optim.groups.g.fixed_norm false (the command alone says not there), "
+        "optim.groups.g.optimizer null (the command alone says not there)",
     )
 
 

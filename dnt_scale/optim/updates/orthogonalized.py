@@ -1,0 +1,93 @@
+"""Muon: a matrix moves by its momentum with all singular values brought near 1.
+
+    p <- p - lr f NewtonSchulz(d)
+
+of the whole matrix, in five steps of torch.optim.Muon's own, in bf16 (Jordan et al., 2024,
+kellerjordan.github.io/posts/muon). With Nesterov momentum of .95 in the EMA form it is
+torch.optim.Muon. f is ``scale``: max(1, sqrt(rows / columns)), or 0.2 sqrt(max(rows, columns)),
+whose steps are about as large as AdamW's (arXiv 2502.16982).
+
+A baseline: every rank gathers the matrix and orthogonalizes it, simple before fast.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from dnt_scale.config.base import ConfigError
+from dnt_scale.config.optim import UPDATES
+from dnt_scale.optim.update_rule import Direction, UpdateRule
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dnt_scale.optim.segments import Segment
+    from dnt_scale.optim.shards import Shard
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic, torch.optim.Muon's
+EPS = 1e-7
+
+
+@UPDATES.register
+class Orthogonalized(UpdateRule):
+    """Orthogonalize the direction of a matrix by Newton-Schulz steps."""
+
+    update: Literal["orthogonalized"]
+    scale: Literal["tall", "adamw"] = Field(
+        "tall",
+        description="lr times max(1, sqrt(rows / columns)), or times 0.2 sqrt(max(rows, columns))",
+    )
+    newton_schulz_steps: int = Field(5, gt=0, lt=100, description="of the iteration")
+
+    @property
+    def dimensions(self) -> int:
+        return 2
+
+    def check(self) -> None:
+        newton_schulz()
+
+    def move(self, shards: Sequence["Shard"], direction: Direction, lr: float) -> None:
+        orthogonalize = newton_schulz()
+        for shard in shards:
+            for segment in shard.segments:
+                rows, columns = segment.shape
+                factor = 0.2 * math.sqrt(max(rows, columns))
+                if self.scale == "tall":
+                    factor = max(1.0, math.sqrt(rows / columns))
+                whole = gathered(shard, segment, direction)
+                step = orthogonalize(whole, COEFFICIENTS, self.newton_schulz_steps, EPS)
+                mine = step.reshape(-1)[segment.start : segment.start + segment.length]
+                shard.weights[segment.offset : segment.offset + segment.length].sub_(
+                    mine.to(shard.weights.dtype), alpha=lr * factor
+                )
+
+
+def gathered(shard: "Shard", segment: "Segment", values: Direction) -> "Tensor":
+    """Return a tensor's values whole, in its shape, on every rank that has a part. A collective."""
+    whole = shard.weights.new_zeros(math.prod(segment.shape))
+    for part in shard.within(segment):
+        first = segment.start + part.start - segment.offset
+        whole[first : first + part.stop - part.start] = values(shard, part)
+    if shard.division:
+        whole = shard.division.sum(whole)  # all but one rank add zeros to an element
+    return whole.view(segment.shape)
+
+
+def newton_schulz() -> "Callable[[Tensor, tuple[float, float, float], int, float], Tensor]":
+    """Return torch's own iteration.
+
+    Raises:
+        ConfigError: this torch has none.
+    """
+    try:
+        from torch.optim._muon import _zeropower_via_newtonschulz
+    except ImportError:
+        import torch
+
+        raise ConfigError(
+            f"update orthogonalized needs the Newton-Schulz steps of torch.optim.Muon, which torch "
+            f"{torch.__version__} lacks; install torch 2.9 or newer, or use row_normalized"
+        ) from None
+    return _zeropower_via_newtonschulz

@@ -1,0 +1,22 @@
+"""The plain step of any tensor: p <- p - lr d."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+from dnt_scale.config.optim import UPDATES
+from dnt_scale.optim.update_rule import Direction, UpdateRule
+
+if TYPE_CHECKING:
+    from dnt_scale.optim.shards import Shard
+
+
+@UPDATES.register
+class Plain(UpdateRule):
+    """Step by the direction itself."""
+
+    update: Literal["plain"] = "plain"
+
+    def move(self, shards: Sequence["Shard"], direction: Direction, lr: float) -> None:
+        for shard in shards:
+            for part in shard.parts:
+                shard.weights[part].add_(direction(shard, part), alpha=-lr)

@@ -1,0 +1,33 @@
+"""Every tensor moves by a step of one size, whatever its gradient.
+
+    p <- p - lr d / RMS(d)      (a tensor with d = 0 stays)
+
+RMS is the root mean square over the elements of the whole tensor, so that lr is how much an element
+changes in a step.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+from dnt_scale.config.optim import UPDATES
+from dnt_scale.optim.update_rule import Direction, UpdateRule
+
+if TYPE_CHECKING:
+    from dnt_scale.optim.shards import Shard
+
+
+@UPDATES.register
+class TensorNormalized(UpdateRule):
+    """Divide the direction of a tensor by its root mean square."""
+
+    update: Literal["tensor_normalized"]
+
+    def move(self, shards: Sequence["Shard"], direction: Direction, lr: float) -> None:
+        from dnt_scale.optim.norms import elements, ratio, tensor_norms
+
+        for shard, norms in zip(shards, tensor_norms(shards, direction), strict=True):
+            for segment, norm in zip(shard.segments, norms, strict=True):
+                scale = ratio(lr * math.sqrt(elements(segment)), norm, shard.weights.dtype)
+                for part in shard.within(segment):
+                    shard.weights[part].sub_(direction(shard, part) * scale)
