@@ -1,6 +1,5 @@
-"""Learning-rate schedules: the factor of every step, a pure function of the step."""
+"""The learning rate's factor of every step: warmup, then a schedule of schedules/."""
 
-import math
 from dataclasses import dataclass
 
 from dnt_scale.config import ConfigError, ScheduleConfig
@@ -26,18 +25,8 @@ class Schedule:
             )
 
     def factor(self, step: int) -> float:
-        """Factor for the update numbered ``step``, counted from 0: warmup ends at 1, the last
-        step at ``final``.
-        """
+        """Return the factor of the update numbered ``step``, counted from 0; warmup ends at 1."""
         warmup = self.config.steps_of_warmup(self.total_steps)
-        final, last = self.config.final, self.total_steps - 1
         if step < warmup:
             return (step + 1) / warmup
-        if self.config.name == "constant":
-            return 1.0
-        if self.config.name == "cosine":
-            progress = (step - warmup) / (last - warmup) if last > warmup else 1.0
-            return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-        decay_steps = min(last - warmup, round(self.config.decay_fraction * self.total_steps)) or 1
-        progress = max(0.0, (step - (last - decay_steps)) / decay_steps)
-        return 1 - (1 - final) * min(1.0, progress)
+        return self.config.after_warmup(step, warmup, self.total_steps - 1)

@@ -15,7 +15,7 @@ from testbed.run import call, same_tensors, tensors, tiny
 from tests.helpers import engines
 from tests.helpers.engines import ENGINES, STEPS
 
-# Of the optimizers that are run on other than two ranks too: plain momentum, and all rules that look
+# Of the optimizers that are run on other than two ranks too: plain momentum, and rules that look
 # at rows or tensors that are cut between ranks.
 RANKS = {"msgdw": (1, 2, 4), "updates": (1, 2, 4)}
 # An optimizer is run here if its test has a `reference_update`. Its OVERRIDES choose it, UNBUFFERED

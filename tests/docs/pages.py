@@ -4,9 +4,11 @@ links.
 
 import re
 import shlex
+import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -78,3 +80,16 @@ def anchors(name: str) -> set[str]:
     titles = [line.lstrip("#") for line in prose(name).splitlines() if line.startswith("#")]
     plain = [re.sub(r"[^\w\- ]", "", title).strip().lower() for title in titles]
     return {title.replace(" ", "-") for title in plain}
+
+
+def code_blocks(name: str, language: str) -> list[str]:
+    """The blocks of code of a page in one language, whole."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", (ROOT / name).read_text(), re.M | re.S)
+
+
+def module_of(name: str, source: str) -> ModuleType:
+    """A page's code as a module of this name, imported."""
+    module = ModuleType(name)
+    sys.modules[name] = module
+    exec(compile(source, name, "exec"), module.__dict__)
+    return module

@@ -1,6 +1,5 @@
 """docs/extend/optimizer.md: its example, as it stands on the page, works."""
 
-import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,27 +12,17 @@ from dnt_scale import config
 from dnt_scale.config.optim import OPTIMIZERS
 from dnt_scale.optim import algorithms
 from dnt_scale.optim.build import build_optimizer
+from tests.docs.pages import code_blocks, module_of
 from tests.helpers.optimizers import tiny_model
 
-PAGE = Path(__file__).parents[2] / "docs" / "extend" / "optimizer.md"
+PAGE = "docs/extend/optimizer.md"
 NAME = "dnt_scale.optim.algorithms.rmsprop"
-
-
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", PAGE.read_text(), re.M | re.S)
-
-
-def run_block(name: str, source: str) -> ModuleType:
-    module = ModuleType(name)
-    sys.modules[name] = module
-    exec(compile(source, f"{PAGE}: {name}", "exec"), module.__dict__)
-    return module
 
 
 @pytest.fixture(scope="module")
 def rmsprop() -> Iterator[ModuleType]:
     """The page's file, as if it were in the folder."""
-    module = run_block(NAME, blocks("python")[0])
+    module = module_of(NAME, code_blocks(PAGE, "python")[0])
     algorithms.rmsprop = module  # type: ignore[attr-defined]
     yield module
     del sys.modules[NAME], algorithms.rmsprop  # type: ignore[attr-defined]
@@ -41,11 +30,11 @@ def rmsprop() -> Iterator[ModuleType]:
 
 
 def test_the_page_has_a_file_a_yaml_and_a_test() -> None:
-    assert (len(blocks("python")), len(blocks("yaml"))) == (2, 1)
+    assert (len(code_blocks(PAGE, "python")), len(code_blocks(PAGE, "yaml"))) == (2, 1)
 
 
 def test_the_pages_test_passes(rmsprop: ModuleType) -> None:
-    found = run_block("test_rmsprop_of_the_page", blocks("python")[1])
+    found = module_of("test_rmsprop_of_the_page", code_blocks(PAGE, "python")[1])
     tests = [value for name, value in vars(found).items() if name.startswith("test_")]
     assert len(tests) == 2
     for test in tests:
@@ -54,7 +43,7 @@ def test_the_pages_test_passes(rmsprop: ModuleType) -> None:
 
 def test_the_yaml_chooses_it(rmsprop: ModuleType, tmp_path: Path) -> None:
     file = tmp_path / "rmsprop.yaml"
-    file.write_text(blocks("yaml")[0])
+    file.write_text(code_blocks(PAGE, "yaml")[0])
     chosen = [f"optim={file}", "optim.smoothing=0.9", "run.name=x", "data.path=x"]
     section = config.load(chosen).optim
     assert isinstance(section, rmsprop.RMSPropConfig)

@@ -8,13 +8,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dnt_scale.config import ConfigError, ScheduleConfig
+from dnt_scale.config.optim import SCHEDULES
 from dnt_scale.optim.schedule import Schedule
 
 PROPERTY = settings(max_examples=60, deadline=None, derandomize=True)
 
 
+def section(**fields: object) -> ScheduleConfig:
+    found = SCHEDULES.validate(fields, None)
+    assert isinstance(found, ScheduleConfig)
+    return found
+
+
 def factors(total: int, **fields: object) -> list[float]:
-    schedule = Schedule(ScheduleConfig.model_validate(fields), total)
+    schedule = Schedule(section(**fields), total)
     return [schedule.factor(step) for step in range(total)]
 
 
@@ -61,7 +68,7 @@ def test_a_schedule_rises_once_then_never_again(
     assert after[0] == 1.0 or len(after) == 1  # the decay never starts inside the warmup
     assert all(a >= b - 1e-12 for a, b in pairwise(after))
     assert got[-1] == pytest.approx(final, abs=1e-9)
-    schedule = Schedule(ScheduleConfig(name=name, warmup_steps=warmup, final=final), total)  # type: ignore[arg-type]
+    schedule = Schedule(section(name=name, warmup_steps=warmup, final=final), total)
     # a step too many does not climb again
     assert schedule.factor(total + 5) == pytest.approx(final, abs=1e-9)
 
@@ -71,7 +78,7 @@ def test_warmup_as_long_as_the_run_is_refused(warmup: int, total: int) -> None:
     with pytest.raises(
         ConfigError, match=rf"optim\.schedule\.warmup_steps is {warmup}.*{total} steps"
     ):
-        Schedule(ScheduleConfig(warmup_steps=warmup), total)
+        Schedule(section(warmup_steps=warmup), total)
 
 
 def test_a_share_of_the_run_is_as_many_steps_whatever_its_length() -> None:
