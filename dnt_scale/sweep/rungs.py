@@ -1,9 +1,9 @@
 """Which run of a sweep trains next, and how far: all to the end, or by successive halving.
 
 Successive halving (Jamieson and Talwalkar 2016, arXiv:1502.07943): all runs train to a first rung,
-the best of them, one in ``eta``, to the next, and so on to the end. The next best takes the place of
-one that fails. Everything here is a function
-of what is recorded, so a sweep that was killed goes on as if it had not been.
+the best of them, one in ``eta``, to the next, and so on to the end. The next best takes the place
+of one that fails. Everything here is a function of what is recorded, so a sweep that was killed
+goes on as if it had not been.
 """
 
 from collections.abc import Mapping, Sequence
