@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from dnt_scale.report.sensitivity import sensitivity
@@ -34,6 +34,7 @@ def test_a_value_that_failed_ends_the_range_at_the_last_good_one() -> None:
     assert found.words == "at least x 10"
 
 
+@settings(deadline=None)
 @given(losses=LOSSES, tolerance=st.floats(0.001, 1.0))
 def test_the_range_is_that_of_a_dense_interpolation(losses: list[float], tolerance: float) -> None:
     values = grid(len(losses))
@@ -57,6 +58,7 @@ def test_the_range_is_that_of_a_dense_interpolation(losses: list[float], toleran
     assert found.high_cut == bool(last == len(dense) - 1)
 
 
+@settings(deadline=None)
 @given(
     losses=LOSSES,
     scale=st.floats(1e-3, 1e3),
