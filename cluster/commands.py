@@ -285,8 +285,9 @@ def run_submit(options: argparse.Namespace) -> int:
 def run_submit_sweep(overrides: list[str], site: "ClusterConfig", *, dry_run: bool) -> int:
     from cluster.submit import plan, sweep_run
     from cluster.watch.find_runs import short_name
+    from dnt_scale.sweep.combinations import expand_sweep
 
-    sweep, runs = sweep_run.expand_sweep(overrides)
+    sweep, runs = expand_sweep(overrides)
     print(plan.format_plan(sweep_run.check_and_plan(runs, site)))
     print(sweep_run.format_sweep(sweep, site))
     sweep_dir = runs[0].run.dir.parent

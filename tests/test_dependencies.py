@@ -16,7 +16,7 @@ NOT_IMPORTED = {
     "ours",
 }
 # Imported where an extra is installed, by a name that says so when it is not.
-EXTRAS = {"kitoken": "fast", "tensorboard": "tensorboard"}
+EXTRAS = {"kitoken": "fast", "tensorboard": "tensorboard", "optuna": "sweep"}
 
 
 def canonical(name: str) -> str:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from cluster import run_record, slurm, sweep_file
+from cluster import run_record, slurm, sweep_jobs
 from cluster.run_record import EndStatus, Next
 from cluster.watch import run_state
 from dnt_scale import startup
@@ -211,7 +211,7 @@ def finalize(run_dir: Path, submission: run_record.Submission, status: EndStatus
     """Let MLflow have the true end of a run with which nothing goes on, and of its sweep."""
     finalize_run(run_dir, run_record.MLFLOW_STATUS[status])
     if submission.parent:
-        sweep_file.finalize_sweep(run_dir.parent)
+        sweep_jobs.finalize_sweep(run_dir.parent)
 
 
 def ask_slurm() -> slurm.Job | None:
@@ -305,4 +305,4 @@ _NEXT_IN_WORDS: dict[Next, str] = {
 if __name__ == "__main__":
     startup.leave_folder_out()
     output.guard()  # a full disk takes no line more
-    sys.exit(main(sweep_file.run_of_task(Path(sys.argv[1])), int(sys.argv[2])))
+    sys.exit(main(sweep_jobs.run_of_task(Path(sys.argv[1])), int(sys.argv[2])))

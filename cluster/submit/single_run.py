@@ -14,7 +14,7 @@ import submitit
 import cluster
 import data_prep
 import dnt_scale
-from cluster import cluster_config, run_record, slurm, sweep_file
+from cluster import cluster_config, run_record, slurm
 from cluster.cluster_config import ClusterConfig
 from cluster.job import rank_main
 from cluster.run_record import RecordError, Submission
@@ -26,6 +26,7 @@ from dnt_scale.config import RunConfig, config_dir
 from dnt_scale.record import timeline
 from dnt_scale.record.files import git_commit
 from dnt_scale.record.run_lock import held
+from dnt_scale.sweep.sweep_file import is_sweep
 from dnt_scale.train.recorded import Typed
 from dnt_scale.train.run_start import begin, make_room
 
@@ -80,7 +81,7 @@ def checkpoints_of(run: RunConfig) -> str:
 def check_new(run: RunConfig, *, fresh: bool = False) -> None:
     """Raise RecordError when the run, or a sweep of its name, was submitted before; if ``fresh``,
     when it is live."""
-    if sweep_file.is_sweep(run.run.dir):
+    if is_sweep(run.run.dir):
         raise RecordError(
             f"run.name: {run.run.name} is a sweep, see `dnt jobs {run.run.dir}`; take another "
             "run.name"

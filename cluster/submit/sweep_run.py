@@ -1,154 +1,26 @@
 """`dnt submit --multirun`: every combination of the values that overrides list, as one SLURM array
 (a sweep)."""
 
-import itertools
-import re
 import time
-import uuid
-from collections import Counter
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
 import submitit
-from rich.console import Console
 
-from cluster import run_record, slurm, sweep_file
+from cluster import run_record, slurm
 from cluster.cluster_config import ClusterConfig
 from cluster.job import rank_main
 from cluster.run_record import RecordError, Submission
 from cluster.submit import checks, single_run
 from cluster.submit.plan import Plan
-from cluster.sweep_file import Sweep, SweepRun
 from data_prep.words import counted
 from dnt_scale import config
-from dnt_scale.config import ConfigError, RunConfig, typed
-from dnt_scale.config.tracking_uri import default_uri
+from dnt_scale.config import RunConfig
 from dnt_scale.data.sources import load_source
 from dnt_scale.record import run_lock, timeline
-
-MOST = 1000  # runs: one less than the largest array that SLURM permits by default
-NAME_LENGTH = 100
-
-
-def combinations(overrides: list[str]) -> list[tuple[dict[str, str], list[str]]]:
-    """Return each combination of the values that ``overrides`` list in Hydra's grammar
-    (``KEY=A,B``, choice(), range()).
-
-    Names and paths are the text between the commas; one that holds a comma stands in quotes.
-
-    Returns:
-        For each its values by key, and all overrides with these in place.
-
-    Raises:
-        ConfigError: an override cannot be read, none has several values, or there are too many
-            combinations.
-    """
-    # For each override its (key, value) pairs; the key is "" where it is not swept.
-    choices: list[list[tuple[str, str]]] = []
-    for line in overrides:
-        prefix, key, value = typed.split(line)
-        if value is not None and "~" not in prefix and typed.is_text(typed.at(RunConfig, key)):
-            texts = typed.choices(value)
-            choices.append(
-                [(prefix + key, text) for text in texts] if len(texts) > 1 else [("", line)]
-            )
-            continue
-        override = typed.parse(line)
-        if override is None:
-            raise ConfigError(f"{config.refusal(line)}; write several values as KEY=A,B,C")
-        if not override.is_sweep_override():
-            choices.append([("", line)])
-        elif override.is_discrete_sweep():
-            values = override.sweep_string_iterator()
-            choices.append([(override.get_key_element(), value) for value in values])
-        else:
-            raise ConfigError(
-                f"{line}: a sweep needs single values; write them out, or as range(from,to,step)"
-            )
-    count = 1
-    for options in choices:
-        count *= len(options)
-    if all(len(options) == 1 for options in choices):
-        raise ConfigError(
-            "--multirun: no override has several values; write them as KEY=A,B,C, or leave it out"
-        )
-    if count > MOST:
-        raise ConfigError(
-            f"--multirun: {count:,} combinations of values, at most {MOST:,} are possible; give "
-            "fewer"
-        )
-    found = []
-    for chosen in itertools.product(*choices):
-        lines = [f"{key}={value}" if key else value for key, value in chosen]
-        found.append(
-            (
-                {key.lstrip("+"): typed.meant(value, place=False) for key, value in chosen if key},
-                lines,
-            )
-        )
-    return found
-
-
-def name_runs(values: list[dict[str, str]]) -> list[str]:
-    """Return a name for each run: its number and its values."""
-    last = Counter(key.rpartition(".")[2] for key in values[0])
-    width = len(str(len(values) - 1))
-    found = []
-    for number, own in enumerate(values):
-        words = [f"{number:0{width}}"]
-        for key, value in own.items():
-            short = key.rpartition(".")[2]
-            words.append(f"{short if last[short] == 1 else key}_{value}")
-        found.append(re.sub(r"[^A-Za-z0-9._-]+", "_", "-".join(words))[:NAME_LENGTH])
-    return found
-
-
-def expand_sweep(overrides: list[str]) -> tuple[Sweep, list[RunConfig]]:
-    """Return the sweep that ``overrides`` describe, whose folder is the ``run.dir`` they give, and
-    its runs.
-
-    Raises:
-        ConfigError: see :func:`combinations`; a combination that is no valid run; or run.name or
-            run.dir differ.
-    """
-    found = combinations(overrides)
-    runs = []
-    with Console(stderr=True).status("") as status:
-        for number, (_, lines) in enumerate(found, 1):
-            status.update(f"reading combination {number} of {len(found)}")
-            runs.append(config.load(lines))
-    own = runs[0].run
-    if any((run.run.name, run.run.dir) != (own.name, own.dir) for run in runs):
-        raise ConfigError(
-            "run.name and run.dir are the sweep's; give one of each, the runs get names of their "
-            "own"
-        )
-    chosen = name_runs([values for values, _ in found])
-    made = [
-        SweepRun(name=name, values=values) for name, (values, _) in zip(chosen, found, strict=True)
-    ]
-    return (
-        Sweep(name=own.name, id=uuid.uuid4().hex, runs=made),
-        [run_in_sweep(run, name) for run, name in zip(runs, chosen, strict=True)],
-    )
-
-
-def run_in_sweep(run: RunConfig, name: str) -> RunConfig:
-    """Return the run with a name and folders of its own inside the sweep's, and the sweep's MLflow
-    store."""
-    kept = run.checkpoint.dir
-    return run.model_copy(
-        update={
-            "run": run.run.model_copy(update={"name": name, "dir": run.run.dir.absolute() / name}),
-            "tracking": run.tracking.model_copy(
-                update={"uri": run.tracking.uri or default_uri(run.run.dir)}
-            ),
-            "checkpoint": run.checkpoint.model_copy(
-                update={"dir": kept and f"{kept.rstrip('/')}/{name}"}
-            ),
-        }
-    )
+from dnt_scale.sweep import sweep_file
+from dnt_scale.sweep.sweep_file import Sweep
 
 
 def check_new(sweep_dir: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from cluster import run_record, slurm, sweep_file
+from cluster import run_record, slurm, sweep_jobs
 from cluster.run_record import Submission
 from cluster.slurm import SlurmError
 from cluster.watch import run_state
@@ -61,8 +61,8 @@ def cancel(run_dirs: list[Path]) -> Iterator[str]:
         else:
             again = f"`dnt resubmit {short_name(run_dir)}` goes on with it"
             yield f"{short_name(run_dir)} is cancelled; {format_kept(run_dir)}; {again}"
-    for folder in sweep_file.sweeps_of(ended):
-        sweep_file.finalize_sweep(folder)
+    for folder in sweep_jobs.sweeps_of(ended):
+        sweep_jobs.finalize_sweep(folder)
 
 
 def end_job(run_dir: Path, asked: dict[str, float]) -> RunStatus | None:

@@ -3,8 +3,9 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from cluster import run_record, sweep_file
+from cluster import run_record
 from cluster.run_record import RecordError
+from dnt_scale.sweep.sweep_file import is_sweep
 
 RUNS = Path("runs")
 
@@ -27,7 +28,7 @@ def find_run(word: str) -> Path:
     for place in (Path(word), RUNS / word):
         if run_record.is_submitted(place):
             return place
-        if sweep_file.is_sweep(place):
+        if is_sweep(place):
             raise RecordError(
                 f"{place} is a sweep; name one of its runs, which `dnt jobs {word}` shows"
             )

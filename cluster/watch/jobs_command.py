@@ -16,7 +16,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from cluster import run_record, sweep_file
+from cluster import run_record, sweep_jobs
 from cluster.run_record import RecordError
 from cluster.watch import run_state
 from cluster.watch.find_runs import RUNS, find_runs, short_name
@@ -27,6 +27,7 @@ from dnt_scale.config import ConfigError, RunConfig
 from dnt_scale.record.goodput import Goodput, breakdown, table
 from dnt_scale.record.metrics_file import last_metrics, unit_of
 from dnt_scale.record.timeline import Event
+from dnt_scale.sweep.sweep_file import Sweep, read_sweep
 
 WATCH_EVERY_S = 2.0
 SPEED_STEPS = 20
@@ -247,13 +248,13 @@ def correct_mlflow(views: list[RunView], tried: set[tuple[Path, str]]) -> None:
             tried.add(key)
             if not run_state.correct_mlflow(each.run.folder, each.status):
                 return
-    for folder in sweep_file.sweeps_of(
+    for folder in sweep_jobs.sweeps_of(
         each.run.folder for each in views if run_state.is_ours(each.run.folder)
     ):
-        over = (folder, sweep_file.outcome(folder) or "")
+        over = (folder, sweep_jobs.outcome(folder) or "")
         if over[1] and over not in tried:
             tried.add(over)
-            sweep_file.finalize_sweep(folder)
+            sweep_jobs.finalize_sweep(folder)
 
 
 def format_page(views: list[RunView], problems: list[str], words: list[str]) -> Group:
@@ -377,18 +378,16 @@ def format_results(runs: Sequence[RunSummary]) -> list[Table]:
     loss first.
 
     Raises:
-        RecordError: a sweep.json cannot be read.
+        ConfigError: a sweep.json cannot be read.
     """
-    found = sweep_file.sweeps_of(run.folder for run in runs)
+    found = sweep_jobs.sweeps_of(run.folder for run in runs)
     return [
-        _format_sweep(
-            sweep_file.read_sweep(folder), [run for run in runs if run.folder.parent == folder]
-        )
+        _format_sweep(read_sweep(folder), [run for run in runs if run.folder.parent == folder])
         for folder in found
     ]
 
 
-def _format_sweep(sweep: sweep_file.Sweep, runs: Sequence[RunSummary]) -> Table:
+def _format_sweep(sweep: Sweep, runs: Sequence[RunSummary]) -> Table:
     values = {run.name: run.values for run in sweep.runs}
     fields = list(sweep.runs[0].values)
     table = Table(

@@ -27,7 +27,7 @@ UNIONS = ("engine",)
 EXPERIMENT_CHARS = 256  # the databases that MLflow uses take no more
 TAGS = ("ddp", "fsdp", "hsdp", "zero0", "zero1", "zero2", "zero3")
 
-SWEEP = "several values are a sweep, `dnt submit --multirun`; give one value"
+SWEEP = "several values are a sweep, `dnt sweep`; give one value"
 
 
 def config_dir() -> Path:

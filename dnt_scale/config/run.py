@@ -43,6 +43,12 @@ class RunSection(Strict):
     dir: Place
     seed: int = Field(1234, ge=0, lt=2**64)
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    stop_at: Count | None = Field(
+        None,
+        gt=0,
+        description="step after which a start ends, with a checkpoint; schedule and budget stay "
+        "the run's",
+    )
 
 
 class TrainSection(Strict):

@@ -12,6 +12,7 @@ from dnt_scale.record.metrics_file import METRICS, unit_of, whole_lines
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 Floats = NDArray[np.float64]
 
@@ -22,8 +23,8 @@ MAX_RAW_POINTS = 4000
 UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
 
 
-def plot_run(run_dir: Path) -> Path:
-    """Draw ``RUN/plots/loss.png`` from ``RUN/metrics.jsonl`` and return its path.
+def plot_run(run_dir: Path, path: Path | None = None) -> Path:
+    """Draw ``RUN/plots/loss.png``, or ``path``, from ``RUN/metrics.jsonl`` and return its path.
 
     Losses over what the rows are counted in, of text tokens (steps on the upper axis); below,
     learning rate, gradient norm and speed. The file is replaced in one piece. Raises ValueError
@@ -34,22 +35,22 @@ def plot_run(run_dir: Path) -> Path:
     # a matplotlibrc of the user's, perhaps in the working folder, is for other plots
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
-        return _draw(run_dir)
+        return _draw(run_dir, path or run_dir / "plots" / "loss.png")
 
 
-def _draw(run_dir: Path) -> Path:
+def _draw(run_dir: Path, path: Path) -> Path:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     records = whole_lines(run_dir / METRICS)
     unit = unit_of(records)
-    train, val = _series(records, "train/loss", unit), _series(records, "val/loss", unit)
+    train, val = series(records, "train/loss", unit), series(records, "val/loss", unit)
     if not train[0].size and not val[0].size:
         raise ValueError(
             f"{run_dir / 'metrics.jsonl'} holds no loss yet: nothing to draw; train some steps "
             "first"
         )
-    panels = [(*panel, _series(records, panel[0], unit)) for panel in _panels(unit)]
+    panels = [(*panel, series(records, panel[0], unit)) for panel in _panels(unit)]
     panels = [panel for panel in panels if panel[-1][0].size]
 
     width, height = (9, 6.6 if panels else 5)
@@ -73,15 +74,19 @@ def _draw(run_dir: Path) -> Path:
     axes.set_ylabel(f"loss (nats per {unit.removesuffix('s')})")
     _add_steps(axes, records, unit)
     axes.set_title(run_dir.absolute().name, fontsize=13, fontweight="bold", loc="left", color=INK)
-    for column, (_, label, logarithmic, series) in enumerate(panels):
+    for column, (_, label, logarithmic, points) in enumerate(panels):
         below = figure.add_subplot(grid[1, column])
-        _draw_panel(below, *series, label, logarithmic)
+        _draw_panel(below, *points, label, logarithmic)
         below.set_xlabel(unit, fontsize=9)
         below.set_xlim(axes.get_xlim())
 
-    path = run_dir / "plots" / "loss.png"
+    return save(figure, path)
+
+
+def save(figure: Figure, path: Path) -> Path:
+    """Write a picture as PNG, in one piece. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(".loss.png.tmp")
+    beside = path.with_name(f".{path.name}.tmp")
     figure.savefig(beside, format="png", pil_kwargs={"compress_level": 3})
     beside.replace(path)
     return path
@@ -113,7 +118,7 @@ def _last_validation(records: list[dict[str, Any]]) -> dict[str, float]:
     }
 
 
-def _series(records: list[dict[str, Any]], name: str, unit: str) -> tuple[Floats, Floats]:
+def series(records: list[dict[str, Any]], name: str, unit: str) -> tuple[Floats, Floats]:
     """Return the count of units and the value of one metric, where it was measured and finite."""
     pairs = [
         (r[unit], r[name]) for r in records if r.get(name) is not None and r.get(unit) is not None
@@ -122,7 +127,7 @@ def _series(records: list[dict[str, Any]], name: str, unit: str) -> tuple[Floats
     return table[:, 0], table[:, 1]
 
 
-def _smooth(values: Floats) -> Floats:
+def smooth(values: Floats) -> Floats:
     """A centred mean, which does not lag; its window grows with the step, since the loss falls
     fastest at first.
     """
@@ -130,8 +135,8 @@ def _smooth(values: Floats) -> Floats:
     half = np.minimum(values.size * SMOOTH_SHARE, at * 0.1).astype(np.int64)
     total = np.concatenate([[0.0], np.cumsum(values)])
     first, end = at - half, np.minimum(at + half + 1, values.size)
-    smooth: Floats = (total[end] - total[first]) / (end - first)
-    return smooth
+    found: Floats = (total[end] - total[first]) / (end - first)
+    return found
 
 
 def _draw_losses(
@@ -141,14 +146,14 @@ def _draw_losses(
     seen = val[1]
     if counts.size:
         every = max(1, counts.size // MAX_RAW_POINTS)
-        smooth = _smooth(losses)
+        line = smooth(losses)
         axes.plot(counts[::every], losses[::every], color=RAW, lw=0.7, label="train, each step")
-        axes.plot(counts, smooth, color=TRAIN, lw=1.8, label="train, smoothed")
+        axes.plot(counts, line, color=TRAIN, lw=1.8, label="train, smoothed")
         if counts.size > LONG_RUN:
             start = counts.size // 50
-            smooth, seen = smooth[start:], seen[val[0] >= counts[start]]
+            line, seen = line[start:], seen[val[0] >= counts[start]]
         # From the smoothed line, so that a spike or two do not flatten everything else.
-        seen = np.concatenate([seen, smooth])
+        seen = np.concatenate([seen, line])
     low, high = seen.min(), seen.max()
     room = max(0.01, 0.06 * (high - low))
     axes.set_ylim(low - room, high + room)
@@ -216,7 +221,7 @@ def _draw_panel(axes: Axes, counts: Floats, values: Floats, label: str, logarith
     if logarithmic and (values > 0).all() and values.max() > 5 * values.min():
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter(FuncFormatter(_short))
+        axes.yaxis.set_major_formatter(FuncFormatter(short))
         axes.yaxis.set_minor_formatter(NullFormatter())
     else:
         axes.set_ylim(bottom=0)
@@ -233,12 +238,12 @@ def style(axes: Axes) -> None:
     axes.set_axisbelow(True)
     axes.margins(x=0.02)
     axes.tick_params(colors=INK, labelsize=9)
-    axes.xaxis.set_major_formatter(FuncFormatter(_short))
+    axes.xaxis.set_major_formatter(FuncFormatter(short))
     if axes.get_yscale() == "linear" and axes.get_ylim()[1] >= 2000:
-        axes.yaxis.set_major_formatter(FuncFormatter(_short))
+        axes.yaxis.set_major_formatter(FuncFormatter(short))
 
 
-def _short(value: float, _: object = None) -> str:
+def short(value: float, _: object = None) -> str:
     """A number with a suffix: 1500000 is 1.5M."""
     for size, suffix in UNITS:
         if abs(value) >= size:

@@ -10,11 +10,9 @@
 import json
 import math
 import os
-import re
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,23 +28,13 @@ from dnt_scale.checkpoint.read import read_parts
 from dnt_scale.checkpoint.state import read_state
 from dnt_scale.checkpoint.storage import Storage
 from dnt_scale.config import ConfigError, from_yaml, load
+from dnt_scale.train import launch
 
 # of each step's loss in nats and of each weight, where engines or ranks differ: rounding, over some
 # tens of steps
 TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2}
 # Time or the machine decides these metrics, and NAME_per_s.
 NOT_COMPARED = {"time", "mfu", "memory_gb"}
-# of whoever started this process
-LAUNCHERS = (
-    "RANK",
-    "LOCAL_",
-    "WORLD_SIZE",
-    "GROUP_",
-    "ROLE_",
-    "MASTER_",
-    "TORCHELASTIC_",
-    "SLURM_STEP_",
-)
 TRIES = 5  # to kill a run before it is done
 
 Record = Mapping[str, Any]
@@ -180,7 +168,7 @@ def run(show: Show, name: str, overrides: Sequence[str], ranks: int, folder: Pat
     with started(overrides, ranks, folder.parent / f"{name}.log") as process:
         wait_for(show, folder, lambda: process.poll() is not None)
     if process.returncode:
-        raise Failed(f"the {name} run failed: {complaint(folder.parent / f'{name}.log')}")
+        raise Failed(f"the {name} run failed: {launch.complaint(folder.parent / f'{name}.log')}")
 
 
 def kill_at(
@@ -197,7 +185,7 @@ def kill_at(
                 lambda: process.poll() is not None or checkpoint(folder, middle).is_file(),
             )
             if process.poll():
-                raise Failed(f"the run to be killed failed by itself: {complaint(log)}")
+                raise Failed(f"the run to be killed failed by itself: {launch.complaint(log)}")
             kill_ranks(process, ranks)
         last = records(folder)[-1]["step"]
         if checkpoint(folder, middle).is_file() and not checkpoint(folder, steps).is_file():
@@ -212,16 +200,13 @@ def started(overrides: Sequence[str], ranks: int, log: Path) -> Iterator[subproc
     """``dnt_scale.train`` in one process, or under torchrun; nothing of it is left after the
     block.
     """
-    launcher = (
-        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        if ranks > 1
-        else []
-    )
-    command = [sys.executable, "-P", *launcher, "-m", "dnt_scale.train", *overrides]
-    env = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHERS)}
     with log.open("wb") as file:
         process = subprocess.Popen(
-            command, stdout=file, stderr=file, stdin=subprocess.DEVNULL, env=env
+            launch.command(overrides, ranks),
+            stdout=file,
+            stderr=file,
+            stdin=subprocess.DEVNULL,
+            env=launch.environment(),
         )
     try:
         yield process
@@ -268,13 +253,6 @@ def wait_for(show: Show, folder: Path, condition: Callable[[], bool]) -> None:
 def checkpoint(folder: Path, step: int) -> Path:
     """The file that makes a checkpoint complete."""
     return folder / "checkpoints" / f"step-{step:08d}" / "state.json"
-
-
-def complaint(log: Path) -> str:
-    """What a failed run said: its error, or else its last lines."""
-    text = log.read_text(errors="replace")
-    found = re.search(r"^(?:rank \d+: )?error: (.*)", text, re.MULTILINE)
-    return found[1] if found else "\n".join(text.splitlines()[-10:])
 
 
 def in_words(ranks: int) -> str:

@@ -42,7 +42,7 @@ def train(begun: Begun, ranks: Ranks) -> int:
         ):
             for hook in hooks:
                 hook.before_training(run)
-            while not (run.complete or run.stopped_by):
+            while not (run.complete or run.halted or run.stopped_by):
                 for hook in hooks:
                     hook.before_step(run)
                 step = take_step(run, hooks)
@@ -50,7 +50,7 @@ def train(begun: Begun, ranks: Ranks) -> int:
                     hook.after_step(run, step)
             for hook in hooks:
                 hook.after_training(run)
-            run.outcome = "FINISHED" if run.complete else "KILLED"
+            run.outcome = "FINISHED" if run.complete or run.halted else "KILLED"
     run.engine.close()
     return farewell(run)
 
@@ -97,6 +97,12 @@ def farewell(run: Training) -> int:
             f"stopped at step {state.step} with a checkpoint, from which the run can go on"
         )
         return 128 + run.stopped_by
+    if not run.complete:
+        run.progress.say(
+            f"stopped at step {state.step} with a checkpoint, as run.stop_at asks; without it the "
+            "run goes on"
+        )
+        return 0
     skipped = f"{state.skipped} skipped"
     if state.skipped == state.step:
         skipped = "every step was skipped, so the weights are as they were at the start"

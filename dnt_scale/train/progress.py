@@ -101,6 +101,11 @@ class TrainProgress:
     def eta(self) -> str:
         """Time left at this run's mean pace, validations and checkpoints included."""
         seconds = (time.monotonic() - self.started) / max(1, self.step - self.first_step)
-        minutes, second = divmod(int(seconds * (self.total_steps - self.step)), 60)
-        hour, minute = divmod(minutes, 60)
-        return f"{hour}:{minute:02d}:{second:02d}"
+        return clock(seconds * (self.total_steps - self.step))
+
+
+def clock(seconds: float) -> str:
+    """Return a length of time as a clock shows it: 0:00:09, 1:02:03."""
+    minutes, second = divmod(int(seconds), 60)
+    hour, minute = divmod(minutes, 60)
+    return f"{hour}:{minute:02d}:{second:02d}"

@@ -70,6 +70,11 @@ def starting_state(
             f"train.steps: this run asks for {total_steps} steps, but {newest} already has "
             f"{state.step}; ask for more, or take another run.name"
         )
+    if run.run.stop_at is not None and state.step > run.run.stop_at:
+        raise ConfigError(
+            f"run.stop_at: this start is to end after step {run.run.stop_at}, but {newest} already "
+            f"has {state.step}; leave it out, or give a later one"
+        )
     now = {"config": settings, "given": begun.given, "world_size": world_size, "sets": fresh.sets}
     return state.model_copy(update=now), newest
 

@@ -60,6 +60,12 @@ class Training:
         """Whether the last step is done."""
         return self.state.step == self.total_steps
 
+    @property
+    def halted(self) -> bool:
+        """Whether the step is done after which this start is to end (``run.stop_at``)."""
+        stop_at = self.config.run.stop_at
+        return stop_at is not None and self.state.step >= stop_at
+
     def report(self, metrics: Metrics) -> None:
         """Write a line of metrics.jsonl and show it. An error waits for ``hooks.agreement``."""
         state = self.state

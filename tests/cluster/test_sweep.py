@@ -1,4 +1,4 @@
-"""`dnt submit --multirun`: combinations and names; a sweep on a real SLURM, preempted, cancelled,
+"""`dnt submit --multirun`: a sweep on a real SLURM, preempted, cancelled,
 resumed."""
 
 from collections.abc import Iterator
@@ -6,76 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from cluster import run_record, sweep_file
-from cluster.run_record import RecordError, Submission
-from cluster.submit import sweep_run
-from cluster.sweep_file import Sweep, SweepRun
+from cluster import run_record, sweep_jobs
+from cluster.run_record import Submission
 from cluster.watch.jobs_command import RunSummary, format_results
 from dnt_scale.cli.main import main as dnt
 from dnt_scale.config import ConfigError
 from dnt_scale.record import timeline
+from dnt_scale.sweep import sweep_file
+from dnt_scale.sweep.sweep_file import Sweep, SweepRun
 from testbed.run import metrics, start, steps_written, synthetic_set, tiny
 from testbed.stores import runs as mlflow_runs
 from tests.helpers.slurm import command, free, state, submit, wait_for
-
-# --- what the overrides mean ----------------------------------------------------------------------
-
-
-def test_combinations_are_the_product_in_the_order_given() -> None:
-    found = sweep_run.combinations(
-        ["model=dnt_nano", "optim.lr=0.3,1", "run.seed=range(1,3)", "+optim.groups={}"]
-    )
-    assert [values for values, _ in found] == [
-        {"optim.lr": "0.3", "run.seed": "1"},
-        {"optim.lr": "0.3", "run.seed": "2"},
-        {"optim.lr": "1", "run.seed": "1"},
-        {"optim.lr": "1", "run.seed": "2"},
-    ]
-    assert found[1][1] == ["model=dnt_nano", "optim.lr=0.3", "run.seed=2", "+optim.groups={}"]
-
-
-@pytest.mark.parametrize(
-    ("overrides", "says"),
-    [
-        (["optim.lr=1"], "--multirun: no override has several values"),
-        (["optim.lr=interval(0,1)"], "optim.lr=interval(0,1): a sweep needs single values"),
-        (["optim.lr=1,2", "--x"], "--x: "),
-        (
-            ["run.seed=range(0,40)", "optim.lr=range(0,40)"],
-            "1,600 combinations of values, at most 1,000",
-        ),
-    ],
-)
-def test_what_is_no_sweep(overrides: list[str], says: str) -> None:
-    with pytest.raises(ConfigError) as error:
-        sweep_run.combinations(overrides)
-    assert says in str(error.value)
-
-
-def test_names_are_valid_unique_and_tell_the_values() -> None:
-    values = [{"optim.lr": lr, "data.path": "/sets/a b"} for lr in ("0.3", "0.3")]
-    assert sweep_run.name_runs(values) == ["0-lr_0.3-path__sets_a_b", "1-lr_0.3-path__sets_a_b"]
-    assert sweep_run.name_runs([{"a.lr": "1", "b.lr": "2"}] * 11)[10] == "10-a.lr_1-b.lr_2"
-
-
-def test_runs_have_their_own_folders_and_one_store(tmp_path: Path) -> None:
-    overrides = tiny(
-        tmp_path / "set", Path("runs/lrs"), "optim.lr=1,3", "checkpoint.dir=s3://bucket/lrs/"
-    )
-    found, runs = sweep_run.expand_sweep(overrides)
-    names = ["0-lr_1", "1-lr_3"]
-    assert found.name == "tiny"
-    assert [run.name for run in found.runs] == [run.run.name for run in runs] == names
-    assert [run.run.dir for run in runs] == [Path("runs/lrs").absolute() / name for name in names]
-    assert [run.checkpoint.dir for run in runs] == [f"s3://bucket/lrs/{name}" for name in names]
-    assert {run.tracking.uri for run in runs} == {f"sqlite:///{Path('runs').absolute()}/mlflow.db"}
-    assert [run.optim.lr for run in runs] == [1.0, 3.0]
-
-
-def test_the_name_is_the_sweeps(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"run\.name and run\.dir are the sweep's"):
-        sweep_run.expand_sweep(tiny(tmp_path / "set", tmp_path / "run", "run.name=a,b"))
-
 
 # --- what is on disk ------------------------------------------------------------------------------
 
@@ -96,8 +37,8 @@ def two(tmp_path: Path) -> Path:
 
 def test_a_task_finds_its_run(two: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
-    assert sweep_file.run_of_task(two) == two / "1-lr_3"
-    assert sweep_file.run_of_task(two / "0-lr_1") == two / "0-lr_1"  # resumed by a job of its own
+    assert sweep_jobs.run_of_task(two) == two / "1-lr_3"
+    assert sweep_jobs.run_of_task(two / "0-lr_1") == two / "0-lr_1"  # resumed by a job of its own
 
 
 @pytest.mark.parametrize(
@@ -116,12 +57,12 @@ def test_the_end_of_a_sweep_is_that_of_all_its_runs(
         run_record.record_end(two / name, "7_0.0", "stopped", "requeued", "preempted")
         if status:
             run_record.record_end(two / name, "7_0.1", status, "none", "")  # type: ignore[arg-type]
-    assert sweep_file.outcome(two) == whole
+    assert sweep_jobs.outcome(two) == whole
 
 
 def test_a_damaged_sweep_is_named(two: Path) -> None:
     (two / sweep_file.FILE).write_text("{")
-    with pytest.raises(RecordError, match=r"sweep\.json: cannot be read"):
+    with pytest.raises(ConfigError, match=r"sweep\.json: cannot be read"):
         sweep_file.read_sweep(two)
 
 
@@ -219,7 +160,7 @@ def test_a_sweep_of_which_two_are_preempted(
         ]
     finally:
         free(greedy)
-    wait_for(lambda: sweep_file.outcome(lrs), "the end of the sweep", timeout=900.0)
+    wait_for(lambda: sweep_jobs.outcome(lrs), "the end of the sweep", timeout=900.0)
     assert [other.wait().code for other in others] == [0] * 4
     assert [metrics(place) for place in places] == [metrics(folder) for folder in alone]
     assert sum(starts(place) > 1 for place in places) >= 2
@@ -290,13 +231,13 @@ def test_a_sweep_is_cancelled_and_one_of_it_goes_on(
     assert [line.partition(";")[0] for line in told] == [
         f"{lrs}/{name} is cancelled" for name in ("0-lr_0.1", "1-lr_0.3")
     ]
-    assert sweep_file.outcome(lrs) == "KILLED"
+    assert sweep_jobs.outcome(lrs) == "KILLED"
     assert command("squeue", "--noheader", "--name=dnt-lrs").out == ""
 
     run_dir = lrs / "1-lr_0.3"
     assert dnt(["resubmit", str(run_dir), "cluster.sbatch.begin=now"]) == 0
-    wait_for(lambda: sweep_file.outcome(lrs) is None or steps_written(run_dir) == 3, "the new job")
-    wait_for(lambda: sweep_file.outcome(lrs), "its end")
+    wait_for(lambda: sweep_jobs.outcome(lrs) is None or steps_written(run_dir) == 3, "the new job")
+    wait_for(lambda: sweep_jobs.outcome(lrs), "its end")
     assert steps_written(run_dir) == 3
     first, second = run_record.read_submission(run_dir).jobs
     assert first.endswith("_1")

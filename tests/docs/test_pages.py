@@ -12,6 +12,7 @@ import pytest
 
 from dnt_scale import config
 from dnt_scale.cli.main import parser
+from dnt_scale.sweep.combinations import read_override, with_values
 from docs.make import configuration, wrap
 from tests.docs.pages import (
     CURRENT,
@@ -145,12 +146,25 @@ def test_commands_are_taken(name: str, work: Path, capsys: pytest.CaptureFixture
             overrides = [*getattr(options, "overrides", []), *more]
             overrides += [word for word in getattr(options, "target", []) if "=" in word]
             assert all("=" in word and not word.startswith("--") for word in overrides), shown
+            if rest[0] == "sweep":
+                overrides = one_of(overrides)
             makes_a_run(overrides, sweeps=getattr(options, "multirun", False), shown=shown)
         elif "dnt_scale.train" in words:
             found = [
                 word for word in words[words.index("dnt_scale.train") + 1 :] if word != "--fresh"
             ]
             makes_a_run(found, sweeps=False, shown=shown)
+
+
+def one_of(overrides: list[str]) -> list[str]:
+    """The overrides of a sweep with one of the values that each lists."""
+    found = [read_override(line) for line in overrides if not line.startswith("cluster")]
+    values = [
+        each.values[0] if each.values else str(each.interval.start)
+        for each in found
+        if each.values or each.interval
+    ]
+    return with_values(found, values)[1]
 
 
 def makes_a_run(overrides: list[str], *, sweeps: bool, shown: str) -> None:

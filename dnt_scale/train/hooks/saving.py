@@ -14,7 +14,7 @@ class Saving(Hook):
                 run.saver.commit()
         every = run.config.checkpoint.every
         due = bool(every and step.number % every == 0)
-        step.saved = due or step.last or bool(run.stopped_by)
+        step.saved = due or step.last or run.halted or bool(run.stopped_by)
         if step.saved:
             numbers = {"engine": run.engine.scalars(), "health": run.guard.state()}
             with run.clock.spending("save"):

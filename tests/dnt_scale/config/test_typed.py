@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from cluster import cluster_config as cluster_settings
-from cluster.submit import sweep_run
 from dnt_scale.config import (
     ConfigError,
     RunConfig,
@@ -27,6 +26,7 @@ from dnt_scale.config import (
     typed,
     validate,
 )
+from dnt_scale.sweep.combinations import expand_sweep
 
 MINIMAL = ["run.name=try", "data.path=shards"]
 # what Hydra or YAML takes for a number, a truth value, nothing, a date or a time
@@ -523,7 +523,7 @@ def test_a_run_that_goes_on_takes_text_as_it_was_typed(tmp_path: Path) -> None:
 
 
 def test_a_sweep_splits_text_at_commas_and_leaves_it_as_it_is(tmp_path: Path) -> None:
-    found, runs = sweep_run.expand_sweep(
+    found, runs = expand_sweep(
         [*MINIMAL, f'data.path={tmp_path}/a(b),"{tmp_path}/c,d"', "model.name=1.10,007"]
     )
     assert [(each.data.path, each.model.name) for each in runs] == [
@@ -531,5 +531,5 @@ def test_a_sweep_splits_text_at_commas_and_leaves_it_as_it_is(tmp_path: Path) ->
     ]
     assert found.runs[3].values == {"data.path": f"{tmp_path}/c,d", "model.name": "007"}
     assert found.runs[3].name.endswith("c_d-name_007")
-    named, _ = sweep_run.expand_sweep([*MINIMAL, "run.name=1.10", "optim.lr=1,2"])
+    named, _ = expand_sweep([*MINIMAL, "run.name=1.10", "optim.lr=1,2"])
     assert named.name == "1.10"

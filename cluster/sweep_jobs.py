@@ -1,6 +1,6 @@
-"""A sweep: runs that differ in some values, trained as the tasks of one SLURM array.
+"""A sweep on SLURM: its runs are trained as the tasks of one array.
 
-    SWEEP/sweep.json      its runs (:class:`Sweep`); the array's task K trains the K-th of them
+    SWEEP/sweep.json      its runs (:mod:`dnt_scale.sweep.sweep_file`); task K trains the K-th
     SWEEP/jobs/code/      the packages, for all runs
     SWEEP/jobs/slurm/     submitit's folder, for all runs
     SWEEP/RUN/            a run folder as any other (:mod:`cluster.run_record`); its jobs/code is a
@@ -14,47 +14,10 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from cluster import run_record
-from cluster.run_record import RecordError
-from data_prep.words import first_problem
-from dnt_scale.config import Strict
 from dnt_scale.record import finalize, timeline
-from dnt_scale.record.files import write_json
 from dnt_scale.record.tracker import Status
-
-FILE = "sweep.json"
-
-
-class SweepRun(Strict):
-    name: str  # its folder has the same name
-    values: dict[str, str]  # what it has of its own, by field
-
-
-class Sweep(Strict):
-    """``sweep.json``."""
-
-    name: str
-    id: str  # the parent run in MLflow has it
-    runs: list[SweepRun]  # in the order of the array's tasks
-
-
-def is_sweep(folder: Path) -> bool:
-    return (folder / FILE).exists()
-
-
-def read_sweep(folder: Path) -> Sweep:
-    """Read the folder's sweep.json. Raises RecordError when that fails."""
-    try:
-        return Sweep.model_validate_json((folder / FILE).read_bytes())
-    except (OSError, ValidationError) as error:
-        raise RecordError(f"{folder / FILE}: cannot be read ({first_problem(error)})") from None
-
-
-def write_sweep(folder: Path, sweep: Sweep) -> None:
-    """Write the folder's sweep.json. Raises OSError."""
-    write_json(folder / FILE, sweep.model_dump(mode="json"))
+from dnt_scale.sweep.sweep_file import is_sweep, read_sweep
 
 
 def run_of_task(folder: Path) -> Path:
@@ -62,7 +25,7 @@ def run_of_task(folder: Path) -> Path:
     itself where it is a run.
 
     Raises:
-        RecordError: sweep.json cannot be read.
+        ConfigError: sweep.json cannot be read.
     """
     if not is_sweep(folder):
         return folder
@@ -80,7 +43,7 @@ def sweeps_of(run_dirs: Iterable[Path]) -> list[Path]:
 
 def outcome(folder: Path) -> Status | None:
     """Return how the sweep ended; None while something goes on with one of its runs. Raises
-    RecordError."""
+    ConfigError."""
     ends = [_final_status(folder / run.name) for run in read_sweep(folder).runs]
     if None in ends:
         return None
@@ -90,7 +53,7 @@ def outcome(folder: Path) -> Status | None:
 
 
 def finalize_sweep(folder: Path) -> None:
-    """Let MLflow have the sweep's true end, once it is over. Raises RecordError."""
+    """Let MLflow have the sweep's true end, once it is over. Raises ConfigError."""
     places = [folder / run.name for run in read_sweep(folder).runs]
     tracked = [place for place in places if (place / "logs" / "tracking.json").exists()]
     if tracked and (status := outcome(folder)):
