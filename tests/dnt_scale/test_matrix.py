@@ -16,9 +16,10 @@ from tests.helpers.engines import ENGINES, STEPS
 from tests.helpers.run import call, same_tensors, tensors, tiny
 
 RANKS = (1, 2, 4)
-# An optimizer is run here if its test has a `reference_update`. Its OVERRIDES choose it, UNBUFFERED
-# (if another) where there is no gradient buffer; CHANGES says how much of a tensor's change in all
-# steps may differ, for each dtype that it is run in, and ERROR by how much a weight may in fp32.
+# An optimizer is run here if its test has a `reference_update`. Its OVERRIDES choose it, BF16
+# and UNBUFFERED, where there are any, in bf16 and where there is no gradient buffer; CHANGES says
+# how much of a tensor's change in all steps may differ, for each dtype that it is run in, and ERROR
+# by how much a weight may in fp32.
 OPTIMIZERS = {
     path.stem.removeprefix("test_"): import_module(f"tests.dnt_scale.optim.{path.stem}")
     for path in sorted((Path(__file__).parent / "optim").glob("test_*.py"))
@@ -52,11 +53,12 @@ def matrix(request, corpus, tmp_path_factory):
     out = tmp_path_factory.mktemp("matrix")
     optimizer, dtype = request.param
     module = OPTIMIZERS[optimizer]
+    overrides = getattr(module, dtype.upper(), module.OVERRIDES)
     for ranks in RANKS:
-        call(run_all, corpus, out, dtype, module.OVERRIDES, ranks=ranks).ok()
+        call(run_all, corpus, out, dtype, overrides, ranks=ranks).ok()
     found = {}
     for each in {dtype, "fp32"}:
-        chosen = [*module.OVERRIDES, f"train.steps={STEPS}", f"train.dtype={each}"]
+        chosen = [*overrides, f"train.steps={STEPS}", f"train.dtype={each}"]
         run = config.load(tiny(corpus, out, *chosen))
         found[each] = engines.reference_losses(run, module.reference_update)
     return out, module, run.optim.buffers(), dtype, *found[dtype], found["fp32"][0]
