@@ -15,12 +15,12 @@ from testbed.run import call, same_tensors, tensors, tiny
 from tests.helpers import engines
 from tests.helpers.engines import ENGINES, STEPS
 
-# Of the optimizers that are run on other than two ranks too: plain momentum, and rules that look
-# at rows or tensors that are cut between ranks.
-RANKS = {"msgdw": (1, 2, 4), "updates": (1, 2, 4)}
-# An optimizer is run here if its test has a `reference_update`. Its OVERRIDES choose it, UNBUFFERED
-# (if another) where there is no gradient buffer; CHANGES says how much of a tensor's change in all
-# steps may differ, for each dtype that it is run in, and ERROR by how much a weight may in fp32.
+# Of the optimizers that are run on other than two ranks too: mSGDW, with every rule of updates/.
+RANKS = {"msgdw": (1, 2, 4)}
+# An optimizer is run here if its test has a `reference_update`. Its OVERRIDES choose it, BF16
+# and UNBUFFERED, where there are any, in bf16 and where there is no gradient buffer; CHANGES says
+# how much of a tensor's change in all steps may differ, for each dtype that it is run in, and ERROR
+# by how much a weight may in fp32.
 OPTIMIZERS = {
     path.stem.removeprefix("test_"): import_module(f"tests.dnt_scale.optim.{path.stem}")
     for path in sorted((Path(__file__).parent / "optim").glob("test_*.py"))
@@ -54,12 +54,13 @@ def matrix(request, corpus, tmp_path_factory):
     out = tmp_path_factory.mktemp("matrix")
     optimizer, dtype = request.param
     module = OPTIMIZERS[optimizer]
+    overrides = getattr(module, dtype.upper(), module.OVERRIDES)
     numbers = RANKS.get(optimizer, (2,))
     for ranks in numbers:
-        call(run_all, corpus, out, dtype, module.OVERRIDES, ranks=ranks).ok()
+        call(run_all, corpus, out, dtype, overrides, ranks=ranks).ok()
     found = {}
     for each in {dtype, "fp32"}:
-        chosen = [*module.OVERRIDES, f"train.steps={STEPS}", f"train.dtype={each}"]
+        chosen = [*overrides, f"train.steps={STEPS}", f"train.dtype={each}"]
         run = config.load(tiny(corpus, out, *chosen))
         found[each] = engines.reference_losses(run, module.reference_update)
     return out, module, numbers, run.optim.buffers(), dtype, *found[dtype], found["fp32"][0]
