@@ -193,15 +193,13 @@ WANTED = {
         "embedding": r"tok_emb\.weight|head\.weight",
         "matrices": r"pos_emb\.weight|blocks\.\d+\.(attn\.w_[qkvo]|ffn\.w_2)\.weight",
         "tall": r"blocks\.\d+\.ffn\.w_1\.weight",
-        None: r"(.*\.)?(norm|w)_\w+\.(gain|bias)",
+        "gains": r"(.*\.)?(norm|w)_\w+\.(gain|bias)",
     },
     "sgd_ll": {"head": r"(tok_emb|head)\.weight", "rest": r"(?!tok_emb|head).*"},
     "muon": {"matrices": r"blocks.*\.w_\w\.weight", "rest": REST},
     "msgdw_adam": {None: r"blocks.*\.w_\w\.weight", "rest": REST},
 }
-
-
-WANTED["rmnp_adam_gains"] = {label or "gains": names for label, names in WANTED["rmnp"].items()}
+WANTED["rmnp_adam_gains"] = WANTED["rmnp"]
 
 
 @pytest.mark.parametrize("name", WANTED)
