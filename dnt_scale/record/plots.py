@@ -127,12 +127,12 @@ def series(records: list[dict[str, Any]], name: str, unit: str) -> tuple[Floats,
     return table[:, 0], table[:, 1]
 
 
-def smooth(values: Floats) -> Floats:
+def smooth(values: Floats, share: float = SMOOTH_SHARE) -> Floats:
     """A centred mean, which does not lag; its window grows with the step, since the loss falls
     fastest at first.
     """
     at = np.arange(values.size)
-    half = np.minimum(values.size * SMOOTH_SHARE, at * 0.1).astype(np.int64)
+    half = np.minimum(values.size * share, at * 0.1).astype(np.int64)
     total = np.concatenate([[0.0], np.cumsum(values)])
     first, end = at - half, np.minimum(at + half + 1, values.size)
     found: Floats = (total[end] - total[first]) / (end - first)

@@ -23,6 +23,7 @@ COLOURS = ("#2a5caa", "#d1495b", "#2a9d8f", "#e39a2d", "#7b5ea7", "#5c8001", "#8
 LOW, HIGH = "#a9c8ee", "#0f2f66"  # of a setting that is a number: light is small
 REST = "#c9c9c9"  # of all but the best, where they are many
 BEST = 8
+SMOOTH_SHARE = 0.05  # of the run: many lines are drawn behind each other
 SKIPPED = 0.05  # of the run, at its start: it may leave the picture at the top
 # How much of a fall is shown: in nats at least, and by how far the ends of runs are apart.
 LEAST_SHOWN, ENDS_SHOWN = 0.5, 4
@@ -59,7 +60,14 @@ def draw_curves(groups: Sequence[Group], title: str, path: Path) -> Path:
         colour = _colour(groups, coloured, group)
         front = group in coloured
         for run in group.runs:
-            axes.plot(run.train[0], smooth(run.train[1]), color=colour, lw=0.7, alpha=0.3, zorder=1)
+            axes.plot(
+                run.train[0],
+                smooth(run.train[1], SMOOTH_SHARE),
+                color=colour,
+                lw=0.7,
+                alpha=0.3,
+                zorder=1,
+            )
         ended = [run for run in group.runs if run.state != "failed"]
         for run in group.runs if not ended else [r for r in group.runs if r.state == "failed"]:
             axes.plot(*run.val, color=colour, lw=1, ls=":", zorder=2)

@@ -13,13 +13,13 @@ import pytest
 from dnt_scale.tools.verify_resume import (
     Failed,
     children,
-    complaint,
     distance,
     equal,
     first_divergence,
     near,
     verify_resume,
 )
+from dnt_scale.train.launch import complaint
 from testbed.run import ENVIRONMENT, TINY_RUN, dnt, synthetic_set
 
 pytestmark = pytest.mark.slow
