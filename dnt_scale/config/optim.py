@@ -151,6 +151,8 @@ class OptimizerConfig(Strict):
 
     Attributes:
         takes_updates: whether ``groups.NAME.update`` may be another than plain.
+        elementwise: whether an element's step looks at nothing of other elements, so that it is
+            the same wherever a tensor is cut.
         counters: names of scalars that the optimizer keeps for each parameter: its number of
             updates.
         state_name: what a person calls the buffers.
@@ -158,6 +160,7 @@ class OptimizerConfig(Strict):
 
     registry: ClassVar[Registry] = OPTIMIZERS
     takes_updates: ClassVar[bool] = False
+    elementwise: ClassVar[bool] = True
     counters: ClassVar[tuple[str, ...]] = ()
     state_name: ClassVar[str] = "momentum"
 

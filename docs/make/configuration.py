@@ -24,6 +24,7 @@ from pydantic.fields import FieldInfo
 from cluster.cluster_config import ClusterConfig
 from data_prep.clean.rules import RULES
 from dnt_scale.config import RunConfig, config_dir, load
+from dnt_scale.config.kinds import Registry
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "reference" / "configuration.md"
@@ -131,10 +132,16 @@ def rows(prefix: str, model: type[BaseModel], files: dict[str, Any]) -> Iterator
     """
     for name, field in model.model_fields.items():
         key, inner, many = f"{prefix}.{name}", model_in(field.annotation), is_many(field.annotation)
+        registry = vars(inner).get("registry") if inner else None
         if inner and not many:
-            yield from rows(
-                key, inner, {file: dump[name] for file, dump in files.items() if name in dump}
-            )
+            values = {file: dump[name] for file, dump in files.items() if name in dump}
+            for found in rows(key, inner, values):
+                if registry and found.key == f"{key}.{registry.tag}":
+                    found = replace(
+                        found, takes=", ".join(f"`{each}`" for each in registry.every())
+                    )
+                yield found
+            yield from rows_of_kinds(key, inner, registry)
             continue
         default = DEFAULTS.get(key) or shown(
             {file: dump.get(name) for file, dump in files.items()}, many
@@ -142,12 +149,17 @@ def rows(prefix: str, model: type[BaseModel], files: dict[str, Any]) -> Iterator
         yield row(f"{key}.NAME" if inner else key, field, default)
         for each, inside in inner.model_fields.items() if inner else ():
             yield row(f"{key}.NAME.{each}", inside, own_default(inside))
-        registry = vars(inner).get("registry") if inner else None
-        for which, model in registry.every().items() if registry else ():
-            for each, inside in model.model_fields.items():
-                if each not in inner.model_fields:
-                    found = row(f"{key}.NAME.{each}", inside, own_default(inside))
-                    yield replace(found, meaning=f"`{which}`: {found.meaning}")
+        if inner:
+            yield from rows_of_kinds(f"{key}.NAME", inner, registry)
+
+
+def rows_of_kinds(prefix: str, base: type[BaseModel], registry: Registry | None) -> Iterator[Row]:
+    """Yield the keys that the kinds of a section add to its own."""
+    for which, model in registry.every().items() if registry else ():
+        for name, field in model.model_fields.items():
+            if name not in base.model_fields:
+                found = row(f"{prefix}.{name}", field, own_default(field))
+                yield replace(found, meaning=f"`{which}`: {found.meaning}")
 
 
 def row(key: str, field: FieldInfo, default: str) -> Row:

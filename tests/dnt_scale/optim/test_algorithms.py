@@ -90,6 +90,8 @@ def test_a_rank_steps_its_elements_as_the_whole_is_stepped(algorithm: OptimizerC
     """Wherever a flat tensor is cut; torch's fused AdamW rounds a tensor's last elements
     otherwise.
     """
+    if not algorithm.elementwise:
+        pytest.skip("its step looks at whole tensors: its own test cuts them")
     whole = trained(built(algorithm, START), GRADIENTS)
     count = len(SHAPES)
     joined = [torch.cat([t.reshape(-1) for t in some]) for some in (whole[:count], START)]

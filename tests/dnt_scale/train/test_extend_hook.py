@@ -33,7 +33,8 @@ def extended(tmp_path: Path) -> Path:
     """A folder with the packages, in which somebody has followed the page."""
     for name in ("dnt_scale", "data_prep", "cluster", "configs"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
-    hook, hook_import, line, section, field, _ = blocks()
+    hook, hook_import, line, section, field, test, _ = blocks()
+    compile(test, str(PAGE), "exec")
     hooks = tmp_path / "dnt_scale" / "train" / "hooks"
     (hooks / "near_zero.py").write_text(hook)
     put_before(hooks / "__init__.py", "from dnt_scale.train.hooks.profiler", hook_import)
