@@ -39,8 +39,8 @@ from dnt_scale.record import system_metrics
 from dnt_scale.record.files import git_commit
 from dnt_scale.record.sender_files import unsent_lines
 from dnt_scale.record.tracker import Tracker
+from testbed.ports import free_port
 from testbed.stores import (
-    free_port,
     mlflow_server,
     no_postgres,
     points,

@@ -16,7 +16,6 @@ import resource
 import runpy
 import shutil
 import signal
-import socket
 import struct
 import subprocess
 import sys
@@ -47,6 +46,7 @@ from data_prep.shards import (
 )
 from dnt_scale.distributed import rendezvous
 from dnt_scale.train.hooks import records
+from testbed.ports import free_port
 
 PRELOAD = [
     "torch._dynamo",  # drawing weights on the meta device imports it
@@ -390,12 +390,6 @@ def write_split(folder: Path, name: SplitName, stream: np.ndarray, seq_len: int)
         tail=tuple(stream[rows * seq_len :].tolist()),
         shards=tuple(shards),
     )
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def metrics(run_dir: Path) -> list[dict[str, Any]]:

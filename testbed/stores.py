@@ -6,7 +6,6 @@ import contextlib
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -15,6 +14,8 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from testbed.ports import free_port
 
 PASSWORD = "correct-horse-battery"
 PATIENCE_S = 180.0  # for a machine that is busy with other things
@@ -30,12 +31,6 @@ def until(condition: Callable[[], Any], seconds: float = PATIENCE_S) -> None:
     while not condition():
         assert time.monotonic() < deadline, "gave up waiting"
         time.sleep(0.05)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def runs(uri: str) -> dict[str, Any]:

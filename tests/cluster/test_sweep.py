@@ -187,17 +187,14 @@ def test_a_sweep_of_which_two_are_preempted(
 
     expected = {"lrs", *(place.name for place in places)}
 
-    def all_are_known() -> bool:
+    def all_is_told() -> bool:
         """A sender may still be at work; where it was killed with its job, `dnt jobs` sends."""
         assert dnt(["jobs", str(lrs)]) == 0
-        return set(mlflow_runs(f"sqlite:///{lrs.parent}/mlflow.db")) == expected
+        found = mlflow_runs(f"sqlite:///{lrs.parent}/mlflow.db")
+        return set(found) == expected and found["lrs"].info.status == "FINISHED"
 
-    wait_for(all_are_known, "all runs in MLflow")
+    wait_for(all_is_told, "all runs, and the parent's end, in MLflow")
     family = mlflow_runs(f"sqlite:///{lrs.parent}/mlflow.db")
-    wait_for(
-        lambda: mlflow_runs(f"sqlite:///{lrs.parent}/mlflow.db")["lrs"].info.status == "FINISHED",
-        "the parent's end",
-    )
     parent = family.pop("lrs").info.run_id
     assert {child.data.tags["mlflow.parentRunId"] for child in family.values()} == {parent}
     assert {child.info.status for child in family.values()} == {"FINISHED"}

@@ -12,7 +12,8 @@ from dnt_scale.cli.main import main
 from dnt_scale.distributed import process_group, rendezvous
 from dnt_scale.distributed.agree import highest
 from dnt_scale.distributed.process_group import environment
-from testbed.run import Ranks, free_port, tiny
+from testbed.ports import free_port
+from testbed.run import Ranks, tiny
 
 VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 STEP = {

@@ -22,7 +22,8 @@ from dnt_scale.record.mlflow.ui import open_ui
 from dnt_scale.record.plots import plot_run
 from dnt_scale.record.sender_files import unsent_lines
 from dnt_scale.record.tracker import Tracker
-from testbed.stores import free_port, mlflow_server, until
+from testbed.ports import free_port
+from testbed.stores import mlflow_server, until
 
 pytestmark = pytest.mark.slow
 

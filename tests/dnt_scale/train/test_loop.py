@@ -24,10 +24,10 @@ from dnt_scale.model.init import init_weights
 from dnt_scale.train.progress import TrainProgress
 from dnt_scale.train.rank import main
 from dnt_scale.train.validation import watched
+from testbed.ports import free_port
 from testbed.run import (
     STEPS,
     call,
-    free_port,
     metrics,
     python,
     same_tensors,
