@@ -145,7 +145,9 @@ def test_a_resumed_run_is_one_mlflow_run(corpus, tmp_path):
     for steps in (3, 6):
         python("-m", "dnt_scale.train", *overrides, f"train.steps={steps}").ok()
     store = sqlite3.connect(default_uri(run_dir).removeprefix("sqlite:///"))
-    assert store.execute("select name, status from runs").fetchall() == [("tracked", "FINISHED")]
+    # training waits a minute for its sender; where others compute too, that takes longer
+    ended = [("tracked", "FINISHED")]
+    until(lambda: store.execute("select name, status from runs").fetchall() == ended)
     points = store.execute(
         "select step, value from metrics where key = 'train/loss' order by step"
     ).fetchall()
