@@ -5,7 +5,7 @@ memory at a time.
 import itertools
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -199,7 +199,7 @@ def verify(path: str) -> dict[str, list[str]]:
     wrong with it.
 
     Checks each file's size and sha256, that the parts tile every tensor, that each optimizer buffer
-    has the shape of its weight or a number for each of its rows, and that none has no buffer.
+    has the shape of its weight or a number for each of its rows, and that no weight lacks one.
     """
     found: dict[str, list[str]] = {}
     for folder in checkpoints_at(path):
@@ -234,19 +234,47 @@ def problems_of(folder: Storage, state: State) -> list[str]:
         if hole is not None:
             shared = [(part, part.region) for part in parts]
             found.append(f"{folder}: {hole_in(name, hole, shared)}")
+    shapes = {name: whole_shape(parts) for name, parts in stored.items()}
+    return found + [f"{folder}: {problem}" for problem in buffer_problems(shapes, state)]
+
+
+def buffer_problems(shapes: Mapping[str, tuple[int, ...]], state: State) -> list[str]:
+    """Return what is wrong with the tensors that there are, a line each.
+
+    Args:
+        shapes: of whole tensors, by their names in the checkpoint.
+        state: where the configuration says whether groups have optimizers, and so buffers, of their
+            own; else every weight has a tensor of each kind.
+    """
+    kinds: dict[str, dict[str, tuple[int, ...]]] = {"model": {}}  # shapes by weight
+    for name, shape in shapes.items():
         kind, _, weight = name.partition(".")
-        of_weight = whole_shape(stored.get(f"model.{weight}", parts))
-        if kind != "model" and shape not in (of_weight, of_weight[:1]):  # one number a row
-            found.append(f"{folder}: {name} has shape {shape}, its weight {of_weight}")
-    kinds: dict[str, set[str]] = {}  # of tensors, by their weight
-    for kind, _, weight in (name.partition(".") for name in stored):
-        kinds.setdefault(weight, set()).add(kind)
-    for weight, of_it in sorted(kinds.items()):
-        if "model" not in of_it:
-            found.append(f"{folder}: no model.{weight}")
-        elif of_it == {"model"} and any(other != of_it for other in kinds.values()):
-            found.append(f"{folder}: no buffer of model.{weight}")
-    return found
+        kinds.setdefault(kind, {})[weight] = shape
+    weights = kinds.pop("model")
+    buffered = {name for buffers in kinds.values() for name in buffers}
+    found = [f"no model.{name}" for name in sorted(buffered - weights.keys())]
+    own = [isinstance(each, dict) and each.get("optimizer") for each in _groups(state).values()]
+    for kind, buffers in kinds.items():
+        known = sorted(buffers.keys() & weights.keys())
+        # a number for each row, which matrices alone have
+        if all(len(weights[name]) > 1 and buffers[name] == weights[name][:1] for name in known):
+            continue
+        found += [
+            f"{kind}.{name} has shape {buffers[name]}, its weight {weights[name]}"
+            for name in known
+            if buffers[name] != weights[name]
+        ]
+        if not any(own):
+            found += [f"no {kind}.{name}" for name in sorted(weights.keys() - buffers)]
+    bare = sorted(weights.keys() - buffered) if any(own) else []
+    return found + [f"no buffer of model.{name}" for name in bare]
+
+
+def _groups(state: State) -> dict[str, object]:
+    """Return the recorded ``optim.groups``; empty where the configuration has none."""
+    optim = state.config.get("optim")
+    groups = optim.get("groups") if isinstance(optim, dict) else None
+    return groups if isinstance(groups, dict) else {}
 
 
 @dataclass(frozen=True)

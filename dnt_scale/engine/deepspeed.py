@@ -226,9 +226,9 @@ class DeepSpeedEngine:
                 )
             place = places[part.flat] = places.get(part.flat, -1) + 1
             for kind, rows in self.optimizer.row_buffers(part.flat).items():  # all, on every rank
-                me, of = self.ranks.rank, self.ranks.world_size
-                shape = part.shape[:1]
-                shards.append(TensorShard(f"{kind}.{part.name}", shape, (0,), rows[place], me, of))
+                rank, ranks = self.ranks.rank, self.ranks.world_size
+                name, shape = f"{kind}.{part.name}", part.shape[:1]
+                shards.append(TensorShard(name, shape, (0,), rows[place], rank, ranks))
         return shards
 
     def gradient_shards(self) -> list[TensorShard]:

@@ -1,6 +1,8 @@
 """docs/extend/optimizer.md: its example, as it stands on the page, works."""
 
+import re
 import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -12,7 +14,9 @@ from dnt_scale import config
 from dnt_scale.config.optim import OPTIMIZERS
 from dnt_scale.optim import algorithms
 from dnt_scale.optim.build import build_optimizer
-from tests.docs.pages import code_blocks, module_of
+from dnt_scale.optim.segments import Segment
+from dnt_scale.optim.shards import Shard
+from tests.docs.pages import ROOT, code_blocks, module_of
 from tests.helpers.optimizers import tiny_model
 
 PAGE = "docs/extend/optimizer.md"
@@ -39,6 +43,16 @@ def test_the_pages_test_passes(rmsprop: ModuleType) -> None:
     assert len(tests) == 2
     for test in tests:
         test()
+
+
+def test_a_step_may_look_at_whole_tensors() -> None:
+    """The share of positive elements of two tensors that lie in one flat shard."""
+    [source] = re.findall(r"^  ```python\n(.*?)^  ```$", (ROOT / PAGE).read_text(), re.M | re.S)
+    example = module_of("whole_tensors_of_the_page", textwrap.dedent(source))
+    gradient = torch.tensor([1.0, -1.0, 2.0, 3.0, -4.0, -5.0])
+    segments = [Segment((2, 2), 0, 0, 4), Segment((2,), 0, 4, 2)]
+    shard = Shard(gradient.clone(), gradient, {}, {}, {}, segments, None, torch.Generator)
+    assert [float(share) for _, share in example.shares([shard])] == pytest.approx([0.75, 0.0])
 
 
 def test_the_yaml_chooses_it(rmsprop: ModuleType, tmp_path: Path) -> None:

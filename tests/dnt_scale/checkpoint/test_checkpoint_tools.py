@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dnt_scale.checkpoint import Saver, inspection, read_state
+from dnt_scale.checkpoint.inspection import buffer_problems
 from dnt_scale.checkpoint.storage import Storage
 from dnt_scale.checkpoint.write import publish, write_file
 from dnt_scale.cli.main import main
@@ -117,9 +118,32 @@ def test_verify_says_whole_or_what_is_not(me, tmp_path, capsys):
     assert main(["checkpoint", "verify", str(tmp_path)]) == 2
     out, err = capsys.readouterr()
     assert out == f"{tmp_path}/step-00000001: whole\n"
-    assert f"error: {step}: no buffer of model.temperature" in err.splitlines()
+    assert f"error: {step}: no momentum_buffer.temperature" in err.splitlines()
     assert "momentum_buffer.emb.weight has shape" in err
     assert main(["checkpoint", "verify", str(tmp_path / "step-00000001")]) == 0
+
+
+PLAIN = {"model.a": (3, 2), "model.b": (2,), "momentum_buffer.a": (3, 2), "momentum_buffer.b": (2,)}
+OWN = {"optim": {"groups": {"gains": {"pattern": "b", "optimizer": {"algorithm": "adamw"}}}}}
+
+
+@pytest.mark.parametrize(
+    ("settings", "changes", "problems"),
+    [
+        ({}, {}, []),
+        ({}, {"row_square.a": (3,)}, []),  # a number a row, of some weights only
+        ({}, {"exp_avg.a": (3, 2)}, ["no exp_avg.b"]),
+        ({}, {"momentum_buffer.b": None}, ["no momentum_buffer.b"]),
+        ({}, {"momentum_buffer.a": (3,)}, ["momentum_buffer.a has shape (3,), its weight (3, 2)"]),
+        ({}, {"model.b": None}, ["no model.b"]),
+        (OWN, {"momentum_buffer.b": None, "exp_avg.b": (2,)}, []),
+        (OWN, {"momentum_buffer.b": None}, ["no buffer of model.b"]),
+    ],
+)
+def test_every_weight_has_the_buffers_of_its_optimizer(settings, changes, problems):
+    shapes = {name: shape for name, shape in (PLAIN | changes).items() if shape is not None}
+    state = some_state(1).model_copy(update={"config": settings})
+    assert buffer_problems(shapes, state) == problems
 
 
 @pytest.mark.parametrize("path", ["", "/latest"])
