@@ -2,14 +2,12 @@
 
 A rank runs `dnt_scale.train` as `__main__` with torchrun's variables, as `python -m
 dnt_scale.train` would, and takes real signals. It is forked from a server that has torch imported
-already, which saves seconds of imports a rank; `python` and `torchrun` start the same module the
-long way.
+already (testbed/rank_server.py); `python` and `torchrun` start the same module the long way.
 """
 
 import gc
 import hashlib
 import json
-import multiprocessing
 import os
 import random
 import resource
@@ -47,25 +45,10 @@ from data_prep.shards import (
 from dnt_scale.distributed import rendezvous
 from dnt_scale.train.hooks import records
 from testbed.ports import free_port
+from testbed.rank_server import RankProcess
 
-PRELOAD = [
-    "torch._dynamo",  # drawing weights on the meta device imports it
-    "torch._inductor.compile_fx",  # and this one DeepSpeed's ZeRO does, with what follows
-    "deepspeed.runtime.zero.muon.muon_optimizer",
-    "dnt_scale.engine.deepspeed",
-    "dnt_scale.engine.fsdp",
-    "dnt_scale.data.tokens",
-    "dnt_scale.tools.generate",
-    "dnt_scale.train.rank",
-    "dnt_scale.cli.main",
-    "dnt_scale.record.tracker",
-    "dnt_scale.record.plots",
-    "dnt_scale.train.progress",
-    "testbed.warm",
-]
 # else DeepSpeed looks for devices when it is imported
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
-multiprocessing.set_forkserver_preload(PRELOAD)
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 PLOTS = {"DNT_TEST_PLOTS": "1"}  # the rank draws its run's plots: a third of a tiny run's time
@@ -154,7 +137,6 @@ class Ranks:
         file_limit: int = resource.RLIM_INFINITY,
     ):
         self._logs = tempfile.TemporaryDirectory(prefix="dnt-ranks-")
-        context = multiprocessing.get_context("forkserver")
         port = free_port()
         self.processes: list[BaseProcess] = []
         for rank in range(ranks):
@@ -166,7 +148,7 @@ class Ranks:
                 **env,
             }
             log = Path(self._logs.name, str(rank))
-            process = context.Process(
+            process = RankProcess(
                 target=_be_rank, args=(log, mine, file_limit, target, arguments), daemon=True
             )
             process.start()
@@ -219,6 +201,7 @@ def _be_rank(
     for stream, name in ((1, "out"), (2, "err")):
         with log.with_suffix(f".{name}").open("wb") as file:
             os.dup2(file.fileno(), stream)
+    assert "testbed.warm" in sys.modules, "the server of ranks could not import what ranks need"
     os.environ.update(env)
     gc.freeze()  # all that was imported stays: no collection need look at it
     torch.set_num_threads(1)  # torch was imported before OMP_NUM_THREADS was set
