@@ -43,7 +43,9 @@ from data_prep.shards import (
     write_shard,
 )
 from dnt_scale.distributed import rendezvous
-from dnt_scale.train.hooks import records
+from dnt_scale.train import loop
+from dnt_scale.train.hooks import Hook, records
+from dnt_scale.train.setup import Training
 from testbed.ports import free_port
 from testbed.rank_server import RankProcess
 
@@ -52,6 +54,8 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 PLOTS = {"DNT_TEST_PLOTS": "1"}  # the rank draws its run's plots: a third of a tiny run's time
+# a run that only has to be there leaves the processors to those it waits for: seconds a step
+IDLING = {"DNT_TEST_PAUSE_S": "0.3"}
 OTHERS_MAY_TAKE_S = 100.0  # once a rank has failed; rank 0 may wait a minute for MLflow's sender
 
 TINY_MODEL = [
@@ -191,6 +195,13 @@ class Ranks:
         return path.read_text() if path.exists() else ""
 
 
+class Pause(Hook):
+    """Waits before each step."""
+
+    def before_step(self, run: Training) -> None:
+        time.sleep(float(os.environ["DNT_TEST_PAUSE_S"]))
+
+
 def _be_rank(
     log: Path,
     env: Mapping[str, str],
@@ -207,6 +218,8 @@ def _be_rank(
     torch.set_num_threads(1)  # torch was imported before OMP_NUM_THREADS was set
     if not env.keys() >= PLOTS.keys():
         records.plot_run = lambda run_dir: run_dir  # type: ignore[assignment, misc]
+    if "DNT_TEST_PAUSE_S" in env:
+        loop.HOOKS = (*loop.HOOKS, Pause)  # type: ignore[attr-defined]
     rendezvous.SAY_S = 600.0  # on a loaded machine ranks start seconds apart, which is no news here
     resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, resource.RLIM_INFINITY))
     target(*arguments)

@@ -3,6 +3,7 @@
 import re
 import sys
 import tomllib
+from functools import cache
 from importlib import metadata
 
 from packaging.requirements import Requirement
@@ -37,9 +38,12 @@ def imported() -> dict[str, str]:
     return found
 
 
+packages_distributions = cache(metadata.packages_distributions)  # reads every installed package
+
+
 def distributions(name: str) -> set[str]:
     """The packages that may give a top-level name."""
-    return {canonical(each) for each in metadata.packages_distributions().get(name, [])}
+    return {canonical(each) for each in packages_distributions().get(name, [])}
 
 
 def test_what_is_imported_is_declared() -> None:

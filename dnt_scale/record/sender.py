@@ -39,7 +39,7 @@ from dnt_scale.record.training_process import (
     EndedTraining,
     LiveTraining,
     Training,
-    set_session_nice,
+    let_training_go_first,
 )
 
 SEND_EVERY_S = 1.5
@@ -236,7 +236,7 @@ def _send_until_over(sender: Sender, training: Training) -> int:
                 sender.end(status)
             sender.sent.save()
             if not sender.answered_at and not status:
-                set_session_nice(10)  # Not before: people should soon see that it runs.
+                let_training_go_first()  # Not before: people should soon see that it runs.
             sender.answered_at = time.monotonic()
             failures = 0
             if status and not more:
@@ -353,7 +353,6 @@ if __name__ == "__main__":
     parser.add_argument("--finalize", choices=ends, help="the run has ended with this status")
     parser.add_argument("--finalize-sweep", choices=ends, help="the sweep it is part of has")
     options = parser.parse_args()
-    os.nice(10)  # Training goes first.
     run, name = options.run_dir.absolute(), options.backend
     if options.finalize_sweep:
         raise SystemExit(finalize_sweep_here(run, name, options.finalize_sweep))

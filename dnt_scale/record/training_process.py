@@ -86,6 +86,12 @@ class EndedTraining:
         time.sleep(min(seconds, LONGEST_WAIT_S))
 
 
+def let_training_go_first() -> None:
+    """Lower the priority of this process and of its session."""
+    os.nice(10)
+    set_session_nice(10)
+
+
 def set_session_nice(nice: int) -> None:
     """Set what this process's session may take from others.
 

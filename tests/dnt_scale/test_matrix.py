@@ -15,8 +15,8 @@ from testbed.run import call, same_tensors, tensors, tiny
 from tests.helpers import engines
 from tests.helpers.engines import ENGINES, STEPS
 
-# Of the optimizers that are run on other than two ranks too: mSGDW, with every rule of updates/.
-RANKS = {"msgdw": (1, 2, 4)}
+# What is run on other than two ranks too: mSGDW, with every rule of updates/.
+RANKS = {("msgdw", "fp32"): (1, 2, 4)}
 # An optimizer is run here if its test has a `reference_update`. Its OVERRIDES choose it, BF16
 # and UNBUFFERED, where there are any, in bf16 and where there is no gradient buffer; CHANGES says
 # how much of a tensor's change in all steps may differ, for each dtype that it is run in, and ERROR
@@ -55,7 +55,7 @@ def matrix(request, corpus, tmp_path_factory):
     optimizer, dtype = request.param
     module = OPTIMIZERS[optimizer]
     overrides = getattr(module, dtype.upper(), module.OVERRIDES)
-    numbers = RANKS.get(optimizer, (2,))
+    numbers = RANKS.get((optimizer, dtype), (2,))
     for ranks in numbers:
         call(run_all, corpus, out, dtype, overrides, ranks=ranks).ok()
     found = {}

@@ -15,7 +15,7 @@ from cluster.watch.find_runs import find_runs
 from dnt_scale.cli.main import main as dnt
 from dnt_scale.record import timeline
 from dnt_scale.record.metrics_file import last_metrics
-from testbed.run import start, synthetic_set, tiny, until
+from testbed.run import IDLING, start, synthetic_set, tiny, until
 from tests.helpers.folders import (
     Event,
     allocated,
@@ -412,7 +412,8 @@ def test_mlflow_gets_the_true_status_of_a_run_that_is_dead(
     training = start(
         tiny(
             synthetic_set(tmp_path / "set"), run_dir, "tracking.enabled=true", "train.steps=100000"
-        )
+        ),
+        env=IDLING,
     )
     until(lambda: run_state.read_mlflow_status(run_dir) == "RUNNING", 240)
     senders = [

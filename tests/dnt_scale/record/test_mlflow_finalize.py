@@ -87,6 +87,7 @@ def test_a_run_that_was_killed_with_its_sender_gets_its_true_status_once(tmp_pat
     with tracked(run_dir, uri, 50) as processes:
         sample(run_dir, 1)
         until(lambda: state(run_dir).get("sent_step") == 50 and state(run_dir).get("sent_bytes"))
+        assert os.getpriority(os.PRIO_PROCESS, processes[1]) == os.nice(0) + 10
         weight = Path(f"/proc/{processes[1]}/autogroup")
         if weight.exists():  # else its niceness alone says what it may take from training
             assert weight.read_text().endswith(" nice 10\n")

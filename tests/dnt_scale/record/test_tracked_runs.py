@@ -8,7 +8,7 @@ import signal
 import socket
 from pathlib import Path
 
-from testbed.run import start, steps_written, tiny
+from testbed.run import IDLING, start, steps_written, tiny
 from testbed.stores import PASSWORD, points, runs, sqlite_store, until
 
 
@@ -23,7 +23,8 @@ def test_a_run_that_is_stopped_and_goes_on(corpus, tmp_path):
         "tracking.enabled=true",
     ]
     overrides += [f"tracking.uri={uri}", "tracking.system_every_s=0.2"]
-    secret = {
+    env = {
+        **IDLING,
         "MLFLOW_TRACKING_USERNAME": "me",
         "MLFLOW_TRACKING_PASSWORD": PASSWORD,
         "PGPASSWORD": PASSWORD,
@@ -32,16 +33,16 @@ def test_a_run_that_is_stopped_and_goes_on(corpus, tmp_path):
     def until_mlflow_says(status: str) -> None:
         until(lambda: "tiny" in (found := runs(uri)) and found["tiny"].info.status == status)
 
-    training = start(tiny(corpus, run_dir, *overrides), ranks=2, env=secret)
+    training = start(tiny(corpus, run_dir, *overrides), ranks=2, env=env)
     try:
         until_mlflow_says("RUNNING")
-        until(lambda: steps_written(run_dir) > 20 and system.exists())
+        until(lambda: steps_written(run_dir) > 5 and system.exists())
         assert PASSWORD.encode() not in command_lines()
         training.kill(signal.SIGUSR1)
         assert training.wait().code == 128 + signal.SIGUSR1
         until_mlflow_says("KILLED")
 
-        training = start(tiny(corpus, run_dir, *overrides), ranks=2, env=secret)
+        training = start(tiny(corpus, run_dir, *overrides), ranks=2, env=env)
         until_mlflow_says("RUNNING")
         training.kill(signal.SIGTERM)
         assert training.wait().code == 128 + signal.SIGTERM
@@ -49,7 +50,7 @@ def test_a_run_that_is_stopped_and_goes_on(corpus, tmp_path):
         training.kill()
     last = steps_written(run_dir)
     start(
-        tiny(corpus, run_dir, *overrides, f"train.steps={last + 1}"), ranks=2, env=secret
+        tiny(corpus, run_dir, *overrides, f"train.steps={last + 1}"), ranks=2, env=env
     ).wait().ok()
     until_mlflow_says("FINISHED")
 

@@ -25,7 +25,7 @@ from testbed.run import (
     tiny,
     train,
 )
-from testbed.stores import runs, sqlite_store
+from testbed.stores import runs, sqlite_store, until
 from tests.helpers import engines
 
 DESIGN = Path(__file__).parents[3] / "docs" / "design.md"
@@ -239,6 +239,7 @@ def test_a_window_of_steps_is_profiled_and_changes_no_number(made_up, tmp_path):
 
     from mlflow import MlflowClient
 
+    until(lambda: "tiny" in (found := runs(uri)) and found["tiny"].info.status == "FINISHED")
     sent = MlflowClient(uri).list_artifacts(runs(uri)["tiny"].info.run_id, "profile")
     assert {file.path for file in sent} == {f"profile/{name}" for name in files}
 
