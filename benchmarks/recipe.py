@@ -46,7 +46,7 @@ from dnt_scale.record.metrics_file import METRICS, whole_lines
 from dnt_scale.report.sensitivity import sensitivity
 
 RESULTS = Path(__file__).parent / "results"
-ORDER = (0, 1, -1, 2, -2)  # powers of two, the likeliest first
+ORDER = (0, -1, 1, -2, 2)  # powers of two, the likeliest first
 MOST_GROWTH = 4  # times that a grid grows at one end
 
 
