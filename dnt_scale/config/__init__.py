@@ -4,6 +4,7 @@ and overrides.
 ``load(overrides)`` is the one way in. Importing this loads no torch.
 """
 
+from dnt_scale.config.augment import AugmentSection
 from dnt_scale.config.base import ConfigError, Strict
 from dnt_scale.config.compose import (
     budget,
@@ -21,19 +22,24 @@ from dnt_scale.config.compose import (
 )
 from dnt_scale.config.data import SOURCES, DataConfig, DataSection, TokenRows, Unit
 from dnt_scale.config.engine import DeepSpeedEngineConfig, TorchEngineConfig
-from dnt_scale.config.model import MODELS, ModelConfig, ModelSection, Setting
+from dnt_scale.config.images import ImageRows, ImagesConfig, VitConfig
+from dnt_scale.config.model import MODELS, BlockSection, ModelConfig, ModelSection, Setting
 from dnt_scale.config.optim import GroupConfig, OptimizerConfig, ScheduleConfig
 from dnt_scale.config.run import HealthSection, RunConfig
 
 __all__ = [
     "MODELS",
     "SOURCES",
+    "AugmentSection",
+    "BlockSection",
     "ConfigError",
     "DataConfig",
     "DataSection",
     "DeepSpeedEngineConfig",
     "GroupConfig",
     "HealthSection",
+    "ImageRows",
+    "ImagesConfig",
     "ModelConfig",
     "ModelSection",
     "OptimizerConfig",
@@ -44,6 +50,7 @@ __all__ = [
     "TokenRows",
     "TorchEngineConfig",
     "Unit",
+    "VitConfig",
     "budget",
     "changed",
     "check_tracking",

@@ -54,30 +54,22 @@ class ModelSection(Strict):
 AnyModel = Annotated[SerializeAsAny[ModelSection], WrapValidator(MODELS.validate)]
 
 
-@MODELS.register
-class ModelConfig(ModelSection):
-    """A DNT-GPT or its GPT baseline. Which norms stand where is ``setting`` (dnt.md, S1-S5)."""
+class BlockSection(ModelSection):
+    """What every model of our blocks has. Which norms stand where is ``setting`` (dnt.md,
+    S1-S5).
+    """
 
-    reads: ClassVar[type] = TokenRows
-
-    kind: Literal["dnt"] = "dnt"
     layers: int = Field(gt=0, le=10_000)
     width: Size
     heads: Size
-    vocab_size: int = Field(gt=0, le=1 << 25)
-    context: int = Field(
-        gt=0, le=1 << 24, description="longest row the position table can hold, in tokens"
-    )
     setting: Setting = "S5"
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     norm_eps: float = Field(1e-6, gt=0, description="added to the mean square")
     gain_init: float = 1.0
     final_norm: bool = True
     bias: bool = False
-    positions: Literal["learned", "none"] = "learned"
     activation: Literal["gelu", "gelu_tanh", "relu"] = "gelu"
     ffn_multiple: int = Field(4, gt=0, le=1024)
-    tied_head: bool = True
     init_std: float = Field(0.02, gt=0)
     residual_init_scaled: bool = Field(
         True, description="W_o and W_2 start 1/sqrt(2 layers) smaller"
@@ -90,6 +82,21 @@ class ModelConfig(ModelSection):
                 f"width {self.width} is not divisible by heads {self.heads}; change one of them"
             )
         return self
+
+
+@MODELS.register
+class ModelConfig(BlockSection):
+    """A DNT-GPT or its GPT baseline."""
+
+    reads: ClassVar[type] = TokenRows
+
+    kind: Literal["dnt"] = "dnt"
+    vocab_size: int = Field(gt=0, le=1 << 25)
+    context: int = Field(
+        gt=0, le=1 << 24, description="longest row the position table can hold, in tokens"
+    )
+    positions: Literal["learned", "none"] = "learned"
+    tied_head: bool = True
 
     def build(self, rows: TokenRows | None = None) -> Any:
         return resolved("dnt_scale.model.dnt:DNT")(self, rows.document_eos if rows else None)

@@ -76,7 +76,9 @@ class TrainSection(Strict):
 
 class EvalSection(Strict):
     every: Count = Field(100, ge=0, description="steps between validations; 0: never")
-    rows: Count = Field(512, gt=0, description="validation rows used, at most")
+    rows: Count | None = Field(
+        512, gt=0, description="validation rows used, at most; null: all there are"
+    )
 
 
 class CheckpointSection(Strict):

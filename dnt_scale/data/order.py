@@ -57,13 +57,15 @@ def _rounded(count: Ints, share: int, total: int) -> Ints:
 
 
 class Order:
-    """Positions of the endless training sequence to rows of a split: steps 1 to 3 of tokens.py."""
+    """Positions of the endless training sequence to rows of a split: steps 1 to 3 of tokens.py.
 
-    def __init__(self, split: Split, seed: int) -> None:
-        self.block_rows: Ints = np.array(
-            [member.rows for shard in split.shards for member in shard.members], dtype=np.int64
-        )
-        self.rows = int(self.block_rows.sum())
+    Args:
+        block_rows: int64 (blocks,), how many rows each block of the split has.
+    """
+
+    def __init__(self, block_rows: Ints, seed: int) -> None:
+        self.block_rows = block_rows
+        self.rows = int(block_rows.sum())
         self.seed = seed
         self._epoch = lru_cache(maxsize=2)(self._plan_epoch)
         self._window = lru_cache(maxsize=4)(self._plan_window)
@@ -113,11 +115,18 @@ class Order:
         return blocks, rows
 
 
+def block_rows(split: Split) -> Ints:
+    """Return how many rows each block of a split of text has, int64 (blocks,)."""
+    return np.array(
+        [member.rows for shard in split.shards for member in shard.members], dtype=np.int64
+    )
+
+
 def row_at(manifest: Manifest, seed: int, position: int) -> tuple[int, int]:
     """The order contract of one set as a pure function: (block, row in block) of the training
     split.
     """
-    return Order(manifest.splits["train"], seed).row_at(position)
+    return Order(block_rows(manifest.splits["train"]), seed).row_at(position)
 
 
 def rows_from(

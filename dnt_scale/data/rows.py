@@ -11,7 +11,7 @@ import numpy.typing as npt
 from data_prep.shards import Manifest, SplitName
 from dnt_scale.data.order import WINDOW_BLOCKS, Ints
 from dnt_scale.data.token_sets import TokenSet
-from dnt_scale.model.dnt import IGNORED
+from dnt_scale.model.batch import IGNORED
 
 Bytes = npt.NDArray[np.uint8]
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from dnt_scale.config import DataConfig, DataSection, RunConfig, TokenRows, Unit
-from dnt_scale.data.order import Order, rows_from
+from dnt_scale.data.order import Order, block_rows, rows_from
 from dnt_scale.data.rows import OpenFiles, RowReader, files_for, token_ids
 from dnt_scale.data.sources import DataPart, Missing, Source
 from dnt_scale.data.stream import Stream
@@ -37,8 +37,7 @@ from dnt_scale.data.token_sets import (
     manifests_of,
     weights_of,
 )
-from dnt_scale.model.batch import Batch
-from dnt_scale.model.dnt import IGNORED
+from dnt_scale.model.batch import IGNORED, Batch
 
 
 def open_tokens(data: DataConfig) -> "TokenSource":
@@ -199,7 +198,8 @@ class TokenSource(Source):
             rows in it, ascending.
         """
         orders = [
-            Order(found.manifest.splits["train"], found.shuffle_seed(seed)) for found in self.sets
+            Order(block_rows(found.manifest.splits["train"]), found.shuffle_seed(seed))
+            for found in self.sets
         ]
         source, blocks, rows = rows_from(
             [found.share for found in self.sets], orders, first, last - first
@@ -270,7 +270,8 @@ class _Reader:
         self.padded = np.array([found.manifest.packing == "best_fit" for found in sets])
         self.shares = [found.share for found in sets]
         self.orders = [
-            Order(found.manifest.splits["train"], found.shuffle_seed(seed)) for found in sets
+            Order(block_rows(found.manifest.splits["train"]), found.shuffle_seed(seed))
+            for found in sets
         ]
         self.files = OpenFiles(files_for(len(sets)))
         self.readers = [RowReader(found, "train", self.files) for found in sets]
@@ -297,7 +298,7 @@ def validation_batches(
     the loss.
     """
     manifest = found.manifest
-    block_ends = np.cumsum(Order(manifest.splits["val"], 0).block_rows)
+    block_ends = np.cumsum(block_rows(manifest.splits["val"]))
     chosen = np.arange(min(rows, block_ends[-1])) * block_ends[-1] // min(rows, block_ends[-1])
     blocks = np.searchsorted(block_ends, chosen, side="right")
     rows_in = chosen - np.concatenate(([0], block_ends))[blocks]

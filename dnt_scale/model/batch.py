@@ -5,6 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+IGNORED = -1  # a target that does not count in the loss
+
 # A tensor, or tensors by name, that share dimension 0: the rows. Of text, int64 token ids (rows,
 # seq_len + 1).
 Batch = Tensor | dict[str, Tensor]

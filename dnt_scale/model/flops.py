@@ -2,6 +2,8 @@
 
 import math
 
+from torch import nn
+
 from dnt_scale.config import ModelConfig, ModelSection
 from dnt_scale.model.task import shapes_of
 
@@ -27,3 +29,10 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> float:
         6.0 * count_parameters(config, positions=False)
         + 12.0 * config.layers * config.width * seq_len
     )
+
+
+def matrices_flops(module: nn.Module) -> float:
+    """Return the training FLOPs that a token costs in a module's matrices, forward and backward: 6
+    a weight.
+    """
+    return 6.0 * sum(weight.numel() for weight in module.parameters() if weight.ndim == 2)

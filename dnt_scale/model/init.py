@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from dnt_scale.config import ModelConfig
+from dnt_scale.config import BlockSection
 from dnt_scale.model.task import Task
 
 
@@ -21,9 +21,9 @@ def drawn(name: str, shape: torch.Size, std: float, seed: int) -> Tensor:
     )
 
 
-def initial_tensor(name: str, shape: torch.Size, config: ModelConfig, seed: int) -> Tensor:
-    """Return the fp32 CPU value that parameter ``name`` of a DNT starts from: a function of (seed,
-    name) alone.
+def initial_tensor(name: str, shape: torch.Size, config: BlockSection, seed: int) -> Tensor:
+    """Return the fp32 CPU value that parameter ``name`` of a DNT, of language or of images, starts
+    from: a function of (seed, name) alone.
 
     nanoGPT's scheme: N(0, init_std), W_o and W_2 smaller by 1/sqrt(2 layers); gains at gain_init,
     biases 0.

@@ -20,8 +20,9 @@ from dnt_scale.data.sources import Source
 from dnt_scale.data.tokens import TokenSource
 from dnt_scale.distributed import process_group
 from dnt_scale.distributed.process_group import Ranks
-from dnt_scale.model.batch import Batch, moved, split
-from dnt_scale.model.dnt import DNT, IGNORED, Block, next_tokens
+from dnt_scale.model.batch import IGNORED, Batch, moved, split
+from dnt_scale.model.block import Block
+from dnt_scale.model.dnt import DNT, next_tokens
 from dnt_scale.model.task import Task
 from dnt_scale.record.diagnose_plots import draw
 from dnt_scale.record.files import write_json

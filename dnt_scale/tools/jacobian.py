@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dnt_scale.model.batch import Batch
-from dnt_scale.model.dnt import Block
+from dnt_scale.model.block import Block
 from dnt_scale.model.task import Task
 
 Function = Callable[[Tensor], Tensor]

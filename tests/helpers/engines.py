@@ -17,7 +17,8 @@ from dnt_scale.data.tokens import token_stream
 from dnt_scale.distributed.process_group import Ranks
 from dnt_scale.engine import build as build_engine
 from dnt_scale.engine.base import Engine
-from dnt_scale.model.dnt import DNT, IGNORED
+from dnt_scale.model.batch import IGNORED
+from dnt_scale.model.dnt import DNT
 from dnt_scale.model.init import init_weights
 from dnt_scale.optim.schedule import Schedule
 from dnt_scale.optim.update_rule import UpdateRule

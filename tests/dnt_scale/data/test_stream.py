@@ -15,9 +15,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.shards import (
-    Member,
-    Shard,
-    Split,
     iter_documents,
     load_manifest,
     read_block,
@@ -25,11 +22,11 @@ from data_prep.shards import (
 )
 from dnt_scale.config import DataConfig
 from dnt_scale.data import rows as rows_module
-from dnt_scale.data.order import WINDOW_BLOCKS, Order, deal, row_at, rows_from
+from dnt_scale.data.order import WINDOW_BLOCKS, Order, block_rows, deal, row_at, rows_from
 from dnt_scale.data.rows import ShardError
 from dnt_scale.data.token_sets import SHARES, TokenSet, load_sets
 from dnt_scale.data.tokens import token_stream, validation_batches
-from dnt_scale.model.dnt import IGNORED
+from dnt_scale.model.batch import IGNORED
 from testbed.run import call, synthetic_set, write_split
 
 BLOCK_SIZES = st.lists(st.integers(1, 12), min_size=1, max_size=3 * WINDOW_BLOCKS)
@@ -39,13 +36,7 @@ SIZES_200 = [5 + block % 7 for block in range(200)]  # of the goldens
 
 def order_of(block_rows: list[int], seed: int) -> Order:
     """The order over a split of which only the rows of its blocks are known."""
-    members = tuple(Member.model_construct(rows=rows) for rows in block_rows)
-    middle = len(members) // 2
-    parts = [part for part in (members[:middle], members[middle:]) if part]
-    return Order(
-        Split.model_construct(shards=tuple(Shard.model_construct(members=part) for part in parts)),
-        seed,
-    )
+    return Order(np.array(block_rows, dtype=np.int64), seed)
 
 
 def epoch(order: Order, number: int) -> list[tuple[int, int]]:
@@ -412,7 +403,10 @@ def ignoring_padding(row, eos):
 def test_a_mixture_reads_each_sets_rows_in_its_own_order(mixture):
     with token_stream(mixture, seed=7, global_batch=30, rank=0, world_size=1) as stream:
         got = torch.cat([next(stream)[0] for _ in range(20)]).tolist()
-    orders = [Order(source.manifest.splits["train"], source.shuffle_seed(7)) for source in mixture]
+    orders = [
+        Order(block_rows(source.manifest.splits["train"]), source.shuffle_seed(7))
+        for source in mixture
+    ]
     assert orders[0].seed != orders[1].seed
     wanted = []
     for position in range(600):

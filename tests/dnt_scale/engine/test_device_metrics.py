@@ -13,7 +13,8 @@ from dnt_scale import config, engine
 from dnt_scale.data.sources import load_source
 from dnt_scale.distributed import device_metrics, process_group
 from dnt_scale.distributed.device_metrics import ignored, record, take
-from dnt_scale.model.dnt import DNT, IGNORED
+from dnt_scale.model.batch import IGNORED
+from dnt_scale.model.dnt import DNT
 from testbed.run import call, metrics, synthetic_set, tensors, tiny, train
 from tests.helpers import engines
 

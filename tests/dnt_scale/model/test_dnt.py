@@ -9,7 +9,9 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from dnt_scale.config import ModelConfig, Setting, config_dir
-from dnt_scale.model.dnt import DNT, IGNORED, SETTINGS
+from dnt_scale.model.batch import IGNORED
+from dnt_scale.model.block import SETTINGS
+from dnt_scale.model.dnt import DNT
 from dnt_scale.model.flops import count_parameters, flops_per_token
 from dnt_scale.model.init import init_weights, initial_tensor
 from tests.helpers.models import MATRICES, VARIANTS, busy, normal, preset, random_tokens, tiny

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dnt_scale.config import ModelConfig, Setting
-from dnt_scale.model.dnt import SETTINGS, document_layout
+from dnt_scale.model.block import SETTINGS
+from dnt_scale.model.dnt import document_layout
 from tests.helpers.models import VARIANTS, busy, normal, random_tokens, tiny
 
 EOS = 5

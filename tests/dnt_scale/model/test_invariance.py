@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.autograd.functional import jacobian
 
 from dnt_scale.config import ModelConfig, Setting
-from dnt_scale.model.dnt import DNT, SETTINGS, Attention, FeedForward, Norm
+from dnt_scale.model.block import SETTINGS, Attention, FeedForward, Norm
+from dnt_scale.model.dnt import DNT
 from dnt_scale.model.init import initial_tensor
 from tests.helpers.models import MATRICES, busy, mean_loss, normal, random_tokens, tiny
 

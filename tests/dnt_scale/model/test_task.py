@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from dnt_scale.config import ConfigError
-from dnt_scale.model.batch import split
-from dnt_scale.model.dnt import DNT, IGNORED
+from dnt_scale.model.batch import IGNORED, split
+from dnt_scale.model.dnt import DNT
 from dnt_scale.model.init import init_weights
 from dnt_scale.model.task import (
     Task,

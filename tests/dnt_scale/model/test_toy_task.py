@@ -380,6 +380,6 @@ def test_memory_is_planned_for_any_task(toy):
 def test_an_unknown_kind_is_named_with_those_there_are(toy):
     with pytest.raises(
         ConfigError,
-        match=re.escape("model.kind: no such kind; did you mean toy? There are: dnt, toy"),
+        match=re.escape("model.kind: no such kind; did you mean toy? There are: dnt, toy, vit"),
     ):
         config.load([*toy, "model.kind=tooy"])

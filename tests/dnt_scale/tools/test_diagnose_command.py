@@ -20,7 +20,8 @@ def diagnose_on_one_thread(arguments: list[str]) -> None:
     """`dnt diagnose`; prints the mean loss and the gradient of a few tensors, written out too."""
     from dnt_scale.config import from_yaml
     from dnt_scale.data.sources import load_source
-    from dnt_scale.model.dnt import DNT, IGNORED, next_tokens
+    from dnt_scale.model.batch import IGNORED
+    from dnt_scale.model.dnt import DNT, next_tokens
 
     assert main(arguments) == 0
     run = from_yaml(Path(arguments[1]) / "config.yaml")

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from dnt_scale.config import load
-from dnt_scale.model.dnt import DNT, SETTINGS
+from dnt_scale.model.block import SETTINGS
+from dnt_scale.model.dnt import DNT
 from dnt_scale.model.init import init_weights
 from dnt_scale.tools.jacobian import (
     MOST_EXPLICIT,

@@ -19,7 +19,8 @@ from dnt_scale.config import DataConfig
 from dnt_scale.data.token_sets import load_sets
 from dnt_scale.data.tokens import open_tokens, token_stream
 from dnt_scale.distributed.heartbeat import main_thread
-from dnt_scale.model.dnt import DNT, IGNORED
+from dnt_scale.model.batch import IGNORED
+from dnt_scale.model.dnt import DNT
 from dnt_scale.model.init import init_weights
 from dnt_scale.train.progress import TrainProgress
 from dnt_scale.train.rank import main
