@@ -1,4 +1,4 @@
-"""`dnt train`, `generate`, `eval`, `diagnose`, `verify-resume` and `ui`."""
+"""`dnt train`, `generate`, `eval`, `classify`, `diagnose`, `verify-resume` and `ui`."""
 
 import argparse
 import sys
@@ -13,11 +13,12 @@ Overrides choose files of configs/ (group=name) and change values (key=value), f
   dnt train model=dnt_774m optim.lr=1.0 train.global_batch=480 run.name=large data.path=data/mine
   torchrun --nproc-per-node 8 -m dnt_scale.train model=dnt_1.4b run.name=xl data.path=data/mine
 
-Groups: model (dnt_nano, dnt_124m, dnt_774m, dnt_1.4b and gpt_ twins), optim (msgdw_r, msgdw,
-adamw and others), engine (ddp, fsdp, hsdp, zero0 to zero3, zero3_offload), data (shards, mixture),
-tracking, preset; a wrong name is answered with all that there are. `dnt train --print-config ...`
-shows every key with its value. Running the same command again resumes the run; Ctrl-C, SIGTERM,
-SIGHUP and SIGUSR1 write a checkpoint and stop. Exit status: 0 complete, 1 a fault that another try
+Groups: model (dnt_nano, dnt_124m, dnt_774m, dnt_1.4b and gpt_ twins; of images vdnt_tiny, vdnt_s16,
+vdnt_b16, vdnt_l16, vdnt_h14 and vit_ twins), optim (msgdw_r, msgdw, adamw and others), engine (ddp,
+fsdp, hsdp, zero0 to zero3, zero3_offload), data (shards, mixture, images), tracking, preset; a
+wrong name is answered with all that there are. `dnt train --print-config ...` shows every key with
+its value. Running the same command again resumes the run; Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 write
+a checkpoint and stop. Exit status: 0 complete, 1 a fault that another try
 may not meet (a lost rank), 2 error, 128 + n stopped by signal n.
 """
 
@@ -100,6 +101,16 @@ def add_run_commands(commands: "argparse._SubParsersAction[Parser]") -> None:
         "--rows", type=whole(1), help="validation rows to use, at most (default: all)"
     )
     evaluate.set_defaults(run=run_eval)
+
+    classify = commands.add_parser("classify", help="name what is in images, by a run")
+    classify.add_argument(
+        "folder", type=path, metavar="RUN", help="run folder, for example runs/demo-images"
+    )
+    classify.add_argument("images", type=path, nargs="+", metavar="IMAGE", help="image file")
+    classify.add_argument(
+        "--data", type=set_folder, help="set of the run's classes, if it has moved since training"
+    )
+    classify.set_defaults(run=run_classify)
 
 
 def add_diagnose(commands: "argparse._SubParsersAction[Parser]") -> None:
@@ -225,6 +236,18 @@ def run_eval(options: argparse.Namespace) -> int:
     width = max(map(len, metrics))
     for name, value in metrics.items():
         print(f"{name:{width}} {value:.4f}")
+    return 0
+
+
+def run_classify(options: argparse.Namespace) -> int:
+    from dnt_scale.distributed import process_group
+    from dnt_scale.tools.classify import classify
+
+    with process_group.alone() as ranks:
+        for image, guesses in classify(options.folder, options.images, options.data, ranks):
+            print(image)
+            for guess in guesses:
+                print(f"  {guess.probability:.4f} {guess.name}")
     return 0
 
 

@@ -93,8 +93,11 @@ def save(figure: Figure, path: Path) -> Path:
 
 
 def _panels(unit: str) -> list[tuple[str, str, bool]]:
-    """Return the small pictures: metric, label, whether it is logarithmic."""
+    """Return the small pictures: metric, label, whether it is logarithmic. Those that a run has not
+    measured are left out.
+    """
     return [
+        ("val/top1", "validation top-1", False),
         ("lr", "learning rate", False),
         ("grad_norm", "gradient norm", True),
         (f"{unit}_per_s", f"speed ({unit}/s)", False),

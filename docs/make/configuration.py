@@ -90,6 +90,8 @@ def run_sections(notes: dict[str, str], told: set[str]) -> Iterator[str]:
         yield from variants(name, notes, told)
     yield "## preset\n"
     yield choices("preset")
+    yield "## Recipes for images\n"
+    yield choices("augment", "data.augment")
 
 
 def variants(group: str, notes: dict[str, str], told: set[str]) -> Iterator[str]:
@@ -267,9 +269,13 @@ def wrapped(text: str) -> str:
     return textwrap.fill(text, 100, break_long_words=False, break_on_hyphens=False) + "\n"
 
 
-def choices(group: str) -> str:
-    """Return the files of a group as a table, each with the comment that it begins with."""
-    lines = [f"| `{group}=` | |", "|---|---|"]
+def choices(group: str, key: str | None = None) -> str:
+    """Return the files of a group as a table, each with the comment that it begins with.
+
+    Args:
+        key: what is given their names; None: the group.
+    """
+    lines = [f"| `{key or group}=` | |", "|---|---|"]
     for path in sorted((config_dir() / group).glob("*.yaml")):
         lines.append(f"| `{path.stem}` | {comment(path)} |")
     return "\n".join([*lines, ""])

@@ -1,0 +1,57 @@
+"""`dnt classify`: the likeliest classes of images, by a trained run."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import ImageOps
+
+from dnt_scale.config import ConfigError
+from dnt_scale.data.augment import as_array, decoded, middle
+from dnt_scale.data.images import ImageSource
+from dnt_scale.distributed.process_group import Ranks
+from dnt_scale.model.vit import VisionTransformer
+from dnt_scale.tools.inference import load_run
+
+SHOWN = 5  # classes of an image
+
+
+class Guess(NamedTuple):
+    """A class of an image, and its probability, 0 to 1."""
+
+    name: str
+    probability: float
+
+
+@torch.inference_mode()
+def classify(
+    run_dir: Path, images: Sequence[Path], data: Path | None, ranks: Ranks
+) -> Iterator[tuple[Path, list[Guess]]]:
+    """Yield each image with its ``SHOWN`` likeliest classes, the likeliest first.
+
+    Args:
+        data: a set of the run's classes, where the run's own has moved.
+
+    Raises:
+        ValueError: the run is of no images, an image cannot be read, or as ``load_run`` does.
+    """
+    run, model, source = load_run(run_dir, data, ranks)
+    if not isinstance(model, VisionTransformer) or not isinstance(source, ImageSource):
+        raise ConfigError(
+            f"{run_dir}: model.kind is {run.model.kind}, which does not classify images; measure "
+            "it with `dnt eval`"
+        )
+    names = source.rows.class_names
+    for path in images:
+        try:
+            image = ImageOps.exif_transpose(decoded(path.read_bytes()))
+        except (OSError, SyntaxError, ValueError) as error:
+            raise ConfigError(f"{path}: cannot be read as an image ({error})") from None
+        pixels = as_array(middle(image, source.data.size, source.data.center))
+        batch = torch.from_numpy(np.ascontiguousarray(pixels))[None].to(ranks.device)
+        probabilities = model(batch)[0].float().softmax(0)
+        best = probabilities.topk(min(SHOWN, len(names)))
+        found = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        yield path, [Guess(names[label], probability) for label, probability in found]

@@ -1,0 +1,262 @@
+"""Rows of images: the same ones, to the pixel, on any number of ranks and processes."""
+
+import hashlib
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from data_prep.images.shards import SplitReader, load_manifest
+from PIL import Image
+from testbed.images import drawn, small_image_set
+from torch import Tensor
+
+from dnt_scale.config import AugmentSection, ConfigError, ImagesConfig
+from dnt_scale.data import augment
+from dnt_scale.data.augment import OPERATIONS, augmented, decoded, draws, erased, middle, mixed
+from dnt_scale.data.augment import random_box as random_box_of
+from dnt_scale.data.images import ImageSource, open_images
+from dnt_scale.model.batch import IGNORED
+
+TRAIN, VAL = 100, 23
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("images") / "set"
+    small_image_set(out, train=TRAIN, val=VAL)
+    return out
+
+
+def source(folder: Path, recipe: Any = "deit", **changes: Any) -> ImageSource:
+    fields = {"path": folder, "size": 32, "augment": recipe, "workers": 0}
+    return open_images(ImagesConfig.model_validate(fields | changes))
+
+
+def read(
+    found: ImageSource, batches: int, ranks: int = 1, consumed: int = 0, seed: int = 7
+) -> list[dict[str, Tensor]]:
+    """Global batches of 12 rows, put together from what each rank gets."""
+    parts: list[list[dict[str, Tensor]]] = []
+    for rank in range(ranks):
+        with found.stream(
+            seed=seed, global_batch=12, rank=rank, world_size=ranks, consumed_rows=consumed
+        ) as stream:
+            parts.append([next(stream)[0] for _ in range(batches)])
+    return [
+        {name: torch.cat([each[name] for each in batch]) for name in batch[0]}
+        for batch in zip(*parts, strict=True)
+    ]
+
+
+def hashes(batches: list[dict[str, Tensor]]) -> list[str]:
+    return [
+        hashlib.sha256(
+            b"".join(name.encode() + batch[name].numpy().tobytes() for name in sorted(batch))
+        ).hexdigest()
+        for batch in batches
+    ]
+
+
+def test_any_ranks_see_the_same_pixels_before_and_after_a_stop(folder: Path) -> None:
+    found = source(folder)
+    whole = hashes(read(found, 50))  # six epochs
+    assert len(set(whole)) == 50
+    stopped = hashes(read(found, 20, ranks=4))
+    for ranks in (1, 3):
+        resumed = hashes(read(found, 30, ranks=ranks, consumed=20 * 12))
+        assert stopped + resumed == whole, ranks
+    assert hashes(read(found, 1, seed=8))[0] not in whole
+
+
+def test_processes_make_the_same_rows(folder: Path) -> None:
+    by_two = source(folder, workers=2)
+    assert hashes(read(by_two, 12)) == hashes(read(source(folder), 12))
+    mine, theirs = (
+        list(each.validation(rows=None, micro_batch=5, rank=0, world_size=1)[""])
+        for each in (source(folder), by_two)
+    )
+    assert hashes(mine) == hashes(theirs)
+
+
+def test_an_epoch_has_every_image_once_as_it_is_stored(folder: Path) -> None:
+    found = source(folder, "none", center=1.0)
+    batches = read(found, 25)  # three epochs
+    images = torch.cat([batch["image"] for batch in batches]).numpy()
+    labels = torch.cat([batch["label"] for batch in batches]).tolist()
+    reader = SplitReader(folder, load_manifest(folder), "train")
+    stored = [np.asarray(decoded(reader.read(number))) for number in range(TRAIN)]
+    number_of = {pixels.tobytes(): number for number, pixels in enumerate(stored)}
+    order = [number_of[pixels.transpose(1, 2, 0).tobytes()] for pixels in images]
+    assert [reader.labels[number] for number in order] == labels
+    for epoch in range(3):
+        assert sorted(order[epoch * TRAIN : (epoch + 1) * TRAIN]) == list(range(TRAIN))
+    assert order[:TRAIN] != order[TRAIN : 2 * TRAIN] != sorted(order[TRAIN : 2 * TRAIN])
+    behind = found.rows_behind(7, 0, 3)
+    assert behind["rows"] == [
+        {"shard": f"train-{number // 40:06}.tar", "key": f"{number:08}"} for number in order[:3]
+    ]
+    assert "target" not in batches[0]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_validation_counts_every_image_once(folder: Path, ranks: int) -> None:
+    found = source(folder, center=1.0)
+    parts = [
+        list(found.validation(rows=None, micro_batch=4, rank=rank, world_size=ranks)[""])
+        for rank in range(ranks)
+    ]
+    assert len({len(part) for part in parts}) == 1  # the engines' collectives need it
+    batches = [batch for part in parts for batch in part]
+    assert {len(batch["image"]) for batch in batches} == {4}
+    seen = [
+        image.numpy().tobytes()
+        for batch in batches
+        for image, label in zip(batch["image"], batch["label"], strict=True)
+        if label != IGNORED
+    ]
+    assert len(seen) == len(set(seen)) == VAL
+    few = found.validation(rows=5, micro_batch=4, rank=0, world_size=1)[""]
+    assert sum(int((batch["label"] != IGNORED).sum()) for batch in few) == 5
+
+
+def test_soft_targets_say_what_was_mixed(folder: Path) -> None:
+    recipe = {"mixup": 0.8, "cutmix": 1.0, "smoothing": 0.3}
+    batch = read(source(folder, recipe), 1)[0]
+    target = batch["target"]
+    torch.testing.assert_close(target.sum(1), torch.ones(12))
+    assert (target.amin(1) >= 0.1 - 1e-6).all()
+    own = torch.nn.functional.one_hot(batch["label"], 3).float() * 0.7
+    pairs = (target - 0.1).view(6, 2, 3).sum(1)  # what one image gives, its partner takes
+    torch.testing.assert_close(pairs, own.view(6, 2, 3).sum(1))
+    assert ((target - 0.1 - own).abs().amax(1) > 1e-3).any()
+
+
+def test_a_batch_that_cuts_a_pair_mixes_it_all_the_same(folder: Path) -> None:
+    found = source(folder, {"mixup": 0.8})
+    whole = read(found, 5)[0]
+    with found.stream(seed=7, global_batch=12, rank=3, world_size=4) as stream:
+        ninth = next(stream)[0]  # three rows: positions 9, 10 and 11
+    for name, tensor in ninth.items():
+        assert torch.equal(tensor, whole[name][9:]), name
+
+
+# ---------------------------------------------------------------- what is done to an image
+
+
+def noisy(side: int = 24) -> Image.Image:
+    return drawn(1, 5, side)
+
+
+def test_mixup_is_a_mean_and_cutmix_a_rectangle() -> None:
+    one, other = (np.full((3, 16, 16), value, np.uint8) for value in (200, 100))
+    shares = []
+    for position in range(40):
+        both = mixed(one, other, AugmentSection(mixup=0.8), draws(1, position, augment.MIX))
+        assert both.first[0, 0, 0] == np.rint(both.share * 200 + (1 - both.share) * 100)
+        assert (both.first.astype(int) + both.second == 300).all()
+        both = mixed(one, other, AugmentSection(cutmix=1.0), draws(1, position, augment.MIX))
+        assert (both.first == 200).mean() == pytest.approx(both.share)
+        assert (both.second == 100).mean() == pytest.approx(both.share)
+        shares.append(both.share)
+    assert 0.3 < np.mean(shares) < 0.8 and np.std(shares) > 0.15
+    assert (one == 200).all() and (other == 100).all()
+
+
+@pytest.mark.parametrize(("width", "height"), [(50, 40), (7, 100), (1, 1), (300, 20)])
+def test_a_random_crop_lies_inside(width: int, height: int) -> None:
+    areas = []
+    for position in range(300):
+        left, top, right, bottom = random_box_of(width, height, 0.08, 1.0, draws(0, position, 1))
+        assert 0 <= left < right <= width and 0 <= top < bottom <= height
+        areas.append((right - left) * (bottom - top) / (width * height))
+    if (width, height) == (50, 40):
+        assert min(areas) < 0.15 and max(areas) > 0.9
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_every_operation_changes_an_image_and_keeps_its_shape(name: str) -> None:
+    image = noisy()
+    changed = [OPERATIONS[name](image, 0.9, sign) for sign in (1, -1)]
+    assert {(each.size, each.mode) for each in changed} == {(image.size, "RGB")}
+    assert any(each.tobytes() != image.tobytes() for each in changed)
+
+
+def test_erasing_covers_a_rectangle_with_noise() -> None:
+    pixels = np.zeros((3, 32, 32), np.uint8)
+    shares = [(erased(pixels, draws(2, position, 1)) != 0).mean() for position in range(100)]
+    assert min(shares) > 0.01 and max(shares) < 0.35 and not pixels.any()
+
+
+def test_validation_sees_the_middle() -> None:
+    pixels = np.zeros((40, 60, 3), np.uint8)
+    pixels[10:30, 20:40] = 255  # half of the shorter side, in the middle
+    image = Image.fromarray(pixels)
+    assert (np.asarray(middle(image, 10, 0.5)) == 255).all()
+    assert np.asarray(middle(image, 10, 1.0)).mean() == pytest.approx(255 / 4, abs=3)
+
+
+def test_choices_differ_from_position_to_position() -> None:
+    recipe = AugmentSection(crop=(0.08, 1.0), flip=0.5, randaugment=2, magnitude=9, erase=0.25)
+    made = [
+        augmented(noisy(40), 16, 0.875, recipe, draws(3, position, augment.IMAGE)).tobytes()
+        for position in (*range(20), *range(20))
+    ]
+    assert made[:20] == made[20:] and len(set(made)) == 20
+
+
+# ---------------------------------------------------------------- faults
+
+
+def damage(folder: Path, out: Path) -> Path:
+    """A set of which the first training image has other bytes than were written."""
+    small_image_set(out, train=8, val=4)
+    reader = SplitReader(out, load_manifest(out), "train")
+    path, offset = reader.paths[0], int(reader.index[0]["offset"])
+    raw = bytearray(path.read_bytes())
+    raw[offset + 40] ^= 255
+    path.write_bytes(raw)
+    return out
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_image_is_named(folder: Path, tmp_path: Path, workers: int) -> None:
+    found = source(damage(folder, tmp_path / "set"), workers=workers)
+    with (
+        found.stream(seed=0, global_batch=8, rank=0, world_size=1) as stream,
+        pytest.raises(ValueError, match=r"train-000000\.tar: image 00000000 is damaged"),
+    ):
+        next(stream)
+
+
+def test_a_process_that_ends_is_told_of(folder: Path) -> None:
+    stream = source(folder, workers=1).stream(seed=0, global_batch=12, rank=0, world_size=1)
+    [process] = stream.read.decoders.processes
+    os.kill(process.pid, signal.SIGKILL)
+    with stream, pytest.raises(OSError, match=r"decodes images ended \(SIGKILL\).*data\.workers"):
+        next(stream)
+
+
+def test_a_set_of_text_and_a_missing_one_are_refused(corpus: Path, tmp_path: Path) -> None:
+    for path, message in ((corpus, "dnt-shards"), (tmp_path, "no manifest here")):
+        with pytest.raises(ValueError, match=message):
+            source(path)
+
+
+def test_other_classes_are_foreign(folder: Path) -> None:
+    found = source(folder)
+    assert found.foreign(found.facts(), "step-1") is None
+    assert "has other classes than step-1" in str(
+        found.foreign({"classes_sha256": "0" * 64}, "step-1")
+    )
+
+
+def test_a_set_without_validation_says_what_to_do(tmp_path: Path) -> None:
+    small_image_set(tmp_path / "set", train=8, val=0)
+    missing = source(tmp_path / "set").no_validation()
+    assert missing and missing.field == "data.path" and "--val" in missing.remedy
+    with pytest.raises(ConfigError):
+        ImagesConfig.model_validate({"path": "x", "size": 0})
