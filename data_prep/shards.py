@@ -12,46 +12,49 @@ token after a row's first is predicted exactly once.
 """
 
 import contextlib
-import hashlib
 import io
-import json
-import os
-import re
-import tarfile
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from data_prep.arrays import Tokens
-from data_prep.words import problems_of
+from data_prep.set_files import MANIFEST as MANIFEST
+from data_prep.set_files import PARTIAL as PARTIAL
+from data_prep.set_files import TAR_BLOCK as TAR_BLOCK
+from data_prep.set_files import (
+    Count,
+    HashingFile,
+    Positive,
+    SetModel,
+    Sha256,
+    check_equal,
+    file_problem,
+    new_tar,
+    padded,
+    read_manifest_as,
+    shard_name,
+    tar_header,
+)
+from data_prep.set_files import SplitName as SplitName
+from data_prep.set_files import manifest_sha256 as manifest_sha256
+from data_prep.set_files import write_manifest as write_manifest
 
 FORMAT = "dnt-shards"
 VERSION = 1
-MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.model"
 FINGERPRINTS = "fingerprints.npy"
-PARTIAL = ".dnt-partial"  # where a set is made
 BLOCK_ROWS = 512
-TAR_BLOCK = 512
 NPY_HEADER = 128
 
-SplitName = Literal["train", "val"]
 Packing = Literal["concat", "best_fit"]
 Dedup = Literal["none", "exact", "near"]
-Count = Annotated[int, Field(ge=0)]
-Positive = Annotated[int, Field(ge=1)]
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-class Member(_Model):
+class Member(SetModel):
     """A block of rows in a tar: `offset` is the byte of row 0, `crc32` that of the rows' bytes."""
 
     name: Annotated[str, Field(pattern=r"^\d{6,}\.tokens\.npy$")]
@@ -60,7 +63,7 @@ class Member(_Model):
     crc32: Count
 
 
-class Shard(_Model):
+class Shard(SetModel):
     """One tar file; `tokens` are the predicted ones, rows * seq_len."""
 
     file: Annotated[str, Field(pattern=r"^(train|val)-\d{6,}\.tar$")]
@@ -71,7 +74,7 @@ class Shard(_Model):
     members: tuple[Member, ...]
 
 
-class Split(_Model):
+class Split(SetModel):
     """Train or val: `tokens` are predicted ones. In "concat", `rows * seq_len` of them are in rows,
     the rest in `tail`; in "best_fit" all are in rows, beside padding, and `tail` is empty."""
 
@@ -83,7 +86,7 @@ class Split(_Model):
     shards: tuple[Shard, ...]
 
 
-class TokenizerInfo(_Model):
+class TokenizerInfo(SetModel):
     """`round_trip` is whether a sample of the corpus decoded to exactly the text that went in."""
 
     file: Literal["tokenizer.model"]
@@ -92,7 +95,7 @@ class TokenizerInfo(_Model):
     round_trip: bool
 
 
-class SourceInfo(_Model):
+class SourceInfo(SetModel):
     """One INPUT: the documents that stayed; how many of those read held broken UTF-8 (`replaced`)
     or were `empty`, were `dropped` by which cleaning rule or finding, or were `duplicates`; and the
     SHA-256 of the cleaning `rules`."""
@@ -103,12 +106,12 @@ class SourceInfo(_Model):
     replaced: Count
     empty: Count
     text_field: str = "text"
-    dropped: dict[str, Count] = {}
+    dropped: dict[str, Count] = Field(default_factory=dict)
     duplicates: Count = 0
     rules: Sha256 | None = None
 
 
-class Options(_Model):
+class Options(SetModel):
     """The options that decide the bytes; the first three are null for a tokenizer that was
     given."""
 
@@ -120,7 +123,7 @@ class Options(_Model):
     dedup: Dedup = "none"
 
 
-class Manifest(_Model):
+class Manifest(SetModel):
     """manifest.json: everything about a prepared set; its numbers are checked against one
     another."""
 
@@ -150,7 +153,7 @@ class Manifest(_Model):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         vocab_size = self.tokenizer.vocab_size
-        _check_equal("dtype", self.dtype, dtype_for(vocab_size))
+        check_equal("dtype", self.dtype, dtype_for(vocab_size))
         if self.eos_id >= vocab_size:
             raise ValueError(
                 f"eos_id is {self.eos_id}, expected less than the vocabulary's {vocab_size}"
@@ -161,7 +164,7 @@ class Manifest(_Model):
             self._check_split(name, split)
         for field in ("documents", "text_bytes"):
             found = sum(getattr(split, field) for split in self.splits.values())
-            _check_equal(
+            check_equal(
                 f"{field} in splits", found, sum(getattr(source, field) for source in self.sources)
             )
         return self
@@ -170,12 +173,12 @@ class Manifest(_Model):
         block = 0
         for number, shard in enumerate(split.shards):
             where = f"splits.{name}.shards.{number}"
-            _check_equal(f"{where}.file", shard.file, shard_name(name, number))
-            _check_equal(f"{where}.rows", shard.rows, sum(member.rows for member in shard.members))
-            _check_equal(f"{where}.tokens", shard.tokens, shard.rows * self.seq_len)
+            check_equal(f"{where}.file", shard.file, shard_name(name, number))
+            check_equal(f"{where}.rows", shard.rows, sum(member.rows for member in shard.members))
+            check_equal(f"{where}.tokens", shard.tokens, shard.rows * self.seq_len)
             end = 0
             for member in shard.members:
-                _check_equal(f"{where}.members name", member.name, member_name(block))
+                check_equal(f"{where}.members name", member.name, member_name(block))
                 if member.offset < end + TAR_BLOCK:
                     raise ValueError(
                         f"{where}: {member.name} at {member.offset} lies on the one before"
@@ -187,17 +190,17 @@ class Manifest(_Model):
                     f"{where}: its members end at {end}, beyond its {shard.bytes} bytes"
                 )
         members = [member for shard in split.shards for member in shard.members]
-        _check_equal(f"splits.{name}.rows", split.rows, sum(member.rows for member in members))
+        check_equal(f"splits.{name}.rows", split.rows, sum(member.rows for member in members))
         for member in members[:-1]:
-            _check_equal(f"splits.{name}: rows of {member.name}", member.rows, BLOCK_ROWS)
+            check_equal(f"splits.{name}: rows of {member.name}", member.rows, BLOCK_ROWS)
         if self.packing == "best_fit":
-            _check_equal(f"splits.{name}.tail", split.tail, ())
+            check_equal(f"splits.{name}.tail", split.tail, ())
             if not split.tokens <= split.rows * self.seq_len:
                 raise ValueError(
                     f"splits.{name}.tokens is {split.tokens}, more than its {split.rows} rows hold"
                 )
             return
-        _check_equal(
+        check_equal(
             f"splits.{name}.tokens", split.tokens, split.rows * self.seq_len + len(split.tail) - 1
         )
         if not 1 <= len(split.tail) <= self.seq_len:
@@ -211,11 +214,6 @@ class Manifest(_Model):
 def dtype_for(vocab_size: int) -> Literal["uint16", "uint32"]:
     """Return the narrower of the two that holds every id of a vocabulary."""
     return "uint16" if vocab_size <= 1 << 16 else "uint32"
-
-
-def shard_name(split: str, number: int) -> str:
-    """Return the file name of a split's n-th tar."""
-    return f"{split}-{number:06d}.tar"
 
 
 def member_name(block: int) -> str:
@@ -243,25 +241,6 @@ def load_manifest(folder: Path) -> Manifest:
             f"{Path(folder, TOKENIZER)}: missing; copy the set again or prepare it again"
         )
     return manifest
-
-
-def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write manifest.json: the same bytes for the same manifest."""
-    text = json.dumps(manifest.model_dump(mode="json"), indent=2, ensure_ascii=False)
-    # Lists of numbers and objects of plain values on one line each: a member is a line, not five.
-    text = re.sub(
-        r"\[[\d,\s]+\]|\{[^{}\[\]]*\}", lambda found: re.sub(r"\n\s*", " ", found[0]), text
-    )
-    with Path(folder, MANIFEST).open("wb") as file:
-        file.write(text.encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def manifest_sha256(folder: Path) -> str:
-    """Return the hex SHA-256 of the manifest file: the identity of a prepared set. Raises
-    ValueError if it is not there."""
-    return hashlib.sha256(_manifest_bytes(Path(folder))).hexdigest()
 
 
 def read_block(folder: Path, manifest: Manifest, split: str, block: int) -> Tokens:
@@ -314,7 +293,7 @@ def iter_documents(folder: Path, split: str) -> Iterator[list[int]]:
 
 def blocks_per_shard(row_bytes: int, shard_bytes: int) -> int:
     """Return how many whole blocks of BLOCK_ROWS rows fit a tar of `shard_bytes`; at least one."""
-    member = TAR_BLOCK + _padded(NPY_HEADER + BLOCK_ROWS * row_bytes)
+    member = TAR_BLOCK + padded(NPY_HEADER + BLOCK_ROWS * row_bytes)
     return max(1, (shard_bytes - TAR_BLOCK) // member)
 
 
@@ -326,14 +305,13 @@ def write_shard(path: Path, name: str, blocks: Iterable[Tokens], first_block: in
     arguments alone. Raises OSError if writing fails, FileExistsError if the file is there.
     """
     members: list[Member] = []
-    with contextlib.closing(_HashingFile(path)) as file:
-        tar = tarfile.TarFile(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT)  # type: ignore[arg-type]
+    with contextlib.closing(HashingFile(path)) as file:
+        tar = new_tar(file)
         for number, block in enumerate(blocks, first_block):
             little = np.ascontiguousarray(block, block.dtype.newbyteorder("<"))
             npy = io.BytesIO()
             np.lib.format.write_array(npy, little, version=(1, 0))
-            info = tarfile.TarInfo(member_name(number))
-            info.size, info.mode, info.uname, info.gname = npy.tell(), 0o444, "dnt", "dnt"
+            info = tar_header(member_name(number), npy.tell())
             offset = tar.offset + TAR_BLOCK + npy.tell() - little.nbytes
             tar.addfile(info, io.BytesIO(npy.getbuffer()))
             crc32 = zlib.crc32(little.data)
@@ -351,48 +329,9 @@ def write_shard(path: Path, name: str, blocks: Iterable[Tokens], first_block: in
     )
 
 
-class _HashingFile:
-    """A new file that counts and hashes what goes through it."""
-
-    def __init__(self, path: Path):
-        self._file = path.open("xb")
-        self.digest = hashlib.sha256()
-        self.size = 0
-
-    def write(self, data: bytes) -> int:
-        self._file.write(data)
-        self.digest.update(data)
-        self.size += len(data)
-        return len(data)
-
-    def tell(self) -> int:
-        return self.size
-
-    def sync(self) -> None:
-        self._file.flush()
-        os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        self._file.close()
-
-
-def _padded(size: int) -> int:
-    return size + -size % TAR_BLOCK
-
-
 def size_problem(folder: Path, shard: Shard) -> str | None:
-    """Return what is wrong with a shard's file, seen from outside: missing or of another size; else
-    None."""
-    path = Path(folder, shard.file)
-    if not path.is_file():
-        return f"{path}: missing; copy the set again or prepare it again"
-    if (found := path.stat().st_size) != shard.bytes:
-        kind = "truncated" if found < shard.bytes else "altered"
-        return (
-            f"{path}: {kind}, {found} bytes where the manifest says {shard.bytes}; copy or prepare "
-            f"the set again"
-        )
-    return None
+    """Return what is wrong with a shard's file, seen from outside; else None."""
+    return file_problem(Path(folder, shard.file), shard.bytes)
 
 
 def _read_member(folder: Path, manifest: Manifest, shard: Shard, member: Member) -> Tokens:
@@ -430,49 +369,6 @@ def _split_name(manifest: Manifest, split: str) -> SplitName:
     raise ValueError(f"split: found {split!r}, expected one of {', '.join(manifest.splits)}")
 
 
-def _manifest_bytes(folder: Path) -> bytes:
-    path = folder / MANIFEST
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        if not folder.is_dir():
-            raise ValueError(
-                f"{folder}: no such folder; expected one made by `dnt data prepare`"
-            ) from error
-        reason = "no manifest here" if isinstance(error, FileNotFoundError) else error.strerror
-        raise ValueError(
-            f"{path}: {reason}; expected a folder made by `dnt data prepare`"
-        ) from error
-
-
 def read_manifest(folder: Path) -> Manifest:
-    """Read the manifest by itself, without a look at the files beside it."""
-    path = folder / MANIFEST
-    raw = _manifest_bytes(folder)
-    try:
-        value = json.loads(raw.decode())
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(
-            f"{path}: truncated or damaged ({error}); copy the set again or prepare it again"
-        ) from error
-    found = (value.get("format"), value.get("version")) if isinstance(value, dict) else (None, None)
-    if found != (FORMAT, VERSION):
-        raise ValueError(
-            f"{path}: found format {found[0]!r} version {found[1]!r}, expected {FORMAT!r} version "
-            f"{VERSION}; prepare the set again with this release"
-        )
-    try:
-        return Manifest.model_validate_json(raw)
-    except ValidationError as error:
-        first = problems_of(error)[0]
-        where = ".".join(first.field)
-        given = f" (found {first.found!r:.60})" if where else ""
-        raise ValueError(
-            f"{path}: {f'{where}: ' if where else ''}{first.message}{given}; copy the set again or "
-            "prepare it again"
-        ) from error
-
-
-def _check_equal(what: str, found: object, expected: object) -> None:
-    if found != expected:
-        raise ValueError(f"{what} is {found}, expected {expected}")
+    """Read the manifest by itself, without a look at the files beside it. Raises ValueError."""
+    return read_manifest_as(Manifest, folder, FORMAT, VERSION)

@@ -141,8 +141,9 @@ def test_dnt_scale_takes_only_the_format_from_data_prep_and_nothing_from_cluster
     found = list(imports(ROOT / name))
     assert not [module for module in found if top(module) == "cluster"]
     from_data_prep = [module for module in found if top(module) == "data_prep"]
+    formats = ("data_prep.shards", "data_prep.tokenizer", "data_prep.images.shards")
     assert all(
-        module.split(".")[1:2] in (["shards"], ["tokenizer"]) for module in from_data_prep
+        f"{module}.".startswith(tuple(f"{each}." for each in formats)) for module in from_data_prep
     ), from_data_prep
 
 
