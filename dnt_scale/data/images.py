@@ -96,8 +96,8 @@ class ImageSource(Source):
         """Yield samples by their numbers in batches of ``size`` rows; what fills one up has no
         label.
         """
-        decoders = Decoders(self.reading(0), self.data.workers)
         jobs = [_jobs("val", numbers) for numbers in batches]
+        decoders = Decoders(self.reading(0), min(self.data.workers, sum(map(len, jobs))))
         try:
             for ahead in jobs[:1]:
                 _ask(decoders, ahead)
