@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from data_prep.images.shards import load_manifest, manifest_sha256, sample_key
 from torch import Tensor
 
+from data_prep.images.shards import load_manifest, manifest_sha256, sample_key
 from data_prep.shards import SplitName
 from dnt_scale.config import AugmentSection, ImageRows, ImagesConfig, Unit
 from dnt_scale.data.decoders import Decoders

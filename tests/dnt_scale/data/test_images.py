@@ -9,17 +9,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from data_prep.images.shards import SplitReader, load_manifest
 from PIL import Image
-from testbed.images import drawn, small_image_set
 from torch import Tensor
 
+from data_prep.images.shards import SplitReader, load_manifest
 from dnt_scale.config import AugmentSection, ImagesConfig
 from dnt_scale.data import augment
 from dnt_scale.data.augment import OPERATIONS, augmented, decoded, draws, erased, middle, mixed
 from dnt_scale.data.augment import random_box as random_box_of
 from dnt_scale.data.images import ImageSource, open_images
 from dnt_scale.model.batch import IGNORED
+from testbed.images import drawn, small_image_set
 
 TRAIN, VAL = 100, 23
 
