@@ -60,7 +60,7 @@ class ImageSource(Source):
     def foreign(self, facts: Mapping[str, Any], newest: Path | str) -> str | None:
         if not super().foreign(facts, newest):
             return None
-        return f"has other classes than {newest} was trained on; give a set of the same ones"
+        return f"made of other classes than {newest} was trained on; give a set of the same ones"
 
     def reading(self, seed: int) -> Reading:
         """Return what rows depend on, beside their places."""

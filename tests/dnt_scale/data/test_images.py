@@ -250,7 +250,7 @@ def test_a_set_of_text_and_a_missing_one_are_refused(corpus: Path, tmp_path: Pat
 def test_other_classes_are_foreign(folder: Path) -> None:
     found = source(folder)
     assert found.foreign(found.facts(), "step-1") is None
-    assert "has other classes than step-1" in str(
+    assert "made of other classes than step-1" in str(
         found.foreign({"classes_sha256": "0" * 64}, "step-1")
     )
 
