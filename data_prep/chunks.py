@@ -9,24 +9,22 @@ import functools
 import hashlib
 import json
 import zipfile
-from collections.abc import Iterator, Sequence
-from contextlib import closing
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from rich.console import Console
 
 from data_prep import shards
 from data_prep.arrays import Array, Ids
+from data_prep.chunk_files import ChunkResult, make_missing, save_arrays
 from data_prep.clean.cleaner import CleanConfig, Cleaner, CleanStats
 from data_prep.files import write_whole
 from data_prep.identity import held_out, library_versions, text_hash, unit_parts
-from data_prep.process_pool import ordered_map
-from data_prep.progress import stage
 from data_prep.read.documents import Document, Findings, read_documents
-from data_prep.read.pieces import Piece, Unit, read_pieces, stored_bytes
+from data_prep.read.pieces import Piece, Unit, read_pieces
 from data_prep.shards import Dedup, SplitName
 from data_prep.tokenizer import Encoder, Tokenizer
 from data_prep.work_folder import key
@@ -67,15 +65,6 @@ class Recipe:
         return [VERSION, library_versions(), model, rules, options]
 
 
-class ChunkResult(NamedTuple):
-    """What a finished chunk tells the progress bar."""
-
-    unit: int
-    input_bytes: int
-    text_bytes: int
-    tokens: int
-
-
 @dataclass
 class _Contents:
     """What the documents of a piece become, in their order; those that stay have an entry each.
@@ -110,7 +99,7 @@ class ChunkMaker:
         unit, piece, path = item
         contents = self._tokenise(piece)
         arrays = self._arrays(contents, self._meta(contents, piece.line_count))
-        write_whole(path, lambda beside: _savez(beside, arrays))
+        write_whole(path, lambda beside: save_arrays(beside, arrays))
         tokens = int(arrays["lengths"].sum())
         return ChunkResult(unit, piece.input_bytes, contents.read_bytes, tokens)
 
@@ -223,77 +212,15 @@ def make_chunks(
     Raises ValueError for input that cannot be read or, in `recipe.strict`, has findings;
     FastPathDiffers.
     """
-    journal = _Journal(folders)
-    with stage(console, "tokenise", sum(map(stored_bytes, units))) as advance:
-
-        def items() -> Iterator[tuple[int, Piece, Path]]:
-            for number, unit in enumerate(units):
-                if journal.is_whole(number):
-                    advance(stored_bytes(unit))
-                    continue
-                for piece in read_pieces(unit, recipe.text_field):
-                    if path := journal.missing(number, piece.number):
-                        yield number, piece, path
-                    else:
-                        advance(piece.input_bytes)
-                journal.was_read(number)
-
-        with closing(
-            ordered_map(functools.partial(ChunkMaker, recipe), items(), workers)
-        ) as results:
-            for made in results:
-                advance(made.input_bytes, made.text_bytes, made.tokens)
-                journal.was_made(made.unit)
-    return journal.paths
-
-
-class _Journal:
-    """Which chunks of which units are there: a unit that is whole says so in a file of its own."""
-
-    def __init__(self, folders: Sequence[Path]):
-        self._folders = folders
-        self._pending = [0] * len(folders)
-        self._read = [False] * len(folders)
-        self.paths: list[list[Path]] = [[] for _ in folders]
-
-    def is_whole(self, unit: int) -> bool:
-        folder = self._folders[unit]
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            names = json.loads((folder / "whole.json").read_text())
-        except (FileNotFoundError, json.JSONDecodeError):
-            return False
-        if not all(zipfile.is_zipfile(folder / name) for name in names):
-            return False
-        self.paths[unit] = [folder / name for name in names]
-        return True
-
-    def missing(self, unit: int, piece: int) -> Path | None:
-        """Return where to write a chunk, or None if it is there."""
-        path = self._folders[unit] / f"{piece:06}.npz"
-        self.paths[unit].append(path)
-        if zipfile.is_zipfile(path):
-            return None
-        self._pending[unit] += 1
-        return path
-
-    def was_made(self, unit: int) -> None:
-        self._pending[unit] -= 1
-        self._note(unit)
-
-    def was_read(self, unit: int) -> None:
-        self._read[unit] = True
-        self._note(unit)
-
-    def _note(self, unit: int) -> None:
-        if self._read[unit] and not self._pending[unit]:
-            text = json.dumps([path.name for path in self.paths[unit]])
-            write_whole(self._folders[unit] / "whole.json", lambda beside: beside.write_text(text))
-
-
-def _savez(path: Path, arrays: dict[str, Array]) -> None:
-    with path.open("wb") as file:
-        np.savez(file, **arrays)  # type: ignore[arg-type]
+    return make_missing(
+        "tokenise",
+        functools.partial(ChunkMaker, recipe),
+        lambda unit: read_pieces(unit, recipe.text_field),
+        units,
+        folders,
+        workers,
+        console,
+    )
 
 
 def _check(tokenizer: Tokenizer, documents: list[Document]) -> dict[str, int]:

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import itertools
 import json
-import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -29,6 +28,7 @@ from data_prep.read.pieces import Unit
 from data_prep.report.html_page import write_report
 from data_prep.report.models import format_summary
 from data_prep.report.summary import make_report
+from data_prep.set_files import link_file
 from data_prep.shards import (
     Manifest,
     Options,
@@ -214,7 +214,8 @@ def _pack(
         parts[name] = [lead, *new]
         whole = before.shards[:-1] if before else ()
         for shard in whole:
-            _link(options.append / shard.file if options.append else Path(), folder / shard.file)
+            assert options.append
+            link_file(options.append / shard.file, folder / shard.file)
         blocks = sum(len(shard.members) for shard in whole)
         jobs[name] = shard_jobs(layout, folder, name, parts[name], len(whole), blocks)
         if not jobs[name]:
@@ -378,16 +379,6 @@ def _too_short(
     if totals.documents:
         advice = ["more text", "a smaller --seq-len", *advice]
     return f"{found}, but one row needs {layout.seq_len}; give {', or '.join(advice)}"
-
-
-def _link(source: Path, target: Path) -> None:
-    """Give a file another name too, or copy it where the file system has no links."""
-    if target.exists():
-        return
-    try:
-        os.link(source.resolve(), target)  # behind a symbolic link lies the file
-    except OSError:
-        write_whole(target, lambda beside: shutil.copyfile(source, beside))
 
 
 def _identity_of_base(options: PrepareOptions, base: Manifest | None) -> str | None:

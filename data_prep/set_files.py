@@ -5,12 +5,14 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import tarfile
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from data_prep.files import write_whole
 from data_prep.words import problems_of
 
 MANIFEST = "manifest.json"
@@ -97,6 +99,16 @@ def file_problem(path: Path, size: int) -> str | None:
     return None
 
 
+def link_file(source: Path, target: Path) -> None:
+    """Give a file another name too, or copy it where the file system has no links."""
+    if target.exists():
+        return
+    try:
+        os.link(source.resolve(), target)  # behind a symbolic link lies the file
+    except OSError:
+        write_whole(target, lambda beside: shutil.copyfile(source, beside))
+
+
 def write_manifest(folder: Path, manifest: SetModel) -> None:
     """Write manifest.json: the same bytes for the same manifest."""
     text = json.dumps(manifest.model_dump(mode="json"), indent=2, ensure_ascii=False)
@@ -175,11 +187,11 @@ def check_equal(what: str, found: object, expected: object) -> None:
 
 def _manifest_bytes(folder: Path, *makers: str) -> bytes:
     path = folder / MANIFEST
-    expected = f"expected a folder made by {' or '.join(f'`{maker}`' for maker in makers)}"
+    made_by = " or ".join(f"`{maker}`" for maker in makers)
     try:
         return path.read_bytes()
     except OSError as error:
         if not folder.is_dir():
-            raise ValueError(f"{folder}: no such folder; {expected}") from error
+            raise ValueError(f"{folder}: no such folder; expected one made by {made_by}") from error
         reason = "no manifest here" if isinstance(error, FileNotFoundError) else error.strerror
-        raise ValueError(f"{path}: {reason}; {expected}") from error
+        raise ValueError(f"{path}: {reason}; expected a folder made by {made_by}") from error

@@ -24,7 +24,7 @@ from data_prep.files import file_lock, free_bytes, sync
 from data_prep.shards import PARTIAL
 
 OUR_FILES = re.compile(
-    r"(train|val)-\d{6,}\.tar|tokenizer\.model|fingerprints\.npy|report\.(html|json)|rejects\.jsonl"
+    r"(train|val)-\d{6,}\.(tar|idx\.npy)|tokenizer\.model|fingerprints\.npy|report\.(html|json)|rejects\.jsonl"
 )
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 

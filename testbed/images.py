@@ -1,13 +1,18 @@
 """Small images drawn from a seed, as files in class folders and as a set."""
 
+import contextlib
 import io
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
+from rich.console import Console
 
 from data_prep.files import sha256_of
+from data_prep.images.options import ImageOptions
+from data_prep.images.pipeline import prepare_images
 from data_prep.images.pixels import measure
 from data_prep.images.shards import (
     ClassInfo,
@@ -17,6 +22,7 @@ from data_prep.images.shards import (
     ImageSplit,
     PixelStats,
     Sample,
+    SplitReader,
     index_name,
     write_manifest,
     write_shard,
@@ -56,6 +62,22 @@ def class_folders(folder: Path, images: int = 30, side: int = 32, seed: int = 0)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(encoded(drawn(label, number, side, seed), suffix))
     return folder
+
+
+def prepared(inputs: list[Path | str], out: Path, **options: Any) -> tuple[ImageManifest, str]:
+    """Prepare an image set with one worker; its manifest, and what was said on the way."""
+    console = Console(file=io.StringIO(), width=200)
+    asked = ImageOptions(**{"inputs": inputs, "out": out, "workers": 1, **options})
+    manifest = prepare_images(asked, console)
+    assert manifest
+    return manifest, console.file.getvalue()
+
+
+def stored(out: Path, manifest: ImageManifest, split: SplitName) -> dict[bytes, str]:
+    """The images of a split, each with the name of its class."""
+    with contextlib.closing(SplitReader(out, manifest, split)) as reader:
+        labels = reader.labels.tolist()
+        return {reader.read(n): manifest.classes[labels[n]].name for n in range(len(reader))}
 
 
 def small_image_set(

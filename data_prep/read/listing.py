@@ -10,7 +10,8 @@ from urllib.parse import unquote
 
 from data_prep.read.streams import is_http
 from data_prep.read.suffixes import is_hidden, is_wanted, printable
-from data_prep.shards import MANIFEST, PARTIAL, TOKENIZER
+from data_prep.set_files import MADE_BY, MANIFEST, PARTIAL, format_of
+from data_prep.shards import TOKENIZER
 
 # What file systems call the mark of a file's content or last change.
 STAMPS = (
@@ -129,7 +130,8 @@ def is_prepared_set(folder: Path) -> bool:
     """Return whether a folder holds a prepared set, or one in the making: its report and rejects
     are no corpus."""
     return (folder / PARTIAL).is_dir() or (
-        (folder / MANIFEST).is_file() and (folder / TOKENIZER).is_file()
+        (folder / MANIFEST).is_file()
+        and ((folder / TOKENIZER).is_file() or format_of(folder) in MADE_BY)
     )
 
 

@@ -134,9 +134,11 @@ class Plot(NamedTuple):
     top: str
 
 
-def histogram(counts: Sequence[int], low: int, high: int, unit: str) -> Plot:
-    """Plot documents a power of two: bar i, for low <= i < high, is of those of [2**i, 2**(i+1))
-    `unit`."""
+def histogram(
+    counts: Sequence[int], low: int, high: int, unit: str, what: str = "documents"
+) -> Plot:
+    """Plot documents, or `what`, a power of two: bar i, for low <= i < high, is of those of [2**i,
+    2**(i+1)) `unit`."""
     step, most = PLOT_WIDTH / (high - low), max([*counts, 1])
     total = max(sum(counts), 1)
     every = -(-(high - low) // AXIS_LABELS)
@@ -148,10 +150,10 @@ def histogram(counts: Sequence[int], low: int, high: int, unit: str) -> Plot:
         if value := counts[exponent] if exponent < len(counts) else 0:
             tall = max(PLOT_HEIGHT * value / most, 1.5)
             lengths = f"{2**exponent:,} to {2 ** (exponent + 1) - 1:,} {unit}"
-            title = f"{lengths}: {value:,} documents, {value / total:.1%}"
+            title = f"{lengths}: {value:,} {what}, {value / total:.1%}"
             y = f"{PLOT_TOP + PLOT_HEIGHT - tall:.1f}"
             marks.append(Mark(x, y, f"{step - 2:.1f}", f"{tall:.1f}", title))
-    return Plot(marks, labels, f"{most:,}" if any(counts) else "no documents")
+    return Plot(marks, labels, f"{most:,}" if any(counts) else f"no {what}")
 
 
 def power(exponent: int) -> str:

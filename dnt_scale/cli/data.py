@@ -1,4 +1,4 @@
-"""`dnt data ...`: prepare, tokenizer, verify, info."""
+"""`dnt data ...`: prepare, tokenizer, verify, info; images.py has `dnt data images`."""
 
 import argparse
 import sys
@@ -6,16 +6,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dnt_scale.arguments import Parser, number, path, path_or_url, whole, word
+from dnt_scale.cli.images import add_images
 
 if TYPE_CHECKING:
     from data_prep.options import PrepareOptions
 
 DATA_HELP = """\
 A set is a folder: manifest.json, tokenizer.model, WebDataset tars {train,val}-000000.tar of token
-rows, report.html.
+rows, report.html. A set of images has an index beside each tar, and no tokenizer.
 
   dnt data prepare books/ notes.md 'dumps/*.jsonl.zst' --out data/mine
   dnt data prepare 's3://bucket/web/*.parquet' --clean web --dedup near --out data/web
+  dnt data images photos/train --val photos/val --out data/photos
   dnt data verify data/mine
   dnt data info data/mine
 """
@@ -63,12 +65,13 @@ def add_commands(commands: "argparse._SubParsersAction[Parser]") -> None:
     """Add `dnt data` and its commands."""
     data = commands.add_parser(
         "data",
-        help="turn text into token shards, check them",
+        help="turn text or images into shards, check them",
         epilog=DATA_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     data_commands = data.add_subparsers(required=True, metavar="COMMAND")
     add_prepare(data_commands)
+    add_images(data_commands)
     tokenizer = data_commands.add_parser(
         "tokenizer",
         help="train a tokenizer on a corpus, as prepare would",
@@ -315,10 +318,12 @@ def data_tokenizer(options: argparse.Namespace) -> int:
 
 
 def data_verify(options: argparse.Namespace) -> int:
+    from data_prep.images import terminal as images
+    from data_prep.report import terminal as text
     from data_prep.report.markup import visible
-    from data_prep.report.terminal import verify_with_progress
 
-    problems = verify_with_progress(options.folder)
+    kind = images if holds_images(options.folder) else text
+    problems = kind.verify_with_progress(options.folder)
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
     if problems:
@@ -328,7 +333,17 @@ def data_verify(options: argparse.Namespace) -> int:
 
 
 def data_info(options: argparse.Namespace) -> int:
-    from data_prep.report.terminal import print_info
+    from data_prep.images import terminal as images
+    from data_prep.report import terminal as text
 
-    print_info(options.folder)
+    kind = images if holds_images(options.folder) else text
+    kind.print_info(options.folder)
     return 0
+
+
+def holds_images(folder: Path) -> bool:
+    """Whether a set is one of images, by its manifest."""
+    from data_prep.images.shards import FORMAT
+    from data_prep.set_files import format_of
+
+    return format_of(folder) == FORMAT

@@ -194,10 +194,10 @@ SCRIPT = f"""
 import sys, time
 from pathlib import Path
 import data_prep.read.pieces
-from data_prep import chunks
+from data_prep.chunk_files import Journal
 from testbed.corpus import small_set
 
-made, was_made = [], chunks._Journal.was_made
+made, was_made = [], Journal.was_made
 
 def wait_after_three(journal, unit):
     was_made(journal, unit)
@@ -209,7 +209,7 @@ def wait_after_three(journal, unit):
 
 if __name__ == "__main__":
     data_prep.read.pieces.PIECE_BYTES = {SMALL["PIECE_BYTES"][1]}
-    chunks._Journal.was_made = wait_after_three
+    Journal.was_made = wait_after_three
     small_set(Path(sys.argv[1]), **{SIZES})
 """
 
