@@ -101,7 +101,7 @@ class ImagesConfig(DataSection):
     fixed: ClassVar[tuple[str, ...]] = ("size", "center", "augment")
 
     kind: Literal["images"] = "images"
-    path: SetPath = Field(description="an image set")
+    path: SetPath = Field(description="made by `dnt data images`")
     size: Size = Field(description="pixels a side of what the model sees")
     center: float = Field(
         0.875,
