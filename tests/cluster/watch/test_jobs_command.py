@@ -15,7 +15,8 @@ from cluster.watch.find_runs import find_runs
 from dnt_scale.cli.main import main as dnt
 from dnt_scale.record import timeline
 from dnt_scale.record.metrics_file import last_metrics
-from testbed.run import IDLING, start, synthetic_set, tiny, until
+from testbed.run import IDLING, start, synthetic_set, tiny
+from testbed.waiting import until
 from tests.helpers.folders import (
     Event,
     allocated,
