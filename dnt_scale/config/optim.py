@@ -58,6 +58,12 @@ class GroupConfig(Strict):
         description="an optimizer of the group's own: algorithm, and the keys that this one adds; "
         "lr, schedule and clipping stay where they are",
     )
+    clip: Literal["none", "global", "group"] | None = Field(
+        None,
+        description="how the group's gradients are clipped: not at all, nor counted for others; "
+        "with all others that are global; by their own norm alone. null: as optim.clip",
+    )
+    clip_norm: float | None = Field(None, gt=0, description="of clip: group; null: optim.clip_norm")
 
     @property
     def dimensions(self) -> int:
@@ -81,6 +87,15 @@ class GroupConfig(Strict):
         if lr is None:
             raise ValueError("a group with an optimizer of its own needs an lr of its own")
         return OPTIMIZERS.validate({**raw, "lr": lr}, handler)
+
+    @model_validator(mode="after")
+    def _a_norm_of_its_own_is_used(self) -> Self:
+        if self.clip_norm is not None and self.clip != "group":
+            raise ValueError(
+                f"clip_norm is {self.clip_norm:g}, but clip is {self.clip or 'null'}; set "
+                "clip: group, or remove clip_norm"
+            )
+        return self
 
     @field_serializer("optimizer")
     def _its_own_keys(self, optimizer: "OptimizerConfig | None") -> dict[str, Any] | None:
@@ -186,6 +201,16 @@ class OptimizerConfig(Strict):
         raise NotImplementedError
 
     @property
+    def clips_by_group(self) -> bool:
+        """Whether the engine clips, group by group, rather than the judge of the whole gradient."""
+        return any(group.clip in ("none", "group") for group in self.groups.values())
+
+    @property
+    def judged_clip_norm(self) -> float | None:
+        """What the judge of a step clips the whole gradient to; None: it does not."""
+        return None if self.clips_by_group else self.clip_norm
+
+    @property
     def bytes_a_weight(self) -> int:
         """Return what the buffers of one weight take."""
         return sum(BYTES[storage] for storage in self.buffers().values())
@@ -222,6 +247,26 @@ class OptimizerConfig(Strict):
                 f"clip is {self.clip}, which does not go with gradient_buffer "
                 f"{self.gradient_buffer}; set {expected}, or optim.clip_norm=null"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _groups_are_clipped_where_the_gradient_is_kept(self) -> Self:
+        for name, group in self.groups.items():
+            if group.clip is None:
+                continue
+            if not self.gradient_buffer or self.clip != "global":
+                how = "" if self.gradient_buffer else " and gradient_buffer is false"
+                raise ValueError(
+                    f"groups.{name}.clip is {group.clip}, which needs the norm of gradients that "
+                    f"are kept, but optim.clip is {self.clip}{how}; remove groups.{name}.clip, or "
+                    "set optim.gradient_buffer=true optim.clip=global"
+                )
+            if group.clip != "none" and group.clip_norm is None and self.clip_norm is None:
+                raise ValueError(
+                    f"groups.{name}.clip is {group.clip}, but optim.clip_norm is null; set "
+                    f"{f'groups.{name}.clip_norm or ' if group.clip == 'group' else ''}"
+                    f"optim.clip_norm, or groups.{name}.clip: none"
+                )
         return self
 
     @model_validator(mode="after")

@@ -24,6 +24,7 @@ from dnt_scale.engine.reductions import EvalSums, over_ranks, read_over_ranks, r
 from dnt_scale.model.batch import Batch, moved, split
 from dnt_scale.model.task import LossModule, Task, blank_buffers, fill_buffers
 from dnt_scale.optim.build import build_optimizer
+from dnt_scale.optim.clipping import bounds
 from dnt_scale.optim.schedule import Schedule
 from dnt_scale.optim.segments import Division, Segment
 from dnt_scale.optim.sharded_optimizer import ShardedOptimizer
@@ -133,7 +134,8 @@ class FSDPEngine:
         self.micro_batch = config.train.micro_batch
         self.step = 0
         self.updates = 0  # steps that changed the weights: AdamW's bias correction counts these
-        self.gradients: GradientStrategy = AccumulateThenStep(optimizer, parts)
+        clipped = bounds([part.name for part in parts], config.optim)
+        self.gradients: GradientStrategy = AccumulateThenStep(optimizer, parts, clipped)
         if not config.optim.gradient_buffer:
             shards = self.mesh.get_group("shard")
             self.gradients = MomentumInBackward(
@@ -247,7 +249,7 @@ class FSDPEngine:
         squares = self.gradients.norm_squares().to(device)
         totals = torch.cat([(loss_sum / targets)[None], squares / self.replicas])
         (loss, *whole_squares), metrics = read_over_ranks(totals, device)
-        return loss, math.fsum(math.sqrt(square) for square in whole_squares), metrics
+        return loss, self.gradients.grad_norm(whole_squares), metrics
 
 
 def blockwise(parts: Iterable[ParameterShard], task: Task) -> list[list[ParameterShard]]:

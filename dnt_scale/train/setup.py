@@ -114,7 +114,7 @@ def set_up(begun: Begun, ranks: Ranks) -> Training:
     on_first(ranks, lambda: check_place(config))  # makes the folder: all refusals are above
     clock = Clock(config.run.dir, silent=not ranks.first)
     clock.start(ranks.world_size, last_metrics(config.run.dir)[-1:])
-    guard = Guard(config.health, config.optim.clip_norm, config.train.max_skipped)
+    guard = Guard(config.health, config.optim.judged_clip_norm, config.train.max_skipped)
     restored_s = restore(built, guard, newest, state, ranks) if newest else 0.0
     guard.keep(state.step, built, at_checkpoint=True)
     saver = together(ranks, lambda: open_saver(config, ranks, clock))
