@@ -128,9 +128,11 @@ def clipped_by_group(run: RunConfig, grads: dict[str, Tensor]) -> dict[str, Tens
     return found
 
 
-def reference_losses(run: RunConfig, update: Update) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """The run in plain PyTorch: one process, one batch a step, no engine. Its losses and last fp32
-    weights.
+def reference_losses(
+    run: RunConfig, update: Update, micro_batches: int = 1
+) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """The run in plain PyTorch: one process, no engine, gradients of micro-batches summed in fp32.
+    Its losses and last fp32 weights.
 
     All but the rule is written out here: groups, which tensors decay, clipping, the schedule.
     """
@@ -150,14 +152,20 @@ def reference_losses(run: RunConfig, update: Update) -> tuple[list[float], dict[
     ) as stream:
         for step in range(STEPS):
             batch = next(stream)[0]
-            compute = {name: weight.to(dtype) for name, weight in weights.items()}
-            loss = torch.func.functional_call(
-                model, compute, (batch[:, :-1].clamp(min=0), batch[:, 1:])
-            )
-            mean = loss / (batch[:, 1:] != IGNORED).sum()
-            grads = torch.autograd.grad(mean, list(weights.values()))
-            clipped = clipped_by_group(run, dict(zip(weights, grads, strict=True)))
-            found.append(float(mean.detach()))
+            targets = (batch[:, 1:] != IGNORED).sum()
+            grads = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+            mean = 0.0
+            for rows in batch.chunk(micro_batches):
+                compute = {name: weight.to(dtype) for name, weight in weights.items()}
+                loss = torch.func.functional_call(
+                    model, compute, (rows[:, :-1].clamp(min=0), rows[:, 1:])
+                )
+                parts = torch.autograd.grad(loss / targets, list(weights.values()))
+                for name, part in zip(weights, parts, strict=True):
+                    grads[name] += part
+                mean += float((loss / targets).detach())
+            clipped = clipped_by_group(run, grads)
+            found.append(mean)
             with torch.no_grad():
                 for name, weight in weights.items():
                     group = run.optim.groups.get(group_of(run, name))

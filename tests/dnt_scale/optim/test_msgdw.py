@@ -23,12 +23,11 @@ UNBUFFERED = [
     "+optim.groups.positions={pattern: 'pos_emb', update: capped, limit: 1e-3, row_limit: 1e-4}",
     "+optim.groups.value={pattern: 'w_v', fixed_norm: true}",
     "+optim.groups.tall={pattern: 'w_1', update: row_normalized, tall_factor: true, lr: 0.01}",
-    "+optim.groups.down={pattern: 'w_2', update: orthogonalized, lr: 3e-4}",
 ]
-BF16 = ["optim=msgdw_r"]  # with all of those w_k and norm_q end 3 to 5 % of their change apart
 OVERRIDES = [  # beside every rule, every way of clipping
     *UNBUFFERED,
     "+optim.groups.out={pattern: 'w_o', update: row_adaptive, lr: 1e-3, clip: none}",
+    "+optim.groups.down={pattern: 'w_2', update: orthogonalized, lr: 3e-4}",
     "+optim.groups.mid={pattern: 'norm_mid', lr: 1e-3, optimizer: {algorithm: adamw}}",
     "+optim.groups.value.clip=group",
     "+optim.groups.value.clip_norm=0.02",
@@ -36,10 +35,11 @@ OVERRIDES = [  # beside every rule, every way of clipping
     "+optim.groups.embedding.clip=group",
     "optim.clip_norm=0.3",
 ]
+# A longer step of w_q takes attention 3 to 5 % of its change apart in bf16 (test_rounding.py).
+BF16 = [*OVERRIDES, "optim.groups.query.lr=1e-4"]
 CHANGES = {"fp32": 1e-3, "bf16": 3e-2}
-# Newton-Schulz steps are in bf16 wherever the rest is in fp32: found 3.5e-3.
-ROUGH = {"w_2": 1e-2}
-ERROR = 1e-5
+ROUGH = {"w_2": 5e-2}  # Newton-Schulz steps are always in bf16: found 4e-3, in bf16 2.7e-2
+ERROR = 1e-4  # found 1e-5, of embeddings of rare tokens
 
 
 def reference_update(
