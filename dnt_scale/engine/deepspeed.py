@@ -37,10 +37,15 @@ from dnt_scale.optim.clipping import bounds, factors
 from dnt_scale.optim.schedule import Schedule
 from dnt_scale.optim.segments import Division, Segment
 from dnt_scale.optim.sharded_optimizer import ShardedOptimizer
+from dnt_scale.optim.transfer import Ratios
 
 
 def build(
-    config: RunConfig, model_fn: Callable[[], Task], ranks: Ranks, total_steps: int
+    config: RunConfig,
+    model_fn: Callable[[], Task],
+    ranks: Ranks,
+    total_steps: int,
+    found: Ratios | None = None,
 ) -> "DeepSpeedEngine":
     """Shard ``model_fn()`` as ``engine.name`` says, fill it, and allocate its optimizer; see
     ``engine.build``.
@@ -55,7 +60,7 @@ def build(
     with torch.device("meta"):
         blank = model_fn()
     buffers = blank_buffers(blank, config.model.kind)
-    optimizer = build_optimizer(blank.named_parameters(), config.optim, config.run.seed)
+    optimizer = build_optimizer(blank.named_parameters(), config.optim, config.run.seed, found)
     join(ranks)
     import deepspeed
 

@@ -29,6 +29,7 @@ from dnt_scale.optim.schedule import Schedule
 from dnt_scale.optim.segments import Division, Segment
 from dnt_scale.optim.sharded_optimizer import ShardedOptimizer
 from dnt_scale.optim.shards import local
+from dnt_scale.optim.transfer import Ratios
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +61,11 @@ class ParameterShard:
 
 
 def build(
-    config: RunConfig, model_fn: Callable[[], Task], ranks: Ranks, total_steps: int
+    config: RunConfig,
+    model_fn: Callable[[], Task],
+    ranks: Ranks,
+    total_steps: int,
+    found: Ratios | None = None,
 ) -> "FSDPEngine":
     """Shard ``model_fn()`` (called on the meta device), fill it, and allocate its optimizer; see
     ``engine.build``.
@@ -77,7 +82,7 @@ def build(
     parts = [_part(name, parameter) for name, parameter in task.named_parameters()]
     fill(parts, task, config.run.seed)
     optimizer = build_optimizer(
-        [(part.name, part.rows) for part in parts], config.optim, config.run.seed
+        [(part.name, part.rows) for part in parts], config.optim, config.run.seed, found
     )
     for part in parts:
         optimizer.segments[part.rows] = [part.segment]
