@@ -64,7 +64,7 @@ def scaled(
     powers = algorithm.powers(rule)
     assert powers is not None, "the section is validated"
     width = found.width**powers.width if matrix else 1.0
-    return lr * width * found.batch**powers.batch * found.tokens**TOKENS
+    return float(lr * width * found.batch**powers.batch * found.tokens**TOKENS)
 
 
 def rates(groups: Iterable[dict[str, Any]]) -> dict[str, tuple[float, float]]:
