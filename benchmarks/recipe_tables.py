@@ -52,7 +52,6 @@ PARTS = {
     "no Nesterov": ["optim.nesterov=false"],
     "no tall factor": ["optim.groups.tall.tall_factor=false"],
     "tall factor on the embedding": ["optim.groups.embedding.tall_factor=true"],
-    "no decay": ["optim.weight_decay=0"],
     "decay on the embedding": ["optim.groups.embedding.weight_decay=0.1"],
     "fixed norms": [f"optim.groups.{name}.fixed_norm=true" for name in ("matrices", "tall")],
     "down to 0": ["optim.schedule.final=0"],
