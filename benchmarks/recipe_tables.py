@@ -53,6 +53,11 @@ PARTS = {
     "no tall factor": ["optim.groups.tall.tall_factor=false"],
     "tall factor on the embedding": ["optim.groups.embedding.tall_factor=true"],
     "decay on the embedding": ["optim.groups.embedding.weight_decay=0.1"],
+    "embedding row by row as Adam": [
+        "optim.groups.embedding.update=row_adaptive",
+        "+optim.groups.embedding.lr=0.016",
+        "optim.groups.embedding.weight_decay=0.1",
+    ],
     "fixed norms": [f"optim.groups.{name}.fixed_norm=true" for name in ("matrices", "tall")],
     "down to 0": ["optim.schedule.final=0"],
     "momentum 0.9": ["optim.momentum=0.9", "optim.dampening=0.9"],
