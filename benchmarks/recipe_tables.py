@@ -61,7 +61,10 @@ PARTS = {
     "fixed norms": [f"optim.groups.{name}.fixed_norm=true" for name in ("matrices", "tall")],
     "down to 0": ["optim.schedule.final=0"],
     "momentum 0.9": ["optim.momentum=0.9", "optim.dampening=0.9"],
-    "tensors, not rows": [f"optim.groups.{name}.update=tensor_normalized" for name in GROUPS],
+    "tensors, not rows": [
+        "~optim.groups.tall.tall_factor",
+        *(f"optim.groups.{name}.update=tensor_normalized" for name in GROUPS),
+    ],
     "gains normalized": [
         "optim.groups.gains.update=tensor_normalized",
         "optim.groups.gains.lr=8e-3",
