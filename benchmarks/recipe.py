@@ -17,32 +17,25 @@ best one, without weight decay and with three times as much; then with the other
 rate is `optim.lr`; groups with one of their own keep it. The loss is that of the held-out rows at
 the last step.
 
-A run is `python -m dnt_scale.train` on one thread. What it gave is a line of the journal,
-results/recipe-runs.jsonl: no run in it is trained again (but by --again, which compares), and the
-same command goes on after any stop.
+Runs are kept in results/recipe-runs.jsonl (journaled_runs.py): none in it is trained again, but by
+--again, which compares; the same command goes on after any stop.
 """
 
 import argparse
 import datetime
-import hashlib
 import json
-import os
 import platform
 import re
-import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.journaled_runs import JournaledRuns
 from benchmarks.recipe_tables import SIZES, Variant, variants
-from dnt_scale.record.files import git_commit
-from dnt_scale.record.metrics_file import METRICS, whole_lines
 from dnt_scale.report.sensitivity import sensitivity
 
 RESULTS = Path(__file__).parent / "results"
@@ -50,103 +43,27 @@ ORDER = (0, -1, 1, -2, 2)  # powers of two, the likeliest first
 MOST_GROWTH = 4  # times that a grid grows at one end
 
 
-class Journal:
-    """Runs that have ended, of all tables, by what they trained; safe among threads."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.lock = Lock()
-        lines = path.read_text().splitlines() if path.exists() else []
-        self.runs = {self.key(run): run for run in map(json.loads, lines)}
-
-    @staticmethod
-    def key(run: dict[str, Any]) -> tuple[str, ...]:
-        return (run["data"], *run["overrides"])
-
-    def add(self, run: dict[str, Any]) -> None:
-        with self.lock, self.path.open("a") as file:
-            self.runs[self.key(run)] = run
-            file.write(json.dumps(run) + "\n")
-
-
 class Bench:
     """Runs of one table, at one size."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
-        manifest = json.loads((options.data / "manifest.json").read_text())
-        self.shape = [
-            *SIZES[options.size],
-            f"model.vocab_size={manifest['tokenizer']['vocab_size']}",
-            f"model.context={manifest['seq_len']}",
-        ]
-        self.seq_len = manifest["seq_len"]
-        shards = json.dumps([manifest["tokenizer"]["sha256"], manifest["splits"]], sort_keys=True)
-        self.data = f"{options.data.name} {hashlib.sha256(shards.encode()).hexdigest()[:12]}"
-        self.commit = git_commit()
-        self.journal = Journal(options.journal)
+        self.runs = JournaledRuns(options.journal, options.runs, options.data, again=options.again)
 
     def loss(self, variant: Variant, lr: float, decay: float, seed: int) -> float:
-        """Return a run's validation loss, trained now or before; infinite if it failed."""
+        """Return a run's validation loss; infinite if it failed."""
+        size = self.options.size
         overrides = [
             *variant.overrides,
-            *self.shape,
+            *SIZES[size],
             *(f"{key}={lr:g}" for key in variant.grid.keys),
             f"optim.weight_decay={decay:g}",
             f"run.seed={seed}",
-            f"train.steps={variant.steps}",
             f"train.global_batch={variant.batch}",
             f"train.micro_batch={min(variant.batch, 32)}",
-            "train.dtype=fp32",
-            f"eval.every={max(1, variant.steps // 8)}",
-            "eval.rows=1600",
-            "checkpoint.every=1000",
-            "checkpoint.keep=1",
-            "tracking.enabled=false",
         ]
-        words = [variant.words, self.options.size, f"{lr:g}", f"{decay:g}", seed]
-        name = "-".join(re.sub(r"[^\w.]+", "_", str(word)) for word in words)
-        known = self.journal.runs.get((self.data, *overrides))
-        if known is None or self.options.again:
-            print(f"{name} ...", flush=True)
-            run = self.train(name, overrides)
-            print(f"{name}: {run['val_loss'] or 'failed'} ({run['seconds']} s)", flush=True)
-            if known is None:
-                self.journal.add(run)
-            elif known["val_loss"] != run["val_loss"]:
-                print(f"{name}: the journal has {known['val_loss']}", flush=True)
-            known = run
-        return known["val_loss"] or float("inf")
-
-    def train(self, name: str, overrides: list[str]) -> dict[str, Any]:
-        """Train a run, or go on with one that was stopped."""
-        folder = self.options.runs / (f"{name}-again" if self.options.again else name)
-        places = [f"data.path={self.options.data}", f"run.name={name}", f"run.dir={folder}"]
-        environment = {
-            **os.environ,
-            **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1"),
-            "CUDA_VISIBLE_DEVICES": "",
-        }
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        begin = time.monotonic()
-        with folder.with_suffix(".log").open("ab") as out:
-            command = [sys.executable, "-m", "dnt_scale.train", *overrides, *places]
-            code = subprocess.run(command, env=environment, stdout=out, stderr=out).returncode
-        if code in (-2, -15, 130, 143):
-            raise KeyboardInterrupt
-        lines = whole_lines(folder / METRICS)
-        losses = {line["step"]: line["val/loss"] for line in lines if "val/loss" in line}
-        return {
-            "run": name,
-            "data": self.data,
-            "overrides": overrides,
-            "commit": self.commit,
-            "date": datetime.date.today().isoformat(),
-            "seconds": round(time.monotonic() - begin),
-            "val_loss": None if code else losses[lines[-1]["step"]],
-            "train_loss": None if code else lines[-1]["train/loss"],
-            "val_losses": losses,
-        }
+        words = [variant.words, size, f"{lr:g}", f"{decay:g}", seed]
+        return self.runs.loss(words, overrides, variant.steps)
 
     def row(self, variant: Variant) -> dict[str, Any]:
         """Train a row's grid, then weight decays, then the other seeds at the best."""
@@ -175,7 +92,7 @@ class Bench:
             "optimizer": variant.optimizer,
             "steps": variant.steps,
             "batch": variant.batch,
-            "tokens": variant.steps * variant.batch * self.seq_len,
+            "tokens": variant.steps * variant.batch * self.runs.seq_len,
             "lr": best,
             "weight_decay": decay,
             "val_loss": sum(losses) / len(losses),
@@ -203,7 +120,6 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="train all again, and compare")
     parser.add_argument("--out", type=Path, help="JSON (default: results/recipe-TABLE-....json)")
     options = parser.parse_args()
-    options.data, options.runs = options.data.absolute(), options.runs.absolute()
 
     bench = Bench(options)
     chosen = [v for v in variants(options.table, options.steps) if re.search(options.only, v.words)]
@@ -218,10 +134,10 @@ def write(options: argparse.Namespace, bench: Bench, rows: list[dict[str, Any]])
     name = f"recipe-{options.table}-{options.size}-{options.steps}-{options.data.name}.json"
     result = {
         "command": f"python -m benchmarks.recipe {' '.join(sys.argv[1:])}",
-        "commit": bench.commit,
+        "commit": bench.runs.commit,
         "date": datetime.date.today().isoformat(),
         "machine": f"{platform.machine()}, 1 thread a run",
-        "data": bench.data,
+        "data": bench.runs.data_id,
         "rows": rows,
     }
     (options.out or RESULTS / name).write_text(json.dumps(result, indent=1) + "\n")

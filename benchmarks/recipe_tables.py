@@ -52,12 +52,19 @@ PARTS = {
     "no Nesterov": ["optim.nesterov=false"],
     "no tall factor": ["optim.groups.tall.tall_factor=false"],
     "tall factor on the embedding": ["optim.groups.embedding.tall_factor=true"],
-    "no decay": ["optim.weight_decay=0"],
     "decay on the embedding": ["optim.groups.embedding.weight_decay=0.1"],
+    "embedding row by row as Adam": [
+        "optim.groups.embedding.update=row_adaptive",
+        "+optim.groups.embedding.lr=0.016",
+        "optim.groups.embedding.weight_decay=0.1",
+    ],
     "fixed norms": [f"optim.groups.{name}.fixed_norm=true" for name in ("matrices", "tall")],
     "down to 0": ["optim.schedule.final=0"],
     "momentum 0.9": ["optim.momentum=0.9", "optim.dampening=0.9"],
-    "tensors, not rows": [f"optim.groups.{name}.update=tensor_normalized" for name in GROUPS],
+    "tensors, not rows": [
+        "~optim.groups.tall.tall_factor",
+        *(f"optim.groups.{name}.update=tensor_normalized" for name in GROUPS),
+    ],
     "gains normalized": [
         "optim.groups.gains.update=tensor_normalized",
         "optim.groups.gains.lr=8e-3",

@@ -48,6 +48,7 @@ from dnt_scale.train.hooks import Hook, records
 from dnt_scale.train.setup import Training
 from testbed.ports import free_port
 from testbed.rank_server import RankProcess
+from testbed.waiting import until
 
 # else DeepSpeed looks for devices when it is imported
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -432,16 +433,6 @@ def can_mount() -> bool:
             return False
         subprocess.run(["umount", folder], check=True)
         return True
-
-
-def until(condition: Callable[[], Any], seconds: float = 300.0) -> None:
-    """Wait for `condition`, looking often; a busy machine needs five times as long as an idle
-    one.
-    """
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "gave up waiting"
-        time.sleep(0.001)
 
 
 def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:

@@ -191,7 +191,10 @@ class Disturbed:
 
     def wait(self, until: Callable[[], Any], what: str, patience_s: float = PATIENCE_S) -> None:
         deadline = time.monotonic() + patience_s
-        while not until():
+        while True:
+            began = time.monotonic()
+            if until():
+                return
             if time.monotonic() > deadline or (
                 what != "the run to finish" and self.status() not in ("", "finished")
             ):
@@ -199,7 +202,7 @@ class Disturbed:
                     f"waited in vain for {what}; the run is {self.status() or 'alive'}, see "
                     f"{self.run_dir}"
                 )
-            time.sleep(0.05)
+            time.sleep(max(0.05, 4 * (time.monotonic() - began)))  # squeue costs, too
 
     def process(self, rank: str) -> psutil.Process:
         """A rank's process in the job that runs."""

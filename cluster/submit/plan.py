@@ -31,7 +31,7 @@ COLUMNS = 100
 class PastPace:
     """What a run's own folder tells of its pace."""
 
-    tokens_per_s: float  # median of the last steps
+    units_per_s: float  # median of the last steps
     steps: int  # how many steps the median is of
     ranks: int
     step_s: float
@@ -53,7 +53,7 @@ class Plan:
     checkpoint_bytes: int
     most_checkpoints: int  # on disk at a time, one that is being written included
     memory: Memory
-    tokens_per_s: float | None
+    units_per_s: float | None
     why: str  # where that number is from
     notes: tuple[str, ...]
 
@@ -65,7 +65,7 @@ class Plan:
     def seconds(self) -> float | None:
         """Return the seconds of training that are left, if its speed is known."""
         left = (self.steps - self.done) * self.unit.of(self.run.train.global_batch)
-        return left / self.tokens_per_s if self.tokens_per_s else None
+        return left / self.units_per_s if self.units_per_s else None
 
 
 def make_plan(
@@ -82,7 +82,7 @@ def make_plan(
     gpu = type_of_gpu(partition.nodes) if site.gpus_per_node else ""
     likely = compute_dtype.expected(run, gpus=bool(site.gpus_per_node))
     before = read_past_pace(run, unit)
-    tokens_per_s, why = expected_speed(likely, unit, site.ranks, gpu, before)
+    units_per_s, why = expected_speed(likely, unit, site.ranks, gpu, before)
     return Plan(
         run=run,
         site=site,
@@ -96,7 +96,7 @@ def make_plan(
         checkpoint_bytes=checkpoint_bytes(run),
         most_checkpoints=most_checkpoints(run, steps),
         memory=memory(likely, site.ranks, site.nodes),
-        tokens_per_s=tokens_per_s,
+        units_per_s=units_per_s,
         why=why,
         notes=(),
     )
@@ -115,7 +115,7 @@ def read_past_pace(run: RunConfig, unit: Unit) -> PastPace | None:
     started = run_record.last_event(timeline.read(run.run.dir), "start")
     median = statistics.median(recent)
     return PastPace(
-        tokens_per_s=median,
+        units_per_s=median,
         steps=len(recent),
         ranks=int(started["ranks"]) if started else 1,
         step_s=unit.of(run.train.global_batch) / median,
@@ -139,7 +139,7 @@ def expected_speed(
     """Return units a second over all ranks, and where the number is from: the run's past, else an
     assumption where the GPU is known, else None."""
     if before:
-        speed = before.tokens_per_s * ranks / before.ranks
+        speed = before.units_per_s * ranks / before.ranks
         why = f"at {speed:,.0f} {unit.name}/s: the median of the run's last {before.steps} steps"
         if ranks != before.ranks:
             why += f" on {counted(before.ranks, 'rank')}, times {ranks}/{before.ranks}"

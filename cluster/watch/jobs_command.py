@@ -72,7 +72,8 @@ class RunSummary:
     checkpoint: int | None = None  # the step of the newest
     loss: float | None = None
     val_loss: float | None = None
-    tokens_per_s: float | None = None
+    unit: str = "tokens"  # what its data are counted in
+    units_per_s: float | None = None
     left_s: float | None = None  # at the pace of the last steps, while it runs
     goodput: float | None = None
     # Where the time went, see dnt_scale.record.goodput.
@@ -97,7 +98,8 @@ def read_view(run_dir: Path, query: SlurmQuery) -> RunView:
     spent = breakdown(events, time.time())
     lines = last_metrics(run_dir)
     steps = [line for line in lines if "train/loss" in line]
-    speeds = [line[f"{unit_of(lines)}_per_s"] for line in steps[-SPEED_STEPS:]]
+    unit = unit_of(lines)
+    speeds = [line[f"{unit}_per_s"] for line in steps[-SPEED_STEPS:]]
     resolved = read_config(run_dir)
     told = max((event["time"] for event in events), default=0.0)
     total = total_steps(resolved, lines)
@@ -114,7 +116,8 @@ def read_view(run_dir: Path, query: SlurmQuery) -> RunView:
         checkpoint=run_record.newest_checkpoint(submission),
         loss=steps[-1]["train/loss"] if steps else None,
         val_loss=next((line["val/loss"] for line in reversed(lines) if "val/loss" in line), None),
-        tokens_per_s=median(speeds) if speeds else None,
+        unit=unit,
+        units_per_s=median(speeds) if speeds else None,
         left_s=seconds_left(steps, total, events)
         if found.state == "running" and time.time() - told < run_state.SILENT_S
         else None,
@@ -276,7 +279,9 @@ def format_all_runs(views: list[RunView]) -> Table:
     shown.add_column("run", no_wrap=True)
     for name in ("state", "job"):
         shown.add_column(name, overflow="fold")
-    for name in ("step", "loss", "tokens/s", "goodput"):
+    units = {each.run.unit for each in views}
+    speed = f"{units.pop()}/s" if len(units) == 1 else "speed"
+    for name in ("step", "loss", speed, "goodput"):
         shown.add_column(name, justify="right", no_wrap=True)
     for each in views:
         run = each.run
@@ -286,7 +291,7 @@ def format_all_runs(views: list[RunView]) -> Table:
             (run.jobs[-1] if run.jobs else "") + format_starts(run),
             "\n".join(part for part in (format_steps(run), format_time_left(run)) if part),
             format_number(run.loss, ".4f"),
-            format_rate(run.tokens_per_s),
+            format_rate(run.units_per_s) if speed != "speed" else format_speed(run),
             format_number(run.goodput, ".1%"),
         )
     return shown
@@ -298,7 +303,7 @@ def format_one_run(view: RunView) -> list[Table | Text]:
     facts = [
         f"step {format_steps(run)}" if run.step is not None else "no step yet",
         f"loss {run.loss:.4f}" if run.loss is not None else "",
-        f"{format_rate(run.tokens_per_s)} tokens/s" if run.tokens_per_s is not None else "",
+        format_speed(run),
         format_time_left(run),
         f"newest checkpoint {run.checkpoint:,}" if run.checkpoint is not None else "",
         f"MLflow {run.mlflow}" if run.mlflow else "",
@@ -371,6 +376,10 @@ def format_rate(value: float | None) -> str:
         if value is not None and value >= size:
             return f"{value / size:.3g}{unit}"
     return format_number(value, ".0f")
+
+
+def format_speed(run: RunSummary) -> str:
+    return "" if run.units_per_s is None else f"{format_rate(run.units_per_s)} {run.unit}/s"
 
 
 def format_results(runs: Sequence[RunSummary]) -> list[Table]:

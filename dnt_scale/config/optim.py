@@ -5,7 +5,7 @@ An optimizer is a file of dnt_scale/optim/algorithms: its section is a subclass 
 of an optimizer (engines, memory, checkpoints) asks the section.
 """
 
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import (
     Field,
@@ -17,7 +17,7 @@ from pydantic import (
     model_validator,
 )
 
-from dnt_scale.config.base import Count, Strict
+from dnt_scale.config.base import Count, Size, Strict
 from dnt_scale.config.kinds import Registry
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -26,6 +26,17 @@ BYTES: dict[Storage, int] = {"fp32": 4, "bf16": 2}
 OPTIMIZERS = Registry("optim", "dnt_scale.optim.algorithms", tag="algorithm")
 SCHEDULES = Registry("optim.schedule", "dnt_scale.optim.schedules", tag="name", default="cosine")
 UPDATES = Registry("optim.groups.NAME", "dnt_scale.optim.updates", tag="update", default="plain")
+
+
+class Powers(NamedTuple):
+    """Those of ratios by which the best learning rate grows, see `optim.scale`.
+
+    width: of a matrix; docs/dnt.md derives it.
+    batch: of tokens a step.
+    """
+
+    width: float
+    batch: float
 
 
 class GroupConfig(Strict):
@@ -58,11 +69,21 @@ class GroupConfig(Strict):
         description="an optimizer of the group's own: algorithm, and the keys that this one adds; "
         "lr, schedule and clipping stay where they are",
     )
+    clip: Literal["none", "global", "group"] | None = Field(
+        None,
+        description="how the group's gradients are clipped: not at all, nor counted for others; "
+        "with all others that are global; by their own norm alone. null: as optim.clip",
+    )
+    clip_norm: float | None = Field(None, gt=0, description="of clip: group; null: optim.clip_norm")
 
     @property
     def dimensions(self) -> int:
         """How many a parameter needs for the rule; 0: any number."""
         return 0
+
+    def powers(self) -> Powers | None:
+        """Return how the rule's learning rate goes with width and batch; None: it is not known."""
+        return None
 
     @field_validator("optimizer", mode="wrap")
     @classmethod
@@ -81,6 +102,15 @@ class GroupConfig(Strict):
         if lr is None:
             raise ValueError("a group with an optimizer of its own needs an lr of its own")
         return OPTIMIZERS.validate({**raw, "lr": lr}, handler)
+
+    @model_validator(mode="after")
+    def _a_norm_of_its_own_is_used(self) -> Self:
+        if self.clip_norm is not None and self.clip != "group":
+            raise ValueError(
+                f"clip_norm is {self.clip_norm:g}, but clip is {self.clip or 'null'}; set "
+                "clip: group, or remove clip_norm"
+            )
+        return self
 
     @field_serializer("optimizer")
     def _its_own_keys(self, optimizer: "OptimizerConfig | None") -> dict[str, Any] | None:
@@ -137,6 +167,35 @@ class ScheduleConfig(Strict):
         return max(0, min(round(self.warmup * total_steps), total_steps - 1))
 
 
+class ScaleConfig(Strict):
+    """Where the learning rates were tuned: they are scaled from there to this run. By default they
+    are used as they are.
+    """
+
+    width: Size | None = Field(
+        None,
+        description="model.width at which the learning rates were tuned; null: not scaled by it",
+    )
+    batch: Count | None = Field(None, gt=0, description="tokens a step there; null: as width")
+    tokens: int | None = Field(
+        None, gt=0, le=10**18, description="tokens of the whole run there; null: as width"
+    )
+
+    @property
+    def given(self) -> bool:
+        """Whether there is anything to scale by."""
+        return (self.width, self.batch, self.tokens) != (None, None, None)
+
+    @model_validator(mode="after")
+    def _a_run_it_can_be(self) -> Self:
+        if self.batch and self.tokens and self.batch > self.tokens:
+            raise ValueError(
+                f"batch is {self.batch:,} tokens a step, but tokens, those of all steps, is "
+                f"{self.tokens:,}; give tokens of at least a step"
+            )
+        return self
+
+
 AnySchedule = Annotated[SerializeAsAny[ScheduleConfig], WrapValidator(SCHEDULES.validate)]
 
 
@@ -171,6 +230,7 @@ class OptimizerConfig(Strict):
     )
     schedule: AnySchedule = Field(default_factory=_cosine)
     groups: dict[str, AnyGroup] = Field({})
+    scale: ScaleConfig = ScaleConfig()
     algorithm: str
     gradient_buffer: bool = Field(
         True, description="false: backward adds each gradient to the momentum and frees it"
@@ -184,6 +244,22 @@ class OptimizerConfig(Strict):
     def buffers(self) -> dict[str, Storage]:
         """Return a parameter's buffers, each of its shape: name in checkpoints, storage."""
         raise NotImplementedError
+
+    def powers(self, rule: GroupConfig) -> Powers | None:
+        """Return how the learning rate goes with width and batch where ``rule`` moves the weights;
+        None: it is not known.
+        """
+        return rule.powers() if self.takes_updates else None
+
+    @property
+    def clips_by_group(self) -> bool:
+        """Whether the engine clips, group by group, rather than the judge of the whole gradient."""
+        return any(group.clip in ("none", "group") for group in self.groups.values())
+
+    @property
+    def judged_clip_norm(self) -> float | None:
+        """What the judge of a step clips the whole gradient to; None: it does not."""
+        return None if self.clips_by_group else self.clip_norm
 
     @property
     def bytes_a_weight(self) -> int:
@@ -222,6 +298,43 @@ class OptimizerConfig(Strict):
                 f"clip is {self.clip}, which does not go with gradient_buffer "
                 f"{self.gradient_buffer}; set {expected}, or optim.clip_norm=null"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _groups_are_clipped_where_the_gradient_is_kept(self) -> Self:
+        for name, group in self.groups.items():
+            if group.clip is None:
+                continue
+            if not self.gradient_buffer or self.clip != "global":
+                how = "" if self.gradient_buffer else " and gradient_buffer is false"
+                raise ValueError(
+                    f"groups.{name}.clip is {group.clip}, which needs the norm of gradients that "
+                    f"are kept, but optim.clip is {self.clip}{how}; remove groups.{name}.clip, or "
+                    "set optim.gradient_buffer=true optim.clip=global"
+                )
+            if group.clip != "none" and group.clip_norm is None and self.clip_norm is None:
+                raise ValueError(
+                    f"groups.{name}.clip is {group.clip}, but optim.clip_norm is null; set "
+                    f"{f'groups.{name}.clip_norm or ' if group.clip == 'group' else ''}"
+                    f"optim.clip_norm, or groups.{name}.clip: none"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _rates_are_scaled_by_known_powers(self) -> Self:
+        if not self.scale.given:
+            return self
+        groups = dict(self.groups)
+        if not self.takes_updates:
+            groups["default"] = GroupConfig(pattern="")
+        for name, group in groups.items():
+            algorithm = group.optimizer or self
+            if algorithm.powers(group) is None:
+                of = group.update if algorithm.takes_updates else algorithm.algorithm
+                raise ValueError(
+                    f"scale: how the learning rate of {of} (group {name}) goes with width and "
+                    "batch is not known; remove optim.scale, or use another rule there"
+                )
         return self
 
     @model_validator(mode="after")

@@ -7,28 +7,35 @@ from dnt_scale.distributed.errors import AgreedError
 from dnt_scale.distributed.process_group import Ranks
 from dnt_scale.engine.base import Engine
 from dnt_scale.model.task import Task
+from dnt_scale.optim.transfer import Ratios
 
 
 def build(
-    config: RunConfig, model_fn: Callable[[], Task], ranks: Ranks, total_steps: int
+    config: RunConfig,
+    model_fn: Callable[[], Task],
+    ranks: Ranks,
+    total_steps: int,
+    found: Ratios | None = None,
 ) -> Engine:
     """The engine that ``config.engine`` names, with initial weights and its optimizer allocated.
 
     Args:
         model_fn: makes the unsharded model; the engine decides on which device.
         total_steps: optimizer steps of the whole run, for the learning-rate schedule.
+        found: what learning rates are scaled by, with ``optim.scale``.
 
     Raises:
         AgreedError: an optimizer group, a schedule or an engine that does not fit the model, the
             run or the ranks.
     """
+    assert (found is not None) == config.optim.scale.given, "see transfer.ratios"
     try:
         if isinstance(config.engine, DeepSpeedEngineConfig):
             from dnt_scale.engine import deepspeed
 
-            return deepspeed.build(config, model_fn, ranks, total_steps)
+            return deepspeed.build(config, model_fn, ranks, total_steps, found)
         from dnt_scale.engine import fsdp
 
-        return fsdp.build(config, model_fn, ranks, total_steps)
+        return fsdp.build(config, model_fn, ranks, total_steps, found)
     except ConfigError as error:  # all ranks have the same configuration
         raise AgreedError(str(error)) from None

@@ -1,5 +1,6 @@
 """What becomes of gradients: the interface, and the usual way: backward, then the optimizer."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dnt_scale.engine.reductions import squared_norms
+from dnt_scale.optim.clipping import Bound, factors
 from dnt_scale.optim.sharded_optimizer import ShardedOptimizer
 
 if TYPE_CHECKING:
@@ -28,7 +30,11 @@ class GradientStrategy(Protocol):
         ...
 
     def norm_squares(self) -> Tensor:
-        """Return this rank's part of squared norms, float64 (n,); their roots' sum is reported."""
+        """Return this rank's part of squared norms, float64 (n,), n the same on all ranks."""
+        ...
+
+    def grad_norm(self, squares: Sequence[float]) -> float:
+        """Return the norm to report and to judge by, of these summed over ranks, (n,)."""
         ...
 
     def update(self, factor: float, grad_norm: float) -> None:
@@ -49,9 +55,16 @@ class AccumulateThenStep:
 
     sum_copies_each_time = False
 
-    def __init__(self, optimizer: ShardedOptimizer, parts: Sequence["ParameterShard"]) -> None:
+    def __init__(
+        self,
+        optimizer: ShardedOptimizer,
+        parts: Sequence["ParameterShard"],
+        bounds: Sequence[Bound],
+    ) -> None:
         self.optimizer = optimizer
         self.parts = parts
+        self.bounds = bounds  # of clipping by group; empty: the judge's factor is all there is
+        self.bounded: Sequence[float] = ()  # squared norms of each, of the last backward
 
     def before_step(self, backward: Callable[[], tuple[float, float]]) -> None:
         pass
@@ -60,13 +73,17 @@ class AccumulateThenStep:
         pass
 
     def norm_squares(self) -> Tensor:
-        """Return the one of the whole gradient."""
-        return squared_norms(self._grads()).sum()[None]
+        """Return the one of the whole gradient, and of each of `bounds`."""
+        squares = squared_norms(self._grads())
+        return torch.stack([squares.sum(), *(squares[each.members].sum() for each in self.bounds)])
+
+    def grad_norm(self, squares: Sequence[float]) -> float:
+        whole, *self.bounded = squares
+        return math.sqrt(whole)
 
     @torch.no_grad()
     def update(self, factor: float, grad_norm: float) -> None:
-        if factor != 1.0:
-            torch._foreach_mul_(self._grads(), factor)
+        scale(self._grads(), factors(self.bounds, self.bounded, factor, len(self.parts)))
         for part in self.parts:
             part.rows.grad = part.grad
         self.optimizer.step()
@@ -79,3 +96,10 @@ class AccumulateThenStep:
 
     def _grads(self) -> list[Tensor]:
         return [part.grad for part in self.parts]
+
+
+def scale(gradients: Sequence[Tensor], factors: Sequence[float]) -> None:
+    """Multiply each gradient in place, those by the same factor at once."""
+    for factor in set(factors) - {1.0}:
+        chosen = [g for g, own in zip(gradients, factors, strict=True) if own == factor]
+        torch._foreach_mul_(chosen, factor)

@@ -19,6 +19,7 @@ from dnt_scale.checkpoint.tensor_shards import TensorShard, flat_shards
 from dnt_scale.config import DeepSpeedEngineConfig, RunConfig
 from dnt_scale.config.deepspeed_json import JSON, deepspeed_json
 from dnt_scale.distributed.process_group import Ranks
+from dnt_scale.engine.accumulate_then_step import scale
 from dnt_scale.engine.base import Judge, StepStats
 from dnt_scale.engine.parallelize import prepare_blocks
 from dnt_scale.engine.reductions import (
@@ -32,13 +33,19 @@ from dnt_scale.engine.zero_internals import Partitions, ZeroSlice, free, join, p
 from dnt_scale.model.batch import Batch, moved, split
 from dnt_scale.model.task import LossModule, Task, blank_buffers, fill_buffers
 from dnt_scale.optim.build import build_optimizer
+from dnt_scale.optim.clipping import bounds, factors
 from dnt_scale.optim.schedule import Schedule
 from dnt_scale.optim.segments import Division, Segment
 from dnt_scale.optim.sharded_optimizer import ShardedOptimizer
+from dnt_scale.optim.transfer import Ratios
 
 
 def build(
-    config: RunConfig, model_fn: Callable[[], Task], ranks: Ranks, total_steps: int
+    config: RunConfig,
+    model_fn: Callable[[], Task],
+    ranks: Ranks,
+    total_steps: int,
+    found: Ratios | None = None,
 ) -> "DeepSpeedEngine":
     """Shard ``model_fn()`` as ``engine.name`` says, fill it, and allocate its optimizer; see
     ``engine.build``.
@@ -53,7 +60,7 @@ def build(
     with torch.device("meta"):
         blank = model_fn()
     buffers = blank_buffers(blank, config.model.kind)
-    optimizer = build_optimizer(blank.named_parameters(), config.optim, config.run.seed)
+    optimizer = build_optimizer(blank.named_parameters(), config.optim, config.run.seed, found)
     join(ranks)
     import deepspeed
 
@@ -156,6 +163,7 @@ class DeepSpeedEngine:
         self.schedule = schedule
         self.ranks = ranks
         self.micro_batch = config.train.micro_batch
+        self.bounds = bounds([part.name for part in parts], config.optim)
         self.step = 0
         self.updates = 0  # steps that changed the weights
 
@@ -173,19 +181,23 @@ class DeepSpeedEngine:
         gradients = self.zero.gradients()
         # also of a gradient that all ranks have: their sums may differ in the last bit, and all
         # must decide alike
-        squares = squared_norms(gradients).sum() / (
-            self.ranks.world_size if self.zero.replicated else 1
-        )
+        whole = squared_norms(gradients).sum().to(loss_sum)
+        squares = torch.stack([whole, *self._bounded_squares()])
+        copies = self.ranks.world_size if self.zero.replicated else 1
         totals, metrics = read_over_ranks(
-            torch.stack([loss_sum, squares.to(loss_sum)]), self.ranks.device
+            torch.cat([loss_sum[None], squares / copies]), self.ranks.device
         )
-        mean_loss, grad_norm = totals[0] / targets, math.sqrt(totals[1])
+        mean_loss, grad_norm, bounded = totals[0] / targets, math.sqrt(totals[1]), totals[2:]
 
         lr_factor = self.schedule.factor(self.step)
         factor = judge(mean_loss, grad_norm)
         if factor:
-            if factor != 1.0:
-                torch._foreach_mul_(gradients, factor)
+            if self.bounds:
+                places, runs = self._runs()
+                own = factors(self.bounds, bounded, factor, len(self.parts))
+                scale(runs, [own[place] for place in places])
+            else:
+                scale(gradients, [factor] * len(gradients))
             for group in self.optimizer.param_groups:
                 group["lr"] = group["base_lr"] * lr_factor
             self.optimizer.updates = self.updates
@@ -249,6 +261,22 @@ class DeepSpeedEngine:
         self.step, self.updates = int(scalars["step"]), int(scalars["updates"])
         self.optimizer.set_updates(self.updates)
         self.zero.refresh()
+
+    def _runs(self) -> tuple[list[int], list[Tensor]]:
+        """Return of which of ``parts`` this rank holds a gradient, by place, and the gradients."""
+        place_of = {id(part): place for place, part in enumerate(self.parts)}
+        found = [(place_of[id(part)], run) for part, run in self.zero.gradient_runs(self.parts)]
+        return [place for place, _ in found], [run for _, run in found]
+
+    def _bounded_squares(self) -> list[Tensor]:
+        """Return this rank's part of the squared norm of each of ``bounds``, float64 scalars."""
+        if not self.bounds:
+            return []
+        places, runs = self._runs()
+        squares = torch.zeros(len(self.parts), dtype=torch.float64, device=self.ranks.device)
+        if runs:
+            squares[places] = squared_norms(runs).to(self.ranks.device)
+        return [squares[bound.members].sum() for bound in self.bounds]
 
     def close(self) -> None:
         self.optimizer.state.clear()

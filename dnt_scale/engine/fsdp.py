@@ -24,10 +24,12 @@ from dnt_scale.engine.reductions import EvalSums, over_ranks, read_over_ranks, r
 from dnt_scale.model.batch import Batch, moved, split
 from dnt_scale.model.task import LossModule, Task, blank_buffers, fill_buffers
 from dnt_scale.optim.build import build_optimizer
+from dnt_scale.optim.clipping import bounds
 from dnt_scale.optim.schedule import Schedule
 from dnt_scale.optim.segments import Division, Segment
 from dnt_scale.optim.sharded_optimizer import ShardedOptimizer
 from dnt_scale.optim.shards import local
+from dnt_scale.optim.transfer import Ratios
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +61,11 @@ class ParameterShard:
 
 
 def build(
-    config: RunConfig, model_fn: Callable[[], Task], ranks: Ranks, total_steps: int
+    config: RunConfig,
+    model_fn: Callable[[], Task],
+    ranks: Ranks,
+    total_steps: int,
+    found: Ratios | None = None,
 ) -> "FSDPEngine":
     """Shard ``model_fn()`` (called on the meta device), fill it, and allocate its optimizer; see
     ``engine.build``.
@@ -76,7 +82,7 @@ def build(
     parts = [_part(name, parameter) for name, parameter in task.named_parameters()]
     fill(parts, task, config.run.seed)
     optimizer = build_optimizer(
-        [(part.name, part.rows) for part in parts], config.optim, config.run.seed
+        [(part.name, part.rows) for part in parts], config.optim, config.run.seed, found
     )
     for part in parts:
         optimizer.segments[part.rows] = [part.segment]
@@ -133,7 +139,8 @@ class FSDPEngine:
         self.micro_batch = config.train.micro_batch
         self.step = 0
         self.updates = 0  # steps that changed the weights: AdamW's bias correction counts these
-        self.gradients: GradientStrategy = AccumulateThenStep(optimizer, parts)
+        clipped = bounds([part.name for part in parts], config.optim)
+        self.gradients: GradientStrategy = AccumulateThenStep(optimizer, parts, clipped)
         if not config.optim.gradient_buffer:
             shards = self.mesh.get_group("shard")
             self.gradients = MomentumInBackward(
@@ -247,7 +254,7 @@ class FSDPEngine:
         squares = self.gradients.norm_squares().to(device)
         totals = torch.cat([(loss_sum / targets)[None], squares / self.replicas])
         (loss, *whole_squares), metrics = read_over_ranks(totals, device)
-        return loss, math.fsum(math.sqrt(square) for square in whole_squares), metrics
+        return loss, self.gradients.grad_norm(whole_squares), metrics
 
 
 def blockwise(parts: Iterable[ParameterShard], task: Task) -> list[list[ParameterShard]]:

@@ -102,6 +102,9 @@ class MomentumInBackward:
         """Return each micro-batch's own."""
         return self.squares_M
 
+    def grad_norm(self, squares: Sequence[float]) -> float:
+        return math.fsum(math.sqrt(square) for square in squares)
+
     def update(self, factor: float, grad_norm: float) -> None:
         """Move the weights by the momentum; ``factor`` comes too late, clipping was done before."""
         self.optimizer.apply()

@@ -291,7 +291,9 @@ class _Zero12(_Sharded):
         if self.optimizer.cpu_offload:
             self.optimizer._wait_for_offload_copies()
             return [flat.grad for flat in self.optimizer.single_partition_of_fp32_groups]
-        return [grad for grads in self.optimizer.averaged_gradients.values() for grad in grads]
+        # by number: backward may have begun with the last one
+        numbers = sorted(self.optimizer.averaged_gradients)
+        return [grad for number in numbers for grad in self.optimizer.averaged_gradients[number]]
 
     def drop(self) -> None:  # what step() does when it finds that fp16 overflowed
         self.optimizer.zero_grad()

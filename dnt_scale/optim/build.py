@@ -4,9 +4,13 @@ from dnt_scale.config import OptimizerConfig
 from dnt_scale.optim.algorithm import Algorithm
 from dnt_scale.optim.groups import Named, parameter_groups
 from dnt_scale.optim.sharded_optimizer import ShardedOptimizer
+from dnt_scale.optim.transfer import Ratios, scaled
+from dnt_scale.optim.updates.plain import Plain
 
 
-def build_optimizer(named: Named, config: OptimizerConfig, seed: int) -> ShardedOptimizer:
+def build_optimizer(
+    named: Named, config: OptimizerConfig, seed: int, found: Ratios | None = None
+) -> ShardedOptimizer:
     """Return the optimizer, without its state.
 
     ``allocate`` it once its groups hold the tensors that it is going to step.
@@ -14,12 +18,15 @@ def build_optimizer(named: Named, config: OptimizerConfig, seed: int) -> Sharded
     Args:
         named: every parameter that is trained, by its name in the model.
         seed: seeds the stochastic rounding of buffers in bf16.
+        found: what learning rates are scaled by; None: nothing.
 
     Raises:
         ConfigError: as `parameter_groups` does, or a rule that this machine's torch lacks.
     """
     assert isinstance(config, Algorithm), f"{type(config).__name__} has no update rule"
-    groups = parameter_groups(named, config)
+    groups = parameter_groups(named, config, found)
     for group in groups:
         group["update"].check()
-    return ShardedOptimizer(config, groups, seed)
+    optimizer = ShardedOptimizer(config, groups, seed)
+    optimizer.defaults["lr"] = scaled(config.lr, Plain(pattern=""), config, found)
+    return optimizer

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from dnt_scale.config import ConfigError, OptimizerConfig
+from dnt_scale.optim.transfer import Ratios, scaled
 from dnt_scale.optim.updates.plain import Plain
 
 Named = Iterable[tuple[str, nn.Parameter]]  # every parameter that is trained, by its name
@@ -39,12 +40,17 @@ def group_labels(names: Iterable[str], config: OptimizerConfig) -> dict[str, str
     return labels
 
 
-def parameter_groups(named: Named, config: OptimizerConfig) -> list[dict[str, Any]]:
+def parameter_groups(
+    named: Named, config: OptimizerConfig, found: Ratios | None = None
+) -> list[dict[str, Any]]:
     """Put every parameter in one group; what no pattern matches gets the optimizer's own values.
 
-    Tensors with fewer than two dimensions (gains, biases) are never decayed. Each dict has params,
-    names, lr, base_lr (what the schedule multiplies), weight_decay, update (an `UpdateRule`) and
-    algorithm (an `Algorithm`).
+    Tensors with fewer than two dimensions (gains, biases) are never decayed. Each dict has label,
+    params, names, given_lr, lr, base_lr (what the schedule multiplies), weight_decay, update (an
+    `UpdateRule`) and algorithm (an `Algorithm`).
+
+    Args:
+        found: what learning rates are scaled by; None: nothing.
 
     Raises:
         ConfigError: a pattern that is no regex or matches nothing, a parameter that two patterns
@@ -82,18 +88,22 @@ def parameter_groups(named: Named, config: OptimizerConfig) -> list[dict[str, An
                     f"optim.groups.{label}: {what} needs {wanted}, but {name} has shape "
                     f"{tuple(parameter.shape)}; narrow the pattern"
                 )
+        algorithm = rule.optimizer or config
         for decayed in (True, False):
+            now = scaled(lr, rule, algorithm, found, matrix=decayed)
             part = [(name, p) for name, p in inside if (p.ndim >= 2) == decayed]
             if part:
                 groups.append(
                     {
+                        "label": label,
                         "params": [p for _, p in part],
                         "names": [name for name, _ in part],
-                        "lr": lr,
-                        "base_lr": lr,
+                        "given_lr": lr,
+                        "lr": now,
+                        "base_lr": now,
                         "weight_decay": decay if decayed else 0.0,
                         "update": rule,
-                        "algorithm": rule.optimizer or config,
+                        "algorithm": algorithm,
                     }
                 )
     return groups

@@ -7,6 +7,7 @@ recorded: the same choice again resets nothing.
 """
 
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,8 @@ import yaml
 from dnt_scale import config
 from dnt_scale.config import RunConfig, typed
 from dnt_scale.optim.schedule import Schedule
+from dnt_scale.optim.transfer import ratios, scaled
+from dnt_scale.optim.updates.plain import Plain
 
 KEPT = ("model", "optim", "train")
 GROUPS = ("model", "optim")
@@ -220,7 +223,7 @@ def told(before: RunConfig, now: RunConfig, step: int, units_a_row: int) -> Iter
         why = [
             key
             for key, *_ in changed
-            if key in BUDGET or ".schedule." in key or key.endswith(".lr")
+            if key in BUDGET or key.endswith(".lr") or re.search(r"\.(schedule|scale)\b", key)
         ]
         yield f"learning rate of the next step: {', '.join(jumps)}" + (
             f" (by {', '.join(why)})" if why else ""
@@ -237,8 +240,14 @@ def _same_place(key: str, before: Any, now: Any) -> bool:
 def rates(run: RunConfig, step: int, units_a_row: int) -> dict[str, float]:
     """The learning rate of the step after ``step``, and those of groups that have their own."""
     factor = Schedule(run.optim.schedule, run.total_steps(units_a_row)).factor(step)
-    own = {name: group.lr for name, group in run.optim.groups.items() if group.lr is not None}
-    return {name: rate * factor for name, rate in {"": run.optim.lr, **own}.items()}
+    scale = ratios(run, units_a_row)
+    own = {
+        name: scaled(group.lr, group, group.optimizer or run.optim, scale)
+        for name, group in run.optim.groups.items()
+        if group.lr is not None
+    }
+    default = scaled(run.optim.lr, Plain(pattern=""), run.optim, scale)
+    return {name: rate * factor for name, rate in {"": default, **own}.items()}
 
 
 def pick(settings: Any, dotted: str) -> Any:

@@ -4,6 +4,7 @@ import os
 import shlex
 import socket
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from dnt_scale import config
@@ -11,6 +12,7 @@ from dnt_scale.checkpoint import State
 from dnt_scale.config import RunConfig
 from dnt_scale.distributed.process_group import Ranks
 from dnt_scale.model.flops import count_parameters
+from dnt_scale.optim.transfer import told
 from dnt_scale.record.files import git_commit
 from dnt_scale.record.tracker import Tracker
 from dnt_scale.train.run_folder import write_config
@@ -18,14 +20,20 @@ from dnt_scale.train.run_folder import write_config
 LINE_CHARS = 90
 
 
-def start_tracking(run: RunConfig, state: State, ranks: Ranks) -> Tracker:
+def start_tracking(
+    run: RunConfig, state: State, ranks: Ranks, scaled: Mapping[str, tuple[float, float]]
+) -> Tracker:
     """Write ``config.yaml`` and open the records, going on where the checkpoint stands.
+
+    Args:
+        scaled: of `transfer.rates`: config.yaml ends with them in a comment, and the learning rates
+            are params, ``learning_rate.GROUP``.
 
     Raises:
         ValueError: the run folder cannot be written.
         OSError: metrics.jsonl cannot.
     """
-    write_config(run)
+    write_config(run, f"# {told(scaled)}\n" if scaled else "")
     commit = git_commit()
     return Tracker.start(
         run.run.dir,
@@ -38,6 +46,7 @@ def start_tracking(run: RunConfig, state: State, ranks: Ranks) -> Tracker:
             **config.flat(run),
             "parameters": count_parameters(run.model),
             "ranks": ranks.world_size,
+            **{f"learning_rate.{name}": now for name, (_, now) in scaled.items()},
         },
         tags={
             "git_commit": commit,

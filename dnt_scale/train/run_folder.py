@@ -334,12 +334,16 @@ def elsewhere(run: RunConfig) -> str:
     return f"take another {'run.name' if run.run.dir.name == run.run.name else 'run.dir'}"
 
 
-def write_config(run: RunConfig) -> None:
-    """Write RUN/config.yaml, whole or not at all. Raises ConfigError when it cannot be."""
+def write_config(run: RunConfig, comment: str = "") -> None:
+    """Write RUN/config.yaml, whole or not at all, and a comment in lines at its end.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
     partial = run.run.dir / ".config.yaml.partial"
     try:
         run.run.dir.mkdir(parents=True, exist_ok=True)
-        partial.write_text(config.to_yaml(run))
+        partial.write_text(config.to_yaml(run) + comment)
         partial.replace(run.run.dir / "config.yaml")
     except OSError as error:
         raise ConfigError(

@@ -4,6 +4,8 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
 from dnt_scale import checkpoint, engine
 from dnt_scale.checkpoint import State
 from dnt_scale.config import RunConfig, Unit
@@ -13,6 +15,8 @@ from dnt_scale.distributed.agree import on_first, together
 from dnt_scale.distributed.process_group import Ranks
 from dnt_scale.engine.base import Engine, StepStats
 from dnt_scale.model.task import build_task, flops_per_row
+from dnt_scale.optim.groups import parameter_groups
+from dnt_scale.optim.transfer import Ratios, rates, ratios, told
 from dnt_scale.record.files import warn
 from dnt_scale.record.metrics_file import last_metrics
 from dnt_scale.record.speed import Metrics
@@ -109,20 +113,28 @@ def set_up(begun: Begun, ranks: Ranks) -> Training:
     if newest:
         checkpoint.check_files(newest, state, ranks)
     stream = together(ranks, lambda: open_stream(config, source, state, ranks))
-    built = engine.build(config, lambda: build_task(config.model, source.rows), ranks, total_steps)
+    found = together(ranks, lambda: ratios(config, source.unit.a_row))
+    built = engine.build(
+        config, lambda: build_task(config.model, source.rows), ranks, total_steps, found
+    )
     on_first(ranks, lambda: make_room(begun))
     on_first(ranks, lambda: check_place(config))  # makes the folder: all refusals are above
     clock = Clock(config.run.dir, silent=not ranks.first)
     clock.start(ranks.world_size, last_metrics(config.run.dir)[-1:])
-    guard = Guard(config.health, config.optim.clip_norm, config.train.max_skipped)
+    guard = Guard(config.health, config.optim.judged_clip_norm, config.train.max_skipped)
     restored_s = restore(built, guard, newest, state, ranks) if newest else 0.0
     guard.keep(state.step, built, at_checkpoint=True)
     saver = together(ranks, lambda: open_saver(config, ranks, clock))
-    tracker = together(ranks, lambda: start_tracking(config, state, ranks) if ranks.first else None)
+    scaled = scaled_rates(config, source, found) if ranks.first else {}
+    tracker = together(
+        ranks, lambda: start_tracking(config, state, ranks, scaled) if ranks.first else None
+    )
     for line in changes(begun, source.unit.a_row) if ranks.first else []:
         warn(line)
     progress = TrainProgress(total_steps, state.step, source, silent=not ranks.first)
     progress.say(opening_line(config, source, total_steps, newest, ranks))
+    if scaled:
+        progress.say(told(scaled))
     for note in source.notes(config):
         progress.say(note)
     return Training(
@@ -142,6 +154,17 @@ def set_up(begun: Begun, ranks: Ranks) -> Training:
         restored_s=restored_s,
         state=state,
     )
+
+
+def scaled_rates(
+    config: RunConfig, source: Source, found: Ratios | None
+) -> dict[str, tuple[float, float]]:
+    """Return the learning rates given and scaled, by group; empty without ``optim.scale``."""
+    if found is None:
+        return {}
+    with torch.device("meta"):
+        task = build_task(config.model, source.rows)
+    return rates(parameter_groups(task.named_parameters(), config.optim, found))
 
 
 def open_stream(config: RunConfig, source: Source, state: State, ranks: Ranks) -> Stream:

@@ -61,8 +61,8 @@ class Guard:
     """Judges the steps of one run.
 
     Args:
-        clip_norm: bound of the gradient norm of every step; None: none. An engine that clips by
-            itself (``optim.clip``) minds a factor of 0 only.
+        clip_norm: bound of the gradient norm of every step; None: none, or the engine clips by
+            group. One that clips by itself (``optim.clip``) minds a factor of 0 only.
         max_skipped: lost steps in a row that end the run.
     """
 

@@ -29,8 +29,8 @@ from testbed.run import (
     steps_written,
     tiny,
     train,
-    until,
 )
+from testbed.waiting import until
 
 LAST = f"checkpoints/step-{STEPS:08d}"
 FIELDS = ["checkpoint.every=2"]

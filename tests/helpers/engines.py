@@ -58,7 +58,7 @@ def built(label: str, me: Ranks, data: Path, *overrides: str) -> Iterator[tuple[
 
 def losses(run: RunConfig, engine: Engine, me: Ranks, first: int, steps: int) -> list[float]:
     """The losses of ``steps`` steps from step ``first`` on."""
-    judge = Guard(run.health, run.optim.clip_norm, run.train.max_skipped).judge
+    judge = Guard(run.health, run.optim.judged_clip_norm, run.train.max_skipped).judge
     batch = run.train.global_batch
     sources = load_sets(run.data)
     with token_stream(
@@ -105,13 +105,38 @@ def load(engine: Engine, me: Ranks, path: Path) -> None:
 Update = Callable[[Tensor, Tensor, dict[str, Tensor], Any, UpdateRule, float, float], None]
 
 
-def reference_losses(run: RunConfig, update: Update) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """The run in plain PyTorch: one process, one batch a step, no engine. Its losses and last fp32
-    weights.
+def group_of(run: RunConfig, name: str) -> str:
+    """The label of the group that a parameter is in, "" for none."""
+    return next((label for label, g in run.optim.groups.items() if re.search(g.pattern, name)), "")
+
+
+def clipped_by_group(run: RunConfig, grads: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Gradients as `groups.NAME.clip` says: the global ones by their norm, others by their own."""
+    found = {}
+    for name, grad in grads.items():
+        label = group_of(run, name)
+        group = run.optim.groups.get(label)
+        clip = "global" if group is None or group.clip is None else group.clip
+        norm = 0.0
+        for other, theirs in grads.items():
+            another = run.optim.groups.get(group_of(run, other))
+            is_global = another is None or another.clip in (None, "global")
+            if group_of(run, other) == label if clip == "group" else is_global:
+                norm += float(theirs.double().square().sum())
+        bound = group.clip_norm if group and group.clip_norm else run.optim.clip_norm
+        assert bound is not None
+        found[name] = grad * (1.0 if clip == "none" else min(1.0, bound / norm**0.5))
+    return found
+
+
+def reference_losses(
+    run: RunConfig, update: Update, micro_batches: int = 1
+) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """The run in plain PyTorch: one process, no engine, gradients of micro-batches summed in fp32.
+    Its losses and last fp32 weights.
 
     All but the rule is written out here: groups, which tensors decay, clipping, the schedule.
     """
-    assert run.optim.clip_norm is not None
     model = DNT(run.model)
     init_weights(model, run.run.seed)
     weights = dict(model.named_parameters())
@@ -128,20 +153,23 @@ def reference_losses(run: RunConfig, update: Update) -> tuple[list[float], dict[
     ) as stream:
         for step in range(STEPS):
             batch = next(stream)[0]
-            compute = {name: weight.to(dtype) for name, weight in weights.items()}
-            loss = torch.func.functional_call(
-                model, compute, (batch[:, :-1].clamp(min=0), batch[:, 1:])
-            )
-            mean = loss / (batch[:, 1:] != IGNORED).sum()
-            grads = torch.autograd.grad(mean, list(weights.values()))
-            norm = float(torch.stack([grad.norm() for grad in grads]).norm())
-            factor = min(1.0, run.optim.clip_norm / norm)
-            found.append(float(mean.detach()))
+            targets = (batch[:, 1:] != IGNORED).sum()
+            grads = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+            mean = 0.0
+            for rows in batch.chunk(micro_batches):
+                compute = {name: weight.to(dtype) for name, weight in weights.items()}
+                loss = torch.func.functional_call(
+                    model, compute, (rows[:, :-1].clamp(min=0), rows[:, 1:])
+                )
+                parts = torch.autograd.grad(loss / targets, list(weights.values()))
+                for name, part in zip(weights, parts, strict=True):
+                    grads[name] += part
+                mean += float((loss / targets).detach())
+            clipped = clipped_by_group(run, grads)
+            found.append(mean)
             with torch.no_grad():
-                for (name, weight), grad in zip(weights.items(), grads, strict=True):
-                    group = next(
-                        (g for g in run.optim.groups.values() if re.search(g.pattern, name)), None
-                    )
+                for name, weight in weights.items():
+                    group = run.optim.groups.get(group_of(run, name))
                     lr = (
                         run.optim.lr if group is None or group.lr is None else group.lr
                     ) * schedule.factor(step)
@@ -152,5 +180,5 @@ def reference_losses(run: RunConfig, update: Update) -> tuple[list[float], dict[
                     )
                     rule = group or Plain(pattern="")
                     wd = decay if weight.ndim > 1 and not rule.fixed_norm else 0.0
-                    update(weight, grad * factor, states[name], run.optim, rule, lr, wd)
+                    update(weight, clipped[name], states[name], run.optim, rule, lr, wd)
     return found, {name: weight.detach() for name, weight in weights.items()}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from dnt_scale.config.optim import OPTIMIZERS, Beta, Storage
+from dnt_scale.config.optim import OPTIMIZERS, Beta, GroupConfig, Powers, Storage
 from dnt_scale.optim.algorithm import Algorithm, Group
 
 if TYPE_CHECKING:
@@ -33,6 +33,13 @@ class AdamWConfig(Algorithm):
 
     def describe(self) -> str:
         return f"betas {self.betas}"
+
+    def powers(self, rule: GroupConfig) -> Powers:
+        """Elements move by about lr, so an output by up to lr columns, while it grows with
+        sqrt(columns). Batch: the square root (Malladi et al., arXiv 2205.10287), whose change of
+        betas and eps is left out.
+        """
+        return Powers(width=-0.5, batch=0.5)
 
     def step(self, shards: Sequence["Shard"], group: Group) -> None:
         from torch.optim.adamw import adamw

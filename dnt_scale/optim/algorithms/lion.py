@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from dnt_scale.config.optim import OPTIMIZERS, Beta, Storage
+from dnt_scale.config.optim import OPTIMIZERS, Beta, GroupConfig, Powers, Storage
 from dnt_scale.optim.algorithm import Algorithm, Group
 
 if TYPE_CHECKING:
@@ -39,6 +39,10 @@ class LionConfig(Algorithm):
             "lion steps by the gradient and the momentum before it, so it needs the gradient after "
             "backward; set gradient_buffer: true, or use optim=signum"
         )
+
+    def powers(self, rule: GroupConfig) -> Powers:
+        """Every element moves by lr: adamw.py."""
+        return Powers(width=-0.5, batch=0.5)
 
     def step(self, shards: Sequence["Shard"], group: Group) -> None:
         lr, (b1, b2) = group["lr"], self.betas

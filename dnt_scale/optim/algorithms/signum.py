@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from dnt_scale.config.optim import OPTIMIZERS, Beta, Storage
+from dnt_scale.config.optim import OPTIMIZERS, Beta, GroupConfig, Powers, Storage
 from dnt_scale.optim.algorithm import Algorithm, Group
 
 if TYPE_CHECKING:
@@ -37,6 +37,10 @@ class SignumConfig(Algorithm):
 
     def needs_gradient_buffer(self) -> str | None:
         return None
+
+    def powers(self, rule: GroupConfig) -> Powers:
+        """Every element moves by lr: adamw.py."""
+        return Powers(width=-0.5, batch=0.5)
 
     def accumulate(self, momentum: "Tensor", gradient: "Tensor", *, first: bool) -> None:
         if first:

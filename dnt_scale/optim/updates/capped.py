@@ -4,7 +4,8 @@
     p <- p - lr d min(1, limit / RMS(lr d))
 
 RMS is over the elements of the whole tensor. The momentum itself is not clipped. The schedule moves
-lr, and not the limits.
+lr, and not the limits. How it goes with width and batch is not known: where a limit binds, lr says
+little.
 """
 
 import math

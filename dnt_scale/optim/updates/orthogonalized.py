@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from dnt_scale.config.base import ConfigError
-from dnt_scale.config.optim import UPDATES
+from dnt_scale.config.optim import UPDATES, Powers
 from dnt_scale.optim.update_rule import Direction, UpdateRule
 
 if TYPE_CHECKING:
@@ -44,6 +44,12 @@ class Orthogonalized(UpdateRule):
     @property
     def dimensions(self) -> int:
         return 2
+
+    def powers(self) -> Powers:
+        """A step of spectral norm lr changes outputs by lr, where they grow with sqrt(width);
+        ``adamw`` has that factor in its own. The batch's is Adam's, see adamw.py.
+        """
+        return Powers(width=0.5 if self.scale == "tall" else 0.0, batch=0.5)
 
     def check(self) -> None:
         newton_schulz()

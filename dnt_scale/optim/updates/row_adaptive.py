@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from dnt_scale.config.optim import UPDATES, Beta
+from dnt_scale.config.optim import UPDATES, Beta, Powers
 from dnt_scale.optim.update_rule import Direction, UpdateRule
 
 if TYPE_CHECKING:
@@ -37,6 +37,10 @@ class RowAdaptive(UpdateRule):
     @property
     def dimensions(self) -> int:
         return 2
+
+    def powers(self) -> Powers:
+        """Elements of a row move by about lr, as AdamW's do: adamw.py."""
+        return Powers(width=-0.5, batch=0.5)
 
     def move(self, shards: Sequence["Shard"], direction: Direction, lr: float) -> None:
         from dnt_scale.optim.norms import row_norms

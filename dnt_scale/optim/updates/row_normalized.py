@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from dnt_scale.config.optim import UPDATES
+from dnt_scale.config.optim import UPDATES, Powers
 from dnt_scale.optim.update_rule import Direction, UpdateRule
 
 if TYPE_CHECKING:
@@ -32,6 +32,12 @@ class RowNormalized(UpdateRule):
     @property
     def dimensions(self) -> int:
         return 2
+
+    def powers(self) -> Powers:
+        """A row's step of a fixed length changes its output by lr sqrt(columns), as the output
+        itself grows. The batch's is Adam's, see adamw.py.
+        """
+        return Powers(width=0.0, batch=0.5)
 
     def move(self, shards: Sequence["Shard"], direction: Direction, lr: float) -> None:
         for shard in shards:

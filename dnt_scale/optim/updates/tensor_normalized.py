@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
-from dnt_scale.config.optim import UPDATES
+from dnt_scale.config.optim import UPDATES, Powers
 from dnt_scale.optim.update_rule import Direction, UpdateRule
 
 if TYPE_CHECKING:
@@ -22,6 +22,10 @@ class TensorNormalized(UpdateRule):
     """Divide the direction of a tensor by its root mean square."""
 
     update: Literal["tensor_normalized"]
+
+    def powers(self) -> Powers:
+        """Elements move by lr, as AdamW's do: adamw.py."""
+        return Powers(width=-0.5, batch=0.5)
 
     def move(self, shards: Sequence["Shard"], direction: Direction, lr: float) -> None:
         from dnt_scale.optim.norms import elements, ratio, tensor_norms

@@ -205,8 +205,8 @@ def test_the_pace_of_a_real_run(trained: Path) -> None:
     ]
     assert before is not None
     assert (before.steps, before.ranks) == (20, 1)
-    assert before.tokens_per_s == statistics.median(speeds)
-    assert before.step_s == pytest.approx(8 * 64 / before.tokens_per_s)
+    assert before.units_per_s == statistics.median(speeds)
+    assert before.step_s == pytest.approx(8 * 64 / before.units_per_s)
     assert before.save_s is not None
 
 
@@ -239,7 +239,7 @@ def test_the_pace_is_of_the_last_steps_and_their_newest_checkpoint(
     assert plan.read_past_pace(run, TOKENS) is None
     made_up_past(tmp_path / "one")
     assert plan.read_past_pace(run, TOKENS) == PastPace(
-        tokens_per_s=500.0, steps=50, ranks=1, step_s=512 / 500, save_s=None
+        units_per_s=500.0, steps=50, ranks=1, step_s=512 / 500, save_s=None
     )
     state = tmp_path / "one" / "checkpoints" / "step-00000150" / "state.json"
     state.parent.mkdir(parents=True)
@@ -273,7 +273,7 @@ def test_expected_from_the_past_on_more_ranks(data: Path, tmp_path: Path) -> Non
         "cluster.signal_s=600",
     ]
     made = planned(data, tmp_path / "one", *overrides)
-    assert made.tokens_per_s == 500.0 * 4
+    assert made.units_per_s == 500.0 * 4
     made = replace(made, done=200)
     assert made.seconds == 99_800 * 512 / 2000
     assert line(plan.format_plan(made), "expected") == (
@@ -293,7 +293,7 @@ def test_expected_on_a_gpu_that_is_known_is_an_assumption_and_says_so(
         "train.dtype=bf16",
     ]
     made = planned(data, tmp_path / "one", *shape, nodes=(H100,))
-    assert made.tokens_per_s == pytest.approx(
+    assert made.units_per_s == pytest.approx(
         16 * 0.4 * PEAK_FLOPS["NVIDIA H100"] / flops_per_token(made.run.model, 64)
     )
     assert line(plan.format_plan(made), "expected").endswith(
@@ -304,7 +304,7 @@ def test_expected_on_a_gpu_that_is_known_is_an_assumption_and_says_so(
         ("train.dtype=fp32", (H100,)),
         ("train.steps=20", (PLAIN,)),
     ):
-        assert planned(data, tmp_path / "one", *shape, change, nodes=nodes).tokens_per_s is None
+        assert planned(data, tmp_path / "one", *shape, change, nodes=nodes).units_per_s is None
 
 
 def test_devices_by_slurms_types() -> None:

@@ -15,7 +15,8 @@ from cluster.watch.find_runs import find_runs
 from dnt_scale.cli.main import main as dnt
 from dnt_scale.record import timeline
 from dnt_scale.record.metrics_file import last_metrics
-from testbed.run import IDLING, start, synthetic_set, tiny, until
+from testbed.run import IDLING, start, synthetic_set, tiny
+from testbed.waiting import until
 from tests.helpers.folders import (
     Event,
     allocated,
@@ -311,6 +312,20 @@ def test_steps_of_a_run_that_is_given_tokens(runs: Path) -> None:
     run = jobs_command.read_config(runs / "big")
     assert jobs_command.total_steps(run, []) is None  # the length of a row is not known yet
     assert jobs_command.total_steps(run, last_metrics(runs / "big")) == 20  # of 512 tokens
+
+
+def test_the_speed_of_runs_of_another_unit(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert dnt(["jobs"]) == 0
+    assert "tokens/s" in capsys.readouterr().out.splitlines()[0]
+    file = runs / "big" / "metrics.jsonl"
+    file.write_text(file.read_text().replace("tokens_per_s", "images_per_s"))
+    assert dnt(["jobs", "big"]) == 0
+    assert "512\u00a0images/s" in capsys.readouterr().out
+    assert dnt(["jobs"]) == 0
+    assert "speed" in capsys.readouterr().out.splitlines()[0]
+    assert dnt(["jobs", "--json"]) == 0
+    big = json.loads(capsys.readouterr().out)["runs"][0]
+    assert (big["unit"], big["units_per_s"]) == ("images", 512)
 
 
 def test_a_cancel_where_there_is_no_slurm_changes_nothing(

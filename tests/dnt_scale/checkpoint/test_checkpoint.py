@@ -32,8 +32,8 @@ from testbed.run import (
     tensors,
     tiny,
     train,
-    until,
 )
+from testbed.waiting import until
 
 LAST = f"step-{STEPS:08d}"
 

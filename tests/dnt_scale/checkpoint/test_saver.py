@@ -35,7 +35,8 @@ from dnt_scale.distributed.errors import is_fault
 from dnt_scale.distributed.process_group import Ranks
 from dnt_scale.distributed.watchdog import watching
 from testbed import run
-from testbed.run import call, can_mount, tensors, until
+from testbed.run import call, can_mount, tensors
+from testbed.waiting import until
 from tests.helpers.tensor_shards import (
     copies,
     equal,

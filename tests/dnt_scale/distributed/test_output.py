@@ -21,7 +21,8 @@ import pytest
 
 from dnt_scale.distributed.output import HELD_BYTES, Output
 from dnt_scale.train.signals import stop_signals
-from testbed.run import STEPS, Ranks, _run_module, metrics, steps_written, tiny, until
+from testbed.run import STEPS, Ranks, _run_module, metrics, steps_written, tiny
+from testbed.waiting import until
 
 
 def no_reader() -> tuple[int, int | None]:

@@ -18,7 +18,8 @@ from rich.console import Console
 from dnt_scale.record import timeline
 from dnt_scale.record.goodput import Parts, breakdown, metrics, table
 from dnt_scale.train.rank import main
-from testbed.run import Ranks, call, complete_checkpoints, steps_written, tiny, until
+from testbed.run import Ranks, call, complete_checkpoints, steps_written, tiny
+from testbed.waiting import until
 
 T0 = 1.79e9
 

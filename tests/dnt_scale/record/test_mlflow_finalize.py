@@ -19,7 +19,8 @@ import pytest
 
 from dnt_scale.record.finalize import finalize_run, finalize_sweep
 from dnt_scale.record.tracker import Tracker
-from testbed.stores import PATIENCE_S, points, runs, until
+from testbed.stores import PATIENCE_S, points, runs
+from testbed.waiting import until
 
 pytestmark = pytest.mark.slow
 

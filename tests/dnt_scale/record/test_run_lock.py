@@ -32,7 +32,8 @@ from dnt_scale.record.run_lock import (
     take,
     this_process,
 )
-from testbed.run import STEPS, Ranks, metrics, start, tiny, train, until
+from testbed.run import STEPS, Ranks, metrics, start, tiny, train
+from testbed.waiting import until
 
 
 def me(**changes: object) -> Holder:

@@ -10,7 +10,8 @@ from dnt_scale import config
 from dnt_scale.config import RunConfig
 from dnt_scale.distributed.process_group import Ranks
 from dnt_scale.record.system_metrics import folder, read_new, sampling
-from testbed.run import tiny, until
+from testbed.run import tiny
+from testbed.waiting import until
 
 NODE = socket.gethostname()
 CPU = torch.device("cpu")

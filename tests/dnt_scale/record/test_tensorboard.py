@@ -22,7 +22,8 @@ from dnt_scale.record.training_process import EndedTraining
 from dnt_scale.train.recorded import Typed
 from dnt_scale.train.run_start import Begun, begin, make_room
 from testbed.run import PLOTS, tiny, train
-from testbed.stores import PATIENCE_S, points, until
+from testbed.stores import PATIENCE_S, points
+from testbed.waiting import until
 from tests.helpers.senders import begin as begin_sending
 from tests.helpers.senders import start, without_processes
 

@@ -9,7 +9,8 @@ import socket
 from pathlib import Path
 
 from testbed.run import IDLING, start, steps_written, tiny
-from testbed.stores import PASSWORD, points, runs, sqlite_store, until
+from testbed.stores import PASSWORD, points, runs, sqlite_store
+from testbed.waiting import until
 
 
 def test_a_run_that_is_stopped_and_goes_on(corpus, tmp_path):

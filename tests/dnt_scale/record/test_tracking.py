@@ -23,7 +23,8 @@ from dnt_scale.record.plots import plot_run
 from dnt_scale.record.sender_files import unsent_lines
 from dnt_scale.record.tracker import Tracker
 from testbed.ports import free_port
-from testbed.stores import mlflow_server, until
+from testbed.stores import mlflow_server
+from testbed.waiting import until
 
 pytestmark = pytest.mark.slow
 

@@ -10,8 +10,9 @@ import pytest
 
 from dnt_scale.record import run_lock, timeline
 from dnt_scale.sweep import sweep_file
-from testbed.run import Finished, dnt, metrics, steps_written, synthetic_set, tiny, until
+from testbed.run import Finished, dnt, metrics, steps_written, synthetic_set, tiny
 from testbed.stores import runs as mlflow_runs
+from testbed.waiting import until
 from tests.helpers.sweeps import start_sweep
 
 GRID = ("optim.lr=0.03,0.1", "run.seed=1,2")

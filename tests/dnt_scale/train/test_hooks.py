@@ -25,7 +25,8 @@ from testbed.run import (
     tiny,
     train,
 )
-from testbed.stores import runs, sqlite_store, until
+from testbed.stores import runs, sqlite_store
+from testbed.waiting import until
 from tests.helpers import engines
 
 DESIGN = Path(__file__).parents[3] / "docs" / "design.md"

@@ -29,8 +29,8 @@ from testbed.run import (
     steps_written,
     synthetic_set,
     train,
-    until,
 )
+from testbed.waiting import until
 from tests.helpers.engines import overrides_of
 
 STEPS = 6
@@ -103,7 +103,7 @@ def losses(overrides: list[str]) -> None:
         engine = build_engine(
             run, lambda run=run, source=source: build_task(run.model, source.rows), me, STEPS
         )
-        judge = Guard(run.health, run.optim.clip_norm, run.train.max_skipped).judge
+        judge = Guard(run.health, run.optim.judged_clip_norm, run.train.max_skipped).judge
         with source.stream(
             seed=run.run.seed,
             global_batch=run.train.global_batch,

@@ -224,7 +224,7 @@ def poison_one_rank(data: Path, label: str) -> None:
 
     me = process_group.start("cpu")
     with engines.built(label, me, data) as (run, engine):
-        judge = Guard(run.health, run.optim.clip_norm, run.train.max_skipped).judge
+        judge = Guard(run.health, run.optim.judged_clip_norm, run.train.max_skipped).judge
         with token_stream(
             load_sets(run.data), seed=1, global_batch=8, rank=me.rank, world_size=me.world_size
         ) as stream:

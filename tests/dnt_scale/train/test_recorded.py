@@ -127,7 +127,9 @@ def test_a_line_tells_what_is_kept_and_nothing_where_nothing_is() -> None:
         "optim.groups.g.lr null (the command alone says not there), optim.groups.g.weight_decay "
         "null (the command alone says not there), optim.groups.g.update plain (the command alone "
         "says not there), optim.groups.g.fixed_norm false (the command alone says not there), "
-        "optim.groups.g.optimizer null (the command alone says not there)",
+        "optim.groups.g.optimizer null (the command alone says not there), optim.groups.g.clip "
+        "null (the command alone says not there), optim.groups.g.clip_norm null (the command alone "
+        "says not there)",
     )
 
 

@@ -28,8 +28,8 @@ from testbed.run import (
     tensors,
     tiny,
     train,
-    until,
 )
+from testbed.waiting import until
 
 LAST = f"checkpoints/step-{STEPS:08d}"
 
