@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from data_prep.images.shards import SplitReader, load_manifest, sample_key
 from pydantic import BaseModel, ConfigDict
 
+from data_prep.images.shards import SplitReader, load_manifest, sample_key
 from data_prep.shards import SplitName
 from dnt_scale.config import AugmentSection
 from dnt_scale.data.augment import (

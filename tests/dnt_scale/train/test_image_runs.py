@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from testbed.images import CLASSES, drawn, small_image_set
 
 from dnt_scale import config
 from dnt_scale.data.sources import load_source
@@ -18,6 +17,7 @@ from dnt_scale.distributed import process_group
 from dnt_scale.engine import build as build_engine
 from dnt_scale.model.task import build_task
 from dnt_scale.train.spike_guard import Guard
+from testbed.images import CLASSES, drawn, small_image_set
 from testbed.run import (
     IDLING,
     PLOTS,
