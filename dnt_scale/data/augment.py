@@ -91,8 +91,8 @@ def random_box(
         ratio = math.exp(draw.uniform(math.log(3 / 4), math.log(4 / 3)))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
-            left, top = draw.integers(0, width - w + 1), draw.integers(0, height - h + 1)
-            return float(left), float(top), float(left + w), float(top + h)
+            x, y = int(draw.integers(0, width - w + 1)), int(draw.integers(0, height - h + 1))
+            return x, y, x + w, y + h
     w = min(width, round(height * 4 / 3))
     h = min(height, round(width * 4 / 3))
     left, top = (width - w) / 2, (height - h) / 2
@@ -206,12 +206,9 @@ def mixed(
     alpha = recipe.cutmix if cut else recipe.mixup
     share = draw.beta(alpha, alpha)
     if not cut:
-        one, other = first.astype(np.float32), second.astype(np.float32)
-        return Mixed(
-            np.rint(share * one + (1 - share) * other).astype(np.uint8),
-            np.rint(share * other + (1 - share) * one).astype(np.uint8),
-            share,
-        )
+        means = share * first + (1 - share) * second, share * second + (1 - share) * first
+        one, other = (np.rint(mean).astype(np.uint8) for mean in means)
+        return Mixed(one, other, share)
     _, height, width = first.shape
     h, w = round(height * math.sqrt(1 - share)), round(width * math.sqrt(1 - share))
     y, x = int(draw.integers(height)) - h // 2, int(draw.integers(width)) - w // 2

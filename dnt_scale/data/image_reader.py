@@ -5,10 +5,11 @@ start with it.
 """
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 from pydantic import BaseModel, ConfigDict
 
 from data_prep.images.shards import SplitReader, load_manifest, sample_key
@@ -127,7 +128,7 @@ class ImageReader:
                 both = mixed(
                     made[2 * pair][0], made[2 * pair + 1][0], recipe, draws(seed, pair, MIX)
                 )
-                pixels = both[position & 1]
+                pixels = both.second if position & 1 else both.first
                 row["other"], row["share"] = made[position ^ 1][1], both.share
             row["image"] = pixels
             row["key"] = draws(seed, position, KEY).integers(1 << 32)
@@ -144,7 +145,7 @@ class ImageReader:
         )
         return pixels, int(self.splits["train"].index["label"][number])
 
-    def _decoded(self, split: SplitName, number: int) -> Any:
+    def _decoded(self, split: SplitName, number: int) -> Image.Image:
         reader = self.splits[split]
         data = reader.read(number)
         try:

@@ -59,7 +59,9 @@ class VisionTransformer(nn.Module, Task):
             x_BTD = torch.cat([self.cls.expand(len(x_BTD), 1, -1), x_BTD], dim=1)
         positions = torch.arange(x_BTD.shape[1], device=x_BTD.device)
         x_BTD = self.norm_in(x_BTD + self.pos_emb(positions))
-        kept_LB2 = [None] * len(self.blocks) if key_B is None else self._kept(key_B, x_BTD.dtype)
+        kept_LB2: list[Tensor | None] = [None] * len(self.blocks)
+        if key_B is not None:
+            kept_LB2 = self._kept(key_B, x_BTD.dtype)
         for block, kept_B2 in zip(self.blocks, kept_LB2, strict=True):
             x_BTD = block(x_BTD, None, kept_B2)
         x_BD = x_BTD.mean(1) if self.cls is None else x_BTD[:, 0]
