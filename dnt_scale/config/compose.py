@@ -59,6 +59,7 @@ def load(overrides: list[str]) -> RunConfig:
         HydraException,
         OmegaConfBaseException,
         ValueError,
+        TypeError,
         RecursionError,
     ) as error:  # Hydra raises bare ones too
         raise ConfigError(hidden.show(_explain(error, overrides))) from None
@@ -316,6 +317,8 @@ def validate(raw: Any, origin: str = "configuration") -> RunConfig:
             message = item["msg"].removeprefix("Value error, ")
             if item["type"] == "extra_forbidden":
                 message = "no such field" + _nearest(".".join(parts), _known_keys(RunConfig))
+            if parts and item["type"] in ("model_type", "dict_type"):
+                message = f"is a section, not a value; set its keys, as {'.'.join(parts)}.KEY=VALUE"
             found = "" if isinstance(item["input"], dict) else f" (found {item['input']!r:.300})"
             # what the whole run's validators say names its fields itself
             lines.append(f"{'.'.join(parts)}: {message}{found}" if parts else message)
@@ -423,6 +426,10 @@ def _explain(error: Exception, overrides: list[str]) -> str:
                 "only; add data=mixture"
             )
         return f"{missing}: is not set; add {missing}=VALUE (`dnt train --help` shows an example)"
+    if text.startswith("Error merging override"):
+        override = text.split()[-1].lstrip("+")
+        key = override.partition("=")[0]
+        return f"{override}: {key} is a section, not a list; set its keys, as {key}.KEY=VALUE"
     for override in overrides:
         key, _, value = override.partition("=")
         choices = _choices(key) if key in _groups() else []

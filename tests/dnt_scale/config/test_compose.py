@@ -219,6 +219,14 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
         ["engine=zero9"],
         ["engine=zero9: no such choice", "ddp, fsdp, hsdp, zero0, zero1, zero2, zero3, zero3_off"],
     ),
+    "a list of models": (["model=[1]"], ["model=[1]: no such choice", "dnt_nano"]),
+    "a list of optimizers": (["optim=[1,2]"], ["optim=[1,2]: no such choice", "adamw, "]),
+    "a value for a section": (["train=5"], ["train: is a section", "as train.KEY=VALUE", "5"]),
+    "a value for a group": (
+        ["optim.groups.a=x"],
+        ["optim.groups.a: is a section", "as optim.groups.a.KEY=VALUE"],
+    ),
+    "a list for a section": (["eval=[1]"], ["eval=[1]: eval is a section", "as eval.KEY=VALUE"]),
     "unknown preset": (["preset=dem"], ["did you mean demo?"]),
     "unknown setting": (
         ["model.setting=S6"],
@@ -251,7 +259,6 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
     ),
     "a reference to nothing": (["run.dir=runs/${run.nme}"], ["run.dir", "'run.nme' not found"]),
     "a circle": (["run.dir=${run.dir}/x"], ["run.dir", "Recursive"]),
-    "a value for a section": (["train=3"], ["train", "found 3"]),
     "a section removed": (["~optim"], ["optim: Field required"]),
     "no name": (["run.name="], ["run.name", "''"]),
     "a folder as the name": (["run.name=a/b"], ["run.name", "'a/b'"]),
