@@ -180,7 +180,7 @@ def _findings(image: "Image", data: bytes, suffix: str, name: str) -> list[tuple
         found.append(("sixteen_bit", f"mode {image.mode}"))
     elif image.mode == "F":
         raise Unusable("other_mode", "mode F")
-    elif image.mode == "P":
+    elif image.mode == "P" and suffix:
         found.append(("palette", "mode P"))
     if image.mode in ("LA", "RGBA", "PA", "La", "RGBa") or "transparency" in image.info:
         found.append(("alpha", f"mode {image.mode}"))

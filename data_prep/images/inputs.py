@@ -22,7 +22,7 @@ from data_prep.read.listing import (
 from data_prep.read.pieces import Unit
 from data_prep.read.streams import File, file_system, is_http, is_url, packing
 from data_prep.read.suffixes import bare_name, describe_suffix, printable
-from data_prep.set_files import SplitName
+from data_prep.set_files import MADE_BY, SplitName, format_of
 
 IMAGE_SUFFIXES = tuple(".jpg .jpeg .png .webp .bmp .gif .tif .tiff .ppm .pgm".split())  # noqa: SIM905
 SPLIT_FOLDERS = {"train", "val", "valid", "validation", "test"}
@@ -211,6 +211,11 @@ def _list(item: str) -> _Listed:
     if path.is_file():
         return _Listed(name, False, [stat_file(name, path)], [])
     if path.is_dir():
+        if format_of(path) in MADE_BY:
+            raise ValueError(
+                f"{item}: a prepared set already; give what it was made of, or go on from it with "
+                "--append"
+            )
         return _Listed(name, True, *walk(path, ["**"]))
     if not re.search(r"[*?\[]", item):
         raise ValueError(f"{item}: no such file or folder; check the path")

@@ -101,7 +101,9 @@ class ImagesConfig(DataSection):
     fixed: ClassVar[tuple[str, ...]] = ("size", "center", "augment")
 
     kind: Literal["images"] = "images"
-    path: SetPath = Field(description="made by `dnt data images`")
+    path: SetPath = Field(
+        description="the set, made by `dnt data prepare`, or of images by `dnt data images`"
+    )
     size: Size = Field(description="pixels a side of what the model sees")
     center: float = Field(
         0.875,
