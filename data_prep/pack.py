@@ -17,6 +17,7 @@ from data_prep import shards
 from data_prep.arrays import Flags, Lengths, Tokens
 from data_prep.chunks import Chunk
 from data_prep.files import write_whole
+from data_prep.set_files import shard_name
 from data_prep.shards import BLOCK_ROWS, Packing, Shard, SplitName
 
 
@@ -108,7 +109,7 @@ def shard_jobs(
         )
         jobs.append(
             ShardJob(
-                path=folder / shards.shard_name(split, first_shard + number),
+                path=folder / shard_name(split, first_shard + number),
                 split=split,
                 first_block=first_block + first // BLOCK_ROWS,
                 rows=count,

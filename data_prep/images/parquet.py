@@ -64,7 +64,7 @@ def _columns(file: File, schema: Any, label_field: str | None) -> tuple[str, str
         kind = field.type
         if pa.types.is_struct(kind):
             return any(kind.field(n).name == "bytes" for n in range(kind.num_fields))
-        return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+        return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
     images = [f.name for f in schema if features.get(f.name, {}).get("_type") == "Image"]
     images = images or [field.name for field in schema if is_image(field)]

@@ -111,7 +111,8 @@ def tar_jobs(
     """Return the tars of images in order: as many in each as fit `shard_bytes`, one at least; tars
     are numbered from `number`, samples from `first`."""
     ends = np.cumsum([sample_bytes(size) for size in images.size.tolist()], dtype=np.int64)
-    jobs, start = [], 0
+    jobs: list[TarJob] = []
+    start = 0
     while start < len(images):
         before = int(ends[start - 1]) if start else 0
         stop = int(np.searchsorted(ends, before + shard_bytes - TAR_END, "right"))

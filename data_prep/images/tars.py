@@ -22,7 +22,7 @@ class _Header(tarfile.TarInfo):
     @classmethod
     def fromtarfile(cls, tar: tarfile.TarFile) -> "_Header":
         try:
-            return cast(_Header, super().fromtarfile(tar))
+            return super().fromtarfile(tar)
         except tarfile.HeaderError as error:
             if type(error).__name__ == "EOFHeaderError":  # the mark
                 raise
@@ -38,7 +38,7 @@ def read_tar(file: File, label_field: str | None) -> Iterator[tuple[RawImage, in
             with tarfile.open(fileobj=source, mode="r|", tarinfo=_Header) as tar:
                 key, members = "", dict[str, bytes | int]()
                 for member in tar:
-                    tar.members = []  # or it keeps them all
+                    tar.members = []  # type: ignore[attr-defined]  # or it keeps them all
                     folder, _, name = member.name.rpartition("/")
                     base, dot, suffix = name.partition(".")
                     if not (member.isreg() and base and dot):

@@ -38,7 +38,7 @@ def verify(folder: Path, progress: Callable[[int], object] | None = None) -> lis
     problems: list[str] = []
     for name, split in manifest.splits.items():
         first, labels = 0, Counter[int]()
-        bad = []
+        bad: list[str] = []
         for shard in split.shards:
             bad += _check_shard(folder, manifest, shard, first, labels, progress)
             first += shard.images

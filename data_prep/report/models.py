@@ -9,7 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat
 
 from data_prep.read.documents import KINDS
 from data_prep.report.markup import visible
-from data_prep.shards import Count
+from data_prep.set_files import Count
 from data_prep.words import counted, percent, rate, ratio, size
 
 EXCERPT_CHARS = 500
