@@ -61,6 +61,7 @@ def parser() -> argparse.ArgumentParser:
     commands = root.add_subparsers(required=True, metavar="COMMAND")
     data.add_commands(commands)
     run.add_run_commands(commands)
+    run.add_classify(commands)
     sweep.add_commands(commands)
     checkpoint.add_commands(commands)
     run.add_diagnose(commands)

@@ -102,9 +102,12 @@ def add_run_commands(commands: "argparse._SubParsersAction[Parser]") -> None:
     )
     evaluate.set_defaults(run=run_eval)
 
+
+def add_classify(commands: "argparse._SubParsersAction[Parser]") -> None:
+    """Add `dnt classify`."""
     classify = commands.add_parser("classify", help="name what is in images, by a run")
     classify.add_argument(
-        "folder", type=path, metavar="RUN", help="run folder, for example runs/demo-images"
+        "folder", type=path, metavar="RUN", help="run folder, for example runs/first"
     )
     classify.add_argument("images", type=path, nargs="+", metavar="IMAGE", help="image file")
     classify.add_argument(

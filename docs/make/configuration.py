@@ -119,7 +119,7 @@ def variants(group: str, notes: dict[str, str], told: set[str]) -> Iterator[str]
     yield table(of_all, notes, told)
     for own, dumps in zip(tables, files.values(), strict=True):
         if mine := [row for row in own if row.key not in shared]:
-            yield f"Of {', '.join(f'`{name}`' for name in dumps)} only:\n"
+            yield wrapped(f"Of {', '.join(f'`{name}`' for name in dumps)} only:")
             yield table(mine, notes, told)
 
 
