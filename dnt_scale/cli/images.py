@@ -92,6 +92,12 @@ def add_images(commands: "argparse._SubParsersAction[Parser]") -> None:
         metavar="N",
         help="of the order of the images (default: 0)",
     )
+    _add_processes(images)
+    images.set_defaults(run=data_images)
+
+
+def _add_processes(images: Parser) -> None:
+    """Add what says which processes make the set."""
     images.add_argument(
         "--workers",
         type=whole(1, 1024),
@@ -110,7 +116,6 @@ def add_images(commands: "argparse._SubParsersAction[Parser]") -> None:
         metavar="I",
         help="run the same command without --task when all are done",
     )
-    images.set_defaults(run=data_images)
 
 
 def data_images(options: argparse.Namespace) -> int:
