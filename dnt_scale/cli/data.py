@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dnt_scale.arguments import Parser, number, path, path_or_url, whole, word
+from dnt_scale.cli.data_options import add_tasks, add_workers
 from dnt_scale.cli.images import add_images
 
 if TYPE_CHECKING:
@@ -135,18 +136,7 @@ def add_prepare(commands: "argparse._SubParsersAction[Parser]") -> None:
         help="concat: documents end to end (default); best_fit: whole documents in a row, with "
         "padding",
     )
-    prepare.add_argument(
-        "--tasks",
-        type=whole(1, 1_000_000),
-        metavar="N",
-        help="with --task I: make part I (from 0) of N, no more",
-    )
-    prepare.add_argument(
-        "--task",
-        type=whole(0, 999_999),
-        metavar="I",
-        help="run the same command without --task when all are done",
-    )
+    add_tasks(prepare)
     prepare.add_argument(
         "--cluster",
         nargs="+",
@@ -159,7 +149,7 @@ def add_prepare(commands: "argparse._SubParsersAction[Parser]") -> None:
     prepare.set_defaults(run=data_prepare)
 
 
-def add_corpus_options(command: argparse.ArgumentParser) -> None:
+def add_corpus_options(command: Parser) -> None:
     command.add_argument(
         "inputs",
         nargs="+",
@@ -198,12 +188,7 @@ def add_corpus_options(command: argparse.ArgumentParser) -> None:
         metavar="F",
         help="share of documents held out (default: 0.005)",
     )
-    command.add_argument(
-        "--workers",
-        type=whole(1, 1024),
-        metavar="N",
-        help="processes (default: one a CPU); same result",
-    )
+    add_workers(command)
 
 
 def corpus_options(options: argparse.Namespace, **more: object) -> "PrepareOptions":

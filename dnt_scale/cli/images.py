@@ -5,6 +5,7 @@ import sys
 from typing import Any
 
 from dnt_scale.arguments import Parser, path, path_or_url, whole, word
+from dnt_scale.cli.data_options import add_tasks, add_workers
 
 IMAGES_HELP = """\
 INPUT may be a folder of class folders (INPUT/CLASS/.../IMAGE.jpg), WebDataset tars (.jpg .png .webp
@@ -92,30 +93,9 @@ def add_images(commands: "argparse._SubParsersAction[Parser]") -> None:
         metavar="N",
         help="of the order of the images (default: 0)",
     )
-    _add_processes(images)
+    add_workers(images)
+    add_tasks(images)
     images.set_defaults(run=data_images)
-
-
-def _add_processes(images: Parser) -> None:
-    """Add what says which processes make the set."""
-    images.add_argument(
-        "--workers",
-        type=whole(1, 1024),
-        metavar="N",
-        help="processes (default: one a CPU); same result",
-    )
-    images.add_argument(
-        "--tasks",
-        type=whole(1, 1_000_000),
-        metavar="N",
-        help="with --task I: make part I (from 0) of N, no more",
-    )
-    images.add_argument(
-        "--task",
-        type=whole(0, 999_999),
-        metavar="I",
-        help="run the same command without --task when all are done",
-    )
 
 
 def data_images(options: argparse.Namespace) -> int:

@@ -15,27 +15,27 @@ def build(
     model_fn: Callable[[], Task],
     ranks: Ranks,
     total_steps: int,
-    found: Ratios | None = None,
+    lr_ratios: Ratios | None = None,
 ) -> Engine:
     """The engine that ``config.engine`` names, with initial weights and its optimizer allocated.
 
     Args:
         model_fn: makes the unsharded model; the engine decides on which device.
         total_steps: optimizer steps of the whole run, for the learning-rate schedule.
-        found: what learning rates are scaled by, with ``optim.scale``.
+        lr_ratios: what learning rates are scaled by, with ``optim.scale``.
 
     Raises:
         AgreedError: an optimizer group, a schedule or an engine that does not fit the model, the
             run or the ranks.
     """
-    assert (found is not None) == config.optim.scale.given, "see transfer.ratios"
+    assert (lr_ratios is not None) == config.optim.scale.given, "see transfer.ratios"
     try:
         if isinstance(config.engine, DeepSpeedEngineConfig):
             from dnt_scale.engine import deepspeed
 
-            return deepspeed.build(config, model_fn, ranks, total_steps, found)
+            return deepspeed.build(config, model_fn, ranks, total_steps, lr_ratios)
         from dnt_scale.engine import fsdp
 
-        return fsdp.build(config, model_fn, ranks, total_steps, found)
+        return fsdp.build(config, model_fn, ranks, total_steps, lr_ratios)
     except ConfigError as error:  # all ranks have the same configuration
         raise AgreedError(str(error)) from None

@@ -45,7 +45,7 @@ def build(
     model_fn: Callable[[], Task],
     ranks: Ranks,
     total_steps: int,
-    found: Ratios | None = None,
+    lr_ratios: Ratios | None = None,
 ) -> "DeepSpeedEngine":
     """Shard ``model_fn()`` as ``engine.name`` says, fill it, and allocate its optimizer; see
     ``engine.build``.
@@ -60,7 +60,7 @@ def build(
     with torch.device("meta"):
         blank = model_fn()
     buffers = blank_buffers(blank, config.model.kind)
-    optimizer = build_optimizer(blank.named_parameters(), config.optim, config.run.seed, found)
+    optimizer = build_optimizer(blank.named_parameters(), config.optim, config.run.seed, lr_ratios)
     join(ranks)
     import deepspeed
 

@@ -65,7 +65,7 @@ def build(
     model_fn: Callable[[], Task],
     ranks: Ranks,
     total_steps: int,
-    found: Ratios | None = None,
+    lr_ratios: Ratios | None = None,
 ) -> "FSDPEngine":
     """Shard ``model_fn()`` (called on the meta device), fill it, and allocate its optimizer; see
     ``engine.build``.
@@ -82,7 +82,7 @@ def build(
     parts = [_part(name, parameter) for name, parameter in task.named_parameters()]
     fill(parts, task, config.run.seed)
     optimizer = build_optimizer(
-        [(part.name, part.rows) for part in parts], config.optim, config.run.seed, found
+        [(part.name, part.rows) for part in parts], config.optim, config.run.seed, lr_ratios
     )
     for part in parts:
         optimizer.segments[part.rows] = [part.segment]

@@ -9,7 +9,7 @@ from dnt_scale.optim.updates.plain import Plain
 
 
 def build_optimizer(
-    named: Named, config: OptimizerConfig, seed: int, found: Ratios | None = None
+    named: Named, config: OptimizerConfig, seed: int, lr_ratios: Ratios | None = None
 ) -> ShardedOptimizer:
     """Return the optimizer, without its state.
 
@@ -18,15 +18,15 @@ def build_optimizer(
     Args:
         named: every parameter that is trained, by its name in the model.
         seed: seeds the stochastic rounding of buffers in bf16.
-        found: what learning rates are scaled by; None: nothing.
+        lr_ratios: what learning rates are scaled by; None: nothing.
 
     Raises:
         ConfigError: as `parameter_groups` does, or a rule that this machine's torch lacks.
     """
     assert isinstance(config, Algorithm), f"{type(config).__name__} has no update rule"
-    groups = parameter_groups(named, config, found)
+    groups = parameter_groups(named, config, lr_ratios)
     for group in groups:
         group["update"].check()
     optimizer = ShardedOptimizer(config, groups, seed)
-    optimizer.defaults["lr"] = scaled(config.lr, Plain(pattern=""), config, found)
+    optimizer.defaults["lr"] = scaled(config.lr, Plain(pattern=""), config, lr_ratios)
     return optimizer

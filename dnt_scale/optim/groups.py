@@ -41,7 +41,7 @@ def group_labels(names: Iterable[str], config: OptimizerConfig) -> dict[str, str
 
 
 def parameter_groups(
-    named: Named, config: OptimizerConfig, found: Ratios | None = None
+    named: Named, config: OptimizerConfig, lr_ratios: Ratios | None = None
 ) -> list[dict[str, Any]]:
     """Put every parameter in one group; what no pattern matches gets the optimizer's own values.
 
@@ -50,7 +50,7 @@ def parameter_groups(
     `UpdateRule`) and algorithm (an `Algorithm`).
 
     Args:
-        found: what learning rates are scaled by; None: nothing.
+        lr_ratios: what learning rates are scaled by; None: nothing.
 
     Raises:
         ConfigError: a pattern that is no regex or matches nothing, a parameter that two patterns
@@ -90,7 +90,7 @@ def parameter_groups(
                 )
         algorithm = rule.optimizer or config
         for decayed in (True, False):
-            now = scaled(lr, rule, algorithm, found, matrix=decayed)
+            now = scaled(lr, rule, algorithm, lr_ratios, matrix=decayed)
             part = [(name, p) for name, p in inside if (p.ndim >= 2) == decayed]
             if part:
                 groups.append(

@@ -54,17 +54,18 @@ def scaled(
     lr: float,
     rule: GroupConfig,
     algorithm: OptimizerConfig,
-    found: Ratios | None,
+    lr_ratios: Ratios | None,
     *,
     matrix: bool = True,
 ) -> float:
     """Return a learning rate for this run: that of matrices, or of gains and biases."""
-    if found is None:
+    if lr_ratios is None:
         return lr
     powers = algorithm.powers(rule)
     assert powers is not None, "the section is validated"
-    width = found.width**powers.width if matrix else 1.0
-    return float(lr * width * found.batch**powers.batch * found.tokens**TOKENS)
+    width = lr_ratios.width**powers.width if matrix else 1.0
+    batch, tokens = lr_ratios.batch**powers.batch, lr_ratios.tokens**TOKENS
+    return float(lr * width * batch * tokens)
 
 
 def rates(groups: Iterable[dict[str, Any]]) -> dict[str, tuple[float, float]]:

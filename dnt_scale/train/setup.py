@@ -113,9 +113,9 @@ def set_up(begun: Begun, ranks: Ranks) -> Training:
     if newest:
         checkpoint.check_files(newest, state, ranks)
     stream = together(ranks, lambda: open_stream(config, source, state, ranks))
-    found = together(ranks, lambda: ratios(config, source.unit.a_row))
+    lr_ratios = together(ranks, lambda: ratios(config, source.unit.a_row))
     built = engine.build(
-        config, lambda: build_task(config.model, source.rows), ranks, total_steps, found
+        config, lambda: build_task(config.model, source.rows), ranks, total_steps, lr_ratios
     )
     on_first(ranks, lambda: make_room(begun))
     on_first(ranks, lambda: check_place(config))  # makes the folder: all refusals are above
@@ -125,7 +125,7 @@ def set_up(begun: Begun, ranks: Ranks) -> Training:
     restored_s = restore(built, guard, newest, state, ranks) if newest else 0.0
     guard.keep(state.step, built, at_checkpoint=True)
     saver = together(ranks, lambda: open_saver(config, ranks, clock))
-    scaled = scaled_rates(config, source, found) if ranks.first else {}
+    scaled = scaled_rates(config, source, lr_ratios) if ranks.first else {}
     tracker = together(
         ranks, lambda: start_tracking(config, state, ranks, scaled) if ranks.first else None
     )
@@ -157,14 +157,14 @@ def set_up(begun: Begun, ranks: Ranks) -> Training:
 
 
 def scaled_rates(
-    config: RunConfig, source: Source, found: Ratios | None
+    config: RunConfig, source: Source, lr_ratios: Ratios | None
 ) -> dict[str, tuple[float, float]]:
     """Return the learning rates given and scaled, by group; empty without ``optim.scale``."""
-    if found is None:
+    if lr_ratios is None:
         return {}
     with torch.device("meta"):
         task = build_task(config.model, source.rows)
-    return rates(parameter_groups(task.named_parameters(), config.optim, found))
+    return rates(parameter_groups(task.named_parameters(), config.optim, lr_ratios))
 
 
 def open_stream(config: RunConfig, source: Source, state: State, ranks: Ranks) -> Stream:

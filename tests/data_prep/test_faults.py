@@ -7,7 +7,6 @@ an undisturbed run.
 
 import dataclasses
 import json
-import multiprocessing
 import os
 import random
 import resource
@@ -30,6 +29,7 @@ from data_prep.read import inputs, pieces
 from data_prep.shards import PARTIAL, Packing, load_manifest
 from data_prep.verify import verify
 from testbed.corpus import contents, python_source_files, small_set
+from tests.helpers.kills import killed, watch
 
 pytestmark = pytest.mark.slow
 
@@ -44,56 +44,11 @@ def many_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, name, value)
 
 
-STEPS = ("open", "os.rename", "os.link", "os.remove", "os.rmdir", "os.mkdir")
+PRELOAD = ["data_prep.train_tokenizer", "data_prep.pipeline", "data_prep.dedup", "rensa"]
 
 
-def watch(folder: Path, step: Callable[[str], None]) -> Callable[[], None]:
-    """Call `step` with the name of whatever is opened, renamed, linked, made or removed in a
-    folder, right before that is done; until the function that comes back is called. For one process
-    it is always the same sequence."""
-    watching = True
-
-    def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        if watching and event in STEPS and isinstance(arguments[0], str | Path):
-            path = Path(arguments[0])
-            if path.is_relative_to(folder):
-                step(path.name)
-
-    def stop() -> None:
-        nonlocal watching
-        watching = False
-
-    sys.addaudithook(hook)
-    return stop
-
-
-def prepare_until(options: PrepareOptions, last: int) -> None:
-    """What a process runs that is to be killed before its step of number `last`."""
-    for name, (module, value) in SMALL.items():
-        setattr(module, name, value)
-    done = 0
-
-    def step(name: str) -> None:
-        nonlocal done
-        if done == last:
-            os.kill(os.getpid(), signal.SIGKILL)
-        done += 1
-
-    watch(options.out, step)
-    prepare(options, QUIET)
-
-
-def killed(options: PrepareOptions, last: int) -> None:
-    """Prepare up to a step and no further, in a process that is not forked from this one, as its
-    libraries thread."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["data_prep.train_tokenizer", "data_prep.pipeline", "data_prep.dedup", "rensa", __name__]
-    )
-    child = context.Process(target=prepare_until, args=(options, last))
-    child.start()
-    child.join()
-    assert child.exitcode == -signal.SIGKILL
+def kill(options: PrepareOptions, last: int) -> None:
+    killed(prepare, options, SMALL, last, PRELOAD)
 
 
 def every_stage(folder: Path) -> PrepareOptions:
@@ -147,7 +102,7 @@ def test_kill_9_at_any_moment_and_a_rerun_make_the_same_bytes(
     for name in KILLS[packing].split():
         shutil.rmtree(options.out)
         number = draw.choice([number for number, step in enumerate(steps) if step.startswith(name)])
-        killed(options, number)
+        kill(options, number)
         left = {path.name[:5] for path in options.out.rglob("*") if path.is_file()}
         reached.add(frozenset(left))
         if not (options.out / "manifest.json").exists():
@@ -171,7 +126,7 @@ def test_what_was_done_is_not_done_again(tmp_path: Path) -> None:
     stop()
     shutil.rmtree(options.out)
     written = [number for number, name in enumerate(steps) if name.endswith(".tmp.npz")]
-    killed(options, written[len(written) // 2])
+    kill(options, written[len(written) // 2])
     done = {
         path: path.stat().st_mtime_ns
         for path in (options.out / PARTIAL).rglob("*")

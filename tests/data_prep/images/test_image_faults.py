@@ -1,11 +1,8 @@
 """kill -9 at any moment, any number of workers, tasks: the same bytes."""
 
 import dataclasses
-import multiprocessing
-import os
 import random
 import shutil
-import signal
 from pathlib import Path
 
 import pytest
@@ -18,7 +15,7 @@ from data_prep.images.shards import SplitReader, load_manifest
 from data_prep.images.verify import verify
 from testbed.corpus import contents
 from testbed.images import class_folders, drawn, encoded, prepared, stored
-from tests.data_prep.test_faults import watch
+from tests.helpers.kills import killed, watch
 
 QUIET = Console(quiet=True)
 SMALL = {"PIECE_BYTES": (read, 20_000), "UNIT_BYTES": (inputs, 60_000)}
@@ -46,29 +43,8 @@ def every_stage(folder: Path) -> ImageOptions:
     )
 
 
-def prepare_until(options: ImageOptions, last: int) -> None:
-    """What a process runs that is to be killed before its step of number `last`."""
-    for name, (module, value) in SMALL.items():
-        setattr(module, name, value)
-    done = 0
-
-    def step(name: str) -> None:
-        nonlocal done
-        if done == last:
-            os.kill(os.getpid(), signal.SIGKILL)
-        done += 1
-
-    watch(options.out, step)
-    prepare_images(options, QUIET)
-
-
-def killed(options: ImageOptions, last: int) -> None:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["data_prep.images.pipeline", "PIL.Image", __name__])
-    child = context.Process(target=prepare_until, args=(options, last))
-    child.start()
-    child.join()
-    assert child.exitcode == -signal.SIGKILL
+def kill(options: ImageOptions, last: int) -> None:
+    killed(prepare_images, options, SMALL, last, ["data_prep.images.pipeline", "PIL.Image"])
 
 
 @pytest.mark.slow
@@ -84,7 +60,7 @@ def test_kill_9_at_any_moment_and_a_rerun_make_the_same_bytes(tmp_path: Path) ->
     reached = set()
     for number in sorted(draw.sample(range(1, len(steps)), 24)):
         shutil.rmtree(options.out)
-        killed(options, number)
+        kill(options, number)
         left = {path.name[:5] for path in options.out.rglob("*") if path.is_file()}
         reached.add(frozenset(left))
         if not (options.out / "manifest.json").exists():
