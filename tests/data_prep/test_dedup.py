@@ -415,12 +415,13 @@ def test_a_bucket_of_unlike_documents_is_linear(scratch: Path) -> None:
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
 def test_memory_is_bounded(scratch: Path) -> None:
     code = """
-import re, sys
+import sys
 from pathlib import Path
 import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from data_prep.dedup import FINGERPRINT, find_duplicates
+from testbed.peak import peak_kb
 
 connected_components(coo_array((2, 2)))
 
@@ -434,16 +435,13 @@ def parts():
             made["exact"][-100:, 0] = np.arange(100 * part, 100 * part + 100)
         yield made
 
-def peak():  # ru_maxrss would begin with the peak of the process that started this one
-    return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
-
 for part in parts():
     pass
-before = peak()
+before = peak_kb()
 small = find_duplicates(parts(), Path(sys.argv[1]), near=True, memory_bytes=8 << 20)
-print(small.near, peak() - before)
+print(small.near, (peak_kb() - before) / 1024)
 large = find_duplicates(parts(), Path(sys.argv[1]), near=True)
-print((small.original == large.original).all(), peak() - before)
+print((small.original == large.original).all(), (peak_kb() - before) / 1024)
 """
     done = subprocess.run(
         [sys.executable, "-c", code, scratch], check=True, capture_output=True, text=True

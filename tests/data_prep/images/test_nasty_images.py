@@ -201,9 +201,10 @@ def test_memory_stays_below_a_gigabyte_with_a_bomb(tmp_path: Path) -> None:
     (source / "bar" / "bomb.png").write_bytes(bomb())
     Image.new("RGBA", (8192, 8192), (9, 8, 7, 6)).save(source / "bar" / "large.png")
     code = (
-        "import sys, resource; from testbed.images import prepared; from pathlib import Path\n"
+        "import sys; from pathlib import Path\n"
+        "from testbed.images import prepared; from testbed.peak import peak_kb\n"
         "prepared([Path(sys.argv[1])], Path(sys.argv[2]), val_fraction=0)\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+        "print(peak_kb())"
     )
     command = [sys.executable, "-c", code, str(source), str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

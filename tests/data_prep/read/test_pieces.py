@@ -399,18 +399,17 @@ def test_long_lines_among_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 MEASURE = """
-import hashlib, re, sys
+import hashlib, sys
 from data_prep.read import inputs
 from data_prep.read import pieces
 from data_prep.read import documents as read
+from testbed.peak import peak_kb
 text = hashlib.sha256()
 for unit in inputs.plan_units(inputs.find_sources([sys.argv[1]])):
     for piece in pieces.read_pieces(unit):
         for document in read.read_documents(piece, "text", read.Findings(), False):
             text.update(document.text.encode())
-# Not ru_maxrss, which a process has from the one that started it.
-peak = re.search(r"VmHWM:\\s*(\\d+) kB", open("/proc/self/status").read())
-print(text.hexdigest(), int(peak[1]) // 1024)
+print(text.hexdigest(), peak_kb() // 1024)
 """
 
 
