@@ -5,8 +5,8 @@ the byte, as that of a run that nobody killed?
 
 INPUT is, unless it is given, a folder of --images small JPEGs and PNGs, of which some are copies,
 damaged or converted. A kill hits the process, one of its workers, or all of them, at a moment
-within the time that a whole run took. Whenever a run comes to its end, its set is compared and
-removed, and the next one begins anew. FOLDER keeps the input and the first set.
+within the processor time that a whole run took. Whenever a run comes to its end, its set is
+compared and removed, and the next one begins anew. FOLDER keeps the input and the first set.
 """
 
 import argparse
@@ -15,7 +15,6 @@ import json
 import os
 import shutil
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from data_prep.images.verify import verify
 from dnt_scale.record.files import git_commit
 from testbed.corpus import contents
 from testbed.images import CLASSES, drawn, encoded
-from testbed.random_kills import NEVER_S, Kill, kill_at_random, run_until
+from testbed.random_kills import NEVER, Kill, kill_at_random, run_until
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
 
@@ -48,11 +47,9 @@ def main() -> None:
 
     source = options.input or draw_folders(options.folder / "in", options.images)
     whole, killed = options.folder / "whole" / "set", options.folder / "killed" / "set"
-    started = time.perf_counter()
-    ask = command(source, whole, options.workers)
-    if run_until(ask, NEVER_S, "main", ENVIRONMENT) != (0, False):
+    first = run_until(command(source, whole, options.workers), NEVER, "main", ENVIRONMENT)
+    if first.status:
         raise SystemExit(f"{source}: a run that nobody killed failed; see what it says")
-    seconds = time.perf_counter() - started
     problems = verify(whole)
     assert not problems, problems
     expected = contents(whole)
@@ -68,7 +65,7 @@ def main() -> None:
         command(source, killed, options.workers),
         killed,
         options.kills,
-        seconds,
+        first.seconds,
         options.seed,
         finished,
         ENVIRONMENT,
@@ -80,7 +77,7 @@ def main() -> None:
         "input": str(options.input.name if options.input else "drawn"),
         "images": {name: split.images for name, split in splits.items()},
         "workers": options.workers,
-        "seconds_of_a_whole_run": seconds,
+        "cpu_s_of_a_whole_run": first.seconds,
         "kills": [kill._asdict() for kill in kills],
         "sets_compared": compared,
     }
@@ -119,27 +116,27 @@ def draw_folders(folder: Path, images: int) -> Path:
 
 def show(result: dict[str, Any], kills: list[Kill]) -> None:
     table = Table(title=f"{sum(result['images'].values()):,} images, {result['workers']} workers")
-    for column in ("killed", "kills", "from s", "to s"):
+    for column in ("killed", "kills", "from CPU s", "to CPU s"):
         table.add_column(column, justify="right")
     for who, count in sorted(Counter(kill.who for kill in kills).items()):
         moments = [kill.seconds for kill in kills if kill.who == who]
         table.add_row(who, str(count), f"{min(moments):.1f}", f"{max(moments):.1f}")
     Console(width=100).print(table)
     stages = Counter(stage_of(kill.left) for kill in kills)
+    found = ", ".join(f"{count} {stage}" for stage, count in sorted(stages.items()))
     print(
-        f"a whole run takes {result['seconds_of_a_whole_run']:.0f} s; kills by what they found: "
-        + ", ".join(f"{count} {stage}" for stage, count in sorted(stages.items()))
-        + f"; {result['sets_compared']} sets compared, none differs"
+        f"a whole run takes {result['cpu_s_of_a_whole_run']:.1f} s of processor time; kills by "
+        f"what they left: {found}; {result['sets_compared']} sets compared, none differs"
     )
 
 
 def stage_of(left: dict[str, int]) -> str:
     """Return how far a run was, by the files that it left."""
     if left.get(".tar"):
-        return "while tars were written"
-    if left.get(".npz"):
-        return "while images were decoded"
-    return "before the first chunk"
+        return "with tars"
+    if left.get(".jsonl"):
+        return "with all chunks, while they were counted"
+    return "with some chunks" if left.get(".npz") else "with none"
 
 
 if __name__ == "__main__":
