@@ -48,8 +48,8 @@ def kind_of(options: AnyOptions) -> Kind:
 
 def option_tag(value: Any) -> str:
     """Return which options these are, as an object or as JSON has them."""
-    is_images = "resize_shorter" in value if isinstance(value, dict) else None
-    return "images" if is_images or isinstance(value, ImageOptions) else "text"
+    named = value if isinstance(value, dict) else vars(value)
+    return "images" if "resize_shorter" in named else "text"
 
 
 def trains_tokenizer(options: AnyOptions) -> bool:
