@@ -13,7 +13,7 @@ from typing import NamedTuple
 import psutil
 
 NEVER = float("inf")
-POLL_S = 0.05
+POLL_S = 0.1
 
 
 class Kill(NamedTuple):
