@@ -6,8 +6,9 @@ torchvision's ImageFolder, and beside webdataset, with the same transforms.
 Each is one process with one thread and gives batches of --batch rows of uint8, (3, 224, 224), out
 of the same JPEGs in the page cache: a random crop of 8 to 100 % of the area, every second one
 mirrored, the recipe `simple`. The JPEGs, 500 pixels wide, quality 90, are parts of the photographs
-that scikit-learn ships. They take turns; the table has medians of --rounds rounds, in images a
-second of processor time, so that other work on the machine counts little.
+that scikit-learn ships. They take turns; the table has medians of --rounds rounds, of the rates, in
+images a second of processor time, and of the ratios, so that other work on the machine counts
+little.
 
 torchvision is no dependency: `pip install --no-deps --target FOLDER torchvision`, and PYTHONPATH
 names FOLDER. Beside a torch for CPUs the import of PyPI's build ends at operators of its own, which
@@ -98,7 +99,7 @@ def main() -> None:
         "batch": options.batch,
         "images_per_cpu_s": rates,
         "images_per_cpu_s_of_rounds": rounds,
-        "ratios": {name: rates[OURS] / rate for name, rate in rates.items() if name != OURS},
+        "ratios": {name: ratio(rounds[OURS], rounds[name]) for name in WANTED},
         "wanted": WANTED,
         "read_mb_per_s": {name: statistics.median(found) for name, found in reads.items()},
         "read_mb_per_s_of_rounds": reads,
@@ -191,6 +192,12 @@ def transforms_of_torchvision() -> Any:
 LIBRARIES: list[torch.library.Library] = []  # what is declared goes with its library
 
 
+def ratio(ours: list[float], others: list[float]) -> float:
+    """Return the median of the rounds' ratios: other work on the machine changes from round to
+    round."""
+    return statistics.median(one / other for one, other in zip(ours, others, strict=True))
+
+
 def forever(loader: Any) -> Iterator[Any]:
     while True:
         yield from loader
@@ -242,9 +249,9 @@ def show(result: dict[str, Any]) -> None:
     for column in ("one process, one thread", "images/s a core", "ours against it", "wanted"):
         table.add_column(column, justify="right")
     for name, rate in result["images_per_cpu_s"].items():
-        ratio = result["ratios"].get(name)
+        against = f"{result['ratios'][name]:.2f}" if name in WANTED else ""
         wanted = f"{WANTED[name]:.1f}" if name in WANTED else ""
-        table.add_row(name, f"{rate:,.0f}", f"{ratio:.2f}" if ratio else "", wanted)
+        table.add_row(name, f"{rate:,.0f}", against, wanted)
     Console(width=110).print(table)
     table = Table()
     for column in ("reading alone, from the page cache", "MB/s"):
