@@ -2,14 +2,14 @@
 
     dnt data prepare TEXT... --out data/recipe --vocab-size 2048 --seq-len 128 --val-fraction 0.01
     python -m benchmarks.recipe --table a --data data/recipe
-    python -m benchmarks.recipe --table a --data data/recipe --only 'DNT S4 (adamw|rmnp) '
+    python -m benchmarks.recipe --table a --data data/recipe --only 'DNT S4 (adamw|normalized) '
 
     a    {GPT S1, DNT S4, DNT S5} x every optimizer
-    b    S1 to S5 under vanilla mSGDW and rmnp
-    c    rmnp with one of its parts left out or another way
-    d    AdamW, rmnp and mSGDW at 1/4, 1 and 4 times --steps, and at other batches
+    b    S1 to S5 under vanilla mSGDW and normalized
+    c    normalized with one of its parts left out or another way
+    d    AdamW, normalized and mSGDW at 1/4, 1 and 4 times --steps, and at other batches
     e    with and without clipping and a gradient buffer
-    f    AdamW, rmnp and mSGDW, for other --data
+    f    AdamW, normalized and mSGDW, for other --data
 
 All runs of a table see the same rows in the same order. Each optimizer is trained at the learning
 rates of a grid by factors of two, which grows while its best value lies at an end; then, at the

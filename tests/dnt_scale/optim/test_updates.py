@@ -201,6 +201,7 @@ WANTED = {
         "tall": r"blocks\.\d+\.ffn\.w_1\.weight",
         "gains": r"(.*\.)?(norm|w)_\w+\.(gain|bias)",
     },
+    "normalized": {"matrices": r".*\.weight", "gains": r".*\.(gain|bias)"},
     "sgd_ll": {"head": r"(tok_emb|head)\.weight", "rest": r"(?!tok_emb|head).*"},
     "muon": {"matrices": r"blocks.*\.w_\w\.weight", "rest": REST},
     "msgdw_adam": {None: r"blocks.*\.w_\w\.weight", "rest": REST},
