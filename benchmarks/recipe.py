@@ -24,6 +24,7 @@ Runs are kept in results/recipe-runs.jsonl (journaled_runs.py): none in it is tr
 import argparse
 import datetime
 import json
+import math
 import platform
 import re
 import sys
@@ -52,6 +53,10 @@ class Bench:
 
     def loss(self, variant: Variant, lr: float, decay: float, seed: int) -> float:
         """Return a run's validation loss; infinite if it failed."""
+        return self.result(variant, lr, decay, seed)["val_loss"] or math.inf
+
+    def result(self, variant: Variant, lr: float, decay: float, seed: int) -> dict[str, Any]:
+        """Return the journal's line of a run."""
         size = self.options.size
         overrides = [
             *variant.overrides,
@@ -63,7 +68,7 @@ class Bench:
             f"train.micro_batch={min(variant.batch, 32)}",
         ]
         words = [variant.words, size, f"{lr:g}", f"{decay:g}", seed]
-        return self.runs.loss(words, overrides, variant.steps)
+        return self.runs.result(words, overrides, variant.steps)
 
     def row(self, variant: Variant) -> dict[str, Any]:
         """Train a row's grid, then weight decays, then the other seeds at the best."""
@@ -85,7 +90,8 @@ class Bench:
             for decay in (0.0, 3 * grid.decay):
                 decays[decay] = self.loss(variant, best, decay, first)
         decay = min(decays, key=lambda decay: decays[decay])
-        losses = [decays[decay], *(self.loss(variant, best, decay, seed) for seed in others)]
+        ends = [self.result(variant, best, decay, seed) for seed in (first, *others)]
+        losses = [end["val_loss"] or math.inf for end in ends]
         width = sensitivity(sorted(found), [found[lr] for lr in sorted(found)])
         return {
             "model": variant.model,
@@ -100,6 +106,9 @@ class Bench:
             "seeds": self.options.seeds,
             "within_0.05_nats": width.factor if width else None,
             "width_is_cut": bool(width and (width.low_cut or width.high_cut)),
+            "losses_by_seed": losses,
+            "losses_by_step": [end["val_losses"] for end in ends],
+            "losses_by_decay": {f"{value:g}": decays[value] for value in sorted(decays)},
             "losses_by_lr": {f"{lr:g}": found[lr] for lr in sorted(found)},
         }
 
