@@ -124,7 +124,7 @@ class DNT(nn.Module, Task):
                 f"row of {length} tokens, but model.context is {self.config.context}; "
                 f"set model.context={length} or prepare shorter rows"
             )
-        x_BTD = self.tok_emb(tokens_BT)
+        x_BTD: Tensor = self.tok_emb(tokens_BT)
         positions, mask_B1TT = torch.arange(length, device=tokens_BT.device), None
         if self.document_eos is not None:
             positions, attends_B1TT = document_layout(tokens_BT, self.document_eos)
