@@ -76,21 +76,22 @@ def their_settings(ours: ModelConfig) -> dict[str, object]:
     }
 
 
-def random_model(kind: type[PreTrainedModel], settings: object) -> PreTrainedModel:
+def random_model(kind: type[PreTrainedModel], settings: object, gain: float) -> PreTrainedModel:
+    """Of random weights, with gains about 1; ``gain`` is what its norms add to their weights."""
     with torch.random.fork_rng():  # its constructor draws from the global generator
         theirs = kind(settings).eval()
     with torch.no_grad():
         for seed, (name, parameter) in enumerate(theirs.named_parameters()):
             noise = normal(parameter.shape, seed, torch.float32)
-            parameter.copy_(1 + 0.3 * noise if "norm" in name else 0.2 * noise)
+            parameter.copy_(1 - gain + 0.3 * noise if "norm" in name else 0.2 * noise)
     return theirs
 
 
 def as_ours(
     theirs: PreTrainedModel, norms: dict[str, str], gain: float, embedding: float
 ) -> Iterator[tuple[str, Tensor]]:
-    """Their weights by our names; ``gain`` is what their norms add to theirs, ``embedding`` what
-    embeddings are multiplied by.
+    """Their weights by our names; ``gain`` is what their norms add to their weights, ``embedding``
+    what embeddings are multiplied by.
     """
     read = theirs.get_parameter
     yield "tok_emb.weight", embedding * read("model.embed_tokens.weight")
@@ -128,7 +129,7 @@ ROPES = {
 @pytest.mark.parametrize("name", ROPES)
 def test_s1_is_transformers_llama(name: str) -> None:
     ours = tiny(**SHAPE, setting="S1", activation="swiglu", rope=ROPES[name])
-    theirs = random_model(LlamaForCausalLM, LlamaConfig(**their_settings(ours)))
+    theirs = random_model(LlamaForCausalLM, LlamaConfig(**their_settings(ours)), gain=0)
     check_logits(ours, theirs, as_ours(theirs, LLAMA_NORMS, 0.0, 1.0))
 
 
@@ -145,7 +146,7 @@ def test_peri_with_capped_logits_is_transformers_gemma_2() -> None:
         final_logit_softcapping=ours.logit_cap,
         layer_types=["full_attention"] * ours.layers,
     )
-    theirs = random_model(Gemma2ForCausalLM, settings)
+    theirs = random_model(Gemma2ForCausalLM, settings, gain=1)
     # its norms have gains 1 + weight, its embedding is scaled by sqrt(width)
     check_logits(ours, theirs, as_ours(theirs, GEMMA_NORMS, 1.0, ours.width**0.5))
 
