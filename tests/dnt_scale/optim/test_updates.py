@@ -191,14 +191,19 @@ def test_only_matrices_have_rows_and_fixed_norms() -> None:
 
 # --- the files of configs/optim -------------------------------------------------------------------
 
-MODELS = ["dnt_nano", "gpt_nano", "dnt_nano model.tied_head=false model.bias=true"]
+MODELS = [
+    "dnt_nano",
+    "gpt_nano",
+    "dnt_nano model.tied_head=false model.bias=true",
+    "dnt_nano model.activation=swiglu model.kv_heads=2",
+]
 # What each group holds, by its name in the file; None: the rest, which no pattern matches.
 REST = r"(tok_emb|pos_emb|head)\.weight|.*\.(gain|bias)"
 WANTED = {
     "rmnp": {
         "embedding": r"tok_emb\.weight|head\.weight",
         "matrices": r"pos_emb\.weight|blocks\.\d+\.(attn\.w_[qkvo]|ffn\.w_2)\.weight",
-        "tall": r"blocks\.\d+\.ffn\.w_1\.weight",
+        "tall": r"blocks\.\d+\.ffn\.w_[13]\.weight",
         "gains": r"(.*\.)?(norm|w)_\w+\.(gain|bias)",
     },
     "normalized": {"matrices": r".*\.weight", "gains": r".*\.(gain|bias)"},
