@@ -267,7 +267,10 @@ def stop_midway(
         moment = random.randrange(after, STEPS - 6)
         group = start(overrides, ranks)
         until(
-            lambda group=group, moment=moment: steps_written(run_dir) >= moment or not group.running
+            lambda group=group, moment=moment: (
+                steps_written(run_dir) >= moment or not group.running
+            ),
+            every=0.001,
         )
         act(group)
         finished = group.wait()
