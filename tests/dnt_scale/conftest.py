@@ -10,7 +10,6 @@ from data_prep.options import PrepareOptions
 from data_prep.pipeline import prepare
 from testbed.corpus import python_source_files
 from testbed.run import complete_checkpoints, stop_midway, tiny, train
-from testbed.stores import sqlite_store
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -91,10 +90,3 @@ def killed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert set(stopped.codes) == {-signal.SIGKILL}
     assert complete_checkpoints(run_dir)
     return run_dir
-
-
-@pytest.fixture(scope="session")
-def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A SQLite store of MLflow's without runs, to be copied: making one takes seconds."""
-    sqlite_store(file := tmp_path_factory.mktemp("store") / "mlflow.db")
-    return file

@@ -19,7 +19,7 @@ import pytest
 
 from dnt_scale.record.finalize import finalize_run, finalize_sweep
 from dnt_scale.record.tracker import Tracker
-from testbed.stores import PATIENCE_S, points, runs
+from testbed.stores import PATIENCE_S, points, runs, sqlite_store
 from testbed.waiting import until
 
 pytestmark = pytest.mark.slow
@@ -40,9 +40,8 @@ signal.pause()
 
 
 @pytest.fixture
-def uri(empty_store: Path, tmp_path: Path) -> str:
-    (tmp_path / "runs").mkdir()
-    return f"sqlite:///{shutil.copy(empty_store, tmp_path / 'runs' / 'mlflow.db')}"
+def uri(tmp_path: Path) -> str:
+    return sqlite_store(tmp_path / "runs" / "mlflow.db")
 
 
 @contextlib.contextmanager
