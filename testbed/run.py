@@ -81,7 +81,7 @@ TINY_RUN = [
     "train.micro_batch=4",
     "train.dtype=fp32",
     "eval.every=5",
-    "eval.rows=30",
+    "eval.rows=10",
     "checkpoint.every=6",
     "tracking.enabled=false",
 ]
