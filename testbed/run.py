@@ -54,6 +54,7 @@ from testbed.waiting import until
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+GROUP = "DNT_TEST_GROUP"  # names a folder that a group of ranks shares
 PLOTS = {"DNT_TEST_PLOTS": "1"}  # the rank draws its run's plots: a third of a tiny run's time
 # a run that only has to be there leaves the processors to those it waits for: seconds a step
 IDLING = {"DNT_TEST_PAUSE_S": "0.3"}
@@ -142,12 +143,13 @@ class Ranks:
         file_limit: int = resource.RLIM_INFINITY,
     ):
         self._logs = tempfile.TemporaryDirectory(prefix="dnt-ranks-")
+        common = {**ENVIRONMENT, GROUP: self._logs.name}
         port = free_port()
         self.processes: list[BaseProcess] = []
         for rank in range(ranks):
             group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port}
             mine = {
-                **ENVIRONMENT,
+                **common,
                 "MASTER_ADDR": "127.0.0.1",
                 **{k: str(v) for k, v in group.items()},
                 **env,

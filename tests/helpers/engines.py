@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dnt_scale import checkpoint, config
+from dnt_scale import checkpoint
 from dnt_scale.checkpoint import State
 from dnt_scale.config import RunConfig
 from dnt_scale.data.token_sets import load_sets
@@ -24,6 +24,7 @@ from dnt_scale.optim.schedule import Schedule
 from dnt_scale.optim.update_rule import UpdateRule
 from dnt_scale.optim.updates.plain import Plain
 from dnt_scale.train.spike_guard import Guard
+from testbed.configs import composed
 from testbed.run import tiny
 
 STEPS = 20
@@ -48,7 +49,7 @@ def overrides_of(label: str, ranks: int) -> list[str]:
 def built(label: str, me: Ranks, data: Path, *overrides: str) -> Iterator[tuple[RunConfig, Engine]]:
     """A tiny run's engine for a block."""
     chosen = overrides_of(label, me.world_size)
-    run = config.load(tiny(data, Path("unused"), *chosen, f"train.steps={STEPS}", *overrides))
+    run = composed(*tiny(data, Path("unused"), *chosen, f"train.steps={STEPS}", *overrides))
     engine = build_engine(run, lambda: DNT(run.model), me, STEPS)
     try:
         yield run, engine
