@@ -144,7 +144,7 @@ def test_what_was_done_is_not_done_again(tmp_path: Path) -> None:
     assert keep == done
 
 
-SIZES = {"limit_bytes": 2_000_000, "shard_bytes": 70_000, "workers": 2}
+SIZES = {"limit_bytes": 1_000_000, "shard_bytes": 70_000, "workers": 2}
 SCRIPT = f"""
 import sys, time
 from pathlib import Path
