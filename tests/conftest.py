@@ -2,6 +2,7 @@ import os
 import shutil
 import signal
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from testbed import run
 from testbed.corpus import small_set
 from testbed.run import tiny, train
+from tests.helpers.once import Once, made_once
 from tests.helpers.slurm import LEFT_OUT
 
 # A shell starts what it runs in the background with SIGINT ignored, and nohup what it runs with
@@ -71,21 +73,28 @@ def same_priority() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small set of real text, to be read only."""
-    out = tmp_path_factory.mktemp("corpus") / "set"
-    small_set(out)
-    return out
+def once(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Once:
+    """`made_once`, in the folder that all workers share."""
+    base = tmp_path_factory.getbasetemp()
+    return partial(made_once, base.parent if hasattr(request.config, "workerinput") else base)
 
 
 @pytest.fixture(scope="session")
-def reference(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def corpus(once: Once) -> Path:
+    """A small set of real text, to be read only."""
+    return once("corpus", lambda folder: small_set(folder / "set")) / "set"
+
+
+@pytest.fixture(scope="session")
+def reference(corpus: Path, once: Once) -> Path:
     """The folder of an uninterrupted run: 20 steps on 2 ranks, checkpoints at 6, 12, 18 and 20.
     To be read only.
     """
-    run_dir = tmp_path_factory.mktemp("reference") / "tiny"
-    train(tiny(corpus, run_dir, "checkpoint.keep=9"), ranks=2).ok()
-    return run_dir
+
+    def make(folder: Path) -> None:
+        train(tiny(corpus, folder / "tiny", "checkpoint.keep=9"), ranks=2).ok()
+
+    return once("reference", make) / "tiny"
 
 
 @pytest.fixture
