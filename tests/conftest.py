@@ -2,7 +2,7 @@ import os
 import shutil
 import signal
 from collections.abc import Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +24,22 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """With `-n` the tests of a file stay on one worker, where they share its fixtures; so do all
-    that share SLURM.
+    files that share SLURM.
     """
     from xdist.scheduler import LoadFileScheduling
 
     class ByFile(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return (
-                "cluster"
-                if nodeid.startswith("tests/cluster/")
-                else str(super()._split_scope(nodeid))
-            )
+            file = str(super()._split_scope(nodeid))
+            return "slurm" if uses_slurm(config.rootpath / file) else file
 
     return ByFile(config, log)
+
+
+@cache
+def uses_slurm(file: Path) -> bool:
+    """Return whether a file of tests asks for the sandbox: the scheduler has only its name."""
+    return 'usefixtures("slurm")' in file.read_text()
 
 
 STARTS_RANKS = [run.train, run.start, run.call, run.stop_midway, run.dnt, run.Ranks]
@@ -48,6 +51,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """
     for item in items:
         if "slurm" in getattr(item, "fixturenames", ()):
+            assert uses_slurm(item.path), f"{item.nodeid}: ask for it by usefixtures"
             item.add_marker("slurm")
         if any(
             found in STARTS_RANKS
