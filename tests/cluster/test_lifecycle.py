@@ -11,7 +11,7 @@ from cluster import run_record
 from dnt_scale.record import timeline
 from dnt_scale.record.metrics_file import METRICS
 from testbed.run import TINY_RUN, Finished, synthetic_set
-from testbed.soak import soak
+from testbed.soak import soak, steps_for
 from tests.helpers.slurm import command, free, no_accounting, wait_for
 
 pytestmark = pytest.mark.usefixtures("slurm")
@@ -32,7 +32,7 @@ def test_a_run_goes_on_bitwise_through_preemption_a_killed_rank_and_a_lost_mlflo
     tmp_path: Path,
 ) -> None:
     events = ["preempt", "mlflow", "kill-rank-1"]
-    result = soak(tmp_path, events, steps=500)
+    result = soak(tmp_path, events, steps_for(events))
     failed = [
         what
         for what, good in result["checks"].items()
