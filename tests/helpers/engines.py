@@ -27,7 +27,7 @@ from dnt_scale.train.spike_guard import Guard
 from testbed.configs import composed
 from testbed.run import tiny
 
-STEPS = 20
+STEPS = 10  # warmup, and a schedule from its top to its end
 ENGINES = {
     "ddp": ["engine=ddp"],
     "fsdp": ["engine=fsdp"],
@@ -143,7 +143,9 @@ def reference_losses(
     weights = dict(model.named_parameters())
     states: dict[str, dict[str, Tensor]] = {name: {} for name in weights}
     dtype = torch.bfloat16 if run.train.dtype == "bf16" else torch.float32
-    schedule = Schedule(run.optim.schedule, STEPS)
+    steps = run.train.steps
+    assert steps is not None
+    schedule = Schedule(run.optim.schedule, steps)
     found = []
     with token_stream(
         load_sets(run.data),
@@ -152,7 +154,7 @@ def reference_losses(
         rank=0,
         world_size=1,
     ) as stream:
-        for step in range(STEPS):
+        for step in range(steps):
             batch = next(stream)[0]
             targets = (batch[:, 1:] != IGNORED).sum()
             grads = {name: torch.zeros_like(weight) for name, weight in weights.items()}
