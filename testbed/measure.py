@@ -21,7 +21,6 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dnt_scale import config
 from dnt_scale.config import RunConfig
 from dnt_scale.distributed import process_group
 from dnt_scale.distributed.process_group import Ranks
@@ -32,6 +31,7 @@ from dnt_scale.model.dnt import DNT
 from dnt_scale.model.task import LossModule
 from dnt_scale.optim.build import build_optimizer
 from dnt_scale.optim.shards import local
+from testbed.configs import composed
 from testbed.run import TINY_RUN, Finished
 
 # which argument is the whole tensor: what a gather makes, what a reduce-scatter is given, what is
@@ -50,7 +50,7 @@ def answers(finished: Finished) -> list[Any]:
 
 def run_config(overrides: Sequence[str]) -> RunConfig:
     """A tiny run; of rows of `model.context` random tokens, for there are no data."""
-    return config.load([*TINY_RUN, "data.path=none", "run.dir=none", *overrides])
+    return composed(*TINY_RUN, "data.path=none", "run.dir=none", *overrides)
 
 
 @contextmanager

@@ -54,6 +54,7 @@ from testbed.waiting import until
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+GROUP = "DNT_TEST_GROUP"  # names a folder that a group of ranks shares
 PLOTS = {"DNT_TEST_PLOTS": "1"}  # the rank draws its run's plots: a third of a tiny run's time
 # a run that only has to be there leaves the processors to those it waits for: seconds a step
 IDLING = {"DNT_TEST_PAUSE_S": "0.3"}
@@ -81,7 +82,7 @@ TINY_RUN = [
     "train.micro_batch=4",
     "train.dtype=fp32",
     "eval.every=5",
-    "eval.rows=30",
+    "eval.rows=10",
     "checkpoint.every=6",
     "tracking.enabled=false",
 ]
@@ -142,12 +143,13 @@ class Ranks:
         file_limit: int = resource.RLIM_INFINITY,
     ):
         self._logs = tempfile.TemporaryDirectory(prefix="dnt-ranks-")
+        common = {**ENVIRONMENT, GROUP: self._logs.name}
         port = free_port()
         self.processes: list[BaseProcess] = []
         for rank in range(ranks):
             group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port}
             mine = {
-                **ENVIRONMENT,
+                **common,
                 "MASTER_ADDR": "127.0.0.1",
                 **{k: str(v) for k, v in group.items()},
                 **env,
@@ -267,7 +269,10 @@ def stop_midway(
         moment = random.randrange(after, STEPS - 6)
         group = start(overrides, ranks)
         until(
-            lambda group=group, moment=moment: steps_written(run_dir) >= moment or not group.running
+            lambda group=group, moment=moment: (
+                steps_written(run_dir) >= moment or not group.running
+            ),
+            every=0.001,
         )
         act(group)
         finished = group.wait()

@@ -25,7 +25,8 @@ from dnt_scale.record import timeline
 from dnt_scale.record.files import git_commit
 from dnt_scale.record.metrics_file import METRICS
 from dnt_scale.record.sender_files import unsent_lines
-from testbed.run import TINY_RUN, synthetic_set
+from testbed.run import TINY_RUN, start, synthetic_set
+from testbed.stores import QUIET, sqlite_store
 
 # events before which the ranks get a signal
 WARNED = {"preempt", "requeue", "usr1", "term", "time-limit", "mlflow"}
@@ -63,20 +64,7 @@ def soak(folder: Path, events: list[str], steps: int) -> dict[str, Any]:
     ]
     print(f"undisturbed: {steps} steps on two ranks", flush=True)
     still = folder / "runs" / "still"
-    train = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node=2",
-        "-m",
-        "dnt_scale.train",
-    ]
-    subprocess.run(
-        [*train, *overrides, "run.name=still", f"run.dir={still}"],
-        check=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-    )
+    start([*overrides, "run.name=still", f"run.dir={still}"], ranks=2).wait(PATIENCE_S + steps).ok()
     server = Server(folder)
     server.start()
     try:
@@ -107,6 +95,7 @@ class Server:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.store = sqlite_store(folder / "mlflow.db")
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
@@ -114,12 +103,11 @@ class Server:
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        store = f"sqlite:///{self.folder / 'mlflow.db'}"
         command = [
             "mlflow",
             "server",
             "--backend-store-uri",
-            store,
+            self.store,
             "--port",
             str(self.port),
             "--workers",
@@ -134,6 +122,7 @@ class Server:
                     "--artifacts-destination",
                     str(self.folder / "artifacts"),
                 ],
+                env={**os.environ, **QUIET},
                 stdout=log,
                 stderr=log,
                 start_new_session=True,

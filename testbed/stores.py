@@ -3,6 +3,7 @@ an `mlflow server`.
 """
 
 import contextlib
+import functools
 import os
 import shutil
 import signal
@@ -44,9 +45,18 @@ def points(uri: str, run: str, metric: str) -> list[tuple[int, float]]:
 
 
 def sqlite_store(file: Path) -> str:
-    """The URI of a new store without runs. Makes its tables."""
-    runs(f"sqlite:///{file}")
+    """Make a store without runs, with the folders above it, and return its URI."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(_empty_store())
     return f"sqlite:///{file}"
+
+
+@functools.cache
+def _empty_store() -> bytes:
+    """Return a SQLite store as MLflow makes it: once a process, for it takes seconds."""
+    with tempfile.TemporaryDirectory() as folder:
+        runs(f"sqlite:///{folder}/mlflow.db")
+        return Path(folder, "mlflow.db").read_bytes()
 
 
 # --- PostgreSQL -----------------------------------------------------------------------------------

@@ -2,6 +2,7 @@ import os
 import shutil
 import signal
 from collections.abc import Iterator
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from testbed import run
 from testbed.corpus import small_set
 from testbed.run import tiny, train
+from tests.helpers.once import Once, made_once
 from tests.helpers.slurm import LEFT_OUT
 
 # A shell starts what it runs in the background with SIGINT ignored, and nohup what it runs with
@@ -22,19 +24,22 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """With `-n` the tests of a file stay on one worker, where they share its fixtures; so do all
-    that share SLURM.
+    files that share SLURM.
     """
     from xdist.scheduler import LoadFileScheduling
 
     class ByFile(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return (
-                "cluster"
-                if nodeid.startswith("tests/cluster/")
-                else str(super()._split_scope(nodeid))
-            )
+            file = str(super()._split_scope(nodeid))
+            return "slurm" if uses_slurm(config.rootpath / file) else file
 
     return ByFile(config, log)
+
+
+@cache
+def uses_slurm(file: Path) -> bool:
+    """Return whether a file of tests asks for the sandbox: the scheduler has only its name."""
+    return 'usefixtures("slurm")' in file.read_text()
 
 
 STARTS_RANKS = [run.train, run.start, run.call, run.stop_midway, run.dnt, run.Ranks]
@@ -46,6 +51,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """
     for item in items:
         if "slurm" in getattr(item, "fixturenames", ()):
+            assert uses_slurm(item.path), f"{item.nodeid}: ask for it by usefixtures"
             item.add_marker("slurm")
         if any(
             found in STARTS_RANKS
@@ -71,21 +77,28 @@ def same_priority() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small set of real text, to be read only."""
-    out = tmp_path_factory.mktemp("corpus") / "set"
-    small_set(out)
-    return out
+def once(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Once:
+    """`made_once`, in the folder that all workers share."""
+    base = tmp_path_factory.getbasetemp()
+    return partial(made_once, base.parent if hasattr(request.config, "workerinput") else base)
 
 
 @pytest.fixture(scope="session")
-def reference(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def corpus(once: Once) -> Path:
+    """A small set of real text, to be read only."""
+    return once("corpus", lambda folder: small_set(folder / "set")) / "set"
+
+
+@pytest.fixture(scope="session")
+def reference(corpus: Path, once: Once) -> Path:
     """The folder of an uninterrupted run: 20 steps on 2 ranks, checkpoints at 6, 12, 18 and 20.
     To be read only.
     """
-    run_dir = tmp_path_factory.mktemp("reference") / "tiny"
-    train(tiny(corpus, run_dir, "checkpoint.keep=9"), ranks=2).ok()
-    return run_dir
+
+    def make(folder: Path) -> None:
+        train(tiny(corpus, folder / "tiny", "checkpoint.keep=9"), ranks=2).ok()
+
+    return once("reference", make) / "tiny"
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from dnt_scale.sweep import sweep_file
 from dnt_scale.sweep.sweep_file import Sweep, SweepRun
 from testbed.run import metrics, start, steps_written, synthetic_set, tiny
 from testbed.stores import runs as mlflow_runs
+from testbed.stores import sqlite_store
 from tests.helpers.slurm import command, free, state, submit, wait_for
 
 # --- what is on disk ------------------------------------------------------------------------------
@@ -138,6 +139,7 @@ def test_a_sweep_of_which_two_are_preempted(
     overrides = small(
         data, lrs, "run.name=lrs", f"optim.lr={','.join(LRS)}", "tracking.enabled=true"
     )
+    uri = sqlite_store(lrs.parent / "mlflow.db")
     assert dnt(["submit", "--multirun", *overrides, *SITE]) == 0
     array = submissions(lrs)[0].job.partition("_")[0]
     assert [submission.jobs for submission in submissions(lrs)] == [
@@ -190,11 +192,11 @@ def test_a_sweep_of_which_two_are_preempted(
     def all_is_told() -> bool:
         """A sender may still be at work; where it was killed with its job, `dnt jobs` sends."""
         assert dnt(["jobs", str(lrs)]) == 0
-        found = mlflow_runs(f"sqlite:///{lrs.parent}/mlflow.db")
+        found = mlflow_runs(uri)
         return set(found) == expected and found["lrs"].info.status == "FINISHED"
 
     wait_for(all_is_told, "all runs, and the parent's end, in MLflow")
-    family = mlflow_runs(f"sqlite:///{lrs.parent}/mlflow.db")
+    family = mlflow_runs(uri)
     parent = family.pop("lrs").info.run_id
     assert {child.data.tags["mlflow.parentRunId"] for child in family.values()} == {parent}
     assert {child.info.status for child in family.values()} == {"FINISHED"}

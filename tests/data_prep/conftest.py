@@ -5,6 +5,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from testbed.corpus import TEXT, small_set
+from tests.helpers.once import Once
 
 # How long an example takes depends on what else the machine does.
 settings.register_profile(
@@ -14,11 +15,9 @@ settings.load_profile("any-load")
 
 
 @pytest.fixture(scope="session")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def prepared(once: Once) -> Path:
     """A small set, to be read only."""
-    out = tmp_path_factory.mktemp("prepared") / "set"
-    small_set(out)
-    return out
+    return once("corpus", lambda folder: small_set(folder / "set")) / "set"
 
 
 @pytest.fixture

@@ -54,7 +54,7 @@ def kill(options: PrepareOptions, last: int) -> None:
 def every_stage(folder: Path) -> PrepareOptions:
     """Options of a run in which every stage has work: three kinds of input, rules, near duplicates,
     both splits."""
-    whole = [path.read_bytes().decode("utf-8", "replace") for path in python_source_files(400_000)]
+    whole = [path.read_bytes().decode("utf-8", "replace") for path in python_source_files(200_000)]
     texts = [text[at : at + 3000] for text in whole for at in range(0, len(text), 3000)]
     lines = [json.dumps({"text": text}).encode() + b"\n" for text in [*texts, *texts[::5]]]
     (folder / "plain.jsonl").write_bytes(b"".join(lines[::2]))
@@ -144,7 +144,7 @@ def test_what_was_done_is_not_done_again(tmp_path: Path) -> None:
     assert keep == done
 
 
-SIZES = {"limit_bytes": 2_000_000, "shard_bytes": 70_000, "workers": 2}
+SIZES = {"limit_bytes": 1_000_000, "shard_bytes": 70_000, "workers": 2}
 SCRIPT = f"""
 import sys, time
 from pathlib import Path

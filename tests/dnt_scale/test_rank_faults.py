@@ -54,7 +54,7 @@ def hit(
     """Start a run, ``act`` on it at a moment, and wait; again when it had ended before."""
     for _ in range(10):
         group = start(overrides, ranks)
-        until(lambda group=group: when() or not group.running)
+        until(lambda group=group: when() or not group.running, every=0.001)
         act(group)
         finished = group.wait()
         if steps_written(run_dir) < STEPS:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dnt_scale import checkpoint, config
+from dnt_scale import checkpoint
 from dnt_scale.checkpoint import State
 from dnt_scale.config import RunConfig
 from dnt_scale.data.token_sets import load_sets
@@ -24,9 +24,10 @@ from dnt_scale.optim.schedule import Schedule
 from dnt_scale.optim.update_rule import UpdateRule
 from dnt_scale.optim.updates.plain import Plain
 from dnt_scale.train.spike_guard import Guard
+from testbed.configs import composed
 from testbed.run import tiny
 
-STEPS = 20
+STEPS = 10  # warmup, and a schedule from its top to its end
 ENGINES = {
     "ddp": ["engine=ddp"],
     "fsdp": ["engine=fsdp"],
@@ -48,7 +49,7 @@ def overrides_of(label: str, ranks: int) -> list[str]:
 def built(label: str, me: Ranks, data: Path, *overrides: str) -> Iterator[tuple[RunConfig, Engine]]:
     """A tiny run's engine for a block."""
     chosen = overrides_of(label, me.world_size)
-    run = config.load(tiny(data, Path("unused"), *chosen, f"train.steps={STEPS}", *overrides))
+    run = composed(*tiny(data, Path("unused"), *chosen, f"train.steps={STEPS}", *overrides))
     engine = build_engine(run, lambda: DNT(run.model), me, STEPS)
     try:
         yield run, engine
@@ -142,7 +143,9 @@ def reference_losses(
     weights = dict(model.named_parameters())
     states: dict[str, dict[str, Tensor]] = {name: {} for name in weights}
     dtype = torch.bfloat16 if run.train.dtype == "bf16" else torch.float32
-    schedule = Schedule(run.optim.schedule, STEPS)
+    steps = run.train.steps
+    assert steps is not None
+    schedule = Schedule(run.optim.schedule, steps)
     found = []
     with token_stream(
         load_sets(run.data),
@@ -151,7 +154,7 @@ def reference_losses(
         rank=0,
         world_size=1,
     ) as stream:
-        for step in range(STEPS):
+        for step in range(steps):
             batch = next(stream)[0]
             targets = (batch[:, 1:] != IGNORED).sum()
             grads = {name: torch.zeros_like(weight) for name, weight in weights.items()}

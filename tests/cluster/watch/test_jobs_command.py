@@ -16,6 +16,7 @@ from dnt_scale.cli.main import main as dnt
 from dnt_scale.record import timeline
 from dnt_scale.record.metrics_file import last_metrics
 from testbed.run import IDLING, start, synthetic_set, tiny
+from testbed.stores import sqlite_store
 from testbed.waiting import until
 from tests.helpers.folders import (
     Event,
@@ -424,6 +425,7 @@ def test_mlflow_gets_the_true_status_of_a_run_that_is_dead(
         ended(now, "7.0", "killed", "none", "no word of it"),
     ]
     run_dir = submitted_run(tmp_path / "dead", over, "7")
+    sqlite_store(tmp_path / "mlflow.db")
     training = start(
         tiny(
             synthetic_set(tmp_path / "set"), run_dir, "tracking.enabled=true", "train.steps=100000"

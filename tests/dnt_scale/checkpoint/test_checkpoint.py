@@ -101,7 +101,10 @@ def test_kills_during_saves_lose_nothing(corpus, reference, tmp_path):
         group = start(overrides, ranks=2)
         final = folder / f"step-{moment:08d}"
         until(lambda group=group, final=final: final.exists() or not group.running)
-        until(lambda group=group: any(folder.glob(".partial-step-*")) or not group.running)
+        until(
+            lambda group=group: any(folder.glob(".partial-step-*")) or not group.running,
+            every=0.001,
+        )
         time.sleep(random.random() * 0.01)
         group.kill(signal.SIGKILL)
         codes = group.wait().codes

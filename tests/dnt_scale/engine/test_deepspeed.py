@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from dnt_scale import config, engine
+from dnt_scale import engine
 from dnt_scale.checkpoint.tensor_shards import TensorShard
 from dnt_scale.config import ConfigError, RunConfig
 from dnt_scale.config.deepspeed_json import ZERO
@@ -19,6 +19,7 @@ from dnt_scale.distributed import process_group
 from dnt_scale.distributed.errors import AgreedError
 from dnt_scale.model.dnt import DNT
 from dnt_scale.model.init import init_weights, initial_tensor
+from testbed.configs import composed
 from testbed.run import TINY_MODEL, call
 
 STEPS = 5
@@ -93,20 +94,18 @@ CASES = [
 
 def run_of(*overrides: str) -> RunConfig:
     """A tiny run of constant learning rate."""
-    return config.load(
-        [
-            *TINY_MODEL,
-            "run.name=deepspeed",
-            "run.device=cpu",
-            "data.path=unused",
-            f"train.steps={STEPS}",
-            f"train.global_batch={ROWS}",
-            "train.micro_batch=4",
-            "train.dtype=fp32",
-            "optim.schedule.name=constant",
-            "optim.schedule.warmup_steps=0",
-            *overrides,
-        ]
+    return composed(
+        *TINY_MODEL,
+        "run.name=deepspeed",
+        "run.device=cpu",
+        "data.path=unused",
+        f"train.steps={STEPS}",
+        f"train.global_batch={ROWS}",
+        "train.micro_batch=4",
+        "train.dtype=fp32",
+        "optim.schedule.name=constant",
+        "optim.schedule.warmup_steps=0",
+        *overrides,
     )
 
 

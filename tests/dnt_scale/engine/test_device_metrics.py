@@ -15,6 +15,7 @@ from dnt_scale.distributed import device_metrics, process_group
 from dnt_scale.distributed.device_metrics import ignored, record, take
 from dnt_scale.model.batch import IGNORED
 from dnt_scale.model.dnt import DNT
+from testbed.configs import composed
 from testbed.run import call, metrics, synthetic_set, tensors, tiny, train
 from tests.helpers import engines
 
@@ -67,7 +68,7 @@ def record_in_steps(data: Path, label: str, *more: str) -> None:
     """
     me = process_group.start("cpu")
     overrides = [*engines.overrides_of(label, me.world_size), *more, "train.micro_batch=2"]
-    run = config.load(tiny(data, Path("unused"), *overrides))
+    run = composed(*tiny(data, Path("unused"), *overrides))
     built = engine.build(run, lambda: Recording(run.model), me, 20)
 
     def judge(loss: float, grad_norm: float) -> float:

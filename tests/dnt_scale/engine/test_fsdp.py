@@ -14,7 +14,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor._dtensor_spec import DTensorSpec
 
-from dnt_scale import config
 from dnt_scale.config import RunConfig
 from dnt_scale.distributed import process_group
 from dnt_scale.distributed.process_group import Ranks
@@ -23,6 +22,7 @@ from dnt_scale.engine.fsdp import FSDPEngine
 from dnt_scale.engine.momentum_in_backward import MomentumInBackward
 from dnt_scale.model.dnt import DNT
 from dnt_scale.model.init import init_weights, initial_tensor
+from testbed.configs import composed
 from testbed.run import call, tiny
 
 STEPS, ROWS = 5, 12  # 12 rows a step divide by 1, 2, 3 and 4 ranks
@@ -38,7 +38,7 @@ FLAT = ["optim.schedule.name=constant", "optim.schedule.warmup_steps=0"]
 def chosen(*overrides: str) -> RunConfig:
     """A tiny run of 2 layers, never trained by the loop: data and folder are not looked at."""
     given = ["train.global_batch=12", "train.micro_batch=3", "train.steps=20", *overrides]
-    return config.load(tiny(Path("no-data"), Path("no-folder"), *given))
+    return composed(*tiny(Path("no-data"), Path("no-folder"), *given))
 
 
 def global_batch(step: int) -> torch.Tensor:

@@ -11,7 +11,6 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dnt_scale import config
 from dnt_scale.config import RunConfig
 from dnt_scale.distributed import process_group
 from dnt_scale.distributed.errors import AgreedError
@@ -20,6 +19,7 @@ from dnt_scale.engine.parallelize import data_mesh, parallelize, prepare_blocks
 from dnt_scale.model.dnt import DNT
 from dnt_scale.model.init import init_weights
 from dnt_scale.model.task import LossModule
+from testbed.configs import composed
 from testbed.run import call, tiny
 
 LAYERS = 4
@@ -27,9 +27,7 @@ TOKENS = torch.randint(0, 512, (2, 65), generator=torch.Generator().manual_seed(
 
 
 def chosen(*overrides: str) -> RunConfig:
-    return config.load(
-        tiny(Path("no-data"), Path("no-folder"), f"model.layers={LAYERS}", *overrides)
-    )
+    return composed(*tiny(Path("no-data"), Path("no-folder"), f"model.layers={LAYERS}", *overrides))
 
 
 def prepared(*overrides: str) -> DNT:

@@ -27,6 +27,7 @@ from dnt_scale.model.init import drawn
 from dnt_scale.model.task import Task, build_task
 from dnt_scale.tools.memory_plan import memory
 from dnt_scale.train.rank import main
+from testbed.configs import composed
 from testbed.run import (
     PLOTS,
     call,
@@ -292,7 +293,7 @@ def steps_of_every_engine(overrides: list[str]) -> None:
     me = process_group.start("cpu")
     found = {}
     for label in ENGINES:
-        run = config.load([*overrides, *overrides_of(label, me.world_size)])
+        run = composed(*overrides, *overrides_of(label, me.world_size))
         source = load_source(run)
         engine = build_engine(
             run, lambda run=run, source=source: build_task(run.model, source.rows), me, STEPS

@@ -12,7 +12,7 @@ from dnt_scale.model.dnt import DNT
 from dnt_scale.model.init import init_weights
 from testbed.run import tiny
 from tests.dnt_scale.optim.test_msgdw import UNBUFFERED, reference_update
-from tests.helpers.engines import STEPS, reference_losses
+from tests.helpers.engines import reference_losses
 
 RULES = [*UNBUFFERED, "+optim.groups.out={pattern: 'w_o', update: row_adaptive, lr: 1e-3}"]
 ATTENTION = ("w_q", "w_k", "norm_q", "norm_k")
@@ -20,8 +20,7 @@ ATTENTION = ("w_q", "w_k", "norm_q", "norm_k")
 
 def apart(corpus: Path, overrides: list[str], dtype: str) -> dict[str, float]:
     """By what share of its change in 20 steps each tensor of attention ends elsewhere."""
-    chosen = [*overrides, f"train.dtype={dtype}", f"train.steps={STEPS}"]
-    run = config.load(tiny(corpus, Path("unused"), *chosen))
+    run = config.load(tiny(corpus, Path("unused"), *overrides, f"train.dtype={dtype}"))
     model = DNT(run.model)
     init_weights(model, run.run.seed)
     first = {name: weight.detach().clone() for name, weight in model.named_parameters()}

@@ -16,6 +16,7 @@ from dnt_scale.record.mlflow.backend import LEASE
 from dnt_scale.record.sender import finalize_here, send_all
 from dnt_scale.record.sender_files import Sent
 from dnt_scale.record.training_process import EndedTraining
+from testbed.stores import sqlite_store
 from tests.helpers.senders import begin, client, mlflow_run_of, shown, start, without_processes
 
 pytestmark = pytest.mark.slow
@@ -25,10 +26,9 @@ OLD_FIELDS = ("place", "own_id", "copied_from", "leases", "claimed", "name", "no
 
 
 @pytest.fixture
-def runs_dir(empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def runs_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder for run folders with an empty store; starts there are this process's own."""
-    (tmp_path / "runs").mkdir()
-    shutil.copy(empty_store, tmp_path / "runs" / "mlflow.db")
+    sqlite_store(tmp_path / "runs" / "mlflow.db")
     without_processes(monkeypatch)
     return tmp_path / "runs"
 

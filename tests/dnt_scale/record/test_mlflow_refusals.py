@@ -23,16 +23,15 @@ from dnt_scale.record.sender import send_all
 from dnt_scale.record.tracker import Tracker
 from dnt_scale.record.training_process import EndedTraining
 from testbed.run import can_mount
-from testbed.stores import PATIENCE_S
+from testbed.stores import PATIENCE_S, sqlite_store
 from tests.helpers.senders import begin, client, shown, start, without_processes
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def runs_dir(empty_store: Path, tmp_path: Path) -> Path:
-    (tmp_path / "runs").mkdir()
-    shutil.copy(empty_store, tmp_path / "runs" / "mlflow.db")
+def runs_dir(tmp_path: Path) -> Path:
+    sqlite_store(tmp_path / "runs" / "mlflow.db")
     return tmp_path / "runs"
 
 

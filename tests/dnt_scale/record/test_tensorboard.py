@@ -22,7 +22,7 @@ from dnt_scale.record.training_process import EndedTraining
 from dnt_scale.train.recorded import Typed
 from dnt_scale.train.run_start import Begun, begin, make_room
 from testbed.run import PLOTS, tiny, train
-from testbed.stores import PATIENCE_S, points
+from testbed.stores import PATIENCE_S, points, sqlite_store
 from testbed.waiting import until
 from tests.helpers.senders import begin as begin_sending
 from tests.helpers.senders import start, without_processes
@@ -107,10 +107,9 @@ def test_a_run_and_its_resumption_show_each_step_once(corpus: Path, tmp_path: Pa
 
 
 def test_mlflow_and_tensorboard_get_the_same(
-    empty_store: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "runs").mkdir()
-    uri = f"sqlite:///{shutil.copy(empty_store, tmp_path / 'runs' / 'mlflow.db')}"
+    uri = sqlite_store(tmp_path / "runs" / "mlflow.db")
     names = {
         "uri": uri,
         "experiment": "tests",

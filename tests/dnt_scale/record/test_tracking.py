@@ -23,7 +23,7 @@ from dnt_scale.record.plots import plot_run
 from dnt_scale.record.sender_files import unsent_lines
 from dnt_scale.record.tracker import Tracker
 from testbed.ports import free_port
-from testbed.stores import mlflow_server
+from testbed.stores import mlflow_server, sqlite_store
 from testbed.waiting import until
 
 pytestmark = pytest.mark.slow
@@ -198,6 +198,7 @@ def test_a_run_and_its_resumption_are_one_mlflow_run(tmp_path, capfd, monkeypatc
 
 def test_a_killed_run_is_marked_killed_with_all_its_lines(tmp_path):
     run_dir = tmp_path / "runs" / "victim"
+    sqlite_store(tmp_path / "runs" / "mlflow.db")
     code = f"""
 import os, signal
 from pathlib import Path
@@ -246,7 +247,8 @@ def test_two_runs_may_create_the_store_at_once(tmp_path):
 def test_a_server_that_is_down_costs_a_warning_and_gets_everything_later_once(tmp_path, capfd):
     run_dir = tmp_path / "runs" / "offline"
     store = tmp_path / ODD / "mlflow.db"
-    seed = start(tmp_path / ODD / "seed")  # makes the server's store
+    sqlite_store(store)
+    seed = start(tmp_path / ODD / "seed")
     port = free_port()
     uri = f"http://someone:secret@127.0.0.1:{port}"
     patient = start(tmp_path / "runs" / "patient", uri=uri)

@@ -12,6 +12,7 @@ from dnt_scale.record import run_lock, timeline
 from dnt_scale.sweep import sweep_file
 from testbed.run import Finished, dnt, metrics, steps_written, synthetic_set, tiny
 from testbed.stores import runs as mlflow_runs
+from testbed.stores import sqlite_store
 from testbed.waiting import until
 from tests.helpers.sweeps import start_sweep
 
@@ -192,9 +193,10 @@ def test_an_early_end_leaves_the_schedule_alone(grid: Path, data: Path, tmp_path
 def test_its_runs_are_one_family_in_mlflow(data: Path, tmp_path: Path) -> None:
     """With processes as `dnt sweep` starts them."""
     folder = tmp_path / "lr"
+    uri = sqlite_store(tmp_path / "mlflow.db")
     asked = words(data, folder, "optim.lr=0.03,0.1", "train.steps=3", "tracking.enabled=true")
     dnt("sweep", *asked).ok()
-    family = mlflow_runs(f"sqlite:///{tmp_path}/mlflow.db")
+    family = mlflow_runs(uri)
     assert set(family) == {"lr", "0-lr_0.03", "1-lr_0.1"}
     assert {run.info.status for run in family.values()} == {"FINISHED"}
     parent = family.pop("lr").info.run_id

@@ -124,7 +124,7 @@ def test_eval_is_the_validation_of_the_run(reference):
     of_the_run, of_all = json.loads(call(losses, reference).ok().out)
     assert of_the_run == pytest.approx(metrics(reference)[-1]["val/loss"], abs=1e-6)
     assert of_all != of_the_run
-    printed = dnt("eval", reference, "--rows", 30).ok().out
+    printed = dnt("eval", reference, "--rows", 10).ok().out
     found = dict(line.split() for line in printed.splitlines())
     last = metrics(reference)[-1]
     assert found.keys() == {"val/loss", "val/perplexity", "val/bits_per_byte"}
@@ -177,7 +177,7 @@ def test_a_damaged_checkpoint_is_refused(finished_run):
 def test_eval_of_a_mixture_is_by_set_and_with_its_mask(mixed_run):
     of_the_run, _ = json.loads(call(losses, mixed_run).ok().out)
     assert of_the_run == pytest.approx(metrics(mixed_run)[-1]["val/packed/loss"], abs=1e-6)
-    printed = dnt("eval", mixed_run, "--rows", 30).ok().out
+    printed = dnt("eval", mixed_run, "--rows", 10).ok().out
     found = {name: float(value) for name, value in (line.split() for line in printed.splitlines())}
     last = metrics(mixed_run)[-1]
     assert found.keys() == {key for key in last if key.startswith("val/")}
@@ -187,7 +187,7 @@ def test_eval_of_a_mixture_is_by_set_and_with_its_mask(mixed_run):
 
 
 def test_another_set_is_measured_alone(mixed_run, corpus):
-    printed = dnt("eval", mixed_run, "--rows", 30, "--data", corpus).ok().out
+    printed = dnt("eval", mixed_run, "--rows", 10, "--data", corpus).ok().out
     assert {line.split()[0] for line in printed.splitlines()} == {
         "val/loss",
         "val/perplexity",
@@ -221,7 +221,7 @@ def test_generate_needs_one_set_of_a_mixture_and_eval_all(mixed_run, corpus, tmp
         dnt("generate", run_dir, *settings).ok().out
         == dnt("generate", mixed_run, *settings).ok().out
     )
-    assert str(tmp_path / "gone") in dnt("eval", run_dir, "--rows", 30).error()
+    assert str(tmp_path / "gone") in dnt("eval", run_dir, "--rows", 10).error()
 
 
 def test_eval_names_the_set_without_a_validation_split(mixed_run, corpus, packed, tmp_path):

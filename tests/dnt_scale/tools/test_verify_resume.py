@@ -3,13 +3,18 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from dnt_scale.cli.main import main
+from dnt_scale.tools import verify_resume as tool
 from dnt_scale.tools.verify_resume import (
     Failed,
     children,
@@ -19,8 +24,10 @@ from dnt_scale.tools.verify_resume import (
     near,
     verify_resume,
 )
-from dnt_scale.train.launch import complaint
-from testbed.run import ENVIRONMENT, TINY_RUN, dnt, synthetic_set
+from dnt_scale.train.launch import complaint, environment
+from testbed.run import ENVIRONMENT, TINY_RUN, Finished, call, synthetic_set
+from testbed.waiting import until
+from tests.helpers.sweeps import Forked
 
 pytestmark = pytest.mark.slow
 
@@ -46,6 +53,34 @@ def here(monkeypatch, tmp_path) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
 
+def be_verify_resume(folder: Path, words: Sequence[str]) -> None:
+    """`dnt verify-resume`, working in ``folder``, whose single ranks are forked from it; several
+    are torchrun's.
+    """
+    under_torchrun = tool.started
+
+    @contextmanager
+    def started(overrides: Sequence[str], ranks: int, log: Path) -> Iterator[object]:
+        if ranks > 1:
+            with under_torchrun(overrides, ranks, log) as process:
+                yield process
+            return
+        forked = Forked(overrides, ranks, log, environment())
+        try:
+            yield forked
+        finally:
+            forked.send_signal(signal.SIGKILL)
+            until(lambda: forked.poll() is not None)
+
+    tool.started = started
+    tempfile.tempdir = str(folder)
+    sys.exit(main(["verify-resume", *words]))
+
+
+def verified(folder: Path, *words: object) -> Finished:
+    return call(be_verify_resume, folder, [str(word) for word in words])
+
+
 @pytest.fixture(scope="module")
 def kept(overrides, tmp_path_factory) -> Path:
     """The folders `straight` and `resumed` of a run on 2 ranks that was killed and resumed,
@@ -68,14 +103,13 @@ def test_the_same_run_goes_on_to_the_last_bit(kept, capsys):
     assert (kept / "killed.log").exists()
 
 
-def test_other_ranks_and_another_engine_go_on_within_rounding(overrides, capsys, tmp_path):
+def test_other_ranks_and_another_engine_go_on_within_rounding(overrides, tmp_path):
     # more micro-batches, or both numbers of ranks would add the same sums
-    assert verify_resume(
-        [*overrides, "train.micro_batch=2"], steps=STEPS, then_ranks=2, then=["engine=ddp"]
-    )
-    out, err = capsys.readouterr()
+    asked = [*overrides, "train.micro_batch=2", "--steps", STEPS, "--then-ranks", 2]
+    finished = verified(tmp_path, *asked, "--then", "engine=ddp").ok()
+    out = finished.out
     assert re.search(
-        r"killed at step \d; goes on from the checkpoint of step 3$", err, re.MULTILINE
+        r"killed at step \d; goes on from the checkpoint of step 3$", finished.err, re.MULTILINE
     )
     assert not list(tmp_path.iterdir())
     assert re.search(
@@ -87,9 +121,9 @@ def test_other_ranks_and_another_engine_go_on_within_rounding(overrides, capsys,
     assert out.endswith("within 1e-05 of loss and weights, the tolerance of fp32\n")
 
 
-def test_another_learning_rate_is_no_rounding_in_the_dtype_that_rounds_most(overrides):
+def test_another_learning_rate_is_no_rounding_in_the_dtype_that_rounds_most(overrides, tmp_path):
     more = ["optim.lr=5", "train.dtype=bf16"]
-    finished = dnt("verify-resume", *overrides, "--steps", STEPS, "--then", *more)
+    finished = verified(tmp_path, *overrides, "--steps", STEPS, "--then", *more)
     assert finished.code == 1, finished.err
     assert finished.out.endswith("\nnot within 0.01 of loss and weights, the tolerance of bf16\n")
 

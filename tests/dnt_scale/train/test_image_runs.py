@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dnt_scale import config
 from dnt_scale.data.sources import load_source
 from dnt_scale.distributed import process_group
 from dnt_scale.engine import build as build_engine
 from dnt_scale.model.task import build_task
 from dnt_scale.train.spike_guard import Guard
+from testbed.configs import composed
 from testbed.images import CLASSES, drawn, small_image_set
 from testbed.run import (
     IDLING,
@@ -98,7 +98,7 @@ def losses(overrides: list[str]) -> None:
     me = process_group.start("cpu")
     found = {}
     for name in ENGINES:
-        run = config.load([*overrides, "run.dir=unused", *overrides_of(name, me.world_size)])
+        run = composed(*overrides, "run.dir=unused", *overrides_of(name, me.world_size))
         source = load_source(run)
         engine = build_engine(
             run, lambda run=run, source=source: build_task(run.model, source.rows), me, STEPS

@@ -21,7 +21,6 @@ from testbed.run import (
     Ranks,
     dnt,
     metrics,
-    python,
     same_tensors,
     steps_written,
     stop_midway,
@@ -29,6 +28,7 @@ from testbed.run import (
     tiny,
     train,
 )
+from testbed.stores import sqlite_store
 from testbed.waiting import until
 
 LAST = f"checkpoints/step-{STEPS:08d}"
@@ -142,9 +142,10 @@ def test_more_steps_go_on_from_the_end(corpus, finished_run):
 def test_a_resumed_run_is_one_mlflow_run(corpus, tmp_path):
     run_dir = tmp_path / "runs" / "tracked"
     overrides = tiny(corpus, run_dir, "tracking.enabled=true", "run.name=tracked", "eval.every=0")
+    sqlite_store(file := Path(default_uri(run_dir).removeprefix("sqlite:///")))
     for steps in (3, 6):
-        python("-m", "dnt_scale.train", *overrides, f"train.steps={steps}").ok()
-    store = sqlite3.connect(default_uri(run_dir).removeprefix("sqlite:///"))
+        train([*overrides, f"train.steps={steps}"]).ok()
+    store = sqlite3.connect(file)
     # training waits a minute for its sender; where others compute too, that takes longer
     ended = [("tracked", "FINISHED")]
     until(lambda: store.execute("select name, status from runs").fetchall() == ended)
@@ -277,7 +278,7 @@ def test_a_run_from_before_there_were_mixtures_goes_on(corpus, finished_run):
         del data["mixture"], data["document_mask"]
     state_file.write_text(json.dumps(state))
     config_file.write_text(yaml.safe_dump(settings))
-    assert dnt("eval", finished_run, "--rows", 30).ok().out.startswith("val/loss ")
+    assert dnt("eval", finished_run, "--rows", 10).ok().out.startswith("val/loss ")
     assert (
         dnt("generate", finished_run, "--prompt", "def ", "--tokens", 3).ok().out.startswith("def ")
     )
