@@ -102,7 +102,6 @@ class Decoders:
         raw = self._read(number, abs(size))
         if size < 0:
             self.damage = raw.decode()
-            self.selector.unregister(self.processes[number].stdout)
             return
         self.done[self.in_hand[number].popleft()] = np.frombuffer(raw, self.reading.row_type)
 

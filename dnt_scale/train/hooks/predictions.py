@@ -61,7 +61,7 @@ def classified(run: Training) -> tuple[Tensor, Tensor, Tensor]:
 
     size = min(run.config.train.micro_batch, SHOWN)
     sets = run.source.validation(rows=SHOWN, micro_batch=size, rank=0, world_size=1)
-    batches = list(sets[""])
+    batches = [batch for batch in sets[""] if isinstance(batch, dict)]
     with device_metrics.ignored(), register_module_forward_hook(keep):
         run.engine.evaluate(watched(batches))
     images, labels = (torch.cat([batch[name] for batch in batches]) for name in ("image", "label"))
