@@ -13,6 +13,7 @@ from dnt_scale import checkpoint
 from dnt_scale.distributed import process_group
 from dnt_scale.engine.averaging import average_of
 from dnt_scale.engine.base import Engine
+from dnt_scale.tools.convert_weights import from_file, to_file
 from testbed.run import call, synthetic_set, tensors, tiny, train
 from tests.helpers.engines import built, load, losses, save
 
@@ -89,6 +90,7 @@ def test_a_run_may_begin_and_end_it(tmp_path: Path) -> None:
     chosen.append("optim.schedule.warmup_steps=0")
     train([*chosen, "train.steps=2"]).ok()
     train([*chosen, "train.steps=4", EMA]).ok()
+    to_file(str(tmp_path / "run"), tmp_path / "weights.safetensors", full=False)
     train([*chosen, "train.steps=5", "train.ema=null"]).ok()
     folder = tmp_path / "run" / "checkpoints"
     second, fourth, last = (tensors(folder / f"step-0000000{step}") for step in (2, 4, 5))
@@ -99,3 +101,11 @@ def test_a_run_may_begin_and_end_it(tmp_path: Path) -> None:
             # two updates of a tenth each, the second of them of the step's own weights
             assert (kept - weight).norm() < 0.4 * (fourth[name] - weight).norm()
             assert not torch.equal(kept, weight)
+    # What is written for others is the average, and what begins from weights begins it with them.
+    from_file(tmp_path / "weights.safetensors", tiny(data, tmp_path / "new", EMA))
+    begun = tensors(tmp_path / "new" / "checkpoints" / "step-00000000")
+    averaged = [name for name in fourth if name.startswith("ema.")]
+    assert averaged
+    for name in averaged:
+        assert torch.equal(begun[name], fourth[name])
+        assert torch.equal(begun[name.replace("ema.", "model.")], fourth[name])
