@@ -51,10 +51,11 @@ def kill(options: PrepareOptions, last: int) -> None:
     killed(prepare, options, SMALL, last, PRELOAD)
 
 
-def every_stage(folder: Path) -> PrepareOptions:
+def every_stage(folder: Path, limit_bytes: int = 200_000) -> PrepareOptions:
     """Options of a run in which every stage has work: three kinds of input, rules, near duplicates,
     both splits."""
-    whole = [path.read_bytes().decode("utf-8", "replace") for path in python_source_files(200_000)]
+    files = python_source_files(limit_bytes)
+    whole = [path.read_bytes().decode("utf-8", "replace") for path in files]
     texts = [text[at : at + 3000] for text in whole for at in range(0, len(text), 3000)]
     lines = [json.dumps({"text": text}).encode() + b"\n" for text in [*texts, *texts[::5]]]
     (folder / "plain.jsonl").write_bytes(b"".join(lines[::2]))
@@ -354,7 +355,7 @@ def test_input_that_vanishes_and_comes_back(all_stages: dict[str, bytes], tmp_pa
 
 
 def test_input_that_grows_while_it_is_read(tmp_path: Path) -> None:
-    options = every_stage(tmp_path)
+    options = every_stage(tmp_path, 400_000)  # several units, of which the last one grows
     path = tmp_path / "plain.jsonl"
 
     class Growing(Console):

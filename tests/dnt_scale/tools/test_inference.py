@@ -37,7 +37,7 @@ def losses(run_dir: Path) -> None:
     from dnt_scale.tools.inference import evaluate
 
     with process_group.alone() as me:
-        found = [evaluate(run_dir, None, rows, me) for rows in (30, None)]
+        found = [evaluate(run_dir, None, rows, me) for rows in (10, None)]
     print(
         json.dumps(
             [
