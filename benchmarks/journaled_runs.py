@@ -149,7 +149,7 @@ class JournaledRuns:
         if code in (-2, -15, 130, 143):
             raise KeyboardInterrupt
         lines = whole_lines(folder / METRICS)
-        losses = {line["step"]: line["val/loss"] for line in lines if "val/loss" in line}
+        losses = {str(line["step"]): line["val/loss"] for line in lines if "val/loss" in line}
         kept = ("val/loss", "train/loss", *(["val/top1"] if self.set.unit == "images" else []))
         ends = {name.replace("/", "_"): None if code else lines[-1][name] for name in kept}
         return {
