@@ -61,8 +61,13 @@ class JournaledRuns:
         return frozenset([run["data"], *run["overrides"]])
 
     def loss(self, words: Sequence[object], overrides: Sequence[str], steps: int) -> float:
-        """Return a run's validation loss at its last step, trained now or before; infinite if it
-        failed.
+        """Return a run's validation loss at its last step; infinite if it failed. See `result`."""
+        return self.result(words, overrides, steps)["val_loss"] or math.inf
+
+    def result(
+        self, words: Sequence[object], overrides: Sequence[str], steps: int
+    ) -> dict[str, Any]:
+        """Return the journal's line of a run, trained now or before.
 
         Args:
             words: that name it.
@@ -81,7 +86,7 @@ class JournaledRuns:
             elif known["val_loss"] != run["val_loss"]:
                 print(f"{name}: the journal has {known['val_loss']}", flush=True)
             known = known or run
-        return known["val_loss"] or math.inf
+        return known
 
     def _add(self, run: dict[str, Any]) -> None:
         with self._lock, self.journal.open("a") as file:

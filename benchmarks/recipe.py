@@ -2,14 +2,14 @@
 
     dnt data prepare TEXT... --out data/recipe --vocab-size 2048 --seq-len 128 --val-fraction 0.01
     python -m benchmarks.recipe --table a --data data/recipe
-    python -m benchmarks.recipe --table a --data data/recipe --only 'DNT S4 (adamw|rmnp) '
+    python -m benchmarks.recipe --table a --data data/recipe --only 'DNT S4 (adamw|normalized) '
 
     a    {GPT S1, DNT S4, DNT S5} x every optimizer
-    b    S1 to S5 under vanilla mSGDW and rmnp
-    c    rmnp with one of its parts left out or another way
-    d    AdamW, rmnp and mSGDW at 1/4, 1 and 4 times --steps, and at other batches
+    b    S1 to S5 under vanilla mSGDW and normalized
+    c    normalized with one of its parts left out or another way
+    d    AdamW, normalized and mSGDW at 1/4, 1 and 4 times --steps, and at other batches
     e    with and without clipping and a gradient buffer
-    f    AdamW, rmnp and mSGDW, for other --data
+    f    AdamW, normalized and mSGDW, for other --data
 
 All runs of a table see the same rows in the same order. Each optimizer is trained at the learning
 rates of a grid by factors of two, which grows while its best value lies at an end; then, at the
@@ -24,6 +24,7 @@ Runs are kept in results/recipe-runs.jsonl (journaled_runs.py): none in it is tr
 import argparse
 import datetime
 import json
+import math
 import platform
 import re
 import sys
@@ -52,6 +53,10 @@ class Bench:
 
     def loss(self, variant: Variant, lr: float, decay: float, seed: int) -> float:
         """Return a run's validation loss; infinite if it failed."""
+        return self.result(variant, lr, decay, seed)["val_loss"] or math.inf
+
+    def result(self, variant: Variant, lr: float, decay: float, seed: int) -> dict[str, Any]:
+        """Return the journal's line of a run."""
         size = self.options.size
         overrides = [
             *variant.overrides,
@@ -63,7 +68,7 @@ class Bench:
             f"train.micro_batch={min(variant.batch, 32)}",
         ]
         words = [variant.words, size, f"{lr:g}", f"{decay:g}", seed]
-        return self.runs.loss(words, overrides, variant.steps)
+        return self.runs.result(words, overrides, variant.steps)
 
     def row(self, variant: Variant) -> dict[str, Any]:
         """Train a row's grid, then weight decays, then the other seeds at the best."""
@@ -85,7 +90,8 @@ class Bench:
             for decay in (0.0, 3 * grid.decay):
                 decays[decay] = self.loss(variant, best, decay, first)
         decay = min(decays, key=lambda decay: decays[decay])
-        losses = [decays[decay], *(self.loss(variant, best, decay, seed) for seed in others)]
+        ends = [self.result(variant, best, decay, seed) for seed in (first, *others)]
+        losses = [end["val_loss"] or math.inf for end in ends]
         width = sensitivity(sorted(found), [found[lr] for lr in sorted(found)])
         return {
             "model": variant.model,
@@ -100,6 +106,9 @@ class Bench:
             "seeds": self.options.seeds,
             "within_0.05_nats": width.factor if width else None,
             "width_is_cut": bool(width and (width.low_cut or width.high_cut)),
+            "losses_by_seed": losses,
+            "losses_by_step": [end["val_losses"] for end in ends],
+            "losses_by_decay": {f"{value:g}": decays[value] for value in sorted(decays)},
             "losses_by_lr": {f"{lr:g}": found[lr] for lr in sorted(found)},
         }
 

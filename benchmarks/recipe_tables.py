@@ -36,6 +36,7 @@ class Optimizer(NamedTuple):
 BESIDE = 1.6e-2
 OPTIMIZERS = {
     "adamw": Optimizer(1.6e-2, 0.1),
+    "normalized": Optimizer(3e-3, 0.1),
     "rmnp": Optimizer(0.02, 0.1),
     "rmnp_adam_gains": Optimizer(0.02, 0.1),
     "msgdw": Optimizer(0.3, 1e-4),
@@ -46,29 +47,39 @@ OPTIMIZERS = {
     "signum": Optimizer(2e-3, 0.6),
     "muon": Optimizer(1.6e-2, 0.1, (f"optim.groups.rest.lr={BESIDE}",)),
 }
-GROUPS = ("embedding", "matrices", "tall")
-PARTS = {
+EMBEDDING = r"^(tok_emb|head)\.weight$"
+HIDDEN = r"\.w_\w\.weight$"
+
+
+def apart(name: str, pattern: str, settings: str) -> list[str]:
+    """Return overrides of optim=normalized that give some matrices a group of their own."""
+    return [
+        f"optim.groups.matrices.pattern='^(?!.*{pattern.removeprefix('^')}).*\\.weight$'",
+        f"+optim.groups.{name}={{pattern: '{pattern}', {settings}}}",
+    ]
+
+
+COMPARED = ("adamw", "normalized", "msgdw")
+PARTS = {  # of the recipe, optim=normalized
     "whole": [],
     "no Nesterov": ["optim.nesterov=false"],
-    "no tall factor": ["optim.groups.tall.tall_factor=false"],
-    "tall factor on the embedding": ["optim.groups.embedding.tall_factor=true"],
-    "decay on the embedding": ["optim.groups.embedding.weight_decay=0.1"],
-    "embedding row by row as Adam": [
-        "optim.groups.embedding.update=row_adaptive",
-        "+optim.groups.embedding.lr=0.016",
-        "optim.groups.embedding.weight_decay=0.1",
-    ],
-    "fixed norms": [f"optim.groups.{name}.fixed_norm=true" for name in ("matrices", "tall")],
-    "down to 0": ["optim.schedule.final=0"],
     "momentum 0.9": ["optim.momentum=0.9", "optim.dampening=0.9"],
-    "tensors, not rows": [
-        "~optim.groups.tall.tall_factor",
-        *(f"optim.groups.{name}.update=tensor_normalized" for name in GROUPS),
+    "tensors, not rows and columns": ["optim.groups.matrices.update=tensor_normalized"],
+    "plain gains": ["optim.groups.gains.update=plain", "+optim.groups.gains.lr=1"],
+    "gains by AdamW": [
+        "+optim.groups.gains.optimizer={algorithm: adamw}",
+        f"+optim.groups.gains.lr={BESIDE}",
+        "optim.groups.gains.update=plain",
     ],
-    "gains normalized": [
-        "optim.groups.gains.update=tensor_normalized",
-        "optim.groups.gains.lr=8e-3",
-    ],
+    "no decay on the embedding": apart(
+        "embedding", EMBEDDING, "update: row_column_normalized, weight_decay: 0"
+    ),
+    "embedding by rows": apart("embedding", EMBEDDING, "update: row_normalized, lr: 0.02"),
+    "fixed norms": ["+optim.groups.matrices.fixed_norm=true"],
+    "down to 0": ["optim.schedule.final=0"],
+    "hidden matrices orthogonalized": apart(
+        "hidden", HIDDEN, f"update: orthogonalized, scale: adamw, lr: {BESIDE}"
+    ),
 }
 NO_BUFFER = ["optim.nesterov=false", "optim.gradient_buffer=false", "optim.clip_norm=null"]
 CLIPPING = {
@@ -119,24 +130,24 @@ def variants(table: str, steps: int) -> Iterator[Variant]:
     """
     if table in ("a", "f"):
         models = MODELS if table == "a" else ["DNT S4"]
-        optimizers = list(OPTIMIZERS) if table == "a" else ["adamw", "rmnp", "msgdw"]
+        optimizers = list(OPTIMIZERS) if table == "a" else COMPARED
         yield from (variant(model, name, steps) for model in models for name in optimizers)
     elif table == "b":
         for setting in ("S1", "S2", "S3", "S4", "S5"):
-            for name in ("msgdw", "rmnp"):
+            for name in ("msgdw", "normalized"):
                 yield variant(f"DNT {setting}", name, steps)
     elif table == "c":
         for part, changes in PARTS.items():
-            yield variant("DNT S4", "rmnp", steps, part=part, changes=changes)
+            yield variant("DNT S4", "normalized", steps, part=part, changes=changes)
     elif table == "d":
         for times in (0.25, 1, 4):  # at the batch of the other tables
-            for name in ("adamw", "rmnp", "msgdw"):
+            for name in COMPARED:
                 yield variant("DNT S4", name, int(steps * times))
         for times in (0.25, 4, 16):  # as many tokens
-            for name in ("adamw", "rmnp", "msgdw"):
+            for name in COMPARED:
                 batch = int(ROWS_A_STEP * times)
                 yield variant("DNT S4", name, int(steps / times), batch=batch)
     else:
-        for name in ("msgdw", "rmnp"):
+        for name in ("msgdw", "normalized"):
             for part, changes in CLIPPING.items():
                 yield variant("DNT S4", name, steps, part=part, changes=changes)

@@ -144,6 +144,15 @@ def train_tokenizer_first(options: PrepareOptions, console: Console | None = Non
         )
 
 
+def count_units(options: PrepareOptions) -> int:
+    """Return how many units the input has, once nothing that is known before it is read speaks
+    against preparing it. Raises ValueError as `prepare` does."""
+    checked(options, shards.load_manifest(options.append) if options.append else None)
+    if options.rules:
+        read_rules(options.rules)
+    return len(plan_units(find_sources(options.inputs)))
+
+
 def found_before_reading(sources: Sequence[InputSource]) -> LeftOut:
     """Return what the sources pass over."""
     passed, left_out = Findings(), LeftOut()

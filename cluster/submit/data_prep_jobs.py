@@ -1,5 +1,5 @@
-"""`dnt data prepare --cluster`: a job that trains the tokenizer, an array of tasks, a job that puts
-the parts together.
+"""`dnt data prepare --cluster` and `dnt data images --cluster`: for text a job that trains the
+tokenizer, then an array of tasks, and a job that puts the parts together.
 
 They do what the same command does without ``--cluster``, in the same work folder and to the same
 bytes. What they need, and what became of them, lies beside the set, for its owner only:
@@ -17,21 +17,27 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
+from typing import Annotated
 
 import submitit
-from pydantic import ValidationError
+from pydantic import Discriminator, Tag, ValidationError
 
 from cluster import cluster_config, run_record, slurm
 from cluster.cluster_config import ClusterConfig
 from cluster.run_record import RecordError, Submission
 from cluster.slurm import Job
 from cluster.submit import checks, single_run
-from data_prep import pipeline, shards
-from data_prep.clean.cleaner import read_rules
-from data_prep.options import PrepareOptions, checked
-from data_prep.read.inputs import find_sources, plan_units
-from data_prep.read.streams import is_url
-from data_prep.report import terminal
+from cluster.submit.data_prep_kinds import (
+    AnyOptions,
+    kind_of,
+    option_tag,
+    places,
+    trains_tokenizer,
+)
+from data_prep import pipeline
+from data_prep.images.options import ImageOptions
+from data_prep.options import PrepareOptions
+from data_prep.set_files import MANIFEST, PARTIAL
 from data_prep.words import counted, first_problem
 from dnt_scale.config import ConfigError, Strict, config_dir
 from dnt_scale.record.files import read_json, write_json
@@ -43,7 +49,11 @@ TOKENIZER, MERGE = "tokenizer", "merge"  # the other parts are task-0, task-1, .
 class PrepareOrder(Strict):
     """``prepare.json``."""
 
-    asked: PrepareOptions  # rules of ours by their place in configs/
+    # rules of ours by their place in configs/
+    asked: Annotated[
+        Annotated[PrepareOptions, Tag("text")] | Annotated[ImageOptions, Tag("images")],
+        Discriminator(option_tag),
+    ]
     here: Path  # where relative paths are seen from
     umask: int  # the user's, for the files of the set
     tasks: int
@@ -52,9 +62,8 @@ class PrepareOrder(Strict):
     @property
     def parts(self) -> list[str]:
         """Return the parts in the order of their work."""
-        given = self.asked.tokenizer or self.asked.append
         return [
-            *([] if given else [TOKENIZER]),
+            *([TOKENIZER] if trains_tokenizer(self.asked) else []),
             *(f"task-{number}" for number in range(self.tasks)),
             MERGE,
         ]
@@ -66,13 +75,15 @@ class PrepareOrder(Strict):
         )
 
     @property
-    def options(self) -> PrepareOptions:
+    def options(self) -> AnyOptions:
         """Return what was asked for, with rules of ours from the configs in use; in a job these are
         the snapshot's."""
+        if isinstance(self.asked, ImageOptions):
+            return self.asked
         return replace(self.asked, rules=self.asked.rules and config_dir() / self.asked.rules)
 
 
-def main(options: PrepareOptions, overrides: list[str], tasks: int | None, *, dry_run: bool) -> int:
+def main(options: AnyOptions, overrides: list[str], tasks: int | None, *, dry_run: bool) -> int:
     """Queue the jobs that make a set; or tell how far they are, where the same command has queued
     them before.
 
@@ -84,7 +95,7 @@ def main(options: PrepareOptions, overrides: list[str], tasks: int | None, *, dr
         The exit status.
 
     Raises:
-        ValueError, OSError: as `data_prep.pipeline.prepare` and :mod:`cluster.submit.checks` do;
+        ValueError, OSError: as preparing here and :mod:`cluster.submit.checks` do;
             SlurmError when SLURM refuses a job; RecordError while jobs of another command make a
             set in the same folder.
     """
@@ -97,7 +108,7 @@ def main(options: PrepareOptions, overrides: list[str], tasks: int | None, *, dr
     begun = read_order(folder).tasks if (folder / "prepare.json").exists() else None
     order = order.model_copy(update={"tasks": tasks or begun or min(MOST_TASKS, units)})
     if dry_run:
-        terminal.print_plan(order.options)
+        kind_of(order.asked).print_plan(order.options)
         print(f"\n{batch_script(order, folder, site)}")
         others = [f"{part} job" for part in order.parts if part in (TOKENIZER, MERGE)]
         print(
@@ -119,9 +130,7 @@ def state_folder(out: Path) -> Path:
     return out.absolute().parent / f".{out.name}.prepare"
 
 
-def on_cluster(
-    options: PrepareOptions, overrides: list[str]
-) -> tuple[PrepareOptions, ClusterConfig]:
+def on_cluster(options: AnyOptions, overrides: list[str]) -> tuple[AnyOptions, ClusterConfig]:
     """Return the options and the cluster of the jobs: one rank with a CPU a worker.
 
     Raises:
@@ -144,14 +153,11 @@ def on_cluster(
             "signal": "USR1",
         }
     )
-    rules = options.rules
-    if rules:
-        rules = (
-            rules.relative_to(config_dir())
-            if rules.is_relative_to(config_dir())
-            else rules.absolute()
-        )
-    return replace(options, workers=workers, rules=rules), site
+    if isinstance(options, PrepareOptions) and (rules := options.rules):
+        ours = rules.is_relative_to(config_dir())
+        rules = rules.relative_to(config_dir()) if ours else rules.absolute()
+        options = replace(options, rules=rules)
+    return replace(options, workers=workers), site
 
 
 def umask() -> int:
@@ -188,7 +194,7 @@ def is_done(folder: Path, part: str) -> bool:
 
 
 def is_made(order: PrepareOrder) -> bool:
-    return (order.asked.out / shards.MANIFEST).exists()
+    return (order.asked.out / MANIFEST).exists()
 
 
 def log_of(folder: Path, job_id: str) -> Path:
@@ -218,14 +224,14 @@ def report_earlier_jobs(order: PrepareOrder, folder: Path, tasks: int | None) ->
     if before and same and (live or is_made(order)):
         print(format_progress(before, folder, queue))
         if is_made(order):
-            terminal.print_info(order.asked.out)
+            kind_of(order.asked).print_info(order.asked.out)
         return True
     if is_made(order):
         raise ValueError(
             f"{order.asked.out}: already holds a prepared set; choose another --out, or delete it "
             "first"
         )
-    kept = (order.asked.out / shards.PARTIAL).exists() or not (
+    kept = (order.asked.out / PARTIAL).exists() or not (
         before and any(is_done(folder, p) for p in before.parts)
     )
     if before and same and kept and tasks in (None, before.tasks):
@@ -299,20 +305,10 @@ def check_before_queue(order: PrepareOrder, site: ClusterConfig) -> int:
     checks.check_account(site)
     checks.check_signal(site)
     options = order.options
-    inputs = [str(item) for item in options.inputs]
-    if "-" in inputs:
+    if "-" in map(str, options.inputs):
         raise ValueError("-: jobs cannot read standard input; write it to a file first")
-    checked(options, shards.load_manifest(options.append) if options.append else None)
-    if options.rules:
-        read_rules(options.rules)
-    places = [("INPUT", Path(item).absolute()) for item in inputs if not is_url(item)]
-    places += [
-        (name, path.absolute())
-        for name in ("out", "append", "tokenizer")
-        if (path := getattr(options, name))
-    ]
-    checks.check_places_shared(places, site, partition.nodes)
-    units = len(plan_units(find_sources(options.inputs)))
+    checks.check_places_shared(places(options), site, partition.nodes)
+    units = kind_of(options).count_units(options)
     slurm.expected_start(batch_script(order, state_folder(options.out), site))
     return units
 
@@ -452,11 +448,11 @@ def work(folder: str, part: str) -> None:
 
 
 def make_part(order: PrepareOrder, part: str) -> None:
+    options = order.options
     if part == TOKENIZER:
-        pipeline.train_tokenizer_first(order.options)
-    elif part == MERGE:
-        pipeline.prepare(order.options)
-    else:
-        pipeline.prepare(
-            replace(order.options, task=(int(part.removeprefix("task-")), order.tasks))
-        )
+        assert isinstance(options, PrepareOptions)
+        pipeline.train_tokenizer_first(options)
+        return
+    if part != MERGE:
+        options = replace(options, task=(int(part.removeprefix("task-")), order.tasks))
+    kind_of(options).prepare(options)

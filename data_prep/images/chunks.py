@@ -29,6 +29,7 @@ from data_prep.images.decode import (
     prepare_image,
 )
 from data_prep.images.findings import Finding, Unusable
+from data_prep.images.options import ImageOptions, read_val_list
 from data_prep.images.raw import Label, RawImage
 from data_prep.images.read import ImagePiece, read_pieces
 from data_prep.read.pieces import Unit
@@ -65,14 +66,18 @@ class ImageRecipe:
 
     def folders(self, work: Path, units: Sequence[Unit]) -> list[Path]:
         """Return where each unit's chunks are."""
-        return [work / "chunks" / key(self._content, unit_parts(unit)) for unit in units]
-
-    @functools.cached_property
-    def _content(self) -> list[Any]:
         encoding = self.encoding
         asked = [encoding.resize_shorter, encoding.reencode, encoding.quality]
         rest = [self.label_field, sorted(self.held), self.strict]
-        return ["images", VERSION, library_versions(), asked, rest]
+        recipe = key("images", VERSION, library_versions(), asked, rest)
+        return [work / "chunks" / key(recipe, unit_parts(unit)) for unit in units]
+
+
+def recipe_of(options: ImageOptions) -> ImageRecipe:
+    """Return what decides the chunks. Raises ValueError for a list of names that cannot be
+    read."""
+    held = read_val_list(options)
+    return ImageRecipe(options.encoding, options.label_field, held, options.strict)
 
 
 @dataclass

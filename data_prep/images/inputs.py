@@ -2,16 +2,21 @@
 
 import os
 import re
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import xxhash
 
 from data_prep.images.findings import Finding
 from data_prep.images.idx import is_idx_images, labels_path
 from data_prep.read.inputs import UNIT_BYTES, unused
 from data_prep.read.listing import (
     Found,
+    MadeRows,
     Passed,
     last_part,
     list_remote,
@@ -25,6 +30,7 @@ from data_prep.read.suffixes import bare_name, describe_suffix, printable
 from data_prep.set_files import MADE_BY, SplitName, format_of
 
 IMAGE_SUFFIXES = tuple(".jpg .jpeg .png .webp .bmp .gif .tif .tiff .ppm .pgm".split())  # noqa: SIM905
+UNIT_IMAGES = 1 << 14  # what identifies a unit is put together in memory
 SPLIT_FOLDERS = {"train", "val", "valid", "validation", "test"}
 
 
@@ -42,7 +48,7 @@ class ImageInput:
 class _Listed(NamedTuple):
     name: str
     is_folder: bool
-    files: list[Found]
+    files: Sequence[Found]
     passed: list[Passed]
 
 
@@ -55,7 +61,7 @@ def find_inputs(inputs: Sequence[str | Path], val: str | None) -> list[ImageInpu
 
     Raises ValueError where an INPUT does not exist, holds no image, or a class folder none.
     """
-    seen: set[str] = set()
+    seen: set[int] = set()
     used: dict[str, int] = {}
     found = [_find(val, "val", seen, used)] if val else []
     found += [_find(str(item), "train" if val else None, seen, used) for item in inputs]
@@ -69,7 +75,7 @@ def all_units(inputs: Sequence[ImageInput]) -> list[Unit]:
     return [unit for each in inputs for unit in each.units]
 
 
-def _find(item: str, split: SplitName | None, seen: set[str], used: dict[str, int]) -> ImageInput:
+def _find(item: str, split: SplitName | None, seen: set[int], used: dict[str, int]) -> ImageInput:
     try:
         listed = _list(item)
     except OSError as error:
@@ -89,39 +95,50 @@ def _find(item: str, split: SplitName | None, seen: set[str], used: dict[str, in
         )
     if kind == "image":
         _check_folders(item, listed)
-    files = []
-    for found in listed.files:
-        below = printable(found.below)
-        place = below if not listed.is_folder else f"{name}/{below}"
-        if (this := _kind_of(found.below)) == kind and (kind != "image" or "/" in below):
+    chosen = array("q")
+    for number, found in enumerate(listed.files):
+        if (this := _kind_of(found.below)) == kind and (kind != "image" or "/" in found.below):
             real = found.path if is_url(found.path) else os.path.realpath(found.path)
-            if real not in seen:
-                seen.add(real)
-                files.append(File(place, found.path, kind, found.size, found.stamp))
+            if (mark := xxhash.xxh3_64_intdigest(os.fsencode(real))) not in seen:
+                seen.add(mark)
+                chosen.append(number)
         elif this == kind:
+            place = _place(listed, name, found)
             passed.append(Finding("no_class", place, "an image in no class folder"))
         elif this != "labels":
-            passed.append(Finding("other_suffix", place, describe_suffix(found.below)))
-    return ImageInput(name, tuple(_units(name, files)), tuple(sorted(passed)), split)
+            detail = describe_suffix(found.below)
+            passed.append(Finding("other_suffix", _place(listed, name, found), detail))
+
+    def make(at: int) -> File:
+        found = listed.files[chosen[at]]
+        return File(_place(listed, name, found), found.path, kind, found.size, found.stamp)
+
+    units = _units(name, kind, MadeRows(len(chosen), make))
+    return ImageInput(name, tuple(units), tuple(sorted(passed)), split)
 
 
-def _units(name: str, files: Sequence[File]) -> list[Unit]:
+def _place(listed: _Listed, name: str, found: Found) -> str:
+    """Return where a person looks for a file."""
+    below = printable(found.below)
+    return f"{name}/{below}" if listed.is_folder else below
+
+
+def _units(name: str, kind: str, files: MadeRows[File]) -> list[Unit]:
     """Return units: neighbouring images of up to UNIT_BYTES together, any other file by itself."""
-    units: list[Unit] = []
-    some: list[File] = []
+    if kind == "idx":
+        return [Unit(name, (file, _labels_of(file))) for file in files]
+    if kind != "image":
+        return [Unit(name, (file,)) for file in files]
+    ends: list[int] = []
     size = 0
-    for file in files:
-        if file.kind == "image":
-            if some and size + file.size > UNIT_BYTES:
-                units.append(Unit(name, tuple(some)))
-                some, size = [], 0
-            some.append(file)
-            size += file.size
-        elif file.kind == "idx":
-            units.append(Unit(name, (file, _labels_of(file))))
-        else:
-            units.append(Unit(name, (file,)))
-    return [*units, Unit(name, tuple(some))] if some else units
+    for number, file in enumerate(files):
+        here = number - (ends[-1] if ends else 0)
+        if here and (size + file.size > UNIT_BYTES or here == UNIT_IMAGES):
+            ends.append(number)
+            size = 0
+        size += file.size
+    bounds = pairwise([0, *ends, len(files)])
+    return [Unit(name, files[start:end]) for start, end in bounds if end > start]
 
 
 def _kind_of(name: str) -> str:
@@ -158,9 +175,10 @@ def _check_folders(item: str, listed: _Listed) -> None:
             f"{item}: images that are named one by one have no class; give the folder that holds "
             "the class folders"
         )
-    images = [file.below for file in listed.files if _kind_of(file.below) == "image"]
-    classes = {below.split("/")[0] for below in images if "/" in below}
+    names = (file.below for file in listed.files if _kind_of(file.below) == "image")
+    classes = {below.split("/")[0] for below in names if "/" in below}
     if not classes:
+        images = [file.below for file in listed.files if _kind_of(file.below) == "image"]
         raise ValueError(
             f"{item}: found {len(images):,} images but no class folders, expected "
             f"{item.rstrip('/')}/CLASS/{images[0]}"
@@ -244,7 +262,7 @@ def _files_only(found: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return {path: info for path, info in found.items() if info["type"] == "file"}
 
 
-def _some(item: str, files: list[Found]) -> list[Found]:
+def _some(item: str, files: Sequence[Found]) -> Sequence[Found]:
     if not files:
         raise ValueError(
             f"{item}: no file matches this pattern; check it, and quote it for the shell"

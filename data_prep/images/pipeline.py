@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from data_prep.images.chunks import ImageRecipe, make_image_chunks
+from data_prep.images.chunks import make_image_chunks, recipe_of
 from data_prep.images.finish import finish
 from data_prep.images.inputs import all_units, find_inputs
 from data_prep.images.options import ImageOptions, checked, read_val_list
@@ -33,9 +33,7 @@ def prepare_images(options: ImageOptions, console: Console | None = None) -> Ima
     console = console or Console(stderr=True)
     base = load_manifest(options.append) if options.append else None
     options = checked(options, base)
-    recipe = ImageRecipe(
-        options.encoding, options.label_field, read_val_list(options), options.strict
-    )
+    recipe = recipe_of(options)
     val = None if options.val_list else options.val
     with work_folder(Path(options.out), shared=options.task is not None) as work:
         inputs = find_inputs(options.inputs, val)
@@ -64,3 +62,11 @@ def prepare_images(options: ImageOptions, console: Console | None = None) -> Ima
         f"wrote     {escape(visible(str(options.out)))}: {images} images", highlight=False
     )
     return manifest
+
+
+def count_units(options: ImageOptions) -> int:
+    """Return how many units the input has, once nothing that is known before it is read speaks
+    against preparing it. Raises ValueError as `prepare_images` does."""
+    options = checked(options, load_manifest(options.append) if options.append else None)
+    read_val_list(options)
+    return len(all_units(find_inputs(options.inputs, None if options.val_list else options.val)))

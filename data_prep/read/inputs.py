@@ -224,7 +224,7 @@ def _find_in_folder(item: str, path: Path) -> _Input:
             "made of"
         )
     found, passed = walk(path, ["**"])
-    files, passed = _without_cards(*_wanted(found, passed))
+    files, passed = _without_cards(*_wanted(list(found), passed))
     return _Input(_name(path), False, _some(item, files, passed), passed, os.path.realpath(path))
 
 
@@ -237,7 +237,8 @@ def _find_by_pattern(item: str, path: Path) -> _Input:
             f"{item}: ** stands for folders and must be alone between slashes; write **/*.txt, say"
         )
     root = Path(*parts[:fixed])
-    files, passed = walk(root, list(parts[fixed:]))
+    found, passed = walk(root, list(parts[fixed:]))
+    files = list(found)
     matching = _matching(item, files)
     return _Input(_name(root), False, matching, passed + _beside(files), os.path.realpath(root))
 

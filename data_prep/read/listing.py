@@ -2,10 +2,11 @@
 
 import fnmatch
 import os
+from array import array
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar, overload
 from urllib.parse import unquote
 
 from data_prep.read.streams import is_http
@@ -34,6 +35,40 @@ class Found(NamedTuple):
     stamp: str
 
 
+Row = TypeVar("Row")
+
+
+class MadeRows(Sequence[Row], Generic[Row]):
+    """A sequence whose items are made each time that they are asked for: what they are made of
+    takes a fraction of their memory, and a folder may hold millions of files."""
+
+    def __init__(self, count: int, make: Callable[[int], Row]) -> None:
+        self._count, self._make = count, make
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, at: int) -> Row: ...
+    @overload
+    def __getitem__(self, at: slice) -> "MadeRows[Row]": ...
+    def __getitem__(self, at: int | slice) -> "Row | MadeRows[Row]":
+        places = range(self._count)[at]
+        if isinstance(places, int):
+            return self._make(places)
+        return MadeRows(len(places), lambda place: self._make(places[place]))
+
+    def __iter__(self) -> Iterator[Row]:
+        return map(self._make, range(self._count))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, MadeRows) and (
+            len(self) == len(other) and all(a == b for a, b in zip(self, other, strict=True))
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+
 class Passed(NamedTuple):
     """What is not read: where it is below the INPUT, the kind of finding that this is, and what was
     found."""
@@ -43,7 +78,7 @@ class Passed(NamedTuple):
     detail: str
 
 
-def walk(root: Path, pattern: Sequence[str]) -> tuple[list[Found], list[Passed]]:
+def walk(root: Path, pattern: Sequence[str]) -> tuple[Sequence[Found], list[Passed]]:
     """Find the files below a folder that match the parts of a pattern, sorted by their name below
     it, and what lies there and cannot be read or is not meant to be.
 
@@ -59,7 +94,9 @@ class _Walk:
 
     def __init__(self, root: Path, pattern: Sequence[str]) -> None:
         self._root, self._pattern = root, pattern
-        self._files: dict[str, Found] = {}
+        # Of each file its name below the root, its size and the time of its last change.
+        self._names: list[str] = []
+        self._sizes, self._times = array("q"), array("q")
         self._passed: dict[str, Passed] = {}
         self._done: set[tuple[str, int]] = set()
         # Folders to look into, by their names below the root, each with the number of parts of the
@@ -67,7 +104,7 @@ class _Walk:
         self._folders: deque[tuple[str, int]] = deque([("", 0)])
         self._links: deque[tuple[str, int]] = deque()
 
-    def run(self) -> tuple[list[Found], list[Passed]]:
+    def run(self) -> tuple[Sequence[Found], list[Passed]]:
         """Look into one folder after another, links last."""
         while self._folders or self._links:
             here, at = self._folders.popleft() if self._folders else self._links.popleft()
@@ -75,7 +112,24 @@ class _Walk:
             if (real, at) not in self._done:
                 self._done.add((real, at))
                 self._look_into(here, at)
-        return sorted(self._files.values()), sorted(self._passed.values())
+        return self._sorted_files(), sorted(self._passed.values())
+
+    def _sorted_files(self) -> MadeRows[Found]:
+        """Return the files by their names, each once, though parts of the pattern led there by
+        several ways."""
+        names, sizes, times = self._names, self._sizes, self._times
+        order = array("q", sorted(range(len(names)), key=names.__getitem__))
+        once = array(
+            "q",
+            (at for n, at in enumerate(order) if n == 0 or names[at] != names[order[n - 1]]),
+        )
+        prefix = str(Path(self._root, "x"))[:-1]
+
+        def make(place: int) -> Found:
+            at = once[place]
+            return Found(names[at], prefix + names[at], sizes[at], str(times[at]))
+
+        return MadeRows(len(once), make)
 
     def _look_into(self, here: str, at: int) -> None:
         part, is_last = self._pattern[at], at == len(self._pattern) - 1
@@ -109,7 +163,10 @@ class _Walk:
 
     def _take_file(self, entry: os.DirEntry[str], below: str, path: Path) -> None:
         if path.is_file():
-            self._files[below] = stat_file(below, path)
+            stat = path.stat()
+            self._names.append(below)
+            self._sizes.append(stat.st_size)
+            self._times.append(stat.st_mtime_ns)
         elif entry.is_symlink():
             target = printable(str(path.readlink()))
             self._pass_over(below, "dead_link", f"a link to {target}, which is not there")

@@ -3,7 +3,7 @@
 import codecs
 import itertools
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import IO, NamedTuple
@@ -30,7 +30,7 @@ class Unit:
     """
 
     source: str
-    files: tuple[File, ...]
+    files: Sequence[File]
     start: int = 0
     end: int | None = None
 

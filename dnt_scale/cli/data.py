@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dnt_scale.arguments import Parser, number, path, path_or_url, whole, word
-from dnt_scale.cli.data_options import add_tasks, add_workers
+from dnt_scale.cli.data_options import add_places_of_work, add_workers, make_set, task_of
 from dnt_scale.cli.images import add_images
 
 if TYPE_CHECKING:
@@ -136,16 +136,7 @@ def add_prepare(commands: "argparse._SubParsersAction[Parser]") -> None:
         help="concat: documents end to end (default); best_fit: whole documents in a row, with "
         "padding",
     )
-    add_tasks(prepare)
-    prepare.add_argument(
-        "--cluster",
-        nargs="+",
-        type=word,
-        metavar=("NAME", "cluster.KEY=VALUE"),
-        help="make it by SLURM jobs, in --tasks N parts (default: up to 16); the same command "
-        "tells how far they are",
-    )
-    prepare.add_argument("--dry-run", action="store_true", help="show the plan and stop")
+    add_places_of_work(prepare)
     prepare.set_defaults(run=data_prepare)
 
 
@@ -222,14 +213,7 @@ def data_prepare(options: argparse.Namespace) -> int:
     from data_prep.pipeline import prepare
     from data_prep.report.terminal import print_info, print_plan
 
-    if options.cluster and options.task is not None:
-        raise ValueError(
-            "--task: with --cluster there is a job for each; give --tasks N alone, or neither"
-        )
-    if not options.cluster and (options.tasks is None) != (options.task is None):
-        raise ValueError(
-            "--tasks N and --task I go together; give both, or neither for the last step"
-        )
+    task = task_of(options)
     reject_conflicting_options(options)
     asked = corpus_options(
         options,
@@ -240,23 +224,9 @@ def data_prepare(options: argparse.Namespace) -> int:
         dedup=options.dedup,
         seq_len=options.seq_len,
         packing=options.packing,
-        task=None if options.task is None else (options.task, options.tasks),
+        task=task,
     )
-    if options.cluster:
-        from cluster.submit.data_prep_jobs import main as prepare_on_cluster
-
-        return prepare_on_cluster(asked, options.cluster, options.tasks, dry_run=options.dry_run)
-    if options.dry_run:
-        print_plan(asked)
-        return 0
-    try:
-        made = prepare(asked)
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
-    if made:
-        print_info(options.out)
-    return 0
+    return make_set(options, asked, prepare, print_plan, print_info)
 
 
 def reject_conflicting_options(options: argparse.Namespace) -> None:

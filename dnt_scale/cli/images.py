@@ -1,11 +1,10 @@
 """`dnt data images`: images with a class each to a set of shards."""
 
 import argparse
-import sys
 from typing import Any
 
 from dnt_scale.arguments import Parser, path, path_or_url, whole, word
-from dnt_scale.cli.data_options import add_tasks, add_workers
+from dnt_scale.cli.data_options import add_places_of_work, add_workers, make_set, task_of
 
 IMAGES_HELP = """\
 INPUT may be a folder of class folders (INPUT/CLASS/.../IMAGE.jpg), WebDataset tars (.jpg .png .webp
@@ -24,6 +23,10 @@ On several machines that share a folder, or as a job array:
 
   dnt data images birds/ --out data/birds --tasks 16 --task 0          # and 1 to 15, at any time
   dnt data images birds/ --out data/birds                              # when all are done
+
+On a SLURM cluster all of that by jobs; asked again, the same command tells how far they are:
+
+  dnt data images birds/ --out data/birds --workers 8 --cluster gpu cluster.partition=cpu
 """
 
 
@@ -94,39 +97,27 @@ def add_images(commands: "argparse._SubParsersAction[Parser]") -> None:
         help="of the order of the images (default: 0)",
     )
     add_workers(images)
-    add_tasks(images)
+    add_places_of_work(images)
     images.set_defaults(run=data_images)
 
 
 def data_images(options: argparse.Namespace) -> int:
     from data_prep.images.options import ImageOptions
     from data_prep.images.pipeline import prepare_images
-    from data_prep.images.terminal import print_info
+    from data_prep.images.terminal import print_info, print_plan
 
-    if (options.tasks is None) != (options.task is None):
-        raise ValueError(
-            "--tasks N and --task I go together; give both, or neither for the last step"
-        )
     names = ["append", "label_field", "resize_shorter", "reencode", "quality", "dedup", "seed"]
     names += ["workers"]
     given: dict[str, Any] = {name: getattr(options, name) for name in names}
     given |= {"shard_bytes": options.shard_mb and options.shard_mb * 1_000_000, **val(options.val)}
-    if options.task is not None:
-        given["task"] = (options.task, options.tasks)
+    given["task"] = task_of(options)
     asked = ImageOptions(
         inputs=options.inputs,
         out=options.out,
         strict=options.strict,
         **{name: value for name, value in given.items() if value is not None},
     )
-    try:
-        made = prepare_images(asked)
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
-    if made:
-        print_info(options.out)
-    return 0
+    return make_set(options, asked, prepare_images, print_plan, print_info)
 
 
 def val(word: str | None) -> dict[str, Any]:

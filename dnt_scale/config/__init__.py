@@ -23,13 +23,22 @@ from dnt_scale.config.compose import (
 from dnt_scale.config.data import SOURCES, DataConfig, DataSection, TokenRows, Unit
 from dnt_scale.config.engine import DeepSpeedEngineConfig, TorchEngineConfig
 from dnt_scale.config.images import ImageRows, ImagesConfig, VitConfig
-from dnt_scale.config.model import MODELS, BlockSection, ModelConfig, ModelSection, Setting
+from dnt_scale.config.model import (
+    MODELS,
+    Activation,
+    BlockSection,
+    ModelConfig,
+    ModelSection,
+    RopeSection,
+    Setting,
+)
 from dnt_scale.config.optim import GroupConfig, OptimizerConfig, ScheduleConfig
 from dnt_scale.config.run import HealthSection, RunConfig
 
 __all__ = [
     "MODELS",
     "SOURCES",
+    "Activation",
     "AugmentSection",
     "BlockSection",
     "ConfigError",
@@ -43,6 +52,7 @@ __all__ = [
     "ModelConfig",
     "ModelSection",
     "OptimizerConfig",
+    "RopeSection",
     "RunConfig",
     "ScheduleConfig",
     "Setting",

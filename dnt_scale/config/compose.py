@@ -349,8 +349,10 @@ def to_yaml(config: RunConfig) -> str:
     return yaml.dump(config.model_dump(mode="json"), Dumper=typed.Dumper, sort_keys=False)
 
 
-def flat(config: RunConfig) -> dict[str, str | int | float | bool | None]:
-    """Dotted names to scalar values, as MLflow parameters want them."""
+def flat(config: BaseModel) -> dict[str, str | int | float | bool | None]:
+    """Dotted names to scalar values, of a configuration or a section, as MLflow parameters want
+    them.
+    """
 
     def walk(prefix: str, value: Any) -> dict[str, Any]:
         if isinstance(value, dict):

@@ -1,5 +1,5 @@
-"""What is done to an image before a model sees it: pixels by Pillow, choices by a generator that is
-given.
+"""What is done to an image before a model sees it: JPEGs decoded by simplejpeg, all else by Pillow,
+choices by a generator that is given.
 
 Every random choice comes out of a generator of (seed, position), so pixels are a function of these
 and of the image, in whatever process they are made.
@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import simplejpeg
 from PIL import Image, ImageEnhance, ImageOps
 
 from dnt_scale.config import AugmentSection
@@ -32,44 +33,94 @@ def draws(seed: int, position: int, purpose: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
 
-def decoded(data: bytes) -> Image.Image:
-    """Decode an image as RGB, the way up that it is stored. Raises OSError where it does not
-    decode.
+def cut(data: bytes, size: int, box_of: Callable[[int, int], Box]) -> Image.Image:
+    """Return what a box of an encoded image holds as ``size`` x ``size`` pixels of RGB.
+
+    Of a JPEG that is several times larger than it has to be, the decoder makes a half, a quarter or
+    an eighth of the pixels (``reduction``), and only those near the box are looked at any further.
+
+    Args:
+        box_of: gives the box in an image of this width and height.
+
+    Raises:
+        OSError, SyntaxError, ValueError: it does not decode.
     """
-    return Image.open(io.BytesIO(data)).convert("RGB")
+    if data[:2] == b"\xff\xd8":
+        # What a JPEG warns of, such as bytes that are too many, Pillow does not mind either.
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data, strict=False)
+        if colours in ("YCbCr", "Gray", "RGB"):
+            return _cut_jpeg(data, size, box_of(width, height), (height, width))
+    image = Image.open(io.BytesIO(data))
+    box = box_of(*image.size)
+    if image.mode != "RGB":
+        image = image.convert("RGB")  # type: ignore[assignment]
+    return resized(image, size, box)
+
+
+def _cut_jpeg(data: bytes, size: int, box: Box, shape: tuple[int, int]) -> Image.Image:
+    """Do as ``cut`` for a JPEG of three channels or one, of this height and width."""
+    less = reduction(box, size)
+    height, width = (-(-pixels // less) for pixels in shape)
+    pixels = simplejpeg.decode_jpeg(
+        data, "RGB", min_height=height, min_width=width, min_factor=less, strict=False
+    )
+    left, top, right, bottom = (edge / less for edge in box)
+    # As far as the filter reaches.
+    reach = 1 + math.ceil(max(right - left, bottom - top) / size)
+    x, y = max(0, math.floor(left) - reach), max(0, math.floor(top) - reach)
+    near = pixels[y : math.ceil(bottom) + reach, x : math.ceil(right) + reach]
+    image = Image.new("RGB", (near.shape[1], near.shape[0]), None)  # None: not filled first
+    image.frombytes(near.tobytes())
+    return resized(image, size, (left - x, top - y, right - x, bottom - y))
+
+
+def reduction(box: Box, size: int) -> int:
+    """Return the largest of 8, 4, 2 and 1 by which a box can be shrunk that still has ``size``
+    pixels a side.
+    """
+    left, top, right, bottom = box
+    shorter = min(right - left, bottom - top)
+    return next((less for less in (8, 4, 2) if shorter >= less * size), 1)
+
+
+def resized(image: Image.Image, size: int, box: Box) -> Image.Image:
+    """Return a box of an image as ``size`` x ``size`` pixels: bilinear, over all source pixels."""
+    return image.resize((size, size), Image.Resampling.BILINEAR, box)
 
 
 def as_array(image: Image.Image) -> Pixels:
-    """Return the pixels of an RGB image, channels first."""
-    pixels: Pixels = np.asarray(image).transpose(2, 0, 1)
-    return pixels
+    """Return the pixels of an RGB image, channels first, to be read only."""
+    channels = b"".join(image.tobytes("raw", channel) for channel in "RGB")
+    return np.frombuffer(channels, np.uint8).reshape(3, image.height, image.width)
 
 
-def middle(image: Image.Image, size: int, share: float) -> Image.Image:
-    """Return the square in the middle that takes ``share`` of the shorter side, ``size`` pixels a
-    side.
-    """
-    width, height = image.size
+def middle_box(width: int, height: int, share: float) -> Box:
+    """Return the square in the middle that takes ``share`` of the shorter side."""
     side = share * min(width, height)
     left, top = (width - side) / 2, (height - side) / 2
-    return image.resize(
-        (size, size), Image.Resampling.BILINEAR, (left, top, left + side, top + side)
-    )
+    return left, top, left + side, top + side
+
+
+def middle(data: bytes, size: int, share: float) -> Pixels:
+    """Return the middle of an image, as ``middle_box``, without any choice."""
+    return as_array(cut(data, size, lambda width, height: middle_box(width, height, share)))
 
 
 def augmented(
-    image: Image.Image, size: int, share: float, recipe: AugmentSection, draw: np.random.Generator
+    data: bytes, size: int, share: float, recipe: AugmentSection, draw: np.random.Generator
 ) -> Pixels:
     """Return a training image's pixels: the crop, the flip, RandAugment, the erased rectangle.
 
     Args:
-        share: as of ``middle``, for a recipe without a random crop.
+        share: as of ``middle_box``, for a recipe without a random crop.
     """
-    if recipe.crop is None:
-        image = middle(image, size, share)
-    else:
-        box = random_box(*image.size, *recipe.crop, draw)
-        image = image.resize((size, size), Image.Resampling.BILINEAR, box)
+
+    def box_of(width: int, height: int) -> Box:
+        if recipe.crop is None:
+            return middle_box(width, height, share)
+        return random_box(width, height, *recipe.crop, draw)
+
+    image = cut(data, size, box_of)
     if draw.random() < recipe.flip:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     for _ in range(recipe.randaugment):

@@ -4,12 +4,12 @@ What stands here needs no torch, for the processes that decode (:mod:`dnt_scale.
 start with it.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 from pydantic import BaseModel, ConfigDict
 
 from data_prep.images.shards import SplitReader, load_manifest, sample_key
@@ -20,9 +20,7 @@ from dnt_scale.data.augment import (
     KEY,
     MIX,
     Pixels,
-    as_array,
     augmented,
-    decoded,
     draws,
     middle,
     mixed,
@@ -93,9 +91,7 @@ class ImageReader:
         rows = np.zeros(len(job.places), self.reading.row_type)
         if job.split == "val":
             for row, number in zip(rows, job.places, strict=True):
-                row["image"] = as_array(
-                    middle(self._decoded("val", number), self.reading.size, self.reading.center)
-                )
+                row["image"] = self._pixels("val", number, self._middle)
                 row["label"] = row["other"] = self.splits["val"].index["label"][number]
                 row["share"] = 1.0
             return rows
@@ -133,24 +129,29 @@ class ImageReader:
             row["image"] = pixels
             row["key"] = draws(seed, position, KEY).integers(1 << 32)
 
+    def _middle(self, data: bytes) -> Pixels:
+        return middle(data, self.reading.size, self.reading.center)
+
     def _augmented(self, position: int) -> tuple[Pixels, int]:
         number = number_at(self.order, position)
         reading = self.reading
-        pixels = augmented(
-            self._decoded("train", number),
-            reading.size,
-            reading.center,
-            reading.augment,
-            draws(reading.seed, position, IMAGE),
-        )
+
+        def augment(data: bytes) -> Pixels:
+            draw = draws(reading.seed, position, IMAGE)
+            return augmented(data, reading.size, reading.center, reading.augment, draw)
+
+        pixels = self._pixels("train", number, augment)
         return pixels, int(self.splits["train"].index["label"][number])
 
-    def _decoded(self, split: SplitName, number: int) -> Image.Image:
+    def _pixels(self, split: SplitName, number: int, make: Callable[[bytes], Pixels]) -> Pixels:
+        """Return what is made of a sample's bytes. Raises ValueError naming it where it does not
+        decode.
+        """
         reader = self.splits[split]
         data = reader.read(number)
         try:
-            return decoded(data)
-        except (OSError, SyntaxError, ValueError) as error:  # Pillow's, of a damaged image
+            return make(data)
+        except (OSError, SyntaxError, ValueError) as error:  # of the decoders
             shard = reader.paths[int(reader.shards[number])]
             raise ValueError(
                 f"{shard}: image {sample_key(number)} cannot be decoded ({error}); prepare the set "

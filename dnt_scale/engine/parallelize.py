@@ -6,7 +6,6 @@ for checkpointing and compilation then see the split blocks, and with mesh dimen
 
 import logging
 import socket
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -113,11 +112,14 @@ def shard(model: LossModule, mesh: DeviceMesh, config: RunConfig) -> None:
     embeddings and outer norms) is the root's.
 
     Matrices are multiplied in ``train.dtype``; the shards, and gradients from the reduce-scatter
-    on, are fp32. The batch comes as the source made it: what of it meets weights, the model casts.
+    on, are fp32. No module's inputs are cast: a batch comes as the source made it, and a block may
+    take fp32 tables beside activations. What meets weights, the model casts.
     """
     assert isinstance(config.engine, TorchEngineConfig)
     dtype = torch.bfloat16 if config.train.dtype == "bf16" else torch.float32
-    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    precision = MixedPrecisionPolicy(
+        param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
     # copies of pinned memory are faster on CUDA, and not waited for: torch 2.11's hooks would see
     # them half made
     pinned = mesh.device_type == "cuda" and config.optim.gradient_buffer
@@ -134,7 +136,7 @@ def shard(model: LossModule, mesh: DeviceMesh, config: RunConfig) -> None:
     fully_shard(
         model,
         mesh=mesh,
-        mp_policy=replace(precision, cast_forward_inputs=False),
+        mp_policy=precision,
         offload_policy=offload,
     )
 

@@ -3,17 +3,20 @@
     u  = x + N_mid1( Attention_QKNorm( N_pre1(x) ) )
     x' = u + N_mid2( FFN( N_pre2(u) ) )                 S4;  S5 drops N_pre2
 
-Which of these norms stand is data (``SETTINGS``), not a subclass. Shapes in names: B rows, T
-tokens, D width, H heads, K width of a head.
+Which of these norms stand, and what stands between the matrices of the FFN, is data (``SETTINGS``,
+``ACTIVATIONS``), not a subclass. Shapes in names: B rows, T tokens, D width, H heads of queries or
+of keys and values, K width of a head.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dnt_scale.config import BlockSection, Setting
+from dnt_scale.config import Activation, BlockSection, Setting
+from dnt_scale.model.rotary import rotated
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,23 @@ SETTINGS: dict[Setting, Norms] = {
     "S3": Norms(qk=True, input=True),
     "S4": Norms(qk=True, input=True, mid=True),
     "S5": Norms(qk=True, input=True, mid=True, pre_ffn=False),
+    "peri": Norms(mid=True),  # Peri-LN, Gemma 2
+}
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+# The function behind W_1, and whether a third matrix stands beside it: a gated linear unit (arXiv
+# 2002.05202).
+ACTIVATIONS: dict[Activation, tuple[Callable[[Tensor], Tensor], bool]] = {
+    "gelu": (F.gelu, False),
+    "gelu_tanh": (_gelu_tanh, False),
+    "relu": (F.relu, False),
+    "swiglu": (F.silu, True),
+    "geglu": (F.gelu, True),
+    "geglu_tanh": (_gelu_tanh, True),
 }
 
 
@@ -62,34 +82,51 @@ def norm_if(wanted: bool, size: int, config: BlockSection) -> nn.Module:
 class Attention(nn.Module):
     """Attention; with QKNorm the logits are sqrt(d_h) cos(q, k) times the gains (paper, Prop. 5).
 
+    Heads of queries share those of keys and values in groups (GQA, arXiv 2305.13245) where
+    ``kv_heads`` is less than ``heads``.
+
     Args:
         causal: whether a token attends only to itself and those before it, where no mask is given.
     """
 
     def __init__(self, config: BlockSection, causal: bool = True) -> None:
         super().__init__()
-        self.heads = config.heads
+        size, kv_heads, _ = config.sizes
+        self.head_size = size
+        self.shared_by = config.heads // kv_heads  # heads of queries for one of keys
         self.causal = causal
-        head_size = config.width // config.heads
-        self.w_q = nn.Linear(config.width, config.width, bias=config.bias)
-        self.w_k = nn.Linear(config.width, config.width, bias=config.bias)
-        self.w_v = nn.Linear(config.width, config.width, bias=config.bias)
-        self.w_o = nn.Linear(config.width, config.width, bias=config.bias)
+        self.w_q = nn.Linear(config.width, config.heads * size, bias=config.bias)
+        self.w_k = nn.Linear(config.width, kv_heads * size, bias=config.bias)
+        self.w_v = nn.Linear(config.width, kv_heads * size, bias=config.bias)
+        self.w_o = nn.Linear(config.heads * size, config.width, bias=config.bias)
         qk_norm = SETTINGS[config.setting].qk
-        self.norm_q = norm_if(qk_norm, head_size, config)
-        self.norm_k = norm_if(qk_norm, head_size, config)
+        self.norm_q = norm_if(qk_norm, size, config)
+        self.norm_k = norm_if(qk_norm, size, config)
 
-    def forward(self, x_BTD: Tensor, mask_B1TT: Tensor | None = None) -> Tensor:
-        def split_heads(y_BTD: Tensor) -> Tensor:
-            return y_BTD.view(*y_BTD.shape[:-1], self.heads, -1)
+    def queries(self, projected: Tensor, rotary: Tensor | None = None) -> Tensor:
+        """Return q_BHTK of W_q x: in heads, normalised, turned by their positions."""
+        return rotated(self.norm_q(self._split(projected)), rotary).transpose(1, 2)
 
-        q_BTHK = self.norm_q(split_heads(self.w_q(x_BTD)))
-        k_BTHK = self.norm_k(split_heads(self.w_k(x_BTD)))
-        v_BTHK = split_heads(self.w_v(x_BTD))
+    def keys(self, projected: Tensor, rotary: Tensor | None = None) -> Tensor:
+        """Return k_BHTK of W_k x, a head for each of the queries'."""
+        return self._shared(rotated(self.norm_k(self._split(projected)), rotary))
+
+    def _split(self, y: Tensor) -> Tensor:
+        return y.view(*y.shape[:-1], -1, self.head_size)
+
+    def _shared(self, y_BTHK: Tensor) -> Tensor:
+        # Written out: `enable_gqa` has a flash and a math kernel only, so that with a mask, or in
+        # fp32, logits (B, H, T, T) would lie in memory.
+        y_BHTK = y_BTHK.transpose(1, 2)
+        return y_BHTK if self.shared_by == 1 else y_BHTK.repeat_interleave(self.shared_by, dim=1)
+
+    def forward(
+        self, x_BTD: Tensor, mask_B1TT: Tensor | None = None, rotary: Tensor | None = None
+    ) -> Tensor:
         y_BHTK = F.scaled_dot_product_attention(
-            q_BTHK.transpose(1, 2),
-            k_BTHK.transpose(1, 2),
-            v_BTHK.transpose(1, 2),
+            self.queries(self.w_q(x_BTD), rotary),
+            self.keys(self.w_k(x_BTD), rotary),
+            self._shared(self._split(self.w_v(x_BTD))),
             attn_mask=mask_B1TT,
             is_causal=self.causal and mask_B1TT is None,
         )
@@ -98,21 +135,20 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
+    """W_2 f(W_1 x), or gated W_2 (f(W_1 x) * W_3 x)."""
+
     def __init__(self, config: BlockSection) -> None:
         super().__init__()
-        hidden = config.ffn_multiple * config.width
+        hidden = config.sizes.ffn
+        self.activation, gated = ACTIVATIONS[config.activation]
         self.w_1 = nn.Linear(config.width, hidden, bias=config.bias)
         self.w_2 = nn.Linear(hidden, config.width, bias=config.bias)
-        self.activation = config.activation
+        self.w_3 = nn.Linear(config.width, hidden, bias=config.bias) if gated else None
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        hidden = self.w_1(x_BTD)
-        if self.activation == "relu":
-            hidden = F.relu(hidden)
-        else:
-            hidden = F.gelu(
-                hidden, approximate="tanh" if self.activation == "gelu_tanh" else "none"
-            )
+        hidden = self.activation(self.w_1(x_BTD))
+        if self.w_3 is not None:
+            hidden = hidden * self.w_3(x_BTD)
         y_BTD: Tensor = self.w_2(hidden)
         return y_BTD
 
@@ -129,7 +165,11 @@ class Block(nn.Module):
         self.norm_mid2 = norm_if(norms.mid, config.width, config)
 
     def forward(
-        self, x_BTD: Tensor, mask_B1TT: Tensor | None = None, kept_B2: Tensor | None = None
+        self,
+        x_BTD: Tensor,
+        mask_B1TT: Tensor | None = None,
+        kept_B2: Tensor | None = None,
+        rotary: Tensor | None = None,
     ) -> Tensor:
         """Return the residual stream after the block.
 
@@ -137,8 +177,10 @@ class Block(nn.Module):
             mask_B1TT: what is added to the attention's logits.
             kept_B2: by what the two branches of a row are multiplied before they are added
                 (stochastic depth); None: 1.
+            rotary: of `model.rotary.table`, the lines of each token's position; None: positions do
+                not turn queries and keys.
         """
-        branch_BTD = self.norm_mid1(self.attn(self.norm_pre1(x_BTD), mask_B1TT))
+        branch_BTD = self.norm_mid1(self.attn(self.norm_pre1(x_BTD), mask_B1TT, rotary))
         x_BTD = x_BTD + (branch_BTD if kept_B2 is None else branch_BTD * kept_B2[:, :1, None])
         branch_BTD = self.norm_mid2(self.ffn(self.norm_pre2(x_BTD)))
         out_BTD: Tensor = x_BTD + (

@@ -5,8 +5,9 @@
     x' = u + N_mid2( FFN( N_pre2(u) ) )                 S4;  S5 drops N_pre2
     logits = tok_emb^T N_out(x)
 
-The middle two lines are a block's (:mod:`dnt_scale.model.block`). Shapes in names: B rows, T
-tokens, D width, V vocabulary.
+Positions are a table that is added (pos_emb), or turn queries and keys (rotary). The middle two
+lines are a block's (:mod:`dnt_scale.model.block`). Shapes in names: B rows, T tokens, D width, V
+vocabulary.
 """
 
 import torch
@@ -14,10 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dnt_scale.config import ModelConfig
+from dnt_scale.distributed.device_metrics import record
 from dnt_scale.model.batch import IGNORED, Batch
 from dnt_scale.model.block import SETTINGS, Block, norm_if
 from dnt_scale.model.flops import flops_per_token
 from dnt_scale.model.init import initial_tensor
+from dnt_scale.model.rotary import table
 from dnt_scale.model.task import Task
 
 
@@ -59,20 +62,34 @@ class DNT(nn.Module, Task):
             a document, and its positions count from that token. None: a row is one text.
     """
 
+    rotary: Tensor | None
+
     def __init__(self, config: ModelConfig, document_eos: int | None = None) -> None:
         super().__init__()
         self.config = config
         self.document_eos = document_eos
-        self.tok_emb = nn.Embedding(config.vocab_size, config.width)
+        self.tok_emb = nn.Embedding(config.vocab_rows, config.width)
         self.pos_emb = (
             nn.Embedding(config.context, config.width) if config.positions == "learned" else None
+        )
+        rotary = config.positions == "rope"
+        shape = (config.context, config.sizes.head)
+        self.register_buffer(
+            "rotary",
+            torch.empty(shape, dtype=torch.float32) if rotary else None,
+            persistent=False,
         )
         self.norm_in = norm_if(SETTINGS[config.setting].input, config.width, config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm_out = norm_if(config.final_norm, config.width, config)
         self.head = (
-            None if config.tied_head else nn.Linear(config.width, config.vocab_size, bias=False)
+            None if config.tied_head else nn.Linear(config.width, config.vocab_rows, bias=False)
         )
+
+    def init_buffers(self) -> None:
+        if self.rotary is not None:
+            config = self.config
+            self.rotary.copy_(table(config.rope, config.sizes.head, config.context))
 
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None = None) -> Tensor:
         """Logits, or the summed loss when there are targets.
@@ -82,19 +99,32 @@ class DNT(nn.Module, Task):
             targets_BT: int64 ids of the next tokens; ``IGNORED`` ones do not count.
 
         Returns:
-            logits_BTV in the compute dtype, or the cross entropy summed over targets: fp32 scalar,
+            logits_BTV in the compute dtype, or the training loss summed over targets: fp32 scalar,
             nats.
 
         Raises:
             ValueError: T is longer than ``config.context``.
         """
+        x_BTD = self._last(tokens_BT)
+        logits_BTV = self._logits(x_BTD)
+        if targets_BT is None:
+            return logits_BTV.to(x_BTD.dtype)
+        loss = cross_entropy_sum(logits_BTV, targets_BT)
+        if self.config.z_loss:
+            z_loss = self.config.z_loss * squared_log_partition_sum(logits_BTV, targets_BT)
+            record("train/z_loss", z_loss, (targets_BT != IGNORED).sum())
+            loss = loss + z_loss
+        return loss
+
+    def _last(self, tokens_BT: Tensor) -> Tensor:
+        """Return x_BTD after the last block. Raises ValueError as ``forward`` does."""
         length = tokens_BT.shape[1]
         if length > self.config.context:
             raise ValueError(
                 f"row of {length} tokens, but model.context is {self.config.context}; "
                 f"set model.context={length} or prepare shorter rows"
             )
-        x_BTD = self.tok_emb(tokens_BT)
+        x_BTD: Tensor = self.tok_emb(tokens_BT)
         positions, mask_B1TT = torch.arange(length, device=tokens_BT.device), None
         if self.document_eos is not None:
             positions, attends_B1TT = document_layout(tokens_BT, self.document_eos)
@@ -103,29 +133,60 @@ class DNT(nn.Module, Task):
             mask_B1TT = x_BTD.new_zeros(attends_B1TT.shape).masked_fill_(~attends_B1TT, -torch.inf)
         if self.pos_emb is not None:
             x_BTD = x_BTD + self.pos_emb(positions)
+        rotary = None if self.rotary is None else self.rotary[positions].unsqueeze(-2)
         x_BTD = self.norm_in(x_BTD)
         for block in self.blocks:
-            x_BTD = block(x_BTD, mask_B1TT)
+            x_BTD = block(x_BTD, mask_B1TT, None, rotary)
+        return x_BTD
+
+    def _logits(self, x_BTD: Tensor) -> Tensor:
+        """Return logits_BTV of the vocabulary without padding: in the compute dtype, or where they
+        are capped at least in fp32.
+        """
         head_VD = self.tok_emb.weight if self.head is None else self.head.weight
-        logits_BTV = F.linear(self.norm_out(x_BTD), head_VD)
-        if targets_BT is None:
-            return logits_BTV
-        return F.cross_entropy(
-            logits_BTV.float().flatten(0, 1),
-            targets_BT.flatten(),
-            ignore_index=IGNORED,
-            reduction="sum",
-        )
+        padded_BTV: Tensor = F.linear(self.norm_out(x_BTD), head_VD)
+        logits_BTV = padded_BTV[..., : self.config.vocab_size]
+        if (cap := self.config.logit_cap) is not None:
+            wide_BTV = logits_BTV.to(torch.promote_types(logits_BTV.dtype, torch.float32))
+            logits_BTV = cap * torch.tanh(wide_BTV / cap)
+        return logits_BTV
 
     def loss_sum(self, batch: Batch) -> Tensor:
         loss: Tensor = self(*next_tokens(batch))
         return loss
 
+    def eval_sums(self, batch: Batch) -> dict[str, Tensor]:
+        """Return the sum of the cross entropy alone, which perplexity is made of."""
+        inputs_BT, targets_BT = next_tokens(batch)
+        return {"loss": cross_entropy_sum(self._logits(self._last(inputs_BT)), targets_BT)}
+
     def count(self, batch: Batch) -> Tensor:
         return (next_tokens(batch)[1] != IGNORED).sum()
 
     def initial(self, name: str, shape: torch.Size, seed: int) -> Tensor:
-        return initial_tensor(name, shape, self.config, seed)
+        if (rows := self.config.exported_rows(name)) is None:
+            return initial_tensor(name, shape, self.config, seed)
+        # the same vocabulary whatever it is padded to
+        drawn = initial_tensor(name, torch.Size((rows, *shape[1:])), self.config, seed)
+        return F.pad(drawn, (0, 0, 0, shape[0] - rows))
 
     def flops_per_row(self, units_a_row: int) -> float:
         return units_a_row * flops_per_token(self.config, units_a_row)
+
+
+def cross_entropy_sum(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
+    """Return the cross entropy summed over the targets that count: fp32 scalar, nats."""
+    return F.cross_entropy(
+        logits_BTV.float().flatten(0, 1),
+        targets_BT.flatten(),
+        ignore_index=IGNORED,
+        reduction="sum",
+    )
+
+
+def squared_log_partition_sum(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
+    """Return the sum, over the targets that count, of log^2 Z with Z = sum(exp(logits)): fp32
+    scalar (PaLM, arXiv 2204.02311, section 5).
+    """
+    squares_BT = logits_BTV.float().logsumexp(dim=-1).square()
+    return (squares_BT * (targets_BT != IGNORED)).sum()

@@ -19,7 +19,8 @@ def count_parameters(section: ModelSection, *, positions: bool = True) -> int:
 
 
 def flops_per_token(config: ModelConfig, seq_len: int) -> float:
-    """Return the training FLOPs a token, forward and backward: 6 N + 12 layers width seq_len.
+    """Return the training FLOPs a token, forward and backward: 6 N + 12 layers heads head_size
+    seq_len.
 
     N counts every weight but the position table; a tied head counts once. Attention is counted in
     full, not halved for causality (PaLM, arXiv 2204.02311, appendix B; nanoGPT and torchtitan count
@@ -27,7 +28,7 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> float:
     """
     return (
         6.0 * count_parameters(config, positions=False)
-        + 12.0 * config.layers * config.width * seq_len
+        + 12.0 * config.layers * config.heads * config.sizes.head * seq_len
     )
 
 

@@ -116,7 +116,7 @@ class VisionTransformer(nn.Module, Task):
         config, tokens = self.config, self.config.tokens
         patch = 6.0 * (tokens - (self.cls is not None)) * self.patch.weight.numel()
         blocks = tokens * matrices_flops(self.blocks) + 12.0 * config.layers * (
-            config.width * tokens**2
+            config.heads * config.sizes.head * tokens**2
         )
         return patch + blocks + 6.0 * self.head.weight.numel()
 

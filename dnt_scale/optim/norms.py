@@ -42,11 +42,19 @@ def row_norms(shard: Shard, segment: Segment, values: Direction) -> Tensor:
     """
     _, count = rows_held(segment, shard.division)
     squares_R = torch.zeros(count, dtype=torch.float64, device=shard.weights.device)
-    for rows, _, values_RC in shard.by_rows(segment, values):
+    for rows, _, _, values_RC in shard.by_rows(segment, values):
         squares_R[rows] += values_RC.square().sum(dim=1, dtype=torch.float64)
     if shard.division and shard.division.cuts_rows:
         squares_R = shard.division.sum(squares_R)
     return squares_R.sqrt()
+
+
+def column_norms(shard: Shard, segment: Segment, values: Direction) -> Tensor:
+    """Return the L2 norms of a matrix's whole columns: float64 (columns,). A collective."""
+    squares_C = torch.zeros(segment.shape[1], dtype=torch.float64, device=shard.weights.device)
+    for _, columns, _, values_RC in shard.by_rows(segment, values):
+        squares_C[columns] += values_RC.square().sum(dim=0, dtype=torch.float64)
+    return (shard.division.sum(squares_C) if shard.division else squares_C).sqrt()
 
 
 def ratio(

@@ -23,6 +23,7 @@ class RowPart(NamedTuple):
     """Whole rows of a segment, or a part of one row."""
 
     row: int  # number of the first one in the whole parameter
+    column: int  # number of the first one; 0 of whole rows
     offset: int  # place of its first element in the flat tensor
     rows: int
     columns: int
@@ -111,5 +112,5 @@ def row_parts(segment: Segment, piece: int) -> Iterator[RowPart]:
         whole = 0 if column else (end - place) // width
         rows = min(whole, max(1, piece // width)) or 1
         columns = width if whole else min(width - column, end - place)
-        yield RowPart(row, segment.offset + place - segment.start, rows, columns)
+        yield RowPart(row, column, segment.offset + place - segment.start, rows, columns)
         place += rows * columns

@@ -63,17 +63,18 @@ class Shard:
 
     def by_rows(
         self, segment: Segment, values: Direction
-    ) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Yield (rows, weights, values) of a matrix in pieces, the latter (R, C), views.
+    ) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
+        """Yield (rows, columns, weights, values) of a matrix in pieces, the latter (R, C), views.
 
         Rows are places in what is kept of each row (`rows_held`). One that is cut between ranks
-        comes as what lies here.
+        comes as what lies here, some of the columns.
         """
         first, _ = rows_held(segment, self.division)
         for part in row_parts(segment, piece_length(self.weights)):
             values_RC = values(self, part.place).view(part.rows, part.columns)
             rows = slice(part.row - first, part.row - first + part.rows)
-            yield rows, self.weights[part.place].view_as(values_RC), values_RC
+            columns = slice(part.column, part.column + part.columns)
+            yield rows, columns, self.weights[part.place].view_as(values_RC), values_RC
 
     def read(self, buffer: str, part: slice) -> Tensor:
         """Return a part of a buffer in the weights' dtype; it may be a view: do not change it."""

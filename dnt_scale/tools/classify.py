@@ -4,12 +4,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
-from PIL import ImageOps
+from PIL import Image, ImageOps
 
 from dnt_scale.config import ConfigError
-from dnt_scale.data.augment import as_array, decoded, middle
+from dnt_scale.data.augment import as_array, middle_box, resized
 from dnt_scale.data.images import ImageSource
 from dnt_scale.distributed.process_group import Ranks
 from dnt_scale.model.vit import VisionTransformer
@@ -46,11 +45,13 @@ def classify(
     names = source.rows.class_names
     for path in images:
         try:
-            image = ImageOps.exif_transpose(decoded(path.read_bytes()))
+            with Image.open(path) as opened:
+                image = ImageOps.exif_transpose(opened.convert("RGB"))
         except (OSError, SyntaxError, ValueError) as error:
             raise ConfigError(f"{path}: cannot be read as an image ({error})") from None
-        pixels = as_array(middle(image, source.data.size, source.data.center))
-        batch = torch.from_numpy(np.ascontiguousarray(pixels))[None].to(ranks.device)
+        box = middle_box(*image.size, source.data.center)
+        pixels = as_array(resized(image, source.data.size, box))
+        batch = torch.from_numpy(pixels.copy())[None].to(ranks.device)
         probabilities = model(batch)[0].float().softmax(0)
         best = probabilities.topk(min(SHOWN, len(names)))
         found = zip(best.indices.tolist(), best.values.tolist(), strict=True)

@@ -30,6 +30,7 @@ from dnt_scale.checkpoint.state import read_state, step_name
 from dnt_scale.checkpoint.storage import CheckpointError, Storage, fsync_folder
 from dnt_scale.checkpoint.tensor_shards import Region
 from dnt_scale.checkpoint.write import publish, write_file
+from dnt_scale.config import ModelSection
 
 INTERMEDIATE = ".partial-"
 
@@ -39,8 +40,8 @@ def to_file(source: str, out: Path, *, full: bool) -> str:
     was written.
 
     Args:
-        full: optimizer buffers too, under the checkpoint's names; else weights only, by the
-            parameters' names.
+        full: all tensors as they are, optimizer buffers too, under the checkpoint's names; else
+            weights only, by the parameters' names, without rows that only fill them up.
 
     Raises:
         CheckpointError: no checkpoint, or a damaged one.
@@ -60,11 +61,14 @@ def to_file(source: str, out: Path, *, full: bool) -> str:
     names = [name for name in stored if full or name.startswith("model.")]
     # all aligned, where some have 2 bytes
     names.sort(key=lambda name: -stored[name][0].dtype.itemsize)
+    shapes = {name: whole_shape(stored[name]) for name in names}
+    if not full:
+        shapes |= _exported(shapes, state.config.get("model"))
     entries = [
         (
             name if full else name.removeprefix("model."),
             stored[name][0].dtype,
-            _whole(whole_shape(stored[name])),
+            _whole(shapes[name]),
         )
         for name in names
     ]
@@ -75,7 +79,9 @@ def to_file(source: str, out: Path, *, full: bool) -> str:
         def chunks() -> Iterator[memoryview]:
             yield memoryview(make_header(entries, more))
             for name in names:
-                for _, values in values_of(folder, stored, name):
+                for region, values in values_of(folder, stored, name):
+                    if shapes[name]:
+                        values = values[: max(0, shapes[name][0] - region.offset[0])]
                     yield _bytes(values)
                     meter(values.nbytes)
 
@@ -126,7 +132,7 @@ def from_file(weights: Path, overrides: Sequence[str]) -> str:
     state, _ = starting_state(begun, data, run.total_steps(data.unit.a_row), 1)
     state = state.model_copy(update={"engine": {"step": 0, "updates": 0}})
     wanted = shapes_of(run.model)
-    stored = _weights(source, weights, wanted)
+    stored = _weights(source, weights, wanted, run.model)
     buffers = buffer_shapes(wanted, run.optim)
 
     def chunks() -> Iterator[memoryview]:
@@ -138,6 +144,9 @@ def from_file(weights: Path, overrides: Sequence[str]) -> str:
             for _, values in values_of(source, stored, name):
                 yield _bytes(values.float())
                 meter(values.nbytes)
+            rows, *rest = wanted[name]
+            if missing := rows - whole_shape(stored[name])[0]:
+                yield _bytes(torch.zeros(missing, *rest))
         for shape in buffers.values():
             for region in row_chunks(shape):
                 yield _bytes(torch.zeros(region.shape))
@@ -173,7 +182,7 @@ def _model_told(source: Storage, file: Path, overrides: Sequence[str]) -> list[s
     if text == "null" or "model" in keys:
         return []
     try:
-        told = TypeAdapter(AnyModel).validate_json(text).model_dump()
+        told = config.flat(TypeAdapter(AnyModel).validate_json(text))
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(["model", *map(str, problem["loc"])])
@@ -182,28 +191,29 @@ def _model_told(source: Storage, file: Path, overrides: Sequence[str]) -> list[s
             "are of"
         ) from None
     # a name from outside is text of Hydra's language
-    name = told["name"] if re.fullmatch(r"[\w.-]+", told["name"]) else "converted"
+    name = str(told["name"])
+    name = name if re.fullmatch(r"[\w.-]+", name) else "converted"
     chosen = [f"model={name}"] if (config.config_dir() / "model" / f"{name}.yaml").is_file() else []
     others = [
         override
         for override, key in zip(overrides, keys, strict=True)
         if not key.startswith("model.")
     ]
-    before = config.load([*chosen, *others]).model.model_dump()
+    before = config.flat(config.load([*chosen, *others]).model)
     told["name"] = name
-    fields = [
-        key
+    given = [f"{key}." for key in keys]
+    return chosen + [
+        f"model.{key}={'null' if value is None else value}"
         for key, value in told.items()
-        if value != before.get(key) and f"model.{key}" not in keys
+        if value != before.get(key) and not f"model.{key}.".startswith(tuple(given))
     ]
-    return chosen + [f"model.{key}={told[key]}" for key in fields]
 
 
 def _weights(
-    source: Storage, file: Path, wanted: dict[str, tuple[int, ...]]
+    source: Storage, file: Path, wanted: dict[str, tuple[int, ...]], model: ModelSection
 ) -> dict[str, list[StoredRegion]]:
     """The parts of a file by the parameters' names. Raises CheckpointError unless they are just
-    those wanted.
+    those wanted, where some may lack the rows that only fill them up.
     """
     found = by_name(read_header(source, file.name))
     if any(name.startswith("model.") for name in found):  # a full one: leave the buffers
@@ -224,12 +234,29 @@ def _weights(
             )
     for name, shape in wanted.items():
         part = stored[name][0]
-        if whole_shape(stored[name]) != shape or not part.dtype.is_floating_point:
+        rows = model.exported_rows(name)
+        fitting = {shape} if rows is None else {shape, (rows, *shape[1:])}
+        if whole_shape(stored[name]) not in fitting or not part.dtype.is_floating_point:
             raise CheckpointError(
                 f"{file}: {name} has shape {whole_shape(stored[name])} and dtype {part.dtype}, "
                 f"expected {shape} and floating point; give the model= that the weights are of"
             )
     return stored
+
+
+def _exported(shapes: dict[str, tuple[int, ...]], settings: object) -> dict[str, tuple[int, ...]]:
+    """The shapes of those weights, by the checkpoint's names, that others are given fewer rows of.
+
+    A model that is not known here, of a kind from elsewhere, has none.
+    """
+    from dnt_scale.config.model import AnyModel
+
+    try:
+        model = TypeAdapter(AnyModel).validate_python(settings)
+    except ValidationError:
+        return {}
+    rows = {name: model.exported_rows(name.removeprefix("model.")) for name in shapes}
+    return {name: (few, *shapes[name][1:]) for name, few in rows.items() if few is not None}
 
 
 def _whole(shape: tuple[int, ...]) -> Region:

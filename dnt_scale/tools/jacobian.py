@@ -169,9 +169,8 @@ def propositions(block: Block, x_1TD: Tensor, seed: int = 0) -> dict[str, float]
     def logits(scale: float) -> Function:
         def of(x: Tensor) -> Tensor:
             z = block.norm_pre1(x)
-            heads = (*z.shape[:-1], attention.heads, -1)
-            q = attention.norm_q((scale * attention.w_q(z)).view(heads)).transpose(1, 2)
-            k = attention.norm_k((scale * attention.w_k(z)).view(heads)).transpose(1, 2)
+            q = attention.queries(scale * attention.w_q(z))
+            k = attention.keys(scale * attention.w_k(z))
             result: Tensor = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
             return result
 

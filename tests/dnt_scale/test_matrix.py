@@ -5,12 +5,17 @@ checkpoints of all of them.
 import json
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from dnt_scale import config
+from dnt_scale.config import RunConfig
+from dnt_scale.distributed.process_group import Ranks
+from dnt_scale.engine.base import Engine
+from dnt_scale.model.rotary import table
 from dnt_scale.optim.groups import buffer_shapes
 from testbed.run import call, same_tensors, tensors, tiny
 from tests.helpers import engines
@@ -107,6 +112,109 @@ def check_weights(last, weights, initial, module, dtype):
         most = max([module.CHANGES[dtype], *rough])
         assert error.norm() <= most * change.norm(), name
         assert dtype != "fp32" or error.abs().max() <= module.ERROR, name
+
+
+# --- a decoder with every choice beside the norms -------------------------------------------------
+
+DECODER = [
+    "model.setting=S5",
+    "model.positions=rope",
+    "model.rope={theta: 100, scaling: llama3, factor: 2, original_context: 32}",
+    "model.heads=4",
+    "model.kv_heads=2",
+    "model.head_size=24",
+    "model.activation=swiglu",
+    "model.ffn_size=96",
+    "model.vocab_multiple=96",
+    "model.tied_head=false",
+    "model.z_loss=1e-3",
+    "model.logit_cap=5",
+    # row steps, with the factor of tall matrices on w_1 and w_3
+    "optim=rmnp",
+    "optim.nesterov=false",
+    "optim.lr=2e-3",
+]
+DECODER_ENGINES = ("ddp", "fsdp", "zero2")
+HALF = 3  # steps before the checkpoint, and after it
+
+
+def run_decoder(data: Path, out: Path) -> None:
+    """Each engine in turn: its losses, those after a checkpoint once more after a resume, and what
+    blocks are given in bf16.
+    """
+    from dnt_scale.distributed import process_group
+
+    me = process_group.start("cpu")
+    chosen = [*DECODER, "train.micro_batch=4"]
+    for label in DECODER_ENGINES:
+        folder, found = out / f"{label}-{me.world_size}", {}
+        with engines.built(label, me, data, *chosen) as (run, engine):
+            check_rotary(run, engine)
+            found["losses"] = engines.losses(run, engine, me, 0, HALF)
+            saved = engines.save(engine, me, folder)
+            found["losses"] += engines.losses(run, engine, me, HALF, HALF)
+            engines.save(engine, me, folder)
+        with engines.built(label, me, data, *chosen) as (run, engine):
+            engines.load(engine, me, saved)
+            check_rotary(run, engine)
+            found["resumed"] = engines.losses(run, engine, me, HALF, HALF)
+            engines.save(engine, me, folder / "resumed")
+        if me.world_size == 1:
+            with engines.built(label, me, data, *chosen, "train.dtype=bf16") as (run, engine):
+                found["given"] = given_to_a_block(run, engine, me)
+        if me.first:
+            (folder / "found.json").write_text(json.dumps(found))
+    process_group.stop()
+
+
+def task_of(engine: Engine) -> Any:
+    return engine.task if hasattr(engine, "task") else engine.model.task
+
+
+def check_rotary(run: RunConfig, engine: Engine) -> None:
+    expected = table(run.model.rope, run.model.sizes.head, run.model.context).float()
+    assert torch.equal(task_of(engine).rotary, expected)
+
+
+def given_to_a_block(run: RunConfig, engine: Engine, me: Ranks) -> list[str]:
+    """The dtypes of activations and rotary table that a block is given in a step."""
+    seen: list[str] = []
+
+    def see(module: torch.nn.Module, given: tuple[Any, ...]) -> None:
+        x, _, _, rotary = given
+        assert torch.equal(rotary[:, 0], task_of(engine).rotary)
+        seen.extend([str(x.dtype), str(rotary.dtype)])
+
+    check_rotary(run, engine)
+    task_of(engine).blocks[1].register_forward_pre_hook(see)
+    engines.losses(run, engine, me, 0, 1)
+    return seen[:2]
+
+
+@pytest.fixture(scope="module")
+def decoders(corpus, tmp_path_factory):
+    out = tmp_path_factory.mktemp("decoders")
+    for ranks in (1, 2, 4):
+        call(run_decoder, corpus, out, ranks=ranks).ok()
+    run = config.load(tiny(corpus, out, *DECODER, f"train.steps={STEPS}"))
+    return out, *engines.reference_losses(run, OPTIMIZERS["msgdw"].reference_update)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("label", DECODER_ENGINES)
+def test_a_decoder_with_everything_is_the_same_on_any_engine_and_resumes(decoders, label, ranks):
+    out, losses, weights = decoders
+    assert weights["blocks.0.ffn.w_3.weight"].shape == (96, 64)
+    folder = out / f"{label}-{ranks}"
+    found = json.loads((folder / "found.json").read_text())
+    np.testing.assert_allclose(found["losses"], losses[: 2 * HALF], rtol=0, atol=1e-5)
+    assert found["resumed"] == found["losses"][HALF:]
+    last = folder / f"step-{2 * HALF:08d}"
+    assert same_tensors(folder / "resumed" / last.name, last)
+    assert found.get("given", []) == (["torch.bfloat16", "torch.float32"] if ranks == 1 else [])
+    for name, tensor in tensors(last).items():
+        if name.endswith(("tok_emb.weight", "head.weight")):
+            assert tensor.shape == (576, 64) and not tensor[512:].any(), name
 
 
 # --- without a gradient buffer --------------------------------------------------------------------

@@ -20,7 +20,19 @@ VARIANTS: dict[str, dict[str, object]] = {
     "no final norm": {"final_norm": False},
     "no positions": {"positions": "none"},
     "wide ffn": {"ffn_multiple": 6},
+    "rope": {"positions": "rope", "rope": {"theta": 30}},
+    "grouped heads": {"heads": 6, "kv_heads": 2, "head_size": 10},
+    "swiglu": {"activation": "swiglu", "ffn_size": 40},
+    "geglu": {"activation": "geglu"},
+    "geglu_tanh": {"activation": "geglu_tanh"},
+    "capped logits": {"logit_cap": 2.0},
+    "padded vocabulary": {"vocab_multiple": 16},
 }
+VARIANTS["everything"] = {
+    key: value
+    for name in ("rope", "grouped heads", "swiglu", "capped logits", "padded vocabulary")
+    for key, value in VARIANTS[name].items()
+} | {"tied_head": False, "z_loss": 1e-2}
 
 
 def tiny(**changes: object) -> ModelConfig:
@@ -67,6 +79,7 @@ def busy(config: ModelConfig, dtype: torch.dtype = torch.float64) -> DNT:
         elif name.endswith(".weight"):
             value = value * (1.0 if "emb" in name else 1.5 / math.sqrt(parameter.shape[1]))
         parameter.copy_(value)
+    model.init_buffers()
     return model
 
 

@@ -63,5 +63,5 @@ class Capped(UpdateRule):
                     square = shard.division.sum(square)
                 limit = self.limit * math.sqrt(elements(segment))
                 steps_R = (clips_R * ratio(limit, square.sqrt(), dtype, most=lr)).to(dtype)
-                for rows, p_RC, d_RC in shard.by_rows(segment, direction):
+                for rows, _, p_RC, d_RC in shard.by_rows(segment, direction):
                     p_RC.addcmul_(d_RC, steps_R[rows, None], value=-1.0)

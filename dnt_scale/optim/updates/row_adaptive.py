@@ -52,7 +52,7 @@ class RowAdaptive(UpdateRule):
                 means_R = row_norms(shard, segment, _gradient).square() / segment.shape[1]
                 v_R.mul_(self.square_beta).add_(means_R, alpha=1.0 - self.square_beta)
                 steps_R = lr / ((v_R / unbiased).sqrt() + self.eps)
-                for rows, p_RC, d_RC in shard.by_rows(segment, direction):
+                for rows, _, p_RC, d_RC in shard.by_rows(segment, direction):
                     p_RC.addcmul_(d_RC, steps_R[rows, None], value=-1.0)
 
 

@@ -1,5 +1,5 @@
-"""`dnt data prepare --cluster` on a real SLURM: the bytes of a local run, and what it says before
-and after."""
+"""`dnt data prepare --cluster` and `dnt data images --cluster` on a real SLURM: the bytes of a run
+here, and what they say before and after."""
 
 import shutil
 from collections.abc import Iterator
@@ -9,11 +9,15 @@ import pytest
 
 from cluster import slurm
 from cluster.submit import data_prep_jobs
+from cluster.submit.data_prep_jobs import PrepareOrder
+from data_prep.images.options import ImageOptions
+from data_prep.images.pipeline import prepare_images
 from data_prep.options import PrepareOptions
 from data_prep.pipeline import prepare as prepare_here
 from dnt_scale.cli.data import rules_file
 from dnt_scale.cli.main import main as dnt
 from testbed.corpus import contents, python_source_files
+from testbed.images import class_folders
 from tests.helpers.slurm import command, free, wait_for
 
 SITE = ("--cluster", "sandbox", "cluster.partition=low", "cluster.mem_gb=null")
@@ -56,6 +60,10 @@ def jobs(here: Path) -> Iterator[Path]:
 
 def ask(*more: str, inputs: tuple[str, ...] = ("books",), site: tuple[str, ...] = SITE) -> int:
     return dnt(["data", "prepare", *inputs, "--out", "data/set", *OPTIONS, *more, *site])
+
+
+def ask_for_images(*more: str) -> int:
+    return dnt(["data", "images", "photos", "--out", "data/set", "--val", "0.2", *more, *SITE])
 
 
 def wait_for_jobs(folder: Path) -> None:
@@ -182,3 +190,36 @@ def test_a_dry_run_shows_the_plan_and_leaves_nothing(
     assert "#SBATCH --array=0-6%7" in shown
     assert "#SBATCH --cpus-per-task=2" in shown
     assert not (here / "data").exists()
+
+
+@pytest.mark.usefixtures("slurm")
+def test_a_set_of_images_by_jobs_is_that_of_a_local_run(
+    here: Path, jobs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class_folders(here / "photos", 60)
+    assert ask_for_images("--dry-run", "--tasks", "7", "--workers", "2") == 0
+    shown = capsys.readouterr().out
+    assert "#SBATCH --array=0-6%7" in shown and "20.00% held out" in shown
+    assert "like it, each once: merge job" in shown
+    assert not (here / "data").exists()
+
+    assert ask_for_images("--tasks", "2") == 0
+    assert "tokenizer" not in capsys.readouterr().out
+    wait_for_jobs(jobs)
+    assert ask_for_images() == 0
+    said = capsys.readouterr().out
+    assert "data/set: made" in said and "2 finished" in said
+    prepare_images(ImageOptions(["photos"], here / "local" / "set", val_fraction=0.2))
+    assert contents(here / "data" / "set") == contents(here / "local" / "set")
+
+
+@pytest.mark.parametrize(
+    "asked", [PrepareOptions(["a"], Path("b")), ImageOptions(["a"], Path("b"))]
+)
+def test_an_order_is_read_as_it_was_written(
+    asked: PrepareOptions | ImageOptions, tmp_path: Path
+) -> None:
+    order = PrepareOrder(asked=asked, here=tmp_path, umask=0o22, tasks=2, jobs={"task-0": "5_0"})
+    data_prep_jobs.write_order(tmp_path, order)
+    assert data_prep_jobs.read_order(tmp_path) == order
+    assert ("tokenizer" in order.parts) == isinstance(asked, PrepareOptions)

@@ -1,8 +1,10 @@
 """kill -9 at any moment, any number of workers, tasks: the same bytes."""
 
 import dataclasses
+import os
 import random
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from data_prep.images.shards import SplitReader, load_manifest
 from data_prep.images.verify import verify
 from testbed.corpus import contents
 from testbed.images import class_folders, drawn, encoded, prepared, stored
+from testbed.random_kills import NEVER, kill_at_random, run_until
 from tests.helpers.kills import killed, watch
 
 QUIET = Console(quiet=True)
@@ -74,6 +77,29 @@ def test_kill_9_at_any_moment_and_a_rerun_make_the_same_bytes(tmp_path: Path) ->
             f"kill before step {number}, {steps[number]}, which left {sorted(left)}"
         )
     assert len(reached) >= 5, "the kills did not reach different stages"
+
+
+@pytest.mark.slow
+def test_kill_9_at_random_moments_with_workers(tmp_path: Path) -> None:
+    """Of the process, a worker and all of them; `benchmarks.image_kills` does it with many more."""
+    source = class_folders(tmp_path / "in", 120)
+    words = ["data", "images", str(source), "--shard-mb", "1", "--workers", "2"]
+    ask = [sys.executable, "-m", "dnt_scale.cli", *words, "--out"]
+    root = Path(__file__).parents[3]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    whole, killed = tmp_path / "whole" / "set", tmp_path / "killed" / "set"
+    first = run_until([*ask, str(whole)], NEVER, "main", environment)
+    assert first.status == 0
+    expected = contents(whole)
+    compared = []
+
+    def finished() -> None:
+        compared.append(contents(killed) == expected)
+        shutil.rmtree(killed)
+
+    kills = kill_at_random([*ask, str(killed)], killed, 3, first.seconds, 30, finished, environment)
+    assert {kill.who for kill in kills} == {"main", "worker", "all"}
+    assert compared and all(compared)
 
 
 @pytest.mark.slow

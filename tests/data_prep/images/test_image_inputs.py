@@ -1,9 +1,11 @@
 """Each kind of input gives the images and labels that it holds; what cannot be is one line."""
 
+import dataclasses
 import gzip
 import io
 import json
 import tarfile
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,12 @@ import pyarrow.parquet as pq
 import pytest
 import webdataset
 from PIL import Image
+from rich.console import Console
 
+from data_prep.images.inputs import all_units, find_inputs
+from data_prep.images.options import ImageOptions
 from data_prep.images.shards import SplitReader
+from data_prep.images.terminal import print_plan
 from data_prep.images.verify import verify
 from testbed.images import CLASSES, class_folders, drawn, encoded, prepared, stored
 
@@ -272,3 +278,47 @@ def test_damaged_containers_are_named(tmp_path: Path) -> None:
     refused([images], out, "has no labels beside it, expected .*train-labels-idx1-ubyte")
     (tmp_path / "b.parquet").write_bytes(b"PAR1 and no more")
     refused([tmp_path / "b.parquet"], out, r"b\.parquet: damaged")
+
+
+def test_a_plan_is_shown_and_nothing_written(tmp_path: Path) -> None:
+    source = class_folders(tmp_path / "in", 12)
+    (source / "bar" / "notes.txt").write_text("no image")
+    (tmp_path / "val.txt").write_text("bar/00000.png\n")
+    asked = ImageOptions([source], tmp_path / "out", resize_shorter=16, workers=3)
+    console = Console(file=io.StringIO(), width=100)
+    print_plan(asked, console)
+    print_plan(dataclasses.replace(asked, task=(1, 2), val=str(tmp_path / "val.txt")), console)
+    said = console.file.getvalue()
+    for words in (
+        "train, val",
+        "shorter side at most 16",
+        "5.00% held out",
+        "3 processes in",
+        "1 other_suffix",
+        "task       1 of 2: 0 units",
+        "val.txt",
+        "nothing was written",
+    ):
+        assert words in said
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match=r"none\.txt: cannot be read"):
+        print_plan(dataclasses.replace(asked, val="none.txt"), console)
+
+
+def test_the_list_of_files_takes_little_memory(tmp_path: Path) -> None:
+    """Below 1 GB for ImageNet's 1.28 million, twice: it is listed again at the end."""
+    files = 2_600
+    for number in range(files):
+        path = tmp_path / "in" / f"n{number // 1300:08}" / f"n{number // 1300:08}_{number}.JPEG"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    tracemalloc.start()
+    try:
+        units = all_units(find_inputs([tmp_path / "in"], None))
+        held, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert sum(len(unit.files) for unit in units) == files
+    assert units[0].files[1].name == "in/n00000000/n00000000_1.JPEG"
+    assert units == all_units(find_inputs([tmp_path / "in"], None))
+    assert held / files < 200 and most / files < 450, (held / files, most / files)

@@ -1,6 +1,7 @@
 """`dnt checkpoint`: what its commands print, write and exit with."""
 
 import json
+import re
 import resource
 import shutil
 from collections.abc import Iterator
@@ -329,6 +330,36 @@ def test_convert_takes_the_model_from_the_file_but_for_what_is_given(
         f"error: {file}: model.layers in its metadata: Input should be a valid integer"
         in capsys.readouterr().err
     )
+
+
+def test_convert_leaves_out_what_pads_the_vocabulary_and_puts_it_back(
+    corpus, tmp_path, capsys, nano_weights
+):
+    file = tmp_path / "w.safetensors"
+    padding = ["model.vocab_multiple=96", "model.kv_heads=1", "model.positions=rope"]
+    padding += ["model.rope={theta: 500, scaling: linear, factor: 2}"]
+    weights = {name: t for name, t in nano_weights.items() if name != "pos_emb.weight"}
+    for name, t in weights.items():
+        weights[name] = t[:32].clone() if re.search(r"w_[kv]\.weight", name) else t
+    save_file(weights, file)
+    run = tiny(corpus, tmp_path / "run", *padding)
+    assert main(["checkpoint", "convert", str(file), *run]) == 0
+    step = tmp_path / "run" / "checkpoints" / "step-00000000"
+    stored = tensors(step)["model.tok_emb.weight"]
+    assert stored.shape == (576, 64) and not stored[512:].any()
+    assert torch.equal(stored[:512], weights["tok_emb.weight"])
+    # a file for others has the vocabulary's rows, and tells of the model
+    exported, full = tmp_path / "exported.safetensors", tmp_path / "full.safetensors"
+    assert main(["checkpoint", "convert", str(step), str(exported)]) == 0
+    assert equal(load_file(exported), weights)
+    assert main(["checkpoint", "convert", str(step), str(full), "--full"]) == 0
+    assert equal(load_file(full), tensors(step))
+    for number, source in enumerate((exported, full)):
+        given = [o for o in tiny(corpus, tmp_path / str(number)) if not o.startswith("model")]
+        assert main(["checkpoint", "convert", str(source), *given]) == 0
+        again = tmp_path / str(number) / "checkpoints" / "step-00000000"
+        assert equal(tensors(again), tensors(step))
+        assert read_state(again).config["model"] == read_state(step).config["model"]
 
 
 def lose(weights: dict[str, torch.Tensor]) -> str:

@@ -230,7 +230,7 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
     "unknown preset": (["preset=dem"], ["did you mean demo?"]),
     "unknown setting": (
         ["model.setting=S6"],
-        ["model.setting", "'S1', 'S2', 'S3', 'S4' or 'S5'", "'S6'"],
+        ["model.setting", "'S1', 'S2', 'S3', 'S4', 'S5' or 'peri'", "'S6'"],
     ),
     "unknown norm": (["model.norm=batch"], ["model.norm", "'rmsnorm' or 'layernorm'"]),
     "unknown algorithm": (

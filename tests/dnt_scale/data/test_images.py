@@ -1,6 +1,7 @@
 """Rows of images: the same ones, to the pixel, on any number of ranks and processes."""
 
 import hashlib
+import io
 import os
 import signal
 from pathlib import Path
@@ -9,17 +10,27 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import webdataset
 from PIL import Image
 from torch import Tensor
 
 from data_prep.images.shards import SplitReader, load_manifest
 from dnt_scale.config import AugmentSection, ImagesConfig
 from dnt_scale.data import augment
-from dnt_scale.data.augment import OPERATIONS, augmented, decoded, draws, erased, middle, mixed
+from dnt_scale.data.augment import (
+    OPERATIONS,
+    augmented,
+    cut,
+    draws,
+    erased,
+    middle,
+    mixed,
+    reduction,
+)
 from dnt_scale.data.augment import random_box as random_box_of
 from dnt_scale.data.images import ImageSource, open_images
 from dnt_scale.model.batch import IGNORED
-from testbed.images import drawn, small_image_set
+from testbed.images import drawn, encoded, prepared, small_image_set
 
 TRAIN, VAL = 100, 23
 
@@ -88,7 +99,8 @@ def test_an_epoch_has_every_image_once_as_it_is_stored(folder: Path) -> None:
     images = torch.cat([batch["image"] for batch in batches]).numpy()
     labels = torch.cat([batch["label"] for batch in batches]).tolist()
     reader = SplitReader(folder, load_manifest(folder), "train")
-    stored = [np.asarray(decoded(reader.read(number))) for number in range(TRAIN)]
+    opened = (Image.open(io.BytesIO(reader.read(number))) for number in range(TRAIN))
+    stored = [np.asarray(image.convert("RGB")) for image in opened]
     number_of = {pixels.tobytes(): number for number, pixels in enumerate(stored)}
     order = [number_of[pixels.transpose(1, 2, 0).tobytes()] for pixels in images]
     assert [reader.labels[number] for number in order] == labels
@@ -100,6 +112,33 @@ def test_an_epoch_has_every_image_once_as_it_is_stored(folder: Path) -> None:
         {"shard": f"train-{number // 40:06}.tar", "key": f"{number:08}"} for number in order[:3]
     ]
     assert "target" not in batches[0]
+
+
+def test_tars_of_webdataset_go_through_our_set_and_back(tmp_path: Path) -> None:
+    """ShardWriter's tars become a set, our stream gives their pixels and labels, and WebDataset
+    reads the set's tars."""
+    images = {encoded(drawn(number % 3, number), "png"): number % 3 for number in range(30)}
+    with webdataset.ShardWriter(str(tmp_path / "w-%03d.tar"), maxcount=8, verbose=0) as writer:
+        for number, (data, label) in enumerate(images.items()):
+            writer.write({"__key__": f"{number:05}", "png": data, "cls": label})
+    manifest, _ = prepared([tmp_path / "w-*.tar"], tmp_path / "set", val_fraction=0)
+    assert manifest.class_names == ["0", "1", "2"]
+    pixels = {
+        np.asarray(Image.open(io.BytesIO(data))).transpose(2, 0, 1).tobytes(): label
+        for data, label in images.items()
+    }
+    found = source(tmp_path / "set", "none", center=1.0)
+    with found.stream(seed=7, global_batch=10, rank=0, world_size=1) as stream:
+        batches = [next(stream)[0] for _ in range(3)]
+    read_by_us = {
+        image.numpy().tobytes(): int(label)
+        for batch in batches
+        for image, label in zip(batch["image"], batch["label"], strict=True)
+    }
+    assert read_by_us == pixels
+    tars = [str(tmp_path / "set" / shard.file) for shard in manifest.splits["train"].shards]
+    samples = webdataset.WebDataset(tars, shardshuffle=False)
+    assert {sample["png"]: int(sample["cls"]) for sample in samples} == images
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
@@ -194,16 +233,65 @@ def test_erasing_covers_a_rectangle_with_noise() -> None:
 def test_validation_sees_the_middle() -> None:
     pixels = np.zeros((40, 60, 3), np.uint8)
     pixels[10:30, 20:40] = 255  # half of the shorter side, in the middle
-    image = Image.fromarray(pixels)
+    data = encoded(Image.fromarray(pixels))
     # the filter of a place at the rim reaches beyond it
-    assert (np.asarray(middle(image, 10, 0.5))[1:-1, 1:-1] == 255).all()
-    assert np.asarray(middle(image, 10, 1.0)).mean() == pytest.approx(255 / 4, abs=3)
+    assert (middle(data, 10, 0.5)[:, 1:-1, 1:-1] == 255).all()
+    assert middle(data, 10, 1.0).mean() == pytest.approx(255 / 4, abs=3)
+
+
+def smooth(width: int, height: int) -> Image.Image:
+    """Draw waves, of which a JPEG loses little."""
+    x, y = np.arange(width), np.arange(height)[:, None]
+    waves = [np.sin(x / (9 + n)) * np.cos(y / (7 + 2 * n)) for n in range(3)]
+    return Image.fromarray((128 + 100 * np.stack(waves, -1)).astype(np.uint8))
+
+
+def jpeg(image: Image.Image, **settings: Any) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "JPEG", **{"quality": 90, **settings})
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"subsampling": 0}, {"subsampling": 1}, {"progressive": True}, {"mode": "L"}]
+)
+def test_a_jpeg_has_the_pixels_that_pillow_decodes(settings: dict[str, Any]) -> None:
+    data = jpeg(smooth(83, 61).convert(settings.pop("mode", "RGB")), **settings)
+    whole = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    for left, top in ((0, 0), (17, 9), (83 - 40, 61 - 40)):  # 40 of 40 pixels: none is resized
+        box = (left, top, left + 40, top + 40)
+        found = np.asarray(cut(data, 40, lambda width, height, box=box: box))
+        assert (found == whole[top : top + 40, left : left + 40]).all()
+    box = (10, 5, 75, 58)
+    resized = Image.fromarray(whole).resize((30, 30), Image.Resampling.BILINEAR, box)
+    found = np.asarray(cut(data, 30, lambda width, height: box))
+    # weights of the filter round otherwise where the image begins elsewhere
+    assert np.abs(found.astype(int) - np.asarray(resized)).max() <= 1
+
+
+def test_a_large_jpeg_is_decoded_at_a_part_of_its_size() -> None:
+    assert [reduction((0, 0, side, 5000), 224) for side in (447, 448, 896, 4000)] == [1, 2, 4, 8]
+    image = smooth(1003, 805)
+    data = jpeg(image, quality=95)
+    for box in ((0, 0, 1003, 805), (200, 101, 700, 540), (900, 700, 1003, 805)):
+        found = np.asarray(cut(data, 50, lambda width, height, box=box: box)).astype(int)
+        whole = np.asarray(image.resize((50, 50), Image.Resampling.BILINEAR, box))
+        assert np.abs(found - whole).mean() < 3, box  # moved by 8 pixels: 14 and more
+
+
+def test_a_jpeg_of_four_channels_or_with_bytes_that_are_too_many_is_decoded() -> None:
+    image = smooth(64, 64)
+    for data in (jpeg(image.convert("CMYK")), jpeg(image) + b"more"):
+        found = np.asarray(cut(data, 64, lambda width, height: (0, 0, 64, 64))).astype(int)
+        assert np.abs(found - np.asarray(image)).mean() < 4
 
 
 def test_choices_differ_from_position_to_position() -> None:
     recipe = AugmentSection(crop=(0.08, 1.0), flip=0.5, randaugment=2, magnitude=9, erase=0.25)
     made = [
-        augmented(noisy(40), 16, 0.875, recipe, draws(3, position, augment.IMAGE)).tobytes()
+        augmented(
+            encoded(noisy(40)), 16, 0.875, recipe, draws(3, position, augment.IMAGE)
+        ).tobytes()
         for position in (*range(20), *range(20))
     ]
     assert made[:20] == made[20:] and len(set(made)) == 20

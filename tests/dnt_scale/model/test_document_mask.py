@@ -29,7 +29,7 @@ def documents_in_a_row(config: ModelConfig) -> tuple[list[Tensor], Tensor]:
     return documents, tokens.view(2, 12)
 
 
-@pytest.mark.parametrize("variant", ["as is", "no positions", "untied head"])
+@pytest.mark.parametrize("variant", ["as is", "no positions", "rope", "everything"])
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_masked_documents_are_as_if_each_were_alone(setting: Setting, variant: str) -> None:
     config = tiny(setting=setting, **VARIANTS[variant])

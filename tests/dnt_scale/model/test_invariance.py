@@ -14,7 +14,7 @@ from dnt_scale.config import ModelConfig, Setting
 from dnt_scale.model.block import SETTINGS, Attention, FeedForward, Norm
 from dnt_scale.model.dnt import DNT
 from dnt_scale.model.init import initial_tensor
-from tests.helpers.models import MATRICES, busy, mean_loss, normal, random_tokens, tiny
+from tests.helpers.models import MATRICES, VARIANTS, busy, mean_loss, normal, random_tokens, tiny
 
 PROPERTY = settings(max_examples=12, deadline=None, derandomize=True)
 SCALE = st.floats(0.1, 10)
@@ -81,6 +81,7 @@ SCALE_FREE: dict[Setting, set[str]] = {
     "S3": {"attn.w_q", "attn.w_k"},
     "S4": MATRICES,
     "S5": MATRICES,
+    "peri": {"attn.w_v", "attn.w_o", "ffn.w_1", "ffn.w_2"},
 }
 
 
@@ -90,6 +91,16 @@ def test_exactly_these_matrices_are_scale_free(setting: Setting) -> None:
     changes = {name: change(config, {name: 2.7}) for name in MATRICES}
     assert {name for name, moved in changes.items() if moved < 1e-11} == SCALE_FREE[setting]
     assert all(moved > 0.05 for name, moved in changes.items() if name not in SCALE_FREE[setting])
+
+
+def test_rotary_positions_shared_heads_and_a_gate_leave_matrices_scale_free() -> None:
+    """A gate is linear in W_3, so with a MidNorm that one is scale-free beside W_2."""
+    variant = VARIANTS["everything"] | {"norm_eps": TINY_EPS}
+    for setting, free in SCALE_FREE.items():
+        config = tiny(setting=setting, **variant)
+        changes = {name: change(config, {name: 2.7}) for name in MATRICES | {"ffn.w_3"}}
+        expected = (free - {"ffn.w_1"}) | ({"ffn.w_3"} if "ffn.w_2" in free else set())
+        assert {name for name, moved in changes.items() if moved < 1e-11} == expected
 
 
 def test_at_the_default_eps_and_fp32_the_loss_is_scale_free_to_rounding() -> None:
@@ -275,7 +286,7 @@ def test_without_a_norm_the_jacobian_does_depend_on_column_norms() -> None:
 def attention_logits(attention: Attention, x_TD: Tensor) -> Tensor:
     heads = []
     for linear, norm in ((attention.w_q, attention.norm_q), (attention.w_k, attention.norm_k)):
-        heads.append(norm(linear(x_TD).view(len(x_TD), attention.heads, -1)).transpose(0, 1))
+        heads.append(norm(linear(x_TD).view(len(x_TD), -1, attention.head_size)).transpose(0, 1))
     return heads[0] @ heads[1].transpose(1, 2) / math.sqrt(heads[0].shape[-1])
 
 

@@ -167,7 +167,7 @@ def test_a_setting_places_norms_as_in_the_language_model(setting: Setting) -> No
     ).model
     norms = {name for name in shapes_of(language) if "norm" in name and "blocks.0" in name}
     assert {name for name in names if "norm" in name and "blocks.0" in name} == norms
-    assert ("norm_in.gain" in names) == (setting not in ("S1", "S2"))
+    assert ("norm_in.gain" in names) == SETTINGS[setting].input
 
 
 @torch.no_grad()

@@ -18,7 +18,8 @@ from tests.helpers.optimizers import drive, new_msgdw, new_optimizer, tensors, t
 # near 1 is 1e-4 of its change, bf16 itself changes 1 to 2 %.
 UNBUFFERED = [
     "optim=msgdw_r",
-    "+optim.groups.query={pattern: 'w_q', update: tensor_normalized, lr: 1e-3}",
+    "+optim.groups.query={pattern: 'w_q', update: row_column_normalized, lr: 1e-3}",
+    "+optim.groups.qk={pattern: 'norm_[qk]', update: tensor_normalized, lr: 1e-3}",
     "+optim.groups.key={pattern: 'w_k', update: capped, limit: 1e-4}",
     "+optim.groups.positions={pattern: 'pos_emb', update: capped, limit: 1e-3, row_limit: 1e-4}",
     "+optim.groups.value={pattern: 'w_v', fixed_norm: true}",
@@ -65,6 +66,10 @@ def reference_update(
             step *= max(1.0, weight.shape[0] / weight.shape[1]) ** 0.5
     if update.update == "tensor_normalized":
         step = lr * v / v.square().mean().sqrt()
+    if update.update == "row_column_normalized":
+        squares = v.square()
+        rows, columns = squares.mean(1, keepdim=True), squares.mean(0, keepdim=True)
+        step = lr * v / (rows * columns / squares.mean()).sqrt()
     if update.update == "capped":
         if update.row_limit:
             rows = v.norm(dim=1, keepdim=True)

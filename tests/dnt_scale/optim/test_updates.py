@@ -66,6 +66,7 @@ RULES: dict[str, dict[str, Any]] = {
     "capped": {"update": "capped", "limit": 0.03},
     "capped rows": {"update": "capped", "limit": 0.03, "row_limit": 1.5},
     "row_adaptive": {"update": "row_adaptive", "square_beta": 0.7, "eps": 1e-3},
+    "row_column_normalized": {"update": "row_column_normalized"},
     "fixed_norm": {"update": "plain", "fixed_norm": True},
 }
 
@@ -96,6 +97,11 @@ def written_out(name: str, lr: float, decay: float) -> list[Tensor]:
             if name == "row_adaptive":
                 square = 0.7 * square + 0.3 * g.square().mean(1)
                 d = lr * v / ((square / (1 - 0.7**step)).sqrt() + 1e-3)[:, None]
+            if name == "row_column_normalized":
+                squares = v.square()
+                rows, columns = squares.mean(1, keepdim=True), squares.mean(0, keepdim=True)
+                d = lr * v / (rows * columns / squares.mean()).sqrt()
+                d = d.nan_to_num()  # a row or column of zeros stays
             p = p * (1 - lr * decay) - d
             if name == "fixed_norm":
                 p = p * norm / p.norm()
@@ -185,16 +191,22 @@ def test_only_matrices_have_rows_and_fixed_norms() -> None:
 
 # --- the files of configs/optim -------------------------------------------------------------------
 
-MODELS = ["dnt_nano", "gpt_nano", "dnt_nano model.tied_head=false model.bias=true"]
+MODELS = [
+    "dnt_nano",
+    "gpt_nano",
+    "dnt_nano model.tied_head=false model.bias=true",
+    "dnt_nano model.activation=swiglu model.kv_heads=2",
+]
 # What each group holds, by its name in the file; None: the rest, which no pattern matches.
 REST = r"(tok_emb|pos_emb|head)\.weight|.*\.(gain|bias)"
 WANTED = {
     "rmnp": {
         "embedding": r"tok_emb\.weight|head\.weight",
         "matrices": r"pos_emb\.weight|blocks\.\d+\.(attn\.w_[qkvo]|ffn\.w_2)\.weight",
-        "tall": r"blocks\.\d+\.ffn\.w_1\.weight",
+        "tall": r"blocks\.\d+\.ffn\.w_[13]\.weight",
         "gains": r"(.*\.)?(norm|w)_\w+\.(gain|bias)",
     },
+    "normalized": {"matrices": r".*\.weight", "gains": r".*\.(gain|bias)"},
     "sgd_ll": {"head": r"(tok_emb|head)\.weight", "rest": r"(?!tok_emb|head).*"},
     "muon": {"matrices": r"blocks.*\.w_\w\.weight", "rest": REST},
     "msgdw_adam": {None: r"blocks.*\.w_\w\.weight", "rest": REST},

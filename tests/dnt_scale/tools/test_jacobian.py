@@ -115,7 +115,7 @@ def test_each_setting_has_the_propositions_that_its_norms_give(setting):
 def test_blocks_get_what_the_model_gives_them():
     task = model("S5")
     batch = torch.arange(9)[None] % 32
-    (first, (x, mask)), (second, (y, _)) = block_inputs(task, batch)
+    (first, (x, mask, *_)), (second, (y, *_)) = block_inputs(task, batch)
     assert [first, second] == list(task.blocks) and mask is None
     torch.testing.assert_close(first(x), y)
     assert not task.blocks[0]._forward_pre_hooks
