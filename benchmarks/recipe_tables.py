@@ -13,6 +13,14 @@ MODELS = {
     "DNT S4": ["model=dnt_nano", "model.setting=S4"],
     "DNT S5": ["model=dnt_nano", "model.setting=S5"],
 }
+TABLES = {
+    "a": "{GPT S1, DNT S4, DNT S5} x every optimizer",
+    "b": "S1 to S5 under vanilla mSGDW and normalized",
+    "c": "normalized with one of its parts left out or another way",
+    "d": "AdamW, normalized and mSGDW at 1/4, 1 and 4 times --steps, and at other batches",
+    "e": "with and without clipping and a gradient buffer",
+    "f": "AdamW, normalized and mSGDW, for other --data",
+}
 ROWS_A_STEP = 32
 
 
@@ -98,6 +106,7 @@ class Variant(NamedTuple):
     grid: Optimizer
     steps: int
     batch: int = ROWS_A_STEP
+    micro_batch: int = ROWS_A_STEP  # at most
 
     @property
     def words(self) -> str:
