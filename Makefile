@@ -1,5 +1,6 @@
-# make demo: from the standard library's source to a trained, tracked language model.  make test: every check.
-# Both set up .venv by themselves. TEXT=path trains the demo on your own text.
+# make demo: from the standard library's source to a trained, tracked language model.  make demo-images: the same
+# with Fashion-MNIST and an image classifier.  make test: every check.
+# All set up .venv by themselves. TEXT=path trains the demo on your own text.
 
 PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null && echo $$p && break; done)
@@ -9,7 +10,7 @@ NAME := $(if $(TEXT),demo-$(shell printf %s-%s "$$(basename '$(TEXT)' | tr -c 'A
 	"$$(realpath '$(TEXT)' | cksum | cut -d' ' -f1)"),demo)
 INPUT := $(or $(TEXT),data/stdlib)
 
-.PHONY: demo test pytest quick lint docs setup constraints
+.PHONY: demo demo-images test pytest quick lint docs setup constraints
 
 demo: setup $(if $(TEXT),,data/stdlib)
 	@test -f data/$(NAME)/manifest.json || \
@@ -32,6 +33,38 @@ data/stdlib: | setup
 		find . -name '*.py' -not -path '*/test/*' -not -path '*/tests/*' -not -path '*/idle_test/*' \
 			-not -path '*/site-packages/*' -not -path '*/lib2to3/tests/*' | LC_ALL=C sort | \
 		tar cf - -T - | tar xf - -C "$(CURDIR)/$@.partial"
+	@mv $@.partial $@
+
+# IDX files as MNIST's: Fashion-MNIST from Debian's package, here or fetched without root; else scikit-learn's digits
+FASHION := usr/share/datasets/fashion-mnist
+demo-images: setup data/images-idx
+	@test -f data/demo-images/manifest.json || $(BIN)/dnt data images data/images-idx \
+		--val "$$(ls data/images-idx/t10k-images*)" --out data/demo-images
+	$(BIN)/dnt train preset=demo_images
+	$(BIN)/dnt eval runs/demo-images
+	@mkdir -p data/images-shown && cd data/images-shown && \
+		for number in 0 1 2; do tar xf ../demo-images/val-000000.tar 0000000$$number.cls 0000000$$number.png && \
+			echo "0000000$$number.png is of class $$(cat 0000000$$number.cls)"; done
+	$(BIN)/dnt classify runs/demo-images data/images-shown/*.png
+	@echo
+	@test -f data/images-idx/train-images-idx3-ubyte || echo "Classes: 0 T-shirt, 1 trousers, 2 pullover, 3 dress, 4 coat, 5 sandal, 6 shirt," \
+		"7 sneaker, 8 bag, 9 ankle boot"
+	@echo "Made: data/demo-images/        the shards, their manifest and report.html"
+	@echo "      runs/demo-images/        config.yaml, metrics.jsonl, checkpoints/latest, plots/loss.png, plots/predictions.png"
+	@echo "      runs/mlflow.db           the run in MLflow"
+	@echo "Next: $(BIN)/dnt ui                                          # the run's page in MLflow, with the pictures"
+	@echo "      $(BIN)/dnt data images FOLDER --out data/mine             # your own images, a folder a class"
+	@echo "      $(BIN)/dnt train preset=demo_images model=vit_tiny optim=adamw optim.lr=1e-3 run.name=vit"
+
+data/images-idx: | setup
+	@rm -rf $@.partial && mkdir -p $@.partial
+	@if test -d /$(FASHION); then cp /$(FASHION)/*ubyte.gz $@.partial; \
+	elif (cd $@.partial && apt-get download dataset-fashion-mnist && dpkg -x *.deb . && mv $(FASHION)/*ubyte.gz . && \
+		rm -rf usr *.deb) >/dev/null 2>&1; then :; \
+	elif rm -rf $@.partial/* && $(BIN)/python -m testbed.digits $@.partial 2>/dev/null; then \
+		echo "Fashion-MNIST is not to be had here: the demo takes scikit-learn's 1,797 digits"; \
+	else echo "error: no images to train on: install Debian's package dataset-fashion-mnist, or put MNIST's four files into $@"; \
+		exit 2; fi
 	@mv $@.partial $@
 
 # side by side: while some tests wait for SLURM there is time for the checks

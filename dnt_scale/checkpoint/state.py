@@ -71,6 +71,12 @@ class State(BaseModel):
         return dict(self.__pydantic_extra__)
 
     @property
+    def averaged(self) -> bool:
+        """Whether the checkpoint holds an average of the weights, ``ema.NAME``."""
+        train = self.config.get("train")
+        return isinstance(train, dict) and train.get("ema") is not None
+
+    @property
     def scalars(self) -> dict[str, float]:
         """What ``Engine.refresh`` takes; a checkpoint of old has it in other fields."""
         return self.engine or {"step": self.step, "updates": self.step - self.skipped}

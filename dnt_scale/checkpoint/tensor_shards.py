@@ -13,6 +13,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 SMALL = 1 << 16  # bytes that are not worth sharing out
+WEIGHT, AVERAGE = "model.", "ema."  # what names of weights and of their averages begin with
 
 
 class Region(NamedTuple):
@@ -31,7 +32,7 @@ class TensorShard:
     this is number ``replica``.
     """
 
-    name: str  # model.NAME, or BUFFER.NAME: momentum_buffer; exp_avg, exp_avg_sq
+    name: str  # model.NAME, ema.NAME, or BUFFER.NAME: momentum_buffer; exp_avg, exp_avg_sq
     shape: tuple[int, ...]  # of the whole tensor
     offset: tuple[int, ...]  # where data begins in it
     data: Tensor

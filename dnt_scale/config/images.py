@@ -112,8 +112,12 @@ class ImagesConfig(DataSection):
         description="share of the shorter side that validation sees, from the middle",
     )
     augment: AnyAugment = Field(description="what is done to training images")
-    workers: int = Field(
-        4, ge=0, le=256, description="processes a rank that decode; 0: the rank itself does"
+    workers: int | None = Field(
+        None,
+        ge=0,
+        le=256,
+        description="processes a rank that decode; 0: the rank itself does; null: as many as its "
+        "CPUs are for, at most 1 for small images",
     )
 
     def open(self) -> Any:

@@ -64,6 +64,13 @@ class TrainSection(Strict):
     max_skipped: Count = Field(
         10, gt=0, description="skipped or undone steps in a row that end the run"
     )
+    ema: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="decay a step of a moving average of the weights, fp32, which validation and "
+        "inference use; null: none",
+    )
 
     @model_validator(mode="after")
     def _one_budget(self) -> Self:

@@ -8,14 +8,15 @@ and of the image, in whatever process they are made.
 import io
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import simplejpeg
 from PIL import Image, ImageEnhance, ImageOps
 
-from dnt_scale.config import AugmentSection
+if TYPE_CHECKING:
+    from dnt_scale.config import AugmentSection
 
 Pixels = npt.NDArray[np.uint8]  # (3, size, size)
 Box = tuple[float, float, float, float]  # left, top, right, bottom
@@ -107,7 +108,7 @@ def middle(data: bytes, size: int, share: float) -> Pixels:
 
 
 def augmented(
-    data: bytes, size: int, share: float, recipe: AugmentSection, draw: np.random.Generator
+    data: bytes, size: int, share: float, recipe: "AugmentSection", draw: np.random.Generator
 ) -> Pixels:
     """Return a training image's pixels: the crop, the flip, RandAugment, the erased rectangle.
 
@@ -208,7 +209,7 @@ OPERATIONS: dict[str, Callable[[Image.Image, float, int], Image.Image]] = {
 
 
 def one_operation(
-    image: Image.Image, recipe: AugmentSection, draw: np.random.Generator
+    image: Image.Image, recipe: "AugmentSection", draw: np.random.Generator
 ) -> Image.Image:
     """Return the image after one operation of RandAugment (arXiv 1909.13719), or as it is in half
     of the cases, as timm does.
@@ -248,7 +249,7 @@ class Mixed(NamedTuple):
 
 
 def mixed(
-    first: Pixels, second: Pixels, recipe: AugmentSection, draw: np.random.Generator
+    first: Pixels, second: Pixels, recipe: "AugmentSection", draw: np.random.Generator
 ) -> Mixed:
     """Mix the images of a pair into each other, by mixup (arXiv 1710.09412) or cutmix (arXiv
     1905.04899).

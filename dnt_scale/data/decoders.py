@@ -12,7 +12,9 @@ import struct
 import subprocess
 import sys
 from collections import deque
+from contextlib import suppress
 from pathlib import Path
+from threading import Lock
 from typing import IO, NoReturn
 
 import numpy as np
@@ -27,12 +29,15 @@ JOB_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, sig
 
 class Decoders:
     """Rows of images, made by ``processes`` others, or with 0 of them by this one when they are
-    asked for.
+    asked for. Several threads may use it, each for jobs of its own.
     """
 
     def __init__(self, reading: Reading, processes: int) -> None:
         self.reading = reading
         self.here = None if processes else ImageReader(reading)
+        self.closed = False
+        self.damage: str | None = None  # what a process has ended with
+        self.lock = Lock()
         self.waiting: deque[Job] = deque()
         self.done: dict[Job, Rows] = {}
         self.selector = selectors.DefaultSelector()
@@ -45,8 +50,9 @@ class Decoders:
 
     def ask(self, job: Job) -> None:
         """Have a job done; ``get`` then gives its rows."""
-        self.waiting.append(job)
-        self._hand_out()
+        with self.lock:
+            self.waiting.append(job)
+            self._hand_out()
 
     def get(self, job: Job) -> Rows:
         """Return the rows of a job that was asked for.
@@ -55,17 +61,21 @@ class Decoders:
             ValueError: an image is damaged; names it.
             OSError: a process has ended by itself.
         """
-        if self.here:
-            self.waiting.remove(job)
-            return self.here.read(job)
-        while job not in self.done:
-            for key, _ in self.selector.select():
-                self._take(key.data)
-            self._hand_out()
-        return self.done.pop(job)
+        with self.lock:
+            if self.here:
+                self.waiting.remove(job)
+                return self.here.read(job)
+            while job not in self.done:
+                if self.damage:
+                    raise ValueError(self.damage)
+                for key, _ in self.selector.select():
+                    self._take(key.data)
+                self._hand_out()
+            return self.done.pop(job)
 
     def close(self) -> None:
         """End the processes."""
+        self.closed = True
         if self.here:
             self.here.close()
         for process in self.processes:
@@ -82,18 +92,17 @@ class Decoders:
             self.in_hand[number].append(job)
             pipe = self.processes[number].stdin
             assert pipe
-            try:
+            with suppress(BrokenPipeError):  # whoever waits for an answer finds out why
                 pipe.write(json.dumps(job).encode() + b"\n")
                 pipe.flush()
-            except BrokenPipeError:
-                self._gone(number)
 
     def _take(self, number: int) -> None:
         """Take an answer, which its process writes in one go."""
         [size] = HEADER.unpack(self._read(number, HEADER.size))
         raw = self._read(number, abs(size))
         if size < 0:
-            raise ValueError(raw.decode())
+            self.damage = raw.decode()
+            return
         self.done[self.in_hand[number].popleft()] = np.frombuffer(raw, self.reading.row_type)
 
     def _read(self, number: int, size: int) -> bytes:
@@ -138,7 +147,7 @@ def _started(reading: Reading) -> "subprocess.Popen[bytes]":
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     assert process.stdin
-    process.stdin.write(reading.model_dump_json().encode() + b"\n")
+    process.stdin.write(reading.to_json().encode() + b"\n")
     process.stdin.flush()
     return process
 
@@ -146,7 +155,7 @@ def _started(reading: Reading) -> "subprocess.Popen[bytes]":
 def serve(asked: IO[bytes], answers: IO[bytes]) -> None:
     """Answer jobs until there are no more."""
     try:
-        reader = ImageReader(Reading.model_validate_json(asked.readline()))
+        reader = ImageReader(Reading.from_json(asked.readline()))
         for line in asked:
             split, places = json.loads(line)
             rows = reader.read(Job(split, tuple(places)))

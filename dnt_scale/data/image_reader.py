@@ -1,20 +1,20 @@
 """Rows of images out of a set: a function of the set, the recipe, the seed and the position.
 
-What stands here needs no torch, for the processes that decode (:mod:`dnt_scale.data.decoders`)
-start with it.
+What stands here needs neither torch nor Hydra, for the processes that decode
+(:mod:`dnt_scale.data.decoders`) start with it.
 """
 
+import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, NamedTuple, Self, cast
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict
 
 from data_prep.images.shards import SplitReader, load_manifest, sample_key
 from data_prep.shards import SplitName
-from dnt_scale.config import AugmentSection
 from dnt_scale.data.augment import (
     IMAGE,
     KEY,
@@ -27,6 +27,9 @@ from dnt_scale.data.augment import (
 )
 from dnt_scale.data.order import Order
 
+if TYPE_CHECKING:
+    from dnt_scale.config import AugmentSection
+
 Rows = npt.NDArray[np.void]  # of ``row_type``
 BLOCK_IMAGES = 256  # that follow one another on disk and are moved together, see order.py
 
@@ -38,16 +41,26 @@ class Job(NamedTuple):
     places: tuple[int, ...]
 
 
-class Reading(BaseModel):
+class Reading(NamedTuple):
     """All that rows depend on beside their places."""
-
-    model_config = ConfigDict(frozen=True)
 
     folder: Path
     size: int  # pixels a side
     center: float  # share of the shorter side that validation sees
-    augment: AugmentSection
+    augment: "AugmentSection"
     seed: int
+
+    def to_json(self) -> str:
+        """Return it as a line for another process."""
+        plain = {"folder": str(self.folder), "augment": self.augment.model_dump()}
+        return json.dumps(self._asdict() | plain)
+
+    @classmethod
+    def from_json(cls, line: str | bytes) -> Self:
+        """Read it back: the recipe as plain values, for its section would bring Hydra along."""
+        fields = json.loads(line)
+        recipe = cast("AugmentSection", SimpleNamespace(**fields["augment"]))
+        return cls(**fields | {"folder": Path(fields["folder"]), "augment": recipe})
 
     @property
     def row_type(self) -> np.dtype[np.void]:

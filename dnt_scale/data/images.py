@@ -12,6 +12,7 @@ that is a pure function.
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,12 @@ from dnt_scale.data.decoders import Decoders
 from dnt_scale.data.image_reader import Job, Reading, Rows, image_order, number_at
 from dnt_scale.data.sources import DataPart, Missing, Source
 from dnt_scale.data.stream import Stream
+from dnt_scale.distributed.host import cpus_of_a_rank
 from dnt_scale.model.batch import IGNORED, Batch
 
 JOB_ROWS = 4  # whole pairs, and few enough that processes end a batch at about the same time
+SMALL_PIXELS = 64 * 64  # of an image: one process makes thousands a second, see docs/lab-log.md
+MOST_PROCESSES = 16  # unless more are asked for
 
 
 def open_images(data: ImagesConfig) -> "ImageSource":
@@ -49,6 +53,7 @@ class ImageSource(Source):
         self.data = data
         self.manifest = load_manifest(data.path)
         self.rows = ImageRows(data.path, data.size, tuple(self.manifest.class_names))
+        self.decoders: Decoders | None = None  # of the newest stream, for validation too
 
     def parts(self) -> list[DataPart]:
         return [DataPart("", "data.path", self.data.path, manifest_sha256(self.data.path))]
@@ -62,6 +67,17 @@ class ImageSource(Source):
             return None
         return f"made of other classes than {newest} was trained on; give a set of the same ones"
 
+    @property
+    def processes(self) -> int:
+        """Return how many processes decode for a rank: as ``data.workers`` says, else one a CPU
+        beside the rank's own, and one where images are so small that one is quicker than any model.
+        """
+        if self.data.workers is not None:
+            return self.data.workers
+        pixels = self.manifest.statistics.pixels / self.manifest.splits["train"].images
+        most = 1 if pixels <= SMALL_PIXELS else MOST_PROCESSES
+        return min(cpus_of_a_rank() - 1, most)
+
     def reading(self, seed: int) -> Reading:
         """Return what rows depend on, beside their places."""
         data = self.data
@@ -73,6 +89,7 @@ class ImageSource(Source):
         self, *, seed: int, global_batch: int, rank: int, world_size: int, consumed_rows: int = 0
     ) -> Stream:
         read = _TrainingRows(self, seed, global_batch)
+        self.decoders = read.decoders
         return Stream(
             read,
             global_batch=global_batch,
@@ -97,8 +114,7 @@ class ImageSource(Source):
         label.
         """
         jobs = [_jobs("val", numbers) for numbers in batches]
-        decoders = Decoders(self.reading(0), min(self.data.workers, sum(map(len, jobs))))
-        try:
+        with self._lent(sum(map(len, jobs))) as decoders:
             for ahead in jobs[:1]:
                 _ask(decoders, ahead)
             for number, mine in enumerate(jobs):
@@ -108,8 +124,18 @@ class ImageSource(Source):
                 empty["label"] = IGNORED
                 rows = np.concatenate([*(decoders.get(job) for job in mine), empty])
                 yield {"image": _tensor(rows["image"]), "label": _tensor(rows["label"])}
-        finally:
-            decoders.close()
+
+    @contextmanager
+    def _lent(self, jobs: int) -> Iterator[Decoders]:
+        """Lend decoders for so many jobs of validation: those of training, else some of its own.
+
+        What validation sees depends on no seed, so training's make the very same rows.
+        """
+        if self.decoders and not self.decoders.closed:
+            yield self.decoders
+            return
+        with closing(Decoders(self.reading(0), min(self.processes, jobs))) as own:
+            yield own
 
     def no_validation(self) -> Missing | None:
         if "val" in self.manifest.splits:
@@ -141,7 +167,7 @@ class _TrainingRows:
     """Training rows by position, read one global batch ahead, so that no process waits."""
 
     def __init__(self, source: ImageSource, seed: int, global_batch: int) -> None:
-        self.decoders = Decoders(source.reading(seed), source.data.workers)
+        self.decoders = Decoders(source.reading(seed), source.processes)
         self.classes = len(source.rows.class_names)
         self.augment = source.data.augment
         self.global_batch = global_batch

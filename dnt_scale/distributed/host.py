@@ -21,6 +21,16 @@ def machine() -> str:
         return socket.gethostname()
 
 
+def cpus_of_a_rank() -> int:
+    """Return how many CPUs there are for each rank: those that this process may use, which it
+    shares with the other ranks of this machine where torchrun started them. srun binds each task to
+    CPUs of its own.
+    """
+    mine = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    sharing = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return max(1, mine // max(1, int(sharing) if sharing.isdecimal() else 1))
+
+
 def start_ticks(pid: int) -> int:
     """Return when a process was started, in clock ticks since boot; 0 where Linux does not tell.
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dnt_scale.config import ConfigError, DeepSpeedEngineConfig, RunConfig
 from dnt_scale.distributed.errors import AgreedError
 from dnt_scale.distributed.process_group import Ranks
+from dnt_scale.engine.averaging import AveragingEngine
 from dnt_scale.engine.base import Engine
 from dnt_scale.model.task import Task
 from dnt_scale.optim.transfer import Ratios
@@ -29,13 +30,16 @@ def build(
             run or the ranks.
     """
     assert (lr_ratios is not None) == config.optim.scale.given, "see transfer.ratios"
+    built: Engine
     try:
         if isinstance(config.engine, DeepSpeedEngineConfig):
             from dnt_scale.engine import deepspeed
 
-            return deepspeed.build(config, model_fn, ranks, total_steps, lr_ratios)
-        from dnt_scale.engine import fsdp
+            built = deepspeed.build(config, model_fn, ranks, total_steps, lr_ratios)
+        else:
+            from dnt_scale.engine import fsdp
 
-        return fsdp.build(config, model_fn, ranks, total_steps, lr_ratios)
+            built = fsdp.build(config, model_fn, ranks, total_steps, lr_ratios)
     except ConfigError as error:  # all ranks have the same configuration
         raise AgreedError(str(error)) from None
+    return built if config.train.ema is None else AveragingEngine(built, config.train.ema)

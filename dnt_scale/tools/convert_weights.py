@@ -28,7 +28,7 @@ from dnt_scale.checkpoint.safetensors_header import (
 )
 from dnt_scale.checkpoint.state import read_state, step_name
 from dnt_scale.checkpoint.storage import CheckpointError, Storage, fsync_folder
-from dnt_scale.checkpoint.tensor_shards import Region
+from dnt_scale.checkpoint.tensor_shards import AVERAGE, WEIGHT, Region
 from dnt_scale.checkpoint.write import publish, write_file
 from dnt_scale.config import ModelSection
 
@@ -41,7 +41,8 @@ def to_file(source: str, out: Path, *, full: bool) -> str:
 
     Args:
         full: all tensors as they are, optimizer buffers too, under the checkpoint's names; else
-            weights only, by the parameters' names, without rows that only fill them up.
+            weights only (their average where there is one), by the parameters' names, without rows
+            that only fill them up.
 
     Raises:
         CheckpointError: no checkpoint, or a damaged one.
@@ -58,7 +59,8 @@ def to_file(source: str, out: Path, *, full: bool) -> str:
     if problems := problems_of(folder, state):
         raise CheckpointError(problems[0])
     stored = read_parts(folder)
-    names = [name for name in stored if full or name.startswith("model.")]
+    kind = AVERAGE if state.averaged else WEIGHT
+    names = [name for name in stored if full or name.startswith(kind)]
     # all aligned, where some have 2 bytes
     names.sort(key=lambda name: -stored[name][0].dtype.itemsize)
     shapes = {name: whole_shape(stored[name]) for name in names}
@@ -66,7 +68,7 @@ def to_file(source: str, out: Path, *, full: bool) -> str:
         shapes |= _exported(shapes, state.config.get("model"))
     entries = [
         (
-            name if full else name.removeprefix("model."),
+            name if full else name.removeprefix(kind),
             stored[name][0].dtype,
             _whole(shapes[name]),
         )
@@ -134,13 +136,15 @@ def from_file(weights: Path, overrides: Sequence[str]) -> str:
     wanted = shapes_of(run.model)
     stored = _weights(source, weights, wanted, run.model)
     buffers = buffer_shapes(wanted, run.optim)
+    kinds = [WEIGHT] if run.train.ema is None else [WEIGHT, AVERAGE]
 
     def chunks() -> Iterator[memoryview]:
-        shapes = [*((f"model.{name}", shape) for name, shape in wanted.items()), *buffers.items()]
+        held = [(f"{kind}{name}", shape) for kind in kinds for name, shape in wanted.items()]
+        shapes = [*held, *buffers.items()]
         yield memoryview(
             make_header([(name, torch.float32, _whole(shape)) for name, shape in shapes])
         )
-        for name in wanted:
+        for name in list(wanted) * len(kinds):
             for _, values in values_of(source, stored, name):
                 yield _bytes(values.float())
                 meter(values.nbytes)
@@ -156,7 +160,7 @@ def from_file(weights: Path, overrides: Sequence[str]) -> str:
     with held(run.run.dir, "dnt checkpoint convert"):
         partial.make()
         try:
-            with Meter("writing", sum(map(bytes_of, stored.values()))) as meter:
+            with Meter("writing", len(kinds) * sum(map(bytes_of, stored.values()))) as meter:
                 name = "shard-00001-model-00001-of-00001.safetensors"
                 record = write_file(partial, name, chunks(), reused=True)
             publish(partial, final, state.model_copy(update={"files": {name: record}}))
@@ -255,7 +259,7 @@ def _exported(shapes: dict[str, tuple[int, ...]], settings: object) -> dict[str,
         model = TypeAdapter(AnyModel).validate_python(settings)
     except ValidationError:
         return {}
-    rows = {name: model.exported_rows(name.removeprefix("model.")) for name in shapes}
+    rows = {name: model.exported_rows(name.partition(".")[2]) for name in shapes}
     return {name: (few, *shapes[name][1:]) for name, few in rows.items() if few is not None}
 
 

@@ -89,7 +89,7 @@ def diagnose(run_dir: Path, data: Path | None, batches: int, ranks: Ranks) -> Re
         ValueError: as ``load_run`` does.
     """
     _, newest, state = newest_checkpoint(run_dir)
-    run, task, source = load_run(run_dir, data, ranks, dtype=torch.float32)
+    run, task, source = load_run(run_dir, data, ranks, dtype=torch.float32, average=False)
     rows = read_rows(source, run, run.train.micro_batch, batches, state.consumed_rows)
     rows = [moved(batch, ranks.device) for batch in rows]
     report: Report = {

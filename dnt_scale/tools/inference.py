@@ -12,6 +12,7 @@ from dnt_scale.config import ConfigError, DataSection, RunConfig
 from dnt_scale.data.sources import Source
 from dnt_scale.distributed import compute_dtype
 from dnt_scale.distributed.process_group import Ranks
+from dnt_scale.engine.averaging import average_of
 from dnt_scale.engine.reductions import EvalSums
 from dnt_scale.model.batch import moved
 from dnt_scale.model.task import Task, blank_buffers, build_task, fill_buffers
@@ -44,14 +45,17 @@ def load_run(
     ranks: Ranks,
     open_source: Callable[[DataSection], Source] = whole_source,
     dtype: torch.dtype | None = None,
+    average: bool = True,
 ) -> tuple[RunConfig, Task, Source]:
     """Return a run's configuration, its model with the newest weights (to be computed with at
-    once), and what it reads.
+    once), and what it reads. The weights are their average where the checkpoint holds one
+    (``train.ema``), which a line tells.
 
     Args:
         data: a set to read instead of the run's own, made with the same tokenizer and the like.
         open_source: opens what is needed of what the run reads.
         dtype: to compute in; None: that of the run, where this machine is fast in it.
+        average: False: the very weights that training goes on with.
 
     Raises:
         ValueError: no run or no checkpoint there, a damaged one, no such set, or one that the model
@@ -64,6 +68,9 @@ def load_run(
         raise ConfigError(f"{source.parts()[0].place}: {problem}")
     task = build_task(run.model, source.rows)
     weights = [(f"model.{name}", tuple(p.shape), p.detach()) for name, p in task.named_parameters()]
+    if average and state.averaged:
+        weights = [(average_of(name), shape, data) for name, shape, data in weights]
+        warn(f"step {state.step}, the moving average of the weights (train.ema)")
     checkpoint.read_tensors(
         newest,
         [TensorShard(name, shape, (0,) * len(shape), data) for name, shape, data in weights],

@@ -3,8 +3,8 @@
 
 Counted is what is held between backward and update, the bytes that grow with the model and not with
 the batch: fp32 weights that the optimizer steps, copies of them to compute with, gradients,
-optimizer buffers; with their padding. Activations, and what is whole for a moment (a block's
-gathered weights, a bucket), come on top.
+optimizer buffers, the average of the weights; with their padding. Activations, and what is whole
+for a moment (a block's gathered weights, a bucket), come on top.
 
 N ranks make C copies of S = N / C shards each; P is the number of weights.
 """
@@ -42,6 +42,7 @@ class Memory:
     copies: int  # what the model computes with, where it is kept beside the weights
     gradients: int
     buffers: int  # the optimizer's
+    average: int  # of the weights (train.ema)
     host: frozenset[str] = frozenset()  # which of these fields lie in the host's memory
 
     def device(self) -> int:
@@ -52,7 +53,7 @@ class Memory:
         return sum(getattr(self, field) for field in FIELDS)
 
 
-FIELDS = ("weights", "copies", "gradients", "buffers")
+FIELDS = ("weights", "copies", "gradients", "buffers", "average")
 
 
 @dataclass(frozen=True)
@@ -75,11 +76,12 @@ def parameters_of(model: ModelSection) -> int:
 
 
 def checkpoint_bytes(run: RunConfig) -> int:
-    """A checkpoint's tensors: fp32 weights and the optimizer's buffers, whoever shards them; 8 P
-    with a momentum.
+    """A checkpoint's tensors: fp32 weights, their average and the optimizer's buffers, whoever
+    shards them; 8 P with a momentum.
     """
     groups = _groups(run.optim, shapes_of(run.model))
-    return FP32 * parameters_of(run.model) + sum(
+    weights = 1 if run.train.ema is None else 2
+    return FP32 * weights * parameters_of(run.model) + sum(
         group.bytes_a_weight * _elements(shape) + group.bytes_a_row * shape[0]
         for group in groups
         for shape in group.shapes
@@ -106,6 +108,8 @@ def memory(run: RunConfig, world_size: int, nodes: int = 1) -> Memory:
         2       4 p       c P      4 p         b p
         3       4 p       c p      4 p         b p
 
+    With ``train.ema`` an average of the weights takes as much as these.
+
     With ``offload_optimizer`` gradients are 4 p in stage 1 too, and DeepSpeed's own staging copies,
     4 p to 8 p bytes of the host's memory, are not counted.
     """
@@ -122,7 +126,7 @@ def memory(run: RunConfig, world_size: int, nodes: int = 1) -> Memory:
             for group in groups
             for shape in group.shapes
         )
-        return Memory(FP32 * held, 0, gradients, buffers, host)
+        return Memory(FP32 * held, 0, gradients, buffers, _average(run, held), host)
     engine, compute = run.engine, _compute_bytes(run)
     whole = sum(_elements(shape) for shape in shapes.values())
     of_rows = sum(group.bytes_a_row * shape[0] for group in groups for shape in group.shapes)
@@ -141,12 +145,12 @@ def memory(run: RunConfig, world_size: int, nodes: int = 1) -> Memory:
         group.bytes_a_weight * part for group, part in zip(groups, parts, strict=True)
     )
     if engine.stage == 0:
-        return Memory(FP32 * whole, 0, FP32 * whole, buffers)
+        return Memory(FP32 * whole, 0, FP32 * whole, buffers, _average(run, whole))
     gradients = FP32 * (whole if engine.stage == 1 and not engine.offload_optimizer else held)
-    host = frozenset(("weights", "gradients", "buffers") if engine.offload_optimizer else ())
+    host = frozenset({*FIELDS} - {"copies"} if engine.offload_optimizer else ())
     if engine.offload_parameters:
         host |= {"copies"}
-    return Memory(FP32 * held, compute * whole, gradients, buffers, host)
+    return Memory(FP32 * held, compute * whole, gradients, buffers, _average(run, held), host)
 
 
 def traffic(run: RunConfig, world_size: int, nodes: int = 1) -> Traffic:
@@ -201,6 +205,11 @@ def traffic(run: RunConfig, world_size: int, nodes: int = 1) -> Traffic:
         gathered += padded * (1 if _elements(shape) <= PERSISTENT else passes * micro_batches)
         reduced += padded * micro_batches
     return Traffic(compute * gathered, FP32 * reduced, 0)
+
+
+def _average(run: RunConfig, held: int) -> int:
+    """Bytes of the average of so many weights."""
+    return 0 if run.train.ema is None else FP32 * held
 
 
 def _micro_batches(run: RunConfig, world_size: int) -> int:

@@ -13,6 +13,7 @@ from dnt_scale.data.sources import Source, check_parts, load_source
 from dnt_scale.data.stream import Stream
 from dnt_scale.distributed.agree import on_first, together
 from dnt_scale.distributed.process_group import Ranks
+from dnt_scale.engine.averaging import begun_from
 from dnt_scale.engine.base import Engine, StepStats
 from dnt_scale.model.task import build_task, flops_per_row
 from dnt_scale.optim.groups import parameter_groups
@@ -122,7 +123,7 @@ def set_up(begun: Begun, ranks: Ranks) -> Training:
     clock = Clock(config.run.dir, silent=not ranks.first)
     clock.start(ranks.world_size, last_metrics(config.run.dir)[-1:])
     guard = Guard(config.health, config.optim.judged_clip_norm, config.train.max_skipped)
-    restored_s = restore(built, guard, newest, state, ranks) if newest else 0.0
+    restored_s = restore(begun, built, guard, state, ranks) if newest else 0.0
     guard.keep(state.step, built, at_checkpoint=True)
     saver = together(ranks, lambda: open_saver(config, ranks, clock))
     scaled = scaled_rates(config, source, lr_ratios) if ranks.first else {}
@@ -178,10 +179,13 @@ def open_stream(config: RunConfig, source: Source, state: State, ranks: Ranks) -
     )
 
 
-def restore(built: Engine, guard: Guard, newest: Path | str, state: State, ranks: Ranks) -> float:
+def restore(begun: Begun, built: Engine, guard: Guard, state: State, ranks: Ranks) -> float:
     """Read a checkpoint into the engine and the guard, and return the seconds that it took."""
     started = time.perf_counter()
-    checkpoint.read_tensors(newest, built.shards(), ranks)
+    recorded, newest = begun.start.state, begun.start.newest
+    assert recorded and newest
+    shards = built.shards()
+    checkpoint.read_tensors(newest, shards if recorded.averaged else begun_from(shards), ranks)
     built.refresh(state.scalars)
     guard.restore(state.health)
     return time.perf_counter() - started

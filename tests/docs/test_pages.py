@@ -5,7 +5,9 @@ the lines' length.
 import argparse
 import importlib.util
 import re
+import shlex
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -33,7 +35,7 @@ def test_there_is_something_to_check() -> None:
     assert {"README.md", "docs/train/start.md", "docs/reference/configuration.md"} <= set(NAMES)
     assert set(NAMES) >= HISTORY and len(CURRENT) > 15
     found = [words for name in CURRENT for words in commands(name)]
-    assert ["make", "demo"] in found
+    assert ["make", "demo"] in found and ["make", "demo-images"] in found
     assert ["dnt", "eval", "runs/first"] in found
     assert sum(words[0] == "dnt" for words in found) > 50
     assert "#exit-status" in {f"#{anchor}" for anchor in anchors("docs/faults.md")}
@@ -134,26 +136,44 @@ def test_commands_are_taken(name: str, work: Path, capsys: pytest.CaptureFixture
     started.
     """
     for words in commands(name):
-        shown = f"{name}: {' '.join(words)}"
-        program, rest = Path(words[0]).name, words[1:]
-        if program == "make":
-            assert f"\n{rest[0]}:" in (ROOT / "Makefile").read_text(), shown
-        elif program == "dnt":
-            try:
-                options, more = parser().parse_known_args([word for word in rest if word != "..."])
-            except SystemExit:
-                pytest.fail(f"{shown}\n{capsys.readouterr().err}")
-            overrides = [*getattr(options, "overrides", []), *more]
-            overrides += [word for word in getattr(options, "target", []) if "=" in word]
-            assert all("=" in word and not word.startswith("--") for word in overrides), shown
-            if rest[0] == "sweep":
-                overrides = one_of(overrides)
-            makes_a_run(overrides, sweeps=getattr(options, "multirun", False), shown=shown)
-        elif "dnt_scale.train" in words:
-            found = [
-                word for word in words[words.index("dnt_scale.train") + 1 :] if word != "--fresh"
-            ]
-            makes_a_run(found, sweeps=False, shown=shown)
+        is_taken(words, f"{name}: {' '.join(words)}", capsys)
+
+
+@pytest.mark.parametrize("target", ["demo", "demo-images"])
+def test_commands_of_a_demo_are_taken(
+    target: str, work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those that make would run, and those that it tells of as the next ones."""
+    would = subprocess.run(
+        ["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    lines = would.stdout.replace("\\\n", " ").splitlines()
+    found = [line.partition(".venv/bin/dnt ")[2].partition(" #")[0] for line in lines]
+    found = [line.removesuffix('"') if line.count('"') % 2 else line for line in found if line]
+    assert len(found) >= 6
+    for line in found:
+        is_taken(["dnt", *shlex.split(line)], f"make {target}: dnt {line}", capsys)
+
+
+def is_taken(words: list[str], shown: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Hold a command against its parser, and its overrides against the configuration."""
+    program, rest = Path(words[0]).name, words[1:]
+    if program == "make":
+        assert f"\n{rest[0]}:" in (ROOT / "Makefile").read_text(), shown
+    elif program == "dnt":
+        try:
+            options, more = parser().parse_known_args([word for word in rest if word != "..."])
+        except SystemExit:
+            pytest.fail(f"{shown}\n{capsys.readouterr().err}")
+        overrides = [*getattr(options, "overrides", []), *more]
+        overrides += [word for word in getattr(options, "target", []) if "=" in word]
+        assert all("=" in word and not word.startswith("--") for word in overrides), shown
+        if rest[0] == "sweep":
+            overrides = one_of(overrides)
+        makes_a_run(overrides, sweeps=getattr(options, "multirun", False), shown=shown)
+    elif "dnt_scale.train" in words:
+        found = [word for word in words[words.index("dnt_scale.train") + 1 :] if word != "--fresh"]
+        makes_a_run(found, sweeps=False, shown=shown)
 
 
 def one_of(overrides: list[str]) -> list[str]:

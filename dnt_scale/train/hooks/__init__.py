@@ -5,6 +5,7 @@ from dnt_scale.train.hooks.bad_steps import BadSteps
 from dnt_scale.train.hooks.base import Hook
 from dnt_scale.train.hooks.diagnose import Diagnose
 from dnt_scale.train.hooks.garbage import GarbageCollection
+from dnt_scale.train.hooks.predictions import Predictions
 from dnt_scale.train.hooks.profiler import ProfilerWindow
 from dnt_scale.train.hooks.records import Records
 from dnt_scale.train.hooks.replicas import ReplicaChecks
@@ -21,6 +22,7 @@ HOOKS: tuple[type[Hook], ...] = (
     TensorRMS,  # before every measure.every-th step: how large weights and optimizer buffers are
     Diagnose,  # every diagnose.every steps: tails of gradients, sizes of updates, by tensor
     Records,  # the step's line in metrics.jsonl, from there in MLflow, and what a person sees
+    Predictions,  # after a validation: a few images with what they are taken for, as a picture
     BadSteps,  # tells of a step unlike the last ones, undoes it, ends a run that has too many
     Agreement,  # the one exchange of a step: signals, writers at work, a line that was not written
     Saving,  # puts a checkpoint in place that all have written, begins the next one

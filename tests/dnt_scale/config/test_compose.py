@@ -61,6 +61,16 @@ def test_the_demo_preset_needs_nothing_more() -> None:
     assert config.optim.weight_decay == 0.0 and config.optim.schedule.steps_of_warmup(400) == 20
 
 
+def test_the_demo_of_images_needs_nothing_more() -> None:
+    config = load(["preset=demo_images"])
+    assert (config.run.name, config.model.name, config.data.path) == (
+        "demo-images",
+        "vdnt_tiny",
+        Path("data/demo-images").absolute(),
+    )
+    assert isinstance(config.optim, MSGDWConfig) and config.data.size == config.model.image_size
+
+
 def test_the_command_line_wins_over_the_preset_and_the_preset_over_the_defaults() -> None:
     config = load(
         ["preset=demo", "train.steps=7", "run.name=mine", "model.layers=2", "optim=adamw"]

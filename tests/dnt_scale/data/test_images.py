@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 import webdataset
@@ -91,6 +92,38 @@ def test_processes_make_the_same_rows(folder: Path) -> None:
         for each in (source(folder), by_two)
     )
     assert hashes(mine) == hashes(theirs)
+
+
+def test_validation_borrows_the_processes_of_training(folder: Path) -> None:
+    found = source(folder, workers=1)
+    before = set(psutil.Process().children())
+    with found.stream(seed=7, global_batch=12, rank=0, world_size=1) as stream:
+        next(stream)
+        [process] = stream.read.decoders.processes
+        batches = found.validation(rows=None, micro_batch=5, rank=0, world_size=1)[""]
+        mine = [next(batches)]
+        assert {each.pid for each in set(psutil.Process().children()) - before} == {process.pid}
+        mine += batches
+    own = source(folder).validation(rows=None, micro_batch=5, rank=0, world_size=1)[""]
+    assert hashes(mine) == hashes(list(own))
+
+
+def test_processes_are_as_many_as_cpus_and_images_ask_for(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert source(folder, workers=3).processes == 3
+    for cpus, ranks, large, expected in (
+        (1, 1, True, 0),
+        (2, 1, True, 1),
+        (8, 1, True, 7),
+        (8, 1, False, 1),
+        (8, 4, True, 1),
+        (192, 1, True, 16),
+    ):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid, cpus=cpus: set(range(cpus)))
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+        monkeypatch.setattr("dnt_scale.data.images.SMALL_PIXELS", 0 if large else 64 * 64)
+        assert source(folder, workers=None).processes == expected, (cpus, ranks, large)
 
 
 def test_an_epoch_has_every_image_once_as_it_is_stored(folder: Path) -> None:

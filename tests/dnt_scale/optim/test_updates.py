@@ -196,18 +196,21 @@ MODELS = [
     "gpt_nano",
     "dnt_nano model.tied_head=false model.bias=true",
     "dnt_nano model.activation=swiglu model.kv_heads=2",
+    "vdnt_tiny data=images",
+    "vit_tiny data=images model.pooling=mean",
 ]
 # What each group holds, by its name in the file; None: the rest, which no pattern matches.
-REST = r"(tok_emb|pos_emb|head)\.weight|.*\.(gain|bias)"
+REST = r"(tok_emb|pos_emb|patch|head)\.weight|.*\.(gain|bias)|cls"
 WANTED = {
     "rmnp": {
         "embedding": r"tok_emb\.weight|head\.weight",
-        "matrices": r"pos_emb\.weight|blocks\.\d+\.(attn\.w_[qkvo]|ffn\.w_2)\.weight",
+        "matrices": r"(pos_emb|patch)\.weight|blocks\.\d+\.(attn\.w_[qkvo]|ffn\.w_2)\.weight",
         "tall": r"blocks\.\d+\.ffn\.w_[13]\.weight",
-        "gains": r"(.*\.)?(norm|w)_\w+\.(gain|bias)",
+        "gains": r"(.*\.)?(norm|w)_\w+\.(gain|bias)|(patch|head)\.bias|cls",
     },
-    "normalized": {"matrices": r".*\.weight", "gains": r".*\.(gain|bias)"},
-    "sgd_ll": {"head": r"(tok_emb|head)\.weight", "rest": r"(?!tok_emb|head).*"},
+    "normalized": {"matrices": r".*\.weight", "gains": r".*\.(gain|bias)|cls"},
+    "msgdw_r": {"embedding": r"(tok_emb|patch)\.weight", None: r"(?!(tok_emb|patch)\.weight).*"},
+    "sgd_ll": {"head": r"(tok_emb|head)\.weight", "rest": r"(?!(tok_emb|head)\.weight).*"},
     "muon": {"matrices": r"blocks.*\.w_\w\.weight", "rest": REST},
     "msgdw_adam": {None: r"blocks.*\.w_\w\.weight", "rest": REST},
 }

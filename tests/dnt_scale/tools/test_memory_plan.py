@@ -20,7 +20,7 @@ SHAPE = [
 BF16 = "train.dtype=bf16"
 UNBUFFERED = ["optim.gradient_buffer=false", "optim.clip=previous", "optim.momentum_dtype=bf16"]
 CASES: dict[str, tuple[int, list[str]]] = {
-    "fsdp": (2, ["engine=fsdp", "optim=msgdw"]),
+    "fsdp, average": (2, ["engine=fsdp", "optim=msgdw", "train.ema=0.9"]),
     "fsdp, no gradient buffer, bf16 momentum": (2, ["engine=fsdp", "optim=msgdw_r", *UNBUFFERED]),
     "fsdp, adamw, weights kept": (
         2,
@@ -30,7 +30,10 @@ CASES: dict[str, tuple[int, list[str]]] = {
     "ddp, no gradient buffer": (2, ["engine=ddp", "optim=msgdw", *UNBUFFERED]),
     "zero0": (2, ["engine=zero0", "optim=msgdw"]),
     "zero1": (2, ["engine=zero1", "optim=msgdw", BF16]),
-    "zero2": (2, ["engine=zero2", "optim=msgdw_r", BF16, "optim.momentum_dtype=bf16"]),
+    "zero2, average": (
+        2,
+        ["engine=zero2", "optim=msgdw_r", BF16, "optim.momentum_dtype=bf16", "train.ema=0.9"],
+    ),
     "zero3": (2, ["engine=zero3", "optim=adamw", BF16]),
 }
 
@@ -58,6 +61,7 @@ def test_formulas_are_within_two_percent_of_what_is_measured(case: str) -> None:
             )
         shards = dict(large["shards"])
         assert shards.pop("model") == pytest.approx(deep[0].weights, rel=0.001)
+        assert shards.pop("ema", 0) == pytest.approx(deep[0].average, rel=0.001)
         assert sum(shards.values()) == pytest.approx(deep[0].buffers, rel=0.001)
 
 

@@ -56,6 +56,7 @@ RUN = [
     "train.global_batch=12",
     "train.micro_batch=3",
     "train.dtype=fp32",
+    "train.ema=0.8",
     "eval.every=3",
     "eval.rows=null",
     "checkpoint.every=2",
@@ -156,6 +157,10 @@ def test_validation_is_of_every_image(finished) -> None:
         assert round(line["val/top1"] * VAL, 6) % 1 == 0
         assert line["val/top5"] == 1.0  # of three classes
     assert (finished / "plots" / "loss.png").stat().st_size > 10_000
+    with Image.open(finished / "plots" / "predictions.png") as picture:
+        assert picture.format == "PNG"
+        assert picture.size == (8 * 120 + 8, 3 * 152 + 32)  # 23 images, 8 a row
+        assert len(picture.getcolors(1 << 24)) > 1000
     state = json.loads((finished / "checkpoints" / "step-00000006" / "state.json").read_text())
     assert state["images"] == 12 * STEPS and len(state["classes_sha256"]) == 64
 
@@ -173,7 +178,9 @@ def test_another_recipe_or_set_is_no_resume(overrides, finished, tmp_path) -> No
 
 
 def test_a_run_is_measured_and_names_images(finished, images, tmp_path) -> None:
-    said = dnt("eval", finished).ok().out.split()
+    told = dnt("eval", finished).ok()
+    assert "step 6, the moving average of the weights (train.ema)" in told.err
+    said = told.out.split()
     last = metrics(finished)[-1]
     assert said[::2] == ["val/loss", "val/top1", "val/top5"]
     assert [float(value) for value in said[1::2]] == pytest.approx(
