@@ -60,11 +60,8 @@ HIDDEN = r"\.w_\w\.weight$"
 
 
 def apart(name: str, pattern: str, settings: str) -> list[str]:
-    """Return overrides of optim=normalized that give some matrices a group of their own."""
-    return [
-        f"optim.groups.matrices.pattern='^(?!.*{pattern.removeprefix('^')}).*\\.weight$'",
-        f"+optim.groups.{name}={{pattern: '{pattern}', {settings}}}",
-    ]
+    """Return the override of optim=normalized that gives some matrices a group of their own."""
+    return [f"+optim.groups.{name}={{pattern: '{pattern}', {settings}}}"]
 
 
 COMPARED = ("adamw", "normalized", "msgdw")

@@ -28,5 +28,5 @@ def build_optimizer(
     for group in groups:
         group["update"].check()
     optimizer = ShardedOptimizer(config, groups, seed)
-    optimizer.defaults["lr"] = scaled(config.lr, Plain(pattern=""), config, lr_ratios)
+    optimizer.defaults["lr"] = scaled(config.lr, Plain(pattern=None), config, lr_ratios)
     return optimizer

@@ -228,9 +228,8 @@ def test_every_parameter_is_in_the_group_meant_for_it(name: str, model: str) -> 
         parameter: nn.Parameter(torch.empty(shape, device="meta"))
         for parameter, shape in shapes_of(run.model).items()
     }
-    patterns = {group.pattern: label for label, group in run.optim.groups.items()}
     for group in parameter_groups(named.items(), run.optim):
-        label = patterns.get(group["update"].pattern)
+        label = None if group["label"] == "default" else group["label"]
         for parameter in group["names"]:
             assert re.fullmatch(wanted[label], parameter), (label, parameter)
 
