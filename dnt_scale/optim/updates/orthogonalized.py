@@ -4,10 +4,15 @@
 
 of the whole matrix, in five steps of torch.optim.Muon's own, in bf16 (Jordan et al., 2024,
 kellerjordan.github.io/posts/muon). With Nesterov momentum of .95 in the EMA form it is
-torch.optim.Muon. f is ``scale``: max(1, sqrt(rows / columns)), or 0.2 sqrt(max(rows, columns)),
-whose steps are about as large as AdamW's (arXiv 2502.16982).
+torch.optim.Muon. f is ``scale``:
 
-A baseline: every rank gathers the matrix and orthogonalizes it, simple before fast.
+    tall    max(1, sqrt(rows / columns))
+    adamw   0.2 sqrt(max(rows, columns)): steps about as large as AdamW's (arXiv 2502.16982)
+    rms     sqrt(max(rows, columns)): an element changes by about lr, as by row_column_normalized
+
+A divided matrix is gathered on all ranks that hold it, in bf16; they take turns at the steps, and
+the result goes round in bf16. So ranks share the work, and the bits do not depend on how many they
+are.
 """
 
 import math
@@ -35,9 +40,10 @@ class Orthogonalized(UpdateRule):
     """Orthogonalize the direction of a matrix by Newton-Schulz steps."""
 
     update: Literal["orthogonalized"]
-    scale: Literal["tall", "adamw"] = Field(
+    scale: Literal["tall", "adamw", "rms"] = Field(
         "tall",
-        description="lr times max(1, sqrt(rows / columns)), or times 0.2 sqrt(max(rows, columns))",
+        description="lr times max(1, sqrt(rows / columns)), times 0.2 sqrt(max(rows, columns)), or "
+        "times sqrt(max(rows, columns))",
     )
     newton_schulz_steps: int = Field(5, gt=0, lt=100, description="of the iteration")
 
@@ -47,32 +53,43 @@ class Orthogonalized(UpdateRule):
 
     def powers(self) -> Powers:
         """A step of spectral norm lr changes outputs by lr, where they grow with sqrt(width);
-        ``adamw`` has that factor in its own. The batch's is Adam's, see adamw.py.
+        ``adamw`` and ``rms`` have that factor in their own. The batch's is Adam's, see adamw.py.
         """
         return Powers(width=0.5 if self.scale == "tall" else 0.0, batch=0.5)
 
     def check(self) -> None:
         newton_schulz()
 
+    def factor(self, rows: int, columns: int) -> float:
+        """Return by what lr is multiplied for a matrix of this shape."""
+        if self.scale == "tall":
+            return max(1.0, math.sqrt(rows / columns))
+        return math.sqrt(max(rows, columns)) * (0.2 if self.scale == "adamw" else 1.0)
+
     def move(self, shards: Sequence["Shard"], direction: Direction, lr: float) -> None:
         orthogonalize = newton_schulz()
-        for shard in shards:
-            for segment in shard.segments:
-                rows, columns = segment.shape
-                factor = 0.2 * math.sqrt(max(rows, columns))
-                if self.scale == "tall":
-                    factor = max(1.0, math.sqrt(rows / columns))
-                whole = gathered(shard, segment, direction)
-                step = orthogonalize(whole, COEFFICIENTS, self.newton_schulz_steps, EPS)
-                mine = step.reshape(-1)[segment.start : segment.start + segment.length]
-                shard.weights[segment.offset : segment.offset + segment.length].sub_(
-                    mine.to(shard.weights.dtype), alpha=lr * factor
-                )
+        held = [(shard, segment) for shard in shards for segment in shard.segments]
+        for turn, (shard, segment) in enumerate(held):
+            step = gathered(shard, segment, direction)
+            if shard.division is None or shard.division.is_my_turn(turn):
+                step = orthogonalize(step, COEFFICIENTS, self.newton_schulz_steps, EPS)
+            else:
+                step = step.zero_()
+            if shard.division:
+                step = shard.division.sum(step.contiguous())
+            mine = step.reshape(-1)[segment.start : segment.start + segment.length]
+            shard.weights[segment.offset : segment.offset + segment.length].sub_(
+                mine.to(shard.weights.dtype), alpha=lr * self.factor(*segment.shape)
+            )
 
 
 def gathered(shard: "Shard", segment: "Segment", values: Direction) -> "Tensor":
-    """Return a tensor's values whole, in its shape, on every rank that has a part. A collective."""
-    whole = shard.weights.new_zeros(math.prod(segment.shape))
+    """Return a tensor's values whole, bf16 in its shape, on every rank that has a part. A
+    collective.
+    """
+    import torch
+
+    whole = shard.weights.new_zeros(math.prod(segment.shape), dtype=torch.bfloat16)
     for part in shard.within(segment):
         first = segment.start + part.start - segment.offset
         whole[first : first + part.stop - part.start] = values(shard, part)

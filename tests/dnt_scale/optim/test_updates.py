@@ -56,6 +56,26 @@ def test_the_tall_factor_is_rmnps(shape: tuple[int, int]) -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
 
 
+# --- orthogonalized -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(48, 12), (12, 48), (16, 16)])
+def test_steps_of_orthogonalized_matrices_are_as_long_as_their_scale_says(
+    shape: tuple[int, int],
+) -> None:
+    steps = {}
+    for scale in ("tall", "adamw", "rms"):
+        [weight] = parameters = [nn.Parameter(torch.zeros(shape))]
+        section = {"update": "orthogonalized", "scale": scale}
+        drive(new_msgdw([{"params": parameters, "update": section}], lr=0.01), parameters, 1)
+        steps[scale] = weight.detach()
+    # singular values are brought between 0.7 and 1.2
+    assert 0.007 < steps["rms"].square().mean().sqrt() < 0.012
+    torch.testing.assert_close(steps["adamw"], 0.2 * steps["rms"])
+    tall = max(1.0, shape[0] / shape[1]) ** 0.5 / max(shape) ** 0.5
+    torch.testing.assert_close(steps["tall"], tall * steps["rms"])
+
+
 # --- the others, written out and divided among ranks ----------------------------------------------
 
 SHAPES = [(5, 7), (1, 40), (3, 2), (11, 3)]
@@ -207,6 +227,11 @@ WANTED = {
         "matrices": r"(pos_emb|patch)\.weight|blocks\.\d+\.(attn\.w_[qkvo]|ffn\.w_2)\.weight",
         "tall": r"blocks\.\d+\.ffn\.w_[13]\.weight",
         "gains": r"(.*\.)?(norm|w)_\w+\.(gain|bias)|(patch|head)\.bias|cls",
+    },
+    "muon_normalized": {
+        "hidden": r"blocks.*\.w_\w\.weight",
+        "gains": r".*\.(gain|bias)|cls",
+        "matrices": r"(tok_emb|pos_emb|patch|head)\.weight",
     },
     "normalized": {"matrices": r".*\.weight", "gains": r".*\.(gain|bias)|cls"},
     "msgdw_r": {"embedding": r"(tok_emb|patch)\.weight", None: r"(?!(tok_emb|patch)\.weight).*"},
