@@ -40,9 +40,9 @@ class Powers(NamedTuple):
 
 
 class GroupConfig(Strict):
-    """Parameters whose name matches ``pattern`` (re.search), or none of the other groups', get these
-    values instead of the optimizer's. ``update`` chooses the class, a file of dnt_scale/optim/updates, which adds the
-    settings of its rule.
+    """Parameters whose name matches ``pattern`` (re.search), or none of the other groups', get
+    these values instead of the optimizer's. ``update`` chooses the class, a file of
+    dnt_scale/optim/updates, which adds the settings of its rule.
 
     Attributes:
         row_buffers: names of what the rule keeps of each row of a matrix, an fp32 number.

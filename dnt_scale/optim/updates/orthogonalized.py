@@ -2,26 +2,25 @@
 
     p <- p - lr f NewtonSchulz(d)
 
-of the whole matrix, in five steps of torch.optim.Muon's own, in bf16 (Jordan et al., 2024,
-kellerjordan.github.io/posts/muon). With Nesterov momentum of .95 in the EMA form it is
-torch.optim.Muon. f is ``scale``:
+of the whole matrix, in five steps (Jordan et al., 2024, kellerjordan.github.io/posts/muon). With
+Nesterov momentum of .95 in the EMA form it is torch.optim.Muon. f is ``scale``:
 
     tall    max(1, sqrt(rows / columns))
     adamw   0.2 sqrt(max(rows, columns)): steps about as large as AdamW's (arXiv 2502.16982)
     rms     sqrt(max(rows, columns)): an element changes by about lr, as by row_column_normalized
 
-A divided matrix is gathered on all ranks that hold it, in bf16; they take turns at the steps, and
-the result goes round in bf16. So ranks share the work, and the bits do not depend on how many they
-are.
+A divided matrix is gathered on all ranks that hold it; one of them, another for each matrix, makes
+the step, and it goes back to all. So ranks share the work, and have the same bits. GPUs gather and
+iterate in bf16, as torch.optim.Muon does everywhere; CPUs in fp32, for few of them are fast in
+bf16, and some very slow.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from dnt_scale.config.base import ConfigError
 from dnt_scale.config.optim import UPDATES, Powers
 from dnt_scale.optim.update_rule import Direction, UpdateRule
 
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
     from dnt_scale.optim.segments import Segment
     from dnt_scale.optim.shards import Shard
 
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic, torch.optim.Muon's
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic, Jordan's and torch.optim.Muon's
 EPS = 1e-7
 
 
@@ -57,9 +56,6 @@ class Orthogonalized(UpdateRule):
         """
         return Powers(width=0.5 if self.scale == "tall" else 0.0, batch=0.5)
 
-    def check(self) -> None:
-        newton_schulz()
-
     def factor(self, rows: int, columns: int) -> float:
         """Return by what lr is multiplied for a matrix of this shape."""
         if self.scale == "tall":
@@ -67,12 +63,11 @@ class Orthogonalized(UpdateRule):
         return math.sqrt(max(rows, columns)) * (0.2 if self.scale == "adamw" else 1.0)
 
     def move(self, shards: Sequence["Shard"], direction: Direction, lr: float) -> None:
-        orthogonalize = newton_schulz()
         held = [(shard, segment) for shard in shards for segment in shard.segments]
         for turn, (shard, segment) in enumerate(held):
             step = gathered(shard, segment, direction)
             if shard.division is None or shard.division.is_my_turn(turn):
-                step = orthogonalize(step, COEFFICIENTS, self.newton_schulz_steps, EPS)
+                step = newton_schulz(step, self.newton_schulz_steps)
             else:
                 step = step.zero_()
             if shard.division:
@@ -84,12 +79,11 @@ class Orthogonalized(UpdateRule):
 
 
 def gathered(shard: "Shard", segment: "Segment", values: Direction) -> "Tensor":
-    """Return a tensor's values whole, bf16 in its shape, on every rank that has a part. A
-    collective.
+    """Return a tensor's values whole, in its shape, on every rank that has a part: bf16 on a GPU,
+    else in the weights' dtype. A collective.
     """
-    import torch
-
-    whole = shard.weights.new_zeros(math.prod(segment.shape), dtype=torch.bfloat16)
+    whole = shard.weights.new_zeros(math.prod(segment.shape))
+    whole = whole.bfloat16() if whole.is_cuda else whole
     for part in shard.within(segment):
         first = segment.start + part.start - segment.offset
         whole[first : first + part.stop - part.start] = values(shard, part)
@@ -98,19 +92,20 @@ def gathered(shard: "Shard", segment: "Segment", values: Direction) -> "Tensor":
     return whole.view(segment.shape)
 
 
-def newton_schulz() -> "Callable[[Tensor, tuple[float, float, float], int, float], Tensor]":
-    """Return torch's own iteration.
+def newton_schulz(matrix: "Tensor", steps: int) -> "Tensor":
+    """Return a matrix (R, C) with its singular values brought between about 0.7 and 1.2, in its
+    dtype.
 
-    Raises:
-        ConfigError: this torch has none.
+    An odd polynomial, a x + b x^3 + c x^5 of each singular value, so many times; the matrix product
+    is that of the shorter side.
     """
-    try:
-        from torch.optim._muon import _zeropower_via_newtonschulz
-    except ImportError:
-        import torch
+    import torch
 
-        raise ConfigError(
-            f"update orthogonalized needs the Newton-Schulz steps of torch.optim.Muon, which torch "
-            f"{torch.__version__} lacks; install torch 2.9 or newer, or use row_normalized"
-        ) from None
-    return _zeropower_via_newtonschulz
+    a, b, c = COEFFICIENTS
+    is_tall = matrix.shape[0] > matrix.shape[1]
+    x = matrix.T if is_tall else matrix
+    x = x / x.norm().clamp(min=EPS)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.T if is_tall else x

@@ -18,6 +18,7 @@ from dnt_scale.model.task import shapes_of
 from dnt_scale.optim import updates
 from dnt_scale.optim.algorithms.msgdw import MSGDWConfig
 from dnt_scale.optim.groups import buffer_shapes, parameter_groups
+from dnt_scale.optim.updates.orthogonalized import COEFFICIENTS, EPS, newton_schulz
 from testbed.run import call
 from tests.dnt_scale.optim.test_segments import flat_slice, segments_of
 from tests.helpers.optimizers import drive, new_msgdw, new_optimizer, tensors, tiny_model
@@ -74,6 +75,14 @@ def test_steps_of_orthogonalized_matrices_are_as_long_as_their_scale_says(
     torch.testing.assert_close(steps["adamw"], 0.2 * steps["rms"])
     tall = max(1.0, shape[0] / shape[1]) ** 0.5 / max(shape) ** 0.5
     torch.testing.assert_close(steps["tall"], tall * steps["rms"])
+
+
+@pytest.mark.parametrize("shape", [(48, 12), (12, 48)])
+def test_newton_schulz_in_bf16_is_torchs(shape: tuple[int, int]) -> None:
+    theirs = pytest.importorskip("torch.optim._muon", reason="torch before 2.9 has no Muon")
+    matrix = tensors([shape], 0)[0].bfloat16()
+    expected = theirs._zeropower_via_newtonschulz(matrix.clone(), COEFFICIENTS, 5, EPS)
+    assert torch.equal(newton_schulz(matrix, 5), expected)
 
 
 # --- the others, written out and divided among ranks ----------------------------------------------
@@ -283,8 +292,8 @@ def test_muon_is_torchs_and_adamw_is_torchs_beside_it() -> None:
         for each in (optimizer, muon, adamw):
             each.step()
     for name, p in ours.named_parameters():
-        # a momentum that differs in the last bit of fp32 can be another bf16, 0.4 % of an element
-        atol = 5 * 0.02 * 0.2 * 0.02 if any(named[name] is other for other in hidden) else 0
+        # theirs iterates in bf16, ours on a CPU in fp32: found 2.2 % of five steps of an element
+        atol = 5 * 0.02 * 0.2 * 0.05 if any(named[name] is other for other in hidden) else 0
         torch.testing.assert_close(p, named[name], rtol=1e-6 if not atol else 0, atol=atol + 1e-7)
 
 
