@@ -19,7 +19,7 @@ is in a checkpoint is trained twice. A run that fails or diverges is written dow
 and the others go on. A sampler of Optuna's chooses values by itself, from intervals too (quote them
 for the shell), random ones or (tpe) by what earlier runs led to:
 
-  dnt sweep preset=demo run.name=tpe 'optim.lr=tag(log,interval(3e-4,.03))' --sampler tpe --trials 20
+  dnt sweep preset=demo run.name=tpe 'optim.lr=tag(log,interval(.001,.01))' --sampler tpe --trials 9
 
 --halving 3 spends less on what looks bad early: all train to a first rung, the best third of them
 to the next, three times as far, and so on. Each goes on as if it had never stopped. A long warmup
