@@ -17,7 +17,7 @@ NOT_IMPORTED = {
     "ours",
 }
 # Imported where an extra is installed, by a name that says so when it is not.
-EXTRAS = {"kitoken": "fast", "tensorboard": "tensorboard", "optuna": "sweep"}
+EXTRAS = {"kitoken": "fast", "tensorboard": "tensorboard", "optuna": "sweep", "transformers": "hf"}
 
 
 def canonical(name: str) -> str:

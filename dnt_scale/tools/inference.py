@@ -63,7 +63,7 @@ def load_run(
     """
     run, newest, state = newest_checkpoint(run_dir)
     checkpoint.check_files(newest, state, ranks)
-    source = _found(run_dir, data, run.data, open_source)
+    source = found_source(run_dir, data, run.data, open_source)
     if problem := source.foreign(state.of_source, newest):
         raise ConfigError(f"{source.parts()[0].place}: {problem}")
     task = build_task(run.model, source.rows)
@@ -88,7 +88,7 @@ def load_run(
     return run, task, source
 
 
-def _found(
+def found_source(
     run_dir: Path, data: Path | None, own: DataSection, open_source: Callable[[DataSection], Source]
 ) -> Source:
     """Return the set ``data``, else the run's own. Raises ValueError, and tells what to do where
