@@ -59,7 +59,7 @@ class Stored(NamedTuple):
 
     def shape(self, shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
         """Return its shape, of the shapes of ours."""
-        first, *rest = shapes[self.ours[0]]
+        rest = shapes[self.ours[0]][1:]
         whole = (sum(shapes[name][0] for name in self.ours), *rest)
         return whole[::-1] if self.transposed else whole
 

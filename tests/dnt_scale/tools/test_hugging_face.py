@@ -40,19 +40,19 @@ GPT2 = ["setting=S1", "norm=layernorm", "bias=true", "activation=gelu_tanh", "no
 LLAMA = ["setting=S1", "positions=rope", "activation=swiglu", "ffn_size=80", "kv_heads=1"]
 SCALED = ["rope.scaling=llama3", "rope.factor=4", "rope.original_context=32", "rope.theta=500"]
 OPTIONS = ["positions=rope", "kv_heads=1", "head_size=24", "activation=geglu_tanh", "ffn_size=40"]
+PADDED = ["vocab_multiple=100", "tied_head=false"]
 # overrides of model.*, and the class of transformers that has just these settings
 MODELS = {
     "gpt2": (GPT2, "GPT2LMHeadModel"),
     "gpt2 with an own head": ([*GPT2, "tied_head=false", "activation=gelu"], "GPT2LMHeadModel"),
     "llama": (LLAMA, "LlamaForCausalLM"),
     "llama 3, padded, of biases": (
-        [*LLAMA, *SCALED, "bias=true", "activation=geglu", "vocab_multiple=100", "tied_head=false"],
+        [*LLAMA, *SCALED, *PADDED, "bias=true", "activation=geglu"],
         "LlamaForCausalLM",
     ),
     "dnt": (["setting=S4"], "DNTForCausalLM"),
     "dnt S5 with every option": (
-        ["setting=S5", *OPTIONS, *SCALED, "logit_cap=3", "z_loss=1e-4", "tied_head=false"]
-        + ["vocab_multiple=100"],
+        ["setting=S5", *OPTIONS, *SCALED, *PADDED, "logit_cap=3", "z_loss=1e-4"],
         "DNTForCausalLM",
     ),
     "layernorm": (

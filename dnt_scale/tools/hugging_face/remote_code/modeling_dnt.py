@@ -67,7 +67,7 @@ def norm_if(wanted: bool, size: int, config: DNTConfig) -> nn.Module:
 
 
 def frequencies(rope: dict[str, Any], head_size: int, device: torch.device) -> Tensor:
-    """Return the angle by which a position turns each pair of a head's numbers: float64 (K / 2,)."""
+    """Return the angle by which a position turns each pair: radians, float64 (K / 2,)."""
     place = torch.arange(0, head_size, 2, dtype=torch.float64, device=device)
     angles: Tensor = rope.get("theta", 10_000.0) ** (-place / head_size)
     scaling, factor = rope.get("scaling", "none"), rope.get("factor", 1.0)

@@ -1,5 +1,5 @@
-"""A SentencePiece model as a tokenizer of transformers, run by SentencePiece itself, so that ids are
-those that dnt-scale's `dnt data prepare` gives.
+"""A SentencePiece model as a tokenizer of transformers, run by SentencePiece itself: ids are those
+that dnt-scale's `dnt data prepare` gives.
 """
 
 from pathlib import Path
