@@ -128,7 +128,7 @@ def write_weights(
     tensors = stored_tensors(kind, list(shapes))
     sizes = [dtype.itemsize * math.prod(each.shape(shapes)) for each in tensors]
     shards = split(tensors, sizes, shard_gb * 1e9)
-    index = {}
+    index: dict[str, str] = {}
     with Meter("writing", sum(sizes)) as meter:
 
         def chunks(shard: Sequence[Stored]) -> Iterator[memoryview]:

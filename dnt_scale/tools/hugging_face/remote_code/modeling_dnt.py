@@ -10,6 +10,7 @@ of a head, V vocabulary.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,12 +33,15 @@ SETTINGS = {
 }
 
 
+RESIDUAL = "into_residual"  # an attribute, for _init_weights sees a module alone
+
+
 def _gelu_tanh(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
 # the function behind W_1, and whether it gates W_3
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
     "gelu": (F.gelu, False),
     "gelu_tanh": (_gelu_tanh, False),
     "relu": (F.relu, False),
@@ -72,12 +76,12 @@ def frequencies(rope: dict[str, Any], head_size: int, device: torch.device) -> T
     angles: Tensor = rope.get("theta", 10_000.0) ** (-place / head_size)
     scaling, factor = rope.get("scaling", "none"), rope.get("factor", 1.0)
     if scaling == "linear":
-        return angles / factor
+        angles = angles / factor
     if scaling == "llama3":
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
         turns = angles * rope["original_context"] / (2 * math.pi)
         unscaled = ((turns - low) / (high - low)).clamp(0, 1)
-        return angles * (unscaled + (1 - unscaled) / factor)
+        angles = angles * (unscaled + (1 - unscaled) / factor)
     return angles
 
 
@@ -119,7 +123,7 @@ class Attention(nn.Module):
         self.w_k = nn.Linear(config.width, kv_heads * size, bias=config.bias)
         self.w_v = nn.Linear(config.width, kv_heads * size, bias=config.bias)
         self.w_o = nn.Linear(config.heads * size, config.width, bias=config.bias)
-        self.w_o.into_residual = True  # for _init_weights, which sees a module alone
+        setattr(self.w_o, RESIDUAL, True)
         qk_norm = "qk" in SETTINGS[config.setting]
         self.norm_q = norm_if(qk_norm, size, config)
         self.norm_k = norm_if(qk_norm, size, config)
@@ -152,7 +156,7 @@ class FeedForward(nn.Module):
         self.activation, gated = ACTIVATIONS[config.activation]
         self.w_1 = nn.Linear(config.width, hidden, bias=config.bias)
         self.w_2 = nn.Linear(hidden, config.width, bias=config.bias)
-        self.w_2.into_residual = True
+        setattr(self.w_2, RESIDUAL, True)
         self.w_3 = nn.Linear(config.width, hidden, bias=config.bias) if gated else None
 
     def forward(self, x_BTD: Tensor) -> Tensor:
@@ -204,19 +208,19 @@ class DNTForCausalLM(PreTrainedModel, GenerationMixin):
     def get_input_embeddings(self) -> nn.Module:
         return self.tok_emb
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.tok_emb = value
 
     def get_output_embeddings(self) -> nn.Module | None:
         return self.head
 
-    def set_output_embeddings(self, value: nn.Module) -> None:
+    def set_output_embeddings(self, value: nn.Linear | None) -> None:
         self.head = value
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         std = self.config.init_std
-        if getattr(module, "into_residual", False) and self.config.residual_init_scaled:
+        if getattr(module, RESIDUAL, False) and self.config.residual_init_scaled:
             std /= math.sqrt(2 * self.config.layers)
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, 0.0, std)

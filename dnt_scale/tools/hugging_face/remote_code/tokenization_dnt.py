@@ -32,7 +32,7 @@ class DNTTokenizer(PreTrainedTokenizer):
 
     def get_vocab(self) -> dict[str, int]:
         ours = {self.sp.IdToPiece(number): number for number in range(self.vocab_size)}
-        return ours | self.added_tokens_encoder
+        return {**ours, **self.added_tokens_encoder}
 
     def _tokenize(self, text: str, **kwargs: Any) -> list[str]:
         if not self.splits:
