@@ -160,6 +160,13 @@ def test_heavy_packages_are_imported_where_they_are_used(name: str) -> None:
     assert not {top(found) for found in imports(ROOT / name, at_import_only=True)} & LATE
 
 
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith(REMOTE_CODE)])
+def test_exported_code_runs_where_dnt_scale_is_not_installed(name: str) -> None:
+    beside = REMOTE_CODE.replace("/", ".")
+    found = {top(each) for each in imports(ROOT / name) if not each.startswith(beside)}
+    assert found <= {"torch", "transformers", "sentencepiece"} | set(sys.stdlib_module_names)
+
+
 TRACKERS = {  # what a tracker imports, and who may: its own file or folder, and `dnt ui`
     ("mlflow", "dnt_scale.record.mlflow"): ("dnt_scale/record/mlflow/", "dnt_scale/cli/run.py"),
     ("tensorboard", "torch.utils.tensorboard", "dnt_scale.record.tensorboard"): (

@@ -30,6 +30,7 @@ from dnt_scale.config import ModelConfig
 from dnt_scale.model.dnt import DNT
 from dnt_scale.tools.convert_weights import from_file
 from dnt_scale.tools.hugging_face.export import write_weights
+from dnt_scale.tools.hugging_face.model_card import commit
 from dnt_scale.tools.hugging_face.tokenizer_json import write_tokenizer
 from testbed.configs import composed
 from testbed.corpus import python_source_files
@@ -179,6 +180,21 @@ def test_in_bf16_and_in_shards(tmp_path: Path, corpus: Path) -> None:
     assert loaded(out).dtype == torch.bfloat16
     card = (out / "README.md").read_text()
     assert load_manifest(corpus).tokenizer.sha256 in card and "trust_remote_code=True" in card
+    assert "| code | dnt-scale |" in card
+
+
+def test_the_commit_of_a_run_is_where_a_tracker_or_a_submission_has_noted_it(
+    tmp_path: Path,
+) -> None:
+    assert commit(tmp_path) == ""
+    code, order = tmp_path / "jobs" / "code", tmp_path / "logs" / "tracking.json"
+    code.mkdir(parents=True)
+    (code / "COMMIT").write_text("abc1\n")
+    assert commit(tmp_path) == ", commit abc1"
+    order.parent.mkdir()
+    for noted, shown in (("abc2-dirty", ", commit abc2-dirty"), ("unknown", "")):
+        order.write_text(json.dumps({"tags": {"git_commit": noted}}))
+        assert commit(tmp_path) == shown
 
 
 def test_a_new_model_of_the_class_begins_as_ours(tmp_path: Path, corpus: Path) -> None:
@@ -316,6 +332,10 @@ def test_what_does_not_fit_is_one_clear_line(
         "model_type": "model_type is 'bert', expected dnt, gpt2 or llama",
         "layers": "layers is -1",
     }
+    out = tmp_path / "whole"
+    assert main(["export", str(run), "--to", "hf", str(out)]) == 0
+    wider = "tok_emb.weight has shape (512, 64), the run's model has (512, 32)"
+    assert wider in error("import", str(out), *others, "model.width=32")
     for what, text in expected.items():
         out = tmp_path / what
         assert main(["export", str(run), "--to", "hf", str(out)]) == 0
