@@ -31,7 +31,7 @@ def language_run(
     """
     if type(run.model) is not ModelConfig:
         raise no_language_model(run_dir, run)
-    source = found_source(run_dir, data, run.data, _one_set)
+    source = found_source(run_dir, data, run.data, one_set)
     if not isinstance(source, TokenSource):
         raise no_language_model(run_dir, run)
     return source, run.model
@@ -56,7 +56,7 @@ def tokenizer_file(source: TokenSource) -> tuple[Path, Manifest]:
     return file, manifest
 
 
-def _one_set(data: DataSection) -> Source:
+def one_set(data: DataSection) -> Source:
     """Return one of the sets of a mixture, of which the tokenizer is all that is needed. Raises
     ValueError.
     """
@@ -83,7 +83,7 @@ def generate(
         top_k: sample from the k most likely tokens; 0: from all.
         data: where the tokenizer is, if the run's data has moved; of a mixture, one set is enough.
     """
-    run, model, source = load_run(run_dir, data, ranks, _one_set)
+    run, model, source = load_run(run_dir, data, ranks, one_set)
     if not isinstance(source, TokenSource) or not isinstance(model, DNT):
         raise no_language_model(run_dir, run)
     file, manifest = tokenizer_file(source)
@@ -112,9 +112,7 @@ def sample(logits_V: Tensor, temperature: float, top_k: int, generator: torch.Ge
         ConfigError: the logits tell nothing.
     """
     if logits_V.isnan().any() or logits_V.max().isinf():
-        raise ConfigError(
-            "the model's logits are not finite: its weights are spoilt; take an earlier checkpoint"
-        )
+        raise spoilt()
     if temperature == 0:
         return int(logits_V.argmax())
     if top_k:
@@ -124,3 +122,10 @@ def sample(logits_V: Tensor, temperature: float, top_k: int, generator: torch.Ge
     divisor = min(max(temperature, 1e-30), 1e30)
     probabilities_V = torch.softmax((logits_V - logits_V.max()) / divisor, dim=0)
     return int(torch.multinomial(probabilities_V, 1, generator=generator))
+
+
+def spoilt() -> ConfigError:
+    """Return what to raise where a model's logits tell nothing."""
+    return ConfigError(
+        "the model's logits are not finite: its weights are spoilt; take an earlier checkpoint"
+    )
