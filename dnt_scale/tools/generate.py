@@ -6,17 +6,57 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from data_prep.shards import Manifest
 from data_prep.tokenizer import Tokenizer
-from dnt_scale.config import ConfigError, DataConfig, DataSection
+from dnt_scale.config import ConfigError, DataConfig, DataSection, ModelConfig, RunConfig
 from dnt_scale.data.sources import Source
 from dnt_scale.data.token_sets import any_set
 from dnt_scale.data.tokens import TokenSource
 from dnt_scale.distributed.process_group import Ranks
 from dnt_scale.model.dnt import DNT
-from dnt_scale.tools.inference import load_run
+from dnt_scale.tools.inference import found_source, load_run
 
 
-def _one_set(data: DataSection) -> Source:
+def language_run(
+    run_dir: Path, run: RunConfig, data: Path | None
+) -> tuple[TokenSource, ModelConfig]:
+    """Return the text that a run reads, of a mixture one set, and the section of its language
+    model.
+
+    Args:
+        data: a set to read instead of the run's own.
+
+    Raises:
+        ValueError: no such set, or a run of another kind.
+    """
+    if type(run.model) is not ModelConfig:
+        raise no_language_model(run_dir, run)
+    source = found_source(run_dir, data, run.data, one_set)
+    if not isinstance(source, TokenSource):
+        raise no_language_model(run_dir, run)
+    return source, run.model
+
+
+def no_language_model(run_dir: Path, run: RunConfig) -> ConfigError:
+    """Return what to raise where a run has no text to go on with."""
+    return ConfigError(
+        f"{run_dir}: model.kind is {run.model.kind}, which is no language model, and has no "
+        "text to go on with; measure it with `dnt eval`"
+    )
+
+
+def tokenizer_file(source: TokenSource) -> tuple[Path, Manifest]:
+    """Return where a source's tokenizer is, and the manifest that names it. Raises ConfigError
+    where it is another one.
+    """
+    folder, manifest = source.sets[0].folder, source.sets[0].manifest
+    file = folder / manifest.tokenizer.file
+    if Tokenizer.load(file).sha256 != manifest.tokenizer.sha256:
+        raise ConfigError(f"{file}: not the tokenizer that its manifest names; restore it")
+    return file, manifest
+
+
+def one_set(data: DataSection) -> Source:
     """Return one of the sets of a mixture, of which the tokenizer is all that is needed. Raises
     ValueError.
     """
@@ -43,19 +83,11 @@ def generate(
         top_k: sample from the k most likely tokens; 0: from all.
         data: where the tokenizer is, if the run's data has moved; of a mixture, one set is enough.
     """
-    run, model, source = load_run(run_dir, data, ranks, _one_set)
+    run, model, source = load_run(run_dir, data, ranks, one_set)
     if not isinstance(source, TokenSource) or not isinstance(model, DNT):
-        raise ConfigError(
-            f"{run_dir}: model.kind is {run.model.kind}, which is no language model, and has no "
-            "text to go on with; measure it with `dnt eval`"
-        )
-    folder, manifest = source.sets[0].folder, source.sets[0].manifest
-    tokenizer = Tokenizer.load(folder / manifest.tokenizer.file)
-    if tokenizer.sha256 != manifest.tokenizer.sha256:
-        raise ConfigError(
-            f"{folder / manifest.tokenizer.file}: not the tokenizer that its manifest names; "
-            "restore it"
-        )
+        raise no_language_model(run_dir, run)
+    file, manifest = tokenizer_file(source)
+    tokenizer = Tokenizer.load(file)
     generator = torch.Generator().manual_seed(seed)
     ids = [manifest.eos_id, *tokenizer.encode(prompt)]
     shown = ""
@@ -80,9 +112,7 @@ def sample(logits_V: Tensor, temperature: float, top_k: int, generator: torch.Ge
         ConfigError: the logits tell nothing.
     """
     if logits_V.isnan().any() or logits_V.max().isinf():
-        raise ConfigError(
-            "the model's logits are not finite: its weights are spoilt; take an earlier checkpoint"
-        )
+        raise spoilt()
     if temperature == 0:
         return int(logits_V.argmax())
     if top_k:
@@ -92,3 +122,10 @@ def sample(logits_V: Tensor, temperature: float, top_k: int, generator: torch.Ge
     divisor = min(max(temperature, 1e-30), 1e30)
     probabilities_V = torch.softmax((logits_V - logits_V.max()) / divisor, dim=0)
     return int(torch.multinomial(probabilities_V, 1, generator=generator))
+
+
+def spoilt() -> ConfigError:
+    """Return what to raise where a model's logits tell nothing."""
+    return ConfigError(
+        "the model's logits are not finite: its weights are spoilt; take an earlier checkpoint"
+    )
