@@ -89,7 +89,9 @@ class Cache:
         longest = max(map(len, texts))
         for row, text in zip(rows, texts, strict=True):
             self.lengths[row] = len(text)
-            self.begins[row] = max((at for at, each in enumerate(text) if each == self.eos), default=0)
+            self.begins[row] = max(
+                (at for at, each in enumerate(text) if each == self.eos), default=0
+            )
         # What stands behind a text is seen by none of it.
         padded = [[*text, *[0] * (longest - len(text))] for text in texts]
         device = self.layers.device
@@ -118,6 +120,10 @@ class Cache:
         ]
         tokens_BT = torch.tensor(tokens, device=device)[:, None]
         return tokens_BT, CacheCall(layers, (columns_B - begins_B)[:, None])
+
+    def empty(self, row: int) -> None:
+        """Begin a row whose first token is the next one."""
+        self.lengths[row] = self.begins[row] = 0
 
     def move(self, source: int, target: int) -> None:
         """Put row ``source`` in the place of row ``target``."""
