@@ -59,7 +59,7 @@ class CacheCall:
     """What one call of a model does with a cache."""
 
     layers: list[LayerCache]
-    positions_BT: Tensor | None  # int64, of its tokens; None: the texts begin here
+    positions_BT: Tensor | None  # int64, of its tokens; None: as their documents lie
 
 
 class Cache:
@@ -97,7 +97,9 @@ class Cache:
         device = self.layers.device
         rows_B = torch.tensor(rows, device=device)
         layers = [LayerCache(k, v, rows_B, None, 0, None) for k, v in self.layers.unbind()]
-        return torch.tensor(padded, device=device), CacheCall(layers, None)
+        documents = any(self.begins[row] for row in rows)
+        positions_BT = None if documents else torch.arange(longest, device=device)[None]
+        return torch.tensor(padded, device=device), CacheCall(layers, positions_BT)
 
     def next_tokens(self, tokens: Sequence[int]) -> tuple[Tensor, CacheCall]:
         """Return tokens_BT, int64 with T of 1, that follow in the first rows, and how."""
