@@ -4,6 +4,7 @@ an `mlflow server`.
 
 import contextlib
 import functools
+import logging
 import os
 import shutil
 import signal
@@ -54,9 +55,13 @@ def sqlite_store(file: Path) -> str:
 @functools.cache
 def _empty_store() -> bytes:
     """Return a SQLite store as MLflow makes it: once a process, for it takes seconds."""
-    with tempfile.TemporaryDirectory() as folder:
-        runs(f"sqlite:///{folder}/mlflow.db")
-        return Path(folder, "mlflow.db").read_bytes()
+    logging.disable(logging.INFO)  # its steps, which would be among what a test says
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            runs(f"sqlite:///{folder}/mlflow.db")
+            return Path(folder, "mlflow.db").read_bytes()
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 # --- PostgreSQL -----------------------------------------------------------------------------------

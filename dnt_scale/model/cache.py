@@ -127,6 +127,19 @@ class Cache:
         """Begin a row whose first token is the next one."""
         self.lengths[row] = self.begins[row] = 0
 
+    def close_up(self, ended: Sequence[bool]) -> list[int]:
+        """Let go of those of the first rows that have ended, and put the last ones in their places;
+        return, for each of the first rows now, which one it was.
+        """
+        were = list(range(len(ended)))
+        for row in reversed(were.copy()):
+            if ended[row]:
+                last = were.pop()
+                if row < len(were):
+                    were[row] = last
+                    self.move(len(were), row)
+        return were
+
     def move(self, source: int, target: int) -> None:
         """Put row ``source`` in the place of row ``target``."""
         length = self.lengths[source]

@@ -126,12 +126,18 @@ class DNT(nn.Module, Task):
         """
         return Cache(self.config, rows, capacity, self.document_eos, self.tok_emb.weight)
 
+    @torch.no_grad()
     def fill(self, cache: Cache, rows: Sequence[int], texts: Sequence[Sequence[int]]) -> None:
-        """Put texts, of a token id or more each, into rows of a cache, in the place of what is
-        there. Raises ValueError as ``forward`` does.
+        """Put texts, token ids each, into rows of a cache, in the place of what is there. Raises
+        ValueError as ``forward`` does.
         """
-        self._last(*cache.first_tokens(rows, texts))
+        for row in rows:
+            cache.empty(row)
+        begun = [(row, text) for row, text in zip(rows, texts, strict=True) if text]
+        if begun:
+            self._last(*cache.first_tokens(*zip(*begun, strict=True)))
 
+    @torch.no_grad()
     def next_logits(self, cache: Cache, tokens: Sequence[int]) -> Tensor:
         """Add a token to each of a cache's first rows; return logits_BV of what follows it."""
         return self._logits(self._last(*cache.next_tokens(tokens)))[:, 0]

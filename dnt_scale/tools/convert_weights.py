@@ -4,7 +4,7 @@ memory at a time.
 
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -141,6 +141,7 @@ def begin_from(
     find: Callable[[dict[str, tuple[int, ...]], ModelSection], FoundWeights],
     overrides: Sequence[str],
     command: str,
+    facts: Mapping[str, str] | None = None,
 ) -> str:
     """Make the checkpoint of step 0 from which the run that ``overrides`` describe begins; what was
     written.
@@ -151,9 +152,10 @@ def begin_from(
             but for what ``overrides`` say.
         find: finds the weights of these shapes, of this model. Raises ValueError.
         command: who does it.
+        facts: as of ``Source.facts``, what is known of the data that the weights are of.
 
     Raises:
-        ValueError: as ``from_file``.
+        ValueError: as ``from_file``, or the run's data is of another tokenizer.
         OSError: the checkpoint cannot be written.
     """
     from dnt_scale import config
@@ -168,6 +170,8 @@ def begin_from(
     told = _model_told(place, model, overrides)
     run = config.load([*told, *overrides])
     data = load_source(run)
+    if problem := data.foreign(facts or {}, place):
+        raise CheckpointError(f"{data.parts()[0].place}: {problem}")
     folder = Storage(run.checkpoints)
     if complete(folder):
         raise CheckpointError(f"{folder}: holds checkpoints already; take another run.name")

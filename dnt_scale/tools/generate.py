@@ -47,7 +47,7 @@ def language_run(
     """
     if type(run.model) is not ModelConfig:
         raise no_language_model(run_dir, run)
-    source = found_source(run_dir, data, run.data, _one_set)
+    source = found_source(run_dir, data, run.data, one_set)
     if not isinstance(source, TokenSource):
         raise no_language_model(run_dir, run)
     return source, run.model
@@ -72,7 +72,7 @@ def tokenizer_file(source: TokenSource) -> tuple[Path, Manifest]:
     return file, manifest
 
 
-def _one_set(data: DataSection) -> Source:
+def one_set(data: DataSection) -> Source:
     """Return one of the sets of a mixture, of which the tokenizer is all that is needed. Raises
     ValueError.
     """
@@ -227,12 +227,8 @@ class Writer:
             for text, logits_V in zip(growing, logits_BV, strict=True):
                 self._sample(text, logits_V)
             yield growing
-            for row in reversed(range(len(growing))):
-                if growing[row].end:
-                    last = growing.pop()
-                    if row < len(growing):
-                        growing[row] = last
-                        cache.move(len(growing), row)
+            left = cache.close_up([bool(text.end) for text in growing])
+            growing = [growing[row] for row in left]
 
     def _sample(self, text: Text, logits_V: Tensor) -> None:
         """Add a token to a text, and find out whether that ends it. Raises ConfigError."""
@@ -288,9 +284,6 @@ def fill(model: DNT, cache: Cache, texts: Sequence[Text]) -> None:
             continue
         text.start = start
         seen = text.ids[start:-1]
-        if not seen:
-            cache.empty(row)
-            continue
         longest = max(len(seen), *map(len, group.values())) if group else len(seen)
         if group and longest * (len(group) + 1) > FILL_TOKENS:
             model.fill(cache, [*group], [*group.values()])
@@ -309,7 +302,7 @@ def load_writer(run_dir: Path, ranks: Ranks, asked: Asked, data: Path | None) ->
     Raises:
         ValueError: as ``load_run`` does, or a run that has no language model.
     """
-    run, model, source = load_run(run_dir, data, ranks, _one_set)
+    run, model, source = load_run(run_dir, data, ranks, one_set)
     if not isinstance(source, TokenSource) or not isinstance(model, DNT):
         raise no_language_model(run_dir, run)
     file, manifest = tokenizer_file(source)

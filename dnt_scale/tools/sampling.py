@@ -54,9 +54,7 @@ def sample(
         ConfigError: the logits tell nothing.
     """
     if logits_V.isnan().any() or logits_V.max().isinf():
-        raise ConfigError(
-            "the model's logits are not finite: its weights are spoilt; take an earlier checkpoint"
-        )
+        raise spoilt()
     if sampling.repetition_penalty != 1 and text:
         there = torch.tensor(sorted(set(text)))
         found, penalty = logits_V[there], sampling.repetition_penalty
@@ -93,3 +91,10 @@ def left_in(probabilities_V: Tensor, sampling: Sampling) -> Tensor:
         least = sampling.min_p * probabilities_V.max()
         probabilities_V = probabilities_V.masked_fill(probabilities_V < least, 0)
     return probabilities_V
+
+
+def spoilt() -> ConfigError:
+    """Return what to raise where a model's logits tell nothing."""
+    return ConfigError(
+        "the model's logits are not finite: its weights are spoilt; take an earlier checkpoint"
+    )

@@ -50,6 +50,7 @@ def export(run_dir: Path, out: Path, *, dtype: str, shard_gb: float, data: Path 
             folder that holds something already.
         OSError: the folder cannot be written.
     """
+    out = out.resolve()  # `.` has no name
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out}: exists already; give a new folder, or remove it first")
     if not out.parent.is_dir():

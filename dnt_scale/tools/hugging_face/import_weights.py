@@ -2,6 +2,7 @@
 folder of transformers, in safetensors: nothing is unpickled, no code of the folder runs.
 """
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -37,8 +38,8 @@ def import_weights(folder: Path, overrides: Sequence[str]) -> str:
     """Make the checkpoint from which the run that ``overrides`` describe begins; what was written.
 
     Raises:
-        ValueError: the folder's model or weights are none of ours, or the run is not described as
-            `dnt train` wants it.
+        ValueError: the folder's model or weights are none of ours, the run is not described as
+            `dnt train` wants it, or its data is of another tokenizer than the folder's.
         OSError: a file cannot be read, or the checkpoint not written.
     """
     kind, model = read_settings(folder)
@@ -67,7 +68,10 @@ def import_weights(folder: Path, overrides: Sequence[str]) -> str:
                 )
         return FoundWeights(shapes, sum(map(bytes_of, stored.values())), values)
 
-    return begin_from(folder, model.model_dump_json(), find, overrides, "dnt import")
+    tokenizer, facts = folder / "tokenizer.model", {}
+    if tokenizer.is_file():
+        facts = {"tokenizer_sha256": hashlib.sha256(tokenizer.read_bytes()).hexdigest()}
+    return begin_from(folder, model.model_dump_json(), find, overrides, "dnt import", facts)
 
 
 def _stored(folder: Path) -> StoredRegions:

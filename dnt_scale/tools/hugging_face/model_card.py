@@ -1,6 +1,7 @@
 """README.md of an exported model: what the run was, read off its folder and its checkpoint."""
 
 import math
+from contextlib import suppress
 from pathlib import Path
 
 from dnt_scale.checkpoint import State
@@ -39,7 +40,7 @@ def card(run: RunConfig, run_dir: Path, state: State, dtype: str, code: bool) ->
         "compute dtype": run.train.dtype,
         "seed": str(state.seed),
         "run id": state.run_id,
-        "code": f"dnt-scale, commit {commit(run_dir)}",
+        "code": f"dnt-scale{commit(run_dir)}",
     }
     rows = [f"| {name} | {text} |" for name, text in facts.items()]
     return "\n".join(
@@ -83,6 +84,12 @@ def losses(run_dir: Path, step: int) -> dict[str, str]:
 
 
 def commit(run_dir: Path) -> str:
-    """Return the commit of the code that the run's last start was of, where it is on record."""
+    """Return ``, commit ...`` of the code that the run's last start was of; empty where no tracker
+    and no submission has it on record.
+    """
     tags = read_json(order_file(run_dir)).get("tags")
-    return str(tags.get("git_commit", "unknown")) if isinstance(tags, dict) else "unknown"
+    found = tags.get("git_commit") if isinstance(tags, dict) else None
+    if found is None:
+        with suppress(OSError):
+            found = (run_dir / "jobs" / "code" / "COMMIT").read_text().strip()
+    return f", commit {found}" if found not in (None, "unknown") else ""

@@ -22,19 +22,17 @@ from transformers import (
 from data_prep.shards import load_manifest
 from data_prep.tokenizer import Tokenizer
 from data_prep.train_tokenizer import train as train_tokenizer
-from dnt_scale import config
 from dnt_scale.checkpoint.state import read_state
 from dnt_scale.checkpoint.storage import Storage
 from dnt_scale.cli.main import main
-from dnt_scale.config import ModelConfig
 from dnt_scale.model.dnt import DNT
-from dnt_scale.tools.convert_weights import from_file
 from dnt_scale.tools.hugging_face.export import write_weights
+from dnt_scale.tools.hugging_face.model_card import commit
 from dnt_scale.tools.hugging_face.tokenizer_json import write_tokenizer
-from testbed.configs import composed
 from testbed.corpus import python_source_files
 from testbed.run import tensors, tiny
-from tests.helpers.models import busy, random_tokens
+from tests.helpers.made_run import made_run
+from tests.helpers.models import random_tokens
 
 GPT2 = ["setting=S1", "norm=layernorm", "bias=true", "activation=gelu_tanh", "norm_eps=1e-5"]
 LLAMA = ["setting=S1", "positions=rope", "activation=swiglu", "ffn_size=80", "kv_heads=1"]
@@ -68,27 +66,6 @@ def no_code_in_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytes
     """transformers copies a folder's code before it runs it."""
     place = tmp_path_factory.getbasetemp() / "modules"
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(place))
-
-
-def made_run(folder: Path, data: Path, overrides: list[str], *more: str) -> tuple[Path, DNT]:
-    """The folder of a run that has a checkpoint of step 0, and its model."""
-    chosen = tiny(data, folder / "run", *(f"model.{each}" for each in overrides), *more)
-    run = composed(*chosen)
-    assert isinstance(run.model, ModelConfig)
-    model = busy(run.model, torch.float32)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(parameter * (0.2 if parameter.ndim > 1 else 1))
-    weights = {
-        name: value[: run.model.exported_rows(name)].contiguous()
-        for name, value in model.state_dict().items()
-    }
-    for name in weights:  # what stands there is 0 in training
-        dict(model.named_parameters())[name].data[len(weights[name]) :] = 0
-    save_file(weights, folder / "weights.safetensors")
-    from_file(folder / "weights.safetensors", chosen)
-    (folder / "run" / "config.yaml").write_text(config.to_yaml(run))
-    return folder / "run", model
 
 
 def loaded(folder: Path) -> PreTrainedModel:
@@ -179,6 +156,21 @@ def test_in_bf16_and_in_shards(tmp_path: Path, corpus: Path) -> None:
     assert loaded(out).dtype == torch.bfloat16
     card = (out / "README.md").read_text()
     assert load_manifest(corpus).tokenizer.sha256 in card and "trust_remote_code=True" in card
+    assert "| code | dnt-scale |" in card
+
+
+def test_the_commit_of_a_run_is_where_a_tracker_or_a_submission_has_noted_it(
+    tmp_path: Path,
+) -> None:
+    assert commit(tmp_path) == ""
+    code, order = tmp_path / "jobs" / "code", tmp_path / "logs" / "tracking.json"
+    code.mkdir(parents=True)
+    (code / "COMMIT").write_text("abc1\n")
+    assert commit(tmp_path) == ", commit abc1"
+    order.parent.mkdir()
+    for noted, shown in (("abc2-dirty", ", commit abc2-dirty"), ("unknown", "")):
+        order.write_text(json.dumps({"tags": {"git_commit": noted}}))
+        assert commit(tmp_path) == shown
 
 
 def test_a_new_model_of_the_class_begins_as_ours(tmp_path: Path, corpus: Path) -> None:
@@ -288,6 +280,8 @@ def damage(folder: Path, what: str) -> None:
         save_file({n: v for n, v in found.items() if n != "tok_emb.weight"}, weights)
     elif what == "shape":
         save_file(found | {"tok_emb.weight": torch.zeros(3, 3)}, weights)
+    elif what == "tokenizer":
+        (folder / "tokenizer.model").write_bytes(b"another")
     elif what == "truncated":
         weights.write_bytes(weights.read_bytes()[:-8])
     else:
@@ -313,9 +307,14 @@ def test_what_does_not_fit_is_one_clear_line(
         "missing": "its weights have no tok_emb.weight",
         "shape": "tok_emb.weight has shape (3, 3)",
         "truncated": "not readable as safetensors",
+        "tokenizer": "made with another tokenizer",
         "model_type": "model_type is 'bert', expected dnt, gpt2 or llama",
         "layers": "layers is -1",
     }
+    out = tmp_path / "whole"
+    assert main(["export", str(run), "--to", "hf", str(out)]) == 0
+    wider = "tok_emb.weight has shape (512, 64), the run's model has (512, 32)"
+    assert wider in error("import", str(out), *others, "model.width=32")
     for what, text in expected.items():
         out = tmp_path / what
         assert main(["export", str(run), "--to", "hf", str(out)]) == 0
