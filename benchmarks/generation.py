@@ -2,7 +2,7 @@
 
     python -m benchmarks.generation
 
-Weights are random, in fp32; texts have --context tokens when measuring begins. "without a cache"
+Weights are random, in fp32; texts have --context tokens when measuring begins. "no cache"
 reads one text anew for each token, as `dnt generate` did at first; "transformers" is the class that
 `dnt export` puts beside such weights, with its own cache, by its own `generate`, of one text. They
 take turns, on one thread; processor seconds are those of the process, so other work on the machine
@@ -34,7 +34,7 @@ from dnt_scale.tools.hugging_face.remote_code.configuration_dnt import DNTConfig
 from dnt_scale.tools.hugging_face.remote_code.modeling_dnt import DNTForCausalLM
 
 WANTED_RATIO = 10.0  # to the way without a cache
-WITHOUT, CACHE, THEIRS = "without a cache", "with the cache", "transformers"
+WITHOUT, CACHE, THEIRS = "no cache", "cache", "transformers"
 
 
 def main() -> None:
