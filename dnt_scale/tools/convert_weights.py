@@ -185,23 +185,6 @@ def begin_from(
     buffers = buffer_shapes(wanted, run.optim)
     kinds = [WEIGHT] if run.train.ema is None else [WEIGHT, AVERAGE]
 
-    def chunks() -> Iterator[memoryview]:
-        held = [(f"{kind}{name}", shape) for kind in kinds for name, shape in wanted.items()]
-        shapes = [*held, *buffers.items()]
-        yield memoryview(
-            make_header([(name, torch.float32, _whole(shape)) for name, shape in shapes])
-        )
-        for name in list(wanted) * len(kinds):
-            for values in found.values(name):
-                yield _bytes(values.float())
-                meter(values.nbytes)
-            rows, *rest = wanted[name]
-            if missing := rows - found.shapes[name][0]:
-                yield _bytes(torch.zeros(missing, *rest))
-        for shape in buffers.values():
-            for region in row_chunks(shape):
-                yield _bytes(torch.zeros(region.shape))
-
     final = folder / step_name(state.step)
     partial = folder / f"{INTERMEDIATE}{step_name(state.step)}" if folder.local else final
     with held(run.run.dir, command):
@@ -209,13 +192,39 @@ def begin_from(
         try:
             with Meter("writing", len(kinds) * found.nbytes) as meter:
                 name = "shard-00001-model-00001-of-00001.safetensors"
-                record = write_file(partial, name, chunks(), reused=True)
+                chunks = _first_checkpoint(found, wanted, kinds, buffers, meter)
+                record = write_file(partial, name, chunks, reused=True)
             publish(partial, final, state.model_copy(update={"files": {name: record}}))
         except BaseException:
             partial.remove_all()
             raise
     same = f"the same settings and {' '.join(told)}" if told else "the same settings"
     return f"{final}: {len(wanted)} weights from {place}; `dnt train` with {same} begins from it"
+
+
+def _first_checkpoint(
+    found: FoundWeights,
+    wanted: dict[str, tuple[int, ...]],
+    kinds: list[str],
+    buffers: dict[str, tuple[int, ...]],
+    meter: Callable[[int], None],
+) -> Iterator[memoryview]:
+    """Yield the bytes of a safetensors file of weights, once a kind, and of buffers of zeros; all
+    fp32. Rows that only fill a weight up are zeros.
+    """
+    weights = [(f"{kind}{name}", shape) for kind in kinds for name, shape in wanted.items()]
+    shapes = [*weights, *buffers.items()]
+    yield memoryview(make_header([(name, torch.float32, _whole(shape)) for name, shape in shapes]))
+    for name in list(wanted) * len(kinds):
+        for values in found.values(name):
+            yield _bytes(values.float())
+            meter(values.nbytes)
+        rows, *rest = wanted[name]
+        if missing := rows - found.shapes[name][0]:
+            yield _bytes(torch.zeros(missing, *rest))
+    for shape in buffers.values():
+        for region in row_chunks(shape):
+            yield _bytes(torch.zeros(region.shape))
 
 
 def _model_told(place: Path, text: str, overrides: Sequence[str]) -> list[str]:

@@ -61,7 +61,24 @@ def load_run(
         ValueError: no run or no checkpoint there, a damaged one, no such set, or one that the model
             does not know.
     """
-    run, newest, state = newest_checkpoint(run_dir)
+    found = newest_checkpoint(run_dir)
+    return found[0], *load_checkpoint(run_dir, *found, data, ranks, open_source, dtype, average)
+
+
+def load_checkpoint(
+    run_dir: Path,
+    run: RunConfig,
+    newest: Path | str,
+    state: State,
+    data: Path | None,
+    ranks: Ranks,
+    open_source: Callable[[DataSection], Source] = whole_source,
+    dtype: torch.dtype | None = None,
+    average: bool = True,
+) -> tuple[Task, Source]:
+    """Return the model with the weights of the checkpoint ``newest``, and what the run reads: see
+    ``load_run``.
+    """
     checkpoint.check_files(newest, state, ranks)
     source = found_source(run_dir, data, run.data, open_source)
     if problem := source.foreign(state.of_source, newest):
@@ -85,7 +102,7 @@ def load_run(
     fill_buffers(
         task, blank_buffers(task, run.model.kind), ranks.device
     )  # not cast, as in training
-    return run, task, source
+    return task, source
 
 
 def found_source(

@@ -24,9 +24,9 @@ from dnt_scale.distributed.process_group import Ranks
 from dnt_scale.model.dnt import DNT
 from dnt_scale.record.appended import EVALUATIONS_FOLDER, append_evaluation
 from dnt_scale.record.files import read_json, write_json
-from dnt_scale.tools.generate import no_language_model, one_set, tokenizer_file
+from dnt_scale.tools.generate import language_run, one_set, tokenizer_file
 from dnt_scale.tools.harness.tasks import check_installed, load_tasks, told_of
-from dnt_scale.tools.inference import load_run, newest_checkpoint
+from dnt_scale.tools.inference import load_checkpoint, newest_checkpoint
 
 SEEDS = (0, 1234, 1234)  # of random, numpy and torch, as in the harness: some tasks shuffle
 
@@ -68,13 +68,13 @@ def evaluate_tasks(
         OSError: the results cannot be written.
     """
     check_installed()
-    state = newest_checkpoint(run_dir)[2]  # before tasks are fetched
+    language_run(run_dir, newest_checkpoint(run_dir)[0], data)  # before tasks are fetched
     if not os.access(run_dir, os.W_OK):
         raise ConfigError(f"{run_dir}: cannot be written, and results go there; copy the run")
     found = load_tasks(tasks, include, fewshot)
-    run, model, source = load_run(run_dir, data, ranks, one_set)
-    if not isinstance(source, TokenSource) or not isinstance(model, DNT):
-        raise no_language_model(run_dir, run)
+    run, newest, state = newest_checkpoint(run_dir)  # a run that trains may have saved another
+    model, source = load_checkpoint(run_dir, run, newest, state, data, ranks, one_set)
+    assert isinstance(source, TokenSource) and isinstance(model, DNT), "language_run has looked"
     tokenizer = Tokenizer.load(tokenizer_file(source)[0])
     measured = measure(model, tokenizer, found, limit, batch or run.train.micro_batch)
     dtype = str(model.tok_emb.weight.dtype).removeprefix("torch.")

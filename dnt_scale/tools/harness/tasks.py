@@ -7,6 +7,7 @@ from typing import Any
 
 from dnt_scale.config import ConfigError
 from dnt_scale.config.base import nearest
+from dnt_scale.distributed.errors import out_of_memory
 from dnt_scale.record.files import reason
 
 INSTALL = "pip install 'dnt-scale[eval]'"
@@ -69,12 +70,19 @@ def is_file(task: str) -> bool:
 
 @contextmanager
 def told_of(tasks: str) -> Iterator[None]:
-    """Raise ConfigError for whatever a task's files and data make the harness raise."""
+    """Raise ConfigError for whatever a task's files and data make the harness raise, and where
+    memory is too small for a batch.
+    """
     try:
         yield
     except ConfigError:
         raise
     except Exception as error:
+        if out_of_memory(error):
+            raise ConfigError(
+                f"--batch: {reason(error)}; give a smaller one than it was, or a machine with more "
+                "memory"
+            ) from error
         raise ConfigError(
             f"--tasks: {tasks}: {reason(error)}; check the task's file, and whether its data can "
             "be had from here"
