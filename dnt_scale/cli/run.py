@@ -1,9 +1,9 @@
-"""`dnt train`, `generate`, `eval`, `classify`, `diagnose`, `verify-resume` and `ui`."""
+"""`dnt train`, `eval`, `classify`, `diagnose`, `verify-resume` and `ui`."""
 
 import argparse
 import sys
 
-from dnt_scale.arguments import Parser, number, path, prompt, set_folder, whole, word
+from dnt_scale.arguments import Parser, path, set_folder, whole, word
 
 TRAIN_HELP = """\
 Overrides choose files of configs/ (group=name) and change values (key=value), for example:
@@ -61,33 +61,6 @@ def add_run_commands(commands: "argparse._SubParsersAction[Parser]") -> None:
     )
     train.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     train.set_defaults(run=run_train)
-
-    generate = commands.add_parser(
-        "generate",
-        help="sample text from a run",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    generate.add_argument(
-        "folder", type=path, metavar="RUN", help="run folder, for example runs/demo"
-    )
-    generate.add_argument("--prompt", default="", type=prompt, help="text to go on from")
-    generate.add_argument("--tokens", type=whole(0), default=200, help="tokens to sample, at most")
-    generate.add_argument(
-        "--temperature", type=number(0), default=0.8, help="0: always the most likely token"
-    )
-    generate.add_argument(
-        "--top-k",
-        type=whole(0),
-        default=50,
-        help="sample from the k most likely tokens; 0: from all",
-    )
-    generate.add_argument(
-        "--seed", type=whole(0, 2**64 - 1), default=0, help="the same seed gives the same text"
-    )
-    generate.add_argument(
-        "--data", type=set_folder, help="set with the tokenizer, if it has moved since training"
-    )
-    generate.set_defaults(run=run_generate)
 
     evaluate = commands.add_parser(
         "eval", help="measure a run's newest checkpoint on held-out rows"
@@ -209,26 +182,6 @@ def run_train(options: argparse.Namespace) -> int:
     from dnt_scale.train.rank import main as train
 
     return train([*options.overrides, *["--fresh"] * options.fresh], check_idle)
-
-
-def run_generate(options: argparse.Namespace) -> int:
-    from dnt_scale.distributed import process_group
-    from dnt_scale.tools.generate import generate
-
-    with process_group.alone() as ranks:
-        for piece in generate(
-            options.folder,
-            options.prompt,
-            ranks,
-            tokens=options.tokens,
-            temperature=options.temperature,
-            top_k=options.top_k,
-            seed=options.seed,
-            data=options.data,
-        ):
-            print(piece, end="", flush=True)
-    print()
-    return 0
 
 
 def run_eval(options: argparse.Namespace) -> int:

@@ -16,6 +16,7 @@ from dnt_scale.checkpoint.progress import Meter
 from dnt_scale.config import ConfigError
 from dnt_scale.model.dnt import DNT
 from dnt_scale.tools.harness.scoring import continuations, log_likelihoods
+from dnt_scale.tools.sampling import Sampling
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -135,8 +136,7 @@ class RunModel(TemplateLM):
             over,
             tokens=wanted["max_gen_toks"],
             known=self._known.vocab_size,
-            temperature=wanted["temperature"],
-            top_k=wanted.get("top_k", 0),
+            sampling=Sampling(temperature=wanted["temperature"], top_k=wanted.get("top_k", 0)),
             generator=self._generator,
         )
         texts = [self._known.decode(ids) for ids in found]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dnt_scale.model.dnt import DNT
-from dnt_scale.tools.generate import sample, spoilt
+from dnt_scale.tools.sampling import Sampling, sample, spoilt
 
 Done = Callable[[int], None]  # told how many requests are done
 
@@ -70,8 +70,7 @@ def continuations(
     *,
     tokens: int,
     known: int,
-    temperature: float,
-    top_k: int,
+    sampling: Sampling,
     generator: torch.Generator,
 ) -> list[list[int]]:
     """Return the token ids that go on with each context, computed together.
@@ -80,18 +79,19 @@ def continuations(
         contexts: a token id or more each; with ``tokens`` more at most ``model.context``.
         over: whether these new ids of a row, at least one, are the last.
         known: ids that the tokenizer has; the model may have more, which are not taken.
-        temperature, top_k: as of ``sample``.
     """
     whole = [list(context) for context in contexts]
     begun = [len(context) for context in contexts]
-    active = list(range(len(whole)))
+    cache = model.new_cache(len(whole), max(begun) + tokens - 1)
+    model.fill(cache, range(len(whole)), [context[:-1] for context in contexts])
+    active = list(range(len(whole)))  # one in each row of the cache, from the first on
     for _ in range(tokens):
-        logits_BTV = model(padded([whole[row] for row in active], device_of(model)))
-        for row, logits_TV in zip(list(active), logits_BTV, strict=True):
-            logits_V = logits_TV[len(whole[row]) - 1, :known].float().cpu()
-            whole[row].append(sample(logits_V, temperature, top_k, generator))
-            if over(whole[row][begun[row] :]):
-                active.remove(row)
+        logits_BV = model.next_logits(cache, [whole[number][-1] for number in active])
+        ended = []
+        for number, logits_V in zip(active, logits_BV[:, :known].float().cpu(), strict=True):
+            whole[number].append(sample(logits_V, sampling, generator))
+            ended.append(over(whole[number][begun[number] :]))
+        active = [active[row] for row in cache.close_up(ended)]
         if not active:
             break
     return [ids[start:] for ids, start in zip(whole, begun, strict=True)]
