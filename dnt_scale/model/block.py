@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dnt_scale.config import Activation, BlockSection, Setting
+from dnt_scale.model.documents import Documents, attention
 from dnt_scale.model.rotary import rotated
 
 
@@ -86,7 +87,8 @@ class Attention(nn.Module):
     ``kv_heads`` is less than ``heads``.
 
     Args:
-        causal: whether a token attends only to itself and those before it, where no mask is given.
+        causal: whether a token attends only to itself and those before it, where no documents are
+            given: inside of these it always does.
     """
 
     def __init__(self, config: BlockSection, causal: bool = True) -> None:
@@ -121,14 +123,14 @@ class Attention(nn.Module):
         return y_BHTK if self.shared_by == 1 else y_BHTK.repeat_interleave(self.shared_by, dim=1)
 
     def forward(
-        self, x_BTD: Tensor, mask_B1TT: Tensor | None = None, rotary: Tensor | None = None
+        self, x_BTD: Tensor, documents: Documents | None = None, rotary: Tensor | None = None
     ) -> Tensor:
-        y_BHTK = F.scaled_dot_product_attention(
+        y_BHTK = attention(
             self.queries(self.w_q(x_BTD), rotary),
             self.keys(self.w_k(x_BTD), rotary),
             self._shared(self._split(self.w_v(x_BTD))),
-            attn_mask=mask_B1TT,
-            is_causal=self.causal and mask_B1TT is None,
+            documents,
+            self.causal,
         )
         y_BTD: Tensor = self.w_o(y_BHTK.transpose(1, 2).flatten(-2))
         return y_BTD
@@ -167,20 +169,20 @@ class Block(nn.Module):
     def forward(
         self,
         x_BTD: Tensor,
-        mask_B1TT: Tensor | None = None,
+        documents: Documents | None = None,
         kept_B2: Tensor | None = None,
         rotary: Tensor | None = None,
     ) -> Tensor:
         """Return the residual stream after the block.
 
         Args:
-            mask_B1TT: what is added to the attention's logits.
+            documents: attention stays inside of them; None: a row is one text.
             kept_B2: by what the two branches of a row are multiplied before they are added
                 (stochastic depth); None: 1.
             rotary: of `model.rotary.table`, the lines of each token's position; None: positions do
                 not turn queries and keys.
         """
-        branch_BTD = self.norm_mid1(self.attn(self.norm_pre1(x_BTD), mask_B1TT, rotary))
+        branch_BTD = self.norm_mid1(self.attn(self.norm_pre1(x_BTD), documents, rotary))
         x_BTD = x_BTD + (branch_BTD if kept_B2 is None else branch_BTD * kept_B2[:, :1, None])
         branch_BTD = self.norm_mid2(self.ffn(self.norm_pre2(x_BTD)))
         out_BTD: Tensor = x_BTD + (

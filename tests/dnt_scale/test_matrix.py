@@ -129,6 +129,7 @@ DECODER = [
     "model.tied_head=false",
     "model.z_loss=1e-3",
     "model.logit_cap=5",
+    "data.document_mask=true",
     # row steps, with the factor of tall matrices on w_1 and w_3
     "optim=rmnp",
     "optim.nesterov=false",
@@ -181,8 +182,11 @@ def given_to_a_block(run: RunConfig, engine: Engine, me: Ranks) -> list[str]:
     seen: list[str] = []
 
     def see(module: torch.nn.Module, given: tuple[Any, ...]) -> None:
-        x, _, _, rotary = given
-        assert torch.equal(rotary[:, 0], task_of(engine).rotary)
+        x, documents, _, rotary = given
+        positions_BT = documents.positions_BT
+        assert torch.equal(rotary[:, :, 0], task_of(engine).rotary[positions_BT])
+        # not each row is one document
+        assert (positions_BT != torch.arange(positions_BT.shape[1])).any()
         seen.extend([str(x.dtype), str(rotary.dtype)])
 
     check_rotary(run, engine)
