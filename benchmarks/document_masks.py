@@ -38,15 +38,15 @@ SPEED, MEMORY = (2048, 4, 64), (8192, 2, 64)  # tokens, heads, width of a head
 WANTED_SPEED = 0.8  # of no mask's, at least
 WANTED_MEMORY = 1 / 8  # of the dense mask's, at most
 EOS, SEED = 0, 1
-OURS, PLAIN, DENSE = "inside documents", "no mask", "mask of T x T"
-FEW_HUNDRED = "documents of 300 tokens, some more, some less"
+OURS, PLAIN, DENSE = "inside documents", "no mask", "dense mask"
+FEW_HUNDRED = "documents of about 300"
 LAYOUTS = {  # the mean length of documents, log-normal; or where they begin
     FEW_HUNDRED: 300,
-    "documents of 100": 100,
-    "documents of 20": 20,
+    "of about 100": 100,
+    "of about 20": 20,
     "each token a document": 1,
     "one document": [0],
-    "the rest of another, and a long one": [100],
+    "a rest, then a long one": [100],
 }
 Step = Callable[[], object]
 
@@ -171,14 +171,14 @@ def begins(layout: int | list[int], length: int) -> list[int]:
 def show(result: dict[str, Any]) -> None:
     length, heads, width = SPEED
     title = (
-        f"attention alone, forward and backward, {length:,} tokens, {heads} heads of {width}, fp32, "
-        f"one thread\n{result['device']}, torch {result['torch']}, {result['date']}, "
+        f"attention alone, forward and backward, {length:,} tokens, {heads} heads of {width}, "
+        f"fp32, one thread\n{result['device']}, torch {result['torch']}, {result['date']}, "
         f"{result['commit'][:12]}"
     )
     table = Table(title=title)
-    for column in ("row", "documents", *(f"{name}, ms" for name in (OURS, PLAIN, DENSE))):
+    for column in ("row", "documents", *(f"{name}\nms" for name in (OURS, PLAIN, DENSE))):
         table.add_column(column, justify="right")
-    for column in (f"speed over {PLAIN}'s", "wanted, at least", f"{DENSE}'s"):
+    for column in ("speed over\nno mask's", "wanted,\nat least", "dense\nmask's"):
         table.add_column(column, justify="right")
     for row in result["speed"]:
         milliseconds = (f"{1e3 * row['seconds'][name]:.1f}" for name in (OURS, PLAIN, DENSE))
@@ -193,9 +193,9 @@ def show(result: dict[str, Any]) -> None:
     Console(width=130).print(table)
     length, heads, width = MEMORY
     table = Table(title=f"peak of the same, {length:,} tokens, {heads} heads of {width}")
-    for column in ("row", *(f"{name}, MB" for name in (OURS, PLAIN, DENSE))):
+    for column in ("row", *(f"{name}\nMB" for name in (OURS, PLAIN, DENSE))):
         table.add_column(column, justify="right")
-    for column in (f"over {DENSE}'s", "wanted, at most"):
+    for column in ("over dense\nmask's", "wanted,\nat most"):
         table.add_column(column, justify="right")
     for row in result["memory"]:
         table.add_row(

@@ -32,7 +32,8 @@ def differentiable() -> Iterator[None]:
 
 
 def block_inputs(task: Task, batch: Batch) -> list[tuple[nn.Module, tuple[Any, ...]]]:
-    """Return each block with the arguments it is called with on a batch, the first a tensor.
+    """Return each block with the arguments it is called with where the model is measured on a
+    batch, the first a tensor: no row skips a block, as some do in training.
 
     Where documents are among them, they are such as hold for copies of the row too, and for
     derivatives in forward mode on any device.
@@ -48,7 +49,7 @@ def block_inputs(task: Task, batch: Batch) -> list[tuple[nn.Module, tuple[Any, .
     hooks = [block.register_forward_pre_hook(keep) for block in task.blocks]
     try:
         with torch.no_grad():
-            task.loss_sum(batch)
+            task.eval_sums(batch)
     finally:
         for hook in hooks:
             hook.remove()
