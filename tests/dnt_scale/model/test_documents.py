@@ -248,6 +248,14 @@ def test_masked_documents_in_bf16() -> None:
 # --- as blocks are recomputed and compiled --------------------------------------------------------
 
 
+def with_blocks(found: Documents, monkeypatch) -> Documents:
+    """The same for FlexAttention, which then runs on this CPU in its slow form, backward too."""
+    monkeypatch.setattr(flex, "_validate_device", lambda *_: None)
+    slow = torch.compile(flex.flex_attention, backend="aot_eager")
+    monkeypatch.setattr(documents, "_compiled", lambda: slow)
+    return Documents(found.begin_BT, block_mask=block_mask(found.begin_BT))
+
+
 def one_block(dtype: torch.dtype = torch.float32):
     return busy(tiny(context=T, positions="none"), dtype).blocks[0]
 
@@ -263,23 +271,25 @@ def how_computed(forward, recompute: str | None):
     }[recompute]
 
 
-@pytest.mark.parametrize("recompute", ["full", "selective"])
-def test_recomputation_changes_no_bit(recompute: str) -> None:
+@pytest.mark.parametrize("path", ["cpu", "cuda"])
+def test_recomputation_changes_no_bit(path, monkeypatch) -> None:
     tokens_BT = torch.where(torch.arange(2 * T).view(2, T) % 70 == 0, EOS, 1)
     found = find_documents(tokens_BT, EOS, torch.float32)
+    if path == "cuda":
+        found = with_blocks(found, monkeypatch)
     block = one_block()
     x_BTD = normal((2, T, 24), 5, torch.float32).requires_grad_()
     given = [x_BTD, *block.parameters()]
-    plain, recomputed = (
+    plain, *recomputed = (
         with_gradients(how_computed(block.forward, how)(x_BTD, found), given)
-        for how in (None, recompute)
+        for how in (None, "full", "selective")
     )
-    assert_close(recomputed, plain, 0)
+    for each in recomputed:
+        assert_close(each, plain, 0)
 
 
 @pytest.mark.parametrize("path", ["cpu", "cuda"])
 def test_blocks_are_compiled_once_for_any_documents(path, monkeypatch) -> None:
-    monkeypatch.setattr(flex, "_validate_device", lambda *_: None)  # it has a backward on CPU too
     torch._dynamo.reset()
     block, backend = one_block(), CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(
@@ -289,7 +299,7 @@ def test_blocks_are_compiled_once_for_any_documents(path, monkeypatch) -> None:
         tokens_BT = torch.where(torch.arange(2 * T).view(2, T) % every == every - 1, EOS, 1)
         found = find_documents(tokens_BT, EOS, torch.float32)
         if path == "cuda":
-            found = Documents(found.begin_BT, block_mask=block_mask(found.begin_BT))
+            found = with_blocks(found, monkeypatch)
         x_BTD = normal((2, T, 24), every, torch.float32).requires_grad_()
         given = [x_BTD, *block.parameters()]
         ours = with_gradients(compiled(x_BTD, found), given)
@@ -336,14 +346,11 @@ def test_the_blocks_are_those_that_torch_finds(data: st.DataObject) -> None:
 
 @pytest.mark.parametrize("width", [8, 24])  # less than FlexAttention's least, and not a power of 2
 def test_flex_attention_and_its_gradients_are_those_of_a_dense_mask(width, monkeypatch) -> None:
-    monkeypatch.setattr(flex, "_validate_device", lambda *_: None)
-    monkeypatch.setattr(documents, "_compiled", lambda: flex.flex_attention)
     tokens_BT = torch.where(torch.arange(2 * T).view(2, T) % 70 == 0, EOS, 1)
-    begin_BT = find_documents(tokens_BT, EOS, torch.float32).begin_BT
+    found = find_documents(tokens_BT, EOS, torch.float32)
     qkv = attended(tokens_BT, torch.float32, width=width)
-    found = Documents(begin_BT, block_mask=block_mask(begin_BT))
-    ours = with_gradients(attention(*qkv, found, causal=True), qkv)
-    assert_close(ours, by_dense_mask(qkv, begin_BT), 1e-5)
+    ours = with_gradients(attention(*qkv, with_blocks(found, monkeypatch), causal=True), qkv)
+    assert_close(ours, by_dense_mask(qkv, found.begin_BT), 1e-5)
 
 
 def test_blocks_are_found_without_the_host() -> None:
