@@ -2,8 +2,8 @@
 
 Documents are contiguous, so on CPU rows are cut into them and each is plain causal attention. On
 CUDA, where the host would have to wait for the places of the cuts, FlexAttention (arXiv 2412.05496)
-skips the blocks of keys that lie outside. Memory is linear in T: but for FlexAttention's list of
-blocks, (T / 128)^2 integers a row.
+skips the blocks of keys that lie outside. Memory is linear in T, but for FlexAttention's lists of
+blocks: four of (T / 128)^2 int32 a row.
 
 Shapes in names: B rows, T tokens, N all tokens of the rows, H heads, K width of a head.
 """
@@ -153,7 +153,8 @@ def _split(x_BHTK: Tensor, lengths: list[int]) -> Iterator[Tensor]:
 def _joined(pieces: Iterable[Tensor], rows: int) -> Tensor:
     """Return the rows of pieces as (B, H, T, K), in memory token by token."""
     x_NHK = torch.cat([piece[0].transpose(0, 1) for piece in pieces])
-    return x_NHK.unflatten(0, (rows, -1)).transpose(1, 2)
+    x_BTHK: Tensor = x_NHK.unflatten(0, (rows, -1))
+    return x_BTHK.transpose(1, 2)
 
 
 # --- CPU, compiled: the same as one operation -----------------------------------------------------
@@ -291,7 +292,8 @@ def _numbers(chosen_BSS: Tensor) -> tuple[Tensor, Tensor]:
 def _compiled() -> Callable[..., Tensor]:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention)
+    whole: Callable[..., Tensor] = torch.compile(flex_attention)
+    return whole
 
 
 def _in_blocks(q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor, mask: "BlockMask") -> Tensor:
@@ -300,8 +302,10 @@ def _in_blocks(q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor, mask: "BlockMask"
     width = q_BHTK.shape[-1]
     missing = max(0, LEAST_HEAD - width)  # zeros, which change no logit
     q, k, v = (F.pad(x, (0, missing)) if missing else x for x in (q_BHTK, k_BHTK, v_BHTK))
-    function = flex_attention if torch.compiler.is_compiling() else _compiled()
-    y_BHTK: Tensor = function(q, k, v, block_mask=mask, scale=width**-0.5)
+    # what compiles a block compiles this with it
+    inside: Callable[..., Tensor] = flex_attention
+    function = inside if torch.compiler.is_compiling() else _compiled()
+    y_BHTK = function(q, k, v, block_mask=mask, scale=width**-0.5)
     return y_BHTK[..., :width]
 
 
