@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from dnt_scale.config import Activation, BlockSection, Setting
 from dnt_scale.model.cache import LayerCache
+from dnt_scale.model.documents import Documents, attention
 from dnt_scale.model.rotary import rotated
 
 
@@ -87,7 +88,8 @@ class Attention(nn.Module):
     ``kv_heads`` is less than ``heads``.
 
     Args:
-        causal: whether a token attends only to itself and those before it, where no mask is given.
+        causal: whether a token attends only to itself and those before it, where no documents are
+            given: inside of these it always does.
     """
 
     def __init__(self, config: BlockSection, causal: bool = True) -> None:
@@ -126,7 +128,7 @@ class Attention(nn.Module):
     def forward(
         self,
         x_BTD: Tensor,
-        mask_B1TT: Tensor | None = None,
+        documents: Documents | None = None,
         rotary: Tensor | None = None,
         cache: LayerCache | None = None,
     ) -> Tensor:
@@ -138,12 +140,12 @@ class Attention(nn.Module):
         if cache is not None and cache.goes_on:
             y_BHTK = cache.attended(q_BHTK)
         else:
-            y_BHTK = F.scaled_dot_product_attention(
+            y_BHTK = attention(
                 q_BHTK,
                 self._for_each_query(k_BGTK),
                 self._for_each_query(v_BGTK),
-                attn_mask=mask_B1TT,
-                is_causal=self.causal and mask_B1TT is None,
+                documents,
+                self.causal,
             )
         y_BTD: Tensor = self.w_o(y_BHTK.transpose(1, 2).flatten(-2))
         return y_BTD
@@ -182,7 +184,7 @@ class Block(nn.Module):
     def forward(
         self,
         x_BTD: Tensor,
-        mask_B1TT: Tensor | None = None,
+        documents: Documents | None = None,
         kept_B2: Tensor | None = None,
         rotary: Tensor | None = None,
         cache: LayerCache | None = None,
@@ -190,15 +192,15 @@ class Block(nn.Module):
         """Return the residual stream after the block.
 
         Args:
-            mask_B1TT: what is added to the attention's logits.
+            documents: attention stays inside of them; None: a row is one text.
             kept_B2: by what the two branches of a row are multiplied before they are added
                 (stochastic depth); None: 1.
             rotary: of `model.rotary.table`, the lines of each token's position; None: positions do
                 not turn queries and keys.
             cache: keeps keys and values; where the tokens go on with others, it says what they
-                attend to, in the mask's place.
+                attend to, in the documents' place.
         """
-        branch_BTD = self.norm_mid1(self.attn(self.norm_pre1(x_BTD), mask_B1TT, rotary, cache))
+        branch_BTD = self.norm_mid1(self.attn(self.norm_pre1(x_BTD), documents, rotary, cache))
         x_BTD = x_BTD + (branch_BTD if kept_B2 is None else branch_BTD * kept_B2[:, :1, None])
         branch_BTD = self.norm_mid2(self.ffn(self.norm_pre2(x_BTD)))
         out_BTD: Tensor = x_BTD + (
