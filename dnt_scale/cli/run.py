@@ -2,8 +2,12 @@
 
 import argparse
 import sys
+from typing import TYPE_CHECKING
 
 from dnt_scale.arguments import Parser, number, path, prompt, set_folder, whole, word
+
+if TYPE_CHECKING:
+    from dnt_scale.train.run_start import Begun
 
 TRAIN_HELP = """\
 Overrides choose files of configs/ (group=name) and change values (key=value), for example:
@@ -54,6 +58,11 @@ def add_run_commands(commands: "argparse._SubParsersAction[Parser]") -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     train.add_argument("--print-config", action="store_true", help="show the resolved run and stop")
+    train.add_argument(
+        "--print-plan",
+        action="store_true",
+        help="show the run's stages (train.stages) as a table and stop",
+    )
     train.add_argument(
         "--fresh",
         action="store_true",
@@ -194,21 +203,40 @@ def run_train(options: argparse.Namespace) -> int:
     from dnt_scale import config
 
     run = config.load(options.overrides)
-    if options.print_config:
+    if options.print_config or options.print_plan:
         from dnt_scale.train.recorded import Typed
         from dnt_scale.train.run_start import begin
 
         begun = begin(run, Typed(options.overrides), fresh=options.fresh)
-        print(config.to_yaml(begun.run), end="")
+        if options.print_config:
+            print(config.to_yaml(begun.run), end="")
         for note in begun.notes:
             print(note, file=sys.stderr)
-        return 0
+        return print_plan(begun) if options.print_plan else 0
     from cluster.watch.run_state import check_idle
 
     check_idle(run.run.dir)
     from dnt_scale.train.rank import main as train
 
     return train([*options.overrides, *["--fresh"] * options.fresh], check_idle)
+
+
+def print_plan(begun: "Begun") -> int:
+    """Show the stages of a run that begins or goes on."""
+    from rich.console import Console
+
+    from dnt_scale.train.resume import changes, starting_state
+    from dnt_scale.train.stage_table import stage_table
+    from dnt_scale.train.stages import load_stages
+
+    stages = load_stages(begun.run)
+    state, newest = starting_state(begun, stages, 1)
+    Console(highlight=False).print(stage_table(begun.run, stages))
+    for line in changes(begun, stages):
+        print(line, file=sys.stderr)
+    if newest:
+        print(f"step {state.step:,} is done, by {newest}")
+    return 0
 
 
 def run_generate(options: argparse.Namespace) -> int:

@@ -113,25 +113,25 @@ def from_file(weights: Path, overrides: Sequence[str]) -> str:
         OSError: the file cannot be read, or the checkpoint not written.
     """
     from dnt_scale import config
-    from dnt_scale.data.sources import load_source
     from dnt_scale.model.task import shapes_of
     from dnt_scale.optim.groups import buffer_shapes
     from dnt_scale.record.run_lock import held
     from dnt_scale.train.recorded import Typed
     from dnt_scale.train.resume import starting_state
     from dnt_scale.train.run_start import begin
+    from dnt_scale.train.stages import load_stages
 
     source = Storage(weights.parent)
     told = _model_told(source, weights, overrides)
     run = config.load([*told, *overrides])
-    data = load_source(run)
+    stages = load_stages(run)
     folder = Storage(run.checkpoints)
     if complete(folder):
         raise CheckpointError(f"{folder}: holds checkpoints already; take another run.name")
     begun = begin(run, Typed([*told, *overrides]))
     if begun.start.aside:
         raise CheckpointError(f"{run.run.dir}: holds steps of a run already; take another run.name")
-    state, _ = starting_state(begun, data, run.total_steps(data.unit.a_row), 1)
+    state, _ = starting_state(begun, stages, 1)
     state = state.model_copy(update={"engine": {"step": 0, "updates": 0}})
     wanted = shapes_of(run.model)
     stored = _weights(source, weights, wanted, run.model)

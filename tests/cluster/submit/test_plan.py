@@ -22,6 +22,7 @@ from dnt_scale.distributed import process_group
 from dnt_scale.model.flops import flops_per_token
 from dnt_scale.record.speed import PEAK_FLOPS
 from dnt_scale.tools.memory_plan import checkpoint_bytes
+from dnt_scale.train.stages import load_stages
 from testbed.run import synthetic_set, tiny, train
 from tests.helpers.tensor_shards import copies, some_state, some_tensors
 
@@ -56,7 +57,7 @@ def planned(
     data: Path, run_dir: Path, *overrides: str, nodes: tuple[Node, ...] = (PLAIN,)
 ) -> plan.Plan:
     run, site = asked(data, run_dir, *overrides)
-    return plan.make_plan(run, site, partition(*nodes), load_source(run))
+    return plan.make_plan(run, site, partition(*nodes), load_stages(run))
 
 
 def line(text: str, name: str) -> str:

@@ -1,0 +1,283 @@
+"""Stages of a run: which rows they take, and that a resume inside or across them is exact."""
+
+import hashlib
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from dnt_scale import config
+from dnt_scale.config import ConfigError, RunConfig
+from dnt_scale.distributed import process_group
+from dnt_scale.distributed.process_group import Ranks
+from dnt_scale.optim.schedule import Schedule
+from dnt_scale.train.loop import train as train_begun
+from dnt_scale.train.recorded import Typed
+from dnt_scale.train.run_start import begun_on_all
+from dnt_scale.train.stages import Batches, Stages, load_stages
+from testbed.run import call, metrics, same_tensors, synthetic_set, tiny, train
+from tests.helpers.once import Once
+
+ALONE = Ranks(0, 0, 1, torch.device("cpu"))
+LAST = "checkpoints/step-00000010"
+STOPPED = (2, 4, 5, 7, 8)  # in each stage and where one ends
+SETS = ("web", "good", "short")
+
+
+@pytest.fixture(scope="session")
+def sets(once: Once) -> Path:
+    """Three sets with one tokenizer, the last with rows of half the length; and one of another
+    tokenizer.
+    """
+
+    def make(folder: Path) -> None:
+        for seed, name in enumerate(SETS):
+            synthetic_set(folder / name, seq_len=32 if name == "short" else 64, seed=seed)
+        synthetic_set(folder / "foreign", vocab_size=500)
+
+    return once("stage_sets", make)
+
+
+def three_stages(sets: Path, run_dir: Path, *more: str) -> list[str]:
+    """Four steps on one set, three on a mixture with it, three on shorter rows to the end."""
+    return tiny(
+        sets / "web",
+        run_dir,
+        "train.steps=10",
+        "train.global_batch=12",
+        "train.micro_batch=3",
+        "optim.schedule.name=constant",
+        "train.stages.both.after_step=4",
+        "train.stages.both.global_batch=24",
+        "train.stages.both.lr_factor=0.5",
+        f"train.stages.both.data.mixture.w={{path: {sets}/web, weight: 1}}",
+        f"train.stages.both.data.mixture.g={{path: {sets}/good, weight: 2}}",
+        "train.stages.end.after_step=7",
+        f"train.stages.end.data.path={sets}/short",
+        "train.stages.end.micro_batch=6",
+        "train.stages.end.decay_to=0.1",
+        *more,
+    )
+
+
+def loaded(*overrides: str) -> Stages:
+    return load_stages(config.load(list(overrides)))
+
+
+# --- which rows, which learning rate --------------------------------------------------------------
+
+
+def rows(stages: Stages, step: int, of: int) -> list[str]:
+    """A hash of each global batch from a step on, read by so many ranks."""
+    ranks = [replace(ALONE, rank=rank, world_size=of) for rank in range(of)]
+    consumed = stages.at(step).span.rows_at(step)
+    found = [hashlib.sha256() for _ in range(step, stages.total_steps)]
+    for rank in ranks:
+        with Batches(stages, step, consumed, rank) as batches:
+            for number, digest in enumerate(found, step + 1):
+                batch, done = next(batches)
+                assert isinstance(batch, torch.Tensor)
+                assert done == stages.at(number - 1).span.rows_at(number)
+                digest.update(batch.numpy().tobytes())
+    return [digest.hexdigest() for digest in found]
+
+
+def test_a_step_takes_the_same_rows_on_any_ranks_from_any_step_on(sets, tmp_path):
+    stages = loaded(*three_stages(sets, tmp_path))
+    whole = rows(stages, 0, 1)
+    assert len(set(whole)) == 10
+    for step, of in zip(STOPPED, (2, 3, 4, 1, 2), strict=True):
+        assert rows(stages, step, of) == whole[step:]
+
+
+def positions(stages: Stages) -> list[tuple[str, str, int]]:
+    """The set, member and row of every row of a run, step by step."""
+    found = []
+    for stage in stages:
+        places = stage.rows_behind(stage.span.rows, stage.span.rows_at(stage.span.end))["rows"]
+        found += [
+            (Path(place["set"]).name, place["member"], row)
+            for place in places
+            for row in place["rows"]
+        ]
+    return found
+
+
+def test_a_set_that_goes_on_shows_no_row_again(sets, tmp_path):
+    """Of `web` stage 1 takes 48 rows and the mixture 24 of its 72: none of them is one of those."""
+    stages = loaded(*three_stages(sets, tmp_path))
+    web = [place for place in positions(stages) if place[0] == "web"]
+    assert len(web) == len(set(web)) == 48 + 24
+    alone = loaded(*tiny(sets / "web", tmp_path, "train.steps=6", "train.global_batch=12"))
+    assert sorted(positions(alone)) == sorted(web)  # the next ones of its own order
+
+
+def test_a_stage_with_the_same_data_goes_on_in_one_order(sets, tmp_path):
+    """With a third of the batch from step 2 on, 6 steps take the rows of 4."""
+    given = tiny(sets / "web", tmp_path, "train.global_batch=12", "optim.schedule.warmup_steps=0")
+    plain = loaded(*given, "train.steps=4")
+    smaller = ["train.stages.small.after_step=2", "train.stages.small.global_batch=4"]
+    stages = loaded(*given, "train.steps=8", *smaller)
+    with Batches(plain, 0, 0, ALONE) as one, Batches(stages, 0, 0, ALONE) as other:
+        whole = torch.cat([next(one)[0] for _ in range(4)])
+        parts = torch.cat([next(other)[0] for _ in range(8)])
+    assert torch.equal(whole, parts)
+
+
+def test_tokens_count_each_stages_rows(sets, tmp_path):
+    stages = loaded(*three_stages(sets, tmp_path))
+    assert [stages.units_at(step) for step in (0, 4, 7, 10)] == [
+        0,
+        4 * 12 * 64,
+        (4 * 12 + 3 * 24) * 64,
+        (4 * 12 + 3 * 24) * 64 + 3 * 24 * 32,
+    ]
+    whole = stages.work_at(10)
+    assert stages.work_at(4) < whole / 2 < stages.work_at(7) < whole
+
+
+def test_the_learning_rate_has_its_stages_factor(sets, tmp_path):
+    run = config.load(three_stages(sets, tmp_path, "optim.schedule.warmup_steps=2"))
+    spans = run.spans(64, {"end": 32})
+    schedule = Schedule(run.optim.schedule, 10, spans)
+    found = [schedule.factor(step) for step in range(10)]
+    assert found == pytest.approx([0.5, 1, 1, 1, 0.5, 0.5, 0.5, 0.5 - 0.4 / 3, 0.5 - 0.8 / 3, 0.1])
+
+
+def test_stages_may_begin_after_tokens(sets, tmp_path):
+    """Batches of 768 tokens to 3,000 of them, then of 1,536 to the budget."""
+    run = config.load(
+        tiny(
+            sets / "web",
+            tmp_path,
+            "train.tokens=1e4",
+            "train.global_batch=12",
+            "train.stages.more.after_tokens=3e3",
+            "train.stages.more.global_batch=24",
+        )
+    )
+    first, second = run.spans(64)
+    assert (first.begin, first.end, second.begin, second.end) == (0, 4, 4, 9)
+    assert second.units_at(8) < 10_000 <= second.units_at(9)
+    assert run.total_steps(64) == 9
+
+
+# --- what cannot be -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (
+            ["end.after_step=4"],
+            "train: stages.end.after_step is 4, not above 4 of stages.both, which stands before "
+            "it; write stages in the order they begin in",
+        ),
+        (
+            ["end.after_step=10"],
+            "train.stages.end begins after step 10, but train.steps is 10, so the run ends after "
+            "step 10; let it begin earlier, or train for longer",
+        ),
+        (
+            ["both.lr_facter=1"],
+            "train.stages.both.lr_facter: no such field; did you mean train.stages.*.lr_factor? "
+            "(found 1)",
+        ),
+        (["both.after_tokens=10"], "set one of after_step and after_tokens"),
+        (["end.after_step=null", "end.after_tokens=1e5"], "give all stages of a run the same"),
+        (
+            ["end.data.path=/SETS/foreign"],
+            "train.stages.end.data: /SETS/foreign was made with another tokenizer (sha256 ",
+        ),
+        (
+            ["both.data.mixture.g.path=/SETS/short"],
+            "train.stages.both: data.mixture.w: /SETS/web has seq_len 64, but /SETS/short (g) has "
+            "32; prepare both with the same --tokenizer and --seq-len",
+        ),
+        (["end.data.document_mask=true"], "train.stages.end.data: its rows have document_eos 0"),
+    ],
+)
+def test_what_cannot_be_is_one_line(sets, tmp_path, given, said):
+    stages = [f"train.stages.{line}".replace("/SETS", str(sets)) for line in given]
+    with pytest.raises(ConfigError) as caught:
+        loaded(*three_stages(sets, tmp_path, *stages))
+    assert said.replace("/SETS", str(sets)) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_each_stages_batch_is_for_all_ranks(sets, tmp_path):
+    stages = loaded(*three_stages(sets, tmp_path, "train.stages.both.global_batch=26"))
+    wanted = stages.sets()
+    stages.check(wanted, replace(ALONE, world_size=2))
+    with pytest.raises(ConfigError, match=r"^train\.stages\.both: train\.global_batch is 26, not"):
+        stages.check(wanted, replace(ALONE, world_size=4))
+
+
+# --- runs -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def whole(sets: Path, once: Once) -> Path:
+    """The folder of the run of three stages on 4 ranks, with a checkpoint after each step in
+    STOPPED and others; to be read only.
+    """
+
+    def make(folder: Path) -> None:
+        every = ["checkpoint.every=1", "checkpoint.keep=20", "checkpoint.background=false"]
+        train(three_stages(sets, folder / "tiny", *every), ranks=4).ok()
+
+    return once("staged_run", make) / "tiny"
+
+
+def stopped(whole: Path, step: int, folder: Path) -> Path:
+    """The run as it was when it had stopped after a step."""
+    shutil.copytree(whole, folder, ignore=shutil.ignore_patterns("step-*", "latest"))
+    name = f"checkpoints/step-{step:08d}"
+    shutil.copytree(whole / name, folder / name)
+    return folder
+
+
+def go_on(overrides: list[list[str]]) -> None:
+    """Train several runs, one after the other, in the processes of one group of ranks."""
+    ranks = process_group.start("cpu")
+    for given in overrides:
+        run: RunConfig = config.load(given)
+        begun = begun_on_all(run, ranks, Typed(given), fresh=False)
+        assert train_begun(begun, ranks) == 0
+    process_group.stop()
+
+
+def resumed(sets: Path, whole: Path, folder: Path, of: int) -> list[Path]:
+    """The runs that go on, from each step in STOPPED, on so many ranks."""
+    folders = [stopped(whole, step, folder / str(step)) for step in STOPPED]
+    call(go_on, [three_stages(sets, each, "checkpoint.every=0") for each in folders], ranks=of).ok()
+    return folders
+
+
+def test_a_run_has_each_stages_speed_and_tokens(whole):
+    lines = [line for line in metrics(whole) if line["step"]]
+    tokens = [4 * 12 * 64, (4 * 12 + 3 * 24) * 64]
+    assert [lines[step - 1]["tokens"] for step in (4, 7)] == tokens
+    assert lines[-1]["tokens"] == tokens[-1] + 3 * 24 * 32
+    assert [line["lr"] for line in lines[3:5]] == [0.1, 0.05]
+
+
+@pytest.mark.slow
+def test_resuming_on_as_many_ranks_is_bitwise_the_uninterrupted_run(sets, whole, tmp_path):
+    for folder in resumed(sets, whole, tmp_path, 4):
+        assert metrics(folder) == metrics(whole)
+        assert same_tensors(folder / LAST, whole / LAST)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("of", [1, 2, 3])
+def test_resuming_on_other_ranks_has_the_same_losses(sets, whole, tmp_path, of):
+    wanted = metrics(whole)
+    for folder in resumed(sets, whole, tmp_path, of):
+        found = metrics(folder)
+        assert [line["tokens"] for line in found] == [line["tokens"] for line in wanted]
+        for one, other in zip(found, wanted, strict=True):
+            for name in ("train/loss", "val/loss"):
+                assert one.get(name) == pytest.approx(other.get(name), abs=1e-5, rel=0)
