@@ -338,7 +338,9 @@ def synthetic_set(
                 if place % 250 == 249
                 else 1 + (3 * int(ids[place - 1]) + int(choice[place])) % (vocab_size - 1)
             )
-        splits[name] = write_split(folder, name, np.concatenate([[0], ids]).astype(np.uint16), seq_len)
+        splits[name] = write_split(
+            folder, name, np.concatenate([[0], ids]).astype(np.uint16), seq_len
+        )
     tokenizer = f"no tokenizer of {vocab_size} pieces".encode()
     (folder / "tokenizer.model").write_bytes(tokenizer)
     documents, text_bytes = (

@@ -19,13 +19,7 @@ from cluster.submit import plan, single_run
 from cluster.submit.plan import Plan
 from data_prep.files import free_bytes, nearest_existing
 from data_prep.words import closest, counted, duration, megabytes
-from dnt_scale.config import (
-    ConfigError,
-    RunConfig,
-    TorchEngineConfig,
-    by_stage,
-    check_tracking,
-)
+from dnt_scale.config import ConfigError, RunConfig, TorchEngineConfig, check_tracking
 from dnt_scale.config.engine import copies_of
 from dnt_scale.config.tracking_uri import sqlite_file
 from dnt_scale.data.sources import Source
@@ -34,7 +28,7 @@ from dnt_scale.tools.memory_plan import checkpoint_bytes
 from dnt_scale.train.recorded import Typed
 from dnt_scale.train.resume import changes, check_place, starting_state
 from dnt_scale.train.run_start import begin
-from dnt_scale.train.stages import check_batch, load_stages
+from dnt_scale.train.stages import check_batches, load_stages
 
 # file systems that several machines see, and those that are one machine's memory; what is in
 # neither may be a disk
@@ -82,7 +76,6 @@ def check_and_plan(run: RunConfig, site: ClusterConfig, *, fresh: bool = False) 
     check_account(site)
     check_signal(site)
     stages = load_stages(run)
-    source = stages.source
     check_ranks(run, site)
     steps = stages.total_steps
     begun = begin(run, Typed(whole=True), fresh=fresh)
@@ -99,7 +92,7 @@ def check_and_plan(run: RunConfig, site: ClusterConfig, *, fresh: bool = False) 
     made = plan.make_plan(run, site, partition, stages, state.step)
     notes = [f"SLURM expects the first job to start at {start}"] if start else []
     notes += [*begun.notes, *changes(begun, stages)]
-    return replace(made, notes=(*notes, *find_warnings(run, site, source, partition)))
+    return replace(made, notes=(*notes, *find_warnings(run, site, stages.source, partition)))
 
 
 def batch_script(run: RunConfig, site: ClusterConfig) -> str:
@@ -268,8 +261,7 @@ def check_signal(site: ClusterConfig) -> None:
 def check_ranks(run: RunConfig, site: ClusterConfig) -> None:
     """Raise ValueError, in training's words, when the batch, the engine or the device does not go
     with the ranks."""
-    for name, stage in by_stage(run).items():
-        check_batch(stage, name, site.ranks)
+    check_batches(run, site.ranks)
     if isinstance(run.engine, TorchEngineConfig):
         copies_of(run.engine, site.ranks, site.nodes)
     gpus = site.gpus_per_node

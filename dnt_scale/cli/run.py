@@ -68,6 +68,13 @@ def add_run_commands(commands: "argparse._SubParsersAction[Parser]") -> None:
         action="store_true",
         help="move aside what an earlier run has left in the folder; begin at step 0",
     )
+    train.add_argument(
+        "--from-step",
+        type=whole(0),
+        metavar="N",
+        help="go on from the newest checkpoint of step N or before; with more train.steps and "
+        "schedule wsd, of before its decay. Later checkpoints and metrics are moved aside",
+    )
     train.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     train.set_defaults(run=run_train)
 
@@ -207,7 +214,8 @@ def run_train(options: argparse.Namespace) -> int:
         from dnt_scale.train.recorded import Typed
         from dnt_scale.train.run_start import begin
 
-        begun = begin(run, Typed(options.overrides), fresh=options.fresh)
+        typed = Typed(options.overrides)
+        begun = begin(run, typed, fresh=options.fresh, from_step=options.from_step)
         if options.print_config:
             print(config.to_yaml(begun.run), end="")
         for note in begun.notes:
@@ -218,7 +226,10 @@ def run_train(options: argparse.Namespace) -> int:
     check_idle(run.run.dir)
     from dnt_scale.train.rank import main as train
 
-    return train([*options.overrides, *["--fresh"] * options.fresh], check_idle)
+    more = ["--fresh"] * options.fresh
+    if options.from_step is not None:
+        more.append(f"--from-step={options.from_step}")
+    return train([*options.overrides, *more], check_idle)
 
 
 def print_plan(begun: "Begun") -> int:

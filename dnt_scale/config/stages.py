@@ -174,7 +174,7 @@ def spans_of(run: "RunConfig", units_a_row: int, of_stages: Mapping[str, int]) -
             )
         )
     last = spans[-1]
-    end = last.step_of(train.tokens) if train.steps is None else train.steps
+    end = last.step_of(train.tokens or 0) if train.steps is None else train.steps
     if train.stages and end <= last.begin:
         asked = f"steps is {train.steps:,}" if train.steps else f"tokens is {train.tokens:,}"
         raise ConfigError(

@@ -85,6 +85,8 @@ def starting_state(
         "world_size": world_size,
         "sets": fresh.sets,
         "stages": fresh.stages,
+        # its trackers have the steps that it does otherwise now
+        **({"run_id": uuid.uuid4().hex} if begun.start.rewound else {}),
     }
     return state.model_copy(update=now), newest
 

@@ -1,5 +1,7 @@
 """What a run is going to do, stage by stage, as a table: `dnt train --print-plan`."""
 
+from pathlib import Path
+
 from rich.table import Table
 
 from dnt_scale.config import RunConfig
@@ -15,10 +17,10 @@ def stage_table(run: RunConfig, stages: Stages) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("stage")
     for name in ("from step", "to step", unit):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     table.add_column("data", overflow="fold")
-    for name in (f"{unit} a row", "rows a step", "lr at begin", "lr at end"):
-        table.add_column(name, justify="right")
+    for name in (f"{unit}/row", "rows/step", "lr from", "lr to"):
+        table.add_column(name, justify="right", no_wrap=True)
     units = stages.a_rows
     before: Stage | None = None
     for number, stage in enumerate(stages, 1):
@@ -41,7 +43,13 @@ def stage_table(run: RunConfig, stages: Stages) -> Table:
 
 def _sets(stage: Stage) -> list[str]:
     """Return a line on each set that a stage reads."""
-    sets = stage.run.data.sets()
-    return [f"{found.weight:.3g} {found.name} {found.path}" for found in sets if found.name] or [
-        str(part.place) for part in stage.source.parts()
-    ]
+    if mixed := [found for found in stage.run.data.sets() if found.name]:
+        return [f"{found.weight:.3g} {found.name} {_near(found.path)}" for found in mixed]
+    return [_near(part.place) for part in stage.source.parts()]
+
+
+def _near(place: Path | str) -> str:
+    """Return a path as it is written from the working folder, where it lies below."""
+    if isinstance(place, Path) and place.is_relative_to(Path.cwd()):
+        return str(place.relative_to(Path.cwd()))
+    return str(place)

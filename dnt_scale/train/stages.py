@@ -100,25 +100,26 @@ class Stages(tuple[Stage, ...]):
             count * (stage.flops_a_row or 1.0) for count, stage in zip(rows, self, strict=True)
         )
 
-    def check(self, sets: Sequence[dict[str, str]], ranks: Ranks) -> None:
-        """Raise ValueError where ranks cannot share a batch equally, or where this rank sees other
-        sets than rank 0: ``sets``, the SHA-256 of each stage's by name.
-        """
-        for stage, wanted in zip(self, sets, strict=True):
-            check_parts(stage.source, wanted)
-            check_batch(stage.run, stage.span.name, ranks.world_size)
-
     def sets(self) -> list[dict[str, str]]:
         """Return the SHA-256 of each stage's sets by name."""
         return [{part.name: part.sha256 for part in stage.source.parts()} for stage in self]
 
 
-def check_batch(run: RunConfig, name: str, ranks: int) -> None:
-    """Raise ConfigError where ranks cannot share a stage's global batch equally."""
-    try:
-        rows_a_rank(run.train.global_batch, ranks)
-    except ValueError as error:
-        raise ConfigError(f"train.stages.{name}: {error}" if name else str(error)) from None
+def check_batches(run: RunConfig, ranks: int) -> None:
+    """Raise ConfigError where ranks cannot share the global batch of a stage equally."""
+    for name, stage in by_stage(run).items():
+        try:
+            rows_a_rank(stage.train.global_batch, ranks)
+        except ValueError as error:
+            raise ConfigError(f"train.stages.{name}: {error}" if name else str(error)) from None
+
+
+def check_sets(stages: Stages, wanted: Sequence[dict[str, str]]) -> None:
+    """Raise ConfigError where this rank sees other sets than rank 0: ``wanted``, as of
+    ``Stages.sets``.
+    """
+    for stage, sets in zip(stages, wanted, strict=True):
+        check_parts(stage.source, sets)
 
 
 def load_stages(run: RunConfig) -> Stages:

@@ -15,8 +15,9 @@ from dnt_scale.distributed.process_group import Ranks
 from dnt_scale.optim.schedule import Schedule
 from dnt_scale.train.loop import train as train_begun
 from dnt_scale.train.recorded import Typed
-from dnt_scale.train.run_start import begun_on_all
-from dnt_scale.train.stages import Batches, Stages, load_stages
+from dnt_scale.train.resume import changes, starting_state
+from dnt_scale.train.run_start import begin, begun_on_all
+from dnt_scale.train.stages import Batches, Stages, check_batches, load_stages
 from testbed.run import call, metrics, same_tensors, synthetic_set, tiny, train
 from tests.helpers.once import Once
 
@@ -152,6 +153,7 @@ def test_stages_may_begin_after_tokens(sets, tmp_path):
         tiny(
             sets / "web",
             tmp_path,
+            "train.steps=null",
             "train.tokens=1e4",
             "train.global_batch=12",
             "train.stages.more.after_tokens=3e3",
@@ -193,8 +195,8 @@ def test_stages_may_begin_after_tokens(sets, tmp_path):
         ),
         (
             ["both.data.mixture.g.path=/SETS/short"],
-            "train.stages.both: data.mixture.w: /SETS/web has seq_len 64, but /SETS/short (g) has "
-            "32; prepare both with the same --tokenizer and --seq-len",
+            "train.stages.both: data.mixture.w.path: /SETS/web has seq_len 64, but /SETS/short (g) "
+            "has 32; prepare both with the same --tokenizer and --seq-len",
         ),
         (["end.data.document_mask=true"], "train.stages.end.data: its rows have document_eos 0"),
     ],
@@ -208,11 +210,10 @@ def test_what_cannot_be_is_one_line(sets, tmp_path, given, said):
 
 
 def test_each_stages_batch_is_for_all_ranks(sets, tmp_path):
-    stages = loaded(*three_stages(sets, tmp_path, "train.stages.both.global_batch=26"))
-    wanted = stages.sets()
-    stages.check(wanted, replace(ALONE, world_size=2))
+    run = config.load(three_stages(sets, tmp_path, "train.stages.both.global_batch=26"))
+    check_batches(run, 2)
     with pytest.raises(ConfigError, match=r"^train\.stages\.both: train\.global_batch is 26, not"):
-        stages.check(wanted, replace(ALONE, world_size=4))
+        check_batches(run, 4)
 
 
 # --- runs -----------------------------------------------------------------------------------------
@@ -278,6 +279,143 @@ def test_resuming_on_other_ranks_has_the_same_losses(sets, whole, tmp_path, of):
     for folder in resumed(sets, whole, tmp_path, of):
         found = metrics(folder)
         assert [line["tokens"] for line in found] == [line["tokens"] for line in wanted]
-        for one, other in zip(found, wanted, strict=True):
-            for name in ("train/loss", "val/loss"):
-                assert one.get(name) == pytest.approx(other.get(name), abs=1e-5, rel=0)
+        for name in ("train/loss", "val/loss"):
+            losses = [[line[name] for line in lines if name in line] for lines in (found, wanted)]
+            assert losses[0] == pytest.approx(losses[1], abs=1e-5, rel=0)
+
+
+# --- changed on a resume --------------------------------------------------------------------------
+
+
+def start(overrides: list[str], from_step: int | None = None) -> list[str]:
+    """What a start on one rank says; nothing is written."""
+    begun = begin(config.load(overrides), Typed(overrides), from_step=from_step)
+    stages = load_stages(begun.run)
+    starting_state(begun, stages, 1)
+    return [*begun.notes, *changes(begun, stages)]
+
+
+def test_a_stage_that_has_not_begun_may_change_and_is_told(sets, whole, tmp_path):
+    run_dir = stopped(whole, 5, tmp_path / "run")
+    given = three_stages(sets, run_dir, "train.stages.end.lr_factor=0.2", "train.steps=12")
+    (line,) = [line for line in start(given) if "other than" in line]
+    assert "train.stages.end.lr_factor null -> 0.2" in line and "train.steps 10 -> 12" in line
+    later = [line for line in given if "stages.end" not in line]
+    assert load_stages(begin(config.load(later), Typed(later)).run)[-1].span.begin == 7  # kept
+    more = ["train.stages.new.after_step=6", "train.stages.new.lr_factor=2", *later]
+    assert [
+        stage.span.name for stage in load_stages(begin(config.load(more), Typed(more)).run)
+    ] == ["", "both", "new", "end"]
+    (whole_data,) = [
+        stage.run.data.path
+        for stage in load_stages(
+            begin(
+                config.load([*given, f"train.stages.end.data.path={sets}/good"]),
+                Typed([*given, f"train.stages.end.data.path={sets}/good"]),
+            ).run
+        )[2:]
+    ]
+    assert whole_data == sets / "good"
+
+
+@pytest.mark.parametrize(
+    ("step", "given", "said"),
+    [
+        (
+            5,
+            ["both.lr_factor=0.7"],
+            r"train\.stages\.both\.lr_factor: .* was trained with 0\.5, this run asks for 0\.7, "
+            "but the stage has begun, after step 4",
+        ),
+        (5, ["both.global_batch=36"], r"train\.stages\.both\.global_batch: .* trained with 24"),
+        (5, ["both.data.mixture.g.weight=3"], r"both\.data\.mixture\.g\.weight: .* with 2, this"),
+        (5, ["both.after_step=5"], r"train\.stages\.both\.after_step: .* trained with 4"),
+        (8, ["end.data.path=/SETS/good"], r"train\.stages\.end\.data: the manifest of .*/good is"),
+        (
+            8,
+            ["end.after_step=6"],
+            r"train\.stages\.end\.after_step: .*/step-00000008 was trained with 7",
+        ),
+    ],
+)
+def test_what_has_begun_may_not_change(sets, whole, tmp_path, step, given, said):
+    run_dir = stopped(whole, step, tmp_path / "run")
+    stages = [f"train.stages.{line}".replace("/SETS", str(sets)) for line in given]
+    with pytest.raises(ConfigError, match=said):
+        start(three_stages(sets, run_dir, *stages))
+
+
+def test_what_has_begun_may_go_on_elsewhere_and_in_other_micro_batches(sets, whole, tmp_path):
+    run_dir = stopped(whole, 8, tmp_path / "run")
+    moved = shutil.copytree(sets / "short", tmp_path / "moved")
+    changed = [f"train.stages.end.data.path={moved}", "train.stages.end.micro_batch=4"]
+    assert start(three_stages(sets, run_dir, *changed))
+
+
+def test_a_stage_may_not_begin_in_the_past(sets, whole, tmp_path):
+    """Not one that was not trained; it may begin where the checkpoint stands."""
+    run_dir = stopped(whole, 2, tmp_path / "run")
+    past = [line for line in three_stages(sets, run_dir) if "stages" not in line]
+    new = ["train.stages.new.after_step=1", "train.stages.new.lr_factor=2"]
+    with pytest.raises(ConfigError) as caught:
+        start([*new, *past])
+    assert str(caught.value) == (
+        f"train.stages.new: begins after step 1, but {run_dir}/checkpoints/step-00000002 has "
+        "trained to step 2 without it; let it begin there or later, or take another run.name"
+    )
+    new[0] = "train.stages.new.after_step=2"
+    assert "learning rate of the next step: 0.1 -> 0.2" in " ".join(start([*new, *past]))
+
+
+def test_all_stages_that_have_not_begun_may_be_left_out(sets, whole, tmp_path):
+    given = three_stages(sets, stopped(whole, 4, tmp_path / "run"))
+    none = [*(line for line in given if "stages" not in line), "train.stages={}"]
+    assert any("train.stages.both.after_step 4 -> not there" in line for line in start(none))
+
+
+def test_a_run_without_stages_has_no_more_in_its_configuration(sets, tmp_path):
+    """So its checkpoints and its MLflow params are those of old."""
+    run = config.load(tiny(sets / "web", tmp_path))
+    assert not [key for key in config.flat(run) if "stages" in key]
+    settings = run.model_dump(mode="json")
+    del settings["train"]["stages"]
+    assert config.validate(settings) == run
+
+
+# --- from an earlier step -------------------------------------------------------------------------
+
+
+def test_a_longer_run_goes_on_from_before_its_decay(sets, tmp_path):
+    """Of 10 steps the last 4 decay. With 14 it goes on from step 6, or from before it."""
+    run_dir = tmp_path / "run"
+    given = tiny(
+        sets / "web",
+        run_dir,
+        "optim.schedule.name=wsd",
+        "optim.schedule.decay_fraction=0.4",
+        "checkpoint.every=3",
+        "checkpoint.keep=9",
+        "eval.every=0",
+    )
+    train([*given, "train.steps=10"]).ok()
+    before = metrics(run_dir)
+    longer = [*given, "train.steps=14"]
+    done = train([*longer, "--from-step=10"]).ok()
+    assert "the learning rate decayed after step 6: --from-step is 6" in done.err
+    assert "resuming from" in done.err and "step-00000006" in done.err
+    (aside,) = run_dir.glob("before-*")
+    assert metrics(aside) == before
+    assert sorted(path.name for path in (aside / "checkpoints").glob("step-*")) == [
+        "step-00000009",
+        "step-00000010",
+    ]
+    straight = tmp_path / "straight"
+    train([*given, "train.steps=14", f"run.dir={straight}"]).ok()
+    assert metrics(run_dir) == metrics(straight)
+    assert metrics(run_dir)[:6] == before[:6]
+    for step in (3, 6):
+        shutil.rmtree(run_dir / f"checkpoints/step-{step:08d}")
+    with pytest.raises(
+        ConfigError, match=r"^--from-step: .* has no checkpoint of step 8 or before"
+    ):
+        start([*given, "train.steps=20"], from_step=12)
