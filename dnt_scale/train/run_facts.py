@@ -78,6 +78,10 @@ def description(run: RunConfig, ranks: Ranks, commit: str) -> str:
         else code(found.path)
         for found in run.data.sets()
     ]
+    stages = ", ".join(
+        f"{code(name)} after {stage.beginning:,} {'steps' if stage.after_step else 'tokens'}"
+        for name, stage in train.stages.items()
+    )
     job = os.environ.get("SLURM_JOB_ID")
     lines = [
         f"{code(model.name)}: {count_parameters(model):,} parameters ({model.describe()})",
@@ -87,6 +91,7 @@ def description(run: RunConfig, ranks: Ranks, commit: str) -> str:
         f"{schedule.name} schedule with {warmup} of warmup",
         f"- **budget**: {batch}",
         f"- **data**: {', '.join(sets) or f'kind {run.data.kind}'}",
+        *([f"- **stages**: {stages}"] if stages else []),
         f"- **engine**: {run.engine.name} on {counted} ({ranks.device.type})",
         f"- **where**: host {code(socket.gethostname())}, folder "
         f"{code(os.path.realpath(run.run.dir))}" + (f", SLURM job {job}" if job else ""),

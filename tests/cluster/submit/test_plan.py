@@ -92,6 +92,19 @@ def test_a_new_run(data: Path, tmp_path: Path) -> None:
     assert line(text, "expected") == "not known before the first steps; `dnt jobs` will tell"
 
 
+def test_stages(data: Path, tmp_path: Path) -> None:
+    """Of 20 steps the last 5 have twice the rows."""
+    stages = ["train.stages.large.after_step=15", "train.stages.large.global_batch=16"]
+    made = planned(data, tmp_path / "one", *stages)
+    text = plan.format_plan(made)
+    assert line(text, "steps") == "20 in 2 stages = 12,800 tokens"
+    assert line(text, "stage") == (
+        "large, steps 16 to 20: 16 rows of 64 tokens = 2 ranks x 2 micro-batches x 4 rows"
+    )
+    assert replace(made, units_per_s=100.0).seconds == 128
+    assert replace(made, units_per_s=1.0, done=15).seconds == 5 * 16 * 64
+
+
 @pytest.mark.parametrize("batch", [2, 4, 6, 10, 14, 22])
 @pytest.mark.parametrize("micro", [1, 2, 3, 8])
 def test_the_split_of_the_batch_adds_up(batch: int, micro: int, data: Path, tmp_path: Path) -> None:
