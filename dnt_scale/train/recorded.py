@@ -201,11 +201,19 @@ def _leaves(prefix: str, value: Any) -> Iterator[str]:
 
 
 def differences(before: RunConfig, now: RunConfig) -> list[tuple[str, Any, Any]]:
-    """Each dotted name whose value differs, with both; MISSING where one has no such key."""
+    """Each dotted name whose value differs, with both; MISSING where one has no such key. Of a
+    stage that one has and one has not, those are told that it gives.
+    """
     old, new = config.flat(before), config.flat(now)
     every = {**old, **new}
     pairs = ((key, old.get(key, MISSING), new.get(key, MISSING)) for key in every)
-    return [(key, a, b) for key, a, b in pairs if a is not b and a != b]
+    return [
+        (key, a, b)
+        for key, a, b in pairs
+        if a is not b
+        and a != b
+        and not (key.startswith("train.stages.") and {a, b} == {None, MISSING})
+    ]
 
 
 def shown(value: Any) -> str:

@@ -69,16 +69,7 @@ def starting_state(
         )
     check_fixed(trained_run, run, newest)
     check_begun(trained_run, state, stages, newest)
-    if state.step > total_steps:
-        raise ConfigError(
-            f"train.steps: this run asks for {total_steps} steps, but {newest} already has "
-            f"{state.step}; ask for more, or take another run.name"
-        )
-    if run.run.stop_at is not None and state.step > run.run.stop_at:
-        raise ConfigError(
-            f"run.stop_at: this start is to end after step {run.run.stop_at}, but {newest} already "
-            f"has {state.step}; leave it out, or give a later one"
-        )
+    check_not_past(run, total_steps, state.step, newest)
     now = {
         "config": settings,
         "given": begun.given,
@@ -89,6 +80,20 @@ def starting_state(
         **({"run_id": uuid.uuid4().hex} if begun.start.rewound else {}),
     }
     return state.model_copy(update=now), newest
+
+
+def check_not_past(run: RunConfig, total_steps: int, step: int, newest: Path | str) -> None:
+    """Raise ConfigError where a run is to end before the step that its checkpoint has."""
+    if step > total_steps:
+        raise ConfigError(
+            f"train.steps: this run asks for {total_steps} steps, but {newest} already has "
+            f"{step}; ask for more, or take another run.name"
+        )
+    if run.run.stop_at is not None and step > run.run.stop_at:
+        raise ConfigError(
+            f"run.stop_at: this start is to end after step {run.run.stop_at}, but {newest} already "
+            f"has {step}; leave it out, or give a later one"
+        )
 
 
 def check_fixed(trained: RunConfig, run: RunConfig, newest: Path | str) -> None:

@@ -27,14 +27,7 @@ from dnt_scale.train.resume import changes, check_place, starting_state
 from dnt_scale.train.run_facts import start_tracking
 from dnt_scale.train.run_start import Begun, make_room
 from dnt_scale.train.spike_guard import Guard
-from dnt_scale.train.stages import (
-    Batches,
-    Stage,
-    Stages,
-    check_batches,
-    check_sets,
-    load_stages,
-)
+from dnt_scale.train.stages import Batches, Stage, Stages, check_ranks, load_stages
 
 
 @dataclass
@@ -130,19 +123,14 @@ def set_up(begun: Begun, ranks: Ranks) -> Training:
     stages = together(ranks, lambda: load_stages(config))
     size, units = ranks.world_size, stages.a_rows
     state, newest = on_first(ranks, lambda: starting_state(begun, stages, size))
-    together(ranks, lambda: check_sets(stages, [state.sets, *state.stages.values()]))
-    together(ranks, lambda: check_batches(config, size))
+    together(ranks, lambda: check_ranks(stages, [state.sets, *state.stages.values()], size))
     if newest:
         checkpoint.check_files(newest, state, ranks)
     batches = together(ranks, lambda: Batches(stages, state.step, state.consumed_rows, ranks))
     lr_ratios = together(ranks, lambda: ratios(config, *units))
+    steps, spans = stages.total_steps, stages.spans
     built = engine.build(
-        config,
-        lambda: build_task(config.model, stages.source.rows),
-        ranks,
-        stages.total_steps,
-        lr_ratios,
-        stages.spans,
+        config, lambda: build_task(config.model, stages.source.rows), ranks, steps, lr_ratios, spans
     )
     on_first(ranks, lambda: make_room(begun))
     on_first(ranks, lambda: check_place(config))  # makes the folder: all refusals are above
@@ -159,7 +147,7 @@ def set_up(begun: Begun, ranks: Ranks) -> Training:
     for line in changes(begun, stages) if ranks.first else []:
         warn(line)
     progress = TrainProgress(
-        stages.total_steps, state.step, stages.source, stages.work_at, silent=not ranks.first
+        steps, state.step, stages.source, stages.work_at, silent=not ranks.first
     )
     progress.say(opening_line(config, stages, newest, ranks))
     if scaled:

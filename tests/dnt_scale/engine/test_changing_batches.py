@@ -17,12 +17,9 @@ from testbed.run import call, tiny
 ENGINES = {
     "fsdp": ["engine=fsdp"],
     "in backward": ["engine=fsdp", "optim.gradient_buffer=false", "optim.clip_norm=null"],
-    "zero0": ["engine=zero0"],
     "zero1": ["engine=zero1"],
     "zero1+offload": ["engine=zero1", "engine.offload_optimizer=true"],
-    "zero2": ["engine=zero2"],
     "zero3": ["engine=zero3"],
-    "zero3+offload": ["engine=zero3_offload"],
 }
 # (rows, tokens a row, rows of a micro-batch): on 2 ranks 1, 3, 2 and 1 micro-batches
 BATCHES = [(8, 65, 4), (24, 65, 4), (8, 33, 2), (4, 33, 2)]

@@ -13,10 +13,12 @@ from dnt_scale.config import ConfigError, RunConfig
 from dnt_scale.distributed import process_group
 from dnt_scale.distributed.process_group import Ranks
 from dnt_scale.optim.schedule import Schedule
-from dnt_scale.train.loop import train as train_begun
+from dnt_scale.train import loop
+from dnt_scale.train.hooks import Hook
 from dnt_scale.train.recorded import Typed
 from dnt_scale.train.resume import changes, starting_state
 from dnt_scale.train.run_start import begin, begun_on_all
+from dnt_scale.train.setup import Step, Training
 from dnt_scale.train.stages import Batches, Stages, check_batches, load_stages
 from testbed.run import call, metrics, same_tensors, synthetic_set, tiny, train
 from tests.helpers.once import Once
@@ -240,13 +242,25 @@ def stopped(whole: Path, step: int, folder: Path) -> Path:
     return folder
 
 
+class Seen(Hook):
+    """Writes down, after each step, its number, the micro-batch and how full the guard's window
+    is.
+    """
+
+    def after_step(self, run: Training, step: Step) -> None:
+        if run.ranks.first:
+            with (run.config.run.dir / "seen").open("a") as file:
+                file.write(f"{step.number} {run.engine.micro_batch} {len(run.guard.losses)}\n")
+
+
 def go_on(overrides: list[list[str]]) -> None:
     """Train several runs, one after the other, in the processes of one group of ranks."""
     ranks = process_group.start("cpu")
+    loop.HOOKS = (*loop.HOOKS, Seen)  # type: ignore[attr-defined]
     for given in overrides:
         run: RunConfig = config.load(given)
         begun = begun_on_all(run, ranks, Typed(given), fresh=False)
-        assert train_begun(begun, ranks) == 0
+        assert loop.train(begun, ranks) == 0
     process_group.stop()
 
 
@@ -267,7 +281,12 @@ def test_a_run_has_each_stages_speed_and_tokens(whole):
 
 @pytest.mark.slow
 def test_resuming_on_as_many_ranks_is_bitwise_the_uninterrupted_run(sets, whole, tmp_path):
-    for folder in resumed(sets, whole, tmp_path, 4):
+    begins = [0] * 4 + [4] * 3 + [7] * 3  # of each step's stage, where the guard begins anew
+    seen = [
+        f"{step} {6 if begin == 7 else 3} {step - begin}" for step, begin in enumerate(begins, 1)
+    ]
+    for stop, folder in zip(STOPPED, resumed(sets, whole, tmp_path, 4), strict=True):
+        assert (folder / "seen").read_text().splitlines() == seen[stop:]
         assert metrics(folder) == metrics(whole)
         assert same_tensors(folder / LAST, whole / LAST)
 
@@ -295,27 +314,22 @@ def start(overrides: list[str], from_step: int | None = None) -> list[str]:
     return [*begun.notes, *changes(begun, stages)]
 
 
+def continued(overrides: list[str]) -> Stages:
+    """The stages of a run that goes on."""
+    return load_stages(begin(config.load(overrides), Typed(overrides)).run)
+
+
 def test_a_stage_that_has_not_begun_may_change_and_is_told(sets, whole, tmp_path):
     run_dir = stopped(whole, 5, tmp_path / "run")
     given = three_stages(sets, run_dir, "train.stages.end.lr_factor=0.2", "train.steps=12")
     (line,) = [line for line in start(given) if "other than" in line]
     assert "train.stages.end.lr_factor null -> 0.2" in line and "train.steps 10 -> 12" in line
-    later = [line for line in given if "stages.end" not in line]
-    assert load_stages(begin(config.load(later), Typed(later)).run)[-1].span.begin == 7  # kept
-    more = ["train.stages.new.after_step=6", "train.stages.new.lr_factor=2", *later]
-    assert [
-        stage.span.name for stage in load_stages(begin(config.load(more), Typed(more)).run)
-    ] == ["", "both", "new", "end"]
-    (whole_data,) = [
-        stage.run.data.path
-        for stage in load_stages(
-            begin(
-                config.load([*given, f"train.stages.end.data.path={sets}/good"]),
-                Typed([*given, f"train.stages.end.data.path={sets}/good"]),
-            ).run
-        )[2:]
-    ]
-    assert whole_data == sets / "good"
+    later = [line for line in given if not line.startswith("train.stages.end")]
+    assert continued(later)[-1].span.begin == 7  # kept
+    more = [*later, "train.stages.new.after_step=6", "train.stages.new.lr_factor=2"]
+    assert [stage.span.name for stage in continued(more)] == ["", "both", "new", "end"]
+    other = [*given, f"train.stages.end.data.path={sets}/good"]
+    assert continued(other)[2].run.data.path == sets / "good"
 
 
 @pytest.mark.parametrize(
@@ -355,7 +369,7 @@ def test_what_has_begun_may_go_on_elsewhere_and_in_other_micro_batches(sets, who
 def test_a_stage_may_not_begin_in_the_past(sets, whole, tmp_path):
     """Not one that was not trained; it may begin where the checkpoint stands."""
     run_dir = stopped(whole, 2, tmp_path / "run")
-    past = [line for line in three_stages(sets, run_dir) if "stages" not in line]
+    past = [line for line in three_stages(sets, run_dir) if not line.startswith("train.stages")]
     new = ["train.stages.new.after_step=1", "train.stages.new.lr_factor=2"]
     with pytest.raises(ConfigError) as caught:
         start([*new, *past])
@@ -369,8 +383,9 @@ def test_a_stage_may_not_begin_in_the_past(sets, whole, tmp_path):
 
 def test_all_stages_that_have_not_begun_may_be_left_out(sets, whole, tmp_path):
     given = three_stages(sets, stopped(whole, 4, tmp_path / "run"))
-    none = [*(line for line in given if "stages" not in line), "train.stages={}"]
-    assert any("train.stages.both.after_step 4 -> not there" in line for line in start(none))
+    none = [*(line for line in given if not line.startswith("train.stages")), "train.stages={}"]
+    (line,) = [line for line in start(none) if "other than" in line]
+    assert "train.stages.both.after_step 4 -> not there" in line and "null -> not" not in line
 
 
 def test_a_run_without_stages_has_no_more_in_its_configuration(sets, tmp_path):
