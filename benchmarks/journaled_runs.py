@@ -16,18 +16,59 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, NamedTuple
 
 from dnt_scale.record.files import git_commit
 from dnt_scale.record.metrics_file import METRICS, whole_lines
 
 COMMON = [
     "train.dtype=fp32",
-    "eval.rows=1600",
     "checkpoint.every=1000",
     "checkpoint.keep=1",
     "tracking.enabled=false",
 ]
+
+
+class PreparedSet(NamedTuple):
+    """What runs on a set have to know of it.
+
+    id: its folder's name and a hash of what is in it.
+    unit: what its rows are counted in, tokens or images.
+    a_row: units a row.
+    overrides: of a run that reads and validates on it.
+    """
+
+    id: str
+    unit: str
+    a_row: int
+    overrides: list[str]
+
+
+def prepared_set(folder: Path) -> PreparedSet:
+    """Read the manifest of a set made by `dnt data prepare` or `dnt data images`.
+
+    Raises:
+        OSError: there is none.
+    """
+    manifest = json.loads((folder / "manifest.json").read_text())
+    if manifest["format"] == "dnt-images":
+        identity: list[Any] = [manifest["classes"], manifest["splits"]]
+        unit, a_row = "images", 1
+        overrides = [
+            "data=images",
+            f"model.classes={len(manifest['classes'])}",
+            "eval.rows=null",  # the whole split, as top-1 is reported
+        ]
+    else:
+        identity = [manifest["tokenizer"]["sha256"], manifest["splits"]]
+        unit, a_row = "tokens", manifest["seq_len"]
+        overrides = [
+            f"model.vocab_size={manifest['tokenizer']['vocab_size']}",
+            f"model.context={a_row}",
+            "eval.rows=1600",
+        ]
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    return PreparedSet(f"{folder.name} {digest[:12]}", unit, a_row, overrides)
 
 
 class JournaledRuns:
@@ -36,21 +77,14 @@ class JournaledRuns:
     Args:
         journal: JSON lines, made if need be.
         folder: of the runs' folders.
-        data: a set made by `dnt data prepare`.
+        data: a set made by `dnt data prepare` or `dnt data images`.
         again: train what the journal has too, and say where it gives another loss.
     """
 
     def __init__(self, journal: Path, folder: Path, data: Path, *, again: bool = False) -> None:
         self.journal, self.folder, self.data = journal, folder.absolute(), data.absolute()
         self.again = again
-        manifest = json.loads((data / "manifest.json").read_text())
-        self.seq_len: int = manifest["seq_len"]
-        self.shape = [
-            f"model.vocab_size={manifest['tokenizer']['vocab_size']}",
-            f"model.context={self.seq_len}",
-        ]
-        shards = json.dumps([manifest["tokenizer"]["sha256"], manifest["splits"]], sort_keys=True)
-        self.data_id = f"{data.name} {hashlib.sha256(shards.encode()).hexdigest()[:12]}"
+        self.set = prepared_set(data)
         self.commit = git_commit()
         lines = journal.read_text().splitlines() if journal.exists() else []
         self._runs = {self._key(run): run for run in map(json.loads, lines)}
@@ -74,9 +108,10 @@ class JournaledRuns:
             overrides: what it is made of, but for its length, and what all runs have.
         """
         every = max(1, steps // 8)
-        made_of = [*overrides, *self.shape, f"train.steps={steps}", f"eval.every={every}", *COMMON]
+        length = [f"train.steps={steps}", f"eval.every={every}"]
+        made_of = [*overrides, *self.set.overrides, *length, *COMMON]
         name = "-".join(re.sub(r"[^\w.]+", "_", str(word)) for word in words)
-        known = self._runs.get(frozenset([self.data_id, *made_of]))
+        known = self._runs.get(frozenset([self.set.id, *made_of]))
         if known is None or self.again:
             print(f"{name} ...", flush=True)
             run = self._train(name, made_of)
@@ -114,15 +149,16 @@ class JournaledRuns:
         if code in (-2, -15, 130, 143):
             raise KeyboardInterrupt
         lines = whole_lines(folder / METRICS)
-        losses = {line["step"]: line["val/loss"] for line in lines if "val/loss" in line}
+        losses = {str(line["step"]): line["val/loss"] for line in lines if "val/loss" in line}
+        kept = ("val/loss", "train/loss", *(["val/top1"] if self.set.unit == "images" else []))
+        ends = {name.replace("/", "_"): None if code else lines[-1][name] for name in kept}
         return {
             "run": name,
-            "data": self.data_id,
+            "data": self.set.id,
             "overrides": overrides,
             "commit": self.commit,
             "date": datetime.date.today().isoformat(),
             "seconds": round(time.monotonic() - begin),
-            "val_loss": None if code else losses[lines[-1]["step"]],
-            "train_loss": None if code else lines[-1]["train/loss"],
+            **ends,
             "val_losses": losses,
         }

@@ -13,6 +13,15 @@ MODELS = {
     "DNT S4": ["model=dnt_nano", "model.setting=S4"],
     "DNT S5": ["model=dnt_nano", "model.setting=S5"],
 }
+TABLES = {
+    "a": "{GPT S1, DNT S4, DNT S5} x every optimizer",
+    "b": "S1 to S5 under vanilla mSGDW and muon_normalized",
+    "c": "muon_normalized with one of its parts left out or another way",
+    "d": "AdamW, muon_normalized, normalized and mSGDW at 1/4, 1 and 4 times --steps, and at other "
+    "batches",
+    "e": "with and without clipping and a gradient buffer",
+    "f": "AdamW, muon_normalized, normalized and mSGDW, for other --data",
+}
 ROWS_A_STEP = 32
 
 
@@ -36,6 +45,7 @@ class Optimizer(NamedTuple):
 BESIDE = 1.6e-2
 OPTIMIZERS = {
     "adamw": Optimizer(1.6e-2, 0.1),
+    "muon_normalized": Optimizer(3e-3, 0.1),
     "normalized": Optimizer(3e-3, 0.1),
     "rmnp": Optimizer(0.02, 0.1),
     "rmnp_adam_gains": Optimizer(0.02, 0.1),
@@ -48,38 +58,35 @@ OPTIMIZERS = {
     "muon": Optimizer(1.6e-2, 0.1, (f"optim.groups.rest.lr={BESIDE}",)),
 }
 EMBEDDING = r"^(tok_emb|head)\.weight$"
-HIDDEN = r"\.w_\w\.weight$"
 
 
 def apart(name: str, pattern: str, settings: str) -> list[str]:
-    """Return overrides of optim=normalized that give some matrices a group of their own."""
-    return [
-        f"optim.groups.matrices.pattern='^(?!.*{pattern.removeprefix('^')}).*\\.weight$'",
-        f"+optim.groups.{name}={{pattern: '{pattern}', {settings}}}",
-    ]
+    """Return the override that gives some matrices but hidden ones a group of their own."""
+    return [f"+optim.groups.{name}={{pattern: '{pattern}', {settings}}}"]
 
 
-COMPARED = ("adamw", "normalized", "msgdw")
-PARTS = {  # of the recipe, optim=normalized
+COMPARED = ("adamw", "muon_normalized", "normalized", "msgdw")
+PARTS = {  # of the recipe, optim=muon_normalized
     "whole": [],
     "no Nesterov": ["optim.nesterov=false"],
     "momentum 0.9": ["optim.momentum=0.9", "optim.dampening=0.9"],
-    "tensors, not rows and columns": ["optim.groups.matrices.update=tensor_normalized"],
+    "hidden by rows and columns": [
+        "optim.groups.hidden.update=row_column_normalized",
+        "~optim.groups.hidden.scale",
+    ],
+    "embedding by rows": apart("embedding", EMBEDDING, "update: row_normalized, lr: 0.02"),
+    "embedding as a whole": apart("embedding", EMBEDDING, "update: tensor_normalized"),
+    "no decay on the embedding": apart(
+        "embedding", EMBEDDING, "update: row_column_normalized, weight_decay: 0"
+    ),
     "plain gains": ["optim.groups.gains.update=plain", "+optim.groups.gains.lr=1"],
     "gains by AdamW": [
         "+optim.groups.gains.optimizer={algorithm: adamw}",
         f"+optim.groups.gains.lr={BESIDE}",
         "optim.groups.gains.update=plain",
     ],
-    "no decay on the embedding": apart(
-        "embedding", EMBEDDING, "update: row_column_normalized, weight_decay: 0"
-    ),
-    "embedding by rows": apart("embedding", EMBEDDING, "update: row_normalized, lr: 0.02"),
-    "fixed norms": ["+optim.groups.matrices.fixed_norm=true"],
+    "fixed norms": ["+optim.groups.hidden.fixed_norm=true"],
     "down to 0": ["optim.schedule.final=0"],
-    "hidden matrices orthogonalized": apart(
-        "hidden", HIDDEN, f"update: orthogonalized, scale: adamw, lr: {BESIDE}"
-    ),
 }
 NO_BUFFER = ["optim.nesterov=false", "optim.gradient_buffer=false", "optim.clip_norm=null"]
 CLIPPING = {
@@ -98,6 +105,7 @@ class Variant(NamedTuple):
     grid: Optimizer
     steps: int
     batch: int = ROWS_A_STEP
+    micro_batch: int = ROWS_A_STEP  # at most
 
     @property
     def words(self) -> str:
@@ -134,11 +142,11 @@ def variants(table: str, steps: int) -> Iterator[Variant]:
         yield from (variant(model, name, steps) for model in models for name in optimizers)
     elif table == "b":
         for setting in ("S1", "S2", "S3", "S4", "S5"):
-            for name in ("msgdw", "normalized"):
+            for name in ("msgdw", "muon_normalized"):
                 yield variant(f"DNT {setting}", name, steps)
     elif table == "c":
         for part, changes in PARTS.items():
-            yield variant("DNT S4", "normalized", steps, part=part, changes=changes)
+            yield variant("DNT S4", "muon_normalized", steps, part=part, changes=changes)
     elif table == "d":
         for times in (0.25, 1, 4):  # at the batch of the other tables
             for name in COMPARED:
@@ -148,6 +156,6 @@ def variants(table: str, steps: int) -> Iterator[Variant]:
                 batch = int(ROWS_A_STEP * times)
                 yield variant("DNT S4", name, int(steps / times), batch=batch)
     else:
-        for name in ("msgdw", "normalized"):
+        for name in ("msgdw", "muon_normalized"):
             for part, changes in CLIPPING.items():
                 yield variant("DNT S4", name, steps, part=part, changes=changes)

@@ -17,7 +17,7 @@ later edits change nothing.
 
   dnt submit preset=demo cluster=sandbox --dry-run
   dnt submit model=dnt_1.4b data.path=data/mine run.name=big cluster=./site.yaml cluster.nodes=8
-  dnt submit --multirun optim.lr=0.3,1,3 optim=msgdw_r,adamw preset=demo run.name=lrs cluster=gpu
+  dnt submit --multirun optim.lr=1e-3,3e-3 optim=muon,adamw preset=demo run.name=lr cluster=gpu
 
 Shown and checked first: how the run spreads over ranks, its data, the disks, the cluster's
 limits. The run goes on over time limits, preemption, lost nodes and crashes until its token

@@ -14,12 +14,12 @@ Overrides choose files of configs/ (group=name) and change values (key=value), f
 
   dnt train run.name=first data.path=data/mine
   dnt train preset=demo
-  dnt train model=dnt_774m optim.lr=1.0 train.global_batch=480 run.name=large data.path=data/mine
+  dnt train model=dnt_774m optim.lr=1e-3 train.global_batch=480 run.name=large data.path=data/mine
   torchrun --nproc-per-node 8 -m dnt_scale.train model=dnt_1.4b run.name=xl data.path=data/mine
 
 Groups: model (dnt_nano, dnt_124m, dnt_774m, dnt_1.4b, dnt_llama_1b, dnt_llama_7b, dnt_llama_70b and
 gpt_ twins; of images vdnt_tiny, vdnt_s16, vdnt_b16, vdnt_l16, vdnt_h14 and vit_ twins), optim
-(msgdw_r, msgdw, adamw and others), engine (ddp, fsdp, hsdp, zero0 to zero3, zero3_offload), data
+(muon_normalized, msgdw, adamw ...), engine (ddp, fsdp, hsdp, zero0 to zero3, zero3_offload), data
 (shards, mixture, images), tracking, preset; a wrong name is answered with all that there are.
 `dnt train --print-config ...` shows every key with its value. Running the same command again
 resumes the run; Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 write a checkpoint and stop. Exit status: 0

@@ -10,8 +10,8 @@ Overrides are those of `dnt train`; where one lists several values (KEY=A,B,C, c
 range(FROM,TO,STEP)), every combination is a run of its own in RUN_DIR/NUMBER-VALUES. They train
 here, one after the other, and are the children of one run in MLflow:
 
-  dnt sweep preset=demo run.name=lr optim.lr=0.3,1,3 run.seed=1,2 --dry-run
-  dnt sweep preset=demo run.name=lr optim.lr=0.3,1,3 run.seed=1,2
+  dnt sweep preset=demo run.name=lr optim.lr=1e-3,3e-3,9e-3 run.seed=1,2 --dry-run
+  dnt sweep preset=demo run.name=lr optim.lr=1e-3,3e-3,9e-3 run.seed=1,2
   dnt report runs/lr
 
 The same command goes on with what is left, after Ctrl-C, kill -9 or a power failure; no step that
@@ -19,7 +19,7 @@ is in a checkpoint is trained twice. A run that fails or diverges is written dow
 and the others go on. A sampler of Optuna's chooses values by itself, from intervals too (quote them
 for the shell), random ones or (tpe) by what earlier runs led to:
 
-  dnt sweep preset=demo run.name=tpe 'optim.lr=tag(log,interval(0.1,9))' --sampler tpe --trials 20
+  dnt sweep preset=demo run.name=tpe 'optim.lr=tag(log,interval(.001,.01))' --sampler tpe --trials 9
 
 --halving 3 spends less on what looks bad early: all train to a first rung, the best third of them
 to the next, three times as far, and so on. Each goes on as if it had never stopped. A long warmup
@@ -27,7 +27,7 @@ or a schedule that decays late makes early losses tell little.
 
 With cluster=NAME the sweep becomes an array of SLURM jobs, as `dnt submit --multirun` has it.
 
-  dnt sweep preset=demo run.name=lr optim.lr=0.3,1,3 cluster=./site.yaml
+  dnt sweep preset=demo run.name=lr optim.lr=1e-3,3e-3,9e-3 cluster=./site.yaml
 """
 
 REPORT_HELP = """\

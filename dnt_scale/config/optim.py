@@ -40,9 +40,9 @@ class Powers(NamedTuple):
 
 
 class GroupConfig(Strict):
-    """Parameters whose name matches ``pattern`` (re.search) get these values instead of the
-    optimizer's. ``update`` chooses the class, a file of dnt_scale/optim/updates, which adds the
-    settings of its rule.
+    """Parameters whose name matches ``pattern`` (re.search), or none of the other groups', get
+    these values instead of the optimizer's. ``update`` chooses the class, a file of
+    dnt_scale/optim/updates, which adds the settings of its rule.
 
     Attributes:
         row_buffers: names of what the rule keeps of each row of a matrix, an fp32 number.
@@ -55,7 +55,10 @@ class GroupConfig(Strict):
     counters: ClassVar[tuple[str, ...]] = ()
     needs_gradient: ClassVar[bool] = False
 
-    pattern: str
+    pattern: str | None = Field(
+        description="a regular expression that is somewhere in a parameter's name; null: all "
+        "parameters that no other group's matches",
+    )
     lr: float | None = Field(None, ge=0)
     weight_decay: float | None = Field(None, ge=0)
     update: str = "plain"
@@ -307,6 +310,16 @@ class OptimizerConfig(Strict):
         return self
 
     @model_validator(mode="after")
+    def _one_group_takes_the_rest(self) -> Self:
+        rest = [name for name, group in self.groups.items() if group.pattern is None]
+        if len(rest) > 1:
+            raise ValueError(
+                f"groups {' and '.join(rest)} have no pattern, so each would take all that no "
+                "other matches; give all but one a pattern"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _groups_are_clipped_where_the_gradient_is_kept(self) -> Self:
         for name, group in self.groups.items():
             if group.clip is None:
@@ -332,7 +345,7 @@ class OptimizerConfig(Strict):
             return self
         groups = dict(self.groups)
         if not self.takes_updates:
-            groups["default"] = GroupConfig(pattern="")
+            groups["default"] = GroupConfig(pattern=None)
         for name, group in groups.items():
             algorithm = group.optimizer or self
             if algorithm.powers(group) is None:

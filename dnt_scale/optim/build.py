@@ -21,12 +21,10 @@ def build_optimizer(
         lr_ratios: what learning rates are scaled by; None: nothing.
 
     Raises:
-        ConfigError: as `parameter_groups` does, or a rule that this machine's torch lacks.
+        ConfigError: as `parameter_groups` does.
     """
     assert isinstance(config, Algorithm), f"{type(config).__name__} has no update rule"
     groups = parameter_groups(named, config, lr_ratios)
-    for group in groups:
-        group["update"].check()
     optimizer = ShardedOptimizer(config, groups, seed)
-    optimizer.defaults["lr"] = scaled(config.lr, Plain(pattern=""), config, lr_ratios)
+    optimizer.defaults["lr"] = scaled(config.lr, Plain(pattern=None), config, lr_ratios)
     return optimizer

@@ -15,13 +15,17 @@ Named = Iterable[tuple[str, nn.Parameter]]  # every parameter that is trained, b
 
 
 def group_labels(names: Iterable[str], config: OptimizerConfig) -> dict[str, str]:
-    """Return the group of each parameter: its label in ``optim.groups``, else ``default``.
+    """Return the group of each parameter: its label in ``optim.groups``, where no pattern matches
+    that of the group without one, else ``default``.
 
     Raises:
         ConfigError: a pattern that is no regex, or a parameter that two patterns match.
     """
-    rules = {}
+    rules, rest = {}, "default"
     for label, group in config.groups.items():
+        if group.pattern is None:
+            rest = label
+            continue
         try:
             rules[label] = re.compile(group.pattern)
         except re.error as error:
@@ -36,7 +40,7 @@ def group_labels(names: Iterable[str], config: OptimizerConfig) -> dict[str, str
                 f"optim.groups: parameter {name} is matched by {' and '.join(matching)}; narrow "
                 "one pattern"
             )
-        labels[name] = matching[0] if matching else "default"
+        labels[name] = matching[0] if matching else rest
     return labels
 
 
@@ -70,11 +74,11 @@ def parameter_groups(
         if not inside and label in config.groups:
             examples = ", ".join(every_name[:3])
             pattern = config.groups[label].pattern
+            what = "null, but others leave" if pattern is None else f"{pattern!r} matches"
             raise ConfigError(
-                f"optim.groups.{label}.pattern: {pattern!r} matches no parameter; "
-                f"names look like {examples}"
+                f"optim.groups.{label}.pattern: {what} no parameter; names look like {examples}"
             )
-        rule = config.groups.get(label, Plain(pattern=""))
+        rule = config.groups.get(label, Plain(pattern=None))
         lr = config.lr if rule.lr is None else rule.lr
         decay = config.weight_decay if rule.weight_decay is None else rule.weight_decay
         decay = 0.0 if rule.fixed_norm else decay

@@ -42,6 +42,12 @@ class Division:
     device: torch.device | None = None  # where collectives take their tensors; None: as they are
     cuts_rows: bool = True  # whether a row may lie on several ranks
 
+    def is_my_turn(self, turn: int) -> bool:
+        """Return whether this rank does what these ranks do one after the other."""
+        if not dist.is_initialized():
+            return True
+        return turn % dist.get_world_size(self.group) == dist.get_rank(self.group)
+
     def sum(self, values: Tensor) -> Tensor:
         """Return the sum over these ranks of ``values``, whose shape it has. A collective."""
         if not dist.is_initialized():

@@ -40,7 +40,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def __init__(self, algorithm: Algorithm, groups: Iterable[Group], seed: int) -> None:
         defaults: Group = {"lr": algorithm.lr, "weight_decay": algorithm.weight_decay}
-        defaults |= {"update": Plain(pattern=""), "algorithm": algorithm}
+        defaults |= {"update": Plain(pattern=None), "algorithm": algorithm}
         super().__init__(groups, defaults)
         self.algorithm = algorithm
         self.updates = 0

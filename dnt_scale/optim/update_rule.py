@@ -20,9 +20,6 @@ class UpdateRule(GroupConfig):
     The algorithm makes the momentum, and decays the weights before they move.
     """
 
-    def check(self) -> None:
-        """Raise ConfigError where what is installed here lacks what the rule needs."""
-
     def move(self, shards: Sequence["Shard"], direction: Direction, lr: float) -> None:
         """Change the weights of a group's parameters in place by a direction.
 

@@ -31,7 +31,9 @@ def differentiable() -> Iterator[None]:
 
 
 def block_inputs(task: Task, batch: Batch) -> list[tuple[nn.Module, tuple[Any, ...]]]:
-    """Return each block with the arguments it is called with on a batch, the first a tensor."""
+    """Return each block with the arguments it is called with where the model is measured on a
+    batch, the first a tensor: no row skips a block, as some do in training.
+    """
     found: list[tuple[nn.Module, tuple[Any, ...]]] = []
     hooks = [
         block.register_forward_pre_hook(lambda module, given: found.append((module, given)))
@@ -39,7 +41,7 @@ def block_inputs(task: Task, batch: Batch) -> list[tuple[nn.Module, tuple[Any, .
     ]
     try:
         with torch.no_grad():
-            task.loss_sum(batch)
+            task.eval_sums(batch)
     finally:
         for hook in hooks:
             hook.remove()

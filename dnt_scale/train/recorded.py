@@ -285,7 +285,7 @@ def rates(
         for name, group in run.optim.groups.items()
         if group.lr is not None
     }
-    default = scaled(run.optim.lr, Plain(pattern=""), run.optim, scale)
+    default = scaled(run.optim.lr, Plain(pattern=None), run.optim, scale)
     return {name: rate * factor for name, rate in {"": default, **own}.items()}
 
 

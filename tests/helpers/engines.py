@@ -108,7 +108,9 @@ Update = Callable[[Tensor, Tensor, dict[str, Tensor], Any, UpdateRule, float, fl
 
 def group_of(run: RunConfig, name: str) -> str:
     """The label of the group that a parameter is in, "" for none."""
-    return next((label for label, g in run.optim.groups.items() if re.search(g.pattern, name)), "")
+    groups = run.optim.groups.items()
+    rest = next((label for label, group in groups if group.pattern is None), "")
+    return next((label for label, g in groups if g.pattern and re.search(g.pattern, name)), rest)
 
 
 def clipped_by_group(run: RunConfig, grads: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -181,7 +183,7 @@ def reference_losses(
                         if group is None or group.weight_decay is None
                         else group.weight_decay
                     )
-                    rule = group or Plain(pattern="")
+                    rule = group or Plain(pattern=None)
                     wd = decay if weight.ndim > 1 and not rule.fixed_norm else 0.0
                     update(weight, clipped[name], states[name], run.optim, rule, lr, wd)
     return found, {name: weight.detach() for name, weight in weights.items()}

@@ -25,6 +25,7 @@ from dnt_scale.optim.algorithms.adamw import AdamWConfig
 from dnt_scale.optim.algorithms.msgdw import MSGDWConfig
 
 MINIMAL = ["run.name=try", "data.path=shards"]
+UNBUFFERED = ["optim.gradient_buffer=false", "optim.clip=tensor"]
 GROUPS = ("model", "optim", "engine", "data", "tracking", "preset")
 
 
@@ -57,8 +58,8 @@ def test_the_demo_preset_needs_nothing_more() -> None:
     )
     assert config.train.steps != run().train.steps  # the preset's own
     assert isinstance(config.optim, MSGDWConfig)
-    assert config.optim.groups["embedding"].update == "row_normalized"
-    assert config.optim.weight_decay == 0.0 and config.optim.schedule.steps_of_warmup(400) == 20
+    assert config.optim.groups["matrices"].update == "row_column_normalized"
+    assert config.optim.schedule.steps_of_warmup(400) == 20
 
 
 def test_the_demo_of_images_needs_nothing_more() -> None:
@@ -89,7 +90,7 @@ def test_the_defaults_are_the_papers_small_model() -> None:
     )
     assert config.train.global_batch * config.model.context == 491_520
     assert isinstance(config.optim, MSGDWConfig)
-    assert (config.optim.lr, config.optim.momentum, config.optim.dampening) == (1.0, 0.9, 0.9)
+    assert (config.optim.lr, config.optim.momentum, config.optim.dampening) == (1e-3, 0.95, 0.95)
     vanilla = run("optim=msgdw").optim
     assert isinstance(vanilla, MSGDWConfig) and vanilla.dampening == 0 and not vanilla.groups
 
@@ -138,7 +139,7 @@ def test_keys_that_only_the_models_have_can_be_set() -> None:
         "optim.groups.gains={pattern: gain, lr: 0.1}",
     )
     assert (config.model.norm, config.model.activation) == ("layernorm", "relu")
-    assert config.optim.groups["gains"].lr == 0.1 and "embedding" in config.optim.groups
+    assert config.optim.groups["gains"].lr == 0.1 and "matrices" in config.optim.groups
 
 
 MIXTURE = [
@@ -187,12 +188,7 @@ def test_interpolation_and_numbers() -> None:
 
 @pytest.mark.parametrize("spike", ["off", "rollback"])
 def test_without_a_gradient_buffer_a_spike_can_be_undone(spike: str) -> None:
-    assert (
-        run(
-            "optim.gradient_buffer=false", "optim.clip=tensor", f"health.spike={spike}"
-        ).health.spike
-        == spike
-    )
+    assert run("optim.nesterov=false", *UNBUFFERED, f"health.spike={spike}").health.spike == spike
 
 
 def test_nothing_changes_after_validation() -> None:
@@ -287,7 +283,7 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
         ["groups.e.update", "row_normalized", "only msgdw"],
     ),
     "a global clip without a gradient": (
-        ["optim.gradient_buffer=false"],
+        ["optim.nesterov=false", "optim.gradient_buffer=false"],
         ["optim: clip is global", "gradient_buffer False", "set optim.clip=tensor or previous"],
     ),
     "a clip that needs no gradient": (
@@ -295,7 +291,7 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
         ["optim: clip is tensor", "gradient_buffer True"],
     ),
     "adamw without a gradient": (
-        ["optim=adamw", "optim.gradient_buffer=false", "optim.clip=tensor"],
+        ["optim=adamw", *UNBUFFERED],
         ["optim: adamw needs the gradient after backward; set gradient_buffer: true"],
     ),
     "an update that nothing has": (
@@ -303,19 +299,19 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
         ["optim.groups.e.update: no such update. There are: capped, orthogonalized, plain, "],
     ),
     "nesterov without a gradient": (
-        ["optim.gradient_buffer=false", "optim.clip=tensor", "optim.nesterov=true"],
+        UNBUFFERED,
         ["optim: nesterov needs the gradient"],
     ),
     "a spike clipped without a gradient": (
-        ["optim.gradient_buffer=false", "optim.clip=tensor", "health.spike=clip"],
+        ["optim=msgdw", *UNBUFFERED, "health.spike=clip"],
         ["health.spike is clip", "the momentum has taken the gradient", "use rollback"],
     ),
     "a spike skipped without a gradient": (
-        ["optim.gradient_buffer=false", "optim.clip=tensor", "health.spike=skip"],
+        ["optim=msgdw", *UNBUFFERED, "health.spike=skip"],
         ["health.spike is skip", "the momentum has taken the gradient", "use rollback"],
     ),
     "zero without a gradient buffer": (
-        ["engine=zero2", "optim.gradient_buffer=false", "optim.clip=tensor"],
+        ["engine=zero2", "optim=msgdw", *UNBUFFERED],
         ["optim.gradient_buffer is false, but engine=zero2", "use engine=fsdp"],
     ),
     "a key that DeepSpeed does not have": (
@@ -634,7 +630,7 @@ def test_flat_is_every_leaf_as_a_scalar() -> None:
         None,
     )
     assert got["data.path"] == str(Path("shards").absolute()) and "model" not in got
-    assert flat(run())["optim.groups.embedding.update"] == "row_normalized"
+    assert flat(run())["optim.groups.gains.update"] == "tensor_normalized"
 
 
 # ---------------------------------------------------------------- the budget

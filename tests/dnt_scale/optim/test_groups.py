@@ -39,6 +39,10 @@ BAD_GROUPS = {
         {"emb": {"pattern": "emb"}, "tok": {"pattern": "^tok_"}},
         r"tok_emb\.weight is matched by emb and tok",
     ),
+    "nothing left": (
+        {"all": {"pattern": "."}, "rest": {"pattern": None}},
+        r"optim\.groups\.rest\.pattern: null, but others leave no parameter",
+    ),
     "row on a vector": (
         {"gains": {"pattern": r"norm_in\.gain", "update": "row_normalized"}},
         r"optim\.groups\.gains.*row_normalized needs matrices.*norm_in\.gain.*\(16,\)",
@@ -103,6 +107,17 @@ def test_a_groups_own_values_are_used_and_zero_is_a_value() -> None:
     )
     gradients = dict(zip(moved, tensors([p.shape for p in model.parameters()], 0), strict=True))
     torch.testing.assert_close(moved["norm_in.gain"], -gradients["norm_in.gain"])
+
+
+def test_a_group_without_a_pattern_takes_what_others_leave() -> None:
+    config = msgdw_config({"rest": {"pattern": None, "lr": 0.3}, "emb": {"pattern": "_emb"}})
+    for name, group in by_name(groups_of(config)).items():
+        assert (group["label"], group["lr"]) == (("emb", 1.0) if "_emb" in name else ("rest", 0.3))
+
+
+def test_a_second_group_without_a_pattern_is_refused() -> None:
+    with pytest.raises(ValueError, match="groups a and b have no pattern"):
+        msgdw_config({"a": {"pattern": None}, "b": {"pattern": None}})
 
 
 PATTERNS = [

@@ -30,6 +30,7 @@ EXPECTED: dict[str, tuple[dict[str, Any], float, float]] = {
     "row_adaptive": ({"update": "row_adaptive"}, 0.5, 2.0),
     "row_column_normalized": ({"update": "row_column_normalized"}, 0.5, 2.0),
     "orthogonalized": ({"update": "orthogonalized"}, 2.0, 2.0),
+    "as large as lr": ({"update": "orthogonalized", "scale": "rms"}, 1.0, 2.0),
     "as adamw": ({"update": "orthogonalized", "scale": "adamw"}, 1.0, 2.0),
 }
 MOMENTUM = MSGDWConfig(algorithm="msgdw", lr=1.0)

@@ -18,6 +18,7 @@ from dnt_scale.model.task import shapes_of
 from dnt_scale.optim import updates
 from dnt_scale.optim.algorithms.msgdw import MSGDWConfig
 from dnt_scale.optim.groups import buffer_shapes, parameter_groups
+from dnt_scale.optim.updates.orthogonalized import COEFFICIENTS, EPS, newton_schulz
 from testbed.run import call
 from tests.dnt_scale.optim.test_segments import flat_slice, segments_of
 from tests.helpers.optimizers import drive, new_msgdw, new_optimizer, tensors, tiny_model
@@ -54,6 +55,34 @@ def test_the_tall_factor_is_rmnps(shape: tuple[int, int]) -> None:
         d = d / d.norm(dim=1, keepdim=True) * max(1.0, shape[0] / shape[1]) ** 0.5
         theirs.data = (1 - 0.02 * 0.1) * theirs.data - 0.02 * d
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
+
+
+# --- orthogonalized -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(48, 12), (12, 48), (16, 16)])
+def test_steps_of_orthogonalized_matrices_are_as_long_as_their_scale_says(
+    shape: tuple[int, int],
+) -> None:
+    steps = {}
+    for scale in ("tall", "adamw", "rms"):
+        [weight] = parameters = [nn.Parameter(torch.zeros(shape))]
+        section = {"update": "orthogonalized", "scale": scale}
+        drive(new_msgdw([{"params": parameters, "update": section}], lr=0.01), parameters, 1)
+        steps[scale] = weight.detach()
+    # singular values are brought between 0.7 and 1.2
+    assert 0.007 < steps["rms"].square().mean().sqrt() < 0.012
+    torch.testing.assert_close(steps["adamw"], 0.2 * steps["rms"])
+    tall = max(1.0, shape[0] / shape[1]) ** 0.5 / max(shape) ** 0.5
+    torch.testing.assert_close(steps["tall"], tall * steps["rms"])
+
+
+@pytest.mark.parametrize("shape", [(48, 12), (12, 48)])
+def test_newton_schulz_in_bf16_is_torchs(shape: tuple[int, int]) -> None:
+    theirs = pytest.importorskip("torch.optim._muon", reason="torch before 2.9 has no Muon")
+    matrix = tensors([shape], 0)[0].bfloat16()
+    expected = theirs._zeropower_via_newtonschulz(matrix.clone(), COEFFICIENTS, 5, EPS)
+    assert torch.equal(newton_schulz(matrix, 5), expected)
 
 
 # --- the others, written out and divided among ranks ----------------------------------------------
@@ -208,6 +237,11 @@ WANTED = {
         "tall": r"blocks\.\d+\.ffn\.w_[13]\.weight",
         "gains": r"(.*\.)?(norm|w)_\w+\.(gain|bias)|(patch|head)\.bias|cls",
     },
+    "muon_normalized": {
+        "hidden": r"blocks.*\.w_\w\.weight",
+        "gains": r".*\.(gain|bias)|cls",
+        "matrices": r"(tok_emb|pos_emb|patch|head)\.weight",
+    },
     "normalized": {"matrices": r".*\.weight", "gains": r".*\.(gain|bias)|cls"},
     "msgdw_r": {"embedding": r"(tok_emb|patch)\.weight", None: r"(?!(tok_emb|patch)\.weight).*"},
     "sgd_ll": {"head": r"(tok_emb|head)\.weight", "rest": r"(?!(tok_emb|head)\.weight).*"},
@@ -228,9 +262,8 @@ def test_every_parameter_is_in_the_group_meant_for_it(name: str, model: str) -> 
         parameter: nn.Parameter(torch.empty(shape, device="meta"))
         for parameter, shape in shapes_of(run.model).items()
     }
-    patterns = {group.pattern: label for label, group in run.optim.groups.items()}
     for group in parameter_groups(named.items(), run.optim):
-        label = patterns.get(group["update"].pattern)
+        label = None if group["label"] == "default" else group["label"]
         for parameter in group["names"]:
             assert re.fullmatch(wanted[label], parameter), (label, parameter)
 
@@ -259,8 +292,8 @@ def test_muon_is_torchs_and_adamw_is_torchs_beside_it() -> None:
         for each in (optimizer, muon, adamw):
             each.step()
     for name, p in ours.named_parameters():
-        # a momentum that differs in the last bit of fp32 can be another bf16, 0.4 % of an element
-        atol = 5 * 0.02 * 0.2 * 0.02 if any(named[name] is other for other in hidden) else 0
+        # theirs iterates in bf16, ours on a CPU in fp32: found 2.2 % of five steps of an element
+        atol = 5 * 0.02 * 0.2 * 0.05 if any(named[name] is other for other in hidden) else 0
         torch.testing.assert_close(p, named[name], rtol=1e-6 if not atol else 0, atol=atol + 1e-7)
 
 
