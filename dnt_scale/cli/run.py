@@ -63,12 +63,13 @@ def add_run_commands(commands: "argparse._SubParsersAction[Parser]") -> None:
         action="store_true",
         help="show the run's stages (train.stages) as a table and stop",
     )
-    train.add_argument(
+    beginning = train.add_mutually_exclusive_group()
+    beginning.add_argument(
         "--fresh",
         action="store_true",
         help="move aside what an earlier run has left in the folder; begin at step 0",
     )
-    train.add_argument(
+    beginning.add_argument(
         "--from-step",
         type=whole(0),
         metavar="N",

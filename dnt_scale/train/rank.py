@@ -67,10 +67,16 @@ def overrides_of(words: Sequence[str]) -> list[str]:
 
 
 def earlier_step(words: Sequence[str]) -> int | None:
-    """Return the step of ``--from-step=N``, None without it. Raises ConfigError for no number."""
+    """Return the step of ``--from-step=N``, None without it. Raises ConfigError for no number, or
+    beside ``--fresh``.
+    """
     given = [word.removeprefix(FROM_STEP) for word in words if word.startswith(FROM_STEP)]
     if not given:
         return None
+    if "--fresh" in words:
+        raise config.ConfigError(
+            "--from-step: goes on with a run, and --fresh begins one anew; give one of them"
+        )
     if not (given[-1].isascii() and given[-1].isdigit()):
         raise config.ConfigError(f"--from-step: found {given[-1]!r}, expected a step, such as 800")
     return int(given[-1]) if first_start("--from-step") else None

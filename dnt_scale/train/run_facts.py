@@ -114,7 +114,7 @@ def command(run: RunConfig, ranks: Ranks) -> list[list[str]]:
     if (run.run.dir / "jobs" / "run.json").exists():
         return [["dnt", "resubmit", os.path.realpath(run.run.dir)]]
     words = sys.argv[2:] if sys.argv[1:2] == ["train"] else sys.argv[1:]
-    overrides = [word for word in words if word != "--fresh" and "--from-step" not in word]
+    overrides = [word for word in words if not (word.startswith("--") or word.isdigit())]
     if "TORCHELASTIC_RUN_ID" in os.environ:
         local = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world_size))
         nodes = (

@@ -15,6 +15,7 @@ from dnt_scale.distributed.process_group import Ranks
 from dnt_scale.optim.schedule import Schedule
 from dnt_scale.train import loop
 from dnt_scale.train.hooks import Hook
+from dnt_scale.train.rank import main
 from dnt_scale.train.recorded import Typed
 from dnt_scale.train.resume import changes, starting_state
 from dnt_scale.train.run_start import begin, begun_on_all
@@ -434,3 +435,15 @@ def test_a_longer_run_goes_on_from_before_its_decay(sets, tmp_path):
         ConfigError, match=r"^--from-step: .* has no checkpoint of step 8 or before"
     ):
         start([*given, "train.steps=20"], from_step=12)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--from-step=soon"], "--from-step: found 'soon', expected a step, such as 800"),
+        (["--from-step=3", "--fresh"], "--from-step: goes on with a run, and --fresh begins one"),
+    ],
+)
+def test_an_earlier_step_is_a_number_and_of_a_run_that_goes_on(words, said, tmp_path, capsys):
+    assert main([*tiny(tmp_path / "set", tmp_path / "run"), *words]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {said}")
