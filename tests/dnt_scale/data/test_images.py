@@ -147,6 +147,25 @@ def test_an_epoch_has_every_image_once_as_it_is_stored(folder: Path) -> None:
     assert "target" not in batches[0]
 
 
+def test_a_later_stage_goes_on_where_the_set_was_left(folder: Path) -> None:
+    """Also from an odd position, which would part a pair, and with other recipes on the way."""
+    whole = source(folder, recipe="deit")
+    left = whole.passed(5)
+    later = source(folder, recipe="deit").after(left)
+    assert later.passed(4) == whole.passed(9)
+    expected, rest = (
+        each.rows_behind(7, *span) for each, span in ((whole, (5, 9)), (later, (0, 4)))
+    )
+    assert expected["rows"] == rest["rows"]
+    batches = []
+    for each, first in ((whole, 5), (later, 0)):
+        reading = each.stream(seed=7, global_batch=4, rank=0, world_size=1, consumed_rows=first)
+        with reading as stream:
+            batches.append(next(stream)[0])
+    for name, values in batches[0].items():
+        assert torch.equal(values, batches[1][name])
+
+
 def test_tars_of_webdataset_go_through_our_set_and_back(tmp_path: Path) -> None:
     """ShardWriter's tars become a set, our stream gives their pixels and labels, and WebDataset
     reads the set's tars."""
