@@ -153,17 +153,8 @@ def test_a_later_stage_goes_on_where_the_set_was_left(folder: Path) -> None:
     left = whole.passed(5)
     later = source(folder, recipe="deit").after(left)
     assert later.passed(4) == whole.passed(9)
-    expected, rest = (
-        each.rows_behind(7, *span) for each, span in ((whole, (5, 9)), (later, (0, 4)))
-    )
-    assert expected["rows"] == rest["rows"]
-    batches = []
-    for each, first in ((whole, 5), (later, 0)):
-        reading = each.stream(seed=7, global_batch=4, rank=0, world_size=1, consumed_rows=first)
-        with reading as stream:
-            batches.append(next(stream)[0])
-    for name, values in batches[0].items():
-        assert torch.equal(values, batches[1][name])
+    assert later.rows_behind(7, 0, 4)["rows"] == whole.rows_behind(7, 5, 9)["rows"]
+    assert hashes(read(later, 2)) == hashes(read(whole, 2, consumed=5))
 
 
 def test_tars_of_webdataset_go_through_our_set_and_back(tmp_path: Path) -> None:
