@@ -320,8 +320,10 @@ def python(*arguments: object, env: Mapping[str, str] | None = None) -> Finished
     return Finished([process.returncode], out, err)
 
 
-def synthetic_set(folder: Path, vocab_size: int = 512, val: bool = True) -> Path:
-    """A set of made-up tokens that depend on nothing but this function; its tokenizer is a file of
+def synthetic_set(
+    folder: Path, vocab_size: int = 512, val: bool = True, seq_len: int = 64, seed: int = 0
+) -> Path:
+    """A set of made-up tokens that depend on nothing but the arguments; its tokenizer is a file of
     a few bytes.
 
     A token goes on to one of four others, so that there is something to learn.
@@ -330,7 +332,7 @@ def synthetic_set(folder: Path, vocab_size: int = 512, val: bool = True) -> Path
     splits: dict[SplitName, Split] = {}
     names: tuple[SplitName, ...] = ("train", "val") if val else ("train",)
     for name, tokens in zip(names, (60_000, 5_000), strict=False):
-        choice = np.random.Philox(key=tokens).random_raw(tokens) % 4
+        choice = np.random.Philox(key=tokens + seed).random_raw(tokens) % 4
         ids = np.zeros(tokens, dtype=np.uint16)
         for place in range(1, tokens):
             ids[place] = (
@@ -338,7 +340,9 @@ def synthetic_set(folder: Path, vocab_size: int = 512, val: bool = True) -> Path
                 if place % 250 == 249
                 else 1 + (3 * int(ids[place - 1]) + int(choice[place])) % (vocab_size - 1)
             )
-        splits[name] = write_split(folder, name, np.concatenate([[0], ids]).astype(np.uint16), 64)
+        splits[name] = write_split(
+            folder, name, np.concatenate([[0], ids]).astype(np.uint16), seq_len
+        )
     tokenizer = f"no tokenizer of {vocab_size} pieces".encode()
     (folder / "tokenizer.model").write_bytes(tokenizer)
     documents, text_bytes = (
@@ -348,7 +352,7 @@ def synthetic_set(folder: Path, vocab_size: int = 512, val: bool = True) -> Path
         format="dnt-shards",
         version=1,
         dtype="uint16",
-        seq_len=64,
+        seq_len=seq_len,
         tokenizer=TokenizerInfo(
             file="tokenizer.model",
             sha256=hashlib.sha256(tokenizer).hexdigest(),

@@ -22,13 +22,13 @@ from data_prep.words import closest, counted, duration, megabytes
 from dnt_scale.config import ConfigError, RunConfig, TorchEngineConfig, check_tracking
 from dnt_scale.config.engine import copies_of
 from dnt_scale.config.tracking_uri import sqlite_file
-from dnt_scale.data.sources import Source, load_source
-from dnt_scale.data.stream import rows_a_rank
+from dnt_scale.data.sources import Source
 from dnt_scale.record.run_lock import check_free
 from dnt_scale.tools.memory_plan import checkpoint_bytes
 from dnt_scale.train.recorded import Typed
 from dnt_scale.train.resume import changes, check_place, starting_state
 from dnt_scale.train.run_start import begin
+from dnt_scale.train.stages import check_batches, load_stages
 
 # file systems that several machines see, and those that are one machine's memory; what is in
 # neither may be a disk
@@ -75,23 +75,24 @@ def check_and_plan(run: RunConfig, site: ClusterConfig, *, fresh: bool = False) 
     check_nodes(site, partition, {node.name for one in found.values() for node in one.nodes})
     check_account(site)
     check_signal(site)
-    source = load_source(run)
+    stages = load_stages(run)
     check_ranks(run, site)
-    steps = run.total_steps(source.unit.a_row)
+    steps = stages.total_steps
     begun = begin(run, Typed(whole=True), fresh=fresh)
-    state, _ = starting_state(begun, source, steps, site.ranks)
+    state, _ = starting_state(begun, stages, site.ranks)
     if state.step >= steps:
         raise ConfigError(
             f"train.steps: all {steps:,} steps are done; ask for more of them, or of train.tokens"
         )
     check_writable(run)
-    check_shared(run, site, source, partition.nodes)
+    for stage in stages:
+        check_shared(stage.run, site, stage.source, partition.nodes)
     check_room(run, steps)
     start = slurm.expected_start(batch_script(run, site))
-    made = plan.make_plan(run, site, partition, source, state.step)
+    made = plan.make_plan(run, site, partition, stages, state.step)
     notes = [f"SLURM expects the first job to start at {start}"] if start else []
-    notes += [*begun.notes, *changes(begun, source.unit.a_row)]
-    return replace(made, notes=(*notes, *find_warnings(run, site, source, partition)))
+    notes += [*begun.notes, *changes(begun, stages)]
+    return replace(made, notes=(*notes, *find_warnings(run, site, stages.source, partition)))
 
 
 def batch_script(run: RunConfig, site: ClusterConfig) -> str:
@@ -260,7 +261,7 @@ def check_signal(site: ClusterConfig) -> None:
 def check_ranks(run: RunConfig, site: ClusterConfig) -> None:
     """Raise ValueError, in training's words, when the batch, the engine or the device does not go
     with the ranks."""
-    rows_a_rank(run.train.global_batch, site.ranks)
+    check_batches(run, site.ranks)
     if isinstance(run.engine, TorchEngineConfig):
         copies_of(run.engine, site.ranks, site.nodes)
     gpus = site.gpus_per_node

@@ -4,7 +4,7 @@ long it may take."""
 import math
 import statistics
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,12 @@ from cluster.slurm import Node, Partition
 from data_prep.words import counted, duration, megabytes
 from dnt_scale import checkpoint
 from dnt_scale.config import RunConfig, Unit
-from dnt_scale.data.sources import Source
 from dnt_scale.distributed import compute_dtype
 from dnt_scale.record import timeline
 from dnt_scale.record.metrics_file import last_metrics
 from dnt_scale.record.speed import PEAK_FLOPS, speed_at
 from dnt_scale.tools.memory_plan import FIELDS, Memory, checkpoint_bytes, memory, parameters_of
+from dnt_scale.train.stages import Stage, Stages
 
 ASSUMED_MFU = 0.4
 RECENT = 50  # steps whose median tells a run's speed
@@ -46,8 +46,7 @@ class Plan:
     dtype: str  # bf16 or fp32: train.dtype, or what auto is likely to become there
     partition: str
     gpu: str  # SLURM's type of it; empty: it gives none
-    source: Source
-    steps: int
+    stages: Stages
     done: int  # how many of them a checkpoint has that the run goes on from
     parameters: int
     checkpoint_bytes: int
@@ -58,18 +57,22 @@ class Plan:
     notes: tuple[str, ...]
 
     @property
+    def steps(self) -> int:
+        return self.stages.total_steps
+
+    @property
     def unit(self) -> Unit:
-        return self.source.unit
+        return self.stages.source.unit
 
     @property
     def seconds(self) -> float | None:
         """Return the seconds of training that are left, if its speed is known."""
-        left = (self.steps - self.done) * self.unit.of(self.run.train.global_batch)
+        left = self.stages.units_at(self.steps) - self.stages.units_at(self.done)
         return left / self.units_per_s if self.units_per_s else None
 
 
 def make_plan(
-    run: RunConfig, site: ClusterConfig, partition: Partition, source: Source, done: int = 0
+    run: RunConfig, site: ClusterConfig, partition: Partition, stages: Stages, done: int = 0
 ) -> Plan:
     """Return the plan of a run that fits its cluster, see
     :func:`cluster.submit.checks.check_and_plan`.
@@ -77,8 +80,7 @@ def make_plan(
     Args:
         done: steps that the run's newest checkpoint has.
     """
-    unit = source.unit
-    steps = run.total_steps(unit.a_row)
+    unit = stages.source.unit
     gpu = type_of_gpu(partition.nodes) if site.gpus_per_node else ""
     likely = compute_dtype.expected(run, gpus=bool(site.gpus_per_node))
     before = read_past_pace(run, unit)
@@ -89,12 +91,11 @@ def make_plan(
         dtype=likely.train.dtype,
         partition=partition.name,
         gpu=gpu,
-        source=source,
-        steps=steps,
+        stages=stages,
         done=done,
         parameters=parameters_of(run.model),
         checkpoint_bytes=checkpoint_bytes(run),
-        most_checkpoints=most_checkpoints(run, steps),
+        most_checkpoints=most_checkpoints(run, stages.total_steps),
         memory=memory(likely, site.ranks, site.nodes),
         units_per_s=units_per_s,
         why=why,
@@ -118,9 +119,17 @@ def read_past_pace(run: RunConfig, unit: Unit) -> PastPace | None:
         units_per_s=median,
         steps=len(recent),
         ranks=int(started["ranks"]) if started else 1,
-        step_s=unit.of(run.train.global_batch) / median,
+        step_s=_units_a_step(run, unit, rows) / median,
         save_s=_save_seconds(run, rows),
     )
+
+
+def _units_a_step(run: RunConfig, unit: Unit, rows: Sequence[dict[str, Any]]) -> float:
+    """Return the units of the last step: of a run's stages each has its own batch."""
+    if len(rows) < 2 or rows[-1]["step"] == rows[-2]["step"]:
+        return unit.of(run.train.global_batch)
+    before, last = rows[-2:]
+    return float((last[unit.name] - before[unit.name]) / (last["step"] - before["step"]))
 
 
 def _save_seconds(run: RunConfig, rows: Sequence[dict[str, Any]]) -> float | None:
@@ -205,12 +214,9 @@ def format_plan(plan: Plan) -> str:
             f"{run.engine.name}, optimizer {run.optim.algorithm}, "
             f"{plan.dtype}{' (expected)' if run.train.dtype == 'auto' else ''}",
         ),
-        *(("data", line) for line in plan.source.describe()),
-        (
-            "batch",
-            f"{run.train.global_batch} rows of {plan.unit.a_row} {plan.unit.name} = "
-            f"{_format_split(plan)}",
-        ),
+        *(("data", line) for line in plan.stages.source.describe()),
+        ("batch", _format_batch(plan, plan.stages[0])),
+        *(("stage", line) for stage in plan.stages[1:] for line in _format_stage(plan, stage)),
         ("steps", _format_steps(plan)),
         ("checkpoints", _format_checkpoints(plan)),
         ("memory", f"{_format_memory(plan)}; activations come on top"),
@@ -260,10 +266,24 @@ def _format_cpus(site: ClusterConfig) -> str:
     return counted((site.cpus_per_rank or 1) * site.tasks_per_node, "CPU") + memory_gb
 
 
-def _format_split(plan: Plan) -> str:
+def _format_stage(plan: Plan, stage: Stage) -> Iterator[str]:
+    """Return a line on what changes with a stage, and one for each of its sets."""
+    span = stage.span
+    steps = f"steps {span.begin + 1:,} to {span.end:,}"
+    yield f"{span.name}, {steps}: {_format_batch(plan, stage)}"
+    if stage.source is not plan.stages.source:
+        yield from stage.source.describe()
+
+
+def _format_batch(plan: Plan, stage: Stage) -> str:
+    rows = f"{stage.run.train.global_batch} rows of {stage.span.a_row} {plan.unit.name}"
+    return f"{rows} = {_format_split(plan, stage.run)}"
+
+
+def _format_split(plan: Plan, run: RunConfig) -> str:
     """Return the global batch as ranks x micro-batches x rows, and what is left over."""
-    rows = plan.run.train.global_batch // plan.site.ranks
-    micro = min(plan.run.train.micro_batch, rows)
+    rows = run.train.global_batch // plan.site.ranks
+    micro = min(run.train.micro_batch, rows)
     full, rest = divmod(rows, micro)
     ranks = counted(plan.site.ranks, "rank")
     if not rest:
@@ -279,10 +299,10 @@ def _format_split(plan: Plan) -> str:
 def _format_steps(plan: Plan) -> str:
     rows = plan.steps * plan.run.train.global_batch
     a_step, unit = plan.unit.of(plan.run.train.global_batch), plan.unit.name
-    text = (
-        f"{plan.steps:,} of {a_step:,} {unit} = {plan.steps * a_step:,} {unit}, "
-        f"{plan.source.epochs(rows)}"
-    )
+    units = f"{plan.stages.units_at(plan.steps):,} {unit}"
+    text = f"{plan.steps:,} of {a_step:,} {unit} = {units}, {plan.stages.source.epochs(rows)}"
+    if len(plan.stages) > 1:
+        text = f"{plan.steps:,} in {len(plan.stages)} stages = {units}"
     return f"{text}; goes on from step {plan.done:,}" if plan.done else text
 
 

@@ -17,10 +17,10 @@ from cluster.submit.plan import Plan
 from data_prep.words import counted
 from dnt_scale import config
 from dnt_scale.config import RunConfig
-from dnt_scale.data.sources import load_source
 from dnt_scale.record import run_lock, timeline
 from dnt_scale.sweep import sweep_file
 from dnt_scale.sweep.sweep_file import Sweep
+from dnt_scale.train.stages import load_stages
 
 
 def check_new(sweep_dir: Path) -> None:
@@ -50,9 +50,10 @@ def check_and_plan(runs: list[RunConfig], site: ClusterConfig) -> Plan:
     fitting = set()
     for run in runs:
         checks.check_ranks(run, site)
-        reads = (run.data.model_dump_json(), run.model.model_dump_json())
+        sections = (run.data, run.model, run.train)
+        reads = tuple(section.model_dump_json() for section in sections)
         if reads not in fitting:
-            load_source(run)
+            load_stages(run)
             fitting.add(reads)
     return plan
 

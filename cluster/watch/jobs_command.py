@@ -102,7 +102,7 @@ def read_view(run_dir: Path, query: SlurmQuery) -> RunView:
     speeds = [line[f"{unit}_per_s"] for line in steps[-SPEED_STEPS:]]
     resolved = read_config(run_dir)
     told = max((event["time"] for event in events), default=0.0)
-    total = total_steps(resolved, lines)
+    total = total_steps(resolved, lines, events)
     run = RunSummary(
         folder=run_dir,
         name=submission.name,
@@ -118,7 +118,7 @@ def read_view(run_dir: Path, query: SlurmQuery) -> RunView:
         val_loss=next((line["val/loss"] for line in reversed(lines) if "val/loss" in line), None),
         unit=unit,
         units_per_s=median(speeds) if speeds else None,
-        left_s=seconds_left(steps, total, events)
+        left_s=seconds_left(steps, total, unit, events)
         if found.state == "running" and time.time() - told < run_state.SILENT_S
         else None,
         goodput=spent.total.goodput if spent.total.training else None,
@@ -160,30 +160,42 @@ def read_config(run_dir: Path) -> RunConfig | None:
         return None
 
 
-def total_steps(run: RunConfig | None, lines: list[dict[str, Any]]) -> int | None:
+def total_steps(
+    run: RunConfig | None,
+    lines: list[dict[str, Any]],
+    events: list[Event] = [],  # noqa: B006
+) -> int | None:
     """Return how many steps the run is to have; None before the first where its configuration gives
     tokens."""
     if run is None:
         return None
     if run.train.steps is not None:
         return run.train.steps
+    ready = run_record.last_event(events, "ready")
+    if ready and "of" in ready:
+        return int(ready["of"]["step"])
     unit = unit_of(lines)
     a_step = next((line[unit] / line["step"] for line in reversed(lines) if line["step"]), None)
-    return a_step and run.total_steps(round(a_step / run.train.global_batch))
+    if a_step is None or run.train.stages:
+        return None
+    return run.total_steps(round(a_step / run.train.global_batch))
 
 
 def seconds_left(
-    steps: list[dict[str, Any]], total: int | None, events: list[Event]
+    steps: list[dict[str, Any]], total: int | None, unit: str, events: list[Event]
 ) -> float | None:
     """Return the seconds left at the mean pace of the newest attempt's last steps, validations and
-    checkpoints included."""
+    checkpoints included: in units, for stages of a run differ in what a step is."""
     ready = run_record.last_event(events, "ready")
     paced = [line for line in steps if ready and line["time"] >= ready["time"]]
-    if total is None or len(paced) < 2:
+    if total is None or ready is None or len(paced) < 2:
         return None
     first, last = paced[0], paced[-1]
+    of = ready.get("of", {"step": total})  # of an older dnt it tells no units
+    of = of if of["step"] == total else {"step": total}
+    count = unit if unit in of else "step"
     return float(
-        (total - last["step"]) * (last["time"] - first["time"]) / (last["step"] - first["step"])
+        (of[count] - last[count]) * (last["time"] - first["time"]) / (last[count] - first[count])
     )
 
 

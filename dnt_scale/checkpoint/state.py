@@ -40,6 +40,7 @@ class State(BaseModel):
     manifest_sha256: str  # of a mixture, of what decides its rows
     # the manifests' sha256 by the sets' names; not in the checkpoints of old
     sets: dict[str, str] = {}
+    stages: dict[str, dict[str, str]] = {}  # the same of each of train.stages
     world_size: int
     config: dict[str, object]
     # what was typed to get it: group=name, key=value; not in the checkpoints of old

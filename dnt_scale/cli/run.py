@@ -2,8 +2,12 @@
 
 import argparse
 import sys
+from typing import TYPE_CHECKING
 
 from dnt_scale.arguments import Parser, path, set_folder, whole, word
+
+if TYPE_CHECKING:
+    from dnt_scale.train.run_start import Begun
 
 TRAIN_HELP = """\
 Overrides choose files of configs/ (group=name) and change values (key=value), for example:
@@ -55,9 +59,22 @@ def add_run_commands(commands: "argparse._SubParsersAction[Parser]") -> None:
     )
     train.add_argument("--print-config", action="store_true", help="show the resolved run and stop")
     train.add_argument(
+        "--print-plan",
+        action="store_true",
+        help="show the run's stages (train.stages) as a table and stop",
+    )
+    beginning = train.add_mutually_exclusive_group()
+    beginning.add_argument(
         "--fresh",
         action="store_true",
         help="move aside what an earlier run has left in the folder; begin at step 0",
+    )
+    beginning.add_argument(
+        "--from-step",
+        type=whole(0),
+        metavar="N",
+        help="go on from the newest checkpoint of step N or before; with more train.steps and "
+        "schedule wsd, of before its decay. Later checkpoints and metrics are moved aside",
     )
     train.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     train.set_defaults(run=run_train)
@@ -167,21 +184,44 @@ def run_train(options: argparse.Namespace) -> int:
     from dnt_scale import config
 
     run = config.load(options.overrides)
-    if options.print_config:
+    if options.print_config or options.print_plan:
         from dnt_scale.train.recorded import Typed
         from dnt_scale.train.run_start import begin
 
-        begun = begin(run, Typed(options.overrides), fresh=options.fresh)
-        print(config.to_yaml(begun.run), end="")
+        typed = Typed(options.overrides)
+        begun = begin(run, typed, fresh=options.fresh, from_step=options.from_step)
+        if options.print_config:
+            print(config.to_yaml(begun.run), end="")
         for note in begun.notes:
             print(note, file=sys.stderr)
-        return 0
+        return print_plan(begun) if options.print_plan else 0
     from cluster.watch.run_state import check_idle
 
     check_idle(run.run.dir)
     from dnt_scale.train.rank import main as train
 
-    return train([*options.overrides, *["--fresh"] * options.fresh], check_idle)
+    more = ["--fresh"] * options.fresh
+    if options.from_step is not None:
+        more.append(f"--from-step={options.from_step}")
+    return train([*options.overrides, *more], check_idle)
+
+
+def print_plan(begun: "Begun") -> int:
+    """Show the stages of a run that begins or goes on."""
+    from rich.console import Console
+
+    from dnt_scale.train.resume import changes, starting_state
+    from dnt_scale.train.stage_table import stage_table
+    from dnt_scale.train.stages import load_stages
+
+    stages = load_stages(begun.run)
+    state, newest = starting_state(begun, stages, 1)
+    Console(highlight=False).print(stage_table(begun.run, stages))
+    for line in changes(begun, stages):
+        print(line, file=sys.stderr)
+    if newest:
+        print(f"step {state.step:,} is done, by {newest}")
+    return 0
 
 
 def run_eval(options: argparse.Namespace) -> int:

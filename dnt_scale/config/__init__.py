@@ -34,6 +34,7 @@ from dnt_scale.config.model import (
 )
 from dnt_scale.config.optim import GroupConfig, OptimizerConfig, ScheduleConfig
 from dnt_scale.config.run import HealthSection, RunConfig
+from dnt_scale.config.stages import Span, Spans, by_stage, span_at
 
 __all__ = [
     "MODELS",
@@ -56,12 +57,15 @@ __all__ = [
     "RunConfig",
     "ScheduleConfig",
     "Setting",
+    "Span",
+    "Spans",
     "Strict",
     "TokenRows",
     "TorchEngineConfig",
     "Unit",
     "VitConfig",
     "budget",
+    "by_stage",
     "changed",
     "check_tracking",
     "choice_file",
@@ -70,6 +74,7 @@ __all__ = [
     "from_yaml",
     "load",
     "refusal",
+    "span_at",
     "to_yaml",
     "typed_keys",
     "validate",

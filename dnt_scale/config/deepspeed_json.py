@@ -7,7 +7,7 @@ they are errors.
 
 from typing import Any
 
-from dnt_scale.config import ConfigError, DeepSpeedEngineConfig, RunConfig
+from dnt_scale.config import ConfigError, DeepSpeedEngineConfig, RunConfig, by_stage
 from dnt_scale.config.base import nearest
 
 JSON = dict[str, Any]
@@ -85,9 +85,8 @@ def deepspeed_json(run: RunConfig, world_size: int, *, pin_memory: bool) -> JSON
         ConfigError: a value in ``engine.deepspeed`` that DeepSpeed does not take.
     """
     assert isinstance(run.engine, DeepSpeedEngineConfig)
+    batches = [_micro_batches(each, world_size) for each in by_stage(run).values()]
     stage, bf16 = run.engine.stage, run.train.dtype == "bf16"
-    rows = run.train.global_batch // world_size
-    micro_batch = min(run.train.micro_batch, rows)
     zero: JSON = {"stage": stage}
     if stage:
         # DeepSpeed's 5e8 would take 2 GB a rank, however small the model
@@ -101,8 +100,9 @@ def deepspeed_json(run: RunConfig, world_size: int, *, pin_memory: bool) -> JSON
     if run.engine.offload_parameters:
         zero["offload_param"] = {"device": "cpu", "pin_memory": pin_memory}
     ours = {
-        "train_micro_batch_size_per_gpu": micro_batch,
-        "gradient_accumulation_steps": -(-rows // micro_batch),
+        "train_micro_batch_size_per_gpu": batches[0][0],
+        # of the stage with the most: with 1 DeepSpeed leaves out what sums them
+        "gradient_accumulation_steps": max(count for _, count in batches),
         "gradient_clipping": 0.0,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
@@ -122,6 +122,13 @@ def deepspeed_json(run: RunConfig, world_size: int, *, pin_memory: bool) -> JSON
     merged = merge(ours, run.engine.deepspeed)
     _check_values(merged["zero_optimization"])
     return merged
+
+
+def _micro_batches(run: RunConfig, world_size: int) -> tuple[int, int]:
+    """Return the rows of a micro-batch, and how many of them a rank has in a step."""
+    rows = run.train.global_batch // world_size
+    micro_batch = min(run.train.micro_batch, rows)
+    return micro_batch, -(-rows // micro_batch)
 
 
 def merge(base: JSON, over: JSON) -> JSON:

@@ -163,6 +163,12 @@ class ScheduleConfig(Strict):
         """
         raise NotImplementedError
 
+    def steps_before_decay(self, total_steps: int) -> int | None:
+        """Return how many steps come before those that depend on where the run ends; None: all
+        do.
+        """
+        return None
+
     def steps_of_warmup(self, total_steps: int) -> int:
         """Return how many of the run's steps warm up; a share leaves one step after them."""
         if self.warmup_steps is not None:

@@ -4,6 +4,7 @@ Import them from :mod:`dnt_scale.config`, which makes them out of files and over
 """
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal, Self
 from urllib.parse import urlsplit
@@ -22,6 +23,7 @@ from dnt_scale.config.engine import DeepSpeedEngineConfig, EngineConfig
 from dnt_scale.config.hooks import DiagnoseSection, GarbageSection, MeasureSection, ProfileSection
 from dnt_scale.config.model import AnyModel
 from dnt_scale.config.optim import OptimConfig
+from dnt_scale.config.stages import Spans, StageName, StageSection, check_order, spans_of
 
 _LOGIN = re.compile(r"(?i)(^|&)[^=]*(user|password|token)[^=]*=")  # In a URL's query.
 RESERVED = {"mlartifacts", "mlflow.db", "mlruns"}
@@ -71,6 +73,12 @@ class TrainSection(Strict):
         description="decay a step of a moving average of the weights, fp32, which validation and "
         "inference use; null: none",
     )
+    stages: dict[StageName, StageSection] = Field({})
+
+    @model_validator(mode="after")
+    def _stages_follow_one_another(self) -> Self:
+        check_order(self.stages)
+        return self
 
     @model_validator(mode="after")
     def _one_budget(self) -> Self:
@@ -224,11 +232,15 @@ class RunConfig(Strict):
             return self.run.dir / "checkpoints"
         return chosen if "://" in chosen else Path(chosen)
 
-    def total_steps(self, units_a_row: int) -> int:
-        """Return the optimizer steps of the whole run; a row counts so many units (of text,
-        tokens).
+    def total_steps(self, units_a_row: int, of_stages: Mapping[str, int] = {}) -> int:
+        """Return the optimizer steps of the whole run; arguments and errors as of ``spans``."""
+        return self.spans(units_a_row, of_stages)[-1].end
+
+    def spans(self, units_a_row: int, of_stages: Mapping[str, int] = {}) -> Spans:
+        """Return the steps of each stage (of a run without stages, one), as ``spans_of`` does.
+
+        Args:
+            units_a_row: of text, the tokens of a row.
+            of_stages: the same of stages, by name, whose rows are others.
         """
-        if self.train.steps is not None:
-            return self.train.steps
-        assert self.train.tokens is not None
-        return -(-self.train.tokens // (self.train.global_batch * units_a_row))
+        return spans_of(self, units_a_row, of_stages)

@@ -25,7 +25,7 @@ from data_prep.shards import SplitName
 from dnt_scale.config import AugmentSection, ImageRows, ImagesConfig, Unit
 from dnt_scale.data.decoders import Decoders
 from dnt_scale.data.image_reader import Job, Reading, Rows, image_order, number_at
-from dnt_scale.data.sources import DataPart, Missing, Source
+from dnt_scale.data.sources import DataPart, Missing, Passed, Source
 from dnt_scale.data.stream import Stream
 from dnt_scale.distributed.host import cpus_of_a_rank
 from dnt_scale.model.batch import IGNORED, Batch
@@ -43,14 +43,18 @@ def open_images(data: ImagesConfig) -> "ImageSource":
 class ImageSource(Source):
     """Images with labels out of a prepared set; its batches are those of ``ImageRows``.
 
+    Args:
+        passed: rows of the order that earlier stages of the run have read.
+
     Raises:
         ValueError: the set is damaged.
     """
 
     unit = Unit("images", 1)
 
-    def __init__(self, data: ImagesConfig) -> None:
+    def __init__(self, data: ImagesConfig, passed: int = 0) -> None:
         self.data = data
+        self.first = passed  # position of the order at which the run's stage begins
         self.manifest = load_manifest(data.path)
         self.rows = ImageRows(data.path, data.size, tuple(self.manifest.class_names))
         self.decoders: Decoders | None = None  # of the newest stream, for validation too
@@ -91,13 +95,22 @@ class ImageSource(Source):
         read = _TrainingRows(self, seed, global_batch)
         self.decoders = read.decoders
         return Stream(
-            read,
+            lambda first, count: read(self.first + first, count),
             global_batch=global_batch,
             rank=rank,
             world_size=world_size,
             consumed_rows=consumed_rows,
             close=read.decoders.close,
         )
+
+    def passed(self, rows: int) -> dict[str, Passed]:
+        [part] = self.parts()
+        return {part.sha256: Passed(part.name, self.first + rows)}
+
+    def after(self, passed: Mapping[str, Passed]) -> "ImageSource":
+        [part] = self.parts()
+        found = passed.get(part.sha256)
+        return ImageSource(self.data, found.rows) if found else self
 
     def validation(
         self, *, rows: int | None, micro_batch: int, rank: int, world_size: int
@@ -157,7 +170,7 @@ class ImageSource(Source):
         ends = np.cumsum([shard.images for shard in split.shards])
         found = []
         for position in range(first, last):
-            number = number_at(order, position)
+            number = number_at(order, self.first + position)
             shard = split.shards[int(np.searchsorted(ends, number, side="right"))]
             found.append({"shard": shard.file, "key": sample_key(number)})
         return {"positions": [first, last], "rows": found}

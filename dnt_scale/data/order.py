@@ -49,6 +49,16 @@ def deal(shares: Sequence[int], positions: Ints) -> tuple[Ints, Ints]:
     return source, within
 
 
+def dealt(shares: Sequence[int], positions: int) -> list[int]:
+    """Return how many of the first ``positions`` rows of a mixture ``deal`` takes from each set."""
+    counts = []
+    total, left = sum(shares), np.array([positions])
+    for share in shares:
+        counts.append(int(_rounded(left, share, total)[0]))
+        total, left = total - share, left - counts[-1]
+    return counts
+
+
 def _rounded(count: Ints, share: int, total: int) -> Ints:
     """count * share / total to the nearest integer, halves up."""
     whole, rest = np.divmod(count, total)
@@ -130,7 +140,11 @@ def row_at(manifest: Manifest, seed: int, position: int) -> tuple[int, int]:
 
 
 def rows_from(
-    shares: Sequence[int], orders: Sequence[Order], position: int, count: int
+    shares: Sequence[int],
+    orders: Sequence[Order],
+    position: int,
+    count: int,
+    passed: Sequence[int] = (),
 ) -> tuple[Ints, Ints, Ints]:
     """The order contract of a mixture: set, block and row in block at ``count`` positions from
     ``position`` on.
@@ -138,6 +152,7 @@ def rows_from(
     Args:
         shares: of the sets, as ``deal`` wants them.
         orders: of the sets.
+        passed: at which position of its own order each set begins; empty: all at 0.
 
     Returns:
         three of int64 (count,).
@@ -147,5 +162,6 @@ def rows_from(
     for index, order in enumerate(orders):
         here = np.flatnonzero(source == index)
         if len(here):  # their positions in the set follow one another
-            blocks[here], rows[here] = order.rows_from(int(within[here[0]]), len(here))
+            first = int(within[here[0]]) + (passed[index] if passed else 0)
+            blocks[here], rows[here] = order.rows_from(first, len(here))
     return source, blocks, rows

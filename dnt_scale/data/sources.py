@@ -24,6 +24,13 @@ class DataPart(NamedTuple):
     sha256: str  # of all that decides its rows
 
 
+class Passed(NamedTuple):
+    """How far the stages of a run have come in a set."""
+
+    order: str  # the name that the set had where the run began it: its order may depend on it
+    rows: int
+
+
 class Missing(NamedTuple):
     """What a source lacks, for a message."""
 
@@ -59,6 +66,18 @@ class Source(Protocol):
             ValueError: the ranks cannot share the global batch equally.
         """
         ...
+
+    def passed(self, rows: int) -> dict[str, Passed]:
+        """Return how far each set is after so many rows of the order, by the SHA-256 of
+        ``parts``; rows that were passed before count.
+        """
+        return {}
+
+    def after(self, passed: Mapping[str, Passed]) -> "Source":
+        """Return the source of a run's later stage: sets that an earlier one has read, by their
+        SHA-256, go on where they were left. One that cannot begins at the beginning.
+        """
+        return self
 
     def validation(
         self, *, rows: int | None, micro_batch: int, rank: int, world_size: int

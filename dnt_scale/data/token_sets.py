@@ -16,13 +16,16 @@ SHARES = 1 << 30
 @dataclass(frozen=True)
 class TokenSet:
     """A prepared set. It gives the part ``weight`` of a run's tokens, which takes ``share`` of its
-    rows in the sum of all sets' shares."""
+    rows in the sum of all sets' shares. Where a stage of a run goes on with it, its order is that
+    of the stage that began it, ``order``, from position ``passed`` on."""
 
     name: str  # empty: the one set of data.path
     folder: Path
     manifest: Manifest
     share: int = SHARES
     weight: float = 1.0
+    passed: int = 0
+    order: str | None = None  # the name that it had there; None: its own
 
     @property
     def field(self) -> str:
@@ -33,9 +36,10 @@ class TokenSet:
         """The seed of this set's own order, below 2^64: ``seed`` for a set alone, another for
         each of a mixture.
         """
-        if not self.name:
+        name = self.name if self.order is None else self.order
+        if not name:
             return seed
-        return int.from_bytes(hashlib.sha256(f"{seed}/{self.name}".encode()).digest()[:8], "little")
+        return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "little")
 
 
 # The largest share first, equal ones by name, so that their order in a file is nothing.

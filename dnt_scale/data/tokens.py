@@ -6,7 +6,8 @@ a pure function.
 2. ``WINDOW_BLOCKS`` consecutive blocks of that permutation form a window, whose rows are permuted.
 3. Position p of the endless sequence is row p mod rows of epoch p div rows: ``row_at``.
 4. Of several sets, position p is the next row of the one that ``deal`` names; each has its own
-   epochs and seed.
+   epochs and seed. In a later stage of a run a set goes on at its own position
+   (``TokenSet.passed``).
 5. Ranks slice it as :mod:`dnt_scale.data.stream` says; a thread reads rows by offset ahead of the
    training step.
 
@@ -17,6 +18,7 @@ generator's raw stream fixed across versions, and no global generator is touched
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +27,9 @@ import torch
 from torch import Tensor
 
 from dnt_scale.config import DataConfig, DataSection, RunConfig, TokenRows, Unit
-from dnt_scale.data.order import Order, block_rows, rows_from
+from dnt_scale.data.order import Order, block_rows, dealt, rows_from
 from dnt_scale.data.rows import OpenFiles, RowReader, files_for, token_ids
-from dnt_scale.data.sources import DataPart, Missing, Source
+from dnt_scale.data.sources import DataPart, Missing, Passed, Source
 from dnt_scale.data.stream import Stream
 from dnt_scale.data.token_sets import (
     TokenSet,
@@ -106,6 +108,26 @@ class TokenSource(Source):
             world_size=world_size,
             consumed_rows=consumed_rows,
         )
+
+    def passed(self, rows: int) -> dict[str, Passed]:
+        hashes = manifests_of(self.sets)
+        counts = dealt([found.share for found in self.sets], rows)
+        return {
+            hashes[found.name]: Passed(
+                found.name if found.order is None else found.order, found.passed + count
+            )
+            for found, count in zip(self.sets, counts, strict=True)
+        }
+
+    def after(self, passed: Mapping[str, Passed]) -> "TokenSource":
+        hashes = manifests_of(self.sets)
+        sets = [
+            replace(found, order=before.order, passed=before.rows)
+            if (before := passed.get(hashes[found.name]))
+            else found
+            for found in self.sets
+        ]
+        return TokenSource(self.data, tuple(sets))
 
     def validation(
         self, *, rows: int | None, micro_batch: int, rank: int, world_size: int
@@ -202,7 +224,11 @@ class TokenSource(Source):
             for found in self.sets
         ]
         source, blocks, rows = rows_from(
-            [found.share for found in self.sets], orders, first, last - first
+            [found.share for found in self.sets],
+            orders,
+            first,
+            last - first,
+            [found.passed for found in self.sets],
         )
         places = []
         for index, found in enumerate(self.sets):
@@ -273,12 +299,13 @@ class _Reader:
             Order(block_rows(found.manifest.splits["train"]), found.shuffle_seed(seed))
             for found in sets
         ]
+        self.passed = [found.passed for found in sets]
         self.files = OpenFiles(files_for(len(sets)))
         self.readers = [RowReader(found, "train", self.files) for found in sets]
 
     def read(self, first: int, count: int) -> Tensor:
         """Return the rows at ``count`` positions from ``first`` on: int64 (count, seq_len + 1)."""
-        source, blocks, rows = rows_from(self.shares, self.orders, first, count)
+        source, blocks, rows = rows_from(self.shares, self.orders, first, count, self.passed)
         raw = np.empty((count, self.manifest.row_bytes), dtype=np.uint8)
         row_places = [row.data for row in raw]
         for index, reader in enumerate(self.readers):

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from dnt_scale.config import ConfigError, DeepSpeedEngineConfig, RunConfig
+from dnt_scale.config import ConfigError, DeepSpeedEngineConfig, RunConfig, Spans
 from dnt_scale.distributed.errors import AgreedError
 from dnt_scale.distributed.process_group import Ranks
 from dnt_scale.engine.averaging import AveragingEngine
@@ -17,6 +17,7 @@ def build(
     ranks: Ranks,
     total_steps: int,
     lr_ratios: Ratios | None = None,
+    spans: Spans = (),
 ) -> Engine:
     """The engine that ``config.engine`` names, with initial weights and its optimizer allocated.
 
@@ -24,6 +25,7 @@ def build(
         model_fn: makes the unsharded model; the engine decides on which device.
         total_steps: optimizer steps of the whole run, for the learning-rate schedule.
         lr_ratios: what learning rates are scaled by, with ``optim.scale``.
+        spans: the steps of the run's stages, which have factors of their own.
 
     Raises:
         AgreedError: an optimizer group, a schedule or an engine that does not fit the model, the
@@ -35,11 +37,11 @@ def build(
         if isinstance(config.engine, DeepSpeedEngineConfig):
             from dnt_scale.engine import deepspeed
 
-            built = deepspeed.build(config, model_fn, ranks, total_steps, lr_ratios)
+            built = deepspeed.build(config, model_fn, ranks, total_steps, lr_ratios, spans)
         else:
             from dnt_scale.engine import fsdp
 
-            built = fsdp.build(config, model_fn, ranks, total_steps, lr_ratios)
+            built = fsdp.build(config, model_fn, ranks, total_steps, lr_ratios, spans)
     except ConfigError as error:  # all ranks have the same configuration
         raise AgreedError(str(error)) from None
     return built if config.train.ema is None else AveragingEngine(built, config.train.ema)

@@ -32,6 +32,14 @@ class AveragingEngine:
             replace(shard, name=average_of(shard.name), data=shard.data.clone()) for shard in held
         ]
 
+    @property
+    def micro_batch(self) -> int:
+        return self.engine.micro_batch
+
+    @micro_batch.setter
+    def micro_batch(self, rows: int) -> None:
+        self.engine.micro_batch = rows
+
     def train_step(self, batch: Batch, judge: Judge) -> StepStats:
         stats = self.engine.train_step(batch, judge)
         if not stats.skipped and self.weights:

@@ -31,6 +31,8 @@ class StepStats:
 class Engine(Protocol):
     """A model, its optimizer and its place on the devices."""
 
+    micro_batch: int  # rows a rank a forward; may be set between steps
+
     def train_step(self, batch: Batch, judge: Judge) -> StepStats:
         """One optimizer step on this rank's rows of the global batch.
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 
 from dnt_scale.checkpoint.tensor_shards import TensorShard, flat_shards
-from dnt_scale.config import DeepSpeedEngineConfig, RunConfig
+from dnt_scale.config import DeepSpeedEngineConfig, RunConfig, Spans
 from dnt_scale.config.deepspeed_json import JSON, deepspeed_json
 from dnt_scale.distributed.process_group import Ranks
 from dnt_scale.engine.accumulate_then_step import scale
@@ -46,6 +46,7 @@ def build(
     ranks: Ranks,
     total_steps: int,
     lr_ratios: Ratios | None = None,
+    spans: Spans = (),
 ) -> "DeepSpeedEngine":
     """Shard ``model_fn()`` as ``engine.name`` says, fill it, and allocate its optimizer; see
     ``engine.build``.
@@ -56,7 +57,7 @@ def build(
             on.
     """
     assert isinstance(config.engine, DeepSpeedEngineConfig)
-    schedule = Schedule(config.optim.schedule, total_steps)
+    schedule = Schedule(config.optim.schedule, total_steps, spans)
     with torch.device("meta"):
         blank = model_fn()
     buffers = blank_buffers(blank, config.model.kind)

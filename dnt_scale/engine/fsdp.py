@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from dnt_scale.checkpoint.tensor_shards import TensorShard
-from dnt_scale.config import RunConfig, TorchEngineConfig
+from dnt_scale.config import RunConfig, Spans, TorchEngineConfig
 from dnt_scale.distributed.process_group import Ranks
 from dnt_scale.engine.accumulate_then_step import AccumulateThenStep, GradientStrategy
 from dnt_scale.engine.base import Judge, StepStats
@@ -66,12 +66,13 @@ def build(
     ranks: Ranks,
     total_steps: int,
     lr_ratios: Ratios | None = None,
+    spans: Spans = (),
 ) -> "FSDPEngine":
     """Shard ``model_fn()`` (called on the meta device), fill it, and allocate its optimizer; see
     ``engine.build``.
     """
     assert isinstance(config.engine, TorchEngineConfig)
-    schedule = Schedule(config.optim.schedule, total_steps)
+    schedule = Schedule(config.optim.schedule, total_steps, spans)
     with torch.device("meta"):
         task = model_fn()
     buffers = blank_buffers(task, config.model.kind)

@@ -25,11 +25,14 @@ class Ratios(NamedTuple):
     tokens: float = 1.0
 
 
-def ratios(run: RunConfig, units_a_row: int) -> Ratios | None:
+def ratios(run: RunConfig, units_a_row: int, of_stages: Mapping[str, int] = {}) -> Ratios | None:
     """Return what learning rates are scaled by; None without ``optim.scale``.
+
+    A stage of another batch has no ratio of its own: its ``lr_factor`` says what it has.
 
     Args:
         units_a_row: what a row counts: tokens, of text.
+        of_stages: the same of stages, by name.
 
     Raises:
         ConfigError: the model has no width.
@@ -43,10 +46,11 @@ def ratios(run: RunConfig, units_a_row: int) -> Ratios | None:
             f"optim.scale.width is {scale.width}, but a model of kind {run.model.kind} has no "
             "width; remove optim.scale.width"
         )
+    last = run.spans(units_a_row, of_stages)[-1]
     return Ratios(
         width / scale.width if scale.width and width else 1.0,
         batch / scale.batch if scale.batch else 1.0,
-        run.total_steps(units_a_row) * batch / scale.tokens if scale.tokens else 1.0,
+        last.units_at(last.end) / scale.tokens if scale.tokens else 1.0,
     )
 
 

@@ -100,10 +100,14 @@ def read_run(folder: Path) -> Run:
     if not steps or not (train[0].size or val[0].size):
         raise ConfigError(f"{folder / METRICS}: holds no loss yet; train some steps first")
     step, units = int(steps[-1]["step"]), int(steps[-1][unit])
-    total = run.train.steps or -(-(run.train.tokens or 0) * step // units)
+    reached = step >= run.train.steps if run.train.steps else units >= (run.train.tokens or 0)
     # A step's seconds are its units over its speed; what a resume did again stands there once.
-    a_step = units / step
-    seconds = sum(a_step / line[f"{unit}_per_s"] for line in steps if line.get(f"{unit}_per_s"))
+    seconds, before = 0.0, {"step": 0, unit: 0}
+    for line in steps:
+        if speed := line.get(f"{unit}_per_s"):
+            a_step = (line[unit] - before[unit]) / max(1, line["step"] - before["step"])
+            seconds += a_step / speed
+        before = line
     ends = [event for event in timeline.read(folder) if event["event"] == "end"]
     failed = bool(ends) and ends[-1].get("outcome") == "FAILED"
     return Run(
@@ -116,5 +120,5 @@ def read_run(folder: Path) -> Run:
         units=units,
         steps=step,
         seconds=seconds,
-        state="failed" if failed else "finished" if step >= total else "stopped",
+        state="failed" if failed else "finished" if reached else "stopped",
     )

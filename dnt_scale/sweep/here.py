@@ -15,7 +15,6 @@ import orjson
 from rich.console import Console
 
 from dnt_scale.config import ConfigError, RunConfig, typed
-from dnt_scale.data.sources import load_source
 from dnt_scale.record import finalize, run_lock
 from dnt_scale.record.backend import Status
 from dnt_scale.record.metrics_file import METRICS
@@ -32,6 +31,7 @@ from dnt_scale.sweep.progress import SweepProgress, results_table
 from dnt_scale.sweep.rungs import next_part, rungs, steps_left
 from dnt_scale.sweep.sweep_file import Asked, Result, Sweep, SweepRun
 from dnt_scale.train.signals import stop_signals
+from dnt_scale.train.stages import load_stages
 
 WIDE = 200  # columns of a table that goes into a file or another program
 Member = tuple[SweepRun, list[str]]  # a run, and the overrides that make it
@@ -175,7 +175,7 @@ def add_run(here: Here, lines: list[str], run: RunConfig) -> None:
     own = [f"run.name={run.run.name}", f"run.dir={run.run.dir}", f"tracking.uri={run.tracking.uri}"]
     own += [f"checkpoint.dir={run.checkpoint.dir}"] if run.checkpoint.dir else []
     here.lines[run.run.name] = [*lines, *own]
-    here.stops[run.run.name] = [run.total_steps(load_source(run).unit.a_row)]
+    here.stops[run.run.name] = [load_stages(run).total_steps]
 
 
 def set_rungs(here: Here, runs: list[RunConfig]) -> None:

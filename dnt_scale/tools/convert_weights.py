@@ -159,26 +159,26 @@ def begin_from(
         OSError: the checkpoint cannot be written.
     """
     from dnt_scale import config
-    from dnt_scale.data.sources import load_source
     from dnt_scale.model.task import shapes_of
     from dnt_scale.optim.groups import buffer_shapes
     from dnt_scale.record.run_lock import held
     from dnt_scale.train.recorded import Typed
     from dnt_scale.train.resume import starting_state
     from dnt_scale.train.run_start import begin
+    from dnt_scale.train.stages import load_stages
 
     told = _model_told(place, model, overrides)
     run = config.load([*told, *overrides])
-    data = load_source(run)
-    if problem := data.foreign(facts or {}, place):
-        raise CheckpointError(f"{data.parts()[0].place}: {problem}")
+    stages = load_stages(run)
+    if problem := stages.source.foreign(facts or {}, place):
+        raise CheckpointError(f"{stages.source.parts()[0].place}: {problem}")
     folder = Storage(run.checkpoints)
     if complete(folder):
         raise CheckpointError(f"{folder}: holds checkpoints already; take another run.name")
     begun = begin(run, Typed([*told, *overrides]))
     if begun.start.aside:
         raise CheckpointError(f"{run.run.dir}: holds steps of a run already; take another run.name")
-    state, _ = starting_state(begun, data, run.total_steps(data.unit.a_row), 1)
+    state, _ = starting_state(begun, stages, 1)
     state = state.model_copy(update={"engine": {"step": 0, "updates": 0}})
     wanted = shapes_of(run.model)
     found = find(wanted, run.model)

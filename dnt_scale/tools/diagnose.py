@@ -34,6 +34,7 @@ from dnt_scale.tools.jacobian import (
     propositions,
     spectrum,
 )
+from dnt_scale.train.stages import load_stages
 from dnt_scale.train.tensor_statistics import EDGES, FINITE, Entries, rms_of
 
 Report = dict[str, Any]  # of what JSON is made of
@@ -90,7 +91,11 @@ def diagnose(run_dir: Path, data: Path | None, batches: int, ranks: Ranks) -> Re
     """
     _, newest, state = newest_checkpoint(run_dir)
     run, task, source = load_run(run_dir, data, ranks, dtype=torch.float32, average=False)
-    rows = read_rows(source, run, run.train.micro_batch, batches, state.consumed_rows)
+    size, first = run.train.micro_batch, state.consumed_rows
+    if run.train.stages and data is None:
+        stage = load_stages(run).at(state.step)
+        source, size, first = stage.source, stage.run.train.micro_batch, first - stage.first_row
+    rows = read_rows(source, run, size, batches, first)
     rows = [moved(batch, ranks.device) for batch in rows]
     report: Report = {
         "run": run.run.name,
@@ -98,7 +103,7 @@ def diagnose(run_dir: Path, data: Path | None, batches: int, ranks: Ranks) -> Re
         "step": state.step,
         "model": run.model.name,
         "setting": getattr(run.model, "setting", None),
-        "rows": batches * run.train.micro_batch,
+        "rows": batches * size,
     }
     report |= gradients(task, rows)
     if isinstance(task, DNT) and isinstance(source, TokenSource):

@@ -36,7 +36,7 @@ def train(begun: Begun, ranks: Ranks) -> int:
         with (
             stop_signals() as run.signals,
             run.progress,
-            run.stream,
+            run.batches,
             closing(run.saver),
             sampling(run.config, ranks, lambda: run.state.step),
         ):
@@ -64,9 +64,10 @@ def take_step(run: Training, hooks: Sequence[Hook]) -> Step:
         return run.guard.judge(loss, grad_norm)
 
     beat(f"step {run.state.step + 1}")
+    stage = run.stage
     started = time.perf_counter()
     with run.clock.spending("step"):
-        batch, consumed_rows = next(run.stream)
+        batch, consumed_rows = next(run.batches)
         stats = run.engine.train_step(batch, judge)
     seconds = time.perf_counter() - started
     before = run.state
@@ -74,7 +75,7 @@ def take_step(run: Training, hooks: Sequence[Hook]) -> Step:
         update={
             "step": before.step + 1,
             "consumed_rows": consumed_rows,
-            run.unit.name: run.unit.of(consumed_rows),
+            run.unit.name: run.stages.units_at(before.step + 1),
             "skipped": before.skipped + stats.skipped,
         }
     )
@@ -84,9 +85,9 @@ def take_step(run: Training, hooks: Sequence[Hook]) -> Step:
         "grad_norm": stats.grad_norm,
         "skipped": int(stats.skipped),
         **run.guard.metrics(),
-        **speed(run.config, run.unit, run.flops_a_row, seconds, run.ranks),
+        **speed(stage.run, stage.source.unit, stage.flops_a_row, seconds, run.ranks),
     }
-    return Step(run.state.step, before.consumed_rows, run.complete, stats, metrics)
+    return Step(run.state.step, stage, before.consumed_rows, run.complete, stats, metrics)
 
 
 def farewell(run: Training) -> int:
@@ -106,8 +107,6 @@ def farewell(run: Training) -> int:
     skipped = f"{state.skipped} skipped"
     if state.skipped == state.step:
         skipped = "every step was skipped, so the weights are as they were at the start"
-    done = (
-        f"done: {state.step} steps, {run.unit.of(state.consumed_rows):,} {run.unit.name}, {skipped}"
-    )
-    run.progress.say(f"{done}; {run.config.run.dir}")
+    units = f"{run.stages.units_at(state.step):,} {run.unit.name}"
+    run.progress.say(f"done: {state.step} steps, {units}, {skipped}; {run.config.run.dir}")
     return 0

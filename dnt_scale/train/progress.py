@@ -3,6 +3,7 @@ elsewhere.
 """
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -17,19 +18,22 @@ from dnt_scale.data.sources import Source
 from dnt_scale.distributed.process_group import Ranks
 from dnt_scale.model.flops import count_parameters
 from dnt_scale.record.speed import Metrics
+from dnt_scale.train.stages import Stages
 
 PLAIN_LINE_SECONDS = 10.0
 
 
-def opening_line(
-    run: RunConfig, source: Source, total_steps: int, newest: Path | str | None, ranks: Ranks
-) -> str:
-    epochs = source.epochs(total_steps * run.train.global_batch)
+def opening_line(run: RunConfig, stages: Stages, newest: Path | str | None, ranks: Ranks) -> str:
+    unit = stages.source.unit
+    if len(stages) == 1:
+        epochs = stages.source.epochs(stages.total_steps * run.train.global_batch)
+        steps = f"of {unit.of(run.train.global_batch):,} {unit.name} ({epochs})"
+    else:
+        steps = f"in {len(stages)} stages ({stages.units_at(stages.total_steps):,} {unit.name})"
     return (
         f"{run.run.name}: {run.model.name}, {count_parameters(run.model) / 1e6:.1f}M parameters, "
-        f"{total_steps} steps of {source.unit.of(run.train.global_batch):,} {source.unit.name} "
-        f"({epochs}) on {ranks.world_size} x {ranks.device.type} in {run.train.dtype}, engine "
-        f"{run.engine.name}, "
+        f"{stages.total_steps} steps {steps} on {ranks.world_size} x {ranks.device.type} in "
+        f"{run.train.dtype}, engine {run.engine.name}, "
         + (f"resuming from {newest}" if newest else "from the start")
         + (
             f" ({gone}, the latest, is gone)"
@@ -42,12 +46,24 @@ def opening_line(
 class TrainProgress:
     """Progress of one run on rank 0's stderr: step, loss, units a second, MFU, ETA. Silent on
     other ranks.
+
+    Args:
+        work_at: the work behind so many steps, on any scale; stages differ in that of a step.
     """
 
-    def __init__(self, total_steps: int, first_step: int, source: Source, *, silent: bool) -> None:
+    def __init__(
+        self,
+        total_steps: int,
+        first_step: int,
+        source: Source,
+        work_at: Callable[[int], float] = float,
+        *,
+        silent: bool,
+    ) -> None:
         self.console = Console(stderr=True, quiet=silent, highlight=False)
         self.live = self.console.is_terminal
         self.source = source
+        self.work_at = work_at
         self.total_steps = total_steps
         self.step = self.first_step = first_step
         self.started = time.monotonic()
@@ -100,8 +116,10 @@ class TrainProgress:
 
     def eta(self) -> str:
         """Time left at this run's mean pace, validations and checkpoints included."""
-        seconds = (time.monotonic() - self.started) / max(1, self.step - self.first_step)
-        return clock(seconds * (self.total_steps - self.step))
+        work = self.work_at
+        done = work(self.step) - work(self.first_step)
+        left = work(self.total_steps) - work(self.step)
+        return clock((time.monotonic() - self.started) / done * left)
 
 
 def clock(seconds: float) -> str:

@@ -16,6 +16,7 @@ import yaml
 
 from dnt_scale import config
 from dnt_scale.config import RunConfig, typed
+from dnt_scale.config.stages import BEGINNINGS
 from dnt_scale.optim.schedule import Schedule
 from dnt_scale.optim.transfer import ratios, scaled
 from dnt_scale.optim.updates.plain import Plain
@@ -67,6 +68,8 @@ def kept(
         same = {"model": "name", "optim": "algorithm"}
         keys -= {group for group, name in same.items() if before[group][name] == now[group][name]}
     settings = {**now, **{name: _merged(name, before[name], now[name], keys) for name in KEPT}}
+    stages = settings["train"]["stages"]  # one that was typed now may begin before those of old
+    settings["train"]["stages"] = dict(sorted(stages.items(), key=lambda item: _begins(item[1])))
     made = config.validate(settings, f"what was typed, with what {newest} records for the rest")
     lines = [
         f"{key} {shown(value)} (the command alone says {shown(alone)})"
@@ -74,6 +77,12 @@ def kept(
         if (key, alone) != ("train.dtype", "auto")  # which means: as before
     ]
     return made, (f"kept from the checkpoint: {', '.join(lines)}",) if lines else ()
+
+
+def _begins(stage: Any) -> int:
+    """After how many steps or units a stage begins, of its settings as they were typed."""
+    found = [stage.get(key) for key in BEGINNINGS] if isinstance(stage, dict) else []
+    return next((value for value in found if isinstance(value, int)), 0)
 
 
 def _merged(prefix: str, before: Any, now: Any, keys: set[str]) -> Any:
@@ -111,7 +120,18 @@ def typed_keys(overrides: Sequence[str], given: Sequence[str]) -> set[str]:
     for pair in PAIRS:
         if keys & pair:
             keys |= pair
-    return keys
+    return keys | {whole for key in keys for whole in _with_its_stage(key)}
+
+
+def _with_its_stage(key: str) -> list[str]:
+    """What else is typed with a key of a stage: both beginnings, all of its data."""
+    head, _, last = key.rpartition(".")
+    if not key.startswith("train.stages."):
+        return []
+    if last in BEGINNINGS:
+        return [f"{head}.{name}" for name in BEGINNINGS]
+    stage = ".".join(key.split(".")[:3])
+    return [f"{stage}.data"] if key.startswith(f"{stage}.data.") else []
 
 
 def choices(overrides: Sequence[str]) -> dict[str, str]:
@@ -181,11 +201,19 @@ def _leaves(prefix: str, value: Any) -> Iterator[str]:
 
 
 def differences(before: RunConfig, now: RunConfig) -> list[tuple[str, Any, Any]]:
-    """Each dotted name whose value differs, with both; MISSING where one has no such key."""
+    """Each dotted name whose value differs, with both; MISSING where one has no such key. Of a
+    stage that one has and one has not, those are told that it gives.
+    """
     old, new = config.flat(before), config.flat(now)
     every = {**old, **new}
     pairs = ((key, old.get(key, MISSING), new.get(key, MISSING)) for key in every)
-    return [(key, a, b) for key, a, b in pairs if a is not b and a != b]
+    return [
+        (key, a, b)
+        for key, a, b in pairs
+        if a is not b
+        and a != b
+        and not (key.startswith("train.stages.") and {a, b} == {None, MISSING})
+    ]
 
 
 def shown(value: Any) -> str:
@@ -197,9 +225,15 @@ def shown(value: Any) -> str:
     return f"{value:.12g}" if isinstance(value, float) else str(value)
 
 
-def told(before: RunConfig, now: RunConfig, step: int, units_a_row: int) -> Iterator[str]:
+def told(
+    before: RunConfig,
+    now: RunConfig,
+    step: int,
+    units_a_row: int,
+    of_stages: Mapping[str, int] = {},
+) -> Iterator[str]:
     """Lines on what a resume at ``step`` does otherwise than its checkpoint, ``before``:
-    settings, learning rate.
+    settings, learning rate. Units a row as ``RunConfig.spans`` has them.
     """
     unchosen = ("train.dtype", "auto")  # which keeps what is recorded
     changed = [
@@ -211,9 +245,9 @@ def told(before: RunConfig, now: RunConfig, step: int, units_a_row: int) -> Iter
         yield "other than in the checkpoint: " + ", ".join(
             f"{key} {shown(a)} -> {shown(b)}" for key, a, b in changed
         )
-    if step >= now.total_steps(units_a_row):
+    if step >= now.total_steps(units_a_row, of_stages):
         return
-    old, new = rates(before, step, units_a_row), rates(now, step, units_a_row)
+    old, new = (rates(run, step, units_a_row, of_stages) for run in (before, now))
     jumps = [
         f"{f'of {name} ' if name else ''}{old[name]:.4g} -> {rate:.4g}"
         for name, rate in new.items()
@@ -223,7 +257,9 @@ def told(before: RunConfig, now: RunConfig, step: int, units_a_row: int) -> Iter
         why = [
             key
             for key, *_ in changed
-            if key in BUDGET or key.endswith(".lr") or re.search(r"\.(schedule|scale)\b", key)
+            if key in BUDGET
+            or key.endswith((".lr", ".lr_factor", ".decay_to", ".after_step", ".after_tokens"))
+            or re.search(r"\.(schedule|scale)\b", key)
         ]
         yield f"learning rate of the next step: {', '.join(jumps)}" + (
             f" (by {', '.join(why)})" if why else ""
@@ -237,10 +273,13 @@ def _same_place(key: str, before: Any, now: Any) -> bool:
     ) == os.path.realpath(str(now))
 
 
-def rates(run: RunConfig, step: int, units_a_row: int) -> dict[str, float]:
+def rates(
+    run: RunConfig, step: int, units_a_row: int, of_stages: Mapping[str, int] = {}
+) -> dict[str, float]:
     """The learning rate of the step after ``step``, and those of groups that have their own."""
-    factor = Schedule(run.optim.schedule, run.total_steps(units_a_row)).factor(step)
-    scale = ratios(run, units_a_row)
+    spans = run.spans(units_a_row, of_stages)
+    factor = Schedule(run.optim.schedule, spans[-1].end, spans).factor(step)
+    scale = ratios(run, units_a_row, of_stages)
     own = {
         name: scaled(group.lr, group, group.optimizer or run.optim, scale)
         for name, group in run.optim.groups.items()

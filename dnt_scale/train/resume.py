@@ -10,10 +10,10 @@ from dnt_scale.checkpoint import State
 from dnt_scale.checkpoint.storage import Storage
 from dnt_scale.config import ConfigError, RunConfig, from_yaml, validate
 from dnt_scale.config.hooks import check_window
-from dnt_scale.data.sources import Source
 from dnt_scale.optim.schedule import Schedule
 from dnt_scale.train import recorded
 from dnt_scale.train.run_start import Begun
+from dnt_scale.train.stages import Stages
 
 # what a resumed run may not change: its weights, its order of data and its momentum depend on it
 # and data's own `fixed`
@@ -21,20 +21,22 @@ FIXED = ("model", "run.seed", "train.global_batch", "optim.algorithm", "data.kin
 
 
 def starting_state(
-    begun: Begun, source: Source, total_steps: int, world_size: int
+    begun: Begun, stages: Stages, world_size: int
 ) -> tuple[State, Path | str | None]:
     """The newest checkpoint's state and path, checked against this run; or step 0 and None. For one
     rank to decide.
 
     Raises:
-        ValueError: the checkpoint was made with other data or another fixed field; or the run is no
-            longer than its warmup, or ends before the window of ``profile.steps``.
+        ConfigError: the checkpoint was made with other data, other stages that it has seen, or
+            another fixed field; or the run is no longer than its warmup, or ends before the window
+            of ``profile.steps``.
     """
     run, newest = begun.run, begun.start.newest
+    source, total_steps = stages.source, stages.total_steps
     Schedule(run.optim.schedule, total_steps)
     check_window(run.profile, total_steps)
     settings = run.model_dump(mode="json")
-    parts = source.parts()
+    parts, (sets, *of_stages) = source.parts(), stages.sets()
     fresh = State(
         step=0,
         consumed_rows=0,
@@ -42,7 +44,8 @@ def starting_state(
         seed=run.run.seed,
         run_id=(None if begun.start.aside else earlier_run_id(run)) or uuid.uuid4().hex,
         manifest_sha256=source.identity(),
-        sets={part.name: part.sha256 for part in parts},
+        sets=sets,
+        stages=dict(zip(run.train.stages, of_stages, strict=True)),
         world_size=world_size,
         config=settings,
         given=begun.given,
@@ -65,18 +68,32 @@ def starting_state(
             "would change; change it back, or take another run.name"
         )
     check_fixed(trained_run, run, newest)
-    if state.step > total_steps:
+    check_begun(trained_run, state, stages, newest)
+    check_not_past(run, total_steps, state.step, newest)
+    now = {
+        "config": settings,
+        "given": begun.given,
+        "world_size": world_size,
+        "sets": fresh.sets,
+        "stages": fresh.stages,
+        # its trackers have the steps that it does otherwise now
+        **({"run_id": uuid.uuid4().hex} if begun.start.rewound else {}),
+    }
+    return state.model_copy(update=now), newest
+
+
+def check_not_past(run: RunConfig, total_steps: int, step: int, newest: Path | str) -> None:
+    """Raise ConfigError where a run is to end before the step that its checkpoint has."""
+    if step > total_steps:
         raise ConfigError(
             f"train.steps: this run asks for {total_steps} steps, but {newest} already has "
-            f"{state.step}; ask for more, or take another run.name"
+            f"{step}; ask for more, or take another run.name"
         )
-    if run.run.stop_at is not None and state.step > run.run.stop_at:
+    if run.run.stop_at is not None and step > run.run.stop_at:
         raise ConfigError(
             f"run.stop_at: this start is to end after step {run.run.stop_at}, but {newest} already "
-            f"has {state.step}; leave it out, or give a later one"
+            f"has {step}; leave it out, or give a later one"
         )
-    now = {"config": settings, "given": begun.given, "world_size": world_size, "sets": fresh.sets}
-    return state.model_copy(update=now), newest
 
 
 def check_fixed(trained: RunConfig, run: RunConfig, newest: Path | str) -> None:
@@ -98,12 +115,51 @@ def check_fixed(trained: RunConfig, run: RunConfig, newest: Path | str) -> None:
             )
 
 
-def changes(begun: Begun, units_a_row: int) -> list[str]:
+def check_begun(trained: RunConfig, state: State, stages: Stages, newest: Path | str) -> None:
+    """Raise ConfigError, which names the stage, when a resume asks for other steps before its
+    checkpoint than were trained: a stage that has begun is gone or not as it was, or one begins
+    there that was not.
+    """
+    had = trained.spans(*stages.a_rows)
+    before = {span.name: span for span in had if span.begin < state.step and span.name}
+    now = {stage.span.name: stage for stage in stages[1:] if stage.span.begin < state.step}
+    for name, stage in now.items():
+        if name not in before:
+            raise ConfigError(
+                f"train.stages.{name}: begins after step {stage.span.begin:,}, but {newest} has "
+                f"trained to step {state.step:,} without it; let it begin there or later, or take "
+                "another run.name"
+            )
+    changed = recorded.differences(trained, stages[0].run)
+    for name, span in before.items():
+        key = f"train.stages.{name}"
+        for setting, old, new in changed:
+            if setting.startswith(f"{key}.") and not _may_change(setting.removeprefix(f"{key}.")):
+                raise ConfigError(
+                    f"{setting}: {newest} was trained with {recorded.shown(old)}, this run asks "
+                    f"for {recorded.shown(new)}, but the stage has begun, after step "
+                    f"{span.begin:,}; change it back, or take another run.name"
+                )
+        sets = {part.name: part for part in now[name].source.parts()}
+        for set_name, sha256 in state.stages.get(name, {}).items():
+            if sets[set_name].sha256 != sha256:
+                raise ConfigError(
+                    f"{key}.data: the manifest of {sets[set_name].place} is not the one that "
+                    f"{newest} was trained on; change it back, or take another run.name"
+                )
+
+
+def _may_change(setting: str) -> bool:
+    """Whether a stage that has begun may go on with another value of this setting."""
+    return setting == "micro_batch" or (setting.startswith("data.") and setting.endswith(".path"))
+
+
+def changes(begun: Begun, stages: Stages) -> list[str]:
     """Lines on what a resume does otherwise than its checkpoint; none at step 0."""
     if (state := begun.start.state) is None:
         return []
     trained = validate(state.config, f"{begun.start.newest}/state.json")
-    return list(recorded.told(trained, begun.run, state.step, units_a_row))
+    return list(recorded.told(trained, begun.run, state.step, *stages.a_rows))
 
 
 def check_place(run: RunConfig) -> None:

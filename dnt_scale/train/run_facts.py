@@ -78,6 +78,10 @@ def description(run: RunConfig, ranks: Ranks, commit: str) -> str:
         else code(found.path)
         for found in run.data.sets()
     ]
+    stages = ", ".join(
+        f"{code(name)} after {stage.beginning:,} {'steps' if stage.after_step else 'tokens'}"
+        for name, stage in train.stages.items()
+    )
     job = os.environ.get("SLURM_JOB_ID")
     lines = [
         f"{code(model.name)}: {count_parameters(model):,} parameters ({model.describe()})",
@@ -87,6 +91,7 @@ def description(run: RunConfig, ranks: Ranks, commit: str) -> str:
         f"{schedule.name} schedule with {warmup} of warmup",
         f"- **budget**: {batch}",
         f"- **data**: {', '.join(sets) or f'kind {run.data.kind}'}",
+        *([f"- **stages**: {stages}"] if stages else []),
         f"- **engine**: {run.engine.name} on {counted} ({ranks.device.type})",
         f"- **where**: host {code(socket.gethostname())}, folder "
         f"{code(os.path.realpath(run.run.dir))}" + (f", SLURM job {job}" if job else ""),
@@ -109,7 +114,7 @@ def command(run: RunConfig, ranks: Ranks) -> list[list[str]]:
     if (run.run.dir / "jobs" / "run.json").exists():
         return [["dnt", "resubmit", os.path.realpath(run.run.dir)]]
     words = sys.argv[2:] if sys.argv[1:2] == ["train"] else sys.argv[1:]
-    overrides = [word for word in words if word != "--fresh"]
+    overrides = [word for word in words if not (word.startswith("--") or word.isdigit())]
     if "TORCHELASTIC_RUN_ID" in os.environ:
         local = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world_size))
         nodes = (

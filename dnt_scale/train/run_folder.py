@@ -37,18 +37,22 @@ class Start:
     notes: tuple[str, ...] = ()  # to be told, a line each
     aside: tuple[str, ...] = ()  # what of the run folder is to be moved aside first
     fresh: bool = False  # and the checkpoints
+    rewound: bool = False  # and those after the one to go on from, see `--from-step`
 
 
-def decide(run: RunConfig) -> Start:
+def decide(run: RunConfig, at_most: int | None = None) -> Start:
     """What a start of ``run`` does with what is in its folder and in the folder of its checkpoints.
     Changes nothing.
+
+    Args:
+        at_most: pass over checkpoints of later steps.
 
     Raises:
         ConfigError: neither can it go on nor may it begin anew; names the file and what to do.
         CheckpointError: the newest checkpoint is damaged.
     """
     try:
-        return _decide(run)
+        return _decide(run, at_most)
     except NotADirectoryError:
         raise ConfigError(
             f"run.dir: nothing can be written to {run.run.dir} (Not a directory); give another"
@@ -60,7 +64,7 @@ def decide(run: RunConfig) -> Start:
         ) from None
 
 
-def _decide(run: RunConfig) -> Start:
+def _decide(run: RunConfig, at_most: int | None) -> Start:
     run_dir = run.run.dir
     if os.path.lexists(logs := run_dir / "logs") and not logs.is_dir():
         raise ConfigError(
@@ -71,7 +75,7 @@ def _decide(run: RunConfig) -> Start:
     last = _last_step(run)
     place = Storage(run.checkpoints)
     notes = _strange(run, place)
-    newest = _newest(run, place)
+    newest = _newest(run, place) if at_most is None else _before(place, at_most)
     owner = recorded.pick(settings, "run.name")
     moved = not _is_at(recorded.pick(settings, "run.dir"), run_dir)
     if owner not in (None, run.run.name) and not (moved and newest):
@@ -231,6 +235,19 @@ def _newest(run: RunConfig, place: Storage) -> Storage | None:
             f"{part}/state.json: missing, so this checkpoint is not whole; restore it, or {then}"
         )
     return None if newest is None else whole[newest]
+
+
+def _before(place: Storage, at_most: int) -> Storage:
+    """The newest checkpoint of at most so many steps. Raises ConfigError where there is none."""
+    whole = complete(place)
+    if found := [step for step in whole if step <= at_most]:
+        return whole[max(found)]
+    there = ", ".join(map(str, whole)) or "none at all"
+    raise ConfigError(
+        f"--from-step: {place} has no checkpoint of step {at_most} or before (there are: {there}); "
+        "checkpoint.keep and checkpoint.keep_every say which are kept, so bring it back or leave "
+        "--from-step out"
+    )
 
 
 def _without_checkpoint(

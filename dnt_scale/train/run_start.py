@@ -8,6 +8,7 @@ both, while it holds the run's lock (:mod:`dnt_scale.record.run_lock`).
 """
 
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -38,6 +39,7 @@ from dnt_scale.train.run_folder import (
     real_path,
     settings_of,
 )
+from dnt_scale.train.stages import load_stages
 
 AT_WORK = ("submitted", "allocated", "ended")
 ASIDE = "before-"
@@ -66,9 +68,16 @@ class Begun:
     notes: tuple[str, ...] = ()
 
 
-def begin(run: RunConfig, typed: Typed, *, fresh: bool = False) -> Begun:
+def begin(
+    run: RunConfig, typed: Typed, *, fresh: bool = False, from_step: int | None = None
+) -> Begun:
     """What a start does, and the run with what it keeps of its checkpoint's settings. Changes
     nothing.
+
+    Args:
+        fresh: move aside what is there, and begin at step 0.
+        from_step: go on from the newest checkpoint of so many steps or fewer; of a run that is to
+            be longer, also from before its learning rate decayed (schedule ``wsd``).
 
     Raises:
         ConfigError: as :func:`decide`, or what was typed does not go with what is kept.
@@ -82,6 +91,8 @@ def begin(run: RunConfig, typed: Typed, *, fresh: bool = False) -> Begun:
         )
     if run.tracking.enabled:
         check_backends(run.tracking.backends)
+    if from_step is not None:
+        return _earlier(run, typed, from_step)
     start = _anew_start(run) if fresh else decide(run)
     if start.state is None:
         return Begun(run, start, list(typed.overrides), start.notes)
@@ -89,6 +100,36 @@ def begin(run: RunConfig, typed: Typed, *, fresh: bool = False) -> Begun:
     return Begun(
         kept, start, recorded.together(start.state.given, typed.overrides), start.notes + more
     )
+
+
+def _earlier(run: RunConfig, typed: Typed, from_step: int) -> Begun:
+    """A run that goes on from an earlier checkpoint than its newest. Raises ConfigError."""
+    begun = begin(run, typed)
+    last = begun.start
+    if last.state is None:
+        raise ConfigError(
+            f"--from-step: {run.run.dir} has no checkpoint to go on from; leave it out"
+        )
+    if Storage(run.checkpoints).local is None:
+        raise ConfigError(
+            f"--from-step: nothing is moved at a URL, and {run.checkpoints} is one; move the later "
+            "checkpoints yourself and leave it out"
+        )
+    trained = config.validate(last.state.config, f"{last.newest}/state.json")
+    units = load_stages(begun.run).a_rows
+    total = trained.total_steps(*units)
+    decay = trained.optim.schedule.steps_before_decay(total)
+    notes = begun.notes
+    if decay is not None and decay < from_step and total < begun.run.total_steps(*units):
+        notes += (f"the learning rate decayed after step {decay}: --from-step is {decay}",)
+        from_step = decay
+    start = decide(run, from_step)
+    assert start.state
+    if start.state.step == last.state.step:
+        return replace(begun, notes=notes)
+    trackers = {path.stem for path in (run.run.dir / "logs").glob("*.json")} - {"tracking"}
+    aside = ("plots", "profile", "logs", *sorted(trackers))
+    return replace(begun, start=replace(start, aside=aside, rewound=True), notes=notes)
 
 
 @contextmanager
@@ -132,7 +173,9 @@ def only_writer(
             held.release()
 
 
-def begun_on_all(run: RunConfig, ranks: Ranks, typed: Typed, *, fresh: bool) -> Begun:
+def begun_on_all(
+    run: RunConfig, ranks: Ranks, typed: Typed, *, fresh: bool, from_step: int | None = None
+) -> Begun:
     """:func:`begin` on rank 0, for every rank, once all are found to have the same settings. A
     collective.
 
@@ -144,7 +187,7 @@ def begun_on_all(run: RunConfig, ranks: Ranks, typed: Typed, *, fresh: bool) -> 
     check_settings(
         ranks, {key: value for key, value in config.flat(run).items() if not is_set_path(key)}
     )
-    begun = on_first(ranks, lambda: begin(run, typed, fresh=fresh))
+    begun = on_first(ranks, lambda: begin(run, typed, fresh=fresh, from_step=from_step))
     here = begun.run.model_copy(update={"data": run.data})
     run, line = compute_dtype.resolve(here, ranks, run.train.dtype, begun.start.dtype)
     for note in (*begun.notes, *([line] if line else [])) if ranks.first else ():
@@ -186,6 +229,9 @@ def make_room(begun: Begun) -> None:
     stays so.
     """
     run_dir, place = begun.run.run.dir, Storage(begun.run.checkpoints).local
+    if begun.start.rewound and place:
+        _rewind(begun, run_dir, place)
+        return
     moves = [(run_dir, [name for name in begun.start.aside if os.path.lexists(run_dir / name)])]
     if begun.start.fresh and place:
         if begun.run.checkpoint.dir is None and not (place.is_symlink() and place.is_dir()):
@@ -204,6 +250,33 @@ def make_room(begun: Begun) -> None:
             for name in names:
                 (folder / name).rename(aside / name)
             warn(f"{', '.join(sorted(names))} of {folder} moved into {aside}")
+
+
+def _rewind(begun: Begun, run_dir: Path, place: Path) -> None:
+    """Move aside what came after the checkpoint that the run goes on from. Of the lines of metrics
+    and diagnostics a copy is moved: the run keeps those up to its checkpoint.
+    """
+    assert begun.start.state
+    step = begun.start.state.step
+    names = [path.name for path in place.iterdir()]
+    later = [name for name in names if name == "latest" or (step_of(name) or 0) > step]
+    aside = _dated(run_dir)
+    aside.mkdir()
+    for name in (METRICS, DIAGNOSTICS):
+        if (run_dir / name).exists():
+            shutil.copy2(run_dir / name, aside / name)
+    for name in begun.start.aside:
+        if os.path.lexists(run_dir / name):
+            (run_dir / name).rename(aside / name)
+    inside = begun.run.checkpoint.dir is None and not place.is_symlink()
+    kept = aside / "checkpoints" if inside else _dated(place)
+    kept.mkdir()
+    for name in sorted(later):
+        (place / name).rename(kept / name)
+    warn(
+        f"checkpoints after step {step} moved into {kept}; metrics as they were, logs and plots "
+        f"into {aside}"
+    )
 
 
 def _of_checkpoints(name: str) -> bool:

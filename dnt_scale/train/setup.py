@@ -9,13 +9,12 @@ import torch
 from dnt_scale import checkpoint, engine
 from dnt_scale.checkpoint import State
 from dnt_scale.config import RunConfig, Unit
-from dnt_scale.data.sources import Source, check_parts, load_source
-from dnt_scale.data.stream import Stream
+from dnt_scale.data.sources import Source
 from dnt_scale.distributed.agree import on_first, together
 from dnt_scale.distributed.process_group import Ranks
 from dnt_scale.engine.averaging import begun_from
 from dnt_scale.engine.base import Engine, StepStats
-from dnt_scale.model.task import build_task, flops_per_row
+from dnt_scale.model.task import build_task
 from dnt_scale.optim.groups import parameter_groups
 from dnt_scale.optim.transfer import Ratios, rates, ratios, told
 from dnt_scale.record.files import warn
@@ -28,6 +27,7 @@ from dnt_scale.train.resume import changes, check_place, starting_state
 from dnt_scale.train.run_facts import start_tracking
 from dnt_scale.train.run_start import Begun, make_room
 from dnt_scale.train.spike_guard import Guard
+from dnt_scale.train.stages import Batches, Stage, Stages, check_ranks, load_stages
 
 
 @dataclass
@@ -36,16 +36,14 @@ class Training:
 
     config: RunConfig
     ranks: Ranks
-    source: Source  # of the rows
-    stream: Stream  # global batches, read ahead
+    stages: Stages  # one, unless `train.stages` has more
+    batches: Batches  # of all stages, read ahead
     engine: Engine
     guard: Guard  # judges each step
     saver: checkpoint.Saver
     clock: Clock  # tells the timeline where the seconds go
     tracker: Tracker | None  # rank 0's
     progress: TrainProgress  # what a person sees
-    total_steps: int
-    flops_a_row: float  # of training on it, forward and backward
     newest: Path | str | None  # the checkpoint that it goes on from
     restored_s: float  # seconds that reading it took
 
@@ -56,9 +54,24 @@ class Training:
     outcome: Status = "FAILED"  # until it is known to be better
 
     @property
+    def source(self) -> Source:
+        """The run's own data, which validation reads in all stages."""
+        return self.stages.source
+
+    @property
     def unit(self) -> Unit:
         """What rows count towards the budget and speed."""
         return self.source.unit
+
+    @property
+    def stage(self) -> Stage:
+        """The stage of the next step."""
+        return self.stages.at(self.state.step)
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole run."""
+        return self.stages.total_steps
 
     @property
     def complete(self) -> bool:
@@ -74,7 +87,7 @@ class Training:
     def report(self, metrics: Metrics) -> None:
         """Write a line of metrics.jsonl and show it. An error waits for ``hooks.agreement``."""
         state = self.state
-        done = {"step": state.step, self.unit.name: self.unit.of(state.consumed_rows)}
+        done = {"step": state.step, self.unit.name: self.stages.units_at(state.step)}
         line = {**done, "time": time.time(), **metrics}
         if self.tracker:
             try:
@@ -89,6 +102,7 @@ class Step:
     """A step that was just done, for the hooks that follow it."""
 
     number: int  # from 1
+    stage: Stage
     first_row: int  # of its global batch, in the training sequence
     last: bool  # the run's last one
     stats: StepStats
@@ -106,17 +120,17 @@ def set_up(begun: Begun, ranks: Ranks) -> Training:
         OSError: the run folder cannot be written.
     """
     config = begun.run
-    source = together(ranks, lambda: load_source(config))
-    total_steps = config.total_steps(source.unit.a_row)
-    size = ranks.world_size
-    state, newest = on_first(ranks, lambda: starting_state(begun, source, total_steps, size))
-    together(ranks, lambda: check_parts(source, state.sets))
+    stages = together(ranks, lambda: load_stages(config))
+    size, units = ranks.world_size, stages.a_rows
+    state, newest = on_first(ranks, lambda: starting_state(begun, stages, size))
+    together(ranks, lambda: check_ranks(stages, [state.sets, *state.stages.values()], size))
     if newest:
         checkpoint.check_files(newest, state, ranks)
-    stream = together(ranks, lambda: open_stream(config, source, state, ranks))
-    lr_ratios = together(ranks, lambda: ratios(config, source.unit.a_row))
+    batches = together(ranks, lambda: Batches(stages, state.step, state.consumed_rows, ranks))
+    lr_ratios = together(ranks, lambda: ratios(config, *units))
+    steps, spans = stages.total_steps, stages.spans
     built = engine.build(
-        config, lambda: build_task(config.model, source.rows), ranks, total_steps, lr_ratios
+        config, lambda: build_task(config.model, stages.source.rows), ranks, steps, lr_ratios, spans
     )
     on_first(ranks, lambda: make_room(begun))
     on_first(ranks, lambda: check_place(config))  # makes the folder: all refusals are above
@@ -126,31 +140,31 @@ def set_up(begun: Begun, ranks: Ranks) -> Training:
     restored_s = restore(begun, built, guard, state, ranks) if newest else 0.0
     guard.keep(state.step, built, at_checkpoint=True)
     saver = together(ranks, lambda: open_saver(config, ranks, clock))
-    scaled = scaled_rates(config, source, lr_ratios) if ranks.first else {}
+    scaled = scaled_rates(config, stages.source, lr_ratios) if ranks.first else {}
     tracker = together(
         ranks, lambda: start_tracking(config, state, ranks, scaled) if ranks.first else None
     )
-    for line in changes(begun, source.unit.a_row) if ranks.first else []:
+    for line in changes(begun, stages) if ranks.first else []:
         warn(line)
-    progress = TrainProgress(total_steps, state.step, source, silent=not ranks.first)
-    progress.say(opening_line(config, source, total_steps, newest, ranks))
+    progress = TrainProgress(
+        steps, state.step, stages.source, stages.work_at, silent=not ranks.first
+    )
+    progress.say(opening_line(config, stages, newest, ranks))
     if scaled:
         progress.say(told(scaled))
-    for note in source.notes(config):
+    for note in stages.source.notes(config):
         progress.say(note)
     return Training(
         config=config,
         ranks=ranks,
-        source=source,
-        stream=stream,
+        stages=stages,
+        batches=batches,
         engine=built,
         guard=guard,
         saver=saver,
         clock=clock,
         tracker=tracker,
         progress=progress,
-        total_steps=total_steps,
-        flops_a_row=flops_per_row(config.model, source.unit.a_row),
         newest=newest,
         restored_s=restored_s,
         state=state,
@@ -166,17 +180,6 @@ def scaled_rates(
     with torch.device("meta"):
         task = build_task(config.model, source.rows)
     return rates(parameter_groups(task.named_parameters(), config.optim, lr_ratios))
-
-
-def open_stream(config: RunConfig, source: Source, state: State, ranks: Ranks) -> Stream:
-    """Return this rank's batches from where ``state`` stands."""
-    return source.stream(
-        seed=config.run.seed,
-        global_batch=config.train.global_batch,
-        consumed_rows=state.consumed_rows,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-    )
 
 
 def restore(begun: Begun, built: Engine, guard: Guard, state: State, ranks: Ranks) -> float:

@@ -217,6 +217,11 @@ class Guard:
             "lost_in_a_row": [float(self.lost_in_a_row)],
         }
 
+    def forget(self) -> None:
+        """Empty the window: what comes is not to be judged by what was."""
+        self.losses.clear()
+        self.norms.clear()
+
     def restore(self, state: Mapping[str, Sequence[float]]) -> None:
         """Take over ``state()``; an empty one, as checkpoints of old have, is a window with
         nothing in it.

@@ -126,6 +126,8 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working folder with the files that the pages speak of as a user's own."""
     shutil.copy(ROOT / "configs" / "model" / "dnt_nano.yaml", tmp_path / "mine.yaml")
     shutil.copy(ROOT / "configs" / "cluster" / "gpu.yaml", tmp_path / "site.yaml")
+    stages = (ROOT / "docs" / "train" / "stages.md").read_text("utf-8")
+    (tmp_path / "three.yaml").write_text(stages.partition("```yaml\n")[2].partition("```")[0])
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

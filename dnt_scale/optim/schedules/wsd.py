@@ -12,6 +12,12 @@ class WarmupStableDecay(ScheduleConfig):
     name: Literal["wsd"]
 
     def after_warmup(self, step: int, first: int, last: int) -> float:
-        decay_steps = min(last - first, round(self.decay_fraction * (last + 1))) or 1
+        decay_steps = self._decay_steps(first, last)
         progress = max(0.0, (step - (last - decay_steps)) / decay_steps)
         return 1 - (1 - self.final) * min(1.0, progress)
+
+    def steps_before_decay(self, total_steps: int) -> int | None:
+        return total_steps - self._decay_steps(self.steps_of_warmup(total_steps), total_steps - 1)
+
+    def _decay_steps(self, first: int, last: int) -> int:
+        return min(last - first, round(self.decay_fraction * (last + 1))) or 1

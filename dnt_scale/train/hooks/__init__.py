@@ -11,6 +11,7 @@ from dnt_scale.train.hooks.records import Records
 from dnt_scale.train.hooks.replicas import ReplicaChecks
 from dnt_scale.train.hooks.saving import Saving
 from dnt_scale.train.hooks.snapshots import Snapshots
+from dnt_scale.train.hooks.stage_begins import StageBegins
 from dnt_scale.train.hooks.tensor_rms import TensorRMS
 from dnt_scale.train.hooks.timeline import Timeline
 from dnt_scale.train.hooks.validation import Validation
@@ -18,6 +19,7 @@ from dnt_scale.train.hooks.validation import Validation
 # The story of a step: what measures and adds to the step's line, the line itself, and then what may
 # end the run, with a step that is on record.
 HOOKS: tuple[type[Hook], ...] = (
+    StageBegins,  # before the first step of a later stage: its micro-batch, a line that tells
     Validation,  # every eval.every steps, and before the first: the loss on held-out rows
     TensorRMS,  # before every measure.every-th step: how large weights and optimizer buffers are
     Diagnose,  # every diagnose.every steps: tails of gradients, sizes of updates, by tensor

@@ -20,8 +20,7 @@ class BadSteps(Hook):
         if bad := run.guard.told():
             run.progress.say(f"step {step.number}: {bad}")
         log = run.config.run.dir / "logs" / "bad_steps.jsonl" if run.ranks.first else None
-        seed, end = run.config.run.seed, run.state.consumed_rows
-        places = partial(run.source.rows_behind, seed, step.first_row, end)
+        places = partial(step.stage.rows_behind, step.first_row, run.state.consumed_rows)
         try:
             run.guard.after(step.number, run.engine, places, log)
         except HopelessRun:

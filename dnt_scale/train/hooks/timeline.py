@@ -9,7 +9,13 @@ class Timeline(Hook):
 
     def before_training(self, run: Training) -> None:
         """Tell that the first step may begin."""
-        run.clock.tell("ready", step=run.state.step, restored=round(run.restored_s, 3))
+        steps = run.total_steps
+        run.clock.tell(
+            "ready",
+            step=run.state.step,
+            restored=round(run.restored_s, 3),
+            of={"step": steps, run.unit.name: run.stages.units_at(steps)},
+        )
 
     def after_step(self, run: Training, step: Step) -> None:
         """Tell the seconds so far, where it is time to."""

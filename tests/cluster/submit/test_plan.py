@@ -22,6 +22,7 @@ from dnt_scale.distributed import process_group
 from dnt_scale.model.flops import flops_per_token
 from dnt_scale.record.speed import PEAK_FLOPS
 from dnt_scale.tools.memory_plan import checkpoint_bytes
+from dnt_scale.train.stages import load_stages
 from testbed.run import synthetic_set, tiny, train
 from tests.helpers.tensor_shards import copies, some_state, some_tensors
 
@@ -56,7 +57,7 @@ def planned(
     data: Path, run_dir: Path, *overrides: str, nodes: tuple[Node, ...] = (PLAIN,)
 ) -> plan.Plan:
     run, site = asked(data, run_dir, *overrides)
-    return plan.make_plan(run, site, partition(*nodes), load_source(run))
+    return plan.make_plan(run, site, partition(*nodes), load_stages(run))
 
 
 def line(text: str, name: str) -> str:
@@ -89,6 +90,19 @@ def test_a_new_run(data: Path, tmp_path: Path) -> None:
         "on top"
     )
     assert line(text, "expected") == "not known before the first steps; `dnt jobs` will tell"
+
+
+def test_stages(data: Path, tmp_path: Path) -> None:
+    """Of 20 steps the last 5 have twice the rows."""
+    stages = ["train.stages.large.after_step=15", "train.stages.large.global_batch=16"]
+    made = planned(data, tmp_path / "one", *stages)
+    text = plan.format_plan(made)
+    assert line(text, "steps") == "20 in 2 stages = 12,800 tokens"
+    assert line(text, "stage") == (
+        "large, steps 16 to 20: 16 rows of 64 tokens = 2 ranks x 2 micro-batches x 4 rows"
+    )
+    assert replace(made, units_per_s=100.0).seconds == 128
+    assert replace(made, units_per_s=1.0, done=15).seconds == 5 * 16 * 64
 
 
 @pytest.mark.parametrize("batch", [2, 4, 6, 10, 14, 22])

@@ -12,6 +12,7 @@ from cluster.run_record import RecordError
 from cluster.slurm import Job
 from cluster.watch import jobs_command, run_state
 from cluster.watch.find_runs import find_runs
+from dnt_scale import config
 from dnt_scale.cli.main import main as dnt
 from dnt_scale.record import timeline
 from dnt_scale.record.metrics_file import last_metrics
@@ -313,6 +314,25 @@ def test_steps_of_a_run_that_is_given_tokens(runs: Path) -> None:
     run = jobs_command.read_config(runs / "big")
     assert jobs_command.total_steps(run, []) is None  # the length of a row is not known yet
     assert jobs_command.total_steps(run, last_metrics(runs / "big")) == 20  # of 512 tokens
+
+
+def test_steps_and_time_left_of_a_run_whose_stages_differ_in_batch() -> None:
+    """A step of 100 tokens takes a second; the 10 that are left have 200 each."""
+    run = config.load(
+        [
+            *("run.name=staged", "data.path=set", "train.tokens=4000"),
+            *("train.stages.large.after_step=20", "train.stages.large.global_batch=960"),
+        ]
+    )
+    lines = [
+        {"step": step, "tokens": 100 * step, "time": 1000.0 + step, "tokens_per_s": 100.0}
+        for step in range(10, 21)
+    ]
+    assert jobs_command.total_steps(run, lines) is None  # what a row of the stage counts is unknown
+    events = [ready(1000.0, "7.0") | {"of": {"step": 30, "tokens": 4000}}]
+    assert jobs_command.total_steps(run, lines, events) == 30
+    assert jobs_command.seconds_left(lines, 30, "tokens", events) == 20
+    assert jobs_command.seconds_left(lines, 30, "tokens", [ready(1000.0, "7.0")]) == 10
 
 
 def test_the_speed_of_runs_of_another_unit(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -147,6 +147,16 @@ def test_an_epoch_has_every_image_once_as_it_is_stored(folder: Path) -> None:
     assert "target" not in batches[0]
 
 
+def test_a_later_stage_goes_on_where_the_set_was_left(folder: Path) -> None:
+    """Also from an odd position, which would part a pair, and with other recipes on the way."""
+    whole = source(folder, recipe="deit")
+    left = whole.passed(5)
+    later = source(folder, recipe="deit").after(left)
+    assert later.passed(4) == whole.passed(9)
+    assert later.rows_behind(7, 0, 4)["rows"] == whole.rows_behind(7, 5, 9)["rows"]
+    assert hashes(read(later, 2)) == hashes(read(whole, 2, consumed=5))
+
+
 def test_tars_of_webdataset_go_through_our_set_and_back(tmp_path: Path) -> None:
     """ShardWriter's tars become a set, our stream gives their pixels and labels, and WebDataset
     reads the set's tars."""
