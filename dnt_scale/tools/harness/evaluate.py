@@ -82,7 +82,6 @@ def evaluate_tasks(
     return state.step, measured
 
 
-@torch.inference_mode()
 def measure(
     model: DNT, tokenizer: Tokenizer, tasks: dict[str, Any], limit: int | None, batch: int
 ) -> dict[str, Measured]:

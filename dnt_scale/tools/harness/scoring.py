@@ -15,6 +15,7 @@ from dnt_scale.tools.sampling import Sampling, sample, spoilt
 Done = Callable[[int], None]  # told how many requests are done
 
 
+@torch.inference_mode()
 def log_likelihoods(
     model: DNT, pairs: Sequence[tuple[list[int], list[int]]], batch: int, done: Done
 ) -> list[tuple[float, bool]]:
@@ -63,6 +64,7 @@ def likelihood(logits_TV: Tensor, targets: list[int]) -> tuple[float, bool]:
     return total, greedy
 
 
+@torch.inference_mode()
 def continuations(
     model: DNT,
     contexts: Sequence[list[int]],
