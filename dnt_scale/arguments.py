@@ -69,7 +69,8 @@ def number(
             or (below and found == most)
         ):
             first = f"above {least:g}" if above else f"from {least:g}"
-            limit = "" if math.isinf(most) else f" to {'below ' if below else ''}{most:g}"
+            last = f"below {most:g}" if below else f"at most {most:g}" if above else f"{most:g}"
+            limit = "" if math.isinf(most) else f"{', ' if above else ' to '}{last}"
             raise argparse.ArgumentTypeError(f"found {text:.60}, expected a number {first}{limit}")
         return found
 

@@ -192,15 +192,17 @@ def write_all(options: argparse.Namespace, asked: "Asked", ranks: "Ranks") -> No
     """Write what becomes of each prompt to a file, without those that are there already."""
     from dnt_scale.record.files import warn
     from dnt_scale.tools.generate import load_writer, made_with
+    from dnt_scale.tools.inference import newest_checkpoint
     from dnt_scale.tools.prompts import Continuations, read_prompts
 
     out: Path = options.out
     prompts = read_prompts(options.prompts)
-    with Continuations(out, made_with(options.folder, prompts, asked)) as continuations:
+    found = newest_checkpoint(options.folder)
+    with Continuations(out, made_with(found[2], prompts, asked)) as continuations:
         there = frozenset(continuations.lines)
         if there:
             warn(f"{continuations.partial}: goes on, {len(there):,} of {len(prompts):,} are there")
-        writer = load_writer(options.folder, ranks, asked, options.data)
+        writer = load_writer(options.folder, ranks, asked, options.data, found)
         with progress_of(len(prompts) - len(there)) as progress:
             for tokens, finished in writer.each(prompts, options.batch or BATCH, there):
                 for each in finished:

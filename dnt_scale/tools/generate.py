@@ -17,6 +17,7 @@ from torch import Tensor
 
 from data_prep.shards import Manifest
 from data_prep.tokenizer import Tokenizer
+from dnt_scale.checkpoint import State
 from dnt_scale.config import ConfigError, DataConfig, DataSection, ModelConfig, RunConfig
 from dnt_scale.data.sources import Source
 from dnt_scale.data.token_sets import any_set
@@ -24,7 +25,7 @@ from dnt_scale.data.tokens import TokenSource
 from dnt_scale.distributed.process_group import Ranks
 from dnt_scale.model.cache import Cache
 from dnt_scale.model.dnt import DNT
-from dnt_scale.tools.inference import found_source, load_run, newest_checkpoint
+from dnt_scale.tools.inference import found_source, load_checkpoint, newest_checkpoint
 from dnt_scale.tools.prompts import Continuation
 from dnt_scale.tools.sampling import Sampling, generator_for, sample
 
@@ -293,25 +294,34 @@ def fill(model: DNT, cache: Cache, texts: Sequence[Text]) -> None:
         model.fill(cache, [*group], [*group.values()])
 
 
-def load_writer(run_dir: Path, ranks: Ranks, asked: Asked, data: Path | None) -> Writer:
-    """Return what writes by the newest checkpoint of a run.
+def load_writer(
+    run_dir: Path,
+    ranks: Ranks,
+    asked: Asked,
+    data: Path | None,
+    found: tuple[RunConfig, Path | str, State] | None = None,
+) -> Writer:
+    """Return what writes by a checkpoint of a run.
 
     Args:
         data: where the tokenizer is, if the run's data has moved; of a mixture, one set is enough.
+        found: what ``newest_checkpoint`` has found; None: it is asked.
 
     Raises:
         ValueError: as ``load_run`` does, or a run that has no language model.
     """
-    run, model, source = load_run(run_dir, data, ranks, one_set)
+    found = found or newest_checkpoint(run_dir)
+    model, source = load_checkpoint(run_dir, *found, data, ranks, one_set)
     if not isinstance(source, TokenSource) or not isinstance(model, DNT):
-        raise no_language_model(run_dir, run)
+        raise no_language_model(run_dir, found[0])
     file, manifest = tokenizer_file(source)
     return Writer(model, Tokenizer.load(file), manifest.eos_id, asked)
 
 
-def made_with(run_dir: Path, prompts: Sequence[str], asked: Asked) -> dict[str, Any]:
-    """Return what the texts of prompts depend on, for a file of them to tell. Raises ValueError."""
-    _, _, state = newest_checkpoint(run_dir)
+def made_with(state: State, prompts: Sequence[str], asked: Asked) -> dict[str, Any]:
+    """Return what the texts of prompts depend on, for a file of them to tell: by the checkpoint of
+    ``state``.
+    """
     weights = hashlib.sha256(orjson.dumps(sorted(file.sha256 for file in state.files.values())))
     texts = hashlib.sha256(orjson.dumps(list(prompts)))
     return {
