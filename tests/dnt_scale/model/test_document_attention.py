@@ -271,7 +271,7 @@ def how_computed(forward, recompute: str | None):
     }[recompute]
 
 
-@pytest.mark.parametrize("path", ["cpu", "cuda"])
+@pytest.mark.parametrize("path", ["cpu", pytest.param("cuda", marks=pytest.mark.slow)])
 def test_recomputation_changes_no_bit(path, monkeypatch) -> None:
     tokens_BT = torch.where(torch.arange(2 * T).view(2, T) % 70 == 0, EOS, 1)
     found = find_documents(tokens_BT, EOS, torch.float32)
@@ -288,6 +288,7 @@ def test_recomputation_changes_no_bit(path, monkeypatch) -> None:
         assert_close(each, plain, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", ["cpu", "cuda"])
 def test_blocks_are_compiled_once_for_any_documents(path, monkeypatch) -> None:
     torch._dynamo.reset()
@@ -344,6 +345,7 @@ def test_the_blocks_are_those_that_torch_finds(data: st.DataObject) -> None:
     assert torch.equal(seen, dense_mask(begin_BT, torch.float32) == 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [8, 24])  # less than FlexAttention's least, and not a power of 2
 def test_flex_attention_and_its_gradients_are_those_of_a_dense_mask(width, monkeypatch) -> None:
     tokens_BT = torch.where(torch.arange(2 * T).view(2, T) % 70 == 0, EOS, 1)
