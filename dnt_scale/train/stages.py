@@ -132,7 +132,13 @@ def load_stages(run: RunConfig) -> Stages:
     """
     runs = by_stage(run)
     sources = {"": load_source(run)}
+    unit = sources[""].unit.name
     for name, stage in run.train.stages.items():
+        if stage.after_tokens is not None and unit != "tokens":
+            raise ConfigError(
+                f"train.stages.{name}.after_tokens is {stage.after_tokens}, but data.kind="
+                f"{run.data.kind} has {unit}; set after_step instead"
+            )
         before = [*sources.values()][-1]
         sources[name] = before if stage.data is None else _source_of(runs[name], name, sources[""])
     a_row, *others = (source.unit.a_row for source in sources.values())
