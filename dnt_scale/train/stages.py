@@ -115,12 +115,12 @@ def check_batches(run: RunConfig, ranks: int) -> None:
 
 
 def check_ranks(stages: Stages, wanted: Sequence[dict[str, str]], ranks: int) -> None:
-    """Raise ConfigError where ranks cannot share a batch equally, or this one sees other sets than
-    rank 0: ``wanted``, as of ``Stages.sets``.
+    """Raise ConfigError where this rank sees other sets than rank 0, ``wanted`` as of
+    ``Stages.sets``, or where ranks cannot share a batch equally.
     """
-    check_batches(stages[0].run, ranks)
     for stage, sets in zip(stages, wanted, strict=True):
         check_parts(stage.source, sets)
+    check_batches(stages[0].run, ranks)
 
 
 def load_stages(run: RunConfig) -> Stages:
