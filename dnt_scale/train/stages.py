@@ -115,12 +115,12 @@ def check_batches(run: RunConfig, ranks: int) -> None:
 
 
 def check_ranks(stages: Stages, wanted: Sequence[dict[str, str]], ranks: int) -> None:
-    """Raise ConfigError where ranks cannot share a batch equally, or this one sees other sets than
-    rank 0: ``wanted``, as of ``Stages.sets``.
+    """Raise ConfigError where this rank sees other sets than rank 0, ``wanted`` as of
+    ``Stages.sets``, or where ranks cannot share a batch equally.
     """
-    check_batches(stages[0].run, ranks)
     for stage, sets in zip(stages, wanted, strict=True):
         check_parts(stage.source, sets)
+    check_batches(stages[0].run, ranks)
 
 
 def load_stages(run: RunConfig) -> Stages:
@@ -132,7 +132,13 @@ def load_stages(run: RunConfig) -> Stages:
     """
     runs = by_stage(run)
     sources = {"": load_source(run)}
+    unit = sources[""].unit.name
     for name, stage in run.train.stages.items():
+        if stage.after_tokens is not None and unit != "tokens":
+            raise ConfigError(
+                f"train.stages.{name}.after_tokens is {stage.after_tokens}, but data.kind="
+                f"{run.data.kind} has {unit}; set after_step instead"
+            )
         before = [*sources.values()][-1]
         sources[name] = before if stage.data is None else _source_of(runs[name], name, sources[""])
     a_row, *others = (source.unit.a_row for source in sources.values())

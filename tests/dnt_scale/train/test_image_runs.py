@@ -11,11 +11,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dnt_scale import config
+from dnt_scale.config import ConfigError
 from dnt_scale.data.sources import load_source
 from dnt_scale.distributed import process_group
 from dnt_scale.engine import build as build_engine
 from dnt_scale.model.task import build_task
 from dnt_scale.train.spike_guard import Guard
+from dnt_scale.train.stages import Stages, load_stages
 from testbed.configs import composed
 from testbed.images import CLASSES, drawn, small_image_set
 from testbed.run import (
@@ -230,3 +233,15 @@ def test_images_and_language_do_not_go_together(overrides, images, tmp_path) -> 
     error = train([*overrides, *run, "model.patch_size=5"]).error()
     assert "image_size 16 is not divisible by patch_size 5" in error
     assert not (tmp_path / "run").exists()
+
+
+def test_stages_of_images_begin_after_steps(overrides, tmp_path) -> None:
+    """And not after tokens, of which images are none."""
+
+    def stages(*more: str) -> Stages:
+        return load_stages(config.load([*overrides, f"run.dir={tmp_path}/run", *more]))
+
+    late = ["train.stages.late.after_step=4", "train.stages.late.global_batch=24"]
+    assert stages(*late).units_at(STEPS) == 4 * 12 + 2 * 24
+    with pytest.raises(ConfigError, match=r"late\.after_tokens is 40, but data\.kind=images has"):
+        stages("train.stages.late.after_tokens=40")

@@ -265,9 +265,11 @@ def go_on(overrides: list[list[str]]) -> None:
     process_group.stop()
 
 
-def resumed(sets: Path, whole: Path, folder: Path, of: int) -> list[Path]:
-    """The runs that go on, from each step in STOPPED, on so many ranks."""
-    folders = [stopped(whole, step, folder / str(step)) for step in STOPPED]
+def resumed(
+    sets: Path, whole: Path, folder: Path, of: int, steps: tuple[int, ...] = STOPPED
+) -> list[Path]:
+    """The runs that go on, from each of these steps, on so many ranks."""
+    folders = [stopped(whole, step, folder / str(step)) for step in steps]
     call(go_on, [three_stages(sets, each, "checkpoint.every=0") for each in folders], ranks=of).ok()
     return folders
 
@@ -293,10 +295,10 @@ def test_resuming_on_as_many_ranks_is_bitwise_the_uninterrupted_run(sets, whole,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("of", [1, 2, 3])
-def test_resuming_on_other_ranks_has_the_same_losses(sets, whole, tmp_path, of):
+@pytest.mark.parametrize(("of", "steps"), [(1, (2, 7)), (2, (4, 8)), (3, (5, 7))])
+def test_resuming_on_other_ranks_has_the_same_losses(sets, whole, tmp_path, of, steps):
     wanted = metrics(whole)
-    for folder in resumed(sets, whole, tmp_path, of):
+    for folder in resumed(sets, whole, tmp_path, of, steps):
         found = metrics(folder)
         assert [line["tokens"] for line in found] == [line["tokens"] for line in wanted]
         for name in ("train/loss", "val/loss"):
