@@ -2,12 +2,16 @@
 for one of its parts.
 """
 
+import ctypes
 import os
+import signal
 import sys
 from pathlib import Path
 
 # Python: no working folder on the path of modules; inherited by all that we start
 CHILDREN = "PYTHONSAFEPATH"
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
+_libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 _ours = False  # whether it was set here
 
 
@@ -55,3 +59,9 @@ def check_folder() -> None:
         raise ValueError(
             f"the working folder is gone ({error.strerror}); `cd` to one that exists"
         ) from None
+
+
+def end_with_parent() -> None:
+    """Have the kernel send this process SIGTERM when the one that started it ends."""
+    if _libc is not None:
+        _libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
