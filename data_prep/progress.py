@@ -81,6 +81,8 @@ def _rate(state: StageProgress, seconds: float, unit: str) -> str:
     seconds = max(seconds, 1e-3)
     if state.text_bytes:
         text = f"{state.text_bytes / seconds / 1e6:,.1f} MB/s"
+    elif unit != "MB" and state.done < 10 * seconds:
+        text = f"{state.done / seconds:.1f} {unit}/s"
     else:
         text = f"{_amount(state.done / seconds, unit)}/s"
     return f"{text}, {state.tokens / seconds:,.0f} tokens/s" if state.tokens else text

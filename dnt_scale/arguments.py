@@ -51,9 +51,11 @@ def whole(least: int, most: int = MOST) -> Callable[[str], int]:
     return read
 
 
-def number(least: float, most: float = math.inf, *, below: bool = False) -> Callable[[str], float]:
-    """Finite numbers from ``least`` to ``most``, which is itself none of them if they are to be
-    ``below`` it.
+def number(
+    least: float, most: float = math.inf, *, above: bool = False, below: bool = False
+) -> Callable[[str], float]:
+    """Finite numbers from ``least`` to ``most``, which are themselves none of them if they are to
+    be ``above`` the one or ``below`` the other.
     """
 
     def read(text: str) -> float:
@@ -61,11 +63,15 @@ def number(least: float, most: float = math.inf, *, below: bool = False) -> Call
             found = float(text)
         except ValueError:
             found = math.nan
-        if not (math.isfinite(found) and least <= found <= most) or (below and found == most):
-            limit = "" if math.isinf(most) else f" to {'below ' if below else ''}{most:g}"
-            raise argparse.ArgumentTypeError(
-                f"found {text:.60}, expected a number from {least:g}{limit}"
-            )
+        if (
+            not (math.isfinite(found) and least <= found <= most)
+            or (above and found == least)
+            or (below and found == most)
+        ):
+            first = f"above {least:g}" if above else f"from {least:g}"
+            last = f"below {most:g}" if below else f"at most {most:g}" if above else f"{most:g}"
+            limit = "" if math.isinf(most) else f"{', ' if above else ' to '}{last}"
+            raise argparse.ArgumentTypeError(f"found {text:.60}, expected a number {first}{limit}")
         return found
 
     return read

@@ -17,7 +17,13 @@ NOT_IMPORTED = {
     "ours",
 }
 # Imported where an extra is installed, by a name that says so when it is not.
-EXTRAS = {"kitoken": "fast", "tensorboard": "tensorboard", "optuna": "sweep"}
+EXTRAS = {
+    "kitoken": "fast",
+    "tensorboard": "tensorboard",
+    "optuna": "sweep",
+    "transformers": "hf",
+    "lm_eval": "eval",
+}
 
 
 def canonical(name: str) -> str:
@@ -62,7 +68,7 @@ def test_an_extra_holds_what_is_imported_where_it_is_there() -> None:
     found = imported()
     for name, extra in EXTRAS.items():
         assert name in found
-        assert name in declared(PROJECT["optional-dependencies"][extra])
+        assert canonical(name) in declared(PROJECT["optional-dependencies"][extra])
 
 
 def test_what_is_declared_is_imported() -> None:

@@ -14,7 +14,16 @@ ROOMS = ("cluster", "dnt_scale", "data_prep")
 # imports the file of a kind by the name that a configuration has
 BY_NAME = ROOT / "dnt_scale" / "config" / "kinds.py"
 FILES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
-LATE = {"mlflow", "tensorboard", "optuna", "deepspeed", "submitit", "transformers", "matplotlib"}
+LATE = {
+    "mlflow",
+    "tensorboard",
+    "optuna",
+    "deepspeed",
+    "submitit",
+    "transformers",
+    "lm_eval",
+    "matplotlib",
+}
 # A room imports only from rooms on lower floors; those of one floor do not know each other.
 FLOORS = {
     "dnt_scale": [
@@ -40,6 +49,10 @@ FLOORS = {
     ],
 }
 NAMES = [path.relative_to(ROOT).as_posix() for path in FILES]
+# copied into exported folders, imported by nobody here
+REMOTE_CODE = "dnt_scale/tools/hugging_face/remote_code/"
+# a subclass of the harness's model, imported where it is used
+HARNESS_MODEL = "dnt_scale/tools/harness/language_model.py"
 
 
 def imports(
@@ -153,9 +166,27 @@ def test_cluster_has_no_model_code(name: str) -> None:
     assert not found & {"dnt_scale.model", "dnt_scale.optim", "dnt_scale.engine"}
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith("cluster/")])
+@pytest.mark.parametrize(
+    "name", [n for n in NAMES if not n.startswith(("cluster/", REMOTE_CODE, HARNESS_MODEL))]
+)
 def test_heavy_packages_are_imported_where_they_are_used(name: str) -> None:
     assert not {top(found) for found in imports(ROOT / name, at_import_only=True)} & LATE
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith(REMOTE_CODE)])
+def test_exported_code_runs_where_dnt_scale_is_not_installed(name: str) -> None:
+    beside = REMOTE_CODE.replace("/", ".")
+    found = {top(each) for each in imports(ROOT / name) if not each.startswith(beside)}
+    assert found <= {"torch", "transformers", "sentencepiece"} | set(sys.stdlib_module_names)
+
+
+def test_the_harness_is_imported_where_it_is_used() -> None:
+    module = HARNESS_MODEL.removesuffix(".py").replace("/", ".")
+    users = [n for n in NAMES if any(f"{i}.".startswith(f"{module}.") for i in imports(ROOT / n))]
+    assert users
+    for name in users:
+        found = imports(ROOT / name, at_import_only=True)
+        assert not any(each.startswith(module) for each in found)
 
 
 TRACKERS = {  # what a tracker imports, and who may: its own file or folder, and `dnt ui`

@@ -147,7 +147,7 @@ def sniff_file(name: str, kind: str, head: bytes, whole: bool, text_field: str) 
     if encoding != "utf-8":
         end = len(head) if whole else len(head) // 4 * 4  # where a character may end
         head = head[:end].decode(encoding, "replace").encode()
-    elif not is_sure and (found := _magic(head)):
+    elif not is_sure and (found := magic_of(head)):
         suffix = "" if packing(name) else _READ_AS.get(found, "")
         advice = f"; with the suffix {suffix} it is read" if suffix else ""
         return Sniffed("nothing", kind="not_text", detail=f"the beginning of {found} data{advice}")
@@ -290,7 +290,8 @@ def _encoding(head: bytes) -> str:
     return MARKS[mark] if (odd + text.count("\ufffd")) * 20 <= len(text) + 20 else "utf-8"
 
 
-def _magic(head: bytes) -> str:
+def magic_of(head: bytes) -> str:
+    """Return what data begins so, that is no text; empty: none that is known."""
     return next((name for magic, name in MAGIC.items() if head.startswith(magic)), "") or next(
         (name for pattern, name in _LONGER_MAGIC.items() if pattern.match(head)), ""
     )

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
+    MofNCompleteColumn,
     Progress,
     TextColumn,
     TimeRemainingColumn,
@@ -21,40 +22,48 @@ LOG_SECONDS = 10.0
 
 
 class Meter:
-    """Told of bytes as they are done: ``meter(count)``."""
+    """Told of bytes as they are done: ``meter(count)``; or of whatever else ``unit`` names."""
 
-    def __init__(self, name: str, total: int) -> None:
+    def __init__(self, name: str, total: int, unit: str = "MB") -> None:
         console = Console(stderr=True)
-        self.name, self.total, self.done = name, total, 0
+        self.name, self.total, self.done, self.unit = name, total, 0, unit
         self.started = self.logged = time.monotonic()
         columns = (
             TextColumn(name),
             BarColumn(),
-            DownloadColumn(),
-            TransferSpeedColumn(),
+            *(
+                (DownloadColumn(), TransferSpeedColumn())
+                if unit == "MB"
+                else (MofNCompleteColumn(), TextColumn(unit), TextColumn("{task.fields[rate]}"))
+            ),
             TimeRemainingColumn(),
         )
         self.bar = Progress(
             *columns, console=console, transient=True, disable=not console.is_terminal
         )
-        self.task = self.bar.add_task(name, total=total)
+        self.task = self.bar.add_task(name, total=total, rate="")
 
     def __call__(self, count: int) -> None:
         self.done += count
-        self.bar.update(self.task, completed=self.done)
         now = time.monotonic()
+        rate = self.done / max(now - self.started, 1e-3)
+        self.bar.update(self.task, completed=self.done, rate=self._amount(rate) + "/s")
         if not self.bar.disable and now - self.started > SILENT_SECONDS:
             self.bar.start()
         elif self.bar.disable and now - self.logged > LOG_SECONDS:
             self.logged = now
-            rate = self.done / (now - self.started)
             self.bar.console.print(
-                f"{self.name}: {self.done / 1e6:,.0f} of {self.total / 1e6:,.0f} MB, "
-                f"{rate / 1e6:,.0f} MB/s, "
+                f"{self.name}: {self._amount(self.done)} of {self._amount(self.total)} "
+                f"{self.unit}, {self._amount(rate)} {self.unit}/s, "
                 f"{(self.total - self.done) / rate:.0f} s left",
                 highlight=False,
                 soft_wrap=True,
             )
+
+    def _amount(self, value: float) -> str:
+        if self.unit == "MB":
+            return f"{value / 1e6:,.0f}"
+        return f"{value:,.0f}" if value >= 10 or value == int(value) else f"{value:.1f}"
 
     def __enter__(self) -> Self:
         return self

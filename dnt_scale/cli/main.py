@@ -10,7 +10,7 @@ import sys
 
 from dnt_scale import startup
 from dnt_scale.arguments import Parser, fail
-from dnt_scale.cli import checkpoint, data, run, sweep
+from dnt_scale.cli import checkpoint, data, generate, harness, hugging_face, run, sweep
 from dnt_scale.distributed import output
 
 
@@ -61,9 +61,12 @@ def parser() -> argparse.ArgumentParser:
     commands = root.add_subparsers(required=True, metavar="COMMAND")
     data.add_commands(commands)
     run.add_run_commands(commands)
+    generate.add_generate(commands)
     run.add_classify(commands)
+    harness.add_lm_eval(commands)
     sweep.add_commands(commands)
     checkpoint.add_commands(commands)
+    hugging_face.add_commands(commands)
     run.add_diagnose(commands)
     run.add_verify_resume(commands)
     run.add_ui(commands)

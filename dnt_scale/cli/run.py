@@ -1,10 +1,10 @@
-"""`dnt train`, `generate`, `eval`, `classify`, `diagnose`, `verify-resume` and `ui`."""
+"""`dnt train`, `eval`, `classify`, `diagnose`, `verify-resume` and `ui`."""
 
 import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from dnt_scale.arguments import Parser, number, path, prompt, set_folder, whole, word
+from dnt_scale.arguments import Parser, path, set_folder, whole, word
 
 if TYPE_CHECKING:
     from dnt_scale.train.run_start import Begun
@@ -78,33 +78,6 @@ def add_run_commands(commands: "argparse._SubParsersAction[Parser]") -> None:
     )
     train.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     train.set_defaults(run=run_train)
-
-    generate = commands.add_parser(
-        "generate",
-        help="sample text from a run",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    generate.add_argument(
-        "folder", type=path, metavar="RUN", help="run folder, for example runs/demo"
-    )
-    generate.add_argument("--prompt", default="", type=prompt, help="text to go on from")
-    generate.add_argument("--tokens", type=whole(0), default=200, help="tokens to sample, at most")
-    generate.add_argument(
-        "--temperature", type=number(0), default=0.8, help="0: always the most likely token"
-    )
-    generate.add_argument(
-        "--top-k",
-        type=whole(0),
-        default=50,
-        help="sample from the k most likely tokens; 0: from all",
-    )
-    generate.add_argument(
-        "--seed", type=whole(0, 2**64 - 1), default=0, help="the same seed gives the same text"
-    )
-    generate.add_argument(
-        "--data", type=set_folder, help="set with the tokenizer, if it has moved since training"
-    )
-    generate.set_defaults(run=run_generate)
 
     evaluate = commands.add_parser(
         "eval", help="measure a run's newest checkpoint on held-out rows"
@@ -248,26 +221,6 @@ def print_plan(begun: "Begun") -> int:
         print(line, file=sys.stderr)
     if newest:
         print(f"step {state.step:,} is done, by {newest}")
-    return 0
-
-
-def run_generate(options: argparse.Namespace) -> int:
-    from dnt_scale.distributed import process_group
-    from dnt_scale.tools.generate import generate
-
-    with process_group.alone() as ranks:
-        for piece in generate(
-            options.folder,
-            options.prompt,
-            ranks,
-            tokens=options.tokens,
-            temperature=options.temperature,
-            top_k=options.top_k,
-            seed=options.seed,
-            data=options.data,
-        ):
-            print(piece, end="", flush=True)
-    print()
     return 0
 
 

@@ -24,12 +24,14 @@ from dnt_scale.config import ConfigError, RunConfig, TorchEngineConfig
 from dnt_scale.config.engine import copies_of
 from dnt_scale.distributed.errors import AgreedError
 from dnt_scale.distributed.process_group import Ranks
+from dnt_scale.model import documents
 from dnt_scale.model.task import LossModule, Task
 
 _aten = torch.ops.aten
 # what selective checkpointing keeps: matrix products, and attention under each name it has on CPU
 # and CUDA
 KEPT_OPS = [
+    *documents.OPERATIONS,
     _aten.mm.default,
     _aten.addmm.default,
     _aten.bmm.default,

@@ -4,8 +4,8 @@
     x' = u + N_mid2( FFN( N_pre2(u) ) )                 S4;  S5 drops N_pre2
 
 Which of these norms stand, and what stands between the matrices of the FFN, is data (``SETTINGS``,
-``ACTIVATIONS``), not a subclass. Shapes in names: B rows, T tokens, D width, H heads of queries or
-of keys and values, K width of a head.
+``ACTIVATIONS``), not a subclass. Shapes in names: B rows, T tokens, D width, H heads, G heads of
+keys and values where those of queries share them, K width of a head.
 """
 
 from collections.abc import Callable
@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dnt_scale.config import Activation, BlockSection, Setting
+from dnt_scale.model.cache import LayerCache
+from dnt_scale.model.documents import Documents, attention
 from dnt_scale.model.rotary import rotated
 
 
@@ -86,7 +88,8 @@ class Attention(nn.Module):
     ``kv_heads`` is less than ``heads``.
 
     Args:
-        causal: whether a token attends only to itself and those before it, where no mask is given.
+        causal: whether a token attends only to itself and those before it, where no documents are
+            given: inside of these it always does.
     """
 
     def __init__(self, config: BlockSection, causal: bool = True) -> None:
@@ -109,27 +112,41 @@ class Attention(nn.Module):
 
     def keys(self, projected: Tensor, rotary: Tensor | None = None) -> Tensor:
         """Return k_BHTK of W_k x, a head for each of the queries'."""
-        return self._shared(rotated(self.norm_k(self._split(projected)), rotary))
+        return self._for_each_query(self._shared_keys(projected, rotary))
+
+    def _shared_keys(self, projected: Tensor, rotary: Tensor | None) -> Tensor:
+        return rotated(self.norm_k(self._split(projected)), rotary).transpose(1, 2)
 
     def _split(self, y: Tensor) -> Tensor:
         return y.view(*y.shape[:-1], -1, self.head_size)
 
-    def _shared(self, y_BTHK: Tensor) -> Tensor:
+    def _for_each_query(self, y_BGTK: Tensor) -> Tensor:
         # Written out: `enable_gqa` has a flash and a math kernel only, so that with a mask, or in
         # fp32, logits (B, H, T, T) would lie in memory.
-        y_BHTK = y_BTHK.transpose(1, 2)
-        return y_BHTK if self.shared_by == 1 else y_BHTK.repeat_interleave(self.shared_by, dim=1)
+        return y_BGTK if self.shared_by == 1 else y_BGTK.repeat_interleave(self.shared_by, dim=1)
 
     def forward(
-        self, x_BTD: Tensor, mask_B1TT: Tensor | None = None, rotary: Tensor | None = None
+        self,
+        x_BTD: Tensor,
+        documents: Documents | None = None,
+        rotary: Tensor | None = None,
+        cache: LayerCache | None = None,
     ) -> Tensor:
-        y_BHTK = F.scaled_dot_product_attention(
-            self.queries(self.w_q(x_BTD), rotary),
-            self.keys(self.w_k(x_BTD), rotary),
-            self._shared(self._split(self.w_v(x_BTD))),
-            attn_mask=mask_B1TT,
-            is_causal=self.causal and mask_B1TT is None,
-        )
+        q_BHTK = self.queries(self.w_q(x_BTD), rotary)
+        k_BGTK = self._shared_keys(self.w_k(x_BTD), rotary)
+        v_BGTK = self._split(self.w_v(x_BTD)).transpose(1, 2)
+        if cache is not None:
+            cache.keep(k_BGTK, v_BGTK)
+        if cache is not None and cache.goes_on:
+            y_BHTK = cache.attended(q_BHTK)
+        else:
+            y_BHTK = attention(
+                q_BHTK,
+                self._for_each_query(k_BGTK),
+                self._for_each_query(v_BGTK),
+                documents,
+                self.causal,
+            )
         y_BTD: Tensor = self.w_o(y_BHTK.transpose(1, 2).flatten(-2))
         return y_BTD
 
@@ -167,20 +184,23 @@ class Block(nn.Module):
     def forward(
         self,
         x_BTD: Tensor,
-        mask_B1TT: Tensor | None = None,
+        documents: Documents | None = None,
         kept_B2: Tensor | None = None,
         rotary: Tensor | None = None,
+        cache: LayerCache | None = None,
     ) -> Tensor:
         """Return the residual stream after the block.
 
         Args:
-            mask_B1TT: what is added to the attention's logits.
+            documents: attention stays inside of them; None: a row is one text.
             kept_B2: by what the two branches of a row are multiplied before they are added
                 (stochastic depth); None: 1.
             rotary: of `model.rotary.table`, the lines of each token's position; None: positions do
                 not turn queries and keys.
+            cache: keeps keys and values; where the tokens go on with others, it says what they
+                attend to, in the documents' place.
         """
-        branch_BTD = self.norm_mid1(self.attn(self.norm_pre1(x_BTD), mask_B1TT, rotary))
+        branch_BTD = self.norm_mid1(self.attn(self.norm_pre1(x_BTD), documents, rotary, cache))
         x_BTD = x_BTD + (branch_BTD if kept_B2 is None else branch_BTD * kept_B2[:, :1, None])
         branch_BTD = self.norm_mid2(self.ffn(self.norm_pre2(x_BTD)))
         out_BTD: Tensor = x_BTD + (

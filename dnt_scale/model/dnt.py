@@ -10,6 +10,9 @@ lines are a block's (:mod:`dnt_scale.model.block`). Shapes in names: B rows, T t
 vocabulary.
 """
 
+from collections.abc import Iterable, Sequence
+from itertools import repeat
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,6 +21,8 @@ from dnt_scale.config import ModelConfig
 from dnt_scale.distributed.device_metrics import record
 from dnt_scale.model.batch import IGNORED, Batch
 from dnt_scale.model.block import SETTINGS, Block, norm_if
+from dnt_scale.model.cache import Cache, CacheCall, LayerCache
+from dnt_scale.model.documents import find_documents
 from dnt_scale.model.flops import flops_per_token
 from dnt_scale.model.init import initial_tensor
 from dnt_scale.model.rotary import table
@@ -34,22 +39,6 @@ def next_tokens(batch: Batch) -> tuple[Tensor, Tensor]:
     """
     assert isinstance(batch, Tensor)
     return batch[:, :-1].clamp(min=0), batch[:, 1:]
-
-
-def document_layout(tokens_BT: Tensor, eos: int) -> tuple[Tensor, Tensor]:
-    """Where documents lie in rows: each ``eos`` begins one, and what precedes the first is the rest
-    of another.
-
-    Returns:
-        positions_BT, int64: the distance from the document's beginning, or from the row's where
-            that comes later.
-        mask_B1TT, bool: whether a token (next to last dimension) attends to another (last): one of
-            its own document, not after it.
-    """
-    index_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
-    begin_BT = torch.where(tokens_BT == eos, index_T, 0).cummax(dim=1).values
-    same_BTT = begin_BT[:, :, None] == begin_BT[:, None, :]
-    return index_T - begin_BT, (same_BTT & (index_T[:, None] >= index_T))[:, None]
 
 
 class DNT(nn.Module, Task):
@@ -116,7 +105,29 @@ class DNT(nn.Module, Task):
             loss = loss + z_loss
         return loss
 
-    def _last(self, tokens_BT: Tensor) -> Tensor:
+    def new_cache(self, rows: int, capacity: int) -> Cache:
+        """Return an empty cache for ``rows`` texts of at most ``capacity`` tokens, which is at most
+        ``config.context``.
+        """
+        return Cache(self.config, rows, capacity, self.document_eos, self.tok_emb.weight)
+
+    @torch.no_grad()
+    def fill(self, cache: Cache, rows: Sequence[int], texts: Sequence[Sequence[int]]) -> None:
+        """Put texts, token ids each, into rows of a cache, in the place of what is there. Raises
+        ValueError as ``forward`` does.
+        """
+        for row in rows:
+            cache.empty(row)
+        begun = [(row, text) for row, text in zip(rows, texts, strict=True) if text]
+        if begun:
+            self._last(*cache.first_tokens(*zip(*begun, strict=True)))
+
+    @torch.no_grad()
+    def next_logits(self, cache: Cache, tokens: Sequence[int]) -> Tensor:
+        """Add a token to each of a cache's first rows; return logits_BV of what follows it."""
+        return self._logits(self._last(*cache.next_tokens(tokens)))[:, 0]
+
+    def _last(self, tokens_BT: Tensor, cache: CacheCall | None = None) -> Tensor:
         """Return x_BTD after the last block. Raises ValueError as ``forward`` does."""
         length = tokens_BT.shape[1]
         if length > self.config.context:
@@ -125,18 +136,19 @@ class DNT(nn.Module, Task):
                 f"set model.context={length} or prepare shorter rows"
             )
         x_BTD: Tensor = self.tok_emb(tokens_BT)
-        positions, mask_B1TT = torch.arange(length, device=tokens_BT.device), None
-        if self.document_eos is not None:
-            positions, attends_B1TT = document_layout(tokens_BT, self.document_eos)
-            # what is added to the logits; of a bool mask every block would make such a one and keep
-            # it for its backward
-            mask_B1TT = x_BTD.new_zeros(attends_B1TT.shape).masked_fill_(~attends_B1TT, -torch.inf)
+        positions, documents = torch.arange(length, device=tokens_BT.device), None
+        if cache is not None and cache.positions_BT is not None:
+            positions = cache.positions_BT
+        elif self.document_eos is not None:
+            documents = find_documents(tokens_BT, self.document_eos, x_BTD.dtype)
+            positions = documents.positions_BT
         if self.pos_emb is not None:
             x_BTD = x_BTD + self.pos_emb(positions)
         rotary = None if self.rotary is None else self.rotary[positions].unsqueeze(-2)
         x_BTD = self.norm_in(x_BTD)
-        for block in self.blocks:
-            x_BTD = block(x_BTD, mask_B1TT, None, rotary)
+        layers: Iterable[LayerCache | None] = repeat(None) if cache is None else cache.layers
+        for block, layer in zip(self.blocks, layers, strict=False):
+            x_BTD = block(x_BTD, documents, None, rotary, layer)
         return x_BTD
 
     def _logits(self, x_BTD: Tensor) -> Tensor:

@@ -1,5 +1,5 @@
 """The true end of a run, told to its backends by others: where training and sender are killed, they
-show it as running for ever.
+show it as running for ever. And what a run folder was given after that end.
 
     python -m dnt_scale.record.finalize RUN FAILED
 
@@ -45,6 +45,26 @@ def finalize_run(run_dir: Path, status: Status) -> bool:
     return known
 
 
+def send_rest(run_dir: Path) -> bool:
+    """Give each backend what was added to a run folder since it was told of the run's end. Where it
+    was not, training's own senders do so, or the next start's.
+
+    Returns as :func:`finalize_run` does.
+    """
+    order, known = read_order(run_dir), True
+    for name in backends_of(order):
+        told = read_report(run_dir, name).get("status")
+        status: Status | None = next((end for end in get_args(Status) if end == told), None)
+        try:
+            if status and not is_finalized(run_dir, order, name, status):
+                untold = f"has not all of what was added to {run_dir.name}"
+                known = _run_sender(run_dir, name, "--finalize", status, untold) and known
+        except ValueError as error:  # A backend that is not here.
+            warn(f"{run_dir.name}: {error}")
+            known = False
+    return known
+
+
 def finalize_sweep(run_dir: Path, status: Status) -> bool:
     """Tell each backend the ``status`` of the sweep that this run is part of.
 
@@ -61,7 +81,12 @@ def finalize_sweep(run_dir: Path, status: Status) -> bool:
     return known
 
 
-def _run_sender(run_dir: Path, backend: str, option: str, status: Status) -> bool:
+def _run_sender(run_dir: Path, backend: str, option: str, status: Status, untold: str = "") -> bool:
+    """Have a sender do it; return whether it did.
+
+    Args:
+        untold: what the backend lacks where it did not; by default the run's status.
+    """
     log = log_file(run_dir, backend)
     # The folder names the store that the caller's password would be sent to.
     if run_dir.stat().st_uid != os.geteuid():
@@ -84,7 +109,7 @@ def _run_sender(run_dir: Path, backend: str, option: str, status: Status) -> boo
         problem = known.get(code, f"see {log}; it is tried again when asked again")
     if problem:
         title = load(backend).title
-        warn(f"{title} was not told that {run_dir.name} is {status}: {problem}")
+        warn(f"{title} {untold or f'was not told that {run_dir.name} is {status}'}: {problem}")
     return not problem
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import get_args
 
 from dnt_scale.config.tracking_uri import without_login
-from dnt_scale.record import system_metrics
+from dnt_scale.record import appended
 from dnt_scale.record.backend import Lost, Order, Status, TakenOver, load
 from dnt_scale.record.files import flock, reason
 from dnt_scale.record.metrics_file import METRICS, Point, unsent_points
@@ -43,7 +43,7 @@ from dnt_scale.record.training_process import (
 )
 
 SEND_EVERY_S = 1.5
-SYSTEM_EVERY_S = 5.0
+APPENDED_EVERY_S = 5.0
 FILES_EVERY_S = 30.0  # Goodput is sent as often.
 LONGEST_PAUSE_S = 30.0  # Between tries while the backend does not answer.
 HUNG_S = 45.0  # A call that takes so long beyond all patience hangs.
@@ -82,7 +82,7 @@ class Sender:
         self._offset = 0
         self._pending: list[Point] = []
         self._files_sent: dict[Path, int] = {}
-        self._next_system = self._next_files = 0.0
+        self._next_appended = self._next_files = 0.0
 
     def check_order(self) -> None:
         """Raise :class:`Superseded` when the run folder was started again since."""
@@ -98,10 +98,10 @@ class Sender:
         if self._pending:
             self._send_points()
             return True
-        if time.monotonic() >= self._next_system:
-            if self._send_system():
+        if time.monotonic() >= self._next_appended:
+            if self._send_appended():
                 return True
-            self._next_system = time.monotonic() + SYSTEM_EVERY_S
+            self._next_appended = time.monotonic() + APPENDED_EVERY_S
         if time.monotonic() >= self._next_files:
             self.backend.check_ours()
             self._try_files()
@@ -114,7 +114,7 @@ class Sender:
         sizes = sizes_of(self.run_dir)
         self.backend.check_ours()
         self.backend.end(status, self._ended_ms())
-        while self._send_system():
+        while self._send_appended():
             self.check_order()
         self._send_goodput()
         if not self._try_files() and self._file_failures < FILE_TRIES:
@@ -160,10 +160,12 @@ class Sender:
         self.sent.step, self.sent.names = last, names
         self.sent.save()
 
-    def _send_system(self) -> bool:
-        """Send the next of the nodes' system metrics; return False when there are none."""
+    def _send_appended(self) -> bool:
+        """Send the next of what others than training have appended; return False where there is
+        nothing.
+        """
         sent = self.sent
-        points, read_bytes = system_metrics.read_new(self.run_dir, sent.bytes, POINTS_A_CALL)
+        points, read_bytes = appended.read_new(self.run_dir, sent.bytes, POINTS_A_CALL)
         if read_bytes == sent.bytes:
             return False
         if points:

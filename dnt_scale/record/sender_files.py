@@ -15,7 +15,7 @@ from typing import Any
 
 import orjson
 
-from dnt_scale.record import system_metrics
+from dnt_scale.record import appended
 from dnt_scale.record.backend import Order, Status, load
 from dnt_scale.record.files import read_json, replace_file
 from dnt_scale.record.folder_identity import is_copy, ordered_place
@@ -75,7 +75,7 @@ class Sent:
         self.notes: list[str] = []  # Lines for the terminal.
         self.step: int = before.get("sent_step", -1)
         self.names: list[str] = before.get("sent_names", [])  # The metrics of that step.
-        self.bytes: dict[str, int] = before.get("sent_bytes", {})  # Of each node's samples.
+        self.bytes: dict[str, int] = before.get("sent_bytes", {})  # Of each file of `appended`.
         # The last status told, and the sizes of what was sent by then.
         ended = {"status", "sizes"} & before.keys()
         self.ended: dict[str, Any] = {name: before[name] for name in ended}
@@ -142,5 +142,5 @@ def is_finalized(run_dir: Path, order: Order, backend: str, status: Status) -> b
 
 def sizes_of(run_dir: Path) -> dict[str, int]:
     """Return the bytes of each file whose lines are sent."""
-    files = [run_dir / METRICS, *system_metrics.folder(run_dir).glob("*.jsonl")]
+    files = [run_dir / METRICS, *(each.path for each in appended.files(run_dir))]
     return {str(file.relative_to(run_dir)): file.stat().st_size for file in files if file.exists()}

@@ -10,8 +10,8 @@ The first rank of every node appends a line every ``tracking.system_every_s`` se
     gpu0/temperature_c, gpu0/power_w    and so on: the GPUs that this run sees
 
 It is a thread's work, which never reaches training: what cannot be measured or written is left out.
-:mod:`dnt_scale.record.sender` passes the lines on as the metrics ``system/NODE/cpu_percent`` and so
-on.
+A sender passes the lines on (:mod:`dnt_scale.record.appended`) as the metrics
+``system/NODE/cpu_percent`` and so on.
 """
 
 from __future__ import annotations
@@ -26,8 +26,6 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 import psutil
-
-from dnt_scale.record.metrics_file import NOT_METRICS, Point
 
 if TYPE_CHECKING:
     from dnt_scale.config import RunConfig
@@ -140,51 +138,3 @@ def _gpus(handles: list[Any]) -> Sample:
             with suppress(pynvml.NVMLError):
                 sample[f"gpu{number}/{name}"] = float(ask(gpu))
     return sample
-
-
-# --- for the sender -------------------------------------------------------------------------------
-
-
-def read_new(
-    run_dir: Path,
-    taken: dict[str, int],
-    at_most: int,
-) -> tuple[list[Point], dict[str, int]]:
-    """Read whole lines after the bytes ``taken`` of each node's file.
-
-    Args:
-        at_most: how many points make it stop, or a line later.
-
-    Returns:
-        The points, and the bytes taken with them; the same as before when there is nothing new.
-    """
-    points: list[Point] = []
-    after = dict(taken)
-    for file in sorted(folder(run_dir).glob("*.jsonl")):
-        node = file.stem
-        start = after.get(node, 0)
-        if len(points) >= at_most or file.stat().st_size <= start:
-            continue
-        with file.open("rb") as lines:
-            lines.seek(start)
-            for line in lines:
-                if len(points) >= at_most or not line.endswith(b"\n"):
-                    break
-                points += _points(node, line)
-                start += len(line)
-        after[node] = start
-    return points, after
-
-
-def _points(node: str, line: bytes) -> list[Point]:
-    """Return the points of one line; none when it is not a whole sample."""
-    try:
-        sample = orjson.loads(line)
-        step, time_ms = int(sample["step"]), int(sample["time"] * 1000)
-        return [
-            Point(step, f"system/{node}/{name}", float(value), time_ms)
-            for name, value in sample.items()
-            if name not in NOT_METRICS
-        ]
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return []

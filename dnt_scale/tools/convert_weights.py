@@ -4,8 +4,9 @@ memory at a time.
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from pydantic import TypeAdapter, ValidationError
@@ -112,6 +113,51 @@ def from_file(weights: Path, overrides: Sequence[str]) -> str:
             the file, or it has a checkpoint already.
         OSError: the file cannot be read, or the checkpoint not written.
     """
+    source = Storage(weights.parent)
+
+    def find(wanted: dict[str, tuple[int, ...]], model: ModelSection) -> FoundWeights:
+        stored = _weights(source, weights, wanted, model)
+        return FoundWeights(
+            {name: whole_shape(parts) for name, parts in stored.items()},
+            sum(map(bytes_of, stored.values())),
+            lambda name: (values for _, values in values_of(source, stored, name)),
+        )
+
+    told = read_head(source, weights.name)[1].get("model", "null")
+    return begin_from(weights, told, find, overrides, "dnt checkpoint convert")
+
+
+class FoundWeights(NamedTuple):
+    """Weights by the parameters' names, which may lack the rows that only fill them up."""
+
+    shapes: dict[str, tuple[int, ...]]
+    nbytes: int
+    values: Callable[[str], Iterator[Tensor]]  # whole rows, in order
+
+
+def begin_from(
+    place: Path,
+    model: str,
+    find: Callable[[dict[str, tuple[int, ...]], ModelSection], FoundWeights],
+    overrides: Sequence[str],
+    command: str,
+    facts: Mapping[str, str] | None = None,
+) -> str:
+    """Make the checkpoint of step 0 from which the run that ``overrides`` describe begins; what was
+    written.
+
+    Args:
+        place: where the weights are, for messages.
+        model: the settings of their model as JSON, ``null`` where they are not known; the run's,
+            but for what ``overrides`` say.
+        find: finds the weights of these shapes, of this model. Raises ValueError.
+        command: who does it.
+        facts: as of ``Source.facts``, what is known of the data that the weights are of.
+
+    Raises:
+        ValueError: as ``from_file``, or the run's data is of another tokenizer.
+        OSError: the checkpoint cannot be written.
+    """
     from dnt_scale import config
     from dnt_scale.model.task import shapes_of
     from dnt_scale.optim.groups import buffer_shapes
@@ -121,10 +167,11 @@ def from_file(weights: Path, overrides: Sequence[str]) -> str:
     from dnt_scale.train.run_start import begin
     from dnt_scale.train.stages import load_stages
 
-    source = Storage(weights.parent)
-    told = _model_told(source, weights, overrides)
+    told = _model_told(place, model, overrides)
     run = config.load([*told, *overrides])
     stages = load_stages(run)
+    if problem := stages.source.foreign(facts or {}, place):
+        raise CheckpointError(f"{stages.source.parts()[0].place}: {problem}")
     folder = Storage(run.checkpoints)
     if complete(folder):
         raise CheckpointError(f"{folder}: holds checkpoints already; take another run.name")
@@ -134,46 +181,55 @@ def from_file(weights: Path, overrides: Sequence[str]) -> str:
     state, _ = starting_state(begun, stages, 1)
     state = state.model_copy(update={"engine": {"step": 0, "updates": 0}})
     wanted = shapes_of(run.model)
-    stored = _weights(source, weights, wanted, run.model)
+    found = find(wanted, run.model)
     buffers = buffer_shapes(wanted, run.optim)
     kinds = [WEIGHT] if run.train.ema is None else [WEIGHT, AVERAGE]
 
-    def chunks() -> Iterator[memoryview]:
-        held = [(f"{kind}{name}", shape) for kind in kinds for name, shape in wanted.items()]
-        shapes = [*held, *buffers.items()]
-        yield memoryview(
-            make_header([(name, torch.float32, _whole(shape)) for name, shape in shapes])
-        )
-        for name in list(wanted) * len(kinds):
-            for _, values in values_of(source, stored, name):
-                yield _bytes(values.float())
-                meter(values.nbytes)
-            rows, *rest = wanted[name]
-            if missing := rows - whole_shape(stored[name])[0]:
-                yield _bytes(torch.zeros(missing, *rest))
-        for shape in buffers.values():
-            for region in row_chunks(shape):
-                yield _bytes(torch.zeros(region.shape))
-
     final = folder / step_name(state.step)
     partial = folder / f"{INTERMEDIATE}{step_name(state.step)}" if folder.local else final
-    with held(run.run.dir, "dnt checkpoint convert"):
+    with held(run.run.dir, command):
         partial.make()
         try:
-            with Meter("writing", len(kinds) * sum(map(bytes_of, stored.values()))) as meter:
+            with Meter("writing", len(kinds) * found.nbytes) as meter:
                 name = "shard-00001-model-00001-of-00001.safetensors"
-                record = write_file(partial, name, chunks(), reused=True)
+                chunks = _first_checkpoint(found, wanted, kinds, buffers, meter)
+                record = write_file(partial, name, chunks, reused=True)
             publish(partial, final, state.model_copy(update={"files": {name: record}}))
         except BaseException:
             partial.remove_all()
             raise
     same = f"the same settings and {' '.join(told)}" if told else "the same settings"
-    return f"{final}: {len(wanted)} weights from {weights}; `dnt train` with {same} begins from it"
+    return f"{final}: {len(wanted)} weights from {place}; `dnt train` with {same} begins from it"
 
 
-def _model_told(source: Storage, file: Path, overrides: Sequence[str]) -> list[str]:
-    """Overrides that make the model of ``overrides`` the one in the file's metadata, but for what
-    they say themselves.
+def _first_checkpoint(
+    found: FoundWeights,
+    wanted: dict[str, tuple[int, ...]],
+    kinds: list[str],
+    buffers: dict[str, tuple[int, ...]],
+    meter: Callable[[int], None],
+) -> Iterator[memoryview]:
+    """Yield the bytes of a safetensors file of weights, once a kind, and of buffers of zeros; all
+    fp32. Rows that only fill a weight up are zeros.
+    """
+    weights = [(f"{kind}{name}", shape) for kind in kinds for name, shape in wanted.items()]
+    shapes = [*weights, *buffers.items()]
+    yield memoryview(make_header([(name, torch.float32, _whole(shape)) for name, shape in shapes]))
+    for name in list(wanted) * len(kinds):
+        for values in found.values(name):
+            yield _bytes(values.float())
+            meter(values.nbytes)
+        rows, *rest = wanted[name]
+        if missing := rows - found.shapes[name][0]:
+            yield _bytes(torch.zeros(missing, *rest))
+    for shape in buffers.values():
+        for region in row_chunks(shape):
+            yield _bytes(torch.zeros(region.shape))
+
+
+def _model_told(place: Path, text: str, overrides: Sequence[str]) -> list[str]:
+    """Overrides that make the model of ``overrides`` the one that a file's metadata tells, but for
+    what they say themselves.
 
     Raises:
         ValueError: the metadata's model is none, or ``overrides`` describe no run.
@@ -181,7 +237,6 @@ def _model_told(source: Storage, file: Path, overrides: Sequence[str]) -> list[s
     from dnt_scale import config
     from dnt_scale.config.model import AnyModel
 
-    text = read_head(source, file.name)[1].get("model", "null")
     keys = [override.lstrip("+").partition("=")[0] for override in overrides]
     if text == "null" or "model" in keys:
         return []
@@ -191,7 +246,7 @@ def _model_told(source: Storage, file: Path, overrides: Sequence[str]) -> list[s
         problem = error.errors()[0]
         where = ".".join(["model", *map(str, problem["loc"])])
         raise CheckpointError(
-            f"{file}: {where} in its metadata: {problem['msg']}; give the model= that the weights "
+            f"{place}: {where} in its metadata: {problem['msg']}; give the model= that the weights "
             "are of"
         ) from None
     # a name from outside is text of Hydra's language

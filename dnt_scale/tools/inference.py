@@ -61,9 +61,26 @@ def load_run(
         ValueError: no run or no checkpoint there, a damaged one, no such set, or one that the model
             does not know.
     """
-    run, newest, state = newest_checkpoint(run_dir)
+    found = newest_checkpoint(run_dir)
+    return found[0], *load_checkpoint(run_dir, *found, data, ranks, open_source, dtype, average)
+
+
+def load_checkpoint(
+    run_dir: Path,
+    run: RunConfig,
+    newest: Path | str,
+    state: State,
+    data: Path | None,
+    ranks: Ranks,
+    open_source: Callable[[DataSection], Source] = whole_source,
+    dtype: torch.dtype | None = None,
+    average: bool = True,
+) -> tuple[Task, Source]:
+    """Return the model with the weights of the checkpoint ``newest``, and what the run reads: see
+    ``load_run``.
+    """
     checkpoint.check_files(newest, state, ranks)
-    source = _found(run_dir, data, run.data, open_source)
+    source = found_source(run_dir, data, run.data, open_source)
     if problem := source.foreign(state.of_source, newest):
         raise ConfigError(f"{source.parts()[0].place}: {problem}")
     task = build_task(run.model, source.rows)
@@ -85,10 +102,10 @@ def load_run(
     fill_buffers(
         task, blank_buffers(task, run.model.kind), ranks.device
     )  # not cast, as in training
-    return run, task, source
+    return task, source
 
 
-def _found(
+def found_source(
     run_dir: Path, data: Path | None, own: DataSection, open_source: Callable[[DataSection], Source]
 ) -> Source:
     """Return the set ``data``, else the run's own. Raises ValueError, and tells what to do where

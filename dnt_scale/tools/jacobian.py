@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dnt_scale.model.batch import Batch
 from dnt_scale.model.block import Block
+from dnt_scale.model.documents import Documents
 from dnt_scale.model.task import Task
 
 Function = Callable[[Tensor], Tensor]
@@ -33,12 +34,19 @@ def differentiable() -> Iterator[None]:
 def block_inputs(task: Task, batch: Batch) -> list[tuple[nn.Module, tuple[Any, ...]]]:
     """Return each block with the arguments it is called with where the model is measured on a
     batch, the first a tensor: no row skips a block, as some do in training.
+
+    Where documents are among them, they are such as hold for copies of the row too, and for
+    derivatives in forward mode on any device.
     """
     found: list[tuple[nn.Module, tuple[Any, ...]]] = []
-    hooks = [
-        block.register_forward_pre_hook(lambda module, given: found.append((module, given)))
-        for block in task.blocks
-    ]
+
+    def keep(module: nn.Module, given: tuple[Any, ...]) -> None:
+        plain = (
+            Documents(each.begin_BT) if isinstance(each, Documents) else each for each in given
+        )
+        found.append((module, tuple(plain)))
+
+    hooks = [block.register_forward_pre_hook(keep) for block in task.blocks]
     try:
         with torch.no_grad():
             task.eval_sums(batch)

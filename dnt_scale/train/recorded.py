@@ -29,6 +29,7 @@ PAIRS = (
     {"optim.schedule.warmup", "optim.schedule.warmup_steps"},
 )
 MISSING = object()
+MOST_TOLD = 6  # settings that the line on what is kept names
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,9 @@ def kept(
         for key, alone, value in differences(run, made)
         if (key, alone) != ("train.dtype", "auto")  # which means: as before
     ]
+    if len(lines) > MOST_TOLD:
+        more = len(lines) - MOST_TOLD
+        lines[MOST_TOLD:] = [f"and {more} more, which --print-config shows"]
     return made, (f"kept from the checkpoint: {', '.join(lines)}",) if lines else ()
 
 
@@ -202,7 +206,7 @@ def _leaves(prefix: str, value: Any) -> Iterator[str]:
 
 def differences(before: RunConfig, now: RunConfig) -> list[tuple[str, Any, Any]]:
     """Each dotted name whose value differs, with both; MISSING where one has no such key. Of a
-    stage that one has and one has not, those are told that it gives.
+    group or a stage that one has and one has not, those are told that it gives.
     """
     old, new = config.flat(before), config.flat(now)
     every = {**old, **new}
@@ -210,9 +214,7 @@ def differences(before: RunConfig, now: RunConfig) -> list[tuple[str, Any, Any]]
     return [
         (key, a, b)
         for key, a, b in pairs
-        if a is not b
-        and a != b
-        and not (key.startswith("train.stages.") and {a, b} == {None, MISSING})
+        if a is not b and a != b and not {a, b} <= {None, MISSING}
     ]
 
 

@@ -24,6 +24,7 @@ from dnt_scale.distributed import compute_dtype
 from dnt_scale.distributed.agree import check_settings, on_first
 from dnt_scale.distributed.process_group import Ranks
 from dnt_scale.record import run_lock, timeline
+from dnt_scale.record.appended import EVALUATIONS, EVALUATIONS_FOLDER
 from dnt_scale.record.backend import check_backends
 from dnt_scale.record.files import warn
 from dnt_scale.record.metrics_file import DIAGNOSTICS, METRICS
@@ -44,7 +45,17 @@ AT_WORK = ("submitted", "allocated", "ended")
 ASIDE = "before-"
 JOB_PATIENCE_S = 120.0  # a file server may notice the end of a lost node so late
 # Moved aside by --fresh, with the checkpoints and what trackers made.
-MOVED = ("config.yaml", METRICS, DIAGNOSTICS, "plots", "profile", "logs", "jobs")
+MOVED = (
+    "config.yaml",
+    METRICS,
+    DIAGNOSTICS,
+    EVALUATIONS,
+    EVALUATIONS_FOLDER,
+    "plots",
+    "profile",
+    "logs",
+    "jobs",
+)
 
 
 @dataclass(frozen=True)

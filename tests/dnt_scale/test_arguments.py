@@ -130,8 +130,10 @@ def test_the_ends_of_the_bounds(option: str, least: int, most: int | None, nowhe
 
 def test_numbers_by_hand() -> None:
     assert arguments.number(0, 1, below=True)("0.999") == 0.999 and arguments.whole(1, 5)("5") == 5
+    assert arguments.number(0, 1, above=True)("1") == 1 == arguments.number(0, above=True)("1")
     for read, text in (
         (arguments.number(0, 1, below=True), "1"),
+        (arguments.number(0, 1, above=True), "0"),
         (arguments.number(0), "inf"),
         (arguments.whole(0), "1.0"),
     ):

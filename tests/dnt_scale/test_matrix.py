@@ -127,6 +127,7 @@ DECODER = [
     "model.tied_head=false",
     "model.z_loss=1e-3",
     "model.logit_cap=5",
+    "data.document_mask=true",
     # row steps, with the factor of tall matrices on w_1 and w_3
     "optim=rmnp",
     "optim.nesterov=false",
@@ -179,8 +180,11 @@ def given_to_a_block(run: RunConfig, engine: Engine, me: Ranks) -> list[str]:
     seen: list[str] = []
 
     def see(module: torch.nn.Module, given: tuple[Any, ...]) -> None:
-        x, _, _, rotary = given
-        assert torch.equal(rotary[:, 0], task_of(engine).rotary)
+        x, documents, _, rotary = given
+        positions_BT = documents.positions_BT
+        assert torch.equal(rotary[:, :, 0], task_of(engine).rotary[positions_BT])
+        # not each row is one document
+        assert (positions_BT != torch.arange(positions_BT.shape[1])).any()
         seen.extend([str(x.dtype), str(rotary.dtype)])
 
     check_rotary(run, engine)
@@ -190,11 +194,11 @@ def given_to_a_block(run: RunConfig, engine: Engine, me: Ranks) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def decoders(corpus, tmp_path_factory):
+def decoders(packed, tmp_path_factory):
     out = tmp_path_factory.mktemp("decoders")
     for ranks in (1, 2, 4):
-        call(run_decoder, corpus, out, ranks=ranks).ok()
-    run = config.load(tiny(corpus, out, *DECODER, f"train.steps={STEPS}"))
+        call(run_decoder, packed, out, ranks=ranks).ok()
+    run = config.load(tiny(packed, out, *DECODER, f"train.steps={STEPS}"))
     return out, *engines.reference_losses(run, OPTIMIZERS["msgdw"].reference_update)
 
 

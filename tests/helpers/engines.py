@@ -45,12 +45,18 @@ def overrides_of(label: str, ranks: int) -> list[str]:
     return [*ENGINES[label], *(["engine.replicas=1"] if label == "hsdp" and ranks == 1 else [])]
 
 
+def model_of(run: RunConfig) -> DNT:
+    """The run's model, documents masked where it says so."""
+    eos = load_sets(run.data)[0].manifest.eos_id if run.data.document_mask else None
+    return DNT(run.model, eos)
+
+
 @contextmanager
 def built(label: str, me: Ranks, data: Path, *overrides: str) -> Iterator[tuple[RunConfig, Engine]]:
     """A tiny run's engine for a block."""
     chosen = overrides_of(label, me.world_size)
     run = composed(*tiny(data, Path("unused"), *chosen, f"train.steps={STEPS}", *overrides))
-    engine = build_engine(run, lambda: DNT(run.model), me, STEPS)
+    engine = build_engine(run, lambda: model_of(run), me, STEPS)
     try:
         yield run, engine
     finally:
@@ -140,7 +146,7 @@ def reference_losses(
 
     All but the rule is written out here: groups, which tensors decay, clipping, the schedule.
     """
-    model = DNT(run.model)
+    model = model_of(run)
     init_weights(model, run.run.seed)
     weights = dict(model.named_parameters())
     states: dict[str, dict[str, Tensor]] = {name: {} for name in weights}

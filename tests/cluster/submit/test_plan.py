@@ -237,7 +237,12 @@ def test_a_run_goes_on_from_its_checkpoint_or_is_refused(data: Path, trained: Pa
 
 def made_up_past(run_dir: Path, steps: int = 200) -> None:
     rows = [
-        {"step": step, "time": 1e9 + step, "tokens_per_s": 1000.0 if step <= 100 else 500.0}
+        {
+            "step": step,
+            "time": 1e9 + step,
+            "tokens": 512 * step,
+            "tokens_per_s": 1000.0 if step <= 100 else 500.0,
+        }
         for step in range(steps)
     ]
     run_dir.mkdir(parents=True)

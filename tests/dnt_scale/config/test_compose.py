@@ -90,7 +90,7 @@ def test_the_defaults_are_the_papers_small_model() -> None:
     )
     assert config.train.global_batch * config.model.context == 491_520
     assert isinstance(config.optim, MSGDWConfig)
-    assert (config.optim.lr, config.optim.momentum, config.optim.dampening) == (1e-3, 0.95, 0.95)
+    assert (config.optim.lr, config.optim.momentum, config.optim.dampening) == (2e-3, 0.95, 0.95)
     vanilla = run("optim=msgdw").optim
     assert isinstance(vanilla, MSGDWConfig) and vanilla.dampening == 0 and not vanilla.groups
 

@@ -265,11 +265,10 @@ def print_evaluated(run_dir: Path) -> None:
 
 
 def print_generated(run_dir: Path) -> None:
-    from dnt_scale.tools.generate import generate
+    from dnt_scale.tools.generate import Asked, load_writer
 
-    settings = {"tokens": 3, "temperature": 1.0, "top_k": 0, "seed": 0, "data": None}
     with process_group.alone() as me, pytest.raises(ConfigError) as caught:
-        list(generate(run_dir, "", me, **settings))
+        load_writer(run_dir, me, Asked(), None)
     print(caught.value)
 
 

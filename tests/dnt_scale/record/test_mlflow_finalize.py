@@ -17,7 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from dnt_scale.record.finalize import finalize_run, finalize_sweep
+from dnt_scale.record.appended import append_evaluation
+from dnt_scale.record.finalize import finalize_run, finalize_sweep, send_rest
 from dnt_scale.record.tracker import Tracker
 from testbed.stores import PATIENCE_S, points, runs, sqlite_store
 from testbed.waiting import until
@@ -128,6 +129,14 @@ def test_a_run_that_was_killed_with_its_sender_gets_its_true_status_once(tmp_pat
     assert runs(uri)["victim"].info.status == "KILLED"
     assert len(points(uri, "victim", "train/loss")) == 51
     assert len(points(uri, "victim", "system/node1/cpu_percent")) == 2
+
+    append_evaluation(run_dir, 40, {"lm_eval/own/acc": 0.25})
+    assert send_rest(run_dir)
+    assert points(uri, "victim", "lm_eval/own/acc") == [(40, 0.25)]
+    assert runs(uri)["victim"].info.status == "KILLED"
+    before = state(run_dir)
+    assert send_rest(run_dir)
+    assert state(run_dir) == before
     assert capfd.readouterr().err == ""
 
 

@@ -9,7 +9,8 @@ import torch
 from dnt_scale import config
 from dnt_scale.config import RunConfig
 from dnt_scale.distributed.process_group import Ranks
-from dnt_scale.record.system_metrics import folder, read_new, sampling
+from dnt_scale.record.appended import read_new
+from dnt_scale.record.system_metrics import folder, sampling
 from testbed.run import tiny
 from testbed.waiting import until
 

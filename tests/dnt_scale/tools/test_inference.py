@@ -3,10 +3,10 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from data_prep.shards import load_manifest, write_manifest
 from testbed.run import call, dnt, metrics, synthetic_set
@@ -17,18 +17,18 @@ PROMPT = "def main(self, größe):\n"
 def texts(run_dir: Path, settings: list[dict]) -> None:
     """Print the text that each of the settings gives."""
     from dnt_scale.distributed import process_group
-    from dnt_scale.tools.generate import generate
+    from dnt_scale.tools.generate import Asked, load_writer
+    from dnt_scale.tools.sampling import Sampling
 
-    defaults = {"tokens": 30, "temperature": 0.8, "top_k": 50, "seed": 0, "data": None}
+    found = []
     with process_group.alone() as me:
-        print(
-            json.dumps(
-                [
-                    "".join(generate(run_dir, PROMPT, me, **{**defaults, **setting}))
-                    for setting in settings
-                ]
-            )
-        )
+        writer = load_writer(run_dir, me, Asked(), None)
+        for setting in settings:
+            sampling = {key: setting[key] for key in ("temperature", "top_k") if key in setting}
+            asked = Asked(setting.get("tokens", 30), Sampling(**sampling), setting.get("seed", 0))
+            pieces = replace(writer, asked=asked).stream(PROMPT)
+            found.append("".join(piece.text for piece in pieces))
+    print(json.dumps(found))
 
 
 def losses(run_dir: Path) -> None:
@@ -63,39 +63,6 @@ def test_sampling_is_a_function_of_its_settings(reference):
     assert cold == colder == top_one
     assert all(text.startswith(PROMPT) for text in found)
     assert len(any_token) > len(PROMPT) and len(PROMPT) < len(short) < len(one) + len(PROMPT)
-
-
-def test_no_token_beyond_the_tokenizer_is_sampled():
-    from dnt_scale.tools.generate import sample
-
-    logits = torch.tensor([0.0, 1.0, 2.0, -torch.inf, -torch.inf])
-    generator = torch.Generator().manual_seed(0)
-    assert {sample(logits, 2.0, 0, generator) for _ in range(200)} == {0, 1, 2}
-    assert {sample(logits, 2.0, 2, generator) for _ in range(200)} == {1, 2}
-    assert {sample(logits, 2.0, 99, generator) for _ in range(200)} == {0, 1, 2}
-    assert {sample(logits, 0.0, 0, generator) for _ in range(9)} == {2}
-
-
-@pytest.mark.parametrize("temperature", [5e-324, 1e-38, 1e-10, 1e10, 1e308])
-@pytest.mark.parametrize("top_k", [0, 2, 10**15])
-def test_any_temperature_samples(temperature, top_k):
-    from dnt_scale.tools.generate import sample
-
-    logits = torch.tensor([-80.0, 70.0, 60.0, -torch.inf])
-    found = {
-        sample(logits, temperature, top_k, torch.Generator().manual_seed(seed))
-        for seed in range(30)
-    }
-    assert found == {1} if temperature < 1 else found == ({1, 2} if top_k == 2 else {0, 1, 2})
-
-
-@pytest.mark.parametrize("spoilt", [torch.nan, torch.inf])
-def test_logits_that_are_not_finite_are_refused(spoilt):
-    from dnt_scale.tools.generate import sample
-
-    for temperature in (0.0, 1.0):
-        with pytest.raises(ValueError, match="logits are not finite"):
-            sample(torch.tensor([0.0, spoilt, 1.0]), temperature, 2, torch.Generator())
 
 
 def test_a_prompt_that_is_no_utf8_is_continued(reference):

@@ -119,3 +119,15 @@ def test_blocks_get_what_the_model_gives_them():
     assert [first, second] == list(task.blocks) and mask is None
     torch.testing.assert_close(first(x), y)
     assert not task.blocks[0]._forward_pre_hooks
+
+
+def test_a_block_of_documents_has_the_jacobian_of_each_document_alone():
+    task = model("S4")
+    task.document_eos = 7
+    batch = torch.tensor([[1, 2, 7, 3, 4, 5]])  # the second document begins at the third token
+    block, (x, *more) = block_inputs(task, batch)[1]
+    masked = jacobian(lambda z: block(z, *more), x, [2, 3, 4])
+    alone = jacobian(block, x[:, 2:], [0, 1, 2])
+    torch.testing.assert_close(masked, alone)
+    unmasked = jacobian(block, x, [2, 3, 4])
+    assert (unmasked - alone).norm() > 1e-3 * alone.norm()

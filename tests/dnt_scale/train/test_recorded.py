@@ -3,6 +3,7 @@ both.
 """
 
 import functools
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,6 +27,9 @@ BASE = [
 @functools.cache
 def run_of(*overrides: str) -> RunConfig:
     return config.load([*BASE, *overrides])
+
+
+UNBUFFERED = ["optim.gradient_buffer=false", "optim.clip=previous"]
 
 
 def resumed(
@@ -54,11 +58,11 @@ KEEPS = [  # given once, typed now, a setting and its value then
     (["optim=adamw", "optim.lr=0.01"], ["optim=adamw"], "optim.lr", 0.01),
     (["optim=msgdw", "optim.lr=0.01"], ["optim=msgdw_r"], "optim.lr", 1.0),  # another file
     (["optim=msgdw"], ["optim=msgdw_r"], "optim.groups.embedding.lr", 0.05),
-    (["optim.lr=0.05"], ["optim=msgdw_r"], "optim.lr", 0.05),  # the file that it had by default
+    (["optim.lr=0.05"], ["optim=muon_normalized"], "optim.lr", 0.05),  # what it had by default
     (["preset=demo", "optim.lr=0.05"], ["preset=demo"], "optim.lr", 0.05),
     (["preset=demo", "optim.weight_decay=0.2"], ["preset=demo"], "optim.weight_decay", 0.2),
     (["optim.lr=0.05"], ["preset=demo"], "optim.lr", 0.05),
-    (["optim.lr=0.05"], ["preset=demo"], "optim.weight_decay", 0.0),  # the preset sets it
+    (["train.global_batch=4"], ["preset=demo"], "train.global_batch", 8),  # the preset sets it
     (
         ["optim.schedule.name=wsd"],
         ["optim.schedule.final=0.2"],
@@ -70,12 +74,12 @@ KEEPS = [  # given once, typed now, a setting and its value then
     (["+optim.groups.g.pattern=gain", "+optim.groups.g.lr=0.1"], [], "optim.groups.g.lr", 0.1),
     (
         ["+optim.groups.g.pattern=gain"],
-        ["optim.groups.embedding.lr=0.3"],
+        ["optim.groups.gains.lr=0.3"],
         "optim.groups.g.pattern",
         "gain",
     ),
-    (["~optim.groups.embedding"], [], "optim.groups.embedding.lr", None),
-    ([], ["~optim.groups.embedding"], "optim.groups.embedding.lr", None),
+    (["~optim.groups.gains"], [], "optim.groups.gains.update", None),
+    ([], ["~optim.groups.gains"], "optim.groups.gains.update", None),
     (["train.max_skipped=3"], [], "train.max_skipped", 3),
     (["train.micro_batch=2"], ["train.micro_batch=4"], "train.micro_batch", 4),
     (["model.norm_eps=1e-5"], [], "model.norm_eps", 1e-5),
@@ -118,26 +122,25 @@ def test_the_budget_is_one_setting() -> None:
 
 def test_a_line_tells_what_is_kept_and_nothing_where_nothing_is() -> None:
     assert resumed(["optim.lr=0.05"], [])[1] == (
-        "kept from the checkpoint: optim.lr 0.05 (the command alone says 1)",
+        "kept from the checkpoint: optim.lr 0.05 (the command alone says 0.002)",
     )
     assert resumed(["optim.lr=0.05"], ["optim.lr=0.05"])[1] == ()
     assert resumed([], [])[1] == ()
     assert resumed(["+optim.groups.g.pattern=gain"], [])[1] == (
         "kept from the checkpoint: optim.groups.g.pattern gain (the command alone says not there), "
-        "optim.groups.g.lr null (the command alone says not there), optim.groups.g.weight_decay "
-        "null (the command alone says not there), optim.groups.g.update plain (the command alone "
-        "says not there), optim.groups.g.fixed_norm false (the command alone says not there), "
-        "optim.groups.g.optimizer null (the command alone says not there), optim.groups.g.clip "
-        "null (the command alone says not there), optim.groups.g.clip_norm null (the command alone "
-        "says not there)",
+        "optim.groups.g.update plain (the command alone says not there), optim.groups.g.fixed_norm "
+        "false (the command alone says not there)",
     )
+    [line] = resumed(["optim=msgdw_r"], [])[1]
+    assert line.startswith("kept from the checkpoint: optim.lr 1 (the command alone says 0.002), ")
+    assert re.search(r", and \d\d more, which --print-config shows$", line)
 
 
 def test_of_an_old_checkpoint_a_choice_counts_where_its_name_is_another() -> None:
     """It does not tell which files were chosen; a preset may have been typed as before, and have
     changed since.
     """
-    assert resumed(["optim.lr=0.05"], ["optim=msgdw_r"], known=False)[0].optim.lr == 0.05
+    assert resumed(["optim.lr=0.05"], ["optim=msgdw"], known=False)[0].optim.lr == 0.05
     assert resumed(["optim.lr=0.05"], ["optim=adamw"], known=False)[0].optim.algorithm == "adamw"
     assert resumed(["optim.lr=0.05"], ["model=dnt_124m"], known=False)[0].model.name == "dnt_124m"
     assert resumed(["optim.lr=0.05"], ["preset=demo"], known=False)[0].optim.lr == 0.05
@@ -175,7 +178,7 @@ def test_what_is_typed_must_go_with_what_is_kept() -> None:
         ConfigError,
         match=r"^what was typed, with what step-00000030 records for the rest: .*_buffer",
     ):
-        resumed(["optim.gradient_buffer=false", "optim.clip=previous"], ["engine=zero1"])
+        resumed([*UNBUFFERED, "optim=msgdw"], ["engine=zero1"])
 
 
 def test_words_that_hydra_cannot_read_are_no_trouble() -> None:
@@ -196,13 +199,8 @@ def test_the_last_word_is_kept() -> None:
 
 def test_differences_are_told_with_old_and_new_values() -> None:
     before, now = (
-        run_of(),
-        run_of(
-            "train.steps=40",
-            "checkpoint.keep_every=5",
-            "optim.gradient_buffer=false",
-            "optim.clip=previous",
-        ),
+        run_of("optim=msgdw_r"),
+        run_of("optim=msgdw_r", "train.steps=40", "checkpoint.keep_every=5", *UNBUFFERED),
     )
     (line, rate) = told(before, now, 10, 64)
     assert line == (
@@ -216,8 +214,8 @@ def test_differences_are_told_with_old_and_new_values() -> None:
     )
     assert list(told(before, before, 10, 64)) == []
     written_out = run_of(f"run.dir={Path('runs/x').absolute()}")
-    assert list(told(before, written_out, 10, 64)) == []
-    (moved,) = told(before, run_of("run.dir=runs/y"), 10, 64)
+    assert list(told(run_of(), written_out, 10, 64)) == []
+    (moved,) = told(run_of(), run_of("run.dir=runs/y"), 10, 64)
     assert moved == "other than in the checkpoint: run.dir runs/x -> runs/y"
 
 
@@ -241,7 +239,7 @@ def test_differences_are_told_with_old_and_new_values() -> None:
 def test_a_learning_rate_that_jumps_is_told(change: list[str], step: int, said: str | None) -> None:
     lines = [
         line
-        for line in told(run_of(), run_of(*change), step, 64)
+        for line in told(run_of("optim=msgdw_r"), run_of("optim=msgdw_r", *change), step, 64)
         if line.startswith("learning rate")
     ]
     if said is None:
