@@ -27,7 +27,14 @@ from dnt_scale.train.resume import changes, check_place, starting_state
 from dnt_scale.train.run_facts import start_tracking
 from dnt_scale.train.run_start import Begun, make_room
 from dnt_scale.train.spike_guard import Guard
-from dnt_scale.train.stages import Batches, Stage, Stages, check_ranks, load_stages
+from dnt_scale.train.stages import (
+    Batches,
+    Stage,
+    Stages,
+    check_batches,
+    check_sets,
+    load_stages,
+)
 
 
 @dataclass
@@ -123,7 +130,8 @@ def set_up(begun: Begun, ranks: Ranks) -> Training:
     stages = together(ranks, lambda: load_stages(config))
     size, units = ranks.world_size, stages.a_rows
     state, newest = on_first(ranks, lambda: starting_state(begun, stages, size))
-    together(ranks, lambda: check_ranks(stages, [state.sets, *state.stages.values()], size))
+    together(ranks, lambda: check_sets(stages, [state.sets, *state.stages.values()]))
+    together(ranks, lambda: check_batches(config, size))
     if newest:
         checkpoint.check_files(newest, state, ranks)
     batches = together(ranks, lambda: Batches(stages, state.step, state.consumed_rows, ranks))

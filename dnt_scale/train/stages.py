@@ -114,13 +114,12 @@ def check_batches(run: RunConfig, ranks: int) -> None:
             raise ConfigError(f"train.stages.{name}: {error}" if name else str(error)) from None
 
 
-def check_ranks(stages: Stages, wanted: Sequence[dict[str, str]], ranks: int) -> None:
+def check_sets(stages: Stages, wanted: Sequence[dict[str, str]]) -> None:
     """Raise ConfigError where this rank sees other sets than rank 0, ``wanted`` as of
-    ``Stages.sets``, or where ranks cannot share a batch equally.
+    ``Stages.sets``.
     """
     for stage, sets in zip(stages, wanted, strict=True):
         check_parts(stage.source, sets)
-    check_batches(stages[0].run, ranks)
 
 
 def load_stages(run: RunConfig) -> Stages:
