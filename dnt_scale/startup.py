@@ -61,7 +61,14 @@ def check_folder() -> None:
         ) from None
 
 
-def end_with_parent() -> None:
-    """Have the kernel send this process SIGTERM when the one that started it ends."""
-    if _libc is not None:
-        _libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+def end_with_parent(parent: int | None = None) -> None:
+    """Have the kernel send this process SIGTERM when the one that started it ends.
+
+    Args:
+        parent: that one's id, to end at once where it ended before this call; None: not asked.
+    """
+    if _libc is None:
+        return
+    _libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    if parent is not None and os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGTERM)

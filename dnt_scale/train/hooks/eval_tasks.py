@@ -90,11 +90,8 @@ class EvalTasks(Hook):
         self.step, self.due = self.due, None
         if not run.ranks.first:
             return
-        command = module_command(
-            "dnt_scale.cli",
-            *words(run, self.step),
-            first="from dnt_scale.startup import end_with_parent; end_with_parent()",
-        )
+        first = f"from dnt_scale import startup; startup.end_with_parent({os.getpid()})"
+        command = module_command("dnt_scale.cli", *words(run, self.step), first=first)
         log = run.config.run.dir / LOG
         try:
             log.parent.mkdir(exist_ok=True)

@@ -33,7 +33,7 @@ def overrides(corpus: Path, run_dir: Path, task: Path, *more: str) -> list[str]:
 
 def steps_told(finished: Finished, what: str) -> set[int]:
     """The steps of lines on eval.tasks that begin so."""
-    return {int(step) for step in re.findall(rf"eval\.tasks: step (\d+): {what}", finished.out)}
+    return {int(step) for step in re.findall(rf"eval\.tasks: step (\d+): {what}", finished.err)}
 
 
 def results(run_dir: Path, step: int) -> dict:
@@ -100,6 +100,7 @@ def test_no_process_outlives_training(
     finished = group.wait()
     assert finished.code == (128 + number if number == signal.SIGTERM else -number)
     until(lambda: not at_work(run_dir))
+    assert not (run_dir / "lm_eval.jsonl").exists()  # it was ended, and did not end by itself
     if number == signal.SIGTERM:
         assert 1 in steps_told(finished, "not measured, for the run ends; `dnt lm-eval /")
 
