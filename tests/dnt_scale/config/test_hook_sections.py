@@ -93,4 +93,5 @@ def test_a_run_from_before_there_were_these_sections_still_reads() -> None:
     raw = yaml.safe_load(to_yaml(run))
     for section in ("profile", "garbage", "measure", "diagnose"):
         del raw[section]
+    del raw["eval"]["tasks"]
     assert validate(raw) == run
