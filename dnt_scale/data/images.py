@@ -95,7 +95,7 @@ class ImageSource(Source):
         read = _TrainingRows(self, seed, global_batch)
         self.decoders = read.decoders
         return Stream(
-            lambda first, count: read(self.first + first, count),
+            read,
             global_batch=global_batch,
             rank=rank,
             world_size=world_size,
@@ -184,10 +184,12 @@ class _TrainingRows:
         self.classes = len(source.rows.class_names)
         self.augment = source.data.augment
         self.global_batch = global_batch
+        self.passed = source.first
         self.asked: set[int] = set()  # first positions
 
     def __call__(self, first: int, count: int) -> Batch:
-        """Return the rows at ``count`` positions from ``first`` on."""
+        """Return the rows at ``count`` positions of the stage from ``first`` on."""
+        first += self.passed
         for start in (first, first + self.global_batch):
             if start not in self.asked:
                 self.asked.add(start)

@@ -180,7 +180,7 @@ def given_to_a_block(run: RunConfig, engine: Engine, me: Ranks) -> list[str]:
     seen: list[str] = []
 
     def see(module: torch.nn.Module, given: tuple[Any, ...]) -> None:
-        x, documents, _, rotary = given
+        x, documents, _, rotary, _ = given
         positions_BT = documents.positions_BT
         assert torch.equal(rotary[:, :, 0], task_of(engine).rotary[positions_BT])
         # not each row is one document
