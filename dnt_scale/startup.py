@@ -2,12 +2,16 @@
 for one of its parts.
 """
 
+import ctypes
 import os
+import signal
 import sys
 from pathlib import Path
 
 # Python: no working folder on the path of modules; inherited by all that we start
 CHILDREN = "PYTHONSAFEPATH"
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
+_libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 _ours = False  # whether it was set here
 
 
@@ -55,3 +59,16 @@ def check_folder() -> None:
         raise ValueError(
             f"the working folder is gone ({error.strerror}); `cd` to one that exists"
         ) from None
+
+
+def end_with_parent(parent: int | None = None) -> None:
+    """Have the kernel send this process SIGTERM when the one that started it ends.
+
+    Args:
+        parent: that one's id, to end at once where it ended before this call; None: not asked.
+    """
+    if _libc is None:
+        return
+    _libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    if parent is not None and os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGTERM)

@@ -186,8 +186,8 @@ def jobs_needed(seconds: float, site: ClusterConfig) -> int:
 
 
 def most_checkpoints(run: RunConfig, steps: int) -> int:
-    """Return how many lie on disk at a time, at most: the newest, one that is being written, and
-    those kept for good."""
+    """Return how many lie on disk at a time, at most: the newest, one that is being written, one
+    whose tasks are being measured, and those kept for good."""
     settings = run.checkpoint
     saved = math.ceil(steps / settings.every) if settings.every else 1
     kept = (
@@ -195,7 +195,7 @@ def most_checkpoints(run: RunConfig, steps: int) -> int:
         if settings.every and settings.keep_every
         else 0
     )
-    return min(saved, settings.keep + 1 + kept)
+    return min(saved, settings.keep + 1 + bool(run.eval.tasks.every) + kept)
 
 
 # --- in words -------------------------------------------------------------------------------------

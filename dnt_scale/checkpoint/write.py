@@ -101,6 +101,8 @@ class Saver:
         self.keep_every = keep_every
         self.background = background
         self.in_place = in_place
+        self.written: int | None = None  # step of the last one that is in place, of this saver's
+        self.read_by_others: int | None = None  # step of one that is not removed meanwhile
         self._state: State | None = None  # of the save that is not committed
         self._buffer = torch.empty(0, dtype=torch.uint8)  # reused: the next save needs as much
         self._files: list[_File] = []
@@ -168,6 +170,7 @@ class Saver:
                 records |= outcome
             whole = state.model_copy(update={"files": records})
             on_first(self.ranks, lambda: self._publish(whole))
+            self.written = state.step
         except AgreedError as error:
             with contextlib.suppress(AgreedError):
                 on_first(self.ranks, self._partial(state).remove_all)
@@ -331,7 +334,7 @@ class Saver:
             doomed = [
                 self.folder / step_name(step)
                 for step in steps[: -self.keep]
-                if not self.keep_every or step % self.keep_every
+                if (not self.keep_every or step % self.keep_every) and step != self.read_by_others
             ]
             for old in doomed:
                 if old.local:

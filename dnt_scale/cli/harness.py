@@ -29,7 +29,7 @@ def add_lm_eval(commands: "argparse._SubParsersAction[Parser]") -> None:
     """Add `dnt lm-eval`."""
     harness = commands.add_parser(
         "lm-eval",
-        help="measure a run's newest checkpoint on tasks of lm-evaluation-harness",
+        help="measure a checkpoint of a run on tasks of lm-evaluation-harness",
         epilog=LM_EVAL_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -43,6 +43,9 @@ def add_lm_eval(commands: "argparse._SubParsersAction[Parser]") -> None:
         required=True,
         metavar="NAME_OR_FILE",
         help="tasks, groups or tags of the harness, or YAML files",
+    )
+    harness.add_argument(
+        "--step", type=whole(0), metavar="N", help="checkpoint to measure (default: the newest)"
     )
     harness.add_argument(
         "--limit", type=whole(1), metavar="N", help="documents a task, at most (default: all)"
@@ -78,6 +81,7 @@ def run_lm_eval(options: argparse.Namespace) -> int:
             options.folder,
             [task for word in options.tasks for task in word.split(",") if task],
             ranks,
+            step=options.step,
             limit=options.limit,
             batch=options.batch,
             fewshot=options.fewshot,

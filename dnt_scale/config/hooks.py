@@ -4,6 +4,8 @@ A hook of your own: its section here, a field of that name in ``RunConfig``.
 """
 
 import re
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Annotated
 
 from pydantic import AfterValidator, Field
@@ -61,6 +63,21 @@ class DiagnoseSection(Strict):
     )
 
 
+class TasksSection(Strict):
+    """``eval.tasks.*``: tasks of lm-evaluation-harness on checkpoints
+    (:mod:`dnt_scale.train.hooks.eval_tasks`)."""
+
+    names: list[Text] = Field(
+        [], description="tasks, groups or tags of the harness, or YAML files, as of `dnt lm-eval`"
+    )
+    every: Count = Field(
+        0, ge=0, description="steps between measurements, a multiple of checkpoint.every; 0: never"
+    )
+    limit: Count | None = Field(
+        None, gt=0, description="documents a task, at most; null: all there are"
+    )
+
+
 def check_window(profile: ProfileSection, total_steps: int) -> None:
     """Check that the window to look into lies within the run.
 
@@ -72,3 +89,35 @@ def check_window(profile: ProfileSection, total_steps: int) -> None:
             f"profile.steps: the window {profile.steps} ends after the run's last step, "
             f"{total_steps}; give steps of the run, or profile.steps=null"
         )
+
+
+def is_task_file(task: str) -> bool:
+    """Whether a task that was asked for is a file, rather than a name of the harness."""
+    return task.endswith((".yaml", ".yml"))
+
+
+def check_harness() -> None:
+    """Raise ConfigError where lm-evaluation-harness is not installed."""
+    if find_spec("lm_eval") is None:
+        raise ConfigError(
+            "lm-evaluation-harness, which has the tasks, is not installed: "
+            "pip install 'dnt-scale[eval]'"
+        )
+
+
+def check_tasks(tasks: TasksSection) -> None:
+    """Raise ConfigError where tasks are to be measured and the harness or a file of one is not
+    here.
+    """
+    if not tasks.every:
+        return
+    try:
+        check_harness()
+    except ConfigError as error:
+        raise ConfigError(f"eval.tasks: {error}; or give eval.tasks.every=0") from None
+    for task in filter(is_task_file, tasks.names):
+        if not Path(task).expanduser().is_file():
+            raise ConfigError(
+                f"eval.tasks.names: {task}: no such file; give a task's YAML file, or the name of "
+                "one that the harness has"
+            )

@@ -20,8 +20,14 @@ from dnt_scale.config import paths
 from dnt_scale.config.base import Count, Place, Strict, Text
 from dnt_scale.config.data import AnyData
 from dnt_scale.config.engine import DeepSpeedEngineConfig, EngineConfig
-from dnt_scale.config.hooks import DiagnoseSection, GarbageSection, MeasureSection, ProfileSection
-from dnt_scale.config.model import AnyModel
+from dnt_scale.config.hooks import (
+    DiagnoseSection,
+    GarbageSection,
+    MeasureSection,
+    ProfileSection,
+    TasksSection,
+)
+from dnt_scale.config.model import AnyModel, ModelConfig
 from dnt_scale.config.optim import OptimConfig
 from dnt_scale.config.stages import Spans, StageName, StageSection, check_order, spans_of
 
@@ -94,6 +100,7 @@ class EvalSection(Strict):
     rows: Count | None = Field(
         512, gt=0, description="validation rows used, at most; null: all there are"
     )
+    tasks: TasksSection = TasksSection()
 
 
 class CheckpointSection(Strict):
@@ -222,6 +229,28 @@ class RunConfig(Strict):
             from dnt_scale.config import deepspeed_json
 
             deepspeed_json.check(self)
+        return self
+
+    @model_validator(mode="after")
+    def _tasks_have_a_checkpoint_of_a_language_model(self) -> Self:
+        tasks, saves = self.eval.tasks, self.checkpoint.every
+        if not tasks.every:
+            return self
+        if not tasks.names:
+            raise ValueError(
+                f"eval.tasks.every is {tasks.every}, but eval.tasks.names is empty; name tasks, or "
+                "set eval.tasks.every=0"
+            )
+        if not saves or tasks.every % saves:
+            raise ValueError(
+                f"eval.tasks.every is {tasks.every}, but it is checkpoints that are measured, and "
+                f"checkpoint.every is {saves}; expected a multiple of that"
+            )
+        if type(self.model) is not ModelConfig:
+            raise ValueError(
+                f"eval.tasks.every is {tasks.every}, but model.kind is {self.model.kind}, which is "
+                "no language model; set eval.tasks.every=0"
+            )
         return self
 
     @property

@@ -24,20 +24,28 @@ SENDER = "dnt_scale.record.sender"
 
 
 def sender_command(run_dir: Path, backend: str, *options: str) -> list[str]:
-    """Return how a sender is started.
+    """Return how a sender is started."""
+    return module_command(SENDER, str(run_dir), backend, *options)
+
+
+def module_command(module: str, *arguments: str, first: str = "pass") -> list[str]:
+    """Return how a module of ours is run in a process beside training.
 
     It comes out of this very copy of the packages, and takes nothing of the working folder. The
     packages may lie in that folder, beside files that are named like modules of other packages, so
     it is searched last.
+
+    Args:
+        first: a statement that the process begins with, once it can import what is ours.
     """
     packages = str(Path(__file__).parents[2])
     find = (
         "import runpy, sys; packages = sys.argv.pop(1); sys.path.insert(0, packages)",
         "import dnt_scale, data_prep",
-        f"sys.path.append(sys.path.pop(0)); runpy.run_module({SENDER!r}, None, '__main__', True)",
+        first,
+        f"sys.path.append(sys.path.pop(0)); runpy.run_module({module!r}, None, '__main__', True)",
     )
-    python = [sys.executable, "-P", "-c", "; ".join(find)]
-    return [*python, packages, str(run_dir), backend, *options]
+    return [sys.executable, "-P", "-c", "; ".join(find), packages, *arguments]
 
 
 def sender_environment() -> dict[str, str]:

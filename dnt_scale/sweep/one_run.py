@@ -1,14 +1,13 @@
 """Train one run of a sweep in a process of its own, up to a step."""
 
-import ctypes
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from dnt_scale import startup
 from dnt_scale.record import run_lock
 from dnt_scale.record.files import warn
 from dnt_scale.train import launch
@@ -16,8 +15,6 @@ from dnt_scale.train import launch
 LOG = "logs/sweep.log"  # of a run folder: what its last start said
 POLL_S = 0.05
 LAST_S = 30.0  # for a process that was interrupted twice
-PR_SET_PDEATHSIG = 1  # of Linux's prctl
-_libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 def train(
@@ -79,14 +76,8 @@ def start(
             stdin=subprocess.DEVNULL,
             env=env,
             start_new_session=True,
-            preexec_fn=end_with_parent,
+            preexec_fn=startup.end_with_parent,
         )
-
-
-def end_with_parent() -> None:
-    """Have the kernel send this process SIGTERM when the one that started it ends."""
-    if _libc is not None:
-        _libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
 
 def wait_for_others(run_dir: Path, signals: Sequence[int]) -> None:

@@ -7,6 +7,8 @@ import torch
 
 from dnt_scale import checkpoint, config
 from dnt_scale.checkpoint import State
+from dnt_scale.checkpoint.read import complete
+from dnt_scale.checkpoint.storage import Storage
 from dnt_scale.checkpoint.tensor_shards import TensorShard
 from dnt_scale.config import ConfigError, DataSection, RunConfig
 from dnt_scale.data.sources import Source
@@ -31,12 +33,28 @@ def newest_checkpoint(run_dir: Path) -> tuple[RunConfig, Path | str, State]:
     Raises:
         ValueError: no run or no checkpoint there, or a damaged one.
     """
+    return checkpoint_of(run_dir, None)
+
+
+def checkpoint_of(run_dir: Path, step: int | None) -> tuple[RunConfig, Path | str, State]:
+    """Return a run's configuration, its checkpoint of a step (None: the newest), and that one's
+    state.
+
+    Raises:
+        ValueError: no run or no such checkpoint there, or a damaged one.
+    """
     run = config.from_yaml(run_dir / "config.yaml")
     folder = run.checkpoints if run.checkpoint.dir else run_dir / "checkpoints"
-    newest = checkpoint.newest(folder)
-    if newest is None:
+    there = complete(Storage(folder))
+    if not there:
         raise ConfigError(f"{folder}: no complete checkpoint; train the run until it has saved one")
-    return run, newest, checkpoint.read_state(newest)
+    if step is not None and step not in there:
+        raise ConfigError(
+            f"--step: {folder} has no complete checkpoint of step {step}; it has those of "
+            f"{', '.join(map(str, there))}"
+        )
+    chosen = there[max(there) if step is None else step].path
+    return run, chosen, checkpoint.read_state(chosen)
 
 
 def load_run(

@@ -9,7 +9,7 @@ from pathlib import Path
 from dnt_scale.checkpoint import State
 from dnt_scale.checkpoint.storage import Storage
 from dnt_scale.config import ConfigError, RunConfig, from_yaml, validate
-from dnt_scale.config.hooks import check_window
+from dnt_scale.config.hooks import check_tasks, check_window
 from dnt_scale.optim.schedule import Schedule
 from dnt_scale.train import recorded
 from dnt_scale.train.run_start import Begun
@@ -29,12 +29,13 @@ def starting_state(
     Raises:
         ConfigError: the checkpoint was made with other data, other stages that it has seen, or
             another fixed field; or the run is no longer than its warmup, or ends before the window
-            of ``profile.steps``.
+            of ``profile.steps``, or wants tasks of ``eval.tasks`` that are not here.
     """
     run, newest = begun.run, begun.start.newest
     source, total_steps = stages.source, stages.total_steps
     Schedule(run.optim.schedule, total_steps)
     check_window(run.profile, total_steps)
+    check_tasks(run.eval.tasks)
     settings = run.model_dump(mode="json")
     parts, (sets, *of_stages) = source.parts(), stages.sets()
     fresh = State(

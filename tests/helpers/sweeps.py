@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from dnt_scale import startup
 from dnt_scale.cli.main import main
 from dnt_scale.sweep import one_run
 from testbed.run import Ranks, _run_module
@@ -43,7 +44,7 @@ class Forked:
 
 def _become(log: Path, env: dict[str, str]) -> None:
     os.setsid()
-    one_run.end_with_parent()
+    startup.end_with_parent()
     with log.open("wb") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

@@ -1,4 +1,4 @@
-"""``dnt lm-eval``: a run's newest checkpoint measured on tasks of lm-evaluation-harness.
+"""``dnt lm-eval``: a run's checkpoint measured on tasks of lm-evaluation-harness.
 
 RUN/lm_eval/STEP.json holds what was found at a step, by task; RUN/lm_eval.jsonl has a line a
 measurement, which senders pass on to the run's trackers.
@@ -19,14 +19,15 @@ import torch
 from data_prep.tokenizer import Tokenizer
 from dnt_scale.checkpoint.state import step_name
 from dnt_scale.config import ConfigError
+from dnt_scale.config.hooks import check_harness
 from dnt_scale.data.tokens import TokenSource
 from dnt_scale.distributed.process_group import Ranks
 from dnt_scale.model.dnt import DNT
 from dnt_scale.record.appended import EVALUATIONS_FOLDER, append_evaluation
 from dnt_scale.record.files import read_json, write_json
 from dnt_scale.tools.generate import language_run, one_set, tokenizer_file
-from dnt_scale.tools.harness.tasks import check_installed, load_tasks, told_of
-from dnt_scale.tools.inference import load_checkpoint, newest_checkpoint
+from dnt_scale.tools.harness.tasks import load_tasks, told_of
+from dnt_scale.tools.inference import checkpoint_of, load_checkpoint
 
 SEEDS = (0, 1234, 1234)  # of random, numpy and torch, as in the harness: some tasks shuffle
 
@@ -48,17 +49,19 @@ def evaluate_tasks(
     tasks: Sequence[str],
     ranks: Ranks,
     *,
+    step: int | None,
     limit: int | None,
     batch: int | None,
     fewshot: int | None,
     include: Path | None,
     data: Path | None,
 ) -> tuple[int, dict[str, Measured]]:
-    """Measure a run's newest checkpoint; write the results into its folder, and return its step and
+    """Measure a checkpoint of a run; write the results into its folder, and return its step and
     them by task.
 
     Args:
         tasks, fewshot, include: as of ``load_tasks``.
+        step: the checkpoint's; None: of the newest.
         limit: documents a task, at most.
         batch: rows that are computed at once; None: the run's ``train.micro_batch``.
         data: where the tokenizer is, if the run's data has moved.
@@ -67,13 +70,13 @@ def evaluate_tasks(
         ValueError: as ``load_run`` and ``load_tasks``, or a run of another kind.
         OSError: the results cannot be written.
     """
-    check_installed()
-    language_run(run_dir, newest_checkpoint(run_dir)[0], data)  # before tasks are fetched
+    check_harness()
+    language_run(run_dir, checkpoint_of(run_dir, step)[0], data)  # before tasks are fetched
     if not os.access(run_dir, os.W_OK):
         raise ConfigError(f"{run_dir}: cannot be written, and results go there; copy the run")
     found = load_tasks(tasks, include, fewshot)
-    run, newest, state = newest_checkpoint(run_dir)  # a run that trains may have saved another
-    model, source = load_checkpoint(run_dir, run, newest, state, data, ranks, one_set)
+    run, chosen, state = checkpoint_of(run_dir, step)  # a run that trains may have saved another
+    model, source = load_checkpoint(run_dir, run, chosen, state, data, ranks, one_set)
     assert isinstance(source, TokenSource) and isinstance(model, DNT), "language_run has looked"
     tokenizer = Tokenizer.load(tokenizer_file(source)[0])
     measured = measure(model, tokenizer, found, limit, batch or run.train.micro_batch)

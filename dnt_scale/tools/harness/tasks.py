@@ -7,21 +7,11 @@ from typing import Any
 
 from dnt_scale.config import ConfigError
 from dnt_scale.config.base import nearest
+from dnt_scale.config.hooks import is_task_file
 from dnt_scale.distributed.errors import out_of_memory
 from dnt_scale.record.files import reason
 
-INSTALL = "pip install 'dnt-scale[eval]'"
 FEWSHOT_SEED = 1234  # the harness's own default: the same examples as elsewhere
-
-
-def check_installed() -> None:
-    """Raise ConfigError where the harness is not here."""
-    try:
-        import lm_eval  # noqa: F401
-    except ImportError:
-        raise ConfigError(
-            f"lm-evaluation-harness, which has the tasks, is not installed: {INSTALL}"
-        ) from None
 
 
 def load_tasks(wanted: Sequence[str], include: Path | None, fewshot: int | None) -> dict[str, Any]:
@@ -40,10 +30,10 @@ def load_tasks(wanted: Sequence[str], include: Path | None, fewshot: int | None)
 
     if include is not None and not include.is_dir():
         raise ConfigError(f"--include: {include}: no such folder; give one of YAML files of tasks")
-    for each in filter(is_file, wanted):
+    for each in filter(is_task_file, wanted):
         if not Path(each).expanduser().is_file():
             raise ConfigError(f"--tasks: {each}: no such file")
-    names = [each for each in wanted if not is_file(each)]
+    names = [each for each in wanted if not is_task_file(each)]
     manager = TaskManager(include_path=include and str(include), include_defaults=False)
     if not all(name in manager.task_index for name in names):
         manager = TaskManager(include_path=include and str(include))  # seconds: thousands of files
@@ -62,10 +52,6 @@ def load_tasks(wanted: Sequence[str], include: Path | None, fewshot: int | None)
                 task.set_config(key="num_fewshot", value=0)
             task.set_fewshot_seed(seed=FEWSHOT_SEED)
     return loaded
-
-
-def is_file(task: str) -> bool:
-    return task.endswith((".yaml", ".yml"))
 
 
 @contextmanager

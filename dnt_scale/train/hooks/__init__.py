@@ -4,6 +4,7 @@ from dnt_scale.train.hooks.agreement import Agreement
 from dnt_scale.train.hooks.bad_steps import BadSteps
 from dnt_scale.train.hooks.base import Hook
 from dnt_scale.train.hooks.diagnose import Diagnose
+from dnt_scale.train.hooks.eval_tasks import EvalTasks
 from dnt_scale.train.hooks.garbage import GarbageCollection
 from dnt_scale.train.hooks.predictions import Predictions
 from dnt_scale.train.hooks.profiler import ProfilerWindow
@@ -28,6 +29,7 @@ HOOKS: tuple[type[Hook], ...] = (
     BadSteps,  # tells of a step unlike the last ones, undoes it, ends a run that has too many
     Agreement,  # the one exchange of a step: signals, writers at work, a line that was not written
     Saving,  # puts a checkpoint in place that all have written, begins the next one
+    EvalTasks,  # every eval.tasks.every steps: the harness's tasks on a checkpoint that is in place
     Snapshots,  # a copy in memory to go back to, every health.snapshot_every steps
     ReplicaChecks,  # every health.check_every steps, and before the first: the same bits on all?
     GarbageCollection,  # Python's, every garbage.every steps

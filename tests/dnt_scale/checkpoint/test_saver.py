@@ -29,6 +29,8 @@ from dnt_scale.checkpoint import (
     write,
 )
 from dnt_scale.checkpoint.inspection import verify
+from dnt_scale.checkpoint.read import complete
+from dnt_scale.checkpoint.storage import Storage
 from dnt_scale.distributed import process_group
 from dnt_scale.distributed.agree import highest
 from dnt_scale.distributed.errors import is_fault
@@ -115,6 +117,18 @@ def test_a_save_commits_the_one_before(me, tmp_path):
         assert names(tmp_path) == [".partial-step-00000002", "latest", "step-00000001"]
         saver.commit(wait=True)
     assert names(tmp_path) == ["latest", "step-00000001", "step-00000002"]
+
+
+def test_a_checkpoint_that_others_read_stays_until_they_have(me, tmp_path):
+    with saver_of(tmp_path, me, keep=1) as saver:
+        for step in (1, 2, 3):
+            saver.save(some_state(step), copies(some_tensors(), 0, 1))
+            assert saver.commit(wait=True) and saver.written == step
+            saver.read_by_others = 1 if step < 3 else None
+        assert list(complete(Storage(tmp_path))) == [1, 3]
+        saver.save(some_state(4), copies(some_tensors(), 0, 1))
+        saver.commit(wait=True)
+    assert names(tmp_path) == ["latest", "step-00000004"]
 
 
 def test_in_the_foreground_a_save_is_in_place_when_it_returns(me, tmp_path):

@@ -18,29 +18,14 @@ from dnt_scale.config import ConfigError
 from dnt_scale.tools.harness.evaluate import measured
 from dnt_scale.tools.harness.language_model import RunModel, generation
 from dnt_scale.tools.harness.tasks import load_tasks
+from tests.helpers.harness_tasks import CHOICE, QUESTIONS, write_task
 from tests.helpers.made_run import made_run
 
-QUESTIONS = [
-    {"question": "import", "choices": [" os", " sys", "\n"], "answer": 1},
-    {"question": "def ", "choices": ["main(", "f(x):"], "answer": 0},
-    {"question": "x = 'größe', ", "choices": ["1", "22", "333"], "answer": 2},
-    {"question": "return self.value " * 9, "choices": [" + 1", "\n"], "answer": 0},
-    {"question": "", "choices": ["class", "if a:\n"], "answer": 1},
-]
 BEGINNINGS = [
     {"text": "import os", "target": "x"},
     {"text": "class A:\n" * 9, "target": ""},
     {"text": "if ", "target": "y"},
 ]
-CHOICE = """
-output_type: multiple_choice
-doc_to_text: "{{question}}"
-doc_to_target: answer
-doc_to_choice: "{{choices}}"
-metric_list:
-  - {metric: acc, aggregation: mean, higher_is_better: true}
-  - {metric: acc_norm, aggregation: mean, higher_is_better: true}
-"""
 UNTIL = """
 output_type: generate_until
 doc_to_text: "{{text}}"
@@ -55,19 +40,6 @@ def no_code_in_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytes
     """transformers copies a folder's code before it runs it."""
     place = tmp_path_factory.getbasetemp() / "modules"
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(place))
-
-
-def write_task(folder: Path, name: str, text: str, documents: list[dict]) -> Path:
-    folder.mkdir(exist_ok=True)
-    data = folder / f"{name}.jsonl"
-    data.write_text("".join(json.dumps(document) + "\n" for document in documents))
-    file = folder / f"{name}.yaml"
-    cache = folder / "cache"
-    file.write_text(
-        f"task: {name}\ndataset_path: json\nvalidation_split: validation\n"
-        f"dataset_kwargs: {{cache_dir: {cache}, data_files: {{validation: {data}}}}}\n{text}"
-    )
-    return file
 
 
 @pytest.fixture
@@ -187,6 +159,9 @@ def test_what_cannot_be_measured_is_one_clear_line(
         return capsys.readouterr().err.strip().splitlines()[-1]
 
     assert "no/such.yaml: no such file" in error("--tasks", "no/such.yaml")
+    assert "has no complete checkpoint of step 7; it has those of 0" in error(
+        "--tasks", str(tasks[0]), "--step", "7"
+    )
     assert "no such folder" in error("--tasks", "a", "--include", str(tmp_path / "no"))
     longer = write_task(tmp_path / "more", "longer", UNTIL.replace("12", "99"), BEGINNINGS)
     assert "generates 99 tokens" in error("--tasks", str(longer))
