@@ -3,6 +3,7 @@ best learning rate and weight decay, and write and show what came out.
 """
 
 import argparse
+import contextlib
 import datetime
 import json
 import math
@@ -10,7 +11,7 @@ import platform
 import re
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,13 +19,14 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.journaled_runs import JournaledRuns
+from benchmarks.journaled_runs import JournaledRuns, NotRun
 from benchmarks.recipe_tables import Optimizer, Variant
 from dnt_scale.report.sensitivity import sensitivity
 
 RESULTS = Path(__file__).parent / "results"
 ORDER = (0, -1, 1, -2, 2)  # powers of two, the likeliest first
 MOST_GROWTH = 4  # times that a grid grows at one end
+LEAST_RATES = 3  # that --known makes a row of
 
 Row = dict[str, Any]  # of a table, of what JSON is made of
 
@@ -76,15 +78,31 @@ class Bench:
         return self.runs.result(words, overrides, variant.steps)
 
     def row(self, variant: Variant) -> Row:
-        """Train a row's grid, then weight decays, then the other seeds at the best."""
+        """Train a row's grid, then weight decays, then the other seeds at the best.
 
-        def loss(lr: float, decay: float) -> float:
-            return self.result(variant, lr, decay, self.seeds[0])["val_loss"] or math.inf
+        Raises:
+            NotRun: the journal has too little of it, and nothing is to be trained.
+        """
+        missing: list[NotRun] = []
+
+        def known(lr: float, decay: float, seed: int) -> dict[str, Any] | None:
+            try:
+                return self.result(variant, lr, decay, seed)
+            except NotRun as name:
+                missing.append(name)
+                return None
+
+        def loss(lr: float, decay: float) -> float | None:
+            run = known(lr, decay, self.seeds[0])
+            return run and (run["val_loss"] or math.inf)
 
         by_lr, by_decay = search(variant.grid, loss)
+        if len(by_lr) < LEAST_RATES:
+            raise NotRun(f"{variant.words}: fewer than {LEAST_RATES} learning rates")
         lr, decay = lowest(by_lr), lowest(by_decay)
-        ends = [self.result(variant, lr, decay, seed) for seed in self.seeds]
-        losses = [end["val_loss"] or math.inf for end in ends]
+        found = {seed: known(lr, decay, seed) for seed in self.seeds}
+        ends = {seed: run for seed, run in found.items() if run}
+        losses = [end["val_loss"] or math.inf for end in ends.values()]
         width = sensitivity(list(by_lr), list(by_lr.values()))
         prepared = self.runs.set
         return {
@@ -97,45 +115,66 @@ class Bench:
             "weight_decay": decay,
             "val_loss": statistics.fmean(losses),
             "spread": max(losses) - min(losses),
-            **(top1_of(ends) if prepared.unit == "images" else {}),
-            "seeds": list(self.seeds),
+            **(top1_of(ends.values()) if prepared.unit == "images" else {}),
+            "seeds": list(ends),
             "within_0.05_nats": width.factor if width else None,
             "width_is_cut": bool(width and (width.low_cut or width.high_cut)),
-            "runs": [end["run"] for end in ends],
+            "runs": [end["run"] for end in ends.values()],
+            "runs_missing": len(missing),
             "losses_by_seed": losses,
-            "losses_by_step": [end["val_losses"] for end in ends],
+            "losses_by_step": [end["val_losses"] for end in ends.values()],
             "losses_by_decay": {f"{value:g}": by_decay[value] for value in sorted(by_decay)},
             "losses_by_lr": {f"{value:g}": loss for value, loss in by_lr.items()},
         }
 
+    def known_rows(self, variants: Iterable[Variant]) -> Iterator[Row]:
+        """Yield the rows of which the journal has enough."""
+        for variant in variants:
+            with contextlib.suppress(NotRun):
+                yield self.row(variant)
+
 
 def search(
-    grid: Optimizer, loss: Callable[[float, float], float]
+    grid: Optimizer, loss: Callable[[float, float], float | None]
 ) -> tuple[dict[float, float], dict[float, float]]:
     """Return losses by learning rate, ascending, and at the best one by weight decay.
 
     Learning rates are five, a factor of two apart, and one more while the best lies at an end, at
-    most MOST_GROWTH.
+    most MOST_GROWTH. Decays are the grid's own, none and three times as much, and three times that
+    while the best is the highest.
 
     Args:
-        loss: of a learning rate and a weight decay; infinite if the run failed.
+        loss: of a learning rate and a weight decay; infinite if the run failed, None if it is not
+            known, which leaves the value out.
     """
-    found = {}
+    found: dict[float, float] = {}
     for power in ORDER:
-        lr = grid.lr * 2.0**power
-        found[lr] = loss(lr, grid.decay)
+        add(found, grid.lr * 2.0**power, lambda lr: loss(lr, grid.decay))
     for _ in range(MOST_GROWTH):
+        if not found:
+            return {}, {}
         best = lowest(found)
         ends = {min(found): min(found) / 2, max(found): max(found) * 2}
         if best not in ends or found[best] == math.inf:
             break
-        found[ends[best]] = loss(ends[best], grid.decay)
+        if not add(found, ends[best], lambda lr: loss(lr, grid.decay)):
+            break
     best = lowest(found)
     decays = {grid.decay: found[best]}
     if grid.decay:
-        for decay in (0.0, 3 * grid.decay):
-            decays[decay] = loss(best, decay)
+        add(decays, 0.0, lambda decay: loss(best, decay))
+        for power in range(1, MOST_GROWTH):
+            if power == 1 or lowest(decays) == max(decays):
+                add(decays, grid.decay * 3.0**power, lambda decay: loss(best, decay))
     return dict(sorted(found.items())), decays
+
+
+def add(found: dict[float, float], value: float, loss: Callable[[float], float | None]) -> bool:
+    """Add a value's loss, if it is known, and return whether it is."""
+    known = loss(value)
+    if known is not None:
+        found[value] = known
+    return known is not None
 
 
 def lowest(losses: Mapping[float, float]) -> float:
@@ -143,7 +182,7 @@ def lowest(losses: Mapping[float, float]) -> float:
     return min(losses, key=lambda value: losses[value])
 
 
-def top1_of(ends: Sequence[Mapping[str, Any]]) -> Row:
+def top1_of(ends: Iterable[Mapping[str, Any]]) -> Row:
     """Return the share of images whose class is the likeliest, of runs of several seeds."""
     shares = [end["val_top1"] or 0.0 for end in ends]
     return {
@@ -160,12 +199,17 @@ def train_table(recipe: Recipe, about: str) -> tuple[argparse.Namespace, list[Ro
         about: the benchmark's docstring.
     """
     options = read_options(recipe, about)
-    runs = JournaledRuns(options.journal, options.runs, options.data, again=options.again)
+    runs = JournaledRuns(
+        options.journal, options.runs, options.data, again=options.again, known=options.known
+    )
     bench = Bench(runs, (options.size, recipe.sizes[options.size]), options.seeds)
     rows_of = recipe.variants(options.table, options.steps)
     chosen = [variant for variant in rows_of if re.search(options.only, variant.words)]
-    with ThreadPoolExecutor(options.workers) as pool:
-        rows = list(pool.map(bench.row, chosen))
+    if options.known:
+        rows = list(bench.known_rows(chosen))
+    else:
+        with ThreadPoolExecutor(options.workers) as pool:
+            rows = list(pool.map(bench.row, chosen))
     if not options.again:
         write(recipe, options, runs, rows)
     show(options, rows)
@@ -188,7 +232,9 @@ def read_options(recipe: Recipe, about: str) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=list(recipe.seeds))
     parser.add_argument("--only", default="", help="rows whose 'MODEL OPTIMIZER STEPSxROWS' has it")
     parser.add_argument("--workers", type=int, default=1, help="rows trained at a time")
-    parser.add_argument("--again", action="store_true", help="train all again, and compare")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--again", action="store_true", help="train all again, and compare")
+    what.add_argument("--known", action="store_true", help="train nothing: rows as far as they are")
     parser.add_argument("--out", type=Path, help="JSON (default: results/NAME-TABLE-....json)")
     return parser.parse_args()
 

@@ -96,7 +96,9 @@ def table(each: Recipe, name: str, result: Result) -> str:
         "|" + "---|" * len(names),
         *(f"| {' | '.join(cells(row))} |" for row in rows),
     ]
-    there = {f"{row['model']} {row['optimizer']} {row['steps']}x{row['batch']}" for row in rows}
+    there = {words_of(row) for row in rows}
+    if begun := [f"{words_of(row)} ({row['runs_missing']})" for row in rows if row["runs_missing"]]:
+        lines.append(f"\nRows with runs still missing, and how many: {', '.join(begun)}.")
     wanted = [variant.words for variant in each.variants(letter, result["steps"])]
     if left := [words for words in wanted if words not in there]:
         lines.append(f"\nRows that were not run yet: {', '.join(left)}.")
@@ -104,6 +106,11 @@ def table(each: Recipe, name: str, result: Result) -> str:
         for kind in ("loss", "lr"):
             lines.append(f"\n![{drawn.title}]({PICTURES.name}/{drawn.name}-{kind}.png)")
     return "\n".join(lines) + "\n"
+
+
+def words_of(row: Row) -> str:
+    """Return a row's name, as benchmarks' --only reads it."""
+    return f"{row['model']} {row['optimizer']} {row['steps']}x{row['batch']}"
 
 
 def pictured(name: str, rows: Sequence[Row]) -> Iterator[Pictured]:

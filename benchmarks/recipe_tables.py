@@ -29,8 +29,8 @@ class Optimizer(NamedTuple):
     """What is tried of one of configs/optim.
 
     lr: the first value of its grid, the middle of five.
-    decay: its weight decay; 0 and three times as much are tried at the best learning rate. 0: only
-        that.
+    decay: its weight decay; 0 and three times as much are tried at the best learning rate, and
+        three times that while the most is the best. 0: only that.
     overrides: what else is not as in its file.
     keys: what the grid sets, if not the learning rate.
     """
