@@ -32,11 +32,11 @@ MODELS = {
 OPTIMIZERS = {
     "adamw": Optimizer(4e-3, 0.1),
     "msgdw": Optimizer(0.5, 1e-4),
-    "normalized": Optimizer(3e-3, 0.1),
+    "muon_normalized": Optimizer(3e-3, 0.1),
 }
 TABLES = {
-    "a": "{ViT S1, V-DNT S4, V-DNT S5} x {AdamW, vanilla mSGDW, normalized}",
-    "b": "V-DNT S1 to S5 under vanilla mSGDW and normalized",
+    "a": "{ViT S1, V-DNT S4, V-DNT S5} x {AdamW, vanilla mSGDW, muon_normalized}",
+    "b": "V-DNT S1 to S5 under vanilla mSGDW and muon_normalized",
 }
 IMAGES_A_STEP = 64
 
@@ -45,7 +45,7 @@ def variants(table: str, steps: int) -> Iterator[Variant]:
     """Yield a table's rows."""
     models = ["ViT S1", "V-DNT S4", "V-DNT S5"] if table == "a" else list(MODELS)[1:]
     for model in models:
-        for name in OPTIMIZERS if table == "a" else ("msgdw", "normalized"):
+        for name in OPTIMIZERS if table == "a" else ("msgdw", "muon_normalized"):
             yield Variant(
                 model,
                 name,
