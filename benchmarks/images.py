@@ -16,7 +16,9 @@ nothing here uses; two of their names are declared first, so that its unchanged 
 and of the transforms runs.
 
 Below that, images are read without decoding: in the order of training, with their checksums, and
-beside it the same tars from beginning to end.
+beside it the same tars from beginning to end; from the page cache, and from the disk, whose pages
+are dropped from the cache before. As in training, as many images are on their way from the disk as
+eight processes have in hand.
 """
 
 import argparse
@@ -45,8 +47,9 @@ from data_prep.images.options import ImageOptions
 from data_prep.images.pipeline import prepare_images
 from data_prep.images.shards import SplitReader, load_manifest
 from dnt_scale.config import ImagesConfig
+from dnt_scale.data.decoders import IN_HAND
 from dnt_scale.data.image_reader import image_order, number_at
-from dnt_scale.data.images import open_images
+from dnt_scale.data.images import JOB_ROWS, open_images
 from dnt_scale.record.files import git_commit
 
 WIDTH, HEIGHT, SIZE, CLASSES = 500, 375, 224, 10
@@ -54,6 +57,7 @@ SEED = 1
 OURS, TORCHVISION, WEBDATASET = "ours", "torchvision ImageFolder, DataLoader", "webdataset"
 WANTED = {TORCHVISION: 1.3, WEBDATASET: 1.0}
 IN_ORDER, WHOLE = "ours, an image a read, with CRC-32", "the tars from beginning to end"
+AHEAD = 8 * IN_HAND * JOB_ROWS  # images
 
 
 def main() -> None:
@@ -84,10 +88,15 @@ def main() -> None:
         for _ in range(options.rounds):
             for name, batches in peers.items():
                 rounds[name].append(images_per_s(batches, options.batches))
-        reads: dict[str, list[float]] = {IN_ORDER: [], WHOLE: []}
+        reads: dict[str, dict[str, list[float]]] = {
+            place: {IN_ORDER: [], WHOLE: []} for place in ("disk", "page cache")
+        }
         for _ in range(options.rounds):
-            reads[IN_ORDER].append(rate_in_order(made))
-            reads[WHOLE].append(rate_of_tars(made))
+            for place, found in reads.items():
+                for name, rate in ((IN_ORDER, rate_in_order), (WHOLE, rate_of_tars)):
+                    if place == "disk":
+                        drop_from_cache(made)
+                    found[name].append(rate(made))
 
     rates = {name: statistics.median(found) for name, found in rounds.items()}
     result: dict[str, Any] = {
@@ -101,7 +110,13 @@ def main() -> None:
         "images_per_cpu_s_of_rounds": rounds,
         "ratios": {name: ratio(rounds[OURS], rounds[name]) for name in WANTED},
         "wanted": WANTED,
-        "read_mb_per_s": {name: statistics.median(found) for name, found in reads.items()},
+        "read_mb_per_s": {
+            place: {name: statistics.median(rates) for name, rates in found.items()}
+            for place, found in reads.items()
+        },
+        "read_ratio": {
+            place: ratio(found[IN_ORDER], found[WHOLE]) for place, found in reads.items()
+        },
         "read_mb_per_s_of_rounds": reads,
     }
     show(result)
@@ -222,13 +237,24 @@ def images_per_s(
 # --- reading alone --------------------------------------------------------------------------------
 
 
+def drop_from_cache(made: Path) -> None:
+    for path in made.glob("train-*.tar"):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def rate_in_order(made: Path) -> float:
     """MB a second of all images in the order of training."""
     with contextlib.closing(SplitReader(made, load_manifest(made), "train")) as reader:
         order = image_order(len(reader), SEED)
         numbers = [number_at(order, position) for position in range(len(reader))]
         started = time.perf_counter()
-        size = sum(len(reader.read(number)) for number in numbers)
+        size = 0
+        for place, number in enumerate(numbers):
+            if place % JOB_ROWS == 0:
+                reader.expect(numbers[place and place + AHEAD - JOB_ROWS : place + AHEAD])
+            size += len(reader.read(number))
         return size / (time.perf_counter() - started) / 1e6
 
 
@@ -254,10 +280,14 @@ def show(result: dict[str, Any]) -> None:
         table.add_row(name, f"{rate:,.0f}", against, wanted)
     Console(width=110).print(table)
     table = Table()
-    for column in ("reading alone, from the page cache", "MB/s"):
+    for column in (
+        "reading alone",
+        *(f"MB/s, from the {each}" for each in result["read_mb_per_s"]),
+    ):
         table.add_column(column, justify="right")
-    for name, rate in result["read_mb_per_s"].items():
-        table.add_row(name, f"{rate:,.0f}")
+    for name in (IN_ORDER, WHOLE):
+        table.add_row(name, *(f"{rates[name]:,.0f}" for rates in result["read_mb_per_s"].values()))
+    table.add_row("ratio", *(f"{each:.2f}" for each in result["read_ratio"].values()))
     Console(width=110).print(table)
 
 

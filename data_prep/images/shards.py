@@ -19,6 +19,7 @@ from collections.abc import Iterable
 from itertools import accumulate
 from math import sqrt
 from pathlib import Path
+from threading import Lock
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import numpy as np
@@ -317,6 +318,7 @@ class SplitReader:
         self.shards: npt.NDArray[np.int64] = np.repeat(np.arange(len(shards)), counts)
         self.firsts = [0, *accumulate(counts)]
         self._open: dict[int, int] = {}
+        self._opening = Lock()
 
     def __len__(self) -> int:
         return len(self.index)
@@ -336,15 +338,32 @@ class SplitReader:
         if not 0 <= number < len(self):
             raise IndexError(f"sample {number} of {len(self)}")
         row, shard = self.index[number], int(self.shards[number])
-        if shard not in self._open:
-            self._open[shard] = os.open(self.paths[shard], os.O_RDONLY)
-        data = os.pread(self._open[shard], int(row["size"]), int(row["offset"]))
+        data = os.pread(self._descriptor(shard), int(row["size"]), int(row["offset"]))
         if zlib.crc32(data) != int(row["crc32"]):
             raise ValueError(
                 f"{self.paths[shard]}: image {sample_key(number)} is damaged (CRC-32 differs); "
                 "check with `dnt data verify`, then copy or prepare the set again"
             )
         return data
+
+    def expect(self, numbers: Iterable[int]) -> None:
+        """Have the system read these samples from the disk, all at a time, while others are used.
+
+        Another thread may `read` meanwhile. What cannot be read is told by `read`.
+        """
+        if not hasattr(os, "posix_fadvise"):
+            return
+        for number in numbers:
+            row, shard = self.index[number], int(self.shards[number])
+            with contextlib.suppress(OSError):
+                place = int(row["offset"]), int(row["size"])
+                os.posix_fadvise(self._descriptor(shard), *place, os.POSIX_FADV_WILLNEED)
+
+    def _descriptor(self, shard: int) -> int:
+        with self._opening:
+            if shard not in self._open:
+                self._open[shard] = os.open(self.paths[shard], os.O_RDONLY)
+            return self._open[shard]
 
     def close(self) -> None:
         """Close the files."""

@@ -14,7 +14,8 @@ import sys
 from collections import deque
 from contextlib import suppress
 from pathlib import Path
-from threading import Lock
+from queue import Queue
+from threading import Lock, Thread
 from typing import IO, NoReturn
 
 import numpy as np
@@ -52,6 +53,8 @@ class Decoders:
         """Have a job done; ``get`` then gives its rows."""
         with self.lock:
             self.waiting.append(job)
+            if self.here:
+                self.here.expect(job)
             self._hand_out()
 
     def get(self, job: Job) -> Rows:
@@ -156,9 +159,10 @@ def serve(asked: IO[bytes], answers: IO[bytes]) -> None:
     """Answer jobs until there are no more."""
     try:
         reader = ImageReader(Reading.from_json(asked.readline()))
-        for line in asked:
-            split, places = json.loads(line)
-            rows = reader.read(Job(split, tuple(places)))
+        jobs: Queue[Job | None] = Queue()
+        Thread(target=_take_jobs, args=(asked, reader, jobs), daemon=True).start()
+        while job := jobs.get():
+            rows = reader.read(job)
             answers.write(HEADER.pack(rows.nbytes) + rows.tobytes())
             answers.flush()
     except BrokenPipeError:
@@ -167,3 +171,15 @@ def serve(asked: IO[bytes], answers: IO[bytes]) -> None:
         message = str(error).encode()
         answers.write(HEADER.pack(-len(message)) + message)
         answers.flush()
+
+
+def _take_jobs(asked: IO[bytes], reader: ImageReader, jobs: "Queue[Job | None]") -> None:
+    """Queue jobs as they come, with their images on the way from the disk; None is the end."""
+    try:
+        for line in asked:
+            split, places = json.loads(line)
+            job = Job(split, tuple(places))
+            reader.expect(job)
+            jobs.put(job)
+    finally:
+        jobs.put(None)

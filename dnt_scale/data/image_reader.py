@@ -5,7 +5,8 @@ What stands here needs neither torch nor Hydra, for the processes that decode
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, NamedTuple, Self, cast
@@ -95,6 +96,14 @@ class ImageReader:
         }
         self.order = image_order(len(self.splits["train"]), reading.seed)
 
+    def expect(self, job: Job) -> None:
+        """Have the system read a job's images from the disk while others are decoded."""
+        numbers: Iterable[int] = job.places
+        if job.split == "train":
+            needed = dict.fromkeys(chain.from_iterable(map(self._needed, job.places)))
+            numbers = (number_at(self.order, position) for position in needed)
+        self.splits[job.split].expect(numbers)
+
     def read(self, job: Job) -> Rows:
         """Return the rows of a job.
 
@@ -115,24 +124,30 @@ class ImageReader:
         for split in self.splits.values():
             split.close()
 
+    def _needed(self, position: int) -> tuple[int, ...]:
+        """Return the positions whose images make the row at one: where the recipe mixes, its
+        partner's too, that of position p xor 1.
+        """
+        recipe = self.reading.augment
+        return (position, position ^ 1) if recipe.mixup or recipe.cutmix else (position,)
+
     def _train(self, rows: Rows, positions: tuple[int, ...]) -> None:
         """Fill rows with the images at positions of the training order.
 
-        Where the recipe mixes, an image's partner is that of position p xor 1, so the pairs are
-        those of neighbours in the order, whoever reads which of them.
+        Where the recipe mixes, pairs are those of neighbours in the order, whoever reads which of
+        them.
         """
         recipe, seed = self.reading.augment, self.reading.seed
-        mixes = bool(recipe.mixup or recipe.cutmix)
         made: dict[int, tuple[Pixels, int]] = {}  # pixels and label by position
         for position in positions:
-            for needed in (position, position ^ 1) if mixes else (position,):
+            for needed in self._needed(position):
                 if needed not in made:
                     made[needed] = self._augmented(needed)
         for row, position in zip(rows, positions, strict=True):
             pixels, label = made[position]
             row["label"] = row["other"] = label
             row["share"] = 1.0
-            if mixes:
+            if len(self._needed(position)) > 1:
                 pair = position >> 1
                 both = mixed(
                     made[2 * pair][0], made[2 * pair + 1][0], recipe, draws(seed, pair, MIX)

@@ -2,8 +2,11 @@
 found."""
 
 import contextlib
+import ctypes
 import io
 import json
+import mmap
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -30,6 +33,7 @@ from data_prep.images.shards import (
 from data_prep.images.verify import verify
 from testbed.corpus import contents, small_set
 from testbed.images import CLASSES, drawn, encoded, small_image_set
+from testbed.waiting import until
 
 
 def test_the_same_images_give_the_same_bytes_and_are_whole(tmp_path: Path) -> None:
@@ -59,6 +63,41 @@ def test_every_sample_is_one_read(tmp_path: Path) -> None:
         with pytest.raises(IndexError):
             reader.read(96)
     assert read_sample(tmp_path / "set", manifest, "train", 95).data == data
+
+
+def in_cache(path: Path, start: int, size: int) -> bool:
+    """Whether the system has bytes of a file in memory: looking at pages fetches none."""
+    page = mmap.PAGESIZE
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as whole:
+        pages = (ctypes.c_ubyte * -(-len(whole) // page))()
+        view = ctypes.c_char.from_buffer(whole)
+        assert (
+            ctypes.CDLL(None).mincore(ctypes.byref(view), ctypes.c_size_t(len(whole)), pages) == 0
+        )
+        del view
+    return all(there & 1 for there in pages[start // page : -(-(start + size) // page)])
+
+
+def test_what_is_expected_is_fetched_from_the_disk(tmp_path: Path) -> None:
+    """Where the file system lets pages be dropped, as one in memory does not."""
+    out = tmp_path / "set"
+    manifest = small_image_set(out)
+    with contextlib.closing(SplitReader(out, manifest, "train")) as reader:
+        places = [
+            (reader.paths[reader.shards[number]], int(row["offset"]), int(row["size"]))
+            for number, row in enumerate(reader.index)
+        ]
+        for path in reader.paths:
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        reader.expect(range(0, 96, 2))
+        until(lambda: all(in_cache(*place) for place in places[::2]), 60)
+        reader.paths[0].unlink()
+    with contextlib.closing(SplitReader(out, manifest, "train")) as reader:
+        reader.expect([0, 95])  # says nothing
+        with pytest.raises(FileNotFoundError):
+            reader.read(0)
 
 
 def test_webdataset_reads_them(tmp_path: Path) -> None:
