@@ -32,7 +32,7 @@ MODELS = {
 OPTIMIZERS = {
     "adamw": Optimizer(4e-3, 0.1),
     "msgdw": Optimizer(0.5, 1e-4),
-    "muon_normalized": Optimizer(3e-3, 0.1),
+    "muon_normalized": Optimizer(3e-3, 0.9),
 }
 TABLES = {
     "a": "{ViT S1, V-DNT S4, V-DNT S5} x {AdamW, vanilla mSGDW, muon_normalized}",

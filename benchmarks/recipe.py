@@ -6,9 +6,9 @@
 
 All runs of a table see the same rows in the same order. Each optimizer is trained at the learning
 rates of a grid by factors of two, which grows while its best value lies at an end; then, at the
-best one, without weight decay and with three times as much, and three times that while it helps;
-then with the other --seeds. A learning rate is `optim.lr`; groups with one of their own keep it.
-The loss is that of the held-out rows at the last step.
+best one, with a third and three times the weight decay, on while it helps, and with none; then with
+the other --seeds. A learning rate is `optim.lr`; groups with one of their own keep it. The loss is
+that of the held-out rows at the last step.
 
 Runs are kept in results/recipe-runs.jsonl (journaled_runs.py): none in it is trained again, but by
 --again, which compares; the same command goes on after any stop. `--help` lists the tables,

@@ -13,6 +13,7 @@ import statistics
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -140,8 +141,8 @@ def search(
     """Return losses by learning rate, ascending, and at the best one by weight decay.
 
     Learning rates are five, a factor of two apart, and one more while the best lies at an end, at
-    most MOST_GROWTH. Decays are the grid's own, none and three times as much, and three times that
-    while the best is the highest.
+    most MOST_GROWTH. Decays are the grid's own, none, a third and three times as much, and on by
+    factors of three while the best lies at an end.
 
     Args:
         loss: of a learning rate and a weight decay; infinite if the run failed, None if it is not
@@ -162,10 +163,11 @@ def search(
     best = lowest(found)
     decays = {grid.decay: found[best]}
     if grid.decay:
-        add(decays, 0.0, lambda decay: loss(best, decay))
-        for power in range(1, MOST_GROWTH):
-            if power == 1 or lowest(decays) == max(decays):
-                add(decays, grid.decay * 3.0**power, lambda decay: loss(best, decay))
+        for factor in (3, 1 / 3):
+            decay = grid.decay
+            while decay == lowest(decays) and add(decays, decay * factor, partial(loss, best)):
+                decay *= factor
+        add(decays, 0.0, partial(loss, best))
     return dict(sorted(found.items())), decays
 
 

@@ -29,8 +29,8 @@ class Optimizer(NamedTuple):
     """What is tried of one of configs/optim.
 
     lr: the first value of its grid, the middle of five.
-    decay: its weight decay; 0 and three times as much are tried at the best learning rate, and
-        three times that while the most is the best. 0: only that.
+    decay: its weight decay; a third and three times as much are tried at the best learning rate, on
+        while it helps, and none. 0: only that.
     overrides: what else is not as in its file.
     keys: what the grid sets, if not the learning rate.
     """
@@ -45,7 +45,7 @@ class Optimizer(NamedTuple):
 BESIDE = 1.6e-2
 OPTIMIZERS = {
     "adamw": Optimizer(1.6e-2, 0.1),
-    "muon_normalized": Optimizer(3e-3, 0.1),
+    "muon_normalized": Optimizer(3e-3, 0.9),
     "normalized": Optimizer(3e-3, 0.1),
     "rmnp": Optimizer(0.02, 0.1),
     "rmnp_adam_gains": Optimizer(0.02, 0.1),
