@@ -7,7 +7,8 @@ results/image-recipe-*.json.
 Tables stand between two comments of the page for each benchmark; all else on it is written by hand.
 What a table has not got yet is listed. The pictures, docs/results/*.png, are drawn as `dnt report`
 draws: losses over what was seen, of each optimizer's best runs with a band over seeds, and final
-losses against the learning rate.
+losses against the learning rate. docs/one-buffer.png, the README's, is table a's AdamW beside the
+recipe.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import numpy as np
 
 from benchmarks import image_recipe, recipe
 from benchmarks.recipe_bench import RESULTS, Recipe, Row, cells, columns, ranked, unit_of
+from dnt_scale.config import load
 from dnt_scale.report.figures import Line, draw_against, draw_curves
 from dnt_scale.report.groups import Group
 from dnt_scale.report.runs import Run
@@ -31,6 +33,8 @@ DOCS = Path(__file__).parents[1] / "docs"
 PAGE = DOCS / "results.md"
 PICTURES = DOCS / "results"
 RECIPES = (recipe.RECIPE, image_recipe.RECIPE)
+CLAIM = DOCS / "one-buffer.png"
+CLAIMED = ("adamw", "muon_normalized")  # what it compares
 END = "<!-- end -->\n"
 NOTHING = (np.array([]), np.array([]))
 
@@ -133,6 +137,20 @@ def draw(each: Pictured, folder: Path) -> list[Path]:
     return [curves_path, lr_path]
 
 
+def draw_claim(rows: Sequence[Row]) -> Path | None:
+    """Draw two optimizers on DNT S4 with what their state takes, if all have as many seeds."""
+    found = [row for row in rows if row["model"] == "DNT S4" and row["optimizer"] in CLAIMED]
+    if len(found) < len(CLAIMED) or len({len(row["seeds"]) for row in found}) > 1:
+        return None
+    groups = []
+    for row in found:
+        chosen = [f"optim={row['optimizer']}", "run.name=unused", "data.path=unused"]
+        state = f"{load(chosen).optim.bytes_a_weight} bytes of state a weight"
+        groups.append(Group({"optim": f"{row['optimizer']}\n{state}"}, curves(row).runs))
+    title = f"One buffer and two: DNT, {found[0]['steps']:,} steps of {found[0]['batch']} rows"
+    return draw_curves(groups, title, CLAIM)
+
+
 def curves(row: Row) -> Group:
     """Return an optimizer's runs at its best learning rate, one a seed."""
     unit, steps, runs = unit_of(row), row["steps"], []
@@ -181,6 +199,8 @@ def main() -> None:
     print(PAGE)
     for found in results.values():
         for name, result in found.items():
+            if result["table"] == "a" and (claim := draw_claim(result["rows"])):
+                print(claim)
             for each in pictured(name, ranked(result["rows"])):
                 print(*draw(each, PICTURES), sep="\n")
 
