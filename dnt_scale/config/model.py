@@ -244,5 +244,6 @@ class ModelConfig(BlockSection):
         shared = f" ({self.kv_heads} of keys and values)" if self.kv_heads else ""
         return (
             f"setting {self.setting}, {self.layers} layers, width {self.width}, {self.heads} "
-            f"heads{shared}, vocabulary {self.vocab_size:,}"
+            f"heads{shared}, {self.activation}, positions {self.positions}, context "
+            f"{self.context:,}, vocabulary {self.vocab_size:,}"
         )
