@@ -46,7 +46,7 @@ def card(run: RunConfig, run_dir: Path, state: State, dtype: str, kind: Architec
         **begun,
         **documents(run),
         **{name.replace("_sha256", " sha256"): value for name, value in hashes.items()},
-        "optimizer": f"{run.optim.algorithm}{rules(run)}, learning rate {run.optim.lr:g}, "
+        "optimizer": f"{run.optim.title}, learning rate {run.optim.lr:g}, "
         f"{run.optim.describe()}, weight decay {run.optim.weight_decay:g}, "
         f"{run.optim.schedule.name} schedule",
         "compute dtype": run.train.dtype,
@@ -129,12 +129,6 @@ def sets(data: DataSection, hashes: Mapping[str, str]) -> str:
         + (f" (manifest sha256 {hashes[found.name]})" if found.name in hashes else "")
         for found in data.sets()
     )
-
-
-def rules(run: RunConfig) -> str:
-    """Return by which rules the groups of parameters are updated; empty where all are plain."""
-    found = sorted({group.update for group in run.optim.groups.values()} - {"plain"})
-    return f" ({', '.join(found)})" if found else ""
 
 
 def losses(run_dir: Path, step: int) -> dict[str, str]:

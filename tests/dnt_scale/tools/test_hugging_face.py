@@ -255,6 +255,8 @@ def test_a_card_tells_of_the_stages_that_have_begun(tmp_path: Path) -> None:
     def told(step: int) -> str:
         return card(run, tmp_path, state.model_copy(update={"step": step}), "fp32", "dnt")
 
+    mixed = composed(*tiny(tmp_path, tmp_path, "optim=msgdw_adam"))
+    assert mixed.optim.title == "msgdw (adamw)"
     alone = told(10)
     assert f"| trained | 10 steps of {rows}, 5,000 tokens |" in alone
     assert "| data | web (manifest sha256 abc) |" in alone and "after 10 steps" not in alone
