@@ -9,6 +9,8 @@ from dnt_scale.arguments import Parser, path, set_folder, whole, word
 if TYPE_CHECKING:
     from dnt_scale.train.run_start import Begun
 
+WIDE = 200  # columns of a table that goes into a file or another program
+
 TRAIN_HELP = """\
 Overrides choose files of configs/ (group=name) and change values (key=value), for example:
 
@@ -216,7 +218,10 @@ def print_plan(begun: "Begun") -> int:
 
     stages = load_stages(begun.run)
     state, newest = starting_state(begun, stages, 1)
-    Console(highlight=False).print(stage_table(begun.run, stages))
+    console = Console(highlight=False)
+    console.print(
+        stage_table(begun.run, stages), width=console.width if console.is_terminal else WIDE
+    )
     for line in changes(begun, stages):
         print(line, file=sys.stderr)
     if newest:

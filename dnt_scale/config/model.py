@@ -241,8 +241,10 @@ class ModelConfig(BlockSection):
         return self.vocab_size if padded else None
 
     def describe(self) -> str:
-        shared = f" ({self.kv_heads} of keys and values)" if self.kv_heads else ""
+        kv_heads = self.sizes.kv_heads
+        shared = f" ({kv_heads} of keys and values)" if kv_heads != self.heads else ""
         return (
             f"setting {self.setting}, {self.layers} layers, width {self.width}, {self.heads} "
-            f"heads{shared}, vocabulary {self.vocab_size:,}"
+            f"heads{shared}, {self.activation}, positions {self.positions}, context "
+            f"{self.context:,}, vocabulary {self.vocab_size:,}"
         )

@@ -275,6 +275,16 @@ class OptimizerConfig(Strict):
         """Return what the buffers of one weight take."""
         return sum(BYTES[storage] for storage in self.buffers().values())
 
+    @property
+    def title(self) -> str:
+        """Return the algorithm and what else moves groups of parameters, for pages about a run."""
+        others = {
+            group.optimizer.algorithm if group.optimizer else group.update
+            for group in self.groups.values()
+        }
+        found = sorted(others - {"plain"})
+        return f"{self.algorithm} ({', '.join(found)})" if found else self.algorithm
+
     def describe(self) -> str:
         """Return the algorithm's own settings in words, for the run's page."""
         raise NotImplementedError

@@ -7,6 +7,7 @@ the metrics ``system/NODE/...``; and ``RUN/lm_eval.jsonl``, what was found of a 
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,9 @@ from typing import NamedTuple
 
 import orjson
 
+from dnt_scale.checkpoint.state import step_of
 from dnt_scale.record import system_metrics
+from dnt_scale.record.files import replace_file
 from dnt_scale.record.metrics_file import NOT_METRICS, Point
 
 EVALUATIONS = "lm_eval.jsonl"
@@ -42,6 +45,27 @@ def append_evaluation(run_dir: Path, step: int, metrics: dict[str, float]) -> No
     line = {"step": step, "time": round(time.time(), 3), **metrics}
     with (run_dir / EVALUATIONS).open("ab", buffering=0) as out:
         out.write(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))
+
+
+def set_evaluations_aside(run_dir: Path, step: int, aside: Path) -> None:
+    """Move what was found of checkpoints after a step into a folder: the files of these steps, and
+    a copy of all lines. Raises OSError.
+    """
+    file, folder = run_dir / EVALUATIONS, run_dir / EVALUATIONS_FOLDER
+    if file.exists():
+        shutil.copy2(file, aside / EVALUATIONS)
+        lines = file.read_bytes().splitlines(keepends=True)
+        replace_file(file, b"".join(line for line in lines if _step_of_line(line) <= step))
+    for path in sorted(folder.glob("step-*.json")):
+        if (step_of(path.stem) or 0) > step:
+            (aside / EVALUATIONS_FOLDER).mkdir(exist_ok=True)
+            path.rename(aside / EVALUATIONS_FOLDER / path.name)
+
+
+def _step_of_line(line: bytes) -> int:
+    """Return the step that a line is of; 0 where it is none."""
+    found = _points("", line)
+    return found[0].step if found else 0
 
 
 def read_new(

@@ -249,6 +249,13 @@ def told(
         )
     if step >= now.total_steps(units_a_row, of_stages):
         return
+    total = before.total_steps(units_a_row, of_stages)
+    decay = before.optim.schedule.steps_before_decay(total)
+    if decay is not None and decay < step and total < now.total_steps(units_a_row, of_stages):
+        yield (
+            f"the learning rate has decayed since step {decay}; --from-step {decay} goes on from "
+            "before that"
+        )
     old, new = (rates(run, step, units_a_row, of_stages) for run in (before, now))
     jumps = [
         f"{f'of {name} ' if name else ''}{old[name]:.4g} -> {rate:.4g}"

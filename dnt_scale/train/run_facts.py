@@ -86,7 +86,7 @@ def description(run: RunConfig, ranks: Ranks, commit: str) -> str:
     lines = [
         f"{code(model.name)}: {count_parameters(model):,} parameters ({model.describe()})",
         "",
-        f"- **optimizer**: {optim.algorithm}, lr {optim.lr:g}, {optim.describe()}, "
+        f"- **optimizer**: {optim.title}, lr {optim.lr:g}, {optim.describe()}, "
         f"weight decay {optim.weight_decay:g}, "
         f"{schedule.name} schedule with {warmup} of warmup",
         f"- **budget**: {batch}",

@@ -24,7 +24,7 @@ from dnt_scale.distributed import compute_dtype
 from dnt_scale.distributed.agree import check_settings, on_first
 from dnt_scale.distributed.process_group import Ranks
 from dnt_scale.record import run_lock, timeline
-from dnt_scale.record.appended import EVALUATIONS, EVALUATIONS_FOLDER
+from dnt_scale.record.appended import EVALUATIONS, EVALUATIONS_FOLDER, set_evaluations_aside
 from dnt_scale.record.backend import check_backends
 from dnt_scale.record.files import warn
 from dnt_scale.record.metrics_file import DIAGNOSTICS, METRICS
@@ -253,8 +253,8 @@ def make_room(begun: Begun) -> None:
 
 
 def _rewind(begun: Begun, run_dir: Path, place: Path) -> None:
-    """Move aside what came after the checkpoint that the run goes on from. Of the lines of metrics
-    and diagnostics a copy is moved: the run keeps those up to its checkpoint.
+    """Move aside what came after the checkpoint that the run goes on from. Of the lines of metrics,
+    diagnostics and evaluations a copy is moved: the run keeps those up to its checkpoint.
     """
     assert begun.start.state
     step = begun.start.state.step
@@ -265,6 +265,7 @@ def _rewind(begun: Begun, run_dir: Path, place: Path) -> None:
     for name in (METRICS, DIAGNOSTICS):
         if (run_dir / name).exists():
             shutil.copy2(run_dir / name, aside / name)
+    set_evaluations_aside(run_dir, step, aside)
     for name in begun.start.aside:
         if os.path.lexists(run_dir / name):
             (run_dir / name).rename(aside / name)

@@ -10,32 +10,30 @@ from dnt_scale.train.stages import Stage, Stages
 
 
 def stage_table(run: RunConfig, stages: Stages) -> Table:
-    """Return a line for each stage: its steps (from 1), its units, what it reads, its rows and its
-    batch, and the learning rate in its first and last step.
+    """Return a line for each stage: its steps (from 1), its units, what it reads, the rows of a
+    step and what each counts, and the learning rate from its first to its last step.
     """
     unit = stages.source.unit.name
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("stage")
-    for name in ("from step", "to step", unit):
+    table.add_column("stage", overflow="fold")
+    for name in ("steps", unit):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("data", overflow="fold")
-    for name in (f"{unit}/row", "rows/step", "lr from", "lr to"):
+    for name in (f"rows x {unit}", "learning rate"):
         table.add_column(name, justify="right", no_wrap=True)
     units = stages.a_rows
     before: Stage | None = None
     for number, stage in enumerate(stages, 1):
         span = stage.span
         same = before is not None and stage.source is before.source
+        first, last = (f"{rates(run, step, *units)['']:.4g}" for step in (span.begin, span.end - 1))
         table.add_row(
             f"{number} {span.name}".strip(),
-            f"{span.begin + 1:,}",
-            f"{span.end:,}",
+            f"{span.begin + 1:,} - {span.end:,}",
             f"{span.units_at(span.end) - span.units:,}",
             "as before" if same else "\n".join(_sets(stage)),
-            f"{span.a_row:,}",
-            f"{span.global_batch:,}",
-            f"{rates(run, span.begin, *units)['']:.4g}",
-            f"{rates(run, span.end - 1, *units)['']:.4g}",
+            f"{span.global_batch:,} x {span.a_row:,}",
+            first if first == last else f"{first} to {last}",
         )
         before = stage
     return table

@@ -12,7 +12,7 @@ from functools import cached_property
 from types import TracebackType
 from typing import Any, Self
 
-from dnt_scale.config import ConfigError, RunConfig, Span, Spans, by_stage, span_at
+from dnt_scale.config import ConfigError, RunConfig, Span, Spans, by_stage, flat, span_at
 from dnt_scale.data.sources import Passed, Source, check_parts, load_source
 from dnt_scale.data.stream import Stream, rows_a_rank
 from dnt_scale.distributed.process_group import Ranks
@@ -147,13 +147,28 @@ def load_stages(run: RunConfig) -> Stages:
     for span, own, source in zip(spans, runs.values(), sources.values(), strict=True):
         if not found:
             found.append(Stage(own, source, span, 0))
-        elif own.data == found[-1].run.data:
+        elif _same_order(own, source, found[-1]):
             found.append(Stage(own, found[-1].source, span, found[-1].first_row))
         else:
             last = found[-1]
             passed |= last.source.passed(span.rows - last.first_row)
             found.append(Stage(own, source.after(passed), span, span.rows))
     return Stages(found)
+
+
+def _same_order(run: RunConfig, source: Source, before: Stage) -> bool:
+    """Whether a stage reads what the one before it does, wherever the sets lie: a set is known by
+    its manifest, and may be moved in the course of a run.
+    """
+    own, theirs = (
+        {
+            key: value
+            for key, value in flat(each).items()
+            if key.startswith("data.") and not key.endswith(".path")
+        }
+        for each in (run, before.run)
+    )
+    return own == theirs and source.identity() == before.source.identity()
 
 
 def _source_of(run: RunConfig, name: str, first: Source) -> Source:

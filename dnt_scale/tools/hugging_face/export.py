@@ -73,9 +73,7 @@ def export(run_dir: Path, out: Path, *, dtype: str, shard_gb: float, data: Path 
         count = write_weights(folder, state, model, kind, partial, DTYPES[dtype], shard_gb)
         write_settings(partial, model, kind, DTYPES[dtype], *ids)
         made = write_tokenizer(tokenizer, manifest.eos_id, model.context, partial)
-        (partial / "README.md").write_text(
-            card(run, run_dir, state, dtype, kind == "dnt"), encoding="utf-8"
-        )
+        (partial / "README.md").write_text(card(run, run_dir, state, dtype, kind), encoding="utf-8")
         if out.is_dir():
             out.rmdir()
         partial.rename(out)

@@ -1,7 +1,11 @@
 """`dnt export` and `dnt import`: what transformers makes of a folder, and the way back."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -22,13 +26,14 @@ from transformers import (
 from data_prep.shards import load_manifest
 from data_prep.tokenizer import Tokenizer
 from data_prep.train_tokenizer import train as train_tokenizer
-from dnt_scale.checkpoint.state import read_state
+from dnt_scale.checkpoint.state import State, read_state
 from dnt_scale.checkpoint.storage import Storage
 from dnt_scale.cli.main import main
 from dnt_scale.model.dnt import DNT
 from dnt_scale.tools.hugging_face.export import write_weights
-from dnt_scale.tools.hugging_face.model_card import commit
+from dnt_scale.tools.hugging_face.model_card import card, commit
 from dnt_scale.tools.hugging_face.tokenizer_json import write_tokenizer
+from testbed.configs import composed
 from testbed.corpus import python_source_files
 from testbed.run import tensors, tiny
 from tests.helpers.made_run import made_run
@@ -102,15 +107,19 @@ def test_transformers_computes_the_same_and_it_comes_back(
     manifest = load_manifest(corpus)
     prompt = [manifest.eos_id, *range(60, 70)]
     wanted = greedy(model, prompt, 40, manifest.tokenizer.vocab_size, manifest.eos_id)
-    found = theirs.generate(torch.tensor([prompt]), max_new_tokens=40, do_sample=False)
-    assert found[0].tolist() == wanted
+    for more in ({}, {"cache_implementation": "static"}):
+        asked = {"max_new_tokens": 40, "do_sample": False, **more}
+        assert theirs.generate(torch.tensor([prompt]), **asked)[0].tolist() == wanted
     check_padding(theirs, tokens)
+    source = out
+    if "option" in name:  # as one that was trained further comes back
+        theirs.save_pretrained(source := tmp_path / "saved")
     check_training(theirs, tokens)
 
     again = tiny(corpus, tmp_path / "again")
     unshaped = [each for each in again if not each.startswith("model")]
     more = [f"model.{each}" for each in overrides if "vocab_multiple" in each or "loss" in each]
-    assert main(["import", str(out), *unshaped, *more]) == 0
+    assert main(["import", str(source), *unshaped, *more]) == 0
     step = "checkpoints/step-00000000"
     before, after = tensors(run / step), tensors(tmp_path / "again" / step)
     weights = [key for key in before if key.startswith("model.")]
@@ -139,6 +148,65 @@ def check_training(theirs: PreTrainedModel, tokens: Tensor) -> None:
     assert theirs(tokens, labels=tokens).loss < before
 
 
+ELSEWHERE = """
+import sys
+from pathlib import Path
+
+ours = "dnt_scale", "data_prep", "cluster", "testbed"
+sys.modules |= dict.fromkeys(ours)  # importing one is an error now
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder, given, *tokenizers = map(Path, sys.argv[1:])
+wanted = load_file(given)
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+tokens = wanted["tokens"]
+with torch.no_grad():
+    torch.testing.assert_close(model(tokens).logits, wanted["logits"], atol=1e-5, rtol=0)
+found = model.generate(wanted["text"][:, :11], max_new_tokens=40, do_sample=False)
+assert torch.equal(found, wanted["text"]), (found, wanted["text"])
+model.train()
+loss = model(tokens, labels=tokens).loss
+loss.backward()
+torch.optim.SGD(model.parameters(), lr=0.01).step()
+assert model(tokens, labels=tokens).loss < loss
+for place in tokenizers:
+    theirs = AutoTokenizer.from_pretrained(place, trust_remote_code=True)
+    ids = theirs("import os\\n", add_special_tokens=False).input_ids
+    assert ids == wanted[place.name].tolist(), (place, ids)
+assert not any(sys.modules.get(name) for name in ours)
+"""
+
+
+def test_a_process_that_has_not_this_project_does_the_same(tmp_path: Path, corpus: Path) -> None:
+    """The code in the folders is all that it needs, beside transformers and SentencePiece."""
+    overrides = ["setting=S4", *OPTIONS, "vocab_multiple=100"]
+    run, model = made_run(tmp_path, corpus, overrides)
+    out, unigram = tmp_path / "out", tmp_path / "unigram"
+    assert main(["export", str(run), "--to", "hf", str(out)]) == 0
+    manifest = load_manifest(corpus)
+    file = tmp_path / "own.model"
+    train_tokenizer(["".join(islice(lines_of_text(), 2000))], 700, file, "unigram")
+    unigram.mkdir()
+    write_tokenizer(file, Tokenizer.load(file).eos_id, 64, unigram)
+    tokens = random_tokens(model.config, 2, model.config.context)
+    prompt = [manifest.eos_id, *range(60, 70)]
+    text = greedy(model, prompt, 40, manifest.tokenizer.vocab_size, manifest.eos_id)
+    wanted = {"tokens": tokens, "text": torch.tensor([text])}
+    for name, model_file in (("out", corpus / manifest.tokenizer.file), ("unigram", file)):
+        wanted[name] = torch.tensor(Tokenizer.load(model_file).encode("import os\n"))
+    with torch.no_grad():
+        wanted["logits"] = model(tokens).contiguous()
+    save_file(wanted, tmp_path / "wanted")
+    subprocess.run(
+        [sys.executable, "-I", "-c", ELSEWHERE, out, tmp_path / "wanted", out, unigram],
+        cwd=tmp_path,
+        env={**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"},
+        check=True,
+    )
+
+
 def test_in_bf16_and_in_shards(tmp_path: Path, corpus: Path) -> None:
     run, model = made_run(tmp_path, corpus, ["setting=S4", "ffn_size=2048"])
     out = tmp_path / "out"
@@ -157,6 +225,55 @@ def test_in_bf16_and_in_shards(tmp_path: Path, corpus: Path) -> None:
     card = (out / "README.md").read_text()
     assert load_manifest(corpus).tokenizer.sha256 in card and "trust_remote_code=True" in card
     assert "| code | dnt-scale |" in card
+
+
+def test_a_card_tells_of_the_stages_that_have_begun(tmp_path: Path) -> None:
+    """And a bar in a name ends no cell."""
+    stages = [
+        "train.stages.both.after_step=10",
+        "train.stages.both.global_batch=24",
+        "train.stages.both.data.mixture.a={path: x/good, weight: 1}",
+        "train.stages.both.data.mixture.b={path: 'x/b|d', weight: 3}",
+        "train.stages.end.after_step=20",
+        "train.stages.end.decay_to=0",
+        "optim=muon_normalized",
+    ]
+    run = composed(*tiny(tmp_path / "web", tmp_path, "train.steps=30", *stages))
+    rows = f"{run.train.global_batch} rows"
+    state = State(
+        step=10,
+        consumed_rows=0,
+        skipped=0,
+        seed=0,
+        run_id="id",
+        manifest_sha256="abc",
+        sets={"": "abc"},
+        stages={"both": {"a": "def"}},
+        world_size=1,
+        config={},
+        files={},
+        tokens=5000,
+    )
+
+    def told(step: int) -> str:
+        return card(run, tmp_path, state.model_copy(update={"step": step}), "fp32", "dnt")
+
+    mixed = composed(*tiny(tmp_path, tmp_path, "optim=msgdw_adam"))
+    assert mixed.optim.title == "msgdw (adamw)"
+    alone = told(10)
+    assert f"| trained | 10 steps of {rows}, 5,000 tokens |" in alone
+    assert "| data | web (manifest sha256 abc) |" in alone and "after 10 steps" not in alone
+    assert "msgdw (orthogonalized, row_column_normalized, tensor_normalized)" in alone
+    both = told(20)
+    assert "| trained | 20 steps, 5,000 tokens |" in both
+    assert f"| data | {rows} a step; web (manifest sha256 abc) |" in both
+    good = "0.25 good (manifest sha256 def), 0.75 b&#124;d"
+    assert f"| after 10 steps | 24 rows a step; {good} |" in both and "after 20" not in both
+    assert "| after 20 steps | 24 rows a step |" in told(21)
+    masked = run.data.model_copy(update={"document_mask": True})
+    assert "| documents |" not in both
+    run = run.model_copy(update={"data": masked})
+    assert "| documents | attention stayed inside each" in told(20)
 
 
 def test_the_commit_of_a_run_is_where_a_tracker_or_a_submission_has_noted_it(
@@ -212,14 +329,14 @@ TRICKY += [" " * n + "x" + " " * (17 - n) for n in range(17)] + [
 
 
 def lines_of_text() -> Iterator[str]:
-    for path in python_source_files(300_000):
+    for path in python_source_files(500_000):
         yield from path.read_text().splitlines(keepends=True)
 
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
 def test_the_tokenizer_gives_the_same_ids(kind: str, tmp_path: Path) -> None:
     lines = list(lines_of_text())
-    assert len(lines) > 5000
+    assert len(lines) > 10_000
     file = tmp_path / "own.model"
     train_tokenizer(["".join(lines[:2000])], 700, file, kind)
     ours = Tokenizer.load(file)

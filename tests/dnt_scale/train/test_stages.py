@@ -1,6 +1,8 @@
 """Stages of a run: which rows they take, and that a resume inside or across them is exact."""
 
 import hashlib
+import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -9,10 +11,12 @@ import pytest
 import torch
 
 from dnt_scale import config
+from dnt_scale.cli.main import main as dnt
 from dnt_scale.config import ConfigError, RunConfig
 from dnt_scale.distributed import process_group
 from dnt_scale.distributed.process_group import Ranks
 from dnt_scale.optim.schedule import Schedule
+from dnt_scale.tools.harness.evaluate import Measured, keep
 from dnt_scale.train import loop
 from dnt_scale.train.hooks import Hook
 from dnt_scale.train.rank import main
@@ -128,6 +132,27 @@ def test_a_stage_with_the_same_data_goes_on_in_one_order(sets, tmp_path):
         whole = torch.cat([next(one)[0] for _ in range(4)])
         parts = torch.cat([next(other)[0] for _ in range(8)])
     assert torch.equal(whole, parts)
+
+
+def test_where_a_set_lies_changes_no_row(sets, tmp_path):
+    """A stage whose mixture is that of the one before goes on in its order, after 8 rows of parts
+    of 1 and 2.
+    """
+    moved = shutil.copytree(sets / "good", tmp_path / "moved")
+
+    def stages(place: Path) -> Stages:
+        mixture = "{{w: {{path: {}, weight: 1}}, g: {{path: {}, weight: 2}}}}"
+        return loaded(
+            *tiny(sets / "web", tmp_path, "train.global_batch=4", "train.steps=6"),
+            "optim.schedule.warmup_steps=0",
+            "data.path=null",
+            f"data.mixture={mixture.format(sets / 'web', sets / 'good')}",
+            "train.stages.more.after_step=2",
+            "train.stages.more.lr_factor=0.5",
+            f"train.stages.more.data.mixture={mixture.format(sets / 'web', place)}",
+        )
+
+    assert rows(stages(moved), 0, 1) == rows(stages(sets / "good"), 0, 1)
 
 
 def test_tokens_count_each_stages_rows(sets, tmp_path):
@@ -384,6 +409,26 @@ def test_a_stage_may_not_begin_in_the_past(sets, whole, tmp_path):
     assert "learning rate of the next step: 0.1 -> 0.2" in " ".join(start([*new, *past]))
 
 
+def test_the_plan_of_a_run_is_a_line_a_stage(sets, whole, tmp_path, monkeypatch, capsys):
+    """Of a run that has begun, as it would go on; without a terminal nothing is folded."""
+    monkeypatch.chdir(sets)
+    run_dir = stopped(whole, 5, tmp_path / "run")
+    assert dnt(["train", "--print-plan", *three_stages(sets, run_dir, "train.steps=12")]) == 0
+    said = capsys.readouterr()
+    stage = r"stage\s+steps\s+tokens\s+data\s+rows x tokens\s+learning rate"
+    lines = (
+        stage,
+        r"1\s+1 - 4\s+3,072\s+web\s+12 x 64\s+0\.05 to 0\.1",
+        r"2 both\s+5 - 7\s+4,608\s+0\.333 w web\s+24 x 64\s+0\.05",
+        r"0\.667 g good",
+        r"3 end\s+8 - 12\s+3,840\s+short\s+24 x 32\s+0\.042 to 0\.01",
+        r"step 5 is done, by .*step-00000005",
+    )
+    for line, wanted in zip(said.out.splitlines(), lines, strict=True):
+        assert re.fullmatch(wanted, line.strip()), line
+    assert "train.steps 10 -> 12" in said.err
+
+
 def test_all_stages_that_have_not_begun_may_be_left_out(sets, whole, tmp_path):
     given = three_stages(sets, stopped(whole, 4, tmp_path / "run"))
     none = [*(line for line in given if not line.startswith("train.stages")), "train.stages={}"]
@@ -403,6 +448,13 @@ def test_a_run_without_stages_has_no_more_in_its_configuration(sets, tmp_path):
 # --- from an earlier step -------------------------------------------------------------------------
 
 
+def evaluated(folder: Path) -> tuple[list[int], list[str]]:
+    """The steps of a folder's lines of evaluations, and its files of them."""
+    lines = (folder / "lm_eval.jsonl").read_text().splitlines()
+    files = sorted(path.name for path in (folder / "lm_eval").iterdir())
+    return [json.loads(line)["step"] for line in lines], files
+
+
 def test_a_longer_run_goes_on_from_before_its_decay(sets, tmp_path):
     """Of 10 steps the last 4 decay. With 14 it goes on from step 6, or from before it."""
     run_dir = tmp_path / "run"
@@ -417,7 +469,11 @@ def test_a_longer_run_goes_on_from_before_its_decay(sets, tmp_path):
     )
     train([*given, "train.steps=10"]).ok()
     before = metrics(run_dir)
+    for step in (10, 3):
+        keep(run_dir, step, {}, {"own": Measured({"acc": step}, "1", 0, 1, 1)})
     longer = [*given, "train.steps=14"]
+    hint = "the learning rate has decayed since step 6; --from-step 6 goes on from before that"
+    assert hint in start(longer) and hint not in start(longer, from_step=10)
     done = train([*longer, "--from-step=10"]).ok()
     assert "the learning rate decayed after step 6: --from-step is 6" in done.err
     assert "resuming from" in done.err and "step-00000006" in done.err
@@ -427,6 +483,8 @@ def test_a_longer_run_goes_on_from_before_its_decay(sets, tmp_path):
         "step-00000009",
         "step-00000010",
     ]
+    kept, moved = (evaluated(folder) for folder in (run_dir, aside))  # trackers are sent those kept
+    assert kept == ([3], ["step-00000003.json"]) and moved == ([10, 3], ["step-00000010.json"])
     straight = tmp_path / "straight"
     train([*given, "train.steps=14", f"run.dir={straight}"]).ok()
     assert metrics(run_dir) == metrics(straight)

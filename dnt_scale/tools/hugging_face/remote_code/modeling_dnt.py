@@ -102,6 +102,9 @@ def attends_to(
     int64 (B or 1, T) of ``length`` new tokens after ``past``; None for those before it and itself.
     """
     index_S = torch.arange(past + length, device=device)
+    if attention_mask is not None and attention_mask.dim() == 4:
+        # what `generate` makes for a cache of a fixed size, as long as that
+        return attention_mask[..., : past + length], index_S[None, past:]
     if attention_mask is not None and not bool(attention_mask.all()):
         before = index_S <= index_S[past:, None]
         itself = index_S == index_S[past:, None]  # padding too, whose softmax would be NaN
@@ -138,7 +141,10 @@ class Attention(nn.Module):
         k_BHSK = rotated(self.norm_k(self._split(self.w_k(x_BTD))), rotary).transpose(1, 2)
         v_BHSK = self._split(self.w_v(x_BTD)).transpose(1, 2)
         if cache is not None:
+            seen = int(cache.get_seq_length(self.layer)) + x_BTD.shape[1]
             k_BHSK, v_BHSK = cache.update(k_BHSK, v_BHSK, self.layer)
+            # one of a fixed size gives what is still empty too
+            k_BHSK, v_BHSK = k_BHSK[:, :, :seen], v_BHSK[:, :, :seen]
         if self.shared_by > 1:
             k_BHSK = k_BHSK.repeat_interleave(self.shared_by, dim=1)
             v_BHSK = v_BHSK.repeat_interleave(self.shared_by, dim=1)
@@ -260,14 +266,15 @@ class DNTForCausalLM(PreTrainedModel, GenerationMixin):
         entropy of the tokens that follow.
 
         Args:
-            attention_mask: (B, S), 0 for padding; of the tokens in the cache too.
+            attention_mask: (B, S), 0 for padding; of the tokens in the cache too. Or (B, 1, T, S),
+                as of `scaled_dot_product_attention`.
         """
         x_BTD = self.tok_emb(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
-        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
         length, device = x_BTD.shape[1], x_BTD.device
         if past + length > self.config.context:
             raise ValueError(
