@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 import orjson
 
-from dnt_scale.checkpoint.state import step_of
 from dnt_scale.record import system_metrics
 from dnt_scale.record.files import replace_file
 from dnt_scale.record.metrics_file import NOT_METRICS, Point
@@ -57,7 +56,8 @@ def set_evaluations_aside(run_dir: Path, step: int, aside: Path) -> None:
         lines = file.read_bytes().splitlines(keepends=True)
         replace_file(file, b"".join(line for line in lines if _step_of_line(line) <= step))
     for path in sorted(folder.glob("step-*.json")):
-        if (step_of(path.stem) or 0) > step:
+        digits = path.stem.removeprefix("step-")
+        if digits.isdecimal() and int(digits) > step:
             (aside / EVALUATIONS_FOLDER).mkdir(exist_ok=True)
             path.rename(aside / EVALUATIONS_FOLDER / path.name)
 
