@@ -103,9 +103,14 @@ def table(each: Recipe, name: str, result: Result) -> str:
     there = {words_of(row) for row in rows}
     if begun := [f"{words_of(row)} ({row['runs_missing']})" for row in rows if row["runs_missing"]]:
         lines.append(f"\nRows with runs still missing, and how many: {', '.join(begun)}.")
-    wanted = [variant.words for variant in each.variants(letter, result["steps"])]
-    if left := [words for words in wanted if words not in there]:
-        lines.append(f"\nRows that were not run yet: {', '.join(left)}.")
+    left: dict[str, list[str]] = {}  # optimizers by all else
+    for variant in each.variants(letter, result["steps"]):
+        if variant.words not in there:
+            kind = f"{variant.model}, {variant.steps:,} x {variant.batch}"
+            left.setdefault(kind, []).append(variant.optimizer)
+    if left:
+        lines.append("\nRows that were not run yet:\n")
+        lines += [f"- {kind}: {', '.join(names)}" for kind, names in left.items()]
     for drawn in pictured(name, rows):
         for kind in ("loss", "lr"):
             lines.append(f"\n![{drawn.title}]({PICTURES.name}/{drawn.name}-{kind}.png)")
