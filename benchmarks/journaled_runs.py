@@ -27,7 +27,7 @@ COMMON = [
     "checkpoint.keep=1",
     "tracking.enabled=false",
 ]
-# glibc keeps large blocks: without it a quarter of a small run's time goes to the kernel's pages
+# glibc keeps large blocks: else a quarter of a small run's time goes to the kernel's pages
 KEEP_BLOCKS = {
     "MALLOC_MMAP_THRESHOLD_": str(2**32),
     "MALLOC_TRIM_THRESHOLD_": str(2**33),
@@ -89,7 +89,7 @@ class JournaledRuns:
         folder: of the runs' folders.
         data: a set made by `dnt data prepare` or `dnt data images`.
         again: train what the journal has too, and say where it gives another loss.
-        known: train nothing.
+        known_only: train nothing.
     """
 
     def __init__(
@@ -99,10 +99,10 @@ class JournaledRuns:
         data: Path,
         *,
         again: bool = False,
-        known: bool = False,
+        known_only: bool = False,
     ) -> None:
         self.journal, self.folder, self.data = journal, folder.absolute(), data.absolute()
-        self.again, self.known = again, known
+        self.again, self.known_only = again, known_only
         self.set = prepared_set(data)
         self.commit = git_commit()
         lines = journal.read_text().splitlines() if journal.exists() else []
@@ -134,7 +134,7 @@ class JournaledRuns:
         made_of = [*overrides, *self.set.overrides, *length, *COMMON]
         name = "-".join(re.sub(r"[^\w.]+", "_", str(word)) for word in words)
         known = self._runs.get(frozenset([self.set.id, *made_of]))
-        if known is None and self.known:
+        if known is None and self.known_only:
             raise NotRun(name)
         if known is None or self.again:
             print(f"{name} ...", flush=True)

@@ -84,13 +84,14 @@ class Bench:
         Raises:
             NotRun: the journal has too little of it, and nothing is to be trained.
         """
-        missing: list[NotRun] = []
+        missing = 0
 
         def known(lr: float, decay: float, seed: int) -> dict[str, Any] | None:
+            nonlocal missing
             try:
                 return self.result(variant, lr, decay, seed)
-            except NotRun as name:
-                missing.append(name)
+            except NotRun:
+                missing += 1
                 return None
 
         def loss(lr: float, decay: float) -> float | None:
@@ -121,7 +122,7 @@ class Bench:
             "within_0.05_nats": width.factor if width else None,
             "width_is_cut": bool(width and (width.low_cut or width.high_cut)),
             "runs": [end["run"] for end in ends.values()],
-            "runs_missing": len(missing),
+            "runs_missing": missing,
             "losses_by_seed": losses,
             "losses_by_step": [end["val_losses"] for end in ends.values()],
             "losses_by_decay": {f"{value:g}": by_decay[value] for value in sorted(by_decay)},
@@ -150,7 +151,7 @@ def search(
     """
     found: dict[float, float] = {}
     for power in ORDER:
-        add(found, grid.lr * 2.0**power, lambda lr: loss(lr, grid.decay))
+        add_known(found, grid.lr * 2.0**power, lambda lr: loss(lr, grid.decay))
     for _ in range(MOST_GROWTH):
         if not found:
             return {}, {}
@@ -158,20 +159,22 @@ def search(
         ends = {min(found): min(found) / 2, max(found): max(found) * 2}
         if best not in ends or found[best] == math.inf:
             break
-        if not add(found, ends[best], lambda lr: loss(lr, grid.decay)):
+        if not add_known(found, ends[best], lambda lr: loss(lr, grid.decay)):
             break
     best = lowest(found)
-    decays = {grid.decay: found[best]}
+    decays, at_best = {grid.decay: found[best]}, partial(loss, best)
     if grid.decay:
         for factor in (3, 1 / 3):
             decay = grid.decay
-            while decay == lowest(decays) and add(decays, decay * factor, partial(loss, best)):
+            while decay == lowest(decays) and add_known(decays, decay * factor, at_best):
                 decay *= factor
-        add(decays, 0.0, partial(loss, best))
+        add_known(decays, 0.0, at_best)
     return dict(sorted(found.items())), decays
 
 
-def add(found: dict[float, float], value: float, loss: Callable[[float], float | None]) -> bool:
+def add_known(
+    found: dict[float, float], value: float, loss: Callable[[float], float | None]
+) -> bool:
     """Add a value's loss, if it is known, and return whether it is."""
     known = loss(value)
     if known is not None:
@@ -202,7 +205,7 @@ def train_table(recipe: Recipe, about: str) -> tuple[argparse.Namespace, list[Ro
     """
     options = read_options(recipe, about)
     runs = JournaledRuns(
-        options.journal, options.runs, options.data, again=options.again, known=options.known
+        options.journal, options.runs, options.data, again=options.again, known_only=options.known
     )
     bench = Bench(runs, (options.size, recipe.sizes[options.size]), options.seeds)
     rows_of = recipe.variants(options.table, options.steps)

@@ -155,8 +155,8 @@ def _started(reading: Reading) -> "subprocess.Popen[bytes]":
     return process
 
 
-def serve(asked: IO[bytes], answers: IO[bytes]) -> None:
-    """Answer jobs until there are no more."""
+def serve(asked: IO[bytes], answers: IO[bytes]) -> NoReturn:
+    """Answer jobs until there are no more, and end this process."""
     try:
         reader = ImageReader(Reading.from_json(asked.readline()))
         jobs: Queue[Job | None] = Queue()
@@ -166,11 +166,13 @@ def serve(asked: IO[bytes], answers: IO[bytes]) -> None:
             answers.write(HEADER.pack(rows.nbytes) + rows.tobytes())
             answers.flush()
     except BrokenPipeError:
-        os._exit(0)  # the rank is gone
+        pass  # the rank is gone
     except (ValueError, OSError) as error:
         message = str(error).encode()
-        answers.write(HEADER.pack(-len(message)) + message)
-        answers.flush()
+        with suppress(BrokenPipeError):
+            answers.write(HEADER.pack(-len(message)) + message)
+            answers.flush()
+    os._exit(0)  # the thread may wait for a job still, which Python aborts over when it ends
 
 
 def _take_jobs(asked: IO[bytes], reader: ImageReader, jobs: "Queue[Job | None]") -> None:

@@ -90,6 +90,7 @@ class ImageReader:
 
     def __init__(self, reading: Reading) -> None:
         self.reading = reading
+        self.mixes = bool(reading.augment.mixup or reading.augment.cutmix)
         manifest = load_manifest(reading.folder)
         self.splits = {
             name: SplitReader(reading.folder, manifest, name) for name in manifest.splits
@@ -128,8 +129,7 @@ class ImageReader:
         """Return the positions whose images make the row at one: where the recipe mixes, its
         partner's too, that of position p xor 1.
         """
-        recipe = self.reading.augment
-        return (position, position ^ 1) if recipe.mixup or recipe.cutmix else (position,)
+        return (position, position ^ 1) if self.mixes else (position,)
 
     def _train(self, rows: Rows, positions: tuple[int, ...]) -> None:
         """Fill rows with the images at positions of the training order.
@@ -147,7 +147,7 @@ class ImageReader:
             pixels, label = made[position]
             row["label"] = row["other"] = label
             row["share"] = 1.0
-            if len(self._needed(position)) > 1:
+            if self.mixes:
                 pair = position >> 1
                 both = mixed(
                     made[2 * pair][0], made[2 * pair + 1][0], recipe, draws(seed, pair, MIX)

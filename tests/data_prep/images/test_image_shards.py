@@ -92,7 +92,7 @@ def test_what_is_expected_is_fetched_from_the_disk(tmp_path: Path) -> None:
                 os.fsync(file.fileno())
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         reader.expect(range(0, 96, 2))
-        until(lambda: all(in_cache(*place) for place in places[::2]), 60)
+        until(lambda: all(in_cache(*place) for place in places[::2]))
         reader.paths[0].unlink()
     with contextlib.closing(SplitReader(out, manifest, "train")) as reader:
         reader.expect([0, 95])  # says nothing

@@ -388,6 +388,19 @@ def test_a_damaged_image_is_named(folder: Path, tmp_path: Path, workers: int) ->
         next(stream)
 
 
+def test_a_process_that_found_damage_ends_quietly(
+    folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    found = source(damage(folder, tmp_path / "set"), workers=1)
+    stream = found.stream(seed=0, global_batch=8, rank=0, world_size=1)
+    [process] = stream.read.decoders.processes
+    with stream:
+        with pytest.raises(ValueError, match="is damaged"):
+            next(stream)
+        assert process.wait() == 0
+    assert capfd.readouterr().err == ""
+
+
 def test_a_process_that_ends_is_told_of(folder: Path) -> None:
     stream = source(folder, workers=1).stream(seed=0, global_batch=12, rank=0, world_size=1)
     [process] = stream.read.decoders.processes
