@@ -175,10 +175,14 @@ def add_verify_resume(commands: "argparse._SubParsersAction[Parser]") -> None:
 def add_ui(commands: "argparse._SubParsersAction[Parser]") -> None:
     """Add `dnt ui`."""
     ui = commands.add_parser(
-        "ui", help="open the MLflow page", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        "ui",
+        help="open the MLflow page",
+        description="Serve MLflow's page of the runs below runs/, or of another store, on this "
+        "machine; Ctrl-C ends it.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     ui.add_argument("--uri", type=word, default="sqlite:///runs/mlflow.db", help="MLflow store")
-    ui.add_argument("--port", type=whole(1, 65535), default=5000)
+    ui.add_argument("--port", type=whole(1, 65535), default=5000, help="of the page")
     ui.set_defaults(run=run_ui)
 
 
