@@ -28,5 +28,15 @@ def split(batch: Batch, rows: int) -> list[Batch]:
 
 
 def moved(batch: Batch, device: torch.device) -> Batch:
-    """Return the batch on a device; the host does not wait for the copy."""
-    return each(batch, lambda tensor: tensor.to(device, non_blocking=True))
+    """Return the batch on a device; the host does not wait for the copy, nor for what the device
+    has to do before it.
+    """
+    if device.type == "cpu":
+        return each(batch, lambda tensor: tensor.to(device))
+    # From memory that is not page-locked the driver may wait for the work that is queued.
+    return each(
+        batch,
+        lambda tensor: (tensor if tensor.is_cuda else tensor.pin_memory()).to(
+            device, non_blocking=True
+        ),
+    )
