@@ -76,7 +76,7 @@ def fixed_norms(shards: Sequence[Shard]) -> Iterator[None]:
     for shard, old, new in zip(shards, before, after, strict=True):
         for segment, was, now in zip(shard.segments, old, new, strict=True):
             for part in shard.within(segment):
-                shard.weights[part].mul_(ratio(was, now, shard.weights.dtype))
+                shard.weights[part].mul_(shard.factor(ratio(was, now, shard.weights.dtype)))
 
 
 def _weights(shard: Shard, part: slice) -> Tensor:

@@ -30,9 +30,10 @@ def momentum_step(
     gs = [shard.gradient for shard in shards if shard.gradient is not None]
     vs = [next(iter(shard.buffers.values())) for shard in shards]
     shrink = 1.0 - lr * weight_decay
+    go = shards[0].go
     if ps[0].is_cuda:
         if shrink != 1.0:
-            torch._foreach_mul_(ps, shrink)
+            torch._foreach_mul_(ps, shards[0].factor(shrink))
         torch._fused_sgd_(
             ps,
             gs,
@@ -44,14 +45,18 @@ def momentum_step(
             nesterov=False,
             maximize=False,
             is_first_step=False,
+            found_inf=shards[0].stop,  # the kernel then changes nothing
         )
         return
     large = ps[0].dtype == torch.float32 and sum(p.numel() for p in ps) >= WORTH_COMPILING
-    if large and (update := fused_cpu.load()):
+    if go is None and large and (update := fused_cpu.load()):
         update(ps, vs, gs, momentum, 1.0 - dampening, shrink, lr)
         return
-    torch._foreach_mul_(vs, momentum)
+    if go is not None:
+        gs = [shard.own_gradient(slice(None)) for shard in shards]
+    torch._foreach_mul_(vs, shards[0].factor(momentum))
     torch._foreach_add_(vs, gs, alpha=1.0 - dampening)
     if shrink != 1.0:
-        torch._foreach_mul_(ps, shrink)
-    torch._foreach_add_(ps, vs, alpha=-lr)
+        torch._foreach_mul_(ps, shards[0].factor(shrink))
+    steps = vs if go is None else [shards[0].moving(v) for v in vs]
+    torch._foreach_add_(ps, steps, alpha=-lr)

@@ -94,11 +94,25 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """
         raise NotImplementedError("copy into the buffers in place, then call set_updates")
 
+    @property
+    def skips_on_device(self) -> bool:
+        """Whether ``step`` takes a ``go``: where all of its rules do."""
+        return all(
+            group["algorithm"].skips_on_device and group["update"].skips_on_device
+            for group in self.param_groups
+        )
+
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Update every parameter that has a gradient."""
+    def step(self, closure: None = None, go: Tensor | None = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient.
+
+        Args:
+            go: whether to: a bool scalar on the parameters' device, which the host does not wait
+                for. Where it is false nothing changes, not a bit, whatever the gradients hold.
+        """
+        assert go is None or self.skips_on_device
         for group in self.param_groups:
-            shards = [self._shard(p, p.grad) for p in group["params"] if p.grad is not None]
+            shards = [self._shard(p, p.grad, go=go) for p in group["params"] if p.grad is not None]
             if shards:
                 with fixed_norms(shards) if group["update"].fixed_norm else nullcontext():
                     group["algorithm"].step(shards, group)
@@ -153,7 +167,13 @@ class ShardedOptimizer(torch.optim.Optimizer):
         division = self._division(parameter)
         return [rows_held(segment, division)[1] for segment in self._segments(parameter)]
 
-    def _shard(self, parameter: Tensor, grad: Tensor | None, rounding: int = 0) -> Shard:
+    def _shard(
+        self,
+        parameter: Tensor,
+        grad: Tensor | None,
+        rounding: int = 0,
+        go: Tensor | None = None,
+    ) -> Shard:
         weights = local(parameter)
         flat = weights.view(-1)
         buffers = self.buffers(parameter)
@@ -170,4 +190,5 @@ class ShardedOptimizer(torch.optim.Optimizer):
             segments=self._segments(parameter),
             division=self._division(parameter),
             generator=partial(self._bits.generator, flat.device, *numbers),
+            go=go,
         )

@@ -17,6 +17,18 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def factor(value: float | Tensor, go: Tensor | None, like: Tensor) -> float | Tensor:
+    """Return ``value``, and 1 where ``go`` is false, as a scalar of the dtype of ``like`` on its
+    device.
+    """
+    if go is None:
+        return value
+    if isinstance(value, Tensor):
+        return torch.where(go, value, 1.0)
+    # Filled there: a number that is copied from the host makes it wait.
+    return torch.ones((), dtype=like.dtype, device=like.device).masked_fill_(go, value)
+
+
 def piece_length(tensor: Tensor) -> int:
     """Return how many elements to work on at a time.
 
@@ -38,6 +50,8 @@ class Shard:
         segments: where the model's parameters lie in ``weights``.
         division: the ranks that hold the rest of them; None: nobody else does.
         generator: makes the random bits of this update and this parameter.
+        go: on the device, a bool scalar: whether the step is made. Where it is not, all stays as it
+            is, bit for bit, whatever the gradient holds. None: it is made.
     """
 
     weights: Tensor
@@ -48,6 +62,7 @@ class Shard:
     segments: Sequence[Segment]
     division: Division | None
     generator: Callable[[], torch.Generator]
+    go: Tensor | None = None
 
     @property
     def parts(self) -> list[slice]:
@@ -80,20 +95,44 @@ class Shard:
         """Return a part of a buffer in the weights' dtype; it may be a view: do not change it."""
         return self.buffers[buffer][part].to(self.weights.dtype)
 
+    def factor(self, value: float | Tensor) -> float | Tensor:
+        """Return by what to multiply weights or a buffer: ``value``, and 1 where the step is not
+        made.
+        """
+        return factor(value, self.go, self.weights)
+
+    def moving(self, values: Tensor) -> Tensor:
+        """Return what weights move against: ``values``, and 0 where the step is not made."""
+        return values if self.go is None else torch.where(self.go, values, 0.0)
+
+    def own_gradient(self, part: slice) -> Tensor:
+        """Return a part of the gradient, and -0 where the step is not made, which added to any
+        number leaves it; it may be a view: do not change it.
+        """
+        assert self.gradient is not None
+        found = self.gradient[part]
+        return found if self.go is None else torch.where(self.go, found, -0.0)
+
+    @property
+    def stop(self) -> Tensor | None:
+        """The contrary of ``go`` as torch's fused kernels take it: an fp32 scalar, 1 to change
+        nothing.
+        """
+        return None if self.go is None else self.go.logical_not().float()
+
     def pieces(self) -> Iterator[tuple[Tensor, ...]]:
         """Yield (weights, gradient, each buffer) of one piece after the other.
 
         Weights and buffers may be changed in place. A buffer that is stored in bf16 comes as an
         fp32 copy, which is rounded back when the next piece is asked for.
         """
-        assert self.gradient is not None
         dtype = self.weights.dtype
         rounded = any(buffer.dtype != dtype for buffer in self.buffers.values())
         generator = self.generator() if rounded else None
         for part in self.parts:
             stored = [buffer[part] for buffer in self.buffers.values()]
             working = [buffer.to(dtype) for buffer in stored]
-            yield self.weights[part], self.gradient[part], *working
+            yield self.weights[part], self.own_gradient(part), *working
             for buffer, values in zip(stored, working, strict=True):
                 if buffer.dtype != dtype:
                     assert generator is not None

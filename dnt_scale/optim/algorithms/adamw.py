@@ -23,6 +23,7 @@ class AdamWConfig(Algorithm):
 
     counters: ClassVar[tuple[str, ...]] = ("step",)
     state_name: ClassVar[str] = "moments"
+    skips_on_device: ClassVar[bool] = True
 
     algorithm: Literal["adamw"]
     betas: tuple[Beta, Beta] = (0.9, 0.95)
@@ -60,6 +61,7 @@ class AdamWConfig(Algorithm):
             eps=self.eps,
             weight_decay=group["weight_decay"],
             fused=True,  # one pass over memory, on CPU as on CUDA
+            found_inf=shards[0].stop,  # the kernel then changes nothing
             amsgrad=False,
             maximize=False,
         )

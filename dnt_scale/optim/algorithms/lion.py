@@ -9,7 +9,7 @@ it, so there is no way to do without a gradient buffer.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 @OPTIMIZERS.register
 class LionConfig(Algorithm):
     """Sign of an interpolation between momentum and gradient, with decoupled weight decay."""
+
+    skips_on_device: ClassVar[bool] = True
 
     algorithm: Literal["lion"]
     betas: tuple[Beta, Beta] = (0.9, 0.99)
@@ -49,5 +51,6 @@ class LionConfig(Algorithm):
         for shard in shards:
             for p, g, m in shard.pieces():
                 c = m.mul(b1).add_(g, alpha=1 - b1)
-                p.mul_(1 - lr * group["weight_decay"]).add_(c.sign_(), alpha=-lr)
-                m.mul_(b2).add_(g, alpha=1 - b2)
+                p.mul_(shard.factor(1 - lr * group["weight_decay"]))
+                p.add_(shard.moving(c.sign_()), alpha=-lr)
+                m.mul_(shard.factor(b2)).add_(g, alpha=1 - b2)

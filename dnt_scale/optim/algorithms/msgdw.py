@@ -28,6 +28,7 @@ class MSGDWConfig(Algorithm):
     """Momentum SGD with decoupled weight decay."""
 
     takes_updates: ClassVar[bool] = True
+    skips_on_device: ClassVar[bool] = True
 
     algorithm: Literal["msgdw"]
     momentum: float = Field(0.9, ge=0, lt=1)
@@ -62,25 +63,33 @@ class MSGDWConfig(Algorithm):
         else:
             super().step(shards, group)
 
-    def accumulate(self, momentum: "Tensor", gradient: "Tensor", *, first: bool) -> None:
+    def accumulate(
+        self,
+        momentum: "Tensor",
+        gradient: "Tensor",
+        *,
+        first: bool,
+        go: "Tensor | None" = None,
+    ) -> None:
+        from dnt_scale.optim.shards import factor
+
         if first:
-            momentum.mul_(self.momentum)
+            momentum.mul_(factor(self.momentum, go, momentum))
         momentum.add_(gradient, alpha=1.0 - self.dampening)
 
     def move(self, shards: Sequence["Shard"], group: Group) -> None:
         if group["weight_decay"] > 0:
             for shard in shards:
-                shard.weights.mul_(1.0 - group["lr"] * group["weight_decay"])
+                shard.weights.mul_(shard.factor(1.0 - group["lr"] * group["weight_decay"]))
         group["update"].move(shards, self._nesterov if self.nesterov else _momentum, group["lr"])
 
     def _nesterov(self, shard: "Shard", part: slice) -> "Tensor":
-        assert shard.gradient is not None
-        kept = shard.gradient[part].to(shard.weights.dtype) * (1.0 - self.dampening)
-        return kept.add_(shard.read("momentum_buffer", part), alpha=self.momentum)
+        kept = shard.own_gradient(part).to(shard.weights.dtype) * (1.0 - self.dampening)
+        return shard.moving(kept.add_(shard.read("momentum_buffer", part), alpha=self.momentum))
 
 
 def _momentum(shard: "Shard", part: slice) -> "Tensor":
-    return shard.read("momentum_buffer", part)
+    return shard.moving(shard.read("momentum_buffer", part))
 
 
 def _of_one_dtype(shard: "Shard") -> bool:

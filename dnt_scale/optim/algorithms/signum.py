@@ -8,7 +8,7 @@ step. The momentum is a sum of gradients, so it goes without a gradient buffer t
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 @OPTIMIZERS.register
 class SignumConfig(Algorithm):
     """Sign of the momentum, with decoupled weight decay."""
+
+    skips_on_device: ClassVar[bool] = True
 
     algorithm: Literal["signum"]
     momentum: Beta = 0.9
@@ -42,9 +44,18 @@ class SignumConfig(Algorithm):
         """Every element moves by lr: adamw.py."""
         return Powers(width=-0.5, batch=0.5)
 
-    def accumulate(self, momentum: "Tensor", gradient: "Tensor", *, first: bool) -> None:
+    def accumulate(
+        self,
+        momentum: "Tensor",
+        gradient: "Tensor",
+        *,
+        first: bool,
+        go: "Tensor | None" = None,
+    ) -> None:
+        from dnt_scale.optim.shards import factor
+
         if first:
-            momentum.mul_(self.momentum)
+            momentum.mul_(factor(self.momentum, go, momentum))
         momentum.add_(gradient, alpha=1 - self.momentum)
 
     def move(self, shards: Sequence["Shard"], group: Group) -> None:
@@ -52,4 +63,5 @@ class SignumConfig(Algorithm):
         for shard in shards:
             for part in shard.parts:
                 p, m = shard.weights[part], shard.read("momentum_buffer", part)
-                p.mul_(1 - lr * group["weight_decay"]).add_(m.sign(), alpha=-lr)
+                p.mul_(shard.factor(1 - lr * group["weight_decay"]))
+                p.add_(shard.moving(m.sign()), alpha=-lr)

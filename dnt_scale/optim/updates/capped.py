@@ -10,7 +10,7 @@ little.
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 @UPDATES.register
 class Capped(UpdateRule):
     """Bound the root mean square of a tensor's step."""
+
+    skips_on_device: ClassVar[bool] = True
 
     update: Literal["capped"]
     limit: float = Field(gt=0, description="of the root mean square of a tensor's step")

@@ -17,7 +17,7 @@ bf16, and some very slow.
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
@@ -37,6 +37,8 @@ EPS = 1e-7
 @UPDATES.register
 class Orthogonalized(UpdateRule):
     """Orthogonalize the direction of a matrix by Newton-Schulz steps."""
+
+    skips_on_device: ClassVar[bool] = True
 
     update: Literal["orthogonalized"]
     scale: Literal["tall", "adamw", "rms"] = Field(

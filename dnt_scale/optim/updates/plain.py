@@ -1,7 +1,7 @@
 """The plain step of any tensor: p <- p - lr d."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from dnt_scale.config.optim import UPDATES, Powers
 from dnt_scale.optim.update_rule import Direction, UpdateRule
@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 @UPDATES.register
 class Plain(UpdateRule):
     """Step by the direction itself."""
+
+    skips_on_device: ClassVar[bool] = True
 
     update: Literal["plain"] = "plain"
 

@@ -29,6 +29,7 @@ class RowAdaptive(UpdateRule):
     row_buffers: ClassVar[tuple[str, ...]] = ("row_square",)
     counters: ClassVar[tuple[str, ...]] = ("row_step",)
     needs_gradient: ClassVar[bool] = True
+    skips_on_device: ClassVar[bool] = True
 
     update: Literal["row_adaptive"]
     square_beta: Beta = Field(0.95, description="of the running mean of a row's squares")
@@ -46,16 +47,17 @@ class RowAdaptive(UpdateRule):
         from dnt_scale.optim.norms import row_norms
 
         for shard in shards:
-            count = shard.counters["row_step"].add_(1)
+            count = shard.counters["row_step"].add_(1 if shard.go is None else shard.go)
             unbiased = 1.0 - self.square_beta ** count.double()
             for segment, v_R in zip(shard.segments, shard.row_buffers["row_square"], strict=True):
                 means_R = row_norms(shard, segment, _gradient).square() / segment.shape[1]
-                v_R.mul_(self.square_beta).add_(means_R, alpha=1.0 - self.square_beta)
-                steps_R = lr / ((v_R / unbiased).sqrt() + self.eps)
+                v_R.mul_(shard.factor(self.square_beta))
+                v_R.add_(means_R, alpha=1.0 - self.square_beta)
+                # Before a first update there is nothing to divide by.
+                steps_R = shard.moving(lr / ((v_R / unbiased).sqrt() + self.eps))
                 for rows, _, p_RC, d_RC in shard.by_rows(segment, direction):
                     p_RC.addcmul_(d_RC, steps_R[rows, None], value=-1.0)
 
 
 def _gradient(shard: "Shard", part: slice) -> "Tensor":
-    assert shard.gradient is not None
-    return shard.gradient[part]
+    return shard.own_gradient(part)

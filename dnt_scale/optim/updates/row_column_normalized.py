@@ -9,7 +9,7 @@ round of the normalization by rows and columns of SinkGD (arXiv 2502.06742), whi
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from dnt_scale.config.optim import UPDATES, Powers
 from dnt_scale.optim.update_rule import Direction, UpdateRule
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 @UPDATES.register
 class RowColumnNormalized(UpdateRule):
     """Divide the direction by the root of its rows' and columns' mean squares."""
+
+    skips_on_device: ClassVar[bool] = True
 
     update: Literal["row_column_normalized"]
 

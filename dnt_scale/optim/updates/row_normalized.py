@@ -9,7 +9,7 @@ weight is one output unit, of an embedding one token.
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 @UPDATES.register
 class RowNormalized(UpdateRule):
     """Divide each row of the direction by its L2 norm."""
+
+    skips_on_device: ClassVar[bool] = True
 
     update: Literal["row_normalized"]
     tall_factor: bool = Field(

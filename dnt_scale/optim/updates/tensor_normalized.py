@@ -8,7 +8,7 @@ changes in a step.
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from dnt_scale.config.optim import UPDATES, Powers
 from dnt_scale.optim.update_rule import Direction, UpdateRule
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 @UPDATES.register
 class TensorNormalized(UpdateRule):
     """Divide the direction of a tensor by its root mean square."""
+
+    skips_on_device: ClassVar[bool] = True
 
     update: Literal["tensor_normalized"]
 
