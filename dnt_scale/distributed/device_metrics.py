@@ -1,9 +1,10 @@
 """Metrics measured on the device: one line where they arise, read where the host waits anyway.
 
 Whoever computes during a step may record a scalar: the model, the engine, the optimizer, a hook
-before the step. What is recorded until the host waits for the step's loss travels with the loss
-(``engine.reductions.read_over_ranks``), so it makes the host wait for the device no more often.
-What is recorded after that, in the update, costs one wait.
+before the step. What is recorded until the step is judged travels with the loss
+(``engine.reductions.with_recorded``), so it makes the host wait for the device no more often. What
+is recorded after that, in the update, takes a sum over ranks of its own, and where the host waits
+in each step, one wait more.
 """
 
 from collections.abc import Iterator

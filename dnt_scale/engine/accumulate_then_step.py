@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dnt_scale.engine.reductions import squared_norms
-from dnt_scale.optim.clipping import Bound, factors
+from dnt_scale.optim.clipping import Bound, factors, late_factors
 from dnt_scale.optim.sharded_optimizer import ShardedOptimizer
 
 if TYPE_CHECKING:
@@ -20,6 +20,8 @@ class GradientStrategy(Protocol):
 
     # Whether copies of the model sum gradients after each micro-batch, or after the last only.
     sum_copies_each_time: bool
+    # Whether a step can be judged and skipped on the device (`update_late`), the host ahead of it.
+    skips_on_device: bool
 
     def before_step(self, backward: Callable[[], tuple[float, float]]) -> None:
         """Prepare a step; ``backward`` runs its micro-batches and returns loss and norm."""
@@ -39,6 +41,19 @@ class GradientStrategy(Protocol):
 
     def update(self, factor: float, grad_norm: float) -> None:
         """Change the weights by ``factor`` times the gradient."""
+        ...
+
+    def late_grad_norm(self, squares: Tensor) -> Tensor:
+        """Do as ``grad_norm`` does on the device, of float64 (n,), with ``skips_on_device``."""
+        ...
+
+    def update_late(self, factor: Tensor, go: Tensor) -> None:
+        """Do as ``update`` does where ``go``, a bool scalar on the device, is true; else nothing.
+        With ``skips_on_device``.
+
+        Args:
+            factor: a float64 scalar on the device.
+        """
         ...
 
     def scalars(self) -> dict[str, float]:
@@ -65,6 +80,8 @@ class AccumulateThenStep:
         self.parts = parts
         self.bounds = bounds  # of clipping by group; empty: the judge's factor is all there is
         self.bounded: Sequence[float] = ()  # squared norms of each, of the last backward
+        self.late_bounded: Sequence[Tensor] = ()  # the same on the device
+        self.skips_on_device = optimizer.skips_on_device
 
     def before_step(self, backward: Callable[[], tuple[float, float]]) -> None:
         pass
@@ -88,6 +105,19 @@ class AccumulateThenStep:
             part.rows.grad = part.grad
         self.optimizer.step()
 
+    def late_grad_norm(self, squares: Tensor) -> Tensor:
+        whole, *self.late_bounded = squares.unbind()
+        return whole.sqrt()
+
+    @torch.no_grad()
+    def update_late(self, factor: Tensor, go: Tensor) -> None:
+        scale_late(
+            self._grads(), late_factors(self.bounds, self.late_bounded, factor, len(self.parts))
+        )
+        for part in self.parts:
+            part.rows.grad = part.grad
+        self.optimizer.step(go=go)
+
     def scalars(self) -> dict[str, float]:
         return {}
 
@@ -96,6 +126,17 @@ class AccumulateThenStep:
 
     def _grads(self) -> list[Tensor]:
         return [part.grad for part in self.parts]
+
+
+def scale_late(
+    gradients: Sequence[Tensor], factors: Sequence[tuple[Sequence[int], Tensor]]
+) -> None:
+    """Multiply gradients in place, those of some places by a factor: a float64 scalar where they
+    are. The host waits for nothing.
+    """
+    for places, factor in factors:
+        chosen = [gradients[place] for place in places]
+        torch._foreach_mul_(chosen, factor.to(chosen[0].dtype))
 
 
 def scale(gradients: Sequence[Tensor], factors: Sequence[float]) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from dnt_scale.checkpoint.tensor_shards import AVERAGE, WEIGHT, TensorShard
 from dnt_scale.engine.base import Engine, Judge, StepStats
@@ -26,6 +27,7 @@ class AveragingEngine:
     def __init__(self, engine: Engine, decay: float) -> None:
         self.engine = engine
         self.decay = decay
+        self.begun = False  # whether an update is known to have been made since a refresh
         held = [shard for shard in engine.shards() if shard.name.startswith(WEIGHT)]
         self.weights = [shard.data for shard in held]
         self.averages = [
@@ -42,8 +44,15 @@ class AveragingEngine:
 
     def train_step(self, batch: Batch, judge: Judge) -> StepStats:
         stats = self.engine.train_step(batch, judge)
-        if not stats.skipped and self.weights:
-            self._follow(first=self.engine.scalars()["updates"] == 1)
+        if not self.weights:
+            return stats
+        if self.begun and stats.go is not None:  # Nobody waits for whether it was skipped.
+            self._follow_late(stats.go)
+            return stats
+        updates = self.engine.scalars()["updates"]
+        if not stats.skipped:
+            self._follow(first=updates == 1)
+        self.begun = updates > 0
         return stats
 
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
@@ -62,6 +71,7 @@ class AveragingEngine:
         return self.engine.scalars()
 
     def refresh(self, scalars: Mapping[str, float]) -> None:
+        self.begun = False
         self.engine.refresh(scalars)
 
     def close(self) -> None:
@@ -76,6 +86,13 @@ class AveragingEngine:
             torch._foreach_copy_(averages, self.weights)
         else:
             torch._foreach_lerp_(averages, self.weights, 1 - self.decay)
+
+    @torch.no_grad()
+    def _follow_late(self, go: Tensor) -> None:
+        """Follow where ``go``, a bool scalar on the device, is true."""
+        for shard, weights in zip(self.averages, self.weights, strict=True):
+            followed = torch.lerp(shard.data, weights, 1 - self.decay)
+            shard.data.copy_(torch.where(go, followed, shard.data))
 
     @torch.no_grad()
     def _exchange(self) -> None:

@@ -1,12 +1,13 @@
 """What the training loop asks of an engine. The loop knows nothing of FSDP or ZeRO."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Protocol
+from functools import cached_property
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
 from dnt_scale.checkpoint.tensor_shards import TensorShard
+from dnt_scale.engine.late import Limits
 from dnt_scale.model.batch import Batch
 
 # (mean loss, norm of the whole gradient) -> what the gradient is multiplied by; 0.0: skip the step.
@@ -14,18 +15,94 @@ from dnt_scale.model.batch import Batch
 Judge = Callable[[float, float], float]
 
 
-@dataclass(frozen=True)
-class StepStats:
-    """One optimizer step, the same values on every rank."""
+@runtime_checkable
+class LateJudge(Protocol):
+    """A `Judge` that can also say beforehand what it goes by.
+
+    An engine on a device that the host is ahead of judges by that there, and the host reads of the
+    step, and what was made of it, later (`StepStats`).
+    """
+
+    def __call__(self, loss: float, grad_norm: float) -> float:
+        """Judge as a `Judge` does; for engines that wait, and where ``limits`` returns None."""
+        ...
+
+    def limits(self) -> Limits | None:
+        """Return what the step is judged by; None: it has to be called. Between backward and update
+        one of the two is called, once.
+        """
+        ...
+
+
+class Numbers(NamedTuple):
+    """What the host knows of a step once it has waited for it, the same on every rank."""
 
     loss: float  # mean over the targets of the global batch that count
     grad_norm: float  # of the whole gradient, before clipping
-    lr: float  # of the default parameter group
     # the judge said so: weights and momentum are as before (without a gradient buffer: the weights)
     skipped: bool
-    # what was recorded during the step (distributed/device_metrics.py), by name: scalars, on the
-    # host where they came with the loss, on the device where they were measured after it
-    metrics: Mapping[str, Tensor] = field(default_factory=dict)
+    # what was recorded during the step (distributed/device_metrics.py), by name: numbers, or
+    # scalars; on the host where they came with the loss, else maybe on the device still
+    metrics: Mapping[str, Tensor | float]
+
+
+class StepStats:
+    """One optimizer step, the same values on every rank.
+
+    Attributes:
+        lr: of the default parameter group.
+        go: on the device, where the step was judged there: a bool scalar, whether it was not
+            skipped. None: the host knows.
+
+    Args:
+        numbers: the rest, or how to wait for it; the first look at any of it does that.
+        arrived: whether that look would wait for nothing.
+    """
+
+    def __init__(
+        self,
+        lr: float,
+        numbers: Numbers | Callable[[], Numbers],
+        go: Tensor | None = None,
+        arrived: Callable[[], bool] = lambda: True,
+    ) -> None:
+        self.lr = lr
+        self.go = go
+        self.arrived = arrived
+        self._numbers = numbers
+
+    @cached_property
+    def numbers(self) -> Numbers:
+        """Return what the host may have to wait for."""
+        return self._numbers() if callable(self._numbers) else self._numbers
+
+    @property
+    def loss(self) -> float:
+        """See `Numbers`."""
+        return self.numbers.loss
+
+    @property
+    def grad_norm(self) -> float:
+        """See `Numbers`."""
+        return self.numbers.grad_norm
+
+    @property
+    def skipped(self) -> bool:
+        """See `Numbers`."""
+        return self.numbers.skipped
+
+    @property
+    def metrics(self) -> Mapping[str, Tensor | float]:
+        """See `Numbers`."""
+        return self.numbers.metrics
+
+    def __eq__(self, other: object) -> bool:
+        """Compare all that a step tells, and wait for it."""
+        if not isinstance(other, StepStats):
+            return NotImplemented
+        return (self.lr, self.numbers) == (other.lr, other.numbers)
+
+    __hash__ = None  # type: ignore[assignment]
 
 
 class Engine(Protocol):
@@ -36,7 +113,8 @@ class Engine(Protocol):
     def train_step(self, batch: Batch, judge: Judge) -> StepStats:
         """One optimizer step on this rank's rows of the global batch.
 
-        ``judge`` is called once, between the backward pass and the update.
+        ``judge`` is called once, between the backward pass and the update; of a `LateJudge` it may
+        be asked for its ``limits`` instead, and the numbers of the step come late.
         """
         ...
 

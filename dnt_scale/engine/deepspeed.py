@@ -20,7 +20,7 @@ from dnt_scale.config import DeepSpeedEngineConfig, RunConfig, Spans
 from dnt_scale.config.deepspeed_json import JSON, deepspeed_json
 from dnt_scale.distributed.process_group import Ranks
 from dnt_scale.engine.accumulate_then_step import scale
-from dnt_scale.engine.base import Judge, StepStats
+from dnt_scale.engine.base import Judge, Numbers, StepStats
 from dnt_scale.engine.parallelize import prepare_blocks
 from dnt_scale.engine.reductions import (
     EvalSums,
@@ -212,9 +212,8 @@ class DeepSpeedEngine:
             self.zero.drop()
         self.step += 1
         metrics |= recorded_over_ranks(self.ranks.device)
-        return StepStats(
-            mean_loss, grad_norm, self.optimizer.defaults["lr"] * lr_factor, not factor, metrics
-        )
+        lr = self.optimizer.defaults["lr"] * lr_factor
+        return StepStats(lr, Numbers(mean_loss, grad_norm, not factor, metrics))
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:

@@ -17,10 +17,17 @@ from dnt_scale.checkpoint.tensor_shards import TensorShard
 from dnt_scale.config import RunConfig, Spans, TorchEngineConfig
 from dnt_scale.distributed.process_group import Ranks
 from dnt_scale.engine.accumulate_then_step import AccumulateThenStep, GradientStrategy
-from dnt_scale.engine.base import Judge, StepStats
+from dnt_scale.engine.base import Judge, LateJudge, Numbers, StepStats
+from dnt_scale.engine.late import Late, Limits
 from dnt_scale.engine.momentum_in_backward import MomentumInBackward
 from dnt_scale.engine.parallelize import parallelize
-from dnt_scale.engine.reductions import EvalSums, over_ranks, read_over_ranks, recorded_over_ranks
+from dnt_scale.engine.reductions import (
+    EvalSums,
+    means_by_name,
+    over_ranks,
+    recorded_over_ranks,
+    with_recorded,
+)
 from dnt_scale.model.batch import Batch, moved, split
 from dnt_scale.model.task import LossModule, Task, blank_buffers, fill_buffers
 from dnt_scale.optim.build import build_optimizer
@@ -119,6 +126,13 @@ class FSDPEngine:
     keeps more than its own rows of the gradient between them; the sum over copies is made once a
     step, with the last. What becomes of them is a strategy's: `AccumulateThenStep`, or
     `MomentumInBackward` with ``optim.gradient_buffer: false``.
+
+    On CUDA a step that a `LateJudge` knows the limits of is judged there, and nothing between its
+    first kernel and the next step's waits for the device. What the host has to know of it, whether
+    it counts as an update, is read once the next backward is handed out, or when somebody asks.
+
+    Attributes:
+        judges_late: whether it does so.
     """
 
     def __init__(
@@ -151,26 +165,72 @@ class FSDPEngine:
                 shards,
                 ranks.device,
             )
+        self.judges_late = (
+            ranks.device.type == "cuda"
+            and self.gradients.skips_on_device
+            and parts[0].rows.device == ranks.device
+        )
+        self.unread: Late | None = None  # loss, norm and factor of a step that may be no update
 
     def train_step(self, batch: Batch, judge: Judge) -> StepStats:
         lr_factor = self.schedule.factor(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * lr_factor
         self.optimizer.updates = self.updates
-        self.gradients.before_step(lambda: self._backward(batch)[:2])
-        loss, grad_norm, metrics = self._backward(batch)
-
-        factor = judge(loss, grad_norm)
-        if factor:
-            self.gradients.update(factor, grad_norm)
-            self.updates += 1
+        self.gradients.before_step(lambda: self._read(*self._backward(batch))[:2])
+        sums = self._backward(batch)
+        lr = self.optimizer.defaults["lr"] * lr_factor
+        limits = judge.limits() if self.judges_late and isinstance(judge, LateJudge) else None
+        stats = self._step_late(limits, lr, *sums) if limits else self._step(judge, lr, *sums)
         for part in self.parts:
             part.parameter.grad = part.rows.grad = None
         self.step += 1
+        return stats
+
+    def _step(
+        self, judge: Judge, lr: float, sums: Tensor, recorded: Tensor, names: list[str]
+    ) -> StepStats:
+        """Wait for a step's numbers, have it judged, and update the weights."""
+        loss, grad_norm, metrics = self._read(sums, recorded, names)
+        factor = judge(loss, grad_norm)
+        self._count_update()
+        if factor:
+            self.optimizer.updates = self.updates
+            self.gradients.update(factor, grad_norm)
+            self.updates += 1
         metrics |= recorded_over_ranks(self.ranks.device)
-        return StepStats(
-            loss, grad_norm, self.optimizer.defaults["lr"] * lr_factor, not factor, metrics
-        )
+        return StepStats(lr, Numbers(loss, grad_norm, not factor, metrics))
+
+    def _step_late(
+        self, limits: Limits, lr: float, sums: Tensor, recorded: Tensor, names: list[str]
+    ) -> StepStats:
+        """Judge a step on the device, and update the weights where the verdict is to."""
+        self._count_update()
+        self.optimizer.updates = self.updates
+        loss, grad_norm = sums[0], self.gradients.late_grad_norm(sums[1:])
+        factor = limits.factor(loss, grad_norm)
+        means = means_by_name(recorded, names)
+        # Before the update, which reading it is not to wait for.
+        read = self.unread = Late(torch.stack([loss, grad_norm, factor, *means.values()]))
+        go = factor > 0
+        self.gradients.update_late(factor, go)
+        after = recorded_over_ranks(self.ranks.device)
+        read_after = Late(torch.stack([*after.values()])) if after else None
+
+        def numbers() -> Numbers:
+            loss, grad_norm, factor, *measured = read.read()
+            later = read_after.read() if read_after else []
+            metrics = dict(zip([*means, *after], [*measured, *later], strict=True))
+            return Numbers(loss, grad_norm, not factor, metrics)
+
+        last = read_after or read
+        return StepStats(lr, numbers, go, lambda: last.arrived)
+
+    def _count_update(self) -> None:
+        """Read whether the last step was an update, where that is not known yet."""
+        if self.unread:
+            self.updates += self.unread.read()[2] > 0
+            self.unread = None
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
@@ -219,12 +279,14 @@ class FSDPEngine:
         ]
 
     def scalars(self) -> dict[str, float]:
+        self._count_update()
         counted = {"step": float(self.step), "updates": float(self.updates)}
         return counted | self.gradients.scalars()
 
     def refresh(self, scalars: Mapping[str, float]) -> None:
         # the weights themselves are gathered anew from the shards by the next forward
         self.step, self.updates = int(scalars["step"]), int(scalars["updates"])
+        self.unread = None
         self.optimizer.set_updates(self.updates)
         self.gradients.refresh(scalars)
 
@@ -233,10 +295,9 @@ class FSDPEngine:
         del self.model, self.optimizer, self.parts, self.gradients
         gc.collect()  # parameters and FSDP2's hooks on them refer to each other
 
-    def _backward(self, batch: Batch) -> tuple[float, float, dict[str, Tensor]]:
-        """Return the mean loss, the gradient's norm and what was recorded, of all ranks.
-
-        The host waits for the device once, at the end.
+    def _backward(self, batch: Batch) -> tuple[Tensor, Tensor, list[str]]:
+        """Return the mean loss with squares of norms, and what was recorded, of all ranks: as
+        `with_recorded` does. The host waits for nothing.
         """
         assert isinstance(self.model, FSDPModule)
         device = self.ranks.device
@@ -254,8 +315,15 @@ class FSDPEngine:
             loss_sum += micro_loss.detach()
         squares = self.gradients.norm_squares().to(device)
         totals = torch.cat([(loss_sum / targets)[None], squares / self.replicas])
-        (loss, *whole_squares), metrics = read_over_ranks(totals, device)
-        return loss, self.gradients.grad_norm(whole_squares), metrics
+        return with_recorded(totals, device)
+
+    def _read(
+        self, sums: Tensor, recorded: Tensor, names: list[str]
+    ) -> tuple[float, float, dict[str, Tensor]]:
+        """Wait for what ``_backward`` returned: the loss, the gradient's norm, the metrics."""
+        host = torch.cat([sums, recorded]).cpu()
+        loss, *squares = host[: len(sums)].tolist()
+        return loss, self.gradients.grad_norm(squares), means_by_name(host[len(sums) :], names)
 
 
 def blockwise(parts: Iterable[ParameterShard], task: Task) -> list[list[ParameterShard]]:

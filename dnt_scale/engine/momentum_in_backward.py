@@ -35,6 +35,8 @@ class MomentumInBackward:
     """
 
     sum_copies_each_time = True  # a gradient that is freed cannot be summed over copies later
+    # The next backward needs the last norm, and random bits that are a function of the updates.
+    skips_on_device = False
 
     def __init__(
         self,
@@ -109,6 +111,12 @@ class MomentumInBackward:
         """Move the weights by the momentum; ``factor`` comes too late, clipping was done before."""
         self.optimizer.apply()
         self.previous_norm = grad_norm
+
+    def late_grad_norm(self, squares: Tensor) -> Tensor:
+        raise NotImplementedError("see skips_on_device")
+
+    def update_late(self, factor: Tensor, go: Tensor) -> None:
+        raise NotImplementedError("see skips_on_device")
 
     def scalars(self) -> dict[str, float]:
         return {"previous_norm": self.previous_norm}

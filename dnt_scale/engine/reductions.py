@@ -33,7 +33,9 @@ def over_ranks(values: Tensor, device: torch.device) -> Tensor:
     """The sum over all ranks of ``values``, whose shape it has: float64, on ``device``. A
     collective.
     """
-    total = values.detach().to(device, torch.float64, copy=True)
+    # What the host counted goes to the device without a wait for the work that is queued there.
+    wide, from_host = values.detach().double(), values.device.type == "cpu"
+    total = wide.to(device, copy=True, non_blocking=from_host)
     dist.all_reduce(total)
     return total
 
@@ -63,6 +65,26 @@ class EvalSums:
         return {name: value / targets for name, value in zip(self.totals, sums, strict=True)}
 
 
+def with_recorded(values: Tensor, device: torch.device) -> tuple[Tensor, Tensor, list[str]]:
+    """Return the sums over all ranks of ``values``, of shape (n,), and of the metrics that were
+    recorded until now. A collective, one for all of them.
+
+    Returns:
+        The sums, float64 (n,); of each metric its sum and count, float64 (2 metrics,), both on the
+        device; and the metrics' names.
+    """
+    names, recorded = device_metrics.take(device)
+    own = values.detach().to(device, torch.float64)
+    totals = over_ranks(torch.cat([own, recorded.flatten()]), device)
+    return totals[: len(own)], totals[len(own) :], names
+
+
+def means_by_name(sums: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+    """Return the metrics of ``with_recorded``: float64 scalars, where their sums are."""
+    pairs = sums.view(-1, 2)
+    return dict(zip(names, (pairs[:, 0] / pairs[:, 1]).unbind(), strict=True))
+
+
 def read_over_ranks(values: Tensor, device: torch.device) -> tuple[list[float], dict[str, Tensor]]:
     """Return the sums over all ranks of ``values``, of shape (n,), and the metrics that were
     recorded until now.
@@ -72,11 +94,9 @@ def read_over_ranks(values: Tensor, device: torch.device) -> tuple[list[float], 
     Returns:
         The sums, and the means by name: float64 scalars on the host, the same on every rank.
     """
-    names, recorded = device_metrics.take(device)
-    own = values.detach().to(device, torch.float64)
-    totals = over_ranks(torch.cat([own, recorded.flatten()]), device).cpu()
-    means = totals[len(own) :].view(-1, 2)
-    return totals[: len(own)].tolist(), dict(zip(names, means[:, 0] / means[:, 1], strict=True))
+    sums, recorded, names = with_recorded(values, device)
+    totals = torch.cat([sums, recorded]).cpu()
+    return totals[: len(sums)].tolist(), means_by_name(totals[len(sums) :], names)
 
 
 def recorded_over_ranks(device: torch.device) -> dict[str, Tensor]:
@@ -88,5 +108,4 @@ def recorded_over_ranks(device: torch.device) -> dict[str, Tensor]:
     names, recorded = device_metrics.take(device)
     if not names:
         return {}
-    totals = over_ranks(recorded, device)
-    return dict(zip(names, (totals[:, 0] / totals[:, 1]).unbind(), strict=True))
+    return means_by_name(over_ranks(recorded, device), names)

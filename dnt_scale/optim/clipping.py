@@ -3,6 +3,9 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
+from torch import Tensor
+
 from dnt_scale.config import OptimizerConfig
 from dnt_scale.optim.groups import group_labels
 
@@ -62,4 +65,22 @@ def factors(
         if square > bound.clip_norm**2:
             for place in bound.members:
                 found[place] = min(judged, bound.clip_norm / square**0.5)
+    return found
+
+
+def late_factors(
+    bounds: Sequence[Bound], squares: Sequence[Tensor], judged: Tensor, count: int
+) -> list[tuple[list[int], Tensor]]:
+    """Return what ``factors`` does on the device: places of parameters, and a float64 scalar that
+    the gradients there are multiplied by. The host waits for nothing.
+
+    Args:
+        squares, judged: float64 scalars on the device.
+    """
+    bounded = {place for bound in bounds for place in bound.members}
+    rest = [place for place in range(count) if place not in bounded]
+    found = [(rest, judged)] if rest else []
+    for bound, square in zip(bounds, squares, strict=True):
+        own = torch.minimum(judged, torch.full_like(square, bound.clip_norm) / square.sqrt())
+        found.append((bound.members, torch.where(square > bound.clip_norm**2, own, judged)))
     return found

@@ -58,6 +58,8 @@ class Training:
     signals: list[int] = field(default_factory=list)  # that this rank got and that end a run
     stopped_by: int = 0  # the signal that ends the run on all ranks; 0: none
     unwritten: OSError | None = None  # why the last line of metrics.jsonl could not be written
+    unread: "Step | None" = None  # the last step, while its numbers are on their way to the host
+    read_at: float = 0.0  # when the host had a step's numbers last, of time.perf_counter
     outcome: Status = "FAILED"  # until it is known to be better
 
     @property
@@ -113,7 +115,10 @@ class Step:
     first_row: int  # of its global batch, in the training sequence
     last: bool  # the run's last one
     stats: StepStats
-    metrics: Metrics  # its line of metrics.jsonl, to which a hook before ``records`` may add
+    started: float  # of time.perf_counter
+    # its line of metrics.jsonl, to which a hook before ``records`` may add; loss and the like come
+    # with the numbers of the step
+    metrics: Metrics
     writing: bool = False  # whether any rank still writes an earlier checkpoint
     saved: bool = False  # whether a checkpoint of this step was begun
 

@@ -3,7 +3,10 @@ last ones were.
 
 1. ``Guard.judge`` (engine.base.Judge) is called between backward and update. What it decides
    depends on nothing but the loss, the gradient norm and those of earlier steps, which are equal on
-   all ranks: they decide alike, unasked.
+   all ranks: they decide alike, unasked. On a device that the host is ahead of, ``Guard.limits``
+   are asked for in its place; the same verdict is found there, and here by ``judge`` once loss and
+   norm have come, before the next step's limits are asked for. Not so with rollbacks, which the
+   host has to do before the next step begins.
 2. A loss or norm that is not finite is bad. So is a spike (``health.spike``): more than
    ``spike_sigmas`` standard deviations above the mean of the last ``spike_window`` good steps, once
    there are half as many; OLMo-core's SkipStepOptimizer reads the same two values. Bad steps do not
@@ -30,6 +33,7 @@ from torch import Tensor
 from dnt_scale.config import HealthSection
 from dnt_scale.distributed.errors import AgreedError
 from dnt_scale.engine.base import Engine
+from dnt_scale.engine.late import Limits
 
 Action = Literal["skip", "clip", "rollback"]
 
@@ -94,6 +98,24 @@ class Guard:
             return factor
         return self.bad.factor
 
+    @property
+    def judges_late(self) -> bool:
+        """Whether a step may be judged by ``limits``, and ``judge`` called once the host has its
+        numbers; else ``judge`` has to be called before the update.
+        """
+        return self.health.spike != "rollback"
+
+    def limits(self) -> Limits:
+        """Return what ``judge`` goes by now."""
+        clip_norm = math.inf if self.clip_norm is None else self.clip_norm
+        above = self._limits() if self.health.spike != "off" else {}
+        usual = self._usual() if above and self.health.spike == "clip" else None
+        return Limits(clip_norm, usual=usual, **above)
+
+    def _usual(self) -> float:
+        """Return the mean of the window's norms."""
+        return math.fsum(self.norms) / len(self.norms)
+
     def _judge(self, loss: float, grad_norm: float, clipped: float) -> BadStep | None:
         spike = self.health.spike
         limits = {} if spike == "off" else self._limits()
@@ -115,7 +137,7 @@ class Guard:
             " and ".join({"loss": "loss", "grad_norm": "gradient"}[name] for name in above)
             + " spike"
         )
-        usual = math.fsum(self.norms) / len(self.norms)
+        usual = self._usual()
         factor = 0.0
         if spike == "clip":
             factor = min(clipped, usual / grad_norm) if grad_norm > usual else clipped

@@ -10,6 +10,8 @@ from dnt_scale.train.spike_guard import HopelessRun
 class BadSteps(Hook):
     """Lets the guard, which has judged the step, act on it (:mod:`dnt_scale.train.spike_guard`)."""
 
+    reads_numbers = True
+
     def after_step(self, run: Training, step: Step) -> None:
         """Tell of a bad step, write down where its rows lie, and undo it where that is asked for.
 

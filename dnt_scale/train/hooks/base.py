@@ -1,5 +1,7 @@
 """What a hook is: something that a run does beside its steps, at moments of its choice."""
 
+from typing import ClassVar
+
 from dnt_scale.train.setup import Step, Training
 
 
@@ -10,7 +12,15 @@ class Hook:
     round. What a hook raises ends the run; an error that only one rank may meet has to be agreed on
     first (``distributed.agree``), or the others wait for that rank in their next collective until
     the watchdog ends them all.
+
+    On CUDA the host is ahead of the device, and has a step's loss, norm and verdict only once it
+    waits for them: at the first look at ``step.stats.loss`` and its like, or while the next step's
+    backward is at work. ``after_step`` of a hook that ``reads_numbers`` is called then, before the
+    next step's ``before_update``; ``run.state`` is still that after the step.
     """
+
+    # Whether the hook acts on the loss, norm or verdict of every step, so that it comes late.
+    reads_numbers: ClassVar[bool] = False
 
     def before_training(self, run: Training) -> None:
         """Act once, when all parts of the run are made."""
@@ -27,6 +37,12 @@ class Hook:
 
     def after_step(self, run: Training, step: Step) -> None:
         """Act after a step; ``run.state`` is that after it."""
+
+    def waits_after(self, run: Training, number: int) -> bool:
+        """Say whether the hook is going to wait for the device after step ``number``: then all act
+        in their order at once. The same on all ranks.
+        """
+        return False
 
     def after_training(self, run: Training) -> None:
         """Act once after the step that ends the run, its last or a signal's; not after an error."""

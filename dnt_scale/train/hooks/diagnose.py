@@ -78,6 +78,10 @@ class Diagnose(Hook):
         every = run.config.diagnose.every
         return bool(every) and (run.state.step + 1) % every == 0
 
+    def waits_after(self, run: Training, number: int) -> bool:
+        """Say so of a step that is measured."""
+        return self.before is not None
+
     def before_step(self, run: Training) -> None:
         """Keep the weights of a step that is measured."""
         if self.due(run):

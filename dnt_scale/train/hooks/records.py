@@ -10,10 +10,12 @@ from dnt_scale.train.setup import Step, Training
 class Records(Hook):
     """Reports every step, and ends the record with the run's outcome."""
 
+    reads_numbers = True
+
     def after_step(self, run: Training, step: Step) -> None:
         """Write and show the step's line, with what was measured on the device during the step."""
-        # Scalars that came with the loss are here; for one measured in the update the host waits.
-        step.metrics |= {name: value.item() for name, value in step.stats.metrics.items()}
+        # What came with the loss is here; for what was measured in the update the host may wait.
+        step.metrics |= {name: float(value) for name, value in step.stats.metrics.items()}
         run.report(step.metrics)
 
     def close(self, run: Training) -> None:

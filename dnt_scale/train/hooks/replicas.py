@@ -12,8 +12,12 @@ class ReplicaChecks(Hook):
         """Compare what the run starts with."""
         check_replicas(run.ranks, run.engine.shards(), run.engine.scalars())
 
+    def waits_after(self, run: Training, number: int) -> bool:
+        """Say so where it compares."""
+        every = run.config.health.check_every
+        return bool(every) and number % every == 0
+
     def after_step(self, run: Training, step: Step) -> None:
         """Compare where it is due."""
-        every = run.config.health.check_every
-        if every and step.number % every == 0:
+        if self.waits_after(run, step.number):
             check_replicas(run.ranks, run.engine.shards(), run.engine.scalars())

@@ -14,6 +14,10 @@ class StageBegins(Hook):
         """Take the micro-batch of the stage that the run is in."""
         run.engine.micro_batch = run.stage.run.train.micro_batch
 
+    def waits_after(self, run: Training, number: int) -> bool:
+        """Say so of a stage's last step: the guard forgets it too."""
+        return number == run.stages.at(number - 1).span.end
+
     def before_step(self, run: Training) -> None:
         """Take the stage's micro-batch, tell of it, and let the guard forget the stage before: its
         losses and norms say little of other data and batches.

@@ -15,9 +15,17 @@ class Validation(Hook):
                 metrics = validation(run.config, run.engine, run.source, run.ranks)
             run.report(metrics)
 
+    def due(self, run: Training, number: int) -> bool:
+        """Say whether to validate after step ``number``."""
+        every = run.config.eval.every
+        return bool(every) and (number % every == 0 or number == run.total_steps)
+
+    def waits_after(self, run: Training, number: int) -> bool:
+        """Say so where it validates."""
+        return self.due(run, number)
+
     def after_step(self, run: Training, step: Step) -> None:
         """Add the held-out rows' loss to the step's line."""
-        every = run.config.eval.every
-        if every and (step.number % every == 0 or step.last):
+        if self.due(run, step.number):
             with run.clock.spending("eval"):
                 step.metrics |= validation(run.config, run.engine, run.source, run.ranks)
