@@ -187,3 +187,13 @@ def test_where_a_verdict_cannot_be_late_it_is_not(made_up, tmp_path):
             run_dir = tmp_path / f"{name}-{late}"
             call(train_late, tiny(made_up, run_dir, *overrides), BAD, late).ok()
         assert left_by(tmp_path / f"{name}-True") == left_by(tmp_path / f"{name}-False")
+
+
+def test_a_later_stage_is_judged_without_the_steps_before_it(made_up, tmp_path):
+    for name, late in (("usual", False), ("late", True)):
+        overrides = [*RUN, "train.stages.second.after_step=10", "train.stages.second.lr_factor=0.5"]
+        bad = {9: NAN, 10: NAN, 11: SPIKE, 15: SPIKE}
+        call(train_late, tiny(made_up, tmp_path / name, *overrides), bad, late).ok()
+    assert left_by(tmp_path / "late") == left_by(tmp_path / "usual")
+    skipped = [line["step"] for line in metrics(tmp_path / "late") if line.get("skipped")]
+    assert skipped == [9, 10]  # a window with a spike in it finds no other
