@@ -24,7 +24,7 @@ from dnt_scale.config import ConfigError, RunConfig, TorchEngineConfig
 from dnt_scale.config.engine import copies_of
 from dnt_scale.distributed.errors import AgreedError
 from dnt_scale.distributed.process_group import Ranks
-from dnt_scale.model import documents
+from dnt_scale.model import cpu_ops, documents
 from dnt_scale.model.task import LossModule, Task
 
 _aten = torch.ops.aten
@@ -32,6 +32,7 @@ _aten = torch.ops.aten
 # and CUDA
 KEPT_OPS = [
     *documents.OPERATIONS,
+    *cpu_ops.OPERATIONS,
     _aten.mm.default,
     _aten.addmm.default,
     _aten.bmm.default,
