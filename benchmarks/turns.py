@@ -7,7 +7,6 @@ what it measured; meanwhile the others wait. `Turns` is the process's end, `Cont
 
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -18,6 +17,8 @@ from functools import wraps
 from typing import Any
 
 import torch
+
+from testbed.peak import peak_kb
 
 PIPES = "DNT_BENCH_PIPES"  # the numbers of the two ends that a process has, to read and to write
 PHASES = ("data wait", "forward", "loss", "backward", "optimizer", "communication", "host")
@@ -119,8 +120,7 @@ def peak_memory() -> float:
     """Return the most GB (1e9 bytes) that were allocated on the GPU, or resident on a CPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most * (1 if sys.platform == "darwin" else 1024) / 1e9
+    return peak_kb() * 1024 / 1e9
 
 
 class Contender:
