@@ -80,7 +80,7 @@ def let_threads_sleep() -> None:
 
     To be called before torch is imported. By default they spin, and beside other work a thread that
     spins takes the processor from the one it waits for: with two threads on two busy cores a small
-    product took 2 to 30 times as long (docs/lab-log.md).
+    product took 1.3 to 32 times as long (docs/lab-log.md).
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
