@@ -7,6 +7,7 @@ Importing it loads neither torch nor mlflow: each module imports what it uses.
 import sys
 
 if sys.argv[:1] == ["-m"]:  # python -m dnt_scale.train, before anything else is imported
-    from dnt_scale.startup import leave_folder_out
+    from dnt_scale.startup import leave_folder_out, let_threads_sleep
 
     leave_folder_out()
+    let_threads_sleep()

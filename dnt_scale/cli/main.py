@@ -20,6 +20,7 @@ def main(arguments: list[str] | None = None) -> int:
     """
     if arguments is None:  # a process of its own
         startup.leave_folder_out()
+        startup.let_threads_sleep()
         output.guard(shows=True)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

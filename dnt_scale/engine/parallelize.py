@@ -24,7 +24,8 @@ from dnt_scale.config import ConfigError, RunConfig, TorchEngineConfig
 from dnt_scale.config.engine import copies_of
 from dnt_scale.distributed.errors import AgreedError
 from dnt_scale.distributed.process_group import Ranks
-from dnt_scale.model import documents
+from dnt_scale.engine import compiled
+from dnt_scale.model import cpu_ops, documents
 from dnt_scale.model.task import LossModule, Task
 
 _aten = torch.ops.aten
@@ -32,6 +33,7 @@ _aten = torch.ops.aten
 # and CUDA
 KEPT_OPS = [
     *documents.OPERATIONS,
+    *cpu_ops.OPERATIONS,
     _aten.mm.default,
     _aten.addmm.default,
     _aten.bmm.default,
@@ -63,9 +65,12 @@ def prepare_blocks(task: Task, config: RunConfig) -> None:
     engine's.
 
     ``block.forward`` is replaced in place: parameters keep their names, and hooks stay outside of
-    what is recomputed and compiled. Blocks of equal shapes share one compilation.
+    what is recomputed and compiled. Blocks of equal shapes share one compilation; rows of another
+    shape are compiled anew, for kernels of any shape are slower.
     """
     chosen = config.engine.activation_checkpointing
+    if config.engine.compile:
+        compiled.prepare()
     for index, block in enumerate(task.blocks):
         forward = block.forward
         # a block draws no random numbers (see Task), so no generator's state need be kept
@@ -79,7 +84,7 @@ def prepare_blocks(task: Task, config: RunConfig) -> None:
         elif chosen == "full" or (isinstance(chosen, int) and index % chosen == 0):
             forward = recomputed
         if config.engine.compile:
-            forward = torch.compile(forward, fullgraph=True)
+            forward = torch.compile(forward, fullgraph=True, dynamic=False)
         block.forward = forward
 
 

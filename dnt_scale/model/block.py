@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from dnt_scale.config import Activation, BlockSection, Setting
 from dnt_scale.model.cache import LayerCache
+from dnt_scale.model.cpu_ops import Linear, rms_norm
 from dnt_scale.model.documents import Documents, attention
 from dnt_scale.model.rotary import rotated
 
@@ -74,7 +75,7 @@ class Norm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.layernorm:
             return F.layer_norm(x, (self.size,), self.gain, self.bias, self.eps)
-        return F.rms_norm(x, (self.size,), self.gain, self.eps)
+        return rms_norm(x, self.gain, self.eps)
 
 
 def norm_if(wanted: bool, size: int, config: BlockSection) -> nn.Module:
@@ -98,10 +99,10 @@ class Attention(nn.Module):
         self.head_size = size
         self.shared_by = config.heads // kv_heads  # heads of queries for one of keys
         self.causal = causal
-        self.w_q = nn.Linear(config.width, config.heads * size, bias=config.bias)
-        self.w_k = nn.Linear(config.width, kv_heads * size, bias=config.bias)
-        self.w_v = nn.Linear(config.width, kv_heads * size, bias=config.bias)
-        self.w_o = nn.Linear(config.heads * size, config.width, bias=config.bias)
+        self.w_q = Linear(config.width, config.heads * size, bias=config.bias)
+        self.w_k = Linear(config.width, kv_heads * size, bias=config.bias)
+        self.w_v = Linear(config.width, kv_heads * size, bias=config.bias)
+        self.w_o = Linear(config.heads * size, config.width, bias=config.bias)
         qk_norm = SETTINGS[config.setting].qk
         self.norm_q = norm_if(qk_norm, size, config)
         self.norm_k = norm_if(qk_norm, size, config)
@@ -158,9 +159,9 @@ class FeedForward(nn.Module):
         super().__init__()
         hidden = config.sizes.ffn
         self.activation, gated = ACTIVATIONS[config.activation]
-        self.w_1 = nn.Linear(config.width, hidden, bias=config.bias)
-        self.w_2 = nn.Linear(hidden, config.width, bias=config.bias)
-        self.w_3 = nn.Linear(config.width, hidden, bias=config.bias) if gated else None
+        self.w_1 = Linear(config.width, hidden, bias=config.bias)
+        self.w_2 = Linear(hidden, config.width, bias=config.bias)
+        self.w_3 = Linear(config.width, hidden, bias=config.bias) if gated else None
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         hidden = self.activation(self.w_1(x_BTD))

@@ -49,8 +49,10 @@ class Division:
         return turn % dist.get_world_size(self.group) == dist.get_rank(self.group)
 
     def sum(self, values: Tensor) -> Tensor:
-        """Return the sum over these ranks of ``values``, whose shape it has. A collective."""
-        if not dist.is_initialized():
+        """Return the sum over these ranks of ``values``, whose shape it has; of one rank itself. A
+        collective.
+        """
+        if not dist.is_initialized() or dist.get_world_size(self.group) == 1:
             return values
         total = values.to(self.device or values.device, copy=True)
         dist.all_reduce(total, group=self.group)

@@ -124,6 +124,8 @@ def run_rank(
     try:
         rank, _, _ = process_group.environment()
         ranks = process_group.start(run.run.device, run.health.hang_s)
+        if ranks.device.type == "cpu":
+            startup.keep_memory()
         with (
             watching(ranks, run.health.hang_s, telling(run.run.dir)),
             only_writer(run, ranks, check_no_job),

@@ -116,3 +116,48 @@ def test_what_lies_there_is_not_imported(tmp_path: Path) -> None:
     prepared = subprocess.run([*command, *sizes], capture_output=True, text=True)
     assert prepared.returncode == 0, prepared.stderr
     assert (tmp_path / "made" / "manifest.json").exists()
+
+
+def test_threads_sleep_unless_a_user_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    startup.let_threads_sleep()
+    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    startup.let_threads_sleep()
+    assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
+
+
+def test_it_is_said_before_torch_is_there() -> None:
+    told = "print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
+    start = "import os, sys; sys.argv = ['-m']; import dnt_scale"
+    env = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    done = subprocess.run(
+        [sys.executable, "-c", f"{start}; {told}"],
+        env=env,
+        cwd=HERE,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.split() == ["PASSIVE", "False"], done.stderr
+
+
+BLOCKS = """
+import resource
+from dnt_scale.startup import keep_memory
+keep_memory()
+for turn in range(4):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    bytearray(b"x") * (64 << 20)
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(faults)
+"""
+
+
+@pytest.mark.skipif(not hasattr(startup._libc, "mallopt"), reason="malloc is not glibc's")
+@pytest.mark.parametrize(("malloc", "kept"), [({}, True), ({"MALLOC_ARENA_MAX": "8"}, False)])
+def test_memory_that_was_freed_is_there_for_the_next(malloc: dict[str, str], kept: bool) -> None:
+    env = {name: value for name, value in os.environ.items() if "MALLOC" not in name} | malloc
+    done = subprocess.run(
+        [sys.executable, "-c", BLOCKS], env=env, cwd=HERE, capture_output=True, text=True
+    )
+    assert (int(done.stdout) < 1000) is kept, done.stdout + done.stderr

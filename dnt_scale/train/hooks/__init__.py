@@ -3,6 +3,7 @@
 from dnt_scale.train.hooks.agreement import Agreement
 from dnt_scale.train.hooks.bad_steps import BadSteps
 from dnt_scale.train.hooks.base import Hook
+from dnt_scale.train.hooks.compilation import Compilation
 from dnt_scale.train.hooks.diagnose import Diagnose
 from dnt_scale.train.hooks.eval_tasks import EvalTasks
 from dnt_scale.train.hooks.garbage import GarbageCollection
@@ -25,6 +26,7 @@ HOOKS: tuple[type[Hook], ...] = (
     TensorRMS,  # before every measure.every-th step: how large weights and optimizer buffers are
     Diagnose,  # every diagnose.every steps: tails of gradients, sizes of updates, by tensor
     Records,  # the step's line in metrics.jsonl, from there in MLflow, and what a person sees
+    Compilation,  # after the first step: how long torch.compile took
     Predictions,  # after a validation: a few images with what they are taken for, as a picture
     BadSteps,  # tells of a step unlike the last ones, undoes it, ends a run that has too many
     Agreement,  # the one exchange of a step: signals, writers at work, a line that was not written

@@ -305,8 +305,10 @@ def test_blocks_are_compiled_once_for_any_documents(path, monkeypatch) -> None:
         given = [x_BTD, *block.parameters()]
         ours = with_gradients(compiled(x_BTD, found), given)
         plain = with_gradients(block(x_BTD, Documents(found.begin_BT)), given)
+        # where every token is alone, those of queries and keys are 0 but for rounding
+        rounding = 1e-6 * max(other.norm() for other in plain)
         for one, other in zip(ours, plain, strict=True):
-            assert (one - other).norm() <= 1e-5 * other.norm()
+            assert (one - other).norm() <= 1e-5 * other.norm() + rounding
     assert backend.frame_count == 1
 
 

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dnt_scale.distributed import process_group
-from dnt_scale.optim.segments import Segment
+from dnt_scale.optim.segments import Division, Segment
 from testbed.run import call
 from tests.helpers.optimizers import new_msgdw
 
@@ -130,3 +130,14 @@ def test_large_rows_are_worked_on_in_pieces() -> None:
     )
     head = gradient[start:1000]
     torch.testing.assert_close(flat[: len(head)], values[start:1000] - 0.05 * head / head.norm())
+
+
+def test_one_rank_waits_for_no_collective(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*given: object, **named: object) -> None:
+        raise AssertionError("a rank sums alone")
+
+    monkeypatch.setattr(dist, "all_reduce", refused)
+    values = torch.arange(3.0)
+    assert torch.equal(Division().sum(values), values)
+    with process_group.alone():
+        assert torch.equal(Division().sum(values), values)
