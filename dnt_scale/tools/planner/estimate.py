@@ -10,6 +10,7 @@ from typing import Literal
 
 from dnt_scale import config
 from dnt_scale.config import ConfigError, ModelConfig, RunConfig
+from dnt_scale.config.hardware import Hardware
 from dnt_scale.tools import memory_plan
 from dnt_scale.tools.planner.goodput import (
     GPU_HOURS_A_FAILURE,
@@ -18,7 +19,7 @@ from dnt_scale.tools.planner.goodput import (
     goodput,
     storage_seconds,
 )
-from dnt_scale.tools.planner.machine import GB, Machine
+from dnt_scale.tools.planner.machine import GB, Machine, gpu_machine
 from dnt_scale.tools.planner.search import (
     Choice,
     best,
@@ -50,6 +51,28 @@ class Rival:
     held: int  # bytes of a rank between backward and update, as the run is sharded
     peak: int
     fewest_ranks: int | None
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What a submission tells of a plan."""
+
+    asked: Choice
+    best: Choice | None  # None: nothing fits
+    mfu: float | None
+
+
+def outlook(
+    run: RunConfig, hardware: Hardware, nodes: int, gpus_per_node: int, seq_len: int
+) -> Outlook | None:
+    """Return a plan in short, of a run that need not fit; None where it cannot be planned."""
+    compiled = run.engine.compile
+    machine = gpu_machine(hardware, nodes, gpus_per_node, run.train.dtype, compiled=compiled)
+    if not is_language_model(run) or not is_legal(run, machine):
+        return None
+    asked = evaluate(run, machine, seq_len)
+    share = mfu(run, machine, asked.units_per_s, seq_len)
+    return Outlook(asked, best(run, machine, seq_len), share)
 
 
 @dataclass(frozen=True)

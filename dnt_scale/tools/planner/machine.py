@@ -7,7 +7,7 @@ from dnt_scale.config.hardware import Hardware
 GB = 1e9
 # The two numbers that are fitted, to the published runs of benchmarks/plan_accuracy.py: what large
 # matmuls reach of the data sheet's peak in training, and other operations of the memory's.
-MATMUL_EFFICIENCY = 0.70
+MATMUL_EFFICIENCY = 0.65
 MEMORY_EFFICIENCY = 0.80
 # Assumed, and not fitted.
 LINK_EFFICIENCY = 0.8  # of collectives of many megabytes
@@ -24,7 +24,7 @@ class Rates:
     matmul: float
     attention: float
     norms: float
-    pointwise: float
+    pointwise: float  # measured: of all that a block does beside its products and norms
     loss: float
     copy: float  # of optimizers, casts and copies
     update: float  # FLOP/s of the products of an orthogonalized update: in fp32 on CPUs

@@ -124,8 +124,8 @@ def _deepspeed(run: RunConfig, world_size: int, nodes: int, c: int) -> _Beside:
 
     Stage 1 in bf16 adds each gradient to its fp32 sum at once. In stages 1 and 2 gradients
     otherwise wait in a bucket of ``reduce_bucket_size`` numbers of the compute dtype, which
-    backward makes, and are summed in fp32; in stage 2 those of other ranks' parts are there too until
-    the bucket is full. Stage 3 keeps such a bucket in fp32 all the time, and a
+    backward makes, and are summed in fp32; in stage 2 those of other ranks' parts are there too
+    until the bucket is full. Stage 3 keeps such a bucket in fp32 all the time, and a
     model of less than ``stage3_max_reuse_distance`` weights gathered.
     """
     assert isinstance(run.engine, DeepSpeedEngineConfig)

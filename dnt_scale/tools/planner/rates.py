@@ -20,17 +20,21 @@ from torch import Tensor, nn
 
 from dnt_scale.config import ConfigError, ModelConfig, RunConfig
 from dnt_scale.config.hardware import hardware_of
-from dnt_scale.model.block import ACTIVATIONS, Norm
+from dnt_scale.model.block import Block, Norm
 from dnt_scale.model.dnt import cross_entropy_sum
 from dnt_scale.model.documents import attention
+from dnt_scale.model.rotary import table
+from dnt_scale.optim.updates.orthogonalized import newton_schulz
 from dnt_scale.tools import memory_plan
 from dnt_scale.tools.planner.machine import GB, Machine, Rates
+from dnt_scale.tools.planner.step_time import STEPS, newton_schulz_flops
 from dnt_scale.tools.planner.work import (
     ATTENTION_BACKWARD,
     ATTENTION_FORWARD,
     BACKWARD,
     FP32,
     Sizes,
+    pointwise_bytes,
     sizes_of,
 )
 
@@ -175,10 +179,9 @@ def measure(
         of_head = _norm(model, sizes.head, device, dtype)
         for width in (sizes.queries, sizes.keys):
             norming += timer.both(of_head, inputs(tokens, width // sizes.head, sizes.head))
-    activation, _ = ACTIVATIONS[model.activation]
-    acting = timer.both(activation, inputs(tokens, sizes.ffn))
-    adding = timer.both(torch.add, inputs(tokens, sizes.width), inputs(tokens, sizes.width))
-    moved = c * tokens * (5.0 * sizes.ffn + 6 * sizes.width)
+    whole = timer.both(*_block(model, rows, length, device, dtype))
+    # never less than a tenth of the block: what is timed apart may take longer than inside of it
+    others = max(0.1 * whole, whole - block - attending - norming)
     targets = torch.zeros(rows, length, dtype=torch.int64, device=device)
     losing = timer.both(
         lambda logits: cross_entropy_sum(logits, targets), inputs(rows, length, model.vocab_rows)
@@ -190,13 +193,27 @@ def measure(
         matmul=matmul / (model.layers * block + head),
         attention=pairs * (ATTENTION_FORWARD + ATTENTION_BACKWARD) / attending,
         norms=5.0 * c * tokens * sum(sizes.norm_widths) / norming,
-        pointwise=moved / (acting + adding),
+        pointwise=tokens * pointwise_bytes(model, c) / others,
         loss=tokens * model.vocab_rows * (20.0 + cast) / losing,
         copy=2.0 * FP32 * COPIED / timer.once(lambda: target.copy_(source)),
         update=_update_rate(sizes, device, timer),
         call_s=timer.once(lambda: [small.add_(1.0) for _ in range(100)]) / 100,
         measured=True,
     )
+
+
+def _block(
+    model: ModelConfig, rows: int, length: int, device: torch.device, dtype: torch.dtype
+) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+    """Return a block as a function of its input, and an input."""
+    block = Block(model).to(device, dtype)
+    for weight in block.parameters():
+        nn.init.normal_(weight, std=0.02)
+    rotary = None
+    if model.positions == "rope":
+        rotary = table(model.rope, model.sizes.head, length).unsqueeze(-2).to(device, torch.float32)
+    x_BTD = torch.randn(rows, length, model.width, device=device, dtype=dtype, requires_grad=True)
+    return lambda x: block(x, None, None, rotary), x_BTD
 
 
 def _norm(model: ModelConfig, size: int, device: torch.device, dtype: torch.dtype) -> Norm:
@@ -207,10 +224,14 @@ def _norm(model: ModelConfig, size: int, device: torch.device, dtype: torch.dtyp
 
 
 def _update_rate(sizes: Sizes, device: torch.device, timer: "_Timer") -> float:
-    """Return the FLOP/s of Newton-Schulz steps' products: bf16 on a GPU, else fp32."""
+    """Return the FLOP/s of Newton-Schulz steps, those of a square matrix and of W_1 together: bf16
+    on a GPU, else fp32.
+    """
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    matrix = torch.randn(sizes.width, sizes.ffn, device=device, dtype=dtype)
-    return 2.0 * sizes.width**2 * sizes.ffn / timer.once(lambda: matrix @ matrix.T)
+    shapes = ((sizes.width, sizes.width), (sizes.ffn, sizes.width))
+    matrices = [torch.randn(shape, device=device, dtype=dtype) for shape in shapes]
+    seconds = timer.once(lambda: [newton_schulz(matrix, STEPS) for matrix in matrices])
+    return sum(newton_schulz_flops(shape, STEPS) for shape in shapes) / seconds
 
 
 class _Timer:
@@ -238,9 +259,11 @@ class _Timer:
         result = work(*inputs)
         gradient = torch.ones_like(result)
 
+        weights = list(work.parameters()) if isinstance(work, nn.Module) else []
+
         def run() -> None:
             work(*inputs).backward(gradient)
-            for each in inputs:
+            for each in (*inputs, *weights):
                 each.grad = None
 
         return self.once(run)

@@ -24,6 +24,7 @@ from dnt_scale.tools.planner.work import work_of
 HIDES = {"zero0": 0.0, "zero1": 0.0, "zero2": 0.0}
 HIDES_ELSE = 0.9
 NEWTON_SCHULZ = "orthogonalized"
+STEPS = 5  # the default of the rule
 
 
 @dataclass(frozen=True)
@@ -174,18 +175,23 @@ def copied_bytes(run: RunConfig, machine: Machine) -> float:
     return passes * (4 * part + 5 * c * whole) + (c + 12) * whole + 12 * part
 
 
+def newton_schulz_flops(shape: tuple[int, ...], steps: int) -> float:
+    """Return the FLOPs to orthogonalize a matrix: 4 R^2 C + 2 R^3 a step, R the fewer of rows and
+    columns.
+    """
+    few, many = sorted(shape)
+    return float(steps * (4 * few**2 * many + 2 * few**3))
+
+
 def optimizer_seconds(run: RunConfig, machine: Machine) -> float:
     """Return the seconds of the gradient's norm and of the update: 16 + 2 b bytes a weight that a
-    rank holds, b those of its buffers; and for each orthogonalized matrix of R rows and C columns,
-    R the fewer, five times 4 R^2 C + 2 R^3 FLOPs, which the ranks of a copy share.
+    rank holds, b those of its buffers; and Newton-Schulz steps, which the ranks of a copy share.
     """
     shards = _shards(run, machine)
     held = memory_plan.parameters_of(run.model) / shards
     buffers = memory_plan.memory(run, machine.ranks, machine.nodes).buffers
     moved = 16 * held + 2 * buffers
-    flops = sum(
-        5 * (4 * min(shape) ** 2 * max(shape) + 2 * min(shape) ** 3) for shape in _matrices(run)
-    )
+    flops = sum(newton_schulz_flops(shape, STEPS) for shape in _matrices(run))
     return moved / machine.rates.copy + flops / shards / machine.rates.update
 
 

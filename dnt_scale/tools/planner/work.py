@@ -113,18 +113,24 @@ def work_of(run: RunConfig, rows: int, seq_len: int, compute_bytes: int) -> Work
     passes = layers + 0.4 * light
     widths = sum(sizes.norm_widths)
     norms = 5.0 * compute_bytes * tokens * (widths * passes + 2 * model.width)
-    moved = (13 if sizes.gated else 5) * sizes.ffn + 12 * sizes.width
-    if model.positions == "rope":
-        moved += 8 * (sizes.queries + sizes.keys)
     cast = 2 * compute_bytes + 8 if compute_bytes < FP32 else 0
     return Work(
         matmul,
         attention,
         norms,
-        float(compute_bytes * tokens * moved) * passes,
+        float(tokens * pointwise_bytes(model, compute_bytes)) * passes,
         float(tokens * model.vocab_rows * (20 + cast)),
         operations=passes * _operations(sizes) + 20,
     )
+
+
+def pointwise_bytes(model: ModelConfig, compute_bytes: int) -> int:
+    """Return what a block's activations, residuals and rotary positions move a token."""
+    sizes = sizes_of(model)
+    moved = (13 if sizes.gated else 5) * sizes.ffn + 12 * sizes.width
+    if model.positions == "rope":
+        moved += 8 * (sizes.queries + sizes.keys)
+    return compute_bytes * moved
 
 
 def _operations(sizes: Sizes) -> int:
