@@ -145,7 +145,9 @@ def test_the_peak_is_within_a_tenth_of_what_is_measured(case: str) -> None:
 @settings(max_examples=10, deadline=None)
 @given(power=st.integers(0, 8), more=st.integers(1, 3))
 def test_more_gpus_are_faster_and_hold_no_more_each(engine: str, power: int, more: int) -> None:
-    """With a batch that grows as they do, from 8 to 4,096 and beyond."""
+    """With a batch that grows as they do, from 8 to 4,096 and beyond. What each computes stays;
+    only the optimizer's work and the casts of shards become less.
+    """
     small, large = 1 << power, 1 << (power + more)
     found = []
     for nodes in (small, large):
@@ -153,7 +155,12 @@ def test_more_gpus_are_faster_and_hold_no_more_each(engine: str, power: int, mor
         found.append(evaluate(run, h100s(nodes), 1024))
     assert found[1].units_per_s > found[0].units_per_s
     assert found[1].peak.held.total() <= found[0].peak.held.total()
-    assert found[1].units_per_s <= 1.01 * (large / small) * found[0].units_per_s
+    shared = ("optimizer", "copies")
+    before, after = (
+        math.fsum(seconds for part, seconds in each.time.parts.items() if part not in shared)
+        for each in found
+    )
+    assert after >= before * (1 - 1e-9)
 
 
 @pytest.mark.parametrize("nodes", [1, 8, 64, 512])
