@@ -8,6 +8,8 @@ from dnt_scale.config import ConfigError, RunConfig
 from dnt_scale.config.hardware import hardware_names, load_hardware
 
 if TYPE_CHECKING:
+    import torch
+
     from cluster.cluster_config import ClusterConfig
     from dnt_scale.tools.planner.machine import Machine
 
@@ -28,7 +30,19 @@ def load_run(overrides: list[str], *, gpus: bool) -> RunConfig:
     }
     missing = [] if "preset" in given else [k for k in NAMELESS if k not in given]
     run = config.load([*(f"{key}={NAMELESS[key]}" for key in missing), *overrides])
-    return compute_dtype.expected(run, gpus)
+    if gpus or run.train.dtype != "auto":
+        return compute_dtype.expected(run, gpus)
+    # for ranks as this machine is, what they would choose
+    best = compute_dtype.faster(compute_dtype.bf16_cost(device_of(run)))
+    return compute_dtype.with_dtype(run, best)
+
+
+def device_of(run: RunConfig) -> "torch.device":
+    """Return the device of this machine that a rank would take."""
+    import torch
+
+    cuda = run.run.device != "cpu" and torch.cuda.is_available()
+    return torch.device("cuda", 0) if cuda else torch.device("cpu")
 
 
 def row_length(run: RunConfig) -> tuple[int, str]:
@@ -72,11 +86,14 @@ def machine_for(
             run.train.dtype,
             compiled=run.engine.compile,
         )
-    from dnt_scale.distributed import process_group
     from dnt_scale.tools.planner import rates
 
-    with process_group.alone() as ranks:
-        device = ranks.device
+    device = device_of(run)
+    if site is not None and site.gpus_per_node and device.type == "cpu":
+        raise ConfigError(
+            f"--gpu: cluster.gpus_per_node is {site.gpus_per_node}; say which GPU, "
+            f"{', '.join(hardware_names())} or a file"
+        )
     found = rates.measured(run, seq_len, device, again=again)
     if found is None:
         raise ConfigError(

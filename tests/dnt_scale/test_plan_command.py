@@ -113,6 +113,7 @@ def test_one_line_for_what_cannot_be(capsys: pytest.CaptureFixture[str]) -> None
     )
     said = refused(capsys, "model=dnt_llama_70b", "--gpu", "a100", "engine=ddp")
     assert re.search(r"it needs at least \d+ ranks, \d+ nodes of 8", said)
+    assert "cluster.gpus_per_node is 8; say which GPU" in refused(capsys, *TINY, "cluster=gpu")
     assert "cluster.gpus_per_node is 0" in refused(
         capsys, "model=dnt_124m", "--gpu", "h100", "cluster=sandbox"
     )
