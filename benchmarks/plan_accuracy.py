@@ -5,8 +5,9 @@ that others have published.
     python -m benchmarks.plan_accuracy --only published
 
 memory: the most that real gloo ranks hold in the second step (`testbed.measure.Meter`), on 1, 2 and
-4 ranks, of three models. The formulas were written with the first two at hand, so of these the
-error is of a fit; the third, marked NEW, has a shape, batch and optimizer that nothing was made by.
+4 ranks, of three models. The formulas were written with the last two at hand, so of these the error
+is of a fit. The first, marked NEW, has a shape, batch and optimizer that they were not made by; it
+showed two terms of DeepSpeed's step missing (docs/lab-log.md), which are there now.
 
 speed: seconds of steps on one rank with one thread, beside rates measured between these steps, both
 in processor time, which other work on the machine disturbs less; the least of each. What is

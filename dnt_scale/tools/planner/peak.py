@@ -140,8 +140,11 @@ def _deepspeed(run: RunConfig, world_size: int, nodes: int, c: int) -> _Beside:
     if stage < 3:
         others = c * (whole - whole // world_size) if stage == 2 else 0
         waiting = {"reduction": c * (bucket + root) + others}
-        summed = FP32 * min(bucket, whole)
+        # the bucket in fp32, and the gradients that went into it
+        summed = (FP32 + c) * min(bucket, whole)
         return _Beside({}, waiting, {"reduction": c * bucket + summed})
     gathered = c * (whole if whole < REUSED else root + 2 * block) if world_size > 1 else 0
     both = {"gathered": gathered, "reduction": FP32 * bucket}
-    return _Beside(both, both, {"reduction": FP32 * bucket})
+    # its step copies a rank's part of the gradient twice, in fp32
+    part = -(-whole // world_size)
+    return _Beside(both, both, {"reduction": FP32 * (bucket + 2 * part)})
