@@ -145,6 +145,7 @@ def _deepspeed(run: RunConfig, world_size: int, nodes: int, c: int) -> _Beside:
         return _Beside({}, waiting, {"reduction": c * bucket + summed})
     gathered = c * (whole if whole < REUSED else root + 2 * block) if world_size > 1 else 0
     both = {"gathered": gathered, "reduction": FP32 * bucket}
-    # its step copies a rank's part of the gradient twice, in fp32
-    part = -(-whole // world_size)
-    return _Beside(both, both, {"reduction": FP32 * (bucket + 2 * part)})
+    # what waits at the end of backward is reduced as in stage 2, the weights being gathered still
+    summed = (FP32 + c) * min(bucket, whole)
+    last = {"gathered": c * (whole if whole < REUSED else root + 2 * block)}
+    return _Beside(both, both, {**last, "reduction": FP32 * bucket + summed})
