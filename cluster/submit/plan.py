@@ -15,16 +15,17 @@ from cluster.slurm import Node, Partition
 from data_prep.words import counted, duration, megabytes
 from dnt_scale import checkpoint
 from dnt_scale.config import RunConfig, Unit
+from dnt_scale.config.hardware import hardware_of
 from dnt_scale.distributed import compute_dtype
 from dnt_scale.record import timeline
 from dnt_scale.record.metrics_file import last_metrics
-from dnt_scale.record.speed import PEAK_FLOPS, speed_at
 from dnt_scale.tools.memory_plan import FIELDS, Memory, checkpoint_bytes, memory, parameters_of
+from dnt_scale.tools.planner.estimate import Outlook, outlook
 from dnt_scale.train.stages import Stage, Stages
 
-ASSUMED_MFU = 0.4
 RECENT = 50  # steps whose median tells a run's speed
 COLUMNS = 100
+WORTH_TELLING = 1.05  # times as fast; a roofline is not exact enough for less
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class Plan:
     memory: Memory
     units_per_s: float | None
     why: str  # where that number is from
+    outlook: Outlook | None  # what `dnt plan` says; None: of GPUs or a model that it does not know
     notes: tuple[str, ...]
 
     @property
@@ -84,7 +86,8 @@ def make_plan(
     gpu = type_of_gpu(partition.nodes) if site.gpus_per_node else ""
     likely = compute_dtype.expected(run, gpus=bool(site.gpus_per_node))
     before = read_past_pace(run, unit)
-    units_per_s, why = expected_speed(likely, unit, site.ranks, gpu, before)
+    found = expected_on(likely, unit, site, gpu)
+    units_per_s, why = expected_speed(unit, site.ranks, found, before)
     return Plan(
         run=run,
         site=site,
@@ -99,6 +102,7 @@ def make_plan(
         memory=memory(likely, site.ranks, site.nodes),
         units_per_s=units_per_s,
         why=why,
+        outlook=found,
         notes=(),
     )
 
@@ -142,21 +146,30 @@ def _save_seconds(run: RunConfig, rows: Sequence[dict[str, Any]]) -> float | Non
     return None if ended is None else max(0.0, (newest / "state.json").stat().st_mtime - ended)
 
 
+def expected_on(run: RunConfig, unit: Unit, site: ClusterConfig, gpu: str) -> Outlook | None:
+    """Return what `dnt plan` says of a run in bf16 on GPUs that are known; else None."""
+    hardware = hardware_of(gpu)
+    if hardware is None or run.run.device == "cpu" or run.train.dtype != "bf16":
+        return None
+    return outlook(run, hardware, site.nodes, site.tasks_per_node, unit.a_row)
+
+
 def expected_speed(
-    run: RunConfig, unit: Unit, ranks: int, gpu: str, before: PastPace | None
+    unit: Unit, ranks: int, found: Outlook | None, before: PastPace | None
 ) -> tuple[float | None, str]:
-    """Return units a second over all ranks, and where the number is from: the run's past, else an
-    assumption where the GPU is known, else None."""
+    """Return units a second over all ranks, and where the number is from: the run's past, else a
+    roofline where the GPU is known, else None."""
     if before:
         speed = before.units_per_s * ranks / before.ranks
         why = f"at {speed:,.0f} {unit.name}/s: the median of the run's last {before.steps} steps"
         if ranks != before.ranks:
             why += f" on {counted(before.ranks, 'rank')}, times {ranks}/{before.ranks}"
         return speed, why
-    device = known_device(gpu)
-    if device and run.run.device != "cpu" and run.train.dtype == "bf16":
-        speed = speed_at(ASSUMED_MFU, PEAK_FLOPS[device], run, unit, ranks)
-        assumed = f"assumes {ASSUMED_MFU:.0%} MFU on {device}, which is not measured"
+    if found is not None:
+        speed = found.asked.units_per_s
+        device, share = found.asked.machine.device, found.mfu
+        mfu = "" if share is None else f" and {share:.0%} MFU"
+        assumed = f"assumes a roofline{mfu} of {device}, which is not measured; see `dnt plan`"
         return speed, f"at {speed:,.0f} {unit.name}/s: {assumed}"
     return None, "not known before the first steps; `dnt jobs` will tell"
 
@@ -165,18 +178,6 @@ def type_of_gpu(nodes: Sequence[Node]) -> str:
     """Return SLURM's type of the nodes' GPUs, empty if they have none or several."""
     kinds = {node.gpu for node in nodes if node.gpus}
     return kinds.pop() if len(kinds) == 1 else ""
-
-
-def known_device(gpu: str) -> str | None:
-    """Return the device of ``PEAK_FLOPS`` behind a type such as ``h100`` or
-    ``nvidia_h100_80gb_hbm3``, if any."""
-    words = gpu.lower().replace("-", "_").split("_")
-    fits = [
-        name
-        for name in PEAK_FLOPS
-        if all(part in words for part in name.removeprefix("NVIDIA ").lower().split())
-    ]
-    return max(fits, key=len, default=None)
 
 
 def jobs_needed(seconds: float, site: ClusterConfig) -> int:
@@ -219,8 +220,9 @@ def format_plan(plan: Plan) -> str:
         *(("stage", line) for stage in plan.stages[1:] for line in _format_stage(plan, stage)),
         ("steps", _format_steps(plan)),
         ("checkpoints", _format_checkpoints(plan)),
-        ("memory", f"{_format_memory(plan)}; activations come on top"),
+        ("memory", f"{_format_memory(plan)}; {_format_peak(plan)}"),
         ("expected", _format_expected(plan)),
+        *(("faster", line) for line in _format_faster(plan)),
         *(("note", note) for note in plan.notes),
     ]
     width = max(len(name) for name, _ in lines) + 2
@@ -334,3 +336,27 @@ def _format_expected(plan: Plan) -> str:
         return plan.why
     jobs = counted(jobs_needed(plan.seconds, plan.site), "job")
     return f"{duration(plan.seconds)} of training in {jobs}, {plan.why}"
+
+
+def _format_peak(plan: Plan) -> str:
+    """Return what comes on top: by `dnt plan`'s formulas where the GPU is known."""
+    found = plan.outlook
+    if found is None or found.asked.machine.memory is None:
+        return "activations come on top"
+    most, room = found.asked.peak.total(), int(found.asked.machine.memory)
+    text = f"{megabytes(most)} of {megabytes(room)} at a step's peak (derived)"
+    if found.asked.fits:
+        return text
+    nearest = found.best.overrides if found.best else "more ranks"
+    return f"{text}, which does not fit; nearest that does: {nearest}"
+
+
+def _format_faster(plan: Plan) -> Iterator[str]:
+    """Yield the engine, mesh and micro-batch that `dnt plan` would take, if it is clearly faster
+    than what is asked for."""
+    found = plan.outlook
+    if found is None or found.best is None or not found.asked.fits:
+        return
+    gain = found.best.units_per_s / found.asked.units_per_s
+    if gain >= WORTH_TELLING:
+        yield f"{found.best.overrides} would be {gain:.2f} times as fast (assumed)"

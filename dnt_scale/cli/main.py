@@ -10,7 +10,7 @@ import sys
 
 from dnt_scale import startup
 from dnt_scale.arguments import Parser, fail
-from dnt_scale.cli import checkpoint, data, generate, harness, hugging_face, run, sweep
+from dnt_scale.cli import checkpoint, data, generate, harness, hugging_face, plan, run, sweep
 from dnt_scale.distributed import output
 
 
@@ -61,6 +61,7 @@ def parser() -> argparse.ArgumentParser:
     )
     commands = root.add_subparsers(required=True, metavar="COMMAND")
     data.add_commands(commands)
+    plan.add_plan(commands)
     run.add_run_commands(commands)
     generate.add_generate(commands)
     run.add_classify(commands)

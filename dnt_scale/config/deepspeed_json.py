@@ -73,6 +73,14 @@ ZERO = {
     "use_multi_rank_bucket_allreduce": (1, 2),
 }
 OFFLOAD = {"pin_memory"}
+# numbers that wait to be reduced; DeepSpeed's own 5e8 would take 2 GB a rank of any model
+BUCKET = 20_000_000
+
+
+def bucket_of(engine: DeepSpeedEngineConfig) -> int:
+    """Return ``reduce_bucket_size``, without asking DeepSpeed, whose import takes seconds."""
+    given = engine.deepspeed.get("zero_optimization", {})
+    return int(float(given.get("reduce_bucket_size", BUCKET)))
 
 
 def deepspeed_json(run: RunConfig, world_size: int, *, pin_memory: bool) -> JSON:
@@ -89,8 +97,7 @@ def deepspeed_json(run: RunConfig, world_size: int, *, pin_memory: bool) -> JSON
     stage, bf16 = run.engine.stage, run.train.dtype == "bf16"
     zero: JSON = {"stage": stage}
     if stage:
-        # DeepSpeed's 5e8 would take 2 GB a rank, however small the model
-        zero["reduce_bucket_size"] = 20_000_000
+        zero["reduce_bucket_size"] = BUCKET
     if stage == 3:
         # the memory-efficient one replaces torch.nn.functional.linear for the whole process, for
         # good

@@ -3,23 +3,15 @@
 import torch
 
 from dnt_scale.config import RunConfig, Unit
+from dnt_scale.config.hardware import known_hardware
 from dnt_scale.distributed.process_group import Ranks
-from dnt_scale.model.task import flops_per_row
 
 Metrics = dict[str, float | int | None]
 
 
-# Dense bf16 peaks without sparsity, FLOP/s, from the vendors' data sheets. Longest matching name
-# wins; a device that is not here has an unknown MFU rather than a wrong one.
-PEAK_FLOPS = {
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA H100 NVL": 835e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA B200": 2250e12,
-    "NVIDIA L40S": 362e12,
-}
+# Dense bf16 peaks without sparsity, FLOP/s, of configs/hardware. Longest matching name wins; a
+# device that is not there has an unknown MFU rather than a wrong one.
+PEAK_FLOPS = {each.name: 1e12 * each.bf16_tflops for each in known_hardware().values()}
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -45,8 +37,3 @@ def speed(run: RunConfig, unit: Unit, flops_a_row: float, seconds: float, ranks:
     if ranks.device.type == "cuda":
         metrics["memory_gb"] = torch.cuda.max_memory_allocated(ranks.device) / 1e9
     return metrics
-
-
-def speed_at(mfu: float, peak: float, run: RunConfig, unit: Unit, ranks: int) -> float:
-    """Return the units a second over all ranks when each computes at ``mfu`` of ``peak`` FLOP/s."""
-    return mfu * peak * ranks / (flops_per_row(run.model, unit.a_row) / unit.a_row)

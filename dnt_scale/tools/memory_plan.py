@@ -22,8 +22,7 @@ from dnt_scale.config import (
     TorchEngineConfig,
 )
 from dnt_scale.config.engine import copies_of
-from dnt_scale.model.flops import count_parameters
-from dnt_scale.model.task import names_in_blocks, shapes_of
+from dnt_scale.model import task
 from dnt_scale.optim.groups import parameter_groups
 
 FP32, BF16 = 4, 2
@@ -70,16 +69,61 @@ class Traffic:
         return self.all_gather + self.reduce_scatter + self.all_reduce
 
 
+def shapes_of(model: ModelSection) -> Shapes:
+    """Return the shape of every parameter, by name."""
+    return _described(model).shapes
+
+
+def largest_units(model: ModelSection) -> tuple[int, int]:
+    """Return the weights of a block, and of all that is in none: what is gathered as one."""
+    found = _described(model)
+    within = sum(_elements(shape) for name, shape in found.shapes.items() if name in found.inside)
+    return -(-within // max(1, found.blocks)), parameters_of(model) - within
+
+
+def blocks_of(model: ModelSection) -> int:
+    """Return how many blocks a model has."""
+    return _described(model).blocks
+
+
+@dataclass(frozen=True)
+class _Described:
+    shapes: Shapes
+    inside: frozenset[str]  # names of the parameters in blocks
+    blocks: int
+
+
+# By the text of the section: planning asks hundreds of times for the same one, which takes a deep
+# model half a second to build.
+_MODELS: dict[str, _Described] = {}
+_GROUPS: dict[tuple[str, str], tuple["_Group", ...]] = {}
+MOST_KEPT = 64
+
+
+def _described(model: ModelSection) -> _Described:
+    key = f"{type(model)}{model.model_dump_json()}"
+    if key not in _MODELS:
+        if len(_MODELS) == MOST_KEPT:
+            _MODELS.clear()
+        built = task.on_meta(model)
+        shapes = {name: tuple(parameter.shape) for name, parameter in built.named_parameters()}
+        blocks = list(built.blocks)
+        inside = {id(parameter) for block in blocks for parameter in block.parameters()}
+        names = (name for name, parameter in built.named_parameters() if id(parameter) in inside)
+        _MODELS[key] = _Described(shapes, frozenset(names), len(blocks))
+    return _MODELS[key]
+
+
 def parameters_of(model: ModelSection) -> int:
     """P."""
-    return count_parameters(model)
+    return sum(_elements(shape) for shape in shapes_of(model).values())
 
 
 def checkpoint_bytes(run: RunConfig) -> int:
     """A checkpoint's tensors: fp32 weights, their average and the optimizer's buffers, whoever
     shards them; 8 P with a momentum.
     """
-    groups = _groups(run.optim, shapes_of(run.model))
+    groups = _groups_of(run)
     weights = 1 if run.train.ema is None else 2
     return FP32 * weights * parameters_of(run.model) + sum(
         group.bytes_a_weight * _elements(shape) + group.bytes_a_row * shape[0]
@@ -114,7 +158,7 @@ def memory(run: RunConfig, world_size: int, nodes: int = 1) -> Memory:
     4 p to 8 p bytes of the host's memory, are not counted.
     """
     shapes = shapes_of(run.model)
-    groups = _groups(run.optim, shapes)
+    groups = _groups_of(run)
     if isinstance(run.engine, TorchEngineConfig):
         shards = world_size // copies_of(run.engine, world_size, nodes)
         held = sum(_sharded_rows(shape, shards) for shape in shapes.values())
@@ -127,7 +171,7 @@ def memory(run: RunConfig, world_size: int, nodes: int = 1) -> Memory:
             for shape in group.shapes
         )
         return Memory(FP32 * held, 0, gradients, buffers, _average(run, held), host)
-    engine, compute = run.engine, _compute_bytes(run)
+    engine, compute = run.engine, compute_bytes(run)
     whole = sum(_elements(shape) for shape in shapes.values())
     of_rows = sum(group.bytes_a_row * shape[0] for group in groups for shape in group.shapes)
     if engine.stage == 0:
@@ -174,14 +218,14 @@ def traffic(run: RunConfig, world_size: int, nodes: int = 1) -> Traffic:
                         stage3_max_reuse_distance (1e9), and for tensors of at most
                         stage3_param_persistence_threshold (1e5) elements once a step
     """
-    shapes, compute = shapes_of(run.model), _compute_bytes(run)
+    shapes, compute = shapes_of(run.model), compute_bytes(run)
     micro_batches = _micro_batches(run, world_size)
     if isinstance(run.engine, TorchEngineConfig):
         copies = copies_of(run.engine, world_size, nodes)
         shards = world_size // copies
         passes = 2 if run.engine.reshard_after_forward else 1
         gathered = reduced = 0
-        inside = names_in_blocks(run.model)
+        inside = _described(run.model).inside
         for name, shape in shapes.items():
             padded = shards * _sharded_rows(shape, shards)
             gathered += padded * (passes if name in inside else 1)
@@ -195,7 +239,7 @@ def traffic(run: RunConfig, world_size: int, nodes: int = 1) -> Traffic:
     assert isinstance(run.engine, DeepSpeedEngineConfig)
     stage, whole = run.engine.stage, sum(_elements(shape) for shape in shapes.values())
     if stage < 3:
-        padded = sum(_flat(each.shapes, world_size) for each in _groups(run.optim, shapes))
+        padded = sum(_flat(each.shapes, world_size) for each in _groups_of(run))
         sums = micro_batches if stage == 2 else 1
         return Traffic(compute * padded if stage else 0, 0, FP32 * whole * sums)
     gathered = reduced = 0
@@ -207,6 +251,11 @@ def traffic(run: RunConfig, world_size: int, nodes: int = 1) -> Traffic:
     return Traffic(compute * gathered, FP32 * reduced, 0)
 
 
+def shapes_updated_by(run: RunConfig, update: str) -> list[tuple[int, ...]]:
+    """Return the shapes of all parameters whose group has this update rule."""
+    return [shape for group in _groups_of(run) if group.update == update for shape in group.shapes]
+
+
 def _average(run: RunConfig, held: int) -> int:
     """Bytes of the average of so many weights."""
     return 0 if run.train.ema is None else FP32 * held
@@ -216,7 +265,8 @@ def _micro_batches(run: RunConfig, world_size: int) -> int:
     return -(-run.train.global_batch // world_size // run.train.micro_batch)
 
 
-def _compute_bytes(run: RunConfig) -> int:
+def compute_bytes(run: RunConfig) -> int:
+    """Return the bytes of a number to compute with."""
     assert run.train.dtype != "auto", "compute_dtype tells what it is or is likely to be"
     return BF16 if run.train.dtype == "bf16" else FP32
 
@@ -248,6 +298,16 @@ class _Group:
     shapes: list[tuple[int, ...]]
     bytes_a_weight: int  # of buffers
     bytes_a_row: int
+    update: str  # the rule's name
+
+
+def _groups_of(run: RunConfig) -> tuple[_Group, ...]:
+    key = (run.optim.model_dump_json(), run.model.model_dump_json())
+    if key not in _GROUPS:
+        if len(_GROUPS) == MOST_KEPT:
+            _GROUPS.clear()
+        _GROUPS[key] = tuple(_groups(run.optim, shapes_of(run.model)))
+    return _GROUPS[key]
 
 
 def _groups(optim: OptimizerConfig, shapes: Shapes) -> list[_Group]:
@@ -260,6 +320,7 @@ def _groups(optim: OptimizerConfig, shapes: Shapes) -> list[_Group]:
             [tuple(parameter.shape) for parameter in group["params"]],
             group["algorithm"].bytes_a_weight,
             FP32 * len(group["update"].row_buffers),
+            group["update"].update,
         )
         for group in parameter_groups(named, optim)
     ]

@@ -1,0 +1,151 @@
+"""Memory of a rank at the peak of a step, by part: what `memory_plan` says is held, and what comes
+on top for a moment.
+
+A step has three moments that may be the highest:
+
+    loss      all activations and the logits; of a single micro-batch no gradient is there yet
+    backward  activations, and the first gradients on their way through buckets or reduce-scatters
+    update    everything that is held, and what the root's reduce-scatter or DeepSpeed's step copies
+
+Measured against real ranks by benchmarks/plan_accuracy.py.
+"""
+
+from dataclasses import dataclass, field
+
+from dnt_scale.config import DeepSpeedEngineConfig, ModelConfig, RunConfig, TorchEngineConfig
+from dnt_scale.config.deepspeed_json import bucket_of
+from dnt_scale.config.engine import copies_of
+from dnt_scale.tools import memory_plan
+from dnt_scale.tools.memory_plan import FP32, REUSED, Memory
+from dnt_scale.tools.planner.work import (
+    activation_bytes,
+    activations_behind,
+    block_bytes,
+    logits_bytes,
+)
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Bytes in a device's memory at the highest moment of a step, on the rank that holds most."""
+
+    held: Memory
+    parts: dict[str, int] = field(default_factory=dict)  # in the device's memory, by name
+    moment: str = ""
+
+    def total(self) -> int:
+        """Return their sum."""
+        return sum(self.parts.values())
+
+
+def peak(
+    run: RunConfig, world_size: int, nodes: int, seq_len: int, *, fused_norms: bool = True
+) -> Peak:
+    """Return the peak of a run's ranks.
+
+    Args:
+        seq_len: tokens of a row.
+        fused_norms: whether RMSNorm is one kernel, as on CUDA; not on CPUs.
+    """
+    model = run.model
+    assert isinstance(model, ModelConfig)
+    held = memory_plan.memory(run, world_size, nodes)
+    c = memory_plan.compute_bytes(run)
+    rows, micro_batches = micro_batch_of(run, world_size)
+    tokens = rows * seq_len
+    activations = activation_bytes(run, tokens, c, fused_norms=fused_norms)
+    logits = logits_bytes(model, tokens)
+    state = {
+        name: getattr(held, name)
+        for name in memory_plan.FIELDS
+        if name not in held.host and getattr(held, name)
+    }
+    before = dict(state)
+    if micro_batches == 1 and isinstance(run.engine, TorchEngineConfig):
+        before.pop("gradients", None)
+    beside = _torch if isinstance(run.engine, TorchEngineConfig) else _deepspeed
+    top = beside(run, world_size, nodes, c)
+    # half of the last block's and what is behind it are freed before gradients pile up
+    behind = activations_behind(model, c, fused_norms=fused_norms)
+    left = activations - tokens * (behind + block_bytes(model, c, fused_norms=fused_norms) // 2)
+    moments = {
+        "loss": {**before, "activations": activations, "logits": logits, **top.at_loss},
+        "backward": {**before, "activations": max(0, left), **top.in_backward},
+        "update": {**state, **top.at_update},
+    }
+    name = max(moments, key=lambda each: sum(moments[each].values()))
+    parts = {part: size for part, size in moments[name].items() if size}
+    return Peak(held, parts, name)
+
+
+def micro_batch_of(run: RunConfig, world_size: int) -> tuple[int, int]:
+    """Return the rows of a rank's micro-batch and how many it has a step."""
+    rows = max(1, run.train.global_batch // world_size)
+    micro = min(run.train.micro_batch, rows)
+    return micro, -(-rows // micro)
+
+
+@dataclass(frozen=True)
+class _Beside:
+    """Bytes beside what is held and the activations, by part, at each moment."""
+
+    at_loss: dict[str, int]
+    in_backward: dict[str, int]
+    at_update: dict[str, int]
+
+
+def _torch(run: RunConfig, world_size: int, nodes: int, c: int) -> _Beside:
+    """Return what FSDP2 holds beside: gathered weights, a block's gradient, and the root's at the
+    end.
+
+    The root is gathered in the compute dtype from forward to the end; of several shards
+    ``prefetch`` blocks too, beside the one that computes. A gradient is made in that dtype, and for
+    the reduce-scatter once in fp32, whole and as this rank's part.
+    """
+    assert isinstance(run.engine, TorchEngineConfig)
+    block, root = memory_plan.largest_units(run.model)
+    blocks = memory_plan.blocks_of(run.model)
+    shards = world_size // copies_of(run.engine, world_size, nodes)
+    ahead = min(blocks, run.engine.prefetch) if run.engine.reshard_after_forward else blocks
+    computing = min(blocks, ahead + 1)
+    reduced = FP32 + FP32 // shards if shards > 1 else FP32
+    return _Beside(
+        {"gathered": c * (root + (ahead * block if shards > 1 else 0))},
+        {
+            "gathered": c * (root + computing * block),
+            "reduction": c * root + (c + reduced) * block,
+        },
+        {"gathered": c * root, "reduction": (c + reduced) * root},
+    )
+
+
+def _deepspeed(run: RunConfig, world_size: int, nodes: int, c: int) -> _Beside:
+    """Return the same for ZeRO: weights gathered, and buckets of gradients.
+
+    Stage 1 in bf16 adds each gradient to its fp32 sum at once. In stages 1 and 2 gradients
+    otherwise wait in a bucket of ``reduce_bucket_size`` numbers of the compute dtype, which
+    backward makes, and are summed in fp32; in stage 2 those of other ranks' parts are there too
+    until the bucket is full. Stage 3 keeps such a bucket in fp32 all the time, and a
+    model of less than ``stage3_max_reuse_distance`` weights gathered.
+    """
+    assert isinstance(run.engine, DeepSpeedEngineConfig)
+    block, root = memory_plan.largest_units(run.model)
+    whole, stage = memory_plan.parameters_of(run.model), run.engine.stage
+    if stage == 0:  # a copy to compute with, made of each weight as it is used
+        copies = {"gathered": c * whole if c < FP32 else 0}
+        return _Beside(copies, {**copies, "reduction": c * root}, {})
+    if stage == 1 and c < FP32 and not run.engine.offload_optimizer:
+        return _Beside({}, {"reduction": c * (root + block)}, {})
+    bucket = bucket_of(run.engine)
+    if stage < 3:
+        others = c * (whole - whole // world_size) if stage == 2 else 0
+        waiting = {"reduction": c * (bucket + root) + others}
+        # the bucket in fp32, and the gradients that went into it
+        summed = (FP32 + c) * min(bucket, whole)
+        return _Beside({}, waiting, {"reduction": c * bucket + summed})
+    gathered = c * (whole if whole < REUSED else root + 2 * block) if world_size > 1 else 0
+    both = {"gathered": gathered, "reduction": FP32 * bucket}
+    # what waits at the end of backward is reduced as in stage 2, the weights being gathered still
+    summed = (FP32 + c) * min(bucket, whole)
+    last = {"gathered": c * (whole if whole < REUSED else root + 2 * block)}
+    return _Beside(both, both, {**last, "reduction": FP32 * bucket + summed})
