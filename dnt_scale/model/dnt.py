@@ -25,6 +25,7 @@ from dnt_scale.model.cache import Cache, CacheCall, LayerCache
 from dnt_scale.model.documents import find_documents
 from dnt_scale.model.flops import flops_per_token
 from dnt_scale.model.init import initial_tensor
+from dnt_scale.model.linear_cross_entropy import linear_cross_entropy
 from dnt_scale.model.rotary import table
 from dnt_scale.model.task import Task
 
@@ -88,21 +89,18 @@ class DNT(nn.Module, Task):
             targets_BT: int64 ids of the next tokens; ``IGNORED`` ones do not count.
 
         Returns:
-            logits_BTV in the compute dtype, or the training loss summed over targets: fp32 scalar,
-            nats.
+            logits_BTV in the compute dtype, or the training loss summed over targets: a scalar,
+            nats, fp32 (float64 where the weights are).
 
         Raises:
             ValueError: T is longer than ``config.context``.
         """
         x_BTD = self._last(tokens_BT)
-        logits_BTV = self._logits(x_BTD)
         if targets_BT is None:
-            return logits_BTV.to(x_BTD.dtype)
-        loss = cross_entropy_sum(logits_BTV, targets_BT)
+            return self._logits(x_BTD).to(x_BTD.dtype)
+        loss, z_part = self._loss(x_BTD, targets_BT, self.config.z_loss)
         if self.config.z_loss:
-            z_loss = self.config.z_loss * squared_log_partition_sum(logits_BTV, targets_BT)
-            record("train/z_loss", z_loss, (targets_BT != IGNORED).sum())
-            loss = loss + z_loss
+            record("train/z_loss", z_part, (targets_BT != IGNORED).sum())
         return loss
 
     def new_cache(self, rows: int, capacity: int) -> Cache:
@@ -155,13 +153,28 @@ class DNT(nn.Module, Task):
         """Return logits_BTV of the vocabulary without padding: in the compute dtype, or where they
         are capped at least in fp32.
         """
-        head_VD = self.tok_emb.weight if self.head is None else self.head.weight
-        padded_BTV: Tensor = F.linear(self.norm_out(x_BTD), head_VD)
+        padded_BTV: Tensor = F.linear(self.norm_out(x_BTD), self._head())
         logits_BTV = padded_BTV[..., : self.config.vocab_size]
         if (cap := self.config.logit_cap) is not None:
             wide_BTV = logits_BTV.to(torch.promote_types(logits_BTV.dtype, torch.float32))
             logits_BTV = cap * torch.tanh(wide_BTV / cap)
         return logits_BTV
+
+    def _loss(self, x_BTD: Tensor, targets_BT: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:
+        """Return the loss summed over targets, and its part that is z-loss: scalars, nats."""
+        config = self.config
+        return linear_cross_entropy(
+            self.norm_out(x_BTD).flatten(0, 1),
+            self._head(),
+            targets_BT.flatten(),
+            config.vocab_size,
+            config.logit_cap,
+            z_loss,
+        )
+
+    def _head(self) -> Tensor:
+        """Return the weight that makes logits, a row a token: (vocab_rows, width)."""
+        return self.tok_emb.weight if self.head is None else self.head.weight
 
     def loss_sum(self, batch: Batch) -> Tensor:
         loss: Tensor = self(*next_tokens(batch))
@@ -170,7 +183,7 @@ class DNT(nn.Module, Task):
     def eval_sums(self, batch: Batch) -> dict[str, Tensor]:
         """Return the sum of the cross entropy alone, which perplexity is made of."""
         inputs_BT, targets_BT = next_tokens(batch)
-        return {"loss": cross_entropy_sum(self._logits(self._last(inputs_BT)), targets_BT)}
+        return {"loss": self._loss(self._last(inputs_BT), targets_BT, z_loss=0.0)[0]}
 
     def count(self, batch: Batch) -> Tensor:
         return (next_tokens(batch)[1] != IGNORED).sum()
@@ -184,21 +197,3 @@ class DNT(nn.Module, Task):
 
     def flops_per_row(self, units_a_row: int) -> float:
         return units_a_row * flops_per_token(self.config, units_a_row)
-
-
-def cross_entropy_sum(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
-    """Return the cross entropy summed over the targets that count: fp32 scalar, nats."""
-    return F.cross_entropy(
-        logits_BTV.float().flatten(0, 1),
-        targets_BT.flatten(),
-        ignore_index=IGNORED,
-        reduction="sum",
-    )
-
-
-def squared_log_partition_sum(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
-    """Return the sum, over the targets that count, of log^2 Z with Z = sum(exp(logits)): fp32
-    scalar (PaLM, arXiv 2204.02311, section 5).
-    """
-    squares_BT = logits_BTV.float().logsumexp(dim=-1).square()
-    return (squares_BT * (targets_BT != IGNORED)).sum()
