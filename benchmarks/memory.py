@@ -26,9 +26,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from dnt_scale.costs import memory_plan
 from dnt_scale.model.flops import count_parameters
 from dnt_scale.record.files import git_commit
-from dnt_scale.tools import memory_plan
 from testbed.measure import answers, print_costs, run_config
 from testbed.run import Ranks
 

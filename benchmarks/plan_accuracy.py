@@ -36,13 +36,13 @@ from rich.table import Table
 from dnt_scale import config
 from dnt_scale.config import RunConfig
 from dnt_scale.config.hardware import load_hardware
+from dnt_scale.costs.memory_plan import parameters_of
+from dnt_scale.costs.peak import peak
 from dnt_scale.distributed import process_group
 from dnt_scale.record.files import git_commit
-from dnt_scale.tools.memory_plan import parameters_of
 from dnt_scale.tools.planner import machine as planned_machine
 from dnt_scale.tools.planner import rates
 from dnt_scale.tools.planner.machine import Rates, gpu_machine
-from dnt_scale.tools.planner.peak import peak
 from dnt_scale.tools.planner.search import evaluate
 from dnt_scale.tools.planner.step_time import step_time, units_per_s
 from testbed.measure import answers, batch, engine, print_costs, run_config
@@ -274,7 +274,7 @@ def published() -> Iterator[dict[str, Any]]:
         machine = gpu_machine(load_hardware(each.gpu), 1, each.gpus, "bf16", compiled=True)
         length = length_of(run)
         while not evaluate(run, machine, length).fits:
-            half = run.train.micro_batch // 2
+            half = run.train.rows_a_forward // 2
             assert half, f"{each.name} does not fit with micro-batches of one row"
             run = run.model_copy(
                 update={"train": run.train.model_copy(update={"micro_batch": half})}
@@ -286,7 +286,7 @@ def published() -> Iterator[dict[str, Any]]:
             "run": each.name,
             "source": each.source,
             "assumed": each.assumed,
-            "micro_batch": run.train.micro_batch,
+            "micro_batch": run.train.rows_a_forward,
             "published": each.mfu,
             "planned": expected,
             "tokens_per_s": speed,

@@ -1,4 +1,4 @@
-"""Memory and communication at scale, against the formulas of dnt_scale/tools/memory_plan.py.
+"""Memory and communication at scale, against the formulas of dnt_scale/costs/memory_plan.py.
 
 The first table is a SIMULATION.
 
@@ -22,9 +22,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from dnt_scale.costs import memory_plan
 from dnt_scale.model.flops import count_parameters
 from dnt_scale.record.files import git_commit
-from dnt_scale.tools import memory_plan
 from testbed.measure import answers, print_costs, print_simulated, run_config
 from testbed.run import call
 

@@ -175,7 +175,7 @@ def shaped(run: RunConfig, seq_len: int, peer: str) -> Shape:
         vocab_size=run.model.vocab_rows,
         seq_len=seq_len,
         global_batch=run.train.global_batch,
-        micro_batch=run.train.micro_batch,
+        micro_batch=run.train.rows_a_forward,
         dtype=run.train.dtype,
         compiled=peer == "compiled",
         steps=run.train.steps or 0,

@@ -31,7 +31,7 @@ FLOORS = {
         {"config"},
         {"distributed"},
         {"checkpoint", "model", "optim"},
-        {"record", "data", "engine"},
+        {"record", "data", "engine", "costs"},
         {"train"},
         {"tools", "sweep"},
         {"report"},

@@ -32,6 +32,7 @@ from data_prep.words import megabytes
 from dnt_scale import checkpoint
 from dnt_scale.checkpoint.replicas import checksums
 from dnt_scale.config import ConfigError, RunConfig
+from dnt_scale.costs.memory_plan import checkpoint_bytes
 from dnt_scale.distributed import compute_dtype
 from dnt_scale.distributed.agree import highest, on_first
 from dnt_scale.distributed.errors import AgreedError, AgreedFault
@@ -39,7 +40,6 @@ from dnt_scale.distributed.heartbeat import beat
 from dnt_scale.distributed.host import host
 from dnt_scale.distributed.process_group import Ranks
 from dnt_scale.record import timeline
-from dnt_scale.tools.memory_plan import checkpoint_bytes
 
 T = TypeVar("T")
 

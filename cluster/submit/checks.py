@@ -22,9 +22,9 @@ from data_prep.words import closest, counted, duration, megabytes
 from dnt_scale.config import ConfigError, RunConfig, TorchEngineConfig, check_tracking
 from dnt_scale.config.engine import copies_of
 from dnt_scale.config.tracking_uri import sqlite_file
+from dnt_scale.costs.memory_plan import checkpoint_bytes
 from dnt_scale.data.sources import Source
 from dnt_scale.record.run_lock import check_free
-from dnt_scale.tools.memory_plan import checkpoint_bytes
 from dnt_scale.train.recorded import Typed
 from dnt_scale.train.resume import changes, check_place, starting_state
 from dnt_scale.train.run_start import begin

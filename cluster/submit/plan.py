@@ -16,10 +16,10 @@ from data_prep.words import counted, duration, megabytes
 from dnt_scale import checkpoint
 from dnt_scale.config import RunConfig, Unit
 from dnt_scale.config.hardware import hardware_of
+from dnt_scale.costs.memory_plan import FIELDS, Memory, checkpoint_bytes, memory, parameters_of
 from dnt_scale.distributed import compute_dtype
 from dnt_scale.record import timeline
 from dnt_scale.record.metrics_file import last_metrics
-from dnt_scale.tools.memory_plan import FIELDS, Memory, checkpoint_bytes, memory, parameters_of
 from dnt_scale.tools.planner.estimate import Outlook, outlook
 from dnt_scale.train.stages import Stage, Stages
 
@@ -45,6 +45,7 @@ class Plan:
     run: RunConfig
     site: ClusterConfig
     dtype: str  # bf16 or fp32: train.dtype, or what auto is likely to become there
+    micro_batch: int  # the same
     partition: str
     gpu: str  # SLURM's type of it; empty: it gives none
     stages: Stages
@@ -92,6 +93,7 @@ def make_plan(
         run=run,
         site=site,
         dtype=likely.train.dtype,
+        micro_batch=(found.asked.run if found else run).train.rows_a_forward,
         partition=partition.name,
         gpu=gpu,
         stages=stages,
@@ -285,16 +287,19 @@ def _format_batch(plan: Plan, stage: Stage) -> str:
 def _format_split(plan: Plan, run: RunConfig) -> str:
     """Return the global batch as ranks x micro-batches x rows, and what is left over."""
     rows = run.train.global_batch // plan.site.ranks
-    micro = min(run.train.micro_batch, rows)
+    auto = run.train.micro_batch == "auto"
+    micro = min(plan.micro_batch if auto else run.train.rows_a_forward, rows)
+    expected = " (expected)" if auto else ""
     full, rest = divmod(rows, micro)
     ranks = counted(plan.site.ranks, "rank")
     if not rest:
         return (
             f"{ranks} x {counted(full, 'micro-batch', 'micro-batches')} x {counted(micro, 'row')}"
+            f"{expected}"
         )
     return (
         f"{ranks} x ({counted(full, 'micro-batch', 'micro-batches')} of {counted(micro, 'row')} "
-        f"and one of {rest})"
+        f"and one of {rest}){expected}"
     )
 
 

@@ -87,7 +87,7 @@ def run_plan(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(as_data(made), indent=2))
     else:
-        print(as_text(made, length))
+        print(as_text(made, length, chosen=run.train.micro_batch == "auto"))
     return 0
 
 
@@ -104,11 +104,15 @@ def as_data(made: "Estimate") -> dict[str, Any]:
     }
 
 
-def as_text(made: "Estimate", length: str) -> str:
-    """Return a plan as lines of a name and what there is to say."""
+def as_text(made: "Estimate", length: str, *, chosen: bool = False) -> str:
+    """Return a plan as lines of a name and what there is to say.
+
+    Args:
+        chosen: the micro-batch is the planner's, for ``train.micro_batch`` is auto.
+    """
     import textwrap
 
-    lines = list(_lines(made, length))
+    lines = list(_lines(made, length, chosen))
     width = max(len(name) for name, _ in lines) + 2
     return "\n".join(
         textwrap.fill(
@@ -123,7 +127,7 @@ def as_text(made: "Estimate", length: str) -> str:
     )
 
 
-def _lines(made: "Estimate", length: str) -> list[tuple[str, str]]:
+def _lines(made: "Estimate", length: str, chosen: bool) -> list[tuple[str, str]]:
     from data_prep.words import counted, duration, megabytes
 
     choice, run, speed = made.asked, made.asked.run, made.speed_source
@@ -139,7 +143,8 @@ def _lines(made: "Estimate", length: str) -> list[tuple[str, str]]:
         ),
         (
             "model",
-            f"{run.model.name}, {parameters / 1e6:,.1f}M weights; {choice.overrides}, "
+            f"{run.model.name}, {parameters / 1e6:,.1f}M weights; {choice.overrides}"
+            f"{' (assumed of auto)' if chosen else ''}, "
             f"{run.optim.algorithm}, {run.train.dtype}",
         ),
         ("budget", f"{made.steps:,} steps, {made.tokens:,} tokens, in rows of {length} (derived)"),

@@ -33,7 +33,7 @@ from dnt_scale.config.model import (
     Setting,
 )
 from dnt_scale.config.optim import GroupConfig, OptimizerConfig, ScheduleConfig
-from dnt_scale.config.run import HealthSection, RunConfig
+from dnt_scale.config.run import HealthSection, RunConfig, TrainSection
 from dnt_scale.config.stages import Span, Spans, by_stage, span_at
 
 __all__ = [
@@ -62,6 +62,7 @@ __all__ = [
     "Strict",
     "TokenRows",
     "TorchEngineConfig",
+    "TrainSection",
     "Unit",
     "VitConfig",
     "budget",

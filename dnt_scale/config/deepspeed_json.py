@@ -134,7 +134,7 @@ def deepspeed_json(run: RunConfig, world_size: int, *, pin_memory: bool) -> JSON
 def _micro_batches(run: RunConfig, world_size: int) -> tuple[int, int]:
     """Return the rows of a micro-batch, and how many of them a rank has in a step."""
     rows = run.train.global_batch // world_size
-    micro_batch = min(run.train.micro_batch, rows)
+    micro_batch = min(run.train.rows_a_forward, rows)
     return micro_batch, -(-rows // micro_batch)
 
 

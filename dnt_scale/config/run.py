@@ -6,11 +6,12 @@ Import them from :mod:`dnt_scale.config`, which makes them out of files and over
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import (
     AfterValidator,
+    BeforeValidator,
     Field,
     field_validator,
     model_validator,
@@ -32,6 +33,8 @@ from dnt_scale.config.optim import OptimConfig
 from dnt_scale.config.stages import Spans, StageName, StageSection, check_order, spans_of
 
 _LOGIN = re.compile(r"(?i)(^|&)[^=]*(user|password|token)[^=]*=")  # In a URL's query.
+MOST_ROWS = 1 << 31
+ASSUMED_ROWS = 8  # that fit most devices, see `TrainSection.rows_a_forward`
 RESERVED = {"mlartifacts", "mlflow.db", "mlruns"}
 
 
@@ -44,6 +47,21 @@ def _name(text: str) -> str:
     if text in RESERVED:
         raise ValueError("MLflow's records lie there, beside the run folders; take another name")
     return text
+
+
+def _rows_or_auto(raw: Any) -> int | str:
+    """Refuse in one line what is neither; pydantic has one for each that it might have been."""
+    if raw == "auto":
+        return "auto"
+    number = isinstance(raw, int | float) and not isinstance(raw, bool)
+    if number and 1 <= raw <= MOST_ROWS and raw == int(raw):
+        return int(raw)
+    raise ValueError(f"expected a whole number of rows from 1 to {MOST_ROWS:,}, or auto")
+
+
+RowsOrAuto = Annotated[
+    Annotated[int, Field(gt=0, le=MOST_ROWS)] | Literal["auto"], BeforeValidator(_rows_or_auto)
+]
 
 
 class RunSection(Strict):
@@ -67,7 +85,7 @@ class TrainSection(Strict):
     global_batch: int = Field(
         gt=0, le=1 << 31, description="rows a step, over all ranks and micro-batches"
     )
-    micro_batch: int = Field(gt=0, le=1 << 31, description="rows a rank a forward")
+    micro_batch: RowsOrAuto = Field(description="rows a rank a forward")
     dtype: Literal["auto", "bf16", "fp32"] = Field("auto", description="compute dtype")
     max_skipped: Count = Field(
         10, gt=0, description="skipped or undone steps in a row that end the run"
@@ -80,6 +98,11 @@ class TrainSection(Strict):
         "inference use; null: none",
     )
     stages: dict[StageName, StageSection] = Field({})
+
+    @property
+    def rows_a_forward(self) -> int:
+        """Return ``micro_batch``; what is assumed of auto where no start has measured it."""
+        return ASSUMED_ROWS if self.micro_batch == "auto" else self.micro_batch
 
     @model_validator(mode="after")
     def _stages_follow_one_another(self) -> Self:
@@ -260,6 +283,12 @@ class RunConfig(Strict):
         if chosen is None:
             return self.run.dir / "checkpoints"
         return chosen if "://" in chosen else Path(chosen)
+
+    def with_micro_batch(self, rows: int | Literal["auto"]) -> Self:
+        """Return the run with another ``train.micro_batch``, which no other setting depends on."""
+        return self.model_copy(
+            update={"train": self.train.model_copy(update={"micro_batch": rows})}
+        )
 
     def total_steps(self, units_a_row: int, of_stages: Mapping[str, int] = {}) -> int:
         """Return the optimizer steps of the whole run; arguments and errors as of ``spans``."""

@@ -163,7 +163,7 @@ class DeepSpeedEngine:
         self.parts = parts
         self.schedule = schedule
         self.ranks = ranks
-        self.micro_batch = config.train.micro_batch
+        self.micro_batch = config.train.rows_a_forward
         self.bounds = bounds([part.name for part in parts], config.optim)
         self.step = 0
         self.updates = 0  # steps that changed the weights

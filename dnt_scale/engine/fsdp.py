@@ -151,7 +151,7 @@ class FSDPEngine:
         self.ranks = ranks
         self.mesh = parts[0].parameter.device_mesh
         self.replicas = self.mesh.size(0) if self.mesh.ndim == 2 else 1
-        self.micro_batch = config.train.micro_batch
+        self.micro_batch = config.train.rows_a_forward
         self.step = 0
         self.updates = 0  # steps that changed the weights: AdamW's bias correction counts these
         clipped = bounds([part.name for part in parts], config.optim)

@@ -98,7 +98,7 @@ def data_mesh(engine: TorchEngineConfig, ranks: Ranks) -> DeviceMesh:
     device, world = ranks.device.type, ranks.world_size
     if engine.name == "fsdp":
         return init_device_mesh(device, (world,), mesh_dim_names=("shard",))
-    nodes = _hosts(world) if engine.name == "hsdp" and engine.replicas is None else 1
+    nodes = hosts(world) if engine.name == "hsdp" and engine.replicas is None else 1
     try:
         copies = copies_of(engine, world, nodes)
     except ConfigError as error:  # all ranks have the same configuration
@@ -108,7 +108,8 @@ def data_mesh(engine: TorchEngineConfig, ranks: Ranks) -> DeviceMesh:
     )
 
 
-def _hosts(world: int) -> int:
+def hosts(world: int) -> int:
+    """Return on how many machines the ranks are. A collective."""
     names: list[str] = [""] * world
     dist.all_gather_object(names, socket.gethostname())
     return len(set(names))

@@ -91,10 +91,10 @@ def diagnose(run_dir: Path, data: Path | None, batches: int, ranks: Ranks) -> Re
     """
     _, newest, state = newest_checkpoint(run_dir)
     run, task, source = load_run(run_dir, data, ranks, dtype=torch.float32, average=False)
-    size, first = run.train.micro_batch, state.consumed_rows
+    size, first = run.train.rows_a_forward, state.consumed_rows
     if run.train.stages and data is None:
         stage = load_stages(run).at(state.step)
-        source, size, first = stage.source, stage.run.train.micro_batch, first - stage.first_row
+        source, size, first = stage.source, stage.run.train.rows_a_forward, first - stage.first_row
     rows = read_rows(source, run, size, batches, first)
     rows = [moved(batch, ranks.device) for batch in rows]
     report: Report = {

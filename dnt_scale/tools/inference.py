@@ -158,7 +158,7 @@ def evaluate(run_dir: Path, data: Path | None, rows: int | None, ranks: Ranks) -
         field = "--data" if data else missing.field
         raise ConfigError(f"{field}: {missing.what}; {missing.remedy}")
     means = {}
-    sets = source.validation(rows=rows, micro_batch=run.train.micro_batch, rank=0, world_size=1)
+    sets = source.validation(rows=rows, micro_batch=run.train.rows_a_forward, rank=0, world_size=1)
     for name, batches in sets.items():
         sums = EvalSums(task, ranks.device)
         for batch in batches:

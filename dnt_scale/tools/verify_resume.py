@@ -27,7 +27,7 @@ from dnt_scale.checkpoint.inspection import differences, state_differences
 from dnt_scale.checkpoint.read import read_parts
 from dnt_scale.checkpoint.state import read_state
 from dnt_scale.checkpoint.storage import Storage
-from dnt_scale.config import ConfigError, from_yaml, load
+from dnt_scale.config import ConfigError, TrainSection, from_yaml, load
 from dnt_scale.train import launch
 
 # of each step's loss in nats and of each weight, where engines or ranks differ: rounding, over some
@@ -80,9 +80,9 @@ def verify_resume(
         with Show(steps) as show:
             run(show, "straight", once, ranks, straight)
             # for auto; so the others do not choose again
-            taken = from_yaml(straight / "config.yaml").train.dtype
-            first, second = (in_dtype(lines, taken) for lines in (first, second))
-            dtype = max((taken, load(second).train.dtype), key=TOLERANCE.__getitem__)
+            taken = from_yaml(straight / "config.yaml").train
+            first, second = (as_taken(lines, taken) for lines in (first, second))
+            dtype = max((taken.dtype, load(second).train.dtype), key=TOLERANCE.__getitem__)
             kill_at(show, first, ranks, resumed, middle, steps)
             run(show, "resumed", second, then_ranks or ranks, resumed)
         if not then and then_ranks in (None, ranks):
@@ -95,11 +95,19 @@ def verify_resume(
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def in_dtype(overrides: list[str], taken: str) -> list[str]:
-    """Return the overrides with the dtype that another run took where they say auto."""
-    return (
-        [*overrides, f"train.dtype={taken}"] if load(overrides).train.dtype == "auto" else overrides
-    )
+def as_taken(overrides: list[str], taken: TrainSection) -> list[str]:
+    """Return the overrides with the dtype and the micro-batch that another run took where they say
+    auto.
+    """
+    asked = load(overrides).train
+    return [
+        *overrides,
+        *(
+            f"train.{key}={getattr(taken, key)}"
+            for key in ("dtype", "micro_batch")
+            if getattr(asked, key) == "auto"
+        ),
+    ]
 
 
 def complete(overrides: Sequence[str], folder: Path, steps: int) -> list[str]:

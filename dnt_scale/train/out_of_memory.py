@@ -10,7 +10,7 @@ def out_of_memory_message(ranks: Ranks, run: RunConfig) -> str:
     """Where memory ran out, and what of ``run`` to change."""
     advice = (
         [f"a smaller train.micro_batch (it is {run.train.micro_batch})"]
-        if run.train.micro_batch > 1
+        if run.train.micro_batch != 1
         else []
     )
     if run.engine.activation_checkpointing != "full":

@@ -28,6 +28,8 @@ PAIRS = (
     BUDGET := {"train.steps", "train.tokens"},
     {"optim.schedule.warmup", "optim.schedule.warmup_steps"},
 )
+# What auto chooses at a first start and a resume keeps.
+CHOSEN = ("train.dtype", "train.micro_batch")
 MISSING = object()
 MOST_TOLD = 6  # settings that the line on what is kept names
 
@@ -62,8 +64,9 @@ def kept(
         return run, ()
     before = config.validate(dict(recorded), f"{newest}/state.json").model_dump(mode="json")
     now = run.model_dump(mode="json")
-    if before["train"]["dtype"] == "auto":  # not chosen yet
-        before["train"]["dtype"] = now["train"]["dtype"]
+    for key in (name.removeprefix("train.") for name in CHOSEN):
+        if before["train"][key] == "auto":  # not chosen yet
+            before["train"][key] = now["train"][key]
     keys = typed_keys(command.overrides, given)
     if not given:  # a checkpoint of old: what was chosen for it is known by name only
         same = {"model": "name", "optim": "algorithm"}
@@ -75,7 +78,7 @@ def kept(
     lines = [
         f"{key} {shown(value)} (the command alone says {shown(alone)})"
         for key, alone, value in differences(run, made)
-        if (key, alone) != ("train.dtype", "auto")  # which means: as before
+        if not _is_auto(key, alone)  # which means: as before
     ]
     if len(lines) > MOST_TOLD:
         more = len(lines) - MOST_TOLD
@@ -218,6 +221,10 @@ def differences(before: RunConfig, now: RunConfig) -> list[tuple[str, Any, Any]]
     ]
 
 
+def _is_auto(key: str, value: Any) -> bool:
+    return key in CHOSEN and value == "auto"
+
+
 def shown(value: Any) -> str:
     """A value as a line tells it."""
     if value is MISSING:
@@ -237,11 +244,10 @@ def told(
     """Lines on what a resume at ``step`` does otherwise than its checkpoint, ``before``:
     settings, learning rate. Units a row as ``RunConfig.spans`` has them.
     """
-    unchosen = ("train.dtype", "auto")  # which keeps what is recorded
     changed = [
         item
         for item in differences(before, now)
-        if not _same_place(*item) and (item[0], item[2]) != unchosen
+        if not _same_place(*item) and not _is_auto(item[0], item[2])  # which keeps what is recorded
     ]
     if changed:
         yield "other than in the checkpoint: " + ", ".join(

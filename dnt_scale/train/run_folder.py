@@ -34,6 +34,7 @@ class Start:
     newest: Path | str | None = None  # the checkpoint to go on from
     state: State | None = None  # its state
     dtype: str | None = None  # that the run has computed in so far
+    micro_batch: int | None = None  # and the rows a forward
     notes: tuple[str, ...] = ()  # to be told, a line each
     aside: tuple[str, ...] = ()  # what of the run folder is to be moved aside first
     fresh: bool = False  # and the checkpoints
@@ -106,7 +107,8 @@ def _decide(run: RunConfig, at_most: int | None) -> Start:
         notes += (
             f"{steps} came after the newest checkpoint and {'are' if several else 'is'} done again",
         )
-    return Start(newest.path, state, _dtype(state.config), notes)
+    dtype, rows = (_chosen(state.config, key) for key in recorded.CHOSEN)
+    return Start(newest.path, state, dtype, rows, notes)
 
 
 def check_is_ours(run: RunConfig, settings: dict[str, Any], newest: Storage, state: State) -> None:
@@ -129,9 +131,11 @@ def check_is_ours(run: RunConfig, settings: dict[str, Any], newest: Storage, sta
     )
 
 
-def _dtype(settings: Any) -> str | None:
-    """Return the dtype that a configuration records; None where it was not chosen yet."""
-    found = recorded.pick(settings, "train.dtype")
+def _chosen(settings: Any, key: str) -> Any:
+    """Return what a configuration records of a key that may be auto; None where it was not chosen
+    yet.
+    """
+    found = recorded.pick(settings, key)
     return None if found == "auto" else found
 
 
@@ -261,16 +265,12 @@ def _without_checkpoint(
             f"run.dir: {had}, but there is no checkpoint in {run.checkpoints} ({why}); bring them "
             f"back, or {_anew(run)}"
         )
-    if last < 1:
-        return Start(notes=notes)
-    if settings and _same(settings, run):
-        return Start(
-            dtype=_dtype(settings),
-            notes=(
-                *notes,
-                f"no checkpoint yet: {last} step{'s' * (last > 1)} of {metrics} are done again",
-            ),
-        )
+    same = bool(settings) and _same(settings, run)
+    if last < 1 or same:
+        # what was chosen stays, so that it is the same run for its trackers
+        dtype, rows = (_chosen(settings, key) if same else None for key in recorded.CHOSEN)
+        again = f"no checkpoint yet: {last} step{'s' * (last > 1)} of {metrics} are done again"
+        return Start(None, None, dtype, rows, notes if last < 1 else (*notes, again))
     why = "other settings than before" if settings else "no config.yaml"
     said = (
         f"no checkpoint yet, and {why}: the {last} step{'s' * (last > 1)} of {metrics} are not "
@@ -317,13 +317,13 @@ def _checkpoints_of(run_dir: Path, settings: dict[str, Any]) -> Path | str:
 
 
 def _same(settings: dict[str, Any], run: RunConfig) -> bool:
-    """Whether a config.yaml is of this very run; which has recorded there what it took for
-    train.dtype auto.
-    """
+    """Whether a config.yaml is of this very run; which has recorded there what it took for auto."""
     try:
         before = config.validate(settings)
         if run.train.dtype == "auto":
             run = compute_dtype.with_dtype(run, before.train.dtype)
+        if run.train.micro_batch == "auto":
+            run = run.with_micro_batch(before.train.micro_batch)
         return config.to_yaml(before) == config.to_yaml(run)
     except ConfigError:
         return False

@@ -29,7 +29,7 @@ from dnt_scale.record.backend import check_backends
 from dnt_scale.record.files import warn
 from dnt_scale.record.metrics_file import DIAGNOSTICS, METRICS
 from dnt_scale.record.sender_files import backends_of, read_order
-from dnt_scale.train import recorded
+from dnt_scale.train import micro_batch, recorded
 from dnt_scale.train.recorded import Typed
 from dnt_scale.train.run_folder import (
     Start,
@@ -189,9 +189,11 @@ def begun_on_all(
     )
     begun = on_first(ranks, lambda: begin(run, typed, fresh=fresh, from_step=from_step))
     here = begun.run.model_copy(update={"data": run.data})
-    run, line = compute_dtype.resolve(here, ranks, run.train.dtype, begun.start.dtype)
-    for note in (*begun.notes, *([line] if line else [])) if ranks.first else ():
-        warn(note)
+    run, of_dtype = compute_dtype.resolve(here, ranks, run.train.dtype, begun.start.dtype)
+    run, of_rows = micro_batch.resolve(run, ranks, begun.start)
+    for note in (*begun.notes, of_dtype, of_rows) if ranks.first else ():
+        if note:
+            warn(note)
     return replace(begun, run=run)
 
 

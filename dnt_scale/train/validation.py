@@ -16,7 +16,7 @@ def validation(run: RunConfig, engine: Engine, source: Source, ranks: Ranks) -> 
     """Measure the model on ``eval.rows`` evenly spread held-out rows of each set of the source."""
     sets = source.validation(
         rows=run.eval.rows,
-        micro_batch=run.train.micro_batch,
+        micro_batch=run.train.rows_a_forward,
         rank=ranks.rank,
         world_size=ranks.world_size,
     )

@@ -74,6 +74,21 @@ def test_rows_of_a_prepared_set_and_more_failures(
     assert 0 < shares[0] < shares[1] <= 1
 
 
+def test_auto_is_the_fastest_micro_batch_that_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["model=dnt_774m", "engine=fsdp", "train.global_batch=512", "--gpu", "h100"]
+    said = " ".join(shown(capsys, *given, "train.micro_batch=auto").split())
+    found = re.search(r"engine=fsdp train.micro_batch=(\d+) \(assumed of auto\)", said)
+    assert found is not None
+    speeds = {}
+    for size in (1, 2, 4, 8, 16, 32, 64):
+        try:
+            data = json.loads(shown(capsys, *given, f"train.micro_batch={size}", "--json"))
+        except AssertionError:  # it does not fit
+            continue
+        speeds[size] = data["numbers"]["tokens_per_s"]["value"]
+    assert speeds[int(found[1])] == max(speeds.values())
+
+
 def test_this_machine_is_measured_once_and_kept(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -79,7 +79,7 @@ def evaluate_tasks(
     model, source = load_checkpoint(run_dir, run, chosen, state, data, ranks, one_set)
     assert isinstance(source, TokenSource) and isinstance(model, DNT), "language_run has looked"
     tokenizer = Tokenizer.load(tokenizer_file(source)[0])
-    measured = measure(model, tokenizer, found, limit, batch or run.train.micro_batch)
+    measured = measure(model, tokenizer, found, limit, batch or run.train.rows_a_forward)
     dtype = str(model.tok_emb.weight.dtype).removeprefix("torch.")
     keep(run_dir, state.step, {"averaged": state.averaged, "dtype": dtype}, measured)
     return state.step, measured

@@ -1,7 +1,6 @@
-"""`dnt plan`: what a run would take on a cluster that need not be at hand, as pure functions.
+"""`dnt plan`: what a run would take on a cluster that need not be at hand, as pure functions;
+what a micro-batch costs and holds is in dnt_scale/costs/.
 
-work.py       FLOPs and bytes of a micro-batch
-peak.py       memory a rank at its peak, by part
 machine.py    ranks, their devices and links; what each kind of work reaches of their peaks
 step_time.py  seconds of a step: a roofline of that work
 goodput.py    what failures and checkpoints leave of the time

@@ -11,7 +11,7 @@ from typing import Literal
 from dnt_scale import config
 from dnt_scale.config import ConfigError, ModelConfig, RunConfig
 from dnt_scale.config.hardware import Hardware
-from dnt_scale.tools import memory_plan
+from dnt_scale.costs import memory_plan
 from dnt_scale.tools.planner.goodput import (
     GPU_HOURS_A_FAILURE,
     HOST_COPY_BYTES_S,
@@ -27,6 +27,7 @@ from dnt_scale.tools.planner.search import (
     fewest,
     is_legal,
     least,
+    with_number,
 )
 from dnt_scale.tools.planner.step_time import is_language_model, mfu
 
@@ -70,6 +71,7 @@ def outlook(
     machine = gpu_machine(hardware, nodes, gpus_per_node, run.train.dtype, compiled=compiled)
     if not is_language_model(run) or not is_legal(run, machine):
         return None
+    run = with_number(run, machine, seq_len)
     asked = evaluate(run, machine, seq_len)
     share = mfu(run, machine, asked.units_per_s, seq_len)
     return Outlook(asked, best(run, machine, seq_len), share)
@@ -155,6 +157,7 @@ def estimate(
     """
     check_kind(run)
     check_shares(run, machine)
+    run = with_number(run, machine, seq_len)
     asked = evaluate(run, machine, seq_len)
     found = best(run, machine, seq_len)
     if not asked.fits or found is None:
@@ -188,7 +191,7 @@ def estimate(
 
 
 def _rival(name: str, run: RunConfig, machine: Machine, seq_len: int) -> Rival:
-    most = evaluate(run, machine, seq_len).peak
+    most = evaluate(with_number(run, machine, seq_len), machine, seq_len).peak
     needs = fewest(run, machine, seq_len) if machine.memory is not None else None
     return Rival(name, most.held.total(), most.total(), needs.ranks if needs else None)
 

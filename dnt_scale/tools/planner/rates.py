@@ -20,15 +20,8 @@ from torch import Tensor, nn
 
 from dnt_scale.config import ConfigError, ModelConfig, RunConfig
 from dnt_scale.config.hardware import hardware_of
-from dnt_scale.model.block import Block, Norm
-from dnt_scale.model.dnt import cross_entropy_sum
-from dnt_scale.model.documents import attention
-from dnt_scale.model.rotary import table
-from dnt_scale.optim.updates.orthogonalized import newton_schulz
-from dnt_scale.tools import memory_plan
-from dnt_scale.tools.planner.machine import GB, Machine, Rates
-from dnt_scale.tools.planner.step_time import STEPS, newton_schulz_flops
-from dnt_scale.tools.planner.work import (
+from dnt_scale.costs import memory_plan
+from dnt_scale.costs.work import (
     ATTENTION_BACKWARD,
     ATTENTION_FORWARD,
     BACKWARD,
@@ -37,6 +30,13 @@ from dnt_scale.tools.planner.work import (
     pointwise_bytes,
     sizes_of,
 )
+from dnt_scale.model.block import Block, Norm
+from dnt_scale.model.dnt import cross_entropy_sum
+from dnt_scale.model.documents import attention
+from dnt_scale.model.rotary import table
+from dnt_scale.optim.updates.orthogonalized import newton_schulz
+from dnt_scale.tools.planner.machine import GB, Machine, Rates
+from dnt_scale.tools.planner.step_time import STEPS, newton_schulz_flops
 
 MOST_TOKENS = 4096  # of what is timed; more would not be faster
 REPEATS = 5
@@ -138,7 +138,7 @@ def _processor() -> str:
 
 def _tokens(run: RunConfig, seq_len: int) -> tuple[int, int]:
     """Return rows and tokens of what is timed."""
-    rows = max(1, min(run.train.micro_batch, MOST_TOKENS // seq_len))
+    rows = max(1, min(run.train.rows_a_forward, MOST_TOKENS // seq_len))
     return rows, seq_len
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from dnt_scale.config import ConfigError, RunConfig, TorchEngineConfig
 from dnt_scale.config.engine import DeepSpeedEngineConfig, copies_of
+from dnt_scale.costs.peak import Peak, peak
 from dnt_scale.tools.planner.machine import Machine
-from dnt_scale.tools.planner.peak import Peak, peak
 from dnt_scale.tools.planner.step_time import StepTime, step_time, units_per_s
 
 MOST_RANKS = 1 << 16
@@ -70,14 +70,28 @@ def best(run: RunConfig, machine: Machine, seq_len: int) -> Choice | None:
     return None
 
 
+def with_number(run: RunConfig, machine: Machine, seq_len: int) -> RunConfig:
+    """Return the run with the fastest micro-batch that fits in the place of auto, its engine being
+    what it is; one row where none fits.
+    """
+    if run.train.micro_batch != "auto":
+        return run
+    found = [evaluate(run.with_micro_batch(size), machine, seq_len) for size in sizes(run, machine)]
+    fits = [choice for choice in found if choice.fits] or found[:1]
+    return max(fits, key=lambda choice: choice.units_per_s).run
+
+
+def sizes(run: RunConfig, machine: Machine) -> list[int]:
+    """Return the micro-batches that are compared, ascending: powers of two up to a rank's rows."""
+    rows = max(1, run.train.global_batch // machine.ranks)
+    return sorted({min(1 << power, rows) for power in range(rows.bit_length() + 1)})
+
+
 def choices(run: RunConfig, machine: Machine, recomputed: str | int) -> Iterator[RunConfig]:
     """Yield the run with each legal engine and mesh, and micro-batches of powers of two rows."""
-    rows = max(1, run.train.global_batch // machine.ranks)
-    sizes = sorted({min(1 << power, rows) for power in range(rows.bit_length() + 1)})
     for engine in engines(run, machine, recomputed):
-        for size in sizes:
-            train = run.train.model_copy(update={"micro_batch": size})
-            yield run.model_copy(update={"engine": engine, "train": train})
+        for size in sizes(run, machine):
+            yield run.model_copy(update={"engine": engine}).with_micro_batch(size)
 
 
 def engines(

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 
 from dnt_scale.config import ModelConfig, RunConfig, TorchEngineConfig
 from dnt_scale.config.engine import copies_of
+from dnt_scale.costs import memory_plan
+from dnt_scale.costs.memory_plan import FP32, Traffic
+from dnt_scale.costs.peak import micro_batch_of
+from dnt_scale.costs.work import work_of
 from dnt_scale.model.task import flops_per_row
-from dnt_scale.tools import memory_plan
-from dnt_scale.tools.memory_plan import FP32, Traffic
 from dnt_scale.tools.planner.machine import HOP_S, Machine
-from dnt_scale.tools.planner.peak import micro_batch_of
-from dnt_scale.tools.planner.work import work_of
 
 # Assumed: how much of the computing hides communication. FSDP2 and ZeRO 3 gather the next block and
 # reduce the last one meanwhile; DeepSpeed's stages 0 to 2 reduce when backward is done.

@@ -59,7 +59,7 @@ def classified(run: Training) -> tuple[Tensor, Tensor, Tensor]:
         if isinstance(module, VisionTransformer):
             found.append(logits.float().softmax(1).cpu())
 
-    size = min(run.config.train.micro_batch, SHOWN)
+    size = min(run.config.train.rows_a_forward, SHOWN)
     sets = run.source.validation(rows=SHOWN, micro_batch=size, rank=0, world_size=1)
     batches = [batch for batch in sets[""] if isinstance(batch, dict)]
     with device_metrics.ignored(), register_module_forward_hook(keep):

@@ -133,7 +133,7 @@ def put(path: Path, write: Callable[[Path], object]) -> None:
 def heading(run: Training, first: int, last: int) -> str:
     """Say what was profiled, in two lines."""
     config, ranks = run.stages.at(first - 1).run, run.ranks
-    batch = f"{config.train.global_batch} rows a step, {config.train.micro_batch} a micro-batch"
+    batch = f"{config.train.global_batch} rows a step, {config.train.rows_a_forward} a micro-batch"
     where = f"{config.engine.name} on {ranks.world_size} x {ranks.device.type}"
     return (
         f"{config.run.name}, {config.model.name}, steps {first} to {last}: {batch}\n{where} "

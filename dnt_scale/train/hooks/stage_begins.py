@@ -12,7 +12,7 @@ class StageBegins(Hook):
 
     def before_training(self, run: Training) -> None:
         """Take the micro-batch of the stage that the run is in."""
-        run.engine.micro_batch = run.stage.run.train.micro_batch
+        run.engine.micro_batch = run.stage.run.train.rows_a_forward
 
     def waits_after(self, run: Training, number: int) -> bool:
         """Say so of a stage's last step: the guard forgets it too."""
@@ -25,7 +25,7 @@ class StageBegins(Hook):
         stage = run.stage
         if not stage.span.name or run.state.step != stage.span.begin:
             return
-        run.engine.micro_batch = stage.run.train.micro_batch
+        run.engine.micro_batch = stage.run.train.rows_a_forward
         run.guard.forget()
         span, unit = stage.span, stage.source.unit.name
         run.progress.say(

@@ -22,10 +22,10 @@ from cluster.cluster_config import ClusterConfig
 from cluster.job import preflight
 from cluster.job.preflight import NodeReport, compare_reports
 from dnt_scale import config
+from dnt_scale.costs.memory_plan import checkpoint_bytes
 from dnt_scale.distributed import process_group
 from dnt_scale.distributed.errors import AgreedError, Fault
 from dnt_scale.record import timeline
-from dnt_scale.tools.memory_plan import checkpoint_bytes
 from testbed.run import Ranks, call, can_mount, tiny
 
 RANKS = 4

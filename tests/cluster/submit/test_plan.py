@@ -18,11 +18,11 @@ from dnt_scale import config
 from dnt_scale.checkpoint import Saver
 from dnt_scale.config import ConfigError, RunConfig, Unit
 from dnt_scale.config.hardware import hardware_of
+from dnt_scale.costs.memory_plan import checkpoint_bytes
 from dnt_scale.data.sources import load_source
 from dnt_scale.distributed import process_group
 from dnt_scale.model.flops import flops_per_token
 from dnt_scale.record.speed import PEAK_FLOPS
-from dnt_scale.tools.memory_plan import checkpoint_bytes
 from dnt_scale.train.stages import load_stages
 from testbed.run import synthetic_set, tiny, train
 from tests.helpers.tensor_shards import copies, some_state, some_tensors
@@ -104,6 +104,16 @@ def test_stages(data: Path, tmp_path: Path) -> None:
     )
     assert replace(made, units_per_s=100.0).seconds == 128
     assert replace(made, units_per_s=1.0, done=15).seconds == 5 * 16 * 64
+
+
+def test_auto_says_which_micro_batch_is_expected(data: Path, tmp_path: Path) -> None:
+    """Eight rows, or what `dnt plan` takes on a GPU that is known; a stage's own is no guess."""
+    stages = ["train.stages.late.after_step=15", "train.stages.late.micro_batch=2"]
+    given = ["train.micro_batch=auto", "train.global_batch=32", *stages]
+    text = plan.format_plan(planned(data, tmp_path / "one", *given))
+    whole = "32 rows of 64 tokens = 2 ranks x "
+    assert line(text, "batch") == f"{whole}2 micro-batches x 8 rows (expected)"
+    assert line(text, "stage") == f"late, steps 16 to 20: {whole}8 micro-batches x 2 rows"
 
 
 @pytest.mark.parametrize("batch", [2, 4, 6, 10, 14, 22])

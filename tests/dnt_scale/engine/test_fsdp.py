@@ -436,7 +436,7 @@ def written_out(world: int, *overrides: str) -> tuple[dict[str, torch.Tensor], l
         rows = global_batch(step)
         tokens = int((rows[:, 1:] != -1).sum())
         # the i-th micro-batch is every rank's i-th
-        each = [part.split(run.train.micro_batch) for part in rows.chunk(world)]
+        each = [part.split(run.train.rows_a_forward) for part in rows.chunk(world)]
         micros = [torch.cat(parts) for parts in zip(*each, strict=True)]
         grads = []
         for micro in micros:

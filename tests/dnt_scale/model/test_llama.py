@@ -15,10 +15,10 @@ from transformers import (
 
 from dnt_scale import config
 from dnt_scale.config import ModelConfig, RunConfig
+from dnt_scale.costs import memory_plan
 from dnt_scale.model.block import SETTINGS
 from dnt_scale.model.dnt import DNT
 from dnt_scale.model.flops import count_parameters, flops_per_token
-from dnt_scale.tools import memory_plan
 from tests.helpers.models import normal, preset, random_tokens, tiny
 
 SHAPE = {

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from dnt_scale import config
 from dnt_scale.config import MODELS, SOURCES, ConfigError, DataSection, ModelSection, Unit
+from dnt_scale.costs.memory_plan import memory
 from dnt_scale.data.sources import DataPart, Source, load_source
 from dnt_scale.data.stream import Stream
 from dnt_scale.distributed import process_group
@@ -25,7 +26,6 @@ from dnt_scale.engine import build as build_engine
 from dnt_scale.model.flops import count_parameters
 from dnt_scale.model.init import drawn
 from dnt_scale.model.task import Task, build_task
-from dnt_scale.tools.memory_plan import memory
 from dnt_scale.train.rank import main
 from testbed.configs import composed
 from testbed.run import (

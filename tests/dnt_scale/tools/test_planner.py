@@ -13,15 +13,15 @@ from torch import Tensor, nn
 from dnt_scale import config
 from dnt_scale.config import ConfigError, ModelConfig, RunConfig, TorchEngineConfig
 from dnt_scale.config.hardware import hardware_names, hardware_of, load_hardware
+from dnt_scale.costs.peak import peak
+from dnt_scale.costs.work import activation_bytes, block_bytes, work_of
 from dnt_scale.model.block import Block
 from dnt_scale.model.dnt import DNT
 from dnt_scale.tools.planner.estimate import estimate
 from dnt_scale.tools.planner.goodput import GPU_HOURS_A_FAILURE, goodput
 from dnt_scale.tools.planner.machine import Machine, gpu_machine
-from dnt_scale.tools.planner.peak import peak
 from dnt_scale.tools.planner.search import best, choices, evaluate, fewest
 from dnt_scale.tools.planner.step_time import step_time
-from dnt_scale.tools.planner.work import activation_bytes, block_bytes, work_of
 from testbed.measure import answers, print_costs, run_config
 from testbed.run import call
 

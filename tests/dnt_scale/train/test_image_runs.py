@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from dnt_scale import config
-from dnt_scale.config import ConfigError
+from dnt_scale.config import ConfigError, from_yaml
 from dnt_scale.data.sources import load_source
 from dnt_scale.distributed import process_group
 from dnt_scale.engine import build as build_engine
@@ -88,6 +88,13 @@ def finished(overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> 
     said = train([*overrides, f"run.dir={run_dir}"], ranks=2, env=PLOTS).ok().err
     assert "images/s" in said and "top1" in said
     return run_dir
+
+
+def test_auto_measures_its_micro_batch_with_images(overrides: list[str], tmp_path: Path) -> None:
+    given = [*overrides, f"run.dir={tmp_path}", "train.micro_batch=auto", "train.steps=1"]
+    said = train([*given, "eval.every=0", "optim.schedule.warmup_steps=0"]).ok().err
+    assert "train.micro_batch: " in said and "images/s a rank" in said
+    assert from_yaml(tmp_path / "config.yaml").train.micro_batch in (1, 2, 4, 6, 12)
 
 
 def without_speed(run_dir: Path) -> list[dict[str, Any]]:

@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from dnt_scale.config import DeepSpeedEngineConfig, ModelConfig, RunConfig, TorchEngineConfig
 from dnt_scale.config.deepspeed_json import bucket_of
 from dnt_scale.config.engine import copies_of
-from dnt_scale.tools import memory_plan
-from dnt_scale.tools.memory_plan import FP32, REUSED, Memory
-from dnt_scale.tools.planner.work import (
+from dnt_scale.costs import memory_plan
+from dnt_scale.costs.memory_plan import FP32, REUSED, Memory
+from dnt_scale.costs.work import (
     activation_bytes,
     activations_behind,
     block_bytes,
@@ -81,7 +81,7 @@ def peak(
 def micro_batch_of(run: RunConfig, world_size: int) -> tuple[int, int]:
     """Return the rows of a rank's micro-batch and how many it has a step."""
     rows = max(1, run.train.global_batch // world_size)
-    micro = min(run.train.micro_batch, rows)
+    micro = min(run.train.rows_a_forward, rows)
     return micro, -(-rows // micro)
 
 

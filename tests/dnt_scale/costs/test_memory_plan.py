@@ -5,7 +5,7 @@ recipe on made-up ones.
 import pytest
 
 from dnt_scale import config
-from dnt_scale.tools import memory_plan
+from dnt_scale.costs import memory_plan
 from testbed.measure import answers, print_costs, print_simulated, run_config
 from testbed.run import call
 

@@ -262,7 +262,7 @@ def _average(run: RunConfig, held: int) -> int:
 
 
 def _micro_batches(run: RunConfig, world_size: int) -> int:
-    return -(-run.train.global_batch // world_size // run.train.micro_batch)
+    return -(-run.train.global_batch // world_size // run.train.rows_a_forward)
 
 
 def compute_bytes(run: RunConfig) -> int:
