@@ -53,12 +53,6 @@ def linear_cross_entropy(
     Returns:
         Two scalars, nats: fp32, or float64 of float64.
     """
-    # Rows that do not count are left out where that makes no host wait to learn how many there are.
-    # A fake tensor has no values to learn it from.
-    if targets_N.device.type == "cpu" and type(targets_N) is Tensor:
-        counted_N = targets_N != IGNORED
-        if not counted_N.all():
-            x_ND, targets_N = x_ND[counted_N], targets_N[counted_N]
     differentiate = torch.is_grad_enabled()
     found: tuple[Tensor, Tensor] = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
         x_ND, head_RD, targets_N, vocab_size, logit_cap, z_loss, differentiate
