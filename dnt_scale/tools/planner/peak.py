@@ -3,7 +3,8 @@ on top for a moment.
 
 A step has three moments that may be the highest:
 
-    loss      all activations and the logits; of a single micro-batch no gradient is there yet
+    loss      all activations and what the loss makes, the head's gradient above all; of a single
+              micro-batch no other gradient is there yet
     backward  activations, and the first gradients on their way through buckets or reduce-scatters
     update    everything that is held, and what the root's reduce-scatter or DeepSpeed's step copies
 
@@ -19,9 +20,9 @@ from dnt_scale.tools import memory_plan
 from dnt_scale.tools.memory_plan import FP32, REUSED, Memory
 from dnt_scale.tools.planner.work import (
     activation_bytes,
-    activations_behind,
     block_bytes,
-    logits_bytes,
+    loss_bytes,
+    norm_bytes,
 )
 
 
@@ -38,14 +39,12 @@ class Peak:
         return sum(self.parts.values())
 
 
-def peak(
-    run: RunConfig, world_size: int, nodes: int, seq_len: int, *, fused_norms: bool = True
-) -> Peak:
+def peak(run: RunConfig, world_size: int, nodes: int, seq_len: int, *, gpus: bool = True) -> Peak:
     """Return the peak of a run's ranks.
 
     Args:
         seq_len: tokens of a row.
-        fused_norms: whether RMSNorm is one kernel, as on CUDA; not on CPUs.
+        gpus: whether ranks have GPUs, where the loss makes more logits at a time.
     """
     model = run.model
     assert isinstance(model, ModelConfig)
@@ -53,8 +52,7 @@ def peak(
     c = memory_plan.compute_bytes(run)
     rows, micro_batches = micro_batch_of(run, world_size)
     tokens = rows * seq_len
-    activations = activation_bytes(run, tokens, c, fused_norms=fused_norms)
-    logits = logits_bytes(model, tokens)
+    activations = activation_bytes(run, tokens, c)
     state = {
         name: getattr(held, name)
         for name in memory_plan.FIELDS
@@ -66,10 +64,11 @@ def peak(
     beside = _torch if isinstance(run.engine, TorchEngineConfig) else _deepspeed
     top = beside(run, world_size, nodes, c)
     # half of the last block's and what is behind it are freed before gradients pile up
-    behind = activations_behind(model, c, fused_norms=fused_norms)
-    left = activations - tokens * (behind + block_bytes(model, c, fused_norms=fused_norms) // 2)
+    behind = norm_bytes(model, c) * model.final_norm
+    left = activations - tokens * (behind + block_bytes(model, c) // 2)
+    made = loss_bytes(model, tokens, c, gpus=gpus)
     moments = {
-        "loss": {**before, "activations": activations, "logits": logits, **top.at_loss},
+        "loss": {**before, "activations": activations, "loss": made, **top.at_loss},
         "backward": {**before, "activations": max(0, left), **top.in_backward},
         "update": {**state, **top.at_update},
     }
