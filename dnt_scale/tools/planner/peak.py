@@ -25,6 +25,9 @@ from dnt_scale.tools.planner.work import (
     norm_bytes,
 )
 
+# elements: of what DeepSpeed all-reduces at a time (MEMORY_OPT_ALLREDUCE_SIZE)
+ALLREDUCED = 500_000_000
+
 
 @dataclass(frozen=True)
 class Peak:
@@ -121,20 +124,22 @@ def _torch(run: RunConfig, world_size: int, nodes: int, c: int) -> _Beside:
 def _deepspeed(run: RunConfig, world_size: int, nodes: int, c: int) -> _Beside:
     """Return the same for ZeRO: weights gathered, and buckets of gradients.
 
-    Stage 1 in bf16 adds each gradient to its fp32 sum at once. In stages 1 and 2 gradients
-    otherwise wait in a bucket of ``reduce_bucket_size`` numbers of the compute dtype, which
-    backward makes, and are summed in fp32; in stage 2 those of other ranks' parts are there too
-    until the bucket is full. Stage 3 keeps such a bucket in fp32 all the time, and a
-    model of less than ``stage3_max_reuse_distance`` weights gathered.
+    Stage 1 in bf16 adds each gradient to its fp32 sum at once; these sums, as stage 0's gradients,
+    are copied into a buffer that is all-reduced at the end. In stages 1 and 2 gradients otherwise
+    wait in a bucket of ``reduce_bucket_size`` numbers of the compute dtype, which backward makes,
+    and are summed in fp32; in stage 2 those of other ranks' parts are there too until the bucket is
+    full. Stage 3 keeps such a bucket in fp32 all the time, and a model of less than
+    ``stage3_max_reuse_distance`` weights gathered.
     """
     assert isinstance(run.engine, DeepSpeedEngineConfig)
     block, root = memory_plan.largest_units(run.model)
     whole, stage = memory_plan.parameters_of(run.model), run.engine.stage
+    reduced = {"reduction": FP32 * min(whole, ALLREDUCED)}
     if stage == 0:  # a copy to compute with, made of each weight as it is used
         copies = {"gathered": c * whole if c < FP32 else 0}
-        return _Beside(copies, {**copies, "reduction": c * root}, {})
+        return _Beside(copies, {**copies, "reduction": c * root}, reduced)
     if stage == 1 and c < FP32 and not run.engine.offload_optimizer:
-        return _Beside({}, {"reduction": c * (root + block)}, {})
+        return _Beside({}, {"reduction": c * (root + block)}, reduced)
     bucket = bucket_of(run.engine)
     if stage < 3:
         others = c * (whole - whole // world_size) if stage == 2 else 0

@@ -97,8 +97,8 @@ def this_machine(rates: Rates, nodes: int, ranks_per_node: int, device: torch.de
             1e12 * known.bf16_tflops if known else None,
             total - GB,
         )
-    threads = torch.get_num_threads() * ranks_per_node
-    share = min(1.0, (os.cpu_count() or 1) / threads)
+    threads = torch.get_num_threads()
+    share = min(1.0, (os.cpu_count() or 1) / (threads * ranks_per_node))
     slower = replace(
         rates,
         **{
@@ -108,7 +108,7 @@ def this_machine(rates: Rates, nodes: int, ranks_per_node: int, device: torch.de
     )
     # ranks of one node pass their bytes through its memory
     return Machine(
-        f"this processor ({torch.get_num_threads()} threads a rank)",
+        f"this processor ({threads} thread{'s' * (threads != 1)} a rank)",
         nodes,
         ranks_per_node,
         slower,
@@ -166,7 +166,7 @@ def measure(
         shape: timer.both(
             Linear(*shape, bias=False, device=device, dtype=dtype), inputs(tokens, shape[0])
         )
-        for shape in {*products}
+        for shape in set(products)
     }
     block = math.fsum(seconds[shape] for shape in products)
     # the loss's own products: of a piece's rows, and torch's on any processor
