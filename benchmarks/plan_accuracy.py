@@ -210,7 +210,7 @@ def memory() -> Iterator[dict[str, Any]]:
                 finished = Ranks(print_costs, (given, (1, layers)), ranks, {}).wait(PATIENCE_S)
                 found = max(each[0]["peak"] for each in answers(finished))
                 run = run_config([*given, f"model.layers={layers}"])
-                expected = peak(run, ranks, 1, length_of(run), fused_norms=False)
+                expected = peak(run, ranks, 1, length_of(run), gpus=False)
                 yield {
                     "model": name,
                     "engine": chosen,
