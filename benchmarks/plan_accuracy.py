@@ -33,7 +33,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from dnt_scale import config
+from dnt_scale import config, startup
 from dnt_scale.config import RunConfig
 from dnt_scale.config.hardware import load_hardware
 from dnt_scale.distributed import process_group
@@ -225,6 +225,7 @@ def memory() -> Iterator[dict[str, Any]]:
 def speed() -> Iterator[dict[str, Any]]:
     """Seconds of steps beside those that rates, measured between them, give."""
     torch.set_num_threads(1)
+    startup.keep_memory()  # as ranks do
     ranks = process_group.start("cpu")
     for name, overrides in SPEED.items():
         print(f"speed: {name}", flush=True)
