@@ -33,7 +33,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from dnt_scale import config
+from dnt_scale import config, startup
 from dnt_scale.config import RunConfig
 from dnt_scale.config.hardware import load_hardware
 from dnt_scale.costs.memory_plan import parameters_of
@@ -210,7 +210,7 @@ def memory() -> Iterator[dict[str, Any]]:
                 finished = Ranks(print_costs, (given, (1, layers)), ranks, {}).wait(PATIENCE_S)
                 found = max(each[0]["peak"] for each in answers(finished))
                 run = run_config([*given, f"model.layers={layers}"])
-                expected = peak(run, ranks, 1, length_of(run), fused_norms=False)
+                expected = peak(run, ranks, 1, length_of(run), gpus=False)
                 yield {
                     "model": name,
                     "engine": chosen,
@@ -225,6 +225,7 @@ def memory() -> Iterator[dict[str, Any]]:
 def speed() -> Iterator[dict[str, Any]]:
     """Seconds of steps beside those that rates, measured between them, give."""
     torch.set_num_threads(1)
+    startup.keep_memory()  # as ranks do
     ranks = process_group.start("cpu")
     for name, overrides in SPEED.items():
         print(f"speed: {name}", flush=True)

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dnt_scale import config
+from dnt_scale import config, startup
 from dnt_scale.config import ConfigError, RunConfig
 from dnt_scale.config.hardware import hardware_names, load_hardware
 
@@ -94,6 +94,8 @@ def machine_for(
             f"--gpu: cluster.gpus_per_node is {site.gpus_per_node}; say which GPU, "
             f"{', '.join(hardware_names())} or a file"
         )
+    if again and device.type == "cpu":
+        startup.keep_memory()  # as ranks do
     found = rates.measured(run, seq_len, device, again=again)
     if found is None:
         raise ConfigError(

@@ -3,7 +3,8 @@ on top for a moment.
 
 A step has three moments that may be the highest:
 
-    loss      all activations and the logits; of a single micro-batch no gradient is there yet
+    loss      all activations and what the loss makes, the head's gradient above all; of a single
+              micro-batch no other gradient is there yet
     backward  activations, and the first gradients on their way through buckets or reduce-scatters
     update    everything that is held, and what the root's reduce-scatter or DeepSpeed's step copies
 
@@ -19,10 +20,13 @@ from dnt_scale.costs import memory_plan
 from dnt_scale.costs.memory_plan import FP32, REUSED, Memory
 from dnt_scale.costs.work import (
     activation_bytes,
-    activations_behind,
     block_bytes,
-    logits_bytes,
+    loss_bytes,
+    norm_bytes,
 )
+
+# elements: of what DeepSpeed all-reduces at a time (MEMORY_OPT_ALLREDUCE_SIZE)
+ALLREDUCED = 500_000_000
 
 
 @dataclass(frozen=True)
@@ -38,14 +42,12 @@ class Peak:
         return sum(self.parts.values())
 
 
-def peak(
-    run: RunConfig, world_size: int, nodes: int, seq_len: int, *, fused_norms: bool = True
-) -> Peak:
+def peak(run: RunConfig, world_size: int, nodes: int, seq_len: int, *, gpus: bool = True) -> Peak:
     """Return the peak of a run's ranks.
 
     Args:
         seq_len: tokens of a row.
-        fused_norms: whether RMSNorm is one kernel, as on CUDA; not on CPUs.
+        gpus: whether ranks have GPUs, where the loss makes more logits at a time.
     """
     model = run.model
     assert isinstance(model, ModelConfig)
@@ -53,8 +55,7 @@ def peak(
     c = memory_plan.compute_bytes(run)
     rows, micro_batches = micro_batch_of(run, world_size)
     tokens = rows * seq_len
-    activations = activation_bytes(run, tokens, c, fused_norms=fused_norms)
-    logits = logits_bytes(model, tokens)
+    activations = activation_bytes(run, tokens, c)
     state = {
         name: getattr(held, name)
         for name in memory_plan.FIELDS
@@ -66,10 +67,11 @@ def peak(
     beside = _torch if isinstance(run.engine, TorchEngineConfig) else _deepspeed
     top = beside(run, world_size, nodes, c)
     # half of the last block's and what is behind it are freed before gradients pile up
-    behind = activations_behind(model, c, fused_norms=fused_norms)
-    left = activations - tokens * (behind + block_bytes(model, c, fused_norms=fused_norms) // 2)
+    behind = norm_bytes(model, c) * model.final_norm
+    left = activations - tokens * (behind + block_bytes(model, c) // 2)
+    made = loss_bytes(model, tokens, c, gpus=gpus)
     moments = {
-        "loss": {**before, "activations": activations, "logits": logits, **top.at_loss},
+        "loss": {**before, "activations": activations, "loss": made, **top.at_loss},
         "backward": {**before, "activations": max(0, left), **top.in_backward},
         "update": {**state, **top.at_update},
     }
@@ -122,20 +124,22 @@ def _torch(run: RunConfig, world_size: int, nodes: int, c: int) -> _Beside:
 def _deepspeed(run: RunConfig, world_size: int, nodes: int, c: int) -> _Beside:
     """Return the same for ZeRO: weights gathered, and buckets of gradients.
 
-    Stage 1 in bf16 adds each gradient to its fp32 sum at once. In stages 1 and 2 gradients
-    otherwise wait in a bucket of ``reduce_bucket_size`` numbers of the compute dtype, which
-    backward makes, and are summed in fp32; in stage 2 those of other ranks' parts are there too
-    until the bucket is full. Stage 3 keeps such a bucket in fp32 all the time, and a
-    model of less than ``stage3_max_reuse_distance`` weights gathered.
+    Stage 1 in bf16 adds each gradient to its fp32 sum at once; these sums, as stage 0's gradients,
+    are copied into a buffer that is all-reduced at the end. In stages 1 and 2 gradients otherwise
+    wait in a bucket of ``reduce_bucket_size`` numbers of the compute dtype, which backward makes,
+    and are summed in fp32; in stage 2 those of other ranks' parts are there too until the bucket is
+    full. Stage 3 keeps such a bucket in fp32 all the time, and a model of less than
+    ``stage3_max_reuse_distance`` weights gathered.
     """
     assert isinstance(run.engine, DeepSpeedEngineConfig)
     block, root = memory_plan.largest_units(run.model)
     whole, stage = memory_plan.parameters_of(run.model), run.engine.stage
+    reduced = {"reduction": FP32 * min(whole, ALLREDUCED)}
     if stage == 0:  # a copy to compute with, made of each weight as it is used
         copies = {"gathered": c * whole if c < FP32 else 0}
-        return _Beside(copies, {**copies, "reduction": c * root}, {})
+        return _Beside(copies, {**copies, "reduction": c * root}, reduced)
     if stage == 1 and c < FP32 and not run.engine.offload_optimizer:
-        return _Beside({}, {"reduction": c * (root + block)}, {})
+        return _Beside({}, {"reduction": c * (root + block)}, reduced)
     bucket = bucket_of(run.engine)
     if stage < 3:
         others = c * (whole - whole // world_size) if stage == 2 else 0

@@ -1,15 +1,16 @@
-"""What a micro-batch of a language model costs: FLOPs of matrices and attention, bytes that the
-other operations move, bytes kept for backward.
+"""What a language model costs on a rank: FLOPs of matrices and attention, bytes that the other
+operations move, bytes kept for backward.
 
 n is the tokens of a micro-batch, c the bytes of a number to compute with (bf16: 2, fp32: 4), D the
-width, Q and K the widths of all heads of queries and of keys, F the feed-forward part's, V the
-vocabulary.
+width, Q and K the widths of all heads of queries and of keys, F the feed-forward part's, V the rows
+of the head (the vocabulary and its padding), P the rows that have logits at a time.
 """
 
 from dataclasses import dataclass
 
 from dnt_scale.config import ModelConfig, RunConfig
 from dnt_scale.model.block import ACTIVATIONS, SETTINGS
+from dnt_scale.model.linear_cross_entropy import CONVERTED_ROWS, PIECE_ROWS
 
 FP32 = 4
 BACKWARD = 2  # times the forward's FLOPs of a matrix: a product for the input, one for the weight
@@ -20,13 +21,13 @@ ATTENTION_FORWARD, ATTENTION_BACKWARD = 2, 5
 
 @dataclass(frozen=True)
 class Work:
-    """Of one micro-batch, forward and backward, recomputation included; on one rank."""
+    """Of a rank's micro-batches of a step, forward and backward, recomputation included."""
 
     matmul: float  # FLOPs
     attention: float  # FLOPs, the masked half not counted
     norms: float  # bytes read and written
     pointwise: float  # bytes read and written by activations, residuals and rotary positions
-    loss: float  # bytes read and written from the logits to their gradient
+    loss: float  # bytes read and written by the loss beside its products
     operations: float  # calls that the host makes of the device
 
 
@@ -86,14 +87,14 @@ def recomputed_blocks(run: RunConfig) -> float:
     return float(-(-layers // chosen)) if isinstance(chosen, int) else 0.0
 
 
-def work_of(run: RunConfig, rows: int, seq_len: int, compute_bytes: int) -> Work:
-    """Return the work of a micro-batch of so many rows.
+def work_of(run: RunConfig, rows: int, seq_len: int, compute_bytes: int, *, gpus: bool) -> Work:
+    """Return the work of so many rows, in micro-batches of ``train.micro_batch``.
 
         matmul      (2 + 4) n (L N_block + V D), and 2 n N_block a block that is computed again
         attention   (4 + 10) n T / 2 Q L, and 4 n T / 2 Q a block that is computed again
         norms       5 c w a token: read and write; read twice and write
         pointwise   5 c F an activation (gated, 13 c F), 12 c D two residuals, 8 c (Q + K) rotary
-        loss        (2 c + 28) V a token in bf16, of which the casts are 12 and are none in fp32
+        loss        ``loss_traffic``
 
     ``selective`` recomputation makes norms and pointwise operations again, no product.
     """
@@ -113,15 +114,45 @@ def work_of(run: RunConfig, rows: int, seq_len: int, compute_bytes: int) -> Work
     passes = layers + 0.4 * light
     widths = sum(sizes.norm_widths)
     norms = 5.0 * compute_bytes * tokens * (widths * passes + 2 * model.width)
-    cast = 2 * compute_bytes + 8 if compute_bytes < FP32 else 0
+    micro = min(run.train.rows_a_forward, rows)
+    micro_batches = -(-rows // micro)
+    pieces = micro_batches * _pieces(micro * seq_len, gpus)
     return Work(
         matmul,
         attention,
         norms,
         float(tokens * pointwise_bytes(model, compute_bytes)) * passes,
-        float(tokens * model.vocab_rows * (20 + cast)),
-        operations=passes * _operations(sizes) + 20,
+        rows / micro * loss_traffic(model, micro * seq_len, compute_bytes, gpus=gpus),
+        operations=micro_batches * (passes * _operations(sizes) + 20) + 30 * pieces,
     )
+
+
+def loss_traffic(model: ModelConfig, tokens: int, compute_bytes: int, *, gpus: bool) -> float:
+    """Return the bytes that the loss of a micro-batch reads and writes beside its three products,
+    forward and backward; see model/linear_cross_entropy.py.
+
+        a token         32 V from logits to their gradient in fp32, 60 V more with a cap;
+                        (2 c + 8) V to and from fp32, where c is less
+        a piece         8 V D: the head's gradient is read and written; c V D more where c is less
+        a micro-batch   12 (n + V) D: gradients in fp32 are made and scaled; (4 + c) (n + V) D more
+                        where c is less
+    """
+    cast = compute_bytes < FP32
+    a_logit = 32 + 60 * (model.logit_cap is not None) + (2 * compute_bytes + 8) * cast
+    head = model.vocab_rows * model.width
+    moved = tokens * model.vocab_rows * a_logit
+    moved += _pieces(tokens, gpus) * head * (8 + compute_bytes * cast)
+    moved += (tokens * model.width + head) * (12 + (4 + compute_bytes) * cast)
+    return float(moved)
+
+
+def piece_rows(tokens: int, *, gpus: bool) -> int:
+    """Return P of a micro-batch."""
+    return min(tokens, PIECE_ROWS["cuda" if gpus else "cpu"])
+
+
+def _pieces(tokens: int, gpus: bool) -> int:
+    return -(-tokens // piece_rows(tokens, gpus=gpus))
 
 
 def pointwise_bytes(model: ModelConfig, compute_bytes: int) -> int:
@@ -143,26 +174,21 @@ def _operations(sizes: Sizes) -> int:
 # --- bytes kept for backward ----------------------------------------------------------------------
 
 
-def block_bytes(model: ModelConfig, compute_bytes: int, *, fused_norms: bool) -> int:
+def block_bytes(model: ModelConfig, compute_bytes: int) -> int:
     """Return what a block keeps a token for its backward.
 
-        inputs of matrices   c (D + Q + D + F): of W_q, W_k, W_v together, W_o, W_1, W_2
-        attention            c 3 Q, and 4 a head: keys and values are written out for each query
-        before activations   c F; gated, c 3 F
-        norms                c w fused, its input, and 4: one number a token or head; else 8 w,
-                             input and result in fp32, as torch's RMSNorm does on CPUs
-
-    LayerNorm is fused everywhere.
+    inputs of matrices   c (D + Q + D + F): of W_q, W_k, W_v together, W_o, W_1, W_2
+    attention            c 3 Q, and 4 a head: keys and values are written out for each query
+    before activations   c F; gated, c 3 F
+    norms                c w, its input, and 4: one number a token or head
     """
     sizes, c = sizes_of(model), compute_bytes
-    fused = fused_norms or model.norm == "layernorm"
     kept = c * (2 * sizes.width + 4 * sizes.queries + sizes.inner * sizes.ffn)
-    kept += FP32 * model.heads
-    kept += sum(sizes.norm_widths) * (c if fused else 2 * FP32)
+    kept += FP32 * model.heads + c * sum(sizes.norm_widths)
     return kept + FP32 * (sizes.outer_norms + sizes.qk_norms * (model.heads + model.sizes.kv_heads))
 
 
-def activation_bytes(run: RunConfig, tokens: int, compute_bytes: int, *, fused_norms: bool) -> int:
+def activation_bytes(run: RunConfig, tokens: int, compute_bytes: int) -> int:
     """Return what all blocks, and the norms around them, keep of a micro-batch.
 
     A block that is computed again keeps its input, c D a token, and one of them all it has while
@@ -172,7 +198,7 @@ def activation_bytes(run: RunConfig, tokens: int, compute_bytes: int, *, fused_n
     model = run.model
     assert isinstance(model, ModelConfig)
     sizes, c = sizes_of(model), compute_bytes
-    whole = block_bytes(model, c, fused_norms=fused_norms)
+    whole = block_bytes(model, c)
     entry = c * model.width
     chosen, again = run.engine.activation_checkpointing, int(recomputed_blocks(run))
     if chosen == "selective":
@@ -181,29 +207,30 @@ def activation_bytes(run: RunConfig, tokens: int, compute_bytes: int, *, fused_n
         kept = model.layers * (c * products + FP32 * model.heads) + whole
     else:
         kept = (model.layers - again) * whole + again * entry + (whole if again else 0)
-    entrance = _norm_bytes(model, c, fused_norms) if SETTINGS[model.setting].input else 0
-    return tokens * (kept + entrance + activations_behind(model, c, fused_norms=fused_norms))
+    norms = SETTINGS[model.setting].input + model.final_norm
+    return tokens * (kept + norms * norm_bytes(model, c))
 
 
-def activations_behind(model: ModelConfig, compute_bytes: int, *, fused_norms: bool) -> int:
-    """Return what is kept a token behind the last block: by the last norm, and the head's input."""
-    norm = _norm_bytes(model, compute_bytes, fused_norms) if model.final_norm else 0
-    return norm + compute_bytes * model.width
+def norm_bytes(model: ModelConfig, compute_bytes: int) -> int:
+    """Return what a norm before or behind the blocks keeps a token: its input and a number."""
+    return FP32 + compute_bytes * model.width
 
 
-def _norm_bytes(model: ModelConfig, compute_bytes: int, fused_norms: bool) -> int:
-    fused = fused_norms or model.norm == "layernorm"
-    return FP32 + model.width * (compute_bytes if fused else 2 * FP32)
+def loss_bytes(model: ModelConfig, tokens: int, compute_bytes: int, *, gpus: bool) -> int:
+    """Return the most that the loss of a micro-batch takes at a time, be it in the loss or in its
+    backward; see model/linear_cross_entropy.py.
 
-
-def logits_bytes(model: ModelConfig, tokens: int) -> int:
-    """Return the most that logits and what the loss makes of them take at a time.
-
-    Whole logits: 12 V a token. Log-softmax keeps its result in fp32, and backward makes two more of
-    that size: of the picked targets, and of the logits. ``z_loss`` keeps the fp32 logits beside, a
-    cap them and what it caps.
-
-    This is the one place that says whether the loss holds whole logits or pieces of them.
+        gradients   4 (n + V) D: of x and of the head in fp32, from the loss to its backward
+        loss        c n D, x; c P V, a piece's logits, and 4 P V in fp32 where c is less; and the
+                    larger one of 4 P V, the slope of a cap, and what of the head's gradient waits
+                    to be added to a wider sum: c V D on CUDA, (c + 4) D of 1,024 rows on a CPU
+        backward    c (n + V) D, the gradients that it gives, where c is less
     """
-    a_logit = 3 * FP32 + FP32 * bool(model.z_loss) + 2 * FP32 * bool(model.logit_cap)
-    return tokens * model.vocab_rows * a_logit
+    c, width, rows = compute_bytes, model.width, model.vocab_rows
+    cast = c < FP32
+    both = (tokens + rows) * width
+    piece = piece_rows(tokens, gpus=gpus) * rows
+    slope = FP32 * piece * (model.logit_cap is not None)
+    waiting = c * rows if gpus else (c + FP32) * min(rows, CONVERTED_ROWS)
+    loss = c * tokens * width + (c + FP32 * cast) * piece + max(slope, cast * waiting * width)
+    return FP32 * both + max(loss, cast * c * both)

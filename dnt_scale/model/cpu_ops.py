@@ -47,15 +47,30 @@ class Linear(nn.Linear):
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return ``F.linear(x, weight, bias)``, by oneDNN where that is faster."""
-    if (
-        _trains_on_cpu(x)
-        and x.dtype == weight.dtype == torch.float32
-        and x.numel() * weight.shape[0] >= WORTH_CALLING
-        and prefers_onednn()
-    ):
+    if _trains_on_cpu(x) and _faster_by_onednn(x, weight):
         y: Tensor = _Linear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
         return y
     return F.linear(x, weight, bias)
+
+
+def product(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
+    """Return x W^T, by oneDNN where that is faster, else in ``out``.
+
+    For the forward of an ``autograd.Function``, whose backward is its own.
+    """
+    if _faster_by_onednn(x, weight):
+        return _product(x, weight, None)
+    return torch.mm(x, weight.t(), out=out)
+
+
+def _faster_by_onednn(x: Tensor, weight: Tensor) -> bool:
+    return (
+        x.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
+        and x.numel() * weight.shape[0] >= WORTH_CALLING
+        and type(x) is Tensor  # neither a fake tensor nor one of several devices
+        and prefers_onednn()
+    )
 
 
 @cache

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dnt_scale.model import cpu_ops
 from dnt_scale.model.batch import IGNORED
 
 # Rows that have logits at a time. Each piece reads and writes the head's gradient once, which is
@@ -52,12 +53,6 @@ def linear_cross_entropy(
     Returns:
         Two scalars, nats: fp32, or float64 of float64.
     """
-    # Rows that do not count are left out where that makes no host wait to learn how many there are.
-    # A fake tensor has no values to learn it from.
-    if targets_N.device.type == "cpu" and type(targets_N) is Tensor:
-        counted_N = targets_N != IGNORED
-        if not counted_N.all():
-            x_ND, targets_N = x_ND[counted_N], targets_N[counted_N]
     differentiate = torch.is_grad_enabled()
     found: tuple[Tensor, Tensor] = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
         x_ND, head_RD, targets_N, vocab_size, logit_cap, z_loss, differentiate
@@ -86,15 +81,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         loss, z_part = (x_ND.new_zeros((), dtype=wide) for _ in range(2))
         # one for all pieces: the system is slow to give and to take back blocks of this size
         buffer_PR = x_ND.new_empty(min(rows, len(x_ND)), len(head_RD))
-        wide_PV = buffer_PR[:, :vocab_size]
         if converts := wide != x_ND.dtype:
-            wide_PV = torch.empty_like(wide_PV, dtype=wide)
+            wide_PV = torch.empty_like(buffer_PR[:, :vocab_size], dtype=wide)
         for begin in range(0, len(x_ND), rows):
             x_PD, targets_P = x_ND[begin : begin + rows], targets_N[begin : begin + rows]
-            products_PR = torch.mm(x_PD, head_RD.T, out=buffer_PR[: len(x_PD)])
-            logits_PV = wide_PV[: len(x_PD)]
+            products_PR = cpu_ops.product(x_PD, head_RD, out=buffer_PR[: len(x_PD)])
+            logits_PV = products_PR[:, :vocab_size]
             if converts:
-                logits_PV.copy_(products_PR[:, :vocab_size])
+                logits_PV = wide_PV[: len(x_PD)].copy_(logits_PV)
             piece, z_piece = _losses(logits_PV, targets_P, logit_cap, z_loss, of_x or of_head)
             loss += piece
             z_part += z_piece
@@ -103,9 +97,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 products_PR[:, :vocab_size] = logits_PV
             products_PR[:, vocab_size:] = 0
             if grad_x_ND is not None:
-                grad_x_ND[begin : begin + rows] = products_PR @ head_RD
+                grad_x_ND[begin : begin + rows] = cpu_ops.product(products_PR, head_RD.t())
             if grad_head_RD is not None:
                 _add_product(grad_head_RD, products_PR, x_PD)
+            del products_PR, logits_PV  # before the next ones are made
         ctx.save_for_backward(grad_x_ND, grad_head_RD)
         ctx.dtypes = x_ND.dtype, head_RD.dtype
         ctx.mark_non_differentiable(z_part)

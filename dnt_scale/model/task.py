@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from dnt_scale.config import ConfigError, ModelSection
 from dnt_scale.model.batch import Batch
@@ -107,8 +108,22 @@ def build_task(section: ModelSection, rows: Any = None) -> Task:
 
 def on_meta(section: ModelSection) -> Task:
     """Return the model on the meta device: names and shapes, no storage."""
-    with torch.device("meta"):
+    with torch.device("meta"), _Uninitialised():
         return build_task(section)
+
+
+class _Uninitialised(TorchFunctionMode):
+    """Leaves out `torch.nn.init`: drawing from a normal distribution on the meta device imports
+    torch's compiler, more than a second of processor time.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 def shapes_of(section: ModelSection) -> dict[str, tuple[int, ...]]:

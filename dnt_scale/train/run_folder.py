@@ -265,12 +265,17 @@ def _without_checkpoint(
             f"run.dir: {had}, but there is no checkpoint in {run.checkpoints} ({why}); bring them "
             f"back, or {_anew(run)}"
         )
-    same = bool(settings) and _same(settings, run)
-    if last < 1 or same:
-        # what was chosen stays, so that it is the same run for its trackers
-        dtype, rows = (_chosen(settings, key) if same else None for key in recorded.CHOSEN)
-        again = f"no checkpoint yet: {last} step{'s' * (last > 1)} of {metrics} are done again"
-        return Start(None, None, dtype, rows, notes if last < 1 else (*notes, again))
+    if last < 1:
+        return Start(notes=notes)
+    if settings and _same(settings, run):
+        return Start(
+            dtype=_chosen(settings, "train.dtype"),
+            micro_batch=_chosen(settings, "train.micro_batch"),
+            notes=(
+                *notes,
+                f"no checkpoint yet: {last} step{'s' * (last > 1)} of {metrics} are done again",
+            ),
+        )
     why = "other settings than before" if settings else "no config.yaml"
     said = (
         f"no checkpoint yet, and {why}: the {last} step{'s' * (last > 1)} of {metrics} are not "

@@ -35,7 +35,7 @@ def test_every_number_says_where_it_is_from(capsys: pytest.CaptureFixture[str]) 
     for expected in (
         r"machine 1 node of 8 ranks: NVIDIA H100",
         r"tokens, in rows of 1,024 tokens, model.context \(derived\)",
-        r"of 78.00 GB a rank at the peak, at the loss \(derived\): weights .* \+ logits ",
+        r"of 78.00 GB a rank at the peak, at the loss \(derived\): weights .* \+ loss ",
         r"a rank sends \S+ GB a step \(derived\): all-gather .*% of it hidden \(assumed\)",
         r"speed [\d,]+ tokens/s, MFU \d+\.\d% \(assumed\)",
         r"of training, .* with failures; [\d,.]+ GPU-hours \(assumed\)",

@@ -44,7 +44,6 @@ class Machine:
     network: float  # to other nodes
     peak_flops: float | None = None  # what MFU is of; None: not known, as of a CPU
     memory: float | None = None  # bytes that a rank may take; None: not known
-    fused_norms: bool = True
     gpus: bool = True
 
     @property

@@ -27,12 +27,15 @@ from dnt_scale.costs.work import (
     BACKWARD,
     FP32,
     Sizes,
+    loss_traffic,
+    piece_rows,
     pointwise_bytes,
     sizes_of,
 )
 from dnt_scale.model.block import Block, Norm
-from dnt_scale.model.dnt import cross_entropy_sum
+from dnt_scale.model.cpu_ops import Linear
 from dnt_scale.model.documents import attention
+from dnt_scale.model.linear_cross_entropy import linear_cross_entropy
 from dnt_scale.model.rotary import table
 from dnt_scale.optim.updates.orthogonalized import newton_schulz
 from dnt_scale.tools.planner.machine import GB, Machine, Rates
@@ -94,8 +97,8 @@ def this_machine(rates: Rates, nodes: int, ranks_per_node: int, device: torch.de
             1e12 * known.bf16_tflops if known else None,
             total - GB,
         )
-    threads = torch.get_num_threads() * ranks_per_node
-    share = min(1.0, (os.cpu_count() or 1) / threads)
+    threads = torch.get_num_threads()
+    share = min(1.0, (os.cpu_count() or 1) / (threads * ranks_per_node))
     slower = replace(
         rates,
         **{
@@ -105,13 +108,12 @@ def this_machine(rates: Rates, nodes: int, ranks_per_node: int, device: torch.de
     )
     # ranks of one node pass their bytes through its memory
     return Machine(
-        f"this processor ({torch.get_num_threads()} threads a rank)",
+        f"this processor ({threads} thread{'s' * (threads != 1)} a rank)",
         nodes,
         ranks_per_node,
         slower,
         slower.copy / 4,
         1.25 * GB,
-        fused_norms=False,
         gpus=False,
     )
 
@@ -162,12 +164,15 @@ def measure(
     products += [(sizes.width, sizes.ffn)] * sizes.gated
     seconds = {
         shape: timer.both(
-            nn.Linear(*shape, bias=False, device=device, dtype=dtype), inputs(tokens, shape[0])
+            Linear(*shape, bias=False, device=device, dtype=dtype), inputs(tokens, shape[0])
         )
-        for shape in {*products, (sizes.width, model.vocab_rows)}
+        for shape in set(products)
     }
     block = math.fsum(seconds[shape] for shape in products)
-    head = seconds[sizes.width, model.vocab_rows]
+    # the loss's own products: of a piece's rows, and torch's on any processor
+    piece = piece_rows(tokens, gpus=device.type == "cuda")
+    of_head = nn.Linear(sizes.width, model.vocab_rows, bias=False, device=device, dtype=dtype)
+    head = tokens / piece * timer.both(of_head, inputs(piece, sizes.width))
     flops = 2.0 * (1 + BACKWARD) * tokens
     matmul = flops * (model.layers * sizes.matrices + model.vocab_rows * model.width)
     heads = [inputs(rows, model.heads, length, sizes.queries // model.heads) for _ in range(3)]
@@ -176,17 +181,14 @@ def measure(
     wide = _norm(model, sizes.width, device, dtype)
     norming = sizes.outer_norms * timer.both(wide, inputs(tokens, sizes.width))
     if sizes.qk_norms:
-        of_head = _norm(model, sizes.head, device, dtype)
+        norm_of_head = _norm(model, sizes.head, device, dtype)
         for width in (sizes.queries, sizes.keys):
-            norming += timer.both(of_head, inputs(tokens, width // sizes.head, sizes.head))
+            norming += timer.both(norm_of_head, inputs(tokens, width // sizes.head, sizes.head))
     whole = timer.both(*_block(model, rows, length, device, dtype))
     # never less than a tenth of the block: what is timed apart may take longer than inside of it
     others = max(0.1 * whole, whole - block - attending - norming)
-    targets = torch.zeros(rows, length, dtype=torch.int64, device=device)
-    losing = timer.both(
-        lambda logits: cross_entropy_sum(logits, targets), inputs(rows, length, model.vocab_rows)
-    )
-    cast = 2 * c + 8 if c < FP32 else 0
+    losing = timer.both(_loss(model, tokens, device), inputs(tokens, sizes.width), of_head.weight)
+    losing = max(0.1 * losing, losing - head)  # as of the block
     source, target = torch.zeros(2, COPIED, device=device)
     small = torch.zeros(1, device=device)
     return Rates(
@@ -194,7 +196,7 @@ def measure(
         attention=pairs * (ATTENTION_FORWARD + ATTENTION_BACKWARD) / attending,
         norms=5.0 * c * tokens * sum(sizes.norm_widths) / norming,
         pointwise=tokens * pointwise_bytes(model, c) / others,
-        loss=tokens * model.vocab_rows * (20.0 + cast) / losing,
+        loss=loss_traffic(model, tokens, c, gpus=device.type == "cuda") / losing,
         copy=2.0 * FP32 * COPIED / timer.once(lambda: target.copy_(source)),
         update=_update_rate(sizes, device, timer),
         call_s=timer.once(lambda: [small.add_(1.0) for _ in range(100)]) / 100,
@@ -214,6 +216,15 @@ def _block(
         rotary = table(model.rope, model.sizes.head, length).unsqueeze(-2).to(device, torch.float32)
     x_BTD = torch.randn(rows, length, model.width, device=device, dtype=dtype, requires_grad=True)
     return lambda x: block(x, None, None, rotary), x_BTD
+
+
+def _loss(
+    model: ModelConfig, tokens: int, device: torch.device
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return the loss of so many tokens as a function of the head's input and weight."""
+    targets = torch.zeros(tokens, dtype=torch.int64, device=device)
+    size, cap, z_loss = model.vocab_size, model.logit_cap, model.z_loss
+    return lambda x, head: linear_cross_entropy(x, head, targets, size, cap, z_loss)[0]
 
 
 def _norm(model: ModelConfig, size: int, device: torch.device, dtype: torch.dtype) -> Norm:

@@ -48,7 +48,7 @@ def evaluate(run: RunConfig, machine: Machine, seq_len: int) -> Choice:
     Raises:
         ConfigError: the copies of hsdp do not share the ranks equally.
     """
-    most = peak(run, machine.ranks, machine.nodes, seq_len, fused_norms=machine.fused_norms)
+    most = peak(run, machine.ranks, machine.nodes, seq_len, gpus=machine.gpus)
     time = step_time(run, machine, seq_len)
     return Choice(run, machine, most, time, units_per_s(run, time, seq_len))
 

@@ -1,9 +1,9 @@
 """Seconds of a step: each kind of work over the rate that the device reaches, and what of the
 communication the computing does not hide.
 
-    step = M max(sum of work / rate, calls call_s) + exposed communication + optimizer
+    step = max(sum of work / rate, calls call_s) + exposed communication + optimizer
 
-for M micro-batches: a roofline (Williams et al., 2009) of operations that are each bound by one
+a roofline (Williams et al., 2009) of operations that are each bound by one
 resource.
 """
 
@@ -52,9 +52,8 @@ def step_time(run: RunConfig, machine: Machine, seq_len: int) -> StepTime:
     """
     rates, c = machine.rates, memory_plan.compute_bytes(run)
     _, micro_batches = micro_batch_of(run, machine.ranks)
-    # the last micro-batch may be smaller
-    whole = max(1, run.train.global_batch // machine.ranks)
-    work = work_of(run, whole, seq_len, c)
+    rows = max(1, run.train.global_batch // machine.ranks)
+    work = work_of(run, rows, seq_len, c, gpus=machine.gpus)
     parts = {
         "matmuls": work.matmul / rates.matmul,
         "attention": work.attention / rates.attention,
@@ -62,7 +61,7 @@ def step_time(run: RunConfig, machine: Machine, seq_len: int) -> StepTime:
         "pointwise": work.pointwise / rates.pointwise,
         "loss": work.loss / rates.loss,
     }
-    calls = micro_batches * work.operations * rates.call_s
+    calls = work.operations * rates.call_s
     parts["host"] = max(0.0, calls - math.fsum(parts.values()))
     computing = math.fsum(parts.values())
     parts["copies"] = micro_batches * copied_bytes(run, machine) / rates.copy

@@ -116,8 +116,8 @@ def test_every_file_in_configs_loads(choice: str) -> None:
 
 def test_no_config_file_is_left_out() -> None:
     folders = {path.name for path in config_dir().iterdir() if path.is_dir()}
-    # which others read: config.augment, data_prep, and cluster.cluster_config
-    assert folders - {"augment", "clean", "cluster"} == set(GROUPS)
+    # which others read: config.augment, data_prep, cluster.cluster_config, and config.hardware
+    assert folders - {"augment", "clean", "cluster", "hardware"} == set(GROUPS)
 
 
 def test_a_budget_in_tokens_takes_the_place_of_one_in_steps_and_the_reverse() -> None:
