@@ -169,9 +169,9 @@ def measure(
         for shape in set(products)
     }
     block = math.fsum(seconds[shape] for shape in products)
-    # the loss's own products: of a piece's rows, and torch's on any processor
+    # the loss's own products, of a piece's rows
     piece = piece_rows(tokens, gpus=device.type == "cuda")
-    of_head = nn.Linear(sizes.width, model.vocab_rows, bias=False, device=device, dtype=dtype)
+    of_head = Linear(sizes.width, model.vocab_rows, bias=False, device=device, dtype=dtype)
     head = tokens / piece * timer.both(of_head, inputs(piece, sizes.width))
     flops = 2.0 * (1 + BACKWARD) * tokens
     matmul = flops * (model.layers * sizes.matrices + model.vocab_rows * model.width)
