@@ -47,7 +47,7 @@ class Linear(nn.Linear):
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return ``F.linear(x, weight, bias)``, by oneDNN where that is faster."""
-    if _trains_on_cpu(x) and _faster_by_onednn(x, weight):
+    if _trains_on_cpu(x) and faster_by_onednn(x, weight):
         y: Tensor = _Linear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
         return y
     return F.linear(x, weight, bias)
@@ -58,12 +58,13 @@ def product(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
 
     For the forward of an ``autograd.Function``, whose backward is its own.
     """
-    if _faster_by_onednn(x, weight):
+    if faster_by_onednn(x, weight):
         return _product(x, weight, None)
     return torch.mm(x, weight.t(), out=out)
 
 
-def _faster_by_onednn(x: Tensor, weight: Tensor) -> bool:
+def faster_by_onednn(x: Tensor, weight: Tensor) -> bool:
+    """Return whether x W^T is faster by oneDNN, as far as is known beforehand."""
     return (
         x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32

@@ -80,12 +80,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_head_RD = torch.zeros_like(head_RD, dtype=wide) if of_head else None
         loss, z_part = (x_ND.new_zeros((), dtype=wide) for _ in range(2))
         # one for all pieces: the system is slow to give and to take back blocks of this size
-        buffer_PR = x_ND.new_empty(min(rows, len(x_ND)), len(head_RD))
+        buffer_PR = None
+        if not cpu_ops.faster_by_onednn(x_ND[:rows], head_RD):  # which takes none
+            buffer_PR = x_ND.new_empty(min(rows, len(x_ND)), len(head_RD))
         if converts := wide != x_ND.dtype:
-            wide_PV = torch.empty_like(buffer_PR[:, :vocab_size], dtype=wide)
+            wide_PV = x_ND.new_empty(min(rows, len(x_ND)), vocab_size, dtype=wide)
         for begin in range(0, len(x_ND), rows):
             x_PD, targets_P = x_ND[begin : begin + rows], targets_N[begin : begin + rows]
-            products_PR = cpu_ops.product(x_PD, head_RD, out=buffer_PR[: len(x_PD)])
+            out_PR = None if buffer_PR is None else buffer_PR[: len(x_PD)]
+            products_PR = cpu_ops.product(x_PD, head_RD, out_PR)
             logits_PV = products_PR[:, :vocab_size]
             if converts:
                 logits_PV = wide_PV[: len(x_PD)].copy_(logits_PV)
