@@ -45,7 +45,7 @@ class Optimizer(NamedTuple):
 BESIDE = 1.6e-2
 OPTIMIZERS = {
     "adamw": Optimizer(1.6e-2, 0.1),
-    "muon_normalized": Optimizer(3e-3, 0.9),
+    "muon_normalized": Optimizer(3e-3, 0.1),
     "normalized": Optimizer(3e-3, 0.1),
     "rmnp": Optimizer(0.02, 0.1),
     "rmnp_adam_gains": Optimizer(0.02, 0.1),
