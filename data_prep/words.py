@@ -3,6 +3,7 @@ to be."""
 
 import difflib
 import math
+import textwrap
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -60,6 +61,22 @@ def ratio(part: float, whole: float) -> float:
 def rate(part: int, whole: int) -> str:
     """Return part / whole with two decimals, a dash of nothing."""
     return f"{part / whole:.2f}" if whole else "-"
+
+
+def named_lines(lines: Sequence[tuple[str, str]], columns: int = 100) -> str:
+    """Return names with what there is to say of each, wrapped and indented beside the names."""
+    width = max(len(name) for name, _ in lines) + 2
+    return "\n".join(
+        textwrap.fill(
+            text,
+            columns,
+            initial_indent=name.ljust(width),
+            subsequent_indent=" " * width,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        for name, text in lines
+    )
 
 
 def percent(part: int, whole: int) -> str:

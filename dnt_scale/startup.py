@@ -11,6 +11,9 @@ from pathlib import Path
 # Python: no working folder on the path of modules; inherited by all that we start
 CHILDREN = "PYTHONSAFEPATH"
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
+SPINS = (
+    "GOMP_SPINCOUNT"  # of the OpenMP that torch brings: rounds of waiting before a thread sleeps
+)
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 _ours = False  # whether it was set here
@@ -76,13 +79,14 @@ def end_with_parent(parent: int | None = None) -> None:
 
 
 def let_threads_sleep() -> None:
-    """Have OpenMP's threads sleep while they wait for each other, where nobody asked otherwise.
+    """Have OpenMP's threads soon sleep while they wait for each other, unless told otherwise.
 
-    To be called before torch is imported. By default they spin, and beside other work a thread that
-    spins takes the processor from the one it waits for: with two threads on two busy cores a small
-    product took 1.3 to 32 times as long (docs/lab-log.md).
+    To be called before torch is imported. By default they spin for milliseconds, and beside other
+    work a thread that spins takes the processor from the one it waits for. Not at once either: on
+    an idle machine that costs three tenths of the speed (docs/lab-log.md has both).
     """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if not os.environ.keys() & {"OMP_WAIT_POLICY", SPINS}:
+        os.environ[SPINS] = "1000"
 
 
 def keep_memory() -> None:

@@ -3,7 +3,6 @@ long it may take."""
 
 import math
 import statistics
-import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 from cluster import run_record
 from cluster.cluster_config import ClusterConfig
 from cluster.slurm import Node, Partition
-from data_prep.words import counted, duration, megabytes
+from data_prep.words import counted, duration, megabytes, named_lines
 from dnt_scale import checkpoint
 from dnt_scale.config import RunConfig, Unit
 from dnt_scale.config.hardware import hardware_of
@@ -24,7 +23,6 @@ from dnt_scale.tools.planner.estimate import Outlook, outlook
 from dnt_scale.train.stages import Stage, Stages
 
 RECENT = 50  # steps whose median tells a run's speed
-COLUMNS = 100
 WORTH_TELLING = 1.05  # times as fast; a roofline is not exact enough for less
 
 
@@ -227,18 +225,7 @@ def format_plan(plan: Plan) -> str:
         *(("faster", line) for line in _format_faster(plan)),
         *(("note", note) for note in plan.notes),
     ]
-    width = max(len(name) for name, _ in lines) + 2
-    return "\n".join(
-        textwrap.fill(
-            text,
-            COLUMNS,
-            initial_indent=name.ljust(width),
-            subsequent_indent=" " * width,
-            break_long_words=False,
-            break_on_hyphens=False,
-        )
-        for name, text in lines
-    )
+    return named_lines(lines)
 
 
 def _format_parameters(parameters: int) -> str:

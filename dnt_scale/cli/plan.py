@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from dnt_scale.tools.planner.estimate import Estimate
     from dnt_scale.tools.planner.search import Choice
 
-WIDE = 100
 NAMES = {"copies": "weights to compute with", "buffers": "optimizer"}
 PLAN_HELP = """\
 Overrides are those of `dnt submit`: of the run, and of the cluster (cluster=NAME, cluster.nodes=N
@@ -110,31 +109,17 @@ def as_text(made: "Estimate", length: str, *, chosen: bool = False) -> str:
     Args:
         chosen: the micro-batch is the planner's, for ``train.micro_batch`` is auto.
     """
-    import textwrap
+    from data_prep.words import named_lines
 
-    lines = list(_lines(made, length, chosen))
-    width = max(len(name) for name, _ in lines) + 2
-    return "\n".join(
-        textwrap.fill(
-            text,
-            WIDE,
-            initial_indent=name.ljust(width),
-            subsequent_indent=" " * width,
-            break_long_words=False,
-            break_on_hyphens=False,
-        )
-        for name, text in lines
-    )
+    return named_lines(_lines(made, length, chosen))
 
 
 def _lines(made: "Estimate", length: str, chosen: bool) -> list[tuple[str, str]]:
-    from data_prep.words import counted, duration, megabytes
+    from data_prep.words import counted, megabytes
 
     choice, run, speed = made.asked, made.asked.run, made.speed_source
     machine, numbers = choice.machine, made.numbers()
     parameters = numbers["parameters"].value
-    lost = made.goodput
-    hours = numbers["device_hours"].value
     lines = [
         (
             "machine",
@@ -152,21 +137,7 @@ def _lines(made: "Estimate", length: str, chosen: bool) -> list[tuple[str, str]]
         ("communication", _communication(choice)),
         ("speed", _speed(made)),
         ("step", _step(choice, speed)),
-        (
-            "time",
-            f"{duration(made.seconds)} of training, {duration(made.seconds / lost.share)} with "
-            f"failures; {hours:,.1f} {'GPU' if machine.gpus else 'rank'}-hours ({speed})",
-        ),
-        (
-            "checkpoint",
-            f"{megabytes(made.checkpoint_bytes)} (derived), written in {duration(made.save_s)}, "
-            f"training waits {made.waits_s:.2g} s (assumed: 2 GB/s a node)",
-        ),
-        (
-            "goodput",
-            f"{lost.share:.1%} (assumed): a failure every {duration(lost.between_failures)}; "
-            f"checkpoints every {duration(max(1.0, lost.best_interval))} would be best",
-        ),
+        *_over_time(made),
     ]
     if made.best is not choice:
         gain = made.best.units_per_s / choice.units_per_s
@@ -189,6 +160,30 @@ def _lines(made: "Estimate", length: str, chosen: bool) -> list[tuple[str, str]]
             )
         )
     return lines
+
+
+def _over_time(made: "Estimate") -> list[tuple[str, str]]:
+    from data_prep.words import duration, megabytes
+
+    lost, hours = made.goodput, made.numbers()["device_hours"].value
+    return [
+        (
+            "time",
+            f"{duration(made.seconds)} of training, {duration(made.seconds / lost.share)} with "
+            f"failures; {hours:,.1f} {'GPU' if made.asked.machine.gpus else 'rank'}-hours "
+            f"({made.speed_source})",
+        ),
+        (
+            "checkpoint",
+            f"{megabytes(made.checkpoint_bytes)} (derived), written in {duration(made.save_s)}, "
+            f"training waits {made.waits_s:.2g} s (assumed: 2 GB/s a node)",
+        ),
+        (
+            "goodput",
+            f"{lost.share:.1%} (assumed): a failure every {duration(lost.between_failures)}; "
+            f"checkpoints every {duration(max(1.0, lost.best_interval))} would be best",
+        ),
+    ]
 
 
 def _memory(choice: "Choice") -> str:

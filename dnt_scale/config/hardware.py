@@ -16,7 +16,7 @@ from dnt_scale.config.compose import config_dir
 class Hardware(Strict):
     """Peaks of one GPU. 1 GB is 1e9 bytes, a link's speed that of one direction."""
 
-    name: Text = Field(description="how CUDA calls it; the longest that a device's begins with")
+    name: Text = Field(description="of CUDA's name for it, the words that all its kinds have")
     memory_gb: float = Field(gt=0)
     bf16_tflops: float = Field(gt=0, description="dense matmuls, without sparsity")
     fp32_tflops: float = Field(gt=0, description="dense matmuls, without TF32")
@@ -58,9 +58,11 @@ def known_hardware() -> dict[str, Hardware]:
     return {name: _read(config_dir() / "hardware" / f"{name}.yaml") for name in hardware_names()}
 
 
+@cache
 def hardware_of(gpu: str) -> Hardware | None:
     """Return what is known of a GPU by SLURM's type of it, such as ``h100`` or
-    ``nvidia_h100_80gb_hbm3``, or by CUDA's name; None where it is not known.
+    ``nvidia_h100_80gb_hbm3``, or by CUDA's name; None where it is not known. Of several the one of
+    which the most is found in that name.
     """
     words = gpu.lower().replace("-", "_").replace(" ", "_").split("_")
     fits = [

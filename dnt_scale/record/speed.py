@@ -3,24 +3,20 @@
 import torch
 
 from dnt_scale.config import RunConfig, Unit
-from dnt_scale.config.hardware import known_hardware
+from dnt_scale.config.hardware import hardware_of
 from dnt_scale.distributed.process_group import Ranks
 
 Metrics = dict[str, float | int | None]
 
 
-# Dense bf16 peaks without sparsity, FLOP/s, of configs/hardware. Longest matching name wins; a
-# device that is not there has an unknown MFU rather than a wrong one.
-PEAK_FLOPS = {each.name: 1e12 * each.bf16_tflops for each in known_hardware().values()}
-
-
 def peak_flops(device: torch.device) -> float | None:
-    """Return the device's dense bf16 peak in FLOP/s; None where it is not known, as of a CPU."""
+    """Return the device's dense bf16 peak in FLOP/s, without sparsity; None where it is not known,
+    as of a CPU: an unknown MFU rather than a wrong one.
+    """
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    matching = [known for known in PEAK_FLOPS if name.startswith(known)]
-    return PEAK_FLOPS[max(matching, key=len)] if matching else None
+    known = hardware_of(torch.cuda.get_device_name(device))
+    return 1e12 * known.bf16_tflops if known else None
 
 
 def speed(run: RunConfig, unit: Unit, flops_a_row: float, seconds: float, ranks: Ranks) -> Metrics:

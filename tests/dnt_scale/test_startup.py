@@ -118,19 +118,29 @@ def test_what_lies_there_is_not_imported(tmp_path: Path) -> None:
     assert (tmp_path / "made" / "manifest.json").exists()
 
 
-def test_threads_sleep_unless_a_user_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+@pytest.mark.parametrize("said", ["OMP_WAIT_POLICY", "GOMP_SPINCOUNT"])
+def test_threads_sleep_soon_unless_a_user_says_otherwise(
+    said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    others = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}
+    environment = {name: value for name, value in os.environ.items() if name not in others}
+    monkeypatch.setattr(os, "environ", environment)
     startup.let_threads_sleep()
-    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
-    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    assert {name: environment.get(name) for name in others} == {
+        "OMP_WAIT_POLICY": None,
+        "GOMP_SPINCOUNT": "1000",
+    }
+    del environment["GOMP_SPINCOUNT"]
+    environment[said] = "ours"
     startup.let_threads_sleep()
-    assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
+    assert {name: environment[name] for name in others & environment.keys()} == {said: "ours"}
 
 
 def test_it_is_said_before_torch_is_there() -> None:
-    told = "print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
+    told = "print(os.environ['GOMP_SPINCOUNT'], 'torch' in sys.modules)"
     start = "import os, sys; sys.argv = ['-m']; import dnt_scale"
-    env = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    others = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    env = {name: value for name, value in os.environ.items() if name not in others}
     done = subprocess.run(
         [sys.executable, "-c", f"{start}; {told}"],
         env=env,
@@ -138,7 +148,7 @@ def test_it_is_said_before_torch_is_there() -> None:
         capture_output=True,
         text=True,
     )
-    assert done.stdout.split() == ["PASSIVE", "False"], done.stderr
+    assert done.stdout.split() == ["1000", "False"], done.stderr
 
 
 BLOCKS = """

@@ -17,12 +17,11 @@ from data_prep.words import duration, megabytes
 from dnt_scale import config
 from dnt_scale.checkpoint import Saver
 from dnt_scale.config import ConfigError, RunConfig, Unit
-from dnt_scale.config.hardware import hardware_of
+from dnt_scale.config.hardware import hardware_of, load_hardware
 from dnt_scale.costs.memory_plan import checkpoint_bytes
 from dnt_scale.data.sources import load_source
 from dnt_scale.distributed import process_group
 from dnt_scale.model.flops import flops_per_token
-from dnt_scale.record.speed import PEAK_FLOPS
 from dnt_scale.train.stages import load_stages
 from testbed.run import synthetic_set, tiny, train
 from tests.helpers.tensor_shards import copies, some_state, some_tensors
@@ -323,7 +322,7 @@ def test_expected_on_a_gpu_that_is_known_is_an_assumption_and_says_so(
         "train.dtype=bf16",
     ]
     made = planned(data, tmp_path / "one", *shape, nodes=(H100,))
-    most = 16 * PEAK_FLOPS["NVIDIA H100"] / flops_per_token(made.run.model, 64)
+    most = 16 * 1e12 * load_hardware("h100").bf16_tflops / flops_per_token(made.run.model, 64)
     assert made.units_per_s is not None and 0 < made.units_per_s < most
     assert re.search(
         r"assumes a roofline and \d+% MFU of NVIDIA H100, which is not measured; see `dnt plan`$",
