@@ -1,4 +1,4 @@
-"""`dnt generate`: text by a run's newest checkpoint, of one prompt or of a file of them."""
+"""`dnt generate`: text by a run's checkpoint, of one prompt or of a file of them."""
 
 import argparse
 import sys
@@ -7,12 +7,14 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dnt_scale.arguments import Parser, number, path, prompt, set_folder, whole, word
+from dnt_scale.arguments import Parser, number, path, prompt, whole, word
+from dnt_scale.cli.run_options import add_run, add_tokenizer_data
 
 if TYPE_CHECKING:
     from data_prep.progress import StageProgress
     from dnt_scale.distributed.process_group import Ranks
     from dnt_scale.tools.generate import Asked
+    from dnt_scale.tools.inference import Trained
 
 BATCH = 16
 
@@ -40,9 +42,7 @@ def add_generate(commands: "argparse._SubParsersAction[Parser]") -> None:
         epilog=GENERATE_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    generate.add_argument(
-        "folder", type=path, metavar="RUN", help="run folder, for example runs/demo"
-    )
+    add_run(generate)
     generate.add_argument("--prompt", type=prompt, metavar="TEXT", help="text to go on from")
     generate.add_argument("--prompts", type=path, metavar="FILE", help="prompts, instead of one")
     generate.add_argument(
@@ -62,9 +62,7 @@ def add_generate(commands: "argparse._SubParsersAction[Parser]") -> None:
         help="tokens to sample, at most (default: 200)",
     )
     add_sampling(generate)
-    generate.add_argument(
-        "--data", type=set_folder, help="set with the tokenizer, if it has moved since training"
-    )
+    add_tokenizer_data(generate)
     generate.set_defaults(run=run_generate)
 
 
@@ -131,6 +129,7 @@ def run_generate(options: argparse.Namespace) -> int:
         raise ValueError("--prompt and --prompts: found both; give one prompt or a file of them")
     from dnt_scale.distributed import process_group
     from dnt_scale.tools.generate import Asked
+    from dnt_scale.tools.inference import checkpoint_of
     from dnt_scale.tools.sampling import Sampling
 
     sampling = Sampling(
@@ -142,21 +141,24 @@ def run_generate(options: argparse.Namespace) -> int:
     )
     asked = Asked(options.tokens, sampling, options.seed, tuple(options.stop))
     with process_group.alone() as ranks:
+        trained = checkpoint_of(options.folder, options.step)
         if options.prompts is None:
-            show_one(options, asked, ranks)
+            show_one(options, trained, asked, ranks)
         elif options.out is None:
-            show_all(options, asked, ranks)
+            show_all(options, trained, asked, ranks)
         else:
-            write_all(options, asked, ranks)
+            write_all(options, trained, asked, ranks)
     return 0
 
 
-def show_one(options: argparse.Namespace, asked: "Asked", ranks: "Ranks") -> None:
+def show_one(
+    options: argparse.Namespace, trained: "Trained", asked: "Asked", ranks: "Ranks"
+) -> None:
     """Print a prompt and what follows as it comes; then, on stderr, how fast it came."""
     from dnt_scale.record.files import warn
     from dnt_scale.tools.generate import load_writer
 
-    writer = load_writer(options.folder, ranks, asked, options.data)
+    writer = load_writer(trained, ranks, asked, options.data)
     started, tokens = time.monotonic(), 0
     for piece in writer.stream(options.prompt or ""):
         print(piece.text, end="", flush=True)
@@ -166,7 +168,9 @@ def show_one(options: argparse.Namespace, asked: "Asked", ranks: "Ranks") -> Non
     warn(f"{tokens:,} tokens in {seconds:.1f} s, {tokens / seconds:,.0f} tokens/s")
 
 
-def show_all(options: argparse.Namespace, asked: "Asked", ranks: "Ranks") -> None:
+def show_all(
+    options: argparse.Namespace, trained: "Trained", asked: "Asked", ranks: "Ranks"
+) -> None:
     """Print what becomes of each prompt, in their order."""
     from dataclasses import asdict
 
@@ -176,7 +180,7 @@ def show_all(options: argparse.Namespace, asked: "Asked", ranks: "Ranks") -> Non
     from dnt_scale.tools.prompts import Continuation, read_prompts
 
     prompts = read_prompts(options.prompts)
-    writer = load_writer(options.folder, ranks, asked, options.data)
+    writer = load_writer(trained, ranks, asked, options.data)
     waiting: dict[int, Continuation] = {}
     shown, out = 0, sys.stdout  # a bar puts another in its place
     with progress_of(len(prompts), quiet=out.isatty()) as progress:
@@ -188,21 +192,21 @@ def show_all(options: argparse.Namespace, asked: "Asked", ranks: "Ranks") -> Non
                 shown += 1
 
 
-def write_all(options: argparse.Namespace, asked: "Asked", ranks: "Ranks") -> None:
+def write_all(
+    options: argparse.Namespace, trained: "Trained", asked: "Asked", ranks: "Ranks"
+) -> None:
     """Write what becomes of each prompt to a file, without those that are there already."""
     from dnt_scale.record.files import warn
     from dnt_scale.tools.generate import load_writer, made_with
-    from dnt_scale.tools.inference import newest_checkpoint
     from dnt_scale.tools.prompts import Continuations, read_prompts
 
     out: Path = options.out
     prompts = read_prompts(options.prompts)
-    found = newest_checkpoint(options.folder)
-    with Continuations(out, made_with(found[2], prompts, asked)) as continuations:
+    with Continuations(out, made_with(trained.state, prompts, asked)) as continuations:
         there = frozenset(continuations.lines)
         if there:
             warn(f"{continuations.partial}: goes on, {len(there):,} of {len(prompts):,} are there")
-        writer = load_writer(options.folder, ranks, asked, options.data, found)
+        writer = load_writer(trained, ranks, asked, options.data)
         with progress_of(len(prompts) - len(there)) as progress:
             for tokens, finished in writer.each(prompts, options.batch or BATCH, there):
                 for each in finished:

@@ -4,7 +4,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dnt_scale.arguments import Parser, path, set_folder, whole, word
+from dnt_scale.arguments import Parser, path, whole, word
+from dnt_scale.cli.run_options import add_run, add_tokenizer_data
 
 if TYPE_CHECKING:
     from dnt_scale.tools.harness.evaluate import Measured
@@ -33,9 +34,7 @@ def add_lm_eval(commands: "argparse._SubParsersAction[Parser]") -> None:
         epilog=LM_EVAL_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    harness.add_argument(
-        "folder", type=path, metavar="RUN", help="run folder, for example runs/demo"
-    )
+    add_run(harness)
     harness.add_argument(
         "--tasks",
         type=word,
@@ -43,9 +42,6 @@ def add_lm_eval(commands: "argparse._SubParsersAction[Parser]") -> None:
         required=True,
         metavar="NAME_OR_FILE",
         help="tasks, groups or tags of the harness, or YAML files",
-    )
-    harness.add_argument(
-        "--step", type=whole(0), metavar="N", help="checkpoint to measure (default: the newest)"
     )
     harness.add_argument(
         "--limit", type=whole(1), metavar="N", help="documents a task, at most (default: all)"
@@ -65,9 +61,7 @@ def add_lm_eval(commands: "argparse._SubParsersAction[Parser]") -> None:
     harness.add_argument(
         "--include", type=path, metavar="PATH", help="folder of YAML files of tasks"
     )
-    harness.add_argument(
-        "--data", type=set_folder, help="set with the tokenizer, if it has moved since training"
-    )
+    add_tokenizer_data(harness)
     harness.set_defaults(run=run_lm_eval)
 
 

@@ -2,10 +2,11 @@
 
 import argparse
 
-from dnt_scale.arguments import Parser, number, path, set_folder
+from dnt_scale.arguments import Parser, number, path
+from dnt_scale.cli.run_options import add_run, add_tokenizer_data
 
 EXPORT_HELP = """\
-The newest checkpoint's weights (their average where train.ema keeps one), settings, tokenizer and a
+A checkpoint's weights (their average where train.ema keeps one), settings, tokenizer and a
 model card, as `from_pretrained` loads them: as GPT-2 or Llama where every setting coincides, else
 with the model's code in the folder (trust_remote_code=True).
 
@@ -31,7 +32,7 @@ def add_commands(commands: "argparse._SubParsersAction[Parser]") -> None:
         epilog=EXPORT_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    export.add_argument("folder", type=path, metavar="RUN", help="run folder")
+    add_run(export)
     export.add_argument("--to", choices=["hf"], required=True, help="hf: transformers")
     export.add_argument("out", type=path, metavar="DIR", help="folder to make")
     export.add_argument(
@@ -44,9 +45,7 @@ def add_commands(commands: "argparse._SubParsersAction[Parser]") -> None:
         metavar="N",
         help="GB a file of weights, at most (default: 5)",
     )
-    export.add_argument(
-        "--data", type=set_folder, help="set with the tokenizer, if it has moved since training"
-    )
+    add_tokenizer_data(export)
     export.set_defaults(run=run_export)
     imports = commands.add_parser(
         "import",
@@ -61,10 +60,11 @@ def add_commands(commands: "argparse._SubParsersAction[Parser]") -> None:
 
 def run_export(options: argparse.Namespace) -> int:
     from dnt_scale.tools.hugging_face.export import export
+    from dnt_scale.tools.inference import checkpoint_of
 
     print(
         export(
-            options.folder,
+            checkpoint_of(options.folder, options.step),
             options.out,
             dtype=options.dtype,
             shard_gb=options.shard_gb,

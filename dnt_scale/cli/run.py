@@ -5,6 +5,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from dnt_scale.arguments import Parser, path, set_folder, whole, word
+from dnt_scale.cli.run_options import add_data, add_run, add_step
 
 if TYPE_CHECKING:
     from dnt_scale.train.run_start import Begun
@@ -31,7 +32,7 @@ n.
 
 
 DIAGNOSE_HELP = """\
-Loads the newest checkpoint of each run in one process, takes the training rows that it would see
+Loads a checkpoint of each run in one process, takes the training rows that it would see
 next, and writes RUN/diagnose.json and plots; of several runs, plots that compare them. A run that
 trains is not disturbed. What each number means: docs/train/diagnose.md.
 
@@ -81,15 +82,9 @@ def add_run_commands(commands: "argparse._SubParsersAction[Parser]") -> None:
     train.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     train.set_defaults(run=run_train)
 
-    evaluate = commands.add_parser(
-        "eval", help="measure a run's newest checkpoint on held-out rows"
-    )
-    evaluate.add_argument(
-        "folder", type=path, metavar="RUN", help="run folder, for example runs/demo"
-    )
-    evaluate.add_argument(
-        "--data", type=set_folder, help="another set of the same tokenizer (default: the run's own)"
-    )
+    evaluate = commands.add_parser("eval", help="measure a run's checkpoint on held-out rows")
+    add_run(evaluate)
+    add_data(evaluate)
     evaluate.add_argument(
         "--rows", type=whole(1), help="validation rows to use, at most (default: all)"
     )
@@ -99,9 +94,7 @@ def add_run_commands(commands: "argparse._SubParsersAction[Parser]") -> None:
 def add_classify(commands: "argparse._SubParsersAction[Parser]") -> None:
     """Add `dnt classify`."""
     classify = commands.add_parser("classify", help="name what is in images, by a run")
-    classify.add_argument(
-        "folder", type=path, metavar="RUN", help="run folder, for example runs/first"
-    )
+    add_run(classify)
     classify.add_argument("images", type=path, nargs="+", metavar="IMAGE", help="image file")
     classify.add_argument(
         "--data", type=set_folder, help="set of the run's classes, if it has moved since training"
@@ -130,9 +123,8 @@ def add_diagnose(commands: "argparse._SubParsersAction[Parser]") -> None:
     diagnose.add_argument(
         "--out", type=path, help="folder of the plots (default: RUN/plots; needed for several runs)"
     )
-    diagnose.add_argument(
-        "--data", type=set_folder, help="another set of the same tokenizer (default: the run's own)"
-    )
+    add_step(diagnose)
+    add_data(diagnose)
     diagnose.set_defaults(run=run_diagnose)
 
 
@@ -235,10 +227,11 @@ def print_plan(begun: "Begun") -> int:
 
 def run_eval(options: argparse.Namespace) -> int:
     from dnt_scale.distributed import process_group
-    from dnt_scale.tools.inference import evaluate
+    from dnt_scale.tools.inference import checkpoint_of, evaluate
 
     with process_group.alone() as ranks:
-        metrics = evaluate(options.folder, options.data, options.rows, ranks)
+        trained = checkpoint_of(options.folder, options.step)
+        metrics = evaluate(trained, options.data, options.rows, ranks)
     width = max(map(len, metrics))
     for name, value in metrics.items():
         print(f"{name:{width}} {value:.4f}")
@@ -248,9 +241,11 @@ def run_eval(options: argparse.Namespace) -> int:
 def run_classify(options: argparse.Namespace) -> int:
     from dnt_scale.distributed import process_group
     from dnt_scale.tools.classify import classify
+    from dnt_scale.tools.inference import checkpoint_of
 
     with process_group.alone() as ranks:
-        for image, guesses in classify(options.folder, options.images, options.data, ranks):
+        trained = checkpoint_of(options.folder, options.step)
+        for image, guesses in classify(trained, options.images, options.data, ranks):
             print(image)
             for guess in guesses:
                 print(f"  {guess.probability:.4f} {guess.name}")
@@ -260,7 +255,9 @@ def run_classify(options: argparse.Namespace) -> int:
 def run_diagnose(options: argparse.Namespace) -> int:
     from dnt_scale.tools.diagnose import diagnose_runs
 
-    for picture in diagnose_runs(options.folders, options.data, options.batches, options.out):
+    for picture in diagnose_runs(
+        options.folders, options.step, options.data, options.batches, options.out
+    ):
         print(picture)
     return 0
 

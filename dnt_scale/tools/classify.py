@@ -12,7 +12,7 @@ from dnt_scale.data.augment import as_array, middle_box, resized
 from dnt_scale.data.images import ImageSource
 from dnt_scale.distributed.process_group import Ranks
 from dnt_scale.model.vit import VisionTransformer
-from dnt_scale.tools.inference import load_run
+from dnt_scale.tools.inference import Trained, load_checkpoint
 
 SHOWN = 5  # classes of an image
 
@@ -26,7 +26,7 @@ class Guess(NamedTuple):
 
 @torch.inference_mode()
 def classify(
-    run_dir: Path, images: Sequence[Path], data: Path | None, ranks: Ranks
+    trained: Trained, images: Sequence[Path], data: Path | None, ranks: Ranks
 ) -> Iterator[tuple[Path, list[Guess]]]:
     """Yield each image with its ``SHOWN`` likeliest classes, the likeliest first.
 
@@ -34,13 +34,14 @@ def classify(
         data: a set of the run's classes, where the run's own has moved.
 
     Raises:
-        ValueError: the run is of no images, an image cannot be read, or as ``load_run`` does.
+        ValueError: the run is of no images, an image cannot be read, or as ``load_checkpoint``
+            does.
     """
-    run, model, source = load_run(run_dir, data, ranks)
+    model, source = load_checkpoint(trained, data, ranks)
     if not isinstance(model, VisionTransformer) or not isinstance(source, ImageSource):
         raise ConfigError(
-            f"{run_dir}: model.kind is {run.model.kind}, which does not classify images; measure "
-            "it with `dnt eval`"
+            f"{trained.folder}: model.kind is {trained.run.model.kind}, which does not classify "
+            "images; measure it with `dnt eval`"
         )
     names = source.rows.class_names
     for path in images:

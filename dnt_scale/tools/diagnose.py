@@ -27,7 +27,7 @@ from dnt_scale.model.task import Task
 from dnt_scale.record.diagnose_plots import draw
 from dnt_scale.record.files import write_json
 from dnt_scale.record.metrics_file import DIAGNOSTICS, whole_lines
-from dnt_scale.tools.inference import load_run, newest_checkpoint
+from dnt_scale.tools.inference import Trained, checkpoint_of, load_checkpoint
 from dnt_scale.tools.jacobian import (
     block_inputs,
     largest_singular_values,
@@ -49,16 +49,21 @@ OCTAVES = (-16, 12)  # of the histogram
 
 
 def diagnose_runs(
-    run_dirs: Sequence[Path], data: Path | None, batches: int, out: Path | None
+    run_dirs: Sequence[Path],
+    step: int | None,
+    data: Path | None,
+    batches: int,
+    out: Path | None,
 ) -> list[Path]:
     """Measure runs one after another, show what was found, write RUN/diagnose.json of each, and
     return the plots' paths.
 
     Args:
+        step: of a checkpoint that all of them have; None: the newest of each.
         out: folder of the plots; None: RUN/plots of the one run.
 
     Raises:
-        ValueError: several runs and no ``out``, or as ``load_run`` does.
+        ValueError: several runs and no ``out``, or as ``load_checkpoint`` does.
         OSError: a file cannot be written.
     """
     if out is None and len(run_dirs) > 1:
@@ -67,11 +72,12 @@ def diagnose_runs(
             "plots; give one"
         )
     for run_dir in run_dirs:
-        newest_checkpoint(run_dir)  # before minutes go into the first one
+        checkpoint_of(run_dir, step)  # before minutes go into the first one
     reports = []
     for run_dir in run_dirs:
         with process_group.alone() as ranks:
-            report = diagnose(run_dir, data, batches, ranks)
+            # again: a run that trains may have saved another
+            report = diagnose(checkpoint_of(run_dir, step), data, batches, ranks)
         show(report)
         print(f"\n{save(report, run_dir)}")
         reports.append(report)
@@ -79,18 +85,18 @@ def diagnose_runs(
     return draw(out or run_dirs[0] / "plots", reports, training)
 
 
-def diagnose(run_dir: Path, data: Path | None, batches: int, ranks: Ranks) -> Report:
-    """Measure a run's newest checkpoint on the training rows that it would see next, in fp32.
+def diagnose(trained: Trained, data: Path | None, batches: int, ranks: Ranks) -> Report:
+    """Measure a run's checkpoint on the training rows that it would see next, in fp32.
 
     Args:
         data: a set to read instead of the run's own.
         batches: micro-batches of ``train.micro_batch`` rows.
 
     Raises:
-        ValueError: as ``load_run`` does.
+        ValueError: as ``load_checkpoint`` does.
     """
-    _, newest, state = newest_checkpoint(run_dir)
-    run, task, source = load_run(run_dir, data, ranks, dtype=torch.float32, average=False)
+    _, run, place, state = trained
+    task, source = load_checkpoint(trained, data, ranks, dtype=torch.float32, average=False)
     size, first = run.train.rows_a_forward, state.consumed_rows
     if run.train.stages and data is None:
         stage = load_stages(run).at(state.step)
@@ -99,7 +105,7 @@ def diagnose(run_dir: Path, data: Path | None, batches: int, ranks: Ranks) -> Re
     rows = [moved(batch, ranks.device) for batch in rows]
     report: Report = {
         "run": run.run.name,
-        "checkpoint": str(newest),
+        "checkpoint": str(place),
         "step": state.step,
         "model": run.model.name,
         "setting": getattr(run.model, "setting", None),

@@ -25,7 +25,7 @@ from dnt_scale.data.tokens import TokenSource
 from dnt_scale.distributed.process_group import Ranks
 from dnt_scale.model.cache import Cache
 from dnt_scale.model.dnt import DNT
-from dnt_scale.tools.inference import found_source, load_checkpoint, newest_checkpoint
+from dnt_scale.tools.inference import Trained, found_source, load_checkpoint
 from dnt_scale.tools.prompts import Continuation
 from dnt_scale.tools.sampling import Sampling, generator_for, sample
 
@@ -294,26 +294,18 @@ def fill(model: DNT, cache: Cache, texts: Sequence[Text]) -> None:
         model.fill(cache, [*group], [*group.values()])
 
 
-def load_writer(
-    run_dir: Path,
-    ranks: Ranks,
-    asked: Asked,
-    data: Path | None,
-    found: tuple[RunConfig, Path | str, State] | None = None,
-) -> Writer:
+def load_writer(trained: Trained, ranks: Ranks, asked: Asked, data: Path | None) -> Writer:
     """Return what writes by a checkpoint of a run.
 
     Args:
         data: where the tokenizer is, if the run's data has moved; of a mixture, one set is enough.
-        found: what ``newest_checkpoint`` has found; None: it is asked.
 
     Raises:
-        ValueError: as ``load_run`` does, or a run that has no language model.
+        ValueError: as ``load_checkpoint`` does, or a run that has no language model.
     """
-    found = found or newest_checkpoint(run_dir)
-    model, source = load_checkpoint(run_dir, *found, data, ranks, one_set)
+    model, source = load_checkpoint(trained, data, ranks, one_set)
     if not isinstance(source, TokenSource) or not isinstance(model, DNT):
-        raise no_language_model(run_dir, found[0])
+        raise no_language_model(trained.folder, trained.run)
     file, manifest = tokenizer_file(source)
     return Writer(model, Tokenizer.load(file), manifest.eos_id, asked)
 

@@ -1,7 +1,8 @@
-"""What a trained run is for in one process: load its newest checkpoint, measure its loss."""
+"""What a trained run is for in one process: load a checkpoint of it, measure its loss."""
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -21,24 +22,29 @@ from dnt_scale.model.task import Task, blank_buffers, build_task, fill_buffers
 from dnt_scale.record.files import warn
 
 
+class Trained(NamedTuple):
+    """A checkpoint of a run.
+
+    folder: of the run.
+    run: its configuration.
+    place: of the checkpoint, a folder or a URL.
+    state: what the checkpoint says of itself.
+    """
+
+    folder: Path
+    run: RunConfig
+    place: Path | str
+    state: State
+
+
 def whole_source(data: DataSection) -> Source:
     """Return the source of a section. Raises ValueError where a set is damaged."""
     source: Source = data.open()
     return source
 
 
-def newest_checkpoint(run_dir: Path) -> tuple[RunConfig, Path | str, State]:
-    """Return a run's configuration, its newest checkpoint, and that one's state.
-
-    Raises:
-        ValueError: no run or no checkpoint there, or a damaged one.
-    """
-    return checkpoint_of(run_dir, None)
-
-
-def checkpoint_of(run_dir: Path, step: int | None) -> tuple[RunConfig, Path | str, State]:
-    """Return a run's configuration, its checkpoint of a step (None: the newest), and that one's
-    state.
+def checkpoint_of(run_dir: Path, step: int | None = None) -> Trained:
+    """Return a run's checkpoint of a step (None: the newest).
 
     Raises:
         ValueError: no run or no such checkpoint there, or a damaged one.
@@ -54,20 +60,20 @@ def checkpoint_of(run_dir: Path, step: int | None) -> tuple[RunConfig, Path | st
             f"{', '.join(map(str, there))}"
         )
     chosen = there[max(there) if step is None else step].path
-    return run, chosen, checkpoint.read_state(chosen)
+    return Trained(run_dir, run, chosen, checkpoint.read_state(chosen))
 
 
-def load_run(
-    run_dir: Path,
+def load_checkpoint(
+    trained: Trained,
     data: Path | None,
     ranks: Ranks,
     open_source: Callable[[DataSection], Source] = whole_source,
     dtype: torch.dtype | None = None,
     average: bool = True,
-) -> tuple[RunConfig, Task, Source]:
-    """Return a run's configuration, its model with the newest weights (to be computed with at
-    once), and what it reads. The weights are their average where the checkpoint holds one
-    (``train.ema``), which a line tells.
+) -> tuple[Task, Source]:
+    """Return the model with a checkpoint's weights (to be computed with at once), and what the run
+    reads. The weights are their average where the checkpoint holds one (``train.ema``), which a
+    line tells.
 
     Args:
         data: a set to read instead of the run's own, made with the same tokenizer and the like.
@@ -76,30 +82,12 @@ def load_run(
         average: False: the very weights that training goes on with.
 
     Raises:
-        ValueError: no run or no checkpoint there, a damaged one, no such set, or one that the model
-            does not know.
+        ValueError: a damaged checkpoint, no such set, or one that the model does not know.
     """
-    found = newest_checkpoint(run_dir)
-    return found[0], *load_checkpoint(run_dir, *found, data, ranks, open_source, dtype, average)
-
-
-def load_checkpoint(
-    run_dir: Path,
-    run: RunConfig,
-    newest: Path | str,
-    state: State,
-    data: Path | None,
-    ranks: Ranks,
-    open_source: Callable[[DataSection], Source] = whole_source,
-    dtype: torch.dtype | None = None,
-    average: bool = True,
-) -> tuple[Task, Source]:
-    """Return the model with the weights of the checkpoint ``newest``, and what the run reads: see
-    ``load_run``.
-    """
-    checkpoint.check_files(newest, state, ranks)
+    run_dir, run, place, state = trained
+    checkpoint.check_files(place, state, ranks)
     source = found_source(run_dir, data, run.data, open_source)
-    if problem := source.foreign(state.of_source, newest):
+    if problem := source.foreign(state.of_source, place):
         raise ConfigError(f"{source.parts()[0].place}: {problem}")
     task = build_task(run.model, source.rows)
     weights = [(f"model.{name}", tuple(p.shape), p.detach()) for name, p in task.named_parameters()]
@@ -107,7 +95,7 @@ def load_checkpoint(
         weights = [(average_of(name), shape, data) for name, shape, data in weights]
         warn(f"step {state.step}, the moving average of the weights (train.ema)")
     checkpoint.read_tensors(
-        newest,
+        place,
         [TensorShard(name, shape, (0,) * len(shape), data) for name, shape, data in weights],
         ranks,
     )
@@ -146,14 +134,17 @@ def found_source(
 
 
 @torch.inference_mode()
-def evaluate(run_dir: Path, data: Path | None, rows: int | None, ranks: Ranks) -> dict[str, float]:
+def evaluate(
+    trained: Trained, data: Path | None, rows: int | None, ranks: Ranks
+) -> dict[str, float]:
     """Return what validation tells on ``rows`` (default: all) evenly spread held-out rows of each
     set, ``val/...``.
 
     Args:
         data: another set that the model knows; default the run's own.
     """
-    run, task, source = load_run(run_dir, data, ranks)
+    run = trained.run
+    task, source = load_checkpoint(trained, data, ranks)
     if missing := source.no_validation():
         field = "--data" if data else missing.field
         raise ConfigError(f"{field}: {missing.what}; {missing.remedy}")

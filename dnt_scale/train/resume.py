@@ -108,10 +108,11 @@ def check_fixed(trained: RunConfig, run: RunConfig, newest: Path | str) -> None:
             others = ", ".join(
                 f"{name} {recorded.shown(a)} -> {recorded.shown(b)}" for name, a, b in found[1:]
             )
-            back = f"{key}={recorded.shown(before)} goes on with it"
+            had, asks = recorded.shown(before), recorded.shown(now)
+            back = f"{key}={had} goes on with it"
             back = "change it back" if others or field.startswith("optim") else back
             raise ConfigError(
-                f"{key}: {newest} was trained with {before}, this run asks for {now}"
+                f"{key}: {newest} was trained with {had}, this run asks for {asks}"
                 f"{others and f' (also {others})'}; {back}, or take another run.name"
             )
 

@@ -67,19 +67,20 @@ def evaluate_tasks(
         data: where the tokenizer is, if the run's data has moved.
 
     Raises:
-        ValueError: as ``load_run`` and ``load_tasks``, or a run of another kind.
+        ValueError: as ``load_checkpoint`` and ``load_tasks``, or a run of another kind.
         OSError: the results cannot be written.
     """
     check_harness()
-    language_run(run_dir, checkpoint_of(run_dir, step)[0], data)  # before tasks are fetched
+    language_run(run_dir, checkpoint_of(run_dir, step).run, data)  # before tasks are fetched
     if not os.access(run_dir, os.W_OK):
         raise ConfigError(f"{run_dir}: cannot be written, and results go there; copy the run")
     found = load_tasks(tasks, include, fewshot)
-    run, chosen, state = checkpoint_of(run_dir, step)  # a run that trains may have saved another
-    model, source = load_checkpoint(run_dir, run, chosen, state, data, ranks, one_set)
+    trained = checkpoint_of(run_dir, step)  # a run that trains may have saved another
+    model, source = load_checkpoint(trained, data, ranks, one_set)
     assert isinstance(source, TokenSource) and isinstance(model, DNT), "language_run has looked"
     tokenizer = Tokenizer.load(tokenizer_file(source)[0])
-    measured = measure(model, tokenizer, found, limit, batch or run.train.rows_a_forward)
+    measured = measure(model, tokenizer, found, limit, batch or trained.run.train.rows_a_forward)
+    state = trained.state
     dtype = str(model.tok_emb.weight.dtype).removeprefix("torch.")
     keep(run_dir, state.step, {"averaged": state.averaged, "dtype": dtype}, measured)
     return state.step, measured

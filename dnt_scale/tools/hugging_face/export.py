@@ -1,4 +1,4 @@
-"""``dnt export RUN --to hf DIR``: a run's newest weights as a folder that transformers loads."""
+"""``dnt export RUN --to hf DIR``: a run's weights as a folder that transformers loads."""
 
 import json
 import math
@@ -30,14 +30,14 @@ from dnt_scale.tools.hugging_face.architectures import (
 )
 from dnt_scale.tools.hugging_face.model_card import card
 from dnt_scale.tools.hugging_face.tokenizer_json import write_tokenizer
-from dnt_scale.tools.inference import newest_checkpoint
+from dnt_scale.tools.inference import Trained
 
 INTERMEDIATE = ".partial-"
 CODE = ("configuration_dnt.py", "modeling_dnt.py")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def export(run_dir: Path, out: Path, *, dtype: str, shard_gb: float, data: Path | None) -> str:
+def export(trained: Trained, out: Path, *, dtype: str, shard_gb: float, data: Path | None) -> str:
     """Write the folder, whole or not at all; what was written.
 
     Args:
@@ -46,8 +46,8 @@ def export(run_dir: Path, out: Path, *, dtype: str, shard_gb: float, data: Path 
         data: where the tokenizer is, if the run's data has moved.
 
     Raises:
-        ValueError: no run, no checkpoint or a damaged one, no language model, no tokenizer, or a
-            folder that holds something already.
+        ValueError: a damaged checkpoint, no language model, no tokenizer, or a folder that holds
+            something already.
         OSError: the folder cannot be written.
     """
     out = out.resolve()  # `.` has no name
@@ -55,12 +55,12 @@ def export(run_dir: Path, out: Path, *, dtype: str, shard_gb: float, data: Path 
         raise ConfigError(f"{out}: exists already; give a new folder, or remove it first")
     if not out.parent.is_dir():
         raise ConfigError(f"{out}: there is no folder {out.parent} to make it in; make that first")
-    run, newest, _ = newest_checkpoint(run_dir)
+    run_dir, run, place, _ = trained
     source, model = language_run(run_dir, run, data)
     tokenizer, manifest = tokenizer_file(source)
-    folder = checkpoints_at(str(newest))[-1]
+    folder = checkpoints_at(str(place))[-1]
     state = read_state(folder.path)
-    if problem := source.foreign(state.of_source, newest):
+    if problem := source.foreign(state.of_source, place):
         raise ConfigError(f"{source.parts()[0].place}: {problem}")
     if problems := problems_of(folder, state):
         raise CheckpointError(problems[0])

@@ -258,17 +258,18 @@ def test_a_task_that_is_no_language_trains_resumes_and_checkpoints(toy, name, tm
 
 
 def print_evaluated(run_dir: Path) -> None:
-    from dnt_scale.tools.inference import evaluate
+    from dnt_scale.tools.inference import checkpoint_of, evaluate
 
     with process_group.alone() as me:
-        print(json.dumps(evaluate(run_dir, None, None, me)))
+        print(json.dumps(evaluate(checkpoint_of(run_dir), None, None, me)))
 
 
 def print_generated(run_dir: Path) -> None:
     from dnt_scale.tools.generate import Asked, load_writer
+    from dnt_scale.tools.inference import checkpoint_of
 
     with process_group.alone() as me, pytest.raises(ConfigError) as caught:
-        load_writer(run_dir, me, Asked(), None)
+        load_writer(checkpoint_of(run_dir), me, Asked(), None)
     print(caught.value)
 
 

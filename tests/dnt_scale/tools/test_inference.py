@@ -18,11 +18,12 @@ def texts(run_dir: Path, settings: list[dict]) -> None:
     """Print the text that each of the settings gives."""
     from dnt_scale.distributed import process_group
     from dnt_scale.tools.generate import Asked, load_writer
+    from dnt_scale.tools.inference import checkpoint_of
     from dnt_scale.tools.sampling import Sampling
 
     found = []
     with process_group.alone() as me:
-        writer = load_writer(run_dir, me, Asked(), None)
+        writer = load_writer(checkpoint_of(run_dir), me, Asked(), None)
         for setting in settings:
             sampling = {key: setting[key] for key in ("temperature", "top_k") if key in setting}
             asked = Asked(setting.get("tokens", 30), Sampling(**sampling), setting.get("seed", 0))
@@ -34,10 +35,10 @@ def texts(run_dir: Path, settings: list[dict]) -> None:
 def losses(run_dir: Path) -> None:
     """Print the last set's loss on the rows that the run itself used, and on all."""
     from dnt_scale.distributed import process_group
-    from dnt_scale.tools.inference import evaluate
+    from dnt_scale.tools.inference import checkpoint_of, evaluate
 
     with process_group.alone() as me:
-        found = [evaluate(run_dir, None, rows, me) for rows in (10, None)]
+        found = [evaluate(checkpoint_of(run_dir), None, rows, me) for rows in (10, None)]
     print(
         json.dumps(
             [
@@ -97,6 +98,37 @@ def test_eval_is_the_validation_of_the_run(reference):
     assert found.keys() == {"val/loss", "val/perplexity", "val/bits_per_byte"}
     for name, value in found.items():
         assert float(value) == pytest.approx(last[name], abs=1e-3)
+
+
+def test_an_earlier_checkpoint_is_taken_by_its_step(reference, tmp_path):
+    by_step = {line["step"]: line["val/loss"] for line in metrics(reference) if "val/loss" in line}
+    at_6, at_12, at_20 = (
+        float(dnt("eval", reference, "--rows", 10, "--step", step).ok().out.split()[1])
+        for step in (6, 12, 20)
+    )
+    assert at_6 > by_step[10] > at_12 > by_step[20] == pytest.approx(at_20, abs=1e-3)
+
+    early, late = (
+        dnt("generate", reference, "--prompt", PROMPT, "--tokens", 20, "--step", step).ok().out
+        for step in (6, 20)
+    )
+    assert early != late == dnt("generate", reference, "--prompt", PROMPT, "--tokens", 20).ok().out
+
+    out = tmp_path / "exported"
+    assert "step 6 " in dnt("export", reference, "--to", "hf", out, "--step", 6).ok().out
+
+
+def test_a_step_without_a_checkpoint_is_refused_with_those_that_there_are(reference, tmp_path):
+    commands: list[list[object]] = [
+        ["eval", reference],
+        ["generate", reference],
+        ["classify", reference, tmp_path / "a.png"],
+        ["diagnose", reference],
+        ["export", reference, "--to", "hf", tmp_path / "out"],
+    ]
+    for command in commands:
+        error = dnt(*command, "--step", 7).error()
+        assert "--step: " in error and "of step 7; it has those of 6, 12, 18, 20" in error, command
 
 
 def test_a_run_without_a_checkpoint_is_refused(finished_run):

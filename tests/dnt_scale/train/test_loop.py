@@ -411,7 +411,7 @@ def test_the_mask_of_a_run_stays(mixed, mixed_run, tmp_path):
     error = train(tiny(Path(), run_dir, *mixed, "train.steps=9")).error()
     assert (
         "data.document_mask: " in error
-        and "was trained with True, this run asks for False" in error
+        and "was trained with true, this run asks for false" in error
     )
 
 

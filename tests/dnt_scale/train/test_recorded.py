@@ -267,7 +267,7 @@ def test_a_learning_rate_that_jumps_is_told(change: list[str], step: int, said: 
         ),
         (
             ["data.document_mask=true"],
-            r"^data\.document_mask: .* False, .*; data\.document_mask=false goes on with it",
+            r"^data\.document_mask: .* false, .* true; data\.document_mask=false goes on with it",
         ),
         (
             ["optim=adamw"],
