@@ -160,10 +160,12 @@ def show_one(
 
     writer = load_writer(trained, ranks, asked, options.data)
     started, tokens = time.monotonic(), 0
-    for piece in writer.stream(options.prompt or ""):
-        print(piece.text, end="", flush=True)
-        tokens = piece.tokens
-    print()
+    try:
+        for piece in writer.stream(options.prompt or ""):
+            print(piece.text, end="", flush=True)
+            tokens = piece.tokens
+    finally:  # after Ctrl-C too, what is said next has a line of its own
+        print()
     seconds = max(time.monotonic() - started, 1e-3)
     warn(f"{tokens:,} tokens in {seconds:.1f} s, {tokens / seconds:,.0f} tokens/s")
 

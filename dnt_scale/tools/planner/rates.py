@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from dnt_scale.config import ConfigError, ModelConfig, RunConfig
 from dnt_scale.config.hardware import hardware_of
-from dnt_scale.costs import memory_plan
+from dnt_scale.costs import memory_plan, work
 from dnt_scale.costs.work import (
     ATTENTION_BACKWARD,
     ATTENTION_FORWARD,
@@ -120,7 +120,9 @@ def this_machine(rates: Rates, nodes: int, ranks_per_node: int, device: torch.de
 
 def _key(run: RunConfig, seq_len: int, device: torch.device) -> str:
     """Return a name of all that rates depend on."""
+    counted = b"".join(Path(each).read_bytes() for each in (__file__, work.__file__))
     where = (
+        hashlib.sha256(counted).hexdigest(),  # other code may count other work
         torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
         torch.get_num_threads(),
         torch.__version__,
@@ -132,7 +134,8 @@ def _key(run: RunConfig, seq_len: int, device: torch.device) -> str:
 
 
 def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if os.name == "posix" else ():
+    about = Path("/proc/cpuinfo")  # of Linux
+    for line in about.read_text().splitlines() if about.exists() else ():
         if line.startswith("model name"):
             return line
     return platform.processor()
