@@ -30,9 +30,9 @@ MODELS = {
     **{f"V-DNT {each}": ["model=vdnt_tiny", f"model.setting={each}"] for each in SETTINGS},
 }
 OPTIMIZERS = {
-    "adamw": Optimizer(4e-3, 0.1),
-    "msgdw": Optimizer(0.5, 1e-4),
-    "muon_normalized": Optimizer(3e-3, 0.9),
+    "adamw": Optimizer(1e-3, 0.1),
+    "msgdw": Optimizer(0.125, 1e-4),
+    "muon_normalized": Optimizer(1.5e-3, 0.9),
 }
 TABLES = {
     "a": "{ViT S1, V-DNT S4, V-DNT S5} x {AdamW, vanilla mSGDW, muon_normalized}",
