@@ -33,7 +33,7 @@ def load_run(overrides: list[str], *, gpus: bool) -> RunConfig:
     if run.train.dtype == "fp8":
         raise ConfigError(
             "train.dtype is fp8, of which no speed is known here yet; plan with train.dtype=bf16: "
-            "what a rank holds is the same, and a step is to take no longer"
+            "what a rank keeps is the same, and a step is to take no longer"
         )
     if gpus or run.train.dtype != "auto":
         return compute_dtype.expected(run, gpus)

@@ -4,6 +4,7 @@ layers, how exact, what it does to a run. That a run in it is refused here: test
 
 import json
 import math
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from dnt_scale.model.dnt import DNT
 from dnt_scale.model.init import init_weights
 from dnt_scale.model.task import build_task
 from testbed.configs import composed
-from testbed.run import call, tiny
+from testbed.run import call, tiny, train
 from tests.helpers import engines
 
 pytestmark = pytest.mark.skipif(
@@ -213,7 +214,6 @@ def train_in_fp8(data: Path, out: Path) -> None:
 def test_engines_train_in_it_and_keep_their_state_as_before(corpus: Path, tmp_path: Path) -> None:
     call(train_in_fp8, corpus, tmp_path, ranks=2).ok()
     losses, described = json.loads((tmp_path / "found.json").read_text())
-    print(losses)
     wanted = losses["bf16"]
     for label in ("fsdp", "ddp", "in backward"):
         assert losses[label][-1] < losses[label][0] - 0.5, label
@@ -224,3 +224,36 @@ def test_engines_train_in_it_and_keep_their_state_as_before(corpus: Path, tmp_pa
     assert all("float32" in line for line in described["fsdp"])
     assert losses["to fp8"] == pytest.approx(losses["to bf16"], abs=0.05)
     assert losses["to fp8"][0] < wanted[0] - 0.5
+
+
+def allowed_here(overrides: list[str]) -> None:
+    """Train in a process that takes the CPU for a device with fp8."""
+    from dnt_scale.distributed import compute_dtype
+    from dnt_scale.train.rank import main
+
+    compute_dtype.check_fp8 = lambda device: None
+    sys.exit(main(overrides))
+
+
+@pytest.mark.slow
+def test_a_run_is_recorded_in_it_and_goes_on_in_bf16_where_that_is_typed(
+    corpus: Path, tmp_path: Path
+) -> None:
+    def line_of_last_step() -> dict[str, float]:
+        return json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+
+    def recorded() -> str:
+        return config.from_yaml(tmp_path / "run" / "config.yaml").train.dtype
+
+    overrides = tiny(corpus, tmp_path / "run", "train.micro_batch=auto", "eval.every=4")
+    overrides.remove("train.dtype=fp32")
+    told = call(allowed_here, [*overrides, "train.dtype=fp8", "train.steps=4"]).ok().err
+    assert "train.dtype: fp8 in 12 of 12 linear layers of the blocks; without engine" in told
+    assert recorded() == "fp8" and line_of_last_step()["val/loss"] < 6.5
+
+    # without a word it stays, which is refused here; bf16 has to be typed
+    more = [*overrides, "train.steps=6"]
+    assert "this is a CPU; use train.dtype=bf16" in train(more).error()
+    told = train([*more, "train.dtype=bf16"]).ok().err
+    assert "train.dtype fp8 -> bf16" in told
+    assert recorded() == "bf16" and line_of_last_step()["step"] == 6
