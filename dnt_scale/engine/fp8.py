@@ -5,8 +5,10 @@ Of a layer's three products, y = x W^T, dx = dy W and dW = dy^T x, both factors 
 head, norms, attention, gathered weights, and the fp32 state that the optimizer and checkpoints see.
 
 A whole factor has one scale, which makes its largest magnitude fp8's largest number: torchao's
-recipe "tensorwise", by cuBLAS, which it calls its fastest. Its recipe "rowwise" has a scale a row,
-by CUTLASS and at less speed, and so bears rows of unlike sizes; those the norms keep alike here.
+recipe "tensorwise", by cuBLAS, which it calls its fastest. Its recipe "rowwise", with a scale a row
+and products by CUTLASS, gains where numbers of other rows are thousands of times as large: e4m3 has
+15 powers of two for normal numbers, and one that is 100 times the others' largest leaves those as
+exact as they were (lab log, 2026-11-30).
 Scales are measured anew in each product, so that nothing is kept between steps. Weights are
 gathered in bf16 and not in fp8: for that torchao puts them into a tensor class of its own, and the
 optimizer and checkpoints know them as plain shards.
