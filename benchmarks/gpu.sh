@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # On a CUDA machine, in one call of under 9 minutes: tokens/s, MFU with its formula, peak memory and where a step's
 # time goes, of dnt_124m beside gpt_124m and a GPT-2 loop written by hand, and of dnt_774m and dnt_1.4b with mSGDW and
-# AdamW, compiled and not. What it wants: this project's dependencies (pip install .) with torch 2.11 or later, no internet.
+# AdamW, compiled and not; last, dnt_1.4b in fp8. What it wants: this project's dependencies (pip install '.[fp8]') with
+# torch 2.11 or later, no internet; without torchao, or on a GPU without fp8, the last part is left out.
 #   PYTHON=...   the environment              OUT=...   where the JSON goes (benchmarks/results); commit it
 #   DATA=...     a prepared set; without one the standard library's source becomes data/bench
 #   TOY=1        the same calls of a tiny model, on any machine
@@ -43,4 +44,21 @@ bench 1.4b-eager 110 --run model=dnt_1.4b optim=msgdw --run model=dnt_1.4b optim
     --turns 2 --turn-steps 2 --global-batch 16 --micro-batch 8
 bench 1.4b 140 --run model=dnt_1.4b optim=msgdw $compiled --run model=dnt_1.4b optim=adamw $compiled \
     --turns 3 --turn-steps 2 --global-batch 16 --micro-batch 8
+
+# fp8 comes last, in what is left of the nine minutes: the other parts do not wait for one that has run nowhere yet
+left=$((535 - SECONDS))
+missing=$("$PYTHON" -c 'import torch
+from dnt_scale.distributed.compute_dtype import check_fp8
+try:
+    check_fp8(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+except ValueError as error:
+    print(error)')
+if [ "$left" -lt 60 ]; then missing="$left s are left, fewer than 60"; fi
+if [ -n "$missing" ]; then
+    echo "== 1.4b-fp8 is left out: $missing"
+else
+    bench 1.4b-fp8 "$left" --run model=dnt_1.4b optim=msgdw $compiled \
+        --run model=dnt_1.4b optim=msgdw $compiled train.dtype=fp8 \
+        --turns 3 --turn-steps 2 --global-batch 16 --micro-batch 8
+fi
 exit $status

@@ -23,6 +23,7 @@ EXTRAS = {
     "optuna": "sweep",
     "transformers": "hf",
     "lm_eval": "eval",
+    "torchao": "fp8",
 }
 
 

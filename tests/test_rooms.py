@@ -19,6 +19,7 @@ LATE = {
     "tensorboard",
     "optuna",
     "deepspeed",
+    "torchao",
     "submitit",
     "transformers",
     "lm_eval",

@@ -24,6 +24,7 @@ from dnt_scale.config.engine import copies_of
 from dnt_scale.config.tracking_uri import sqlite_file
 from dnt_scale.costs.memory_plan import checkpoint_bytes
 from dnt_scale.data.sources import Source
+from dnt_scale.distributed.compute_dtype import float8_layers
 from dnt_scale.record.run_lock import check_free
 from dnt_scale.train.recorded import Typed
 from dnt_scale.train.resume import changes, check_place, starting_state
@@ -265,15 +266,20 @@ def check_ranks(run: RunConfig, site: ClusterConfig) -> None:
     if isinstance(run.engine, TorchEngineConfig):
         copies_of(run.engine, site.ranks, site.nodes)
     gpus = site.gpus_per_node
-    if (
-        run.run.device == "cuda"
-        and not gpus
-        and not any(name.startswith(("gpus", "gres")) for name in site.sbatch)
-    ):
+    wants, without = "", ""
+    if run.run.device == "cuda":
+        wants, without = "run.device is cuda", "run.device=cpu"
+    elif run.train.dtype == "fp8":
+        wants, without = "train.dtype is fp8", "train.dtype=bf16"
+    asked = gpus or any(name.startswith(("gpus", "gres")) for name in site.sbatch)
+    if wants and not asked:
         raise ConfigError(
-            "run.device is cuda, but cluster.gpus_per_node is 0; ask for GPUs, or use "
-            "run.device=cpu"
+            f"{wants}, but cluster.gpus_per_node is 0; ask for GPUs, or use {without}"
         )
+    if run.train.dtype == "fp8":
+        if run.run.device == "cpu":
+            raise ConfigError("train.dtype is fp8, but run.device is cpu; use train.dtype=bf16")
+        float8_layers()
     if run.run.device != "cpu" and gpus and site.tasks_per_node > gpus:
         raise ConfigError(
             f"cluster.ranks_per_node is {site.tasks_per_node}, but cluster.gpus_per_node is "

@@ -86,7 +86,7 @@ class TrainSection(Strict):
         gt=0, le=1 << 31, description="rows a step, over all ranks and micro-batches"
     )
     micro_batch: RowsOrAuto = Field(description="rows a rank a forward")
-    dtype: Literal["auto", "bf16", "fp32"] = Field("auto", description="compute dtype")
+    dtype: Literal["auto", "bf16", "fp32", "fp8"] = Field("auto", description="compute dtype")
     max_skipped: Count = Field(
         10, gt=0, description="skipped or undone steps in a row that end the run"
     )
@@ -98,6 +98,13 @@ class TrainSection(Strict):
         "inference use; null: none",
     )
     stages: dict[StageName, StageSection] = Field({})
+
+    @property
+    def in_bf16(self) -> bool:
+        """Return whether activations and gathered weights are bf16: with fp8 too, whose products
+        take and give that.
+        """
+        return self.dtype in ("bf16", "fp8")
 
     @property
     def rows_a_forward(self) -> int:
@@ -247,6 +254,11 @@ class RunConfig(Strict):
             raise ValueError(
                 f"optim.gradient_buffer is false, but engine={self.engine.name} sums gradients in "
                 "buffers of its own; use engine=fsdp, ddp or hsdp, or optim.gradient_buffer=true"
+            )
+        if self.train.dtype == "fp8":
+            raise ValueError(
+                f"train.dtype is fp8, which engine={self.engine.name} does not have; use "
+                "engine=fsdp, ddp or hsdp, or train.dtype=bf16"
             )
         if self.engine.deepspeed:
             from dnt_scale.config import deepspeed_json

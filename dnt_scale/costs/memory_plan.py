@@ -268,7 +268,7 @@ def _micro_batches(run: RunConfig, world_size: int) -> int:
 def compute_bytes(run: RunConfig) -> int:
     """Return the bytes of a number to compute with."""
     assert run.train.dtype != "auto", "compute_dtype tells what it is or is likely to be"
-    return BF16 if run.train.dtype == "bf16" else FP32
+    return BF16 if run.train.in_bf16 else FP32
 
 
 def _elements(shape: Iterable[int]) -> int:

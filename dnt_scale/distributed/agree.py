@@ -102,7 +102,7 @@ def surroundings(ranks: Ranks) -> dict[str, object]:
     for file in sorted(Path(__file__).parents[1].rglob("*.py")):
         code.update(file.read_bytes())
     versions = {"python": platform.python_version(), "torch": torch.__version__}
-    for package in ("deepspeed", "numpy"):
+    for package in ("deepspeed", "numpy", "torchao"):
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

@@ -3,16 +3,18 @@ it faster than fp32.
 
 Many processors have no bf16 arithmetic: there a bf16 matmul takes 4 to 100 times as long as one in
 fp32. So a start times one small matmul of each, and records what it chose as ``train.dtype``; a
-resume computes as recorded.
+resume computes as recorded. fp8 is never chosen: it is asked for, and refused where it cannot be.
 """
 
+import logging
 import math
 import time
+from typing import Any
 
 import torch
 
-from dnt_scale.config import RunConfig, validate
-from dnt_scale.distributed.agree import highest
+from dnt_scale.config import ConfigError, RunConfig, validate
+from dnt_scale.distributed.agree import highest, together
 from dnt_scale.distributed.process_group import Ranks
 
 # of the square matrices that are timed: smaller ones measure the call rather than the arithmetic
@@ -22,6 +24,7 @@ FEWEST = 3  # the first makes oneDNN compile, and another process may take the p
 ENOUGH_S = 0.005  # a bf16 product, where more rounds would only take longer
 # bf16 also rounds and converts around its matmuls, so it pays only where they are clearly faster
 PAYS_BELOW = 0.8
+FP8_FROM = (8, 9)  # compute capability of the first GPUs with fp8 products, Ada; Hopper's is 9.0
 
 
 def bf16_cost(device: torch.device) -> float:
@@ -62,16 +65,22 @@ def faster(cost: float) -> str:
 def resolve(
     run: RunConfig, ranks: Ranks, command: str, recorded: str | None
 ) -> tuple[RunConfig, str]:
-    """Return ``run`` with bf16 or fp32 in place of auto, and a line for the user or "". A
-    collective.
+    """Return ``run`` with a dtype in place of auto, and a line for the user or "". A collective.
 
     Args:
         command: the ``train.dtype`` of the command alone; where it is auto, ``run`` may have the
             recorded one already.
         recorded: what the checkpoint that the run resumes from was trained in; auto keeps it. None:
             a first start.
+
+    Raises:
+        AgreedError: it is fp8, which this machine cannot compute in.
+        ConfigError: as of ``with_dtype``.
     """
     asked = run.train.dtype
+    if (recorded if asked == "auto" else asked) == "fp8":
+        together(ranks, lambda: check_fp8(ranks.device))
+        return with_dtype(run, "fp8"), ""
     if asked == "fp32" and (recorded is None or command == "fp32"):
         return run, ""
     cost = highest(round(1000 * min(bf16_cost(ranks.device), 1e6)))[0] / 1000  # the slowest rank's
@@ -93,12 +102,48 @@ def resolve(
     return with_dtype(run, chosen), line
 
 
+def check_fp8(device: torch.device) -> None:
+    """Raise ConfigError where ``device`` has no fp8 products, or torchao is not there."""
+    cuda = device.type == "cuda"
+    if not cuda or torch.cuda.get_device_capability(device) < FP8_FROM:
+        found = "a CPU"
+        if cuda:
+            major, minor = torch.cuda.get_device_capability(device)
+            found = f"{torch.cuda.get_device_name(device)}, of {major}.{minor}"
+        raise ConfigError(
+            "train.dtype is fp8, which takes a CUDA GPU of compute capability "
+            f"{'.'.join(map(str, FP8_FROM))} or higher (Ada, Hopper, Blackwell), but this is "
+            f"{found}; use train.dtype=bf16"
+        )
+    float8_layers()
+
+
+def float8_layers() -> Any:
+    """Import torchao's module of float8 layers, and return it.
+
+    Raises:
+        ConfigError: it is not there, or does not go with this torch.
+    """
+    # They warn, of kernels for other GPUs that torchao could not load and of a class that torch
+    # knows better: the products in fp8 are torch's own.
+    for noisy in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    try:
+        from torchao import float8
+    except ImportError as error:
+        raise ConfigError(
+            f"train.dtype is fp8, which torchao computes, but {error}; pip install "
+            "'dnt-scale[fp8]', or use train.dtype=bf16"
+        ) from None
+    return float8
+
+
 def for_inference(recorded: str, device: torch.device) -> tuple[torch.dtype, str]:
     """Return the dtype in which to use weights of a run trained in ``recorded``, and a line about
     it, or none.
 
     What computes in bf16 elsewhere is computed in fp32 where bf16 is slower: weights are stored in
-    fp32.
+    fp32. What was trained in fp8 is used as if it had been in bf16.
     """
     if recorded == "fp32":
         return torch.float32, ""
@@ -106,8 +151,8 @@ def for_inference(recorded: str, device: torch.device) -> tuple[torch.dtype, str
     if faster(cost) == "bf16":
         return torch.bfloat16, ""
     line = (
-        f"computing in fp32: the run was trained in bf16, but {slowness(device, cost)}"
-        if recorded == "bf16"
+        f"computing in fp32: the run was trained in {recorded}, but {slowness(device, cost)}"
+        if recorded in ("bf16", "fp8")
         else ""
     )
     return torch.float32, line
@@ -117,8 +162,10 @@ def for_preflight(run: RunConfig, ranks: Ranks) -> torch.dtype:
     """Return the dtype in which to time the devices of a run, the same on all ranks. A
     collective.
     """
+    if run.train.dtype == "fp8":  # the rest of a step is bf16, which older GPUs have too
+        return torch.bfloat16
     resolved, _ = resolve(run, ranks, run.train.dtype, None)
-    return torch.bfloat16 if resolved.train.dtype == "bf16" else torch.float32
+    return torch.bfloat16 if resolved.train.in_bf16 else torch.float32
 
 
 def slowness(device: torch.device, cost: float) -> str:

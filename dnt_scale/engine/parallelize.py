@@ -24,7 +24,7 @@ from dnt_scale.config import ConfigError, RunConfig, TorchEngineConfig
 from dnt_scale.config.engine import copies_of
 from dnt_scale.distributed.errors import AgreedError
 from dnt_scale.distributed.process_group import Ranks
-from dnt_scale.engine import compiled
+from dnt_scale.engine import compiled, fp8
 from dnt_scale.model import cpu_ops, documents
 from dnt_scale.model.task import LossModule, Task
 
@@ -37,6 +37,9 @@ KEPT_OPS = [
     _aten.mm.default,
     _aten.addmm.default,
     _aten.bmm.default,
+    # of fp8, compiled; and the largest number of a tensor, which its scale is
+    _aten._scaled_mm.default,
+    _aten.max.default,
     _aten._scaled_dot_product_flash_attention_for_cpu.default,
     _aten._scaled_dot_product_flash_attention.default,
     _aten._scaled_dot_product_efficient_attention.default,
@@ -51,9 +54,12 @@ def parallelize(model: LossModule, config: RunConfig, ranks: Ranks) -> None:
     place. A collective.
 
     Raises:
-        AgreedError: the copies of hsdp do not share the ranks equally.
+        AgreedError: the copies of hsdp do not share the ranks equally, or no matrix can be
+            multiplied in ``train.dtype`` fp8.
     """
     assert isinstance(config.engine, TorchEngineConfig)
+    if config.train.dtype == "fp8":
+        fp8.convert(model.task)
     prepare_blocks(model.task, config)
     mesh = data_mesh(config.engine, ranks)
     shard(model, mesh, config)
@@ -119,12 +125,13 @@ def shard(model: LossModule, mesh: DeviceMesh, config: RunConfig) -> None:
     """Each block is one all-gather and one reduce-scatter; what is in no block (of a DNT, the
     embeddings and outer norms) is the root's.
 
-    Matrices are multiplied in ``train.dtype``; the shards, and gradients from the reduce-scatter
-    on, are fp32. No module's inputs are cast: a batch comes as the source made it, and a block may
-    take fp32 tables beside activations. What meets weights, the model casts.
+    Matrices are multiplied in ``train.dtype``, for fp8 gathered in bf16; the shards, and gradients
+    from the reduce-scatter on, are fp32. No module's inputs are cast: a batch comes as the source
+    made it, and a block may take fp32 tables beside activations. What meets weights, the model
+    casts.
     """
     assert isinstance(config.engine, TorchEngineConfig)
-    dtype = torch.bfloat16 if config.train.dtype == "bf16" else torch.float32
+    dtype = torch.bfloat16 if config.train.in_bf16 else torch.float32
     precision = MixedPrecisionPolicy(
         param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )

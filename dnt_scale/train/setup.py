@@ -12,9 +12,10 @@ from dnt_scale.config import RunConfig, Unit
 from dnt_scale.data.sources import Source
 from dnt_scale.distributed.agree import on_first, together
 from dnt_scale.distributed.process_group import Ranks
+from dnt_scale.engine import fp8
 from dnt_scale.engine.averaging import begun_from
 from dnt_scale.engine.base import Engine, StepStats
-from dnt_scale.model.task import build_task
+from dnt_scale.model.task import Task, build_task
 from dnt_scale.optim.groups import parameter_groups
 from dnt_scale.optim.transfer import Ratios, rates, ratios, told
 from dnt_scale.record.files import warn
@@ -165,6 +166,8 @@ def set_up(begun: Begun, ranks: Ranks) -> Training:
     progress.say(opening_line(config, stages, newest, ranks))
     if scaled:
         progress.say(told(scaled))
+    if config.train.dtype == "fp8":
+        progress.say(fp8.told(blank_task(config, stages.source), compiled=config.engine.compile))
     for note in stages.source.notes(config):
         progress.say(note)
     return Training(
@@ -190,9 +193,14 @@ def scaled_rates(
     """Return the learning rates given and scaled, by group; empty without ``optim.scale``."""
     if lr_ratios is None:
         return {}
+    named = blank_task(config, source).named_parameters()
+    return rates(parameter_groups(named, config.optim, lr_ratios))
+
+
+def blank_task(config: RunConfig, source: Source) -> Task:
+    """Return the run's model without memory for its weights: names and shapes."""
     with torch.device("meta"):
-        task = build_task(config.model, source.rows)
-    return rates(parameter_groups(task.named_parameters(), config.optim, lr_ratios))
+        return build_task(config.model, source.rows)
 
 
 def restore(begun: Begun, built: Engine, guard: Guard, state: State, ranks: Ranks) -> float:

@@ -132,3 +132,8 @@ def test_one_line_for_what_cannot_be(capsys: pytest.CaptureFixture[str]) -> None
     assert "cluster.gpus_per_node is 0" in refused(
         capsys, "model=dnt_124m", "--gpu", "h100", "cluster=sandbox"
     )
+
+
+def test_fp8_has_no_speed_to_plan_with(capsys: pytest.CaptureFixture[str]) -> None:
+    line = refused(capsys, "model=dnt_1.4b", "--gpu", "h100", "train.dtype=fp8")
+    assert "train.dtype is fp8" in line and "plan with train.dtype=bf16" in line

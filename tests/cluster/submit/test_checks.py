@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -442,6 +443,14 @@ def test_a_tokenizer_of_another_size_and_sets_that_do_not_match(data: Path, tmp_
         ),
         (["run.device=cuda"], r"run\.device is cuda, but cluster\.gpus_per_node is 0"),
         (
+            ["train.dtype=fp8", "run.device=auto"],
+            r"train\.dtype is fp8, but cluster\.gpus_per_node is 0; .* use train\.dtype=bf16",
+        ),
+        (
+            ["train.dtype=fp8", "cluster.gpus_per_node=2"],
+            r"train\.dtype is fp8, but run\.device is cpu; use train\.dtype=bf16",
+        ),
+        (
             ["run.device=auto", "cluster.gpus_per_node=1", "cluster.ranks_per_node=2"],
             r"cluster\.ranks_per_node is 2, but cluster\.gpus_per_node is 1; start one rank a GPU",
         ),
@@ -451,6 +460,15 @@ def test_a_run_that_does_not_go_with_its_ranks(
     overrides: list[str], message: str, data: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match=message):
+        checks.check_ranks(*asked(data, tmp_path / "one", *overrides))
+
+
+def test_a_run_in_fp8_without_torchao(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    overrides = ["train.dtype=fp8", "run.device=cuda", "cluster.gpus_per_node=2"]
+    with pytest.raises(ConfigError, match=r"pip install 'dnt-scale\[fp8\]'"):
         checks.check_ranks(*asked(data, tmp_path / "one", *overrides))
 
 

@@ -110,6 +110,12 @@ def test_bytes_fall_as_one_over_n_but_for_padding() -> None:
             assert 1 <= share < 1 + padding, (engine, ranks, share)
 
 
+def test_fp8_holds_and_sends_what_bf16_does() -> None:
+    bf16, fp8 = (run_config(["engine=fsdp", f"train.dtype={dtype}"]) for dtype in ("bf16", "fp8"))
+    assert memory_plan.memory(fp8, 8) == memory_plan.memory(bf16, 8)
+    assert memory_plan.traffic(fp8, 8) == memory_plan.traffic(bf16, 8)
+
+
 def test_one_buffer_takes_three_quarters_of_two_and_without_gradients_half() -> None:
     def total(*overrides: str) -> int:
         return memory_plan.memory(run_config(["engine=fsdp", *overrides]), 8).total()

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ def run_with(dtype: str, *overrides: str) -> RunConfig:
 def me(monkeypatch: pytest.MonkeyPatch) -> process_group.Ranks:
     # a world of one needs no collective
     monkeypatch.setattr(compute_dtype, "highest", lambda *values: values)
+    monkeypatch.setattr(compute_dtype, "together", lambda ranks, action: action())
     return process_group.Ranks(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
 
 
@@ -133,6 +135,8 @@ def test_an_engine_that_does_not_go_with_it_is_refused(
             torch.float32,
             "computing in fp32: the run was trained in bf16, but a bf16 matmul takes 36",
         ),
+        ("fp8", GOOD, torch.bfloat16, ""),
+        ("fp8", POOR, torch.float32, "computing in fp32: the run was trained in fp8, but"),
         ("fp32", GOOD, torch.float32, ""),
         ("auto", POOR, torch.float32, ""),
     ],
@@ -144,6 +148,93 @@ def test_inference_computes_in_what_this_machine_is_good_at(
     found, line = compute_dtype.for_inference(recorded, torch.device("cpu"))
     assert found == dtype
     assert line.startswith(said) if said else not line
+
+
+# --- fp8 ------------------------------------------------------------------------------------------
+
+# its name, its compute capability, and whether it can
+GPUS = [
+    ("NVIDIA A100-SXM4-80GB", (8, 0), False),
+    ("NVIDIA L4", (8, 9), True),
+    ("NVIDIA H200", (9, 0), True),
+    ("NVIDIA B200", (10, 0), True),
+]
+
+
+@pytest.fixture
+def torchao(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """What stands for torchao, which takes seconds to import, where it is there at all."""
+    package, layers = ModuleType("torchao"), ModuleType("torchao.float8")
+    package.float8 = layers  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torchao", package)
+    monkeypatch.setitem(sys.modules, "torchao.float8", layers)
+    return layers
+
+
+def on_gpu(
+    monkeypatch: pytest.MonkeyPatch, name: str, capability: tuple[int, int]
+) -> process_group.Ranks:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    return process_group.Ranks(rank=0, local_rank=0, world_size=1, device=torch.device("cuda", 0))
+
+
+@pytest.mark.parametrize(("name", "capability", "can"), GPUS)
+@pytest.mark.parametrize(
+    ("command", "recorded"), [("fp8", None), ("fp8", "bf16"), ("auto", "fp8"), ("fp8", "fp8")]
+)
+def test_fp8_is_taken_where_gpus_have_it(
+    monkeypatch: pytest.MonkeyPatch,
+    me: process_group.Ranks,
+    torchao: ModuleType,
+    name: str,
+    capability: tuple[int, int],
+    can: bool,
+    command: str,
+    recorded: str | None,
+) -> None:
+    me = on_gpu(monkeypatch, name, capability)
+    if can:
+        found = compute_dtype.resolve(run_with(command), me, command, recorded)
+        assert found == (run_with("fp8"), "")
+        assert compute_dtype.float8_layers() is torchao
+    else:
+        with pytest.raises(config.ConfigError, match=r"8\.9 or higher.*A100.*8\.0; use .*=bf16"):
+            compute_dtype.resolve(run_with(command), me, command, recorded)
+    # the rest of a step is in bf16
+    assert compute_dtype.for_preflight(run_with("fp8"), me) == torch.bfloat16
+
+
+def test_what_was_begun_in_fp8_goes_on_in_bf16_where_that_is_typed(
+    monkeypatch: pytest.MonkeyPatch, me: process_group.Ranks
+) -> None:
+    machine(monkeypatch, GOOD)
+    assert compute_dtype.resolve(run_with("bf16"), me, "bf16", "fp8") == (run_with("bf16"), "")
+
+
+def test_without_torchao_it_is_said_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, me: process_group.Ranks
+) -> None:
+    me = on_gpu(monkeypatch, "NVIDIA H200", (9, 0))
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    with pytest.raises(config.ConfigError, match=r"pip install 'dnt-scale\[fp8\]', or use .*=bf16"):
+        compute_dtype.resolve(run_with("fp8"), me, "fp8", None)
+
+
+def test_a_run_in_fp8_is_refused_on_a_cpu(tmp_path: Path) -> None:
+    overrides = tiny(Path("no-data"), tmp_path / "run", "train.dtype=fp8")
+    line = train(overrides).error()
+    assert "train.dtype is fp8" in line and "this is a CPU; use train.dtype=bf16" in line
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+@pytest.mark.parametrize("engine", ["zero0", "zero3"])
+def test_deepspeed_has_no_fp8(engine: str) -> None:
+    with pytest.raises(config.ConfigError, match=f"fp8, which engine={engine} does not have"):
+        run_with("fp8", f"engine={engine}")
+
+
+# --- estimates ------------------------------------------------------------------------------------
 
 
 def test_estimates_before_the_start_take_what_is_likely() -> None:
