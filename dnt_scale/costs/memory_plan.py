@@ -74,23 +74,37 @@ def shapes_of(model: ModelSection) -> Shapes:
     return _described(model).shapes
 
 
-def largest_units(model: ModelSection) -> tuple[int, int]:
-    """Return the weights of a block, and of all that is in none: what is gathered as one."""
-    found = _described(model)
-    within = sum(_elements(shape) for name, shape in found.shapes.items() if name in found.inside)
-    return -(-within // max(1, found.blocks)), parameters_of(model) - within
+@dataclass(frozen=True)
+class Units:
+    """Weights of what is gathered as one, see ``Task.units``."""
+
+    blocks: int  # how many there are
+    block: int
+    first: int  # in units before the first block: an embedding
+    last: int  # in those behind the last: a head
+    root: int  # in none
+
+    @property
+    def count(self) -> int:
+        """Return how many units there are, the root's included."""
+        return self.blocks + (self.first > 0) + (self.last > 0) + 1
+
+    @property
+    def outer(self) -> int:
+        """Return the weights that are in no block."""
+        return self.first + self.last + self.root
 
 
-def blocks_of(model: ModelSection) -> int:
-    """Return how many blocks a model has."""
-    return _described(model).blocks
+def units_of(model: ModelSection) -> Units:
+    """Return the units of a model."""
+    return _described(model).units
 
 
 @dataclass(frozen=True)
 class _Described:
     shapes: Shapes
     inside: frozenset[str]  # names of the parameters in blocks
-    blocks: int
+    units: Units
 
 
 # By the text of the section: planning asks hundreds of times for the same one, which takes a deep
@@ -110,8 +124,18 @@ def _described(model: ModelSection) -> _Described:
         blocks = list(built.blocks)
         inside = {id(parameter) for block in blocks for parameter in block.parameters()}
         names = (name for name, parameter in built.named_parameters() if id(parameter) in inside)
-        _MODELS[key] = _Described(shapes, frozenset(names), len(blocks))
+        _MODELS[key] = _Described(shapes, frozenset(names), _units(built))
     return _MODELS[key]
+
+
+def _units(built: task.Task) -> Units:
+    blocks, sizes = list(built.blocks), {"first": 0, "block": 0, "last": 0}
+    for unit in built.units():
+        place = "block" if unit in blocks else "last" if sizes["block"] else "first"
+        sizes[place] += sum(parameter.numel() for parameter in unit.parameters())
+    root = sum(parameter.numel() for _, parameter in built.named_parameters()) - sum(sizes.values())
+    block = -(-sizes["block"] // max(1, len(blocks)))
+    return Units(len(blocks), block, sizes["first"], sizes["last"], root)
 
 
 def parameters_of(model: ModelSection) -> int:
@@ -201,11 +225,11 @@ def traffic(run: RunConfig, world_size: int, nodes: int = 1) -> Traffic:
     """What one step sends, over all M micro-batches of a rank; scalars (norms, losses, cut rows)
     are left out.
 
-    ``fsdp``, ``hsdp``, each block and the root for itself, with p = P / S after padding, c as in
+    ``fsdp``, ``hsdp``, each unit and the root for itself, with p = P / S after padding, c as in
     ``memory``:
 
         all-gather      c S p a pass: blocks in forward, and in backward if
-                        ``reshard_after_forward``; the root once
+                        ``reshard_after_forward``; embedding, head and the root once
         reduce-scatter  4 S p a micro-batch
         all-reduce      4 p a step where there are copies; without a gradient buffer, a micro-batch
 

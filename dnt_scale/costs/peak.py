@@ -1,12 +1,14 @@
 """Memory of a rank at the peak of a step, by part: what `memory_plan` says is held, and what comes
 on top for a moment.
 
-A step has three moments that may be the highest:
+A step has four moments that may be the highest:
 
     loss      all activations and what the loss makes, the head's gradient above all; of a single
               micro-batch no other gradient is there yet
+    head      all activations, and the gradient of a head that is not tied in its reduce-scatter
     backward  activations, and the first gradients on their way through buckets or reduce-scatters
-    update    everything that is held, and what the root's reduce-scatter or DeepSpeed's step copies
+    update    everything that is held, and what the last reduce-scatter, of the embedding or the
+              root, or DeepSpeed's step copies
 
 Measured against real ranks by benchmarks/plan_accuracy.py.
 """
@@ -61,18 +63,23 @@ def peak(run: RunConfig, world_size: int, nodes: int, seq_len: int, *, gpus: boo
         for name in memory_plan.FIELDS
         if name not in held.host and getattr(held, name)
     }
-    before = dict(state)
+    before, of_head = dict(state), dict[str, int]()
     if micro_batches == 1 and isinstance(run.engine, TorchEngineConfig):
-        before.pop("gradients", None)
-    beside = _torch if isinstance(run.engine, TorchEngineConfig) else _deepspeed
-    top = beside(run, world_size, nodes, c)
+        gradients = before.pop("gradients", 0)
+        head = memory_plan.units_of(model).last
+        of_head["gradients"] = gradients * head // memory_plan.parameters_of(model)
+    if isinstance(run.engine, TorchEngineConfig):
+        top = _torch(run, world_size, nodes, c, gpus=gpus)
+    else:
+        top = _deepspeed(run, world_size, c)
     # half of the last block's and what is behind it are freed before gradients pile up
     behind = norm_bytes(model, c) * model.final_norm
     left = activations - tokens * (behind + block_bytes(model, c) // 2)
     made = loss_bytes(model, tokens, c, gpus=gpus)
     moments = {
         "loss": {**before, "activations": activations, "loss": made, **top.at_loss},
-        "backward": {**before, "activations": max(0, left), **top.in_backward},
+        "head": {**before, "activations": activations, **top.at_head},
+        "backward": {**before, **of_head, "activations": max(0, left), **top.in_backward},
         "update": {**state, **top.at_update},
     }
     name = max(moments, key=lambda each: sum(moments[each].values()))
@@ -94,34 +101,47 @@ class _Beside:
     at_loss: dict[str, int]
     in_backward: dict[str, int]
     at_update: dict[str, int]
+    at_head: dict[str, int] = field(default_factory=dict)
 
 
-def _torch(run: RunConfig, world_size: int, nodes: int, c: int) -> _Beside:
-    """Return what FSDP2 holds beside: gathered weights, a block's gradient, and the root's at the
-    end.
+def _torch(run: RunConfig, world_size: int, nodes: int, c: int, *, gpus: bool) -> _Beside:
+    """Return what FSDP2 holds beside: gathered weights, a unit's gradient, and the embedding's or
+    the root's at the end.
 
-    The root is gathered in the compute dtype from forward to the end; of several shards
-    ``prefetch`` blocks too, beside the one that computes. A gradient is made in that dtype, and for
-    the reduce-scatter once in fp32, whole and as this rank's part.
+    The root is gathered in the compute dtype from forward to the end, a head that is not tied from
+    the loss to its backward; of several shards ``prefetch`` blocks too, beside the one that
+    computes. A gradient is made in that dtype, and for the reduce-scatter once in fp32, whole and
+    as this rank's part; the whole stays until the next unit's is reduced. Gloo takes as
+    much again, by what is measured.
     """
     assert isinstance(run.engine, TorchEngineConfig)
-    block, root = memory_plan.largest_units(run.model)
-    blocks = memory_plan.blocks_of(run.model)
+    units = memory_plan.units_of(run.model)
+    blocks, block, root, head = units.blocks, units.block, units.root, units.last
     shards = world_size // copies_of(run.engine, world_size, nodes)
     ahead = min(blocks, run.engine.prefetch) if run.engine.reshard_after_forward else blocks
     computing = min(blocks, ahead + 1)
     reduced = FP32 + FP32 // shards if shards > 1 else FP32
+    gathered = c * (root + (ahead * block if shards > 1 else 0))
+    # of an embedding or a head; this rank's part of an embedding's is counted as a gradient that is
+    # held, unless it is added to one
+    whole = FP32 + (c + FP32 * (not gpus) if shards > 1 else 0)
+    part = FP32 // shards
+    added = part if micro_batch_of(run, world_size)[1] > 1 else 0
     return _Beside(
-        {"gathered": c * (root + (ahead * block if shards > 1 else 0))},
+        {"gathered": gathered + c * head},
         {
             "gathered": c * (root + computing * block),
-            "reduction": c * root + (c + reduced) * block,
+            "reduction": c * root + max(reduced * block, FP32 * head) + c * block,
         },
-        {"gathered": c * root, "reduction": (c + reduced) * root},
+        {
+            "gathered": c * root,
+            "reduction": max((c + reduced) * root, (whole + added) * units.first),
+        },
+        {"gathered": gathered, "reduction": (whole + part) * head} if head else {},
     )
 
 
-def _deepspeed(run: RunConfig, world_size: int, nodes: int, c: int) -> _Beside:
+def _deepspeed(run: RunConfig, world_size: int, c: int) -> _Beside:
     """Return the same for ZeRO: weights gathered, and buckets of gradients.
 
     Stage 1 in bf16 adds each gradient to its fp32 sum at once; these sums, as stage 0's gradients,
@@ -132,7 +152,8 @@ def _deepspeed(run: RunConfig, world_size: int, nodes: int, c: int) -> _Beside:
     ``stage3_max_reuse_distance`` weights gathered.
     """
     assert isinstance(run.engine, DeepSpeedEngineConfig)
-    block, root = memory_plan.largest_units(run.model)
+    units = memory_plan.units_of(run.model)
+    block, root = units.block, units.outer
     whole, stage = memory_plan.parameters_of(run.model), run.engine.stage
     reduced = {"reduction": FP32 * min(whole, ALLREDUCED)}
     if stage == 0:  # a copy to compute with, made of each weight as it is used

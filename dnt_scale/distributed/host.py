@@ -21,14 +21,38 @@ def machine() -> str:
         return socket.gethostname()
 
 
-def cpus_of_a_rank() -> int:
-    """Return how many CPUs there are for each rank: those that this process may use, which it
-    shares with the other ranks of this machine where torchrun started them. srun binds each task to
-    CPUs of its own.
+# Ranks of this machine, this one among them, that may use the same CPUs: 1 until they have met, see
+# ``threads.share_cpus``.
+sharing = 1
+
+
+def cpus() -> frozenset[int]:
+    """Return the numbers of the CPUs that this process may use. srun binds each task to some of its
+    own.
     """
-    mine = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    sharing = os.environ.get("LOCAL_WORLD_SIZE", "")
-    return max(1, mine // max(1, int(sharing) if sharing.isdecimal() else 1))
+    if hasattr(os, "sched_getaffinity"):
+        return frozenset(os.sched_getaffinity(0))
+    return frozenset(range(os.cpu_count() or 1))
+
+
+def cpus_of_a_rank() -> int:
+    """Return how many CPUs there are for each of the ranks that share those of this process."""
+    return max(1, len(cpus()) // sharing)
+
+
+def cores() -> int:
+    """Return of how many cores the CPUs of this process are: those of one core share what computes,
+    and count once where Linux tells.
+    """
+    try:
+        return len(
+            {
+                Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text()
+                for cpu in cpus()
+            }
+        )
+    except OSError:
+        return len(cpus())
 
 
 def start_ticks(pid: int) -> int:

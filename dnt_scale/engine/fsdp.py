@@ -1,4 +1,4 @@
-"""FSDP2: weights, gradients and optimizer state sharded over the ranks, block by block; ddp and
+"""FSDP2: weights, gradients and optimizer state sharded over the ranks, unit by unit; ddp and
 hsdp keep copies.
 """
 
@@ -161,7 +161,7 @@ class FSDPEngine:
             self.gradients = MomentumInBackward(
                 optimizer,
                 config.optim,
-                blockwise(parts, model.task),
+                unitwise(parts, model.task),
                 shards,
                 ranks.device,
             )
@@ -326,14 +326,14 @@ class FSDPEngine:
         return loss, self.gradients.grad_norm(squares), means_by_name(host[len(sums) :], names)
 
 
-def blockwise(parts: Iterable[ParameterShard], task: Task) -> list[list[ParameterShard]]:
-    """The parts that FSDP2 reduces together: each block's, and the root's."""
-    block_of = {
+def unitwise(parts: Iterable[ParameterShard], task: Task) -> list[list[ParameterShard]]:
+    """The parts that FSDP2 reduces together: each unit's, and the root's."""
+    unit_of = {
         id(parameter): number
-        for number, block in enumerate(task.blocks)
-        for parameter in block.parameters()
+        for number, unit in enumerate(task.units())
+        for parameter in unit.parameters()
     }
     groups: dict[int | None, list[ParameterShard]] = {}
     for part in parts:
-        groups.setdefault(block_of.get(id(part.parameter)), []).append(part)
+        groups.setdefault(unit_of.get(id(part.parameter)), []).append(part)
     return list(groups.values())

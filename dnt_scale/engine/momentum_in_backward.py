@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class MomentumInBackward:
-    """Add gradients to the momentum inside backward, once a block's are reduced, and free them.
+    """Add gradients to the momentum inside backward, once a unit's are reduced, and free them.
 
     The reported norm is then the mean over micro-batches of the norm of each one's own gradient:
     the whole gradient's if there is one micro-batch, else never less than that. ``optim.clip:
@@ -29,7 +29,7 @@ class MomentumInBackward:
     the tensor (with ``clip: tensor``, the tensor) add nothing, and the norm is nan.
 
     Args:
-        blocks: the parameters whose gradients arrive together.
+        units: the parameters whose gradients arrive together.
         shards: the ranks that share a copy of the model.
         device: the rank's.
     """
@@ -42,7 +42,7 @@ class MomentumInBackward:
         self,
         optimizer: ShardedOptimizer,
         config: OptimizerConfig,
-        blocks: Iterable[Sequence["ParameterShard"]],
+        units: Iterable[Sequence["ParameterShard"]],
         shards: dist.ProcessGroup,
         device: torch.device,
     ) -> None:
@@ -56,7 +56,7 @@ class MomentumInBackward:
         self.micro_batch = 0
         self.micro_batches = 1
         self.squares_M = torch.zeros(1, dtype=torch.float64, device=device)
-        for members in blocks:
+        for members in units:
             for part in members:
                 hook = partial(self.on_gradients_ready, members)
                 part.parameter.register_post_accumulate_grad_hook(hook)
@@ -80,7 +80,7 @@ class MomentumInBackward:
 
     @torch.no_grad()
     def on_gradients_ready(self, members: Sequence["ParameterShard"], _: Tensor) -> None:
-        """Take a block's gradients: each parameter's hook, of which the last one finds them all.
+        """Take a unit's gradients: each parameter's hook, of which the last one finds them all.
 
         They are one storage, so that none can be freed before all are there.
         """

@@ -10,6 +10,7 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -122,8 +123,11 @@ def hosts(world: int) -> int:
 
 
 def shard(model: LossModule, mesh: DeviceMesh, config: RunConfig) -> None:
-    """Each block is one all-gather and one reduce-scatter; what is in no block (of a DNT, the
-    embeddings and outer norms) is the root's.
+    """Each of the task's units is one all-gather and one reduce-scatter; what is in none (of a DNT,
+    positions, outer norms and a tied embedding) is the root's.
+
+    An embedding's backward does without its weights, so they are not gathered for it; those of a
+    unit behind the last block are kept for its backward, which comes next.
 
     Matrices are multiplied in ``train.dtype``, for fp8 gathered in bf16; the shards, and gradients
     from the reduce-scatter on, are fp32. No module's inputs are cast: a batch comes as the source
@@ -140,14 +144,21 @@ def shard(model: LossModule, mesh: DeviceMesh, config: RunConfig) -> None:
     pinned = mesh.device_type == "cuda" and config.optim.gradient_buffer
     offload = CPUOffloadPolicy(pin_memory=pinned) if config.engine.cpu_offload else OffloadPolicy()
     reshard = config.engine.reshard_after_forward
-    for block in model.task.blocks:
+    units, blocks = list(model.task.units()), set(model.task.blocks)
+    for unit in units:
+        is_head, embeds = unit is units[-1] and unit not in blocks, isinstance(unit, nn.Embedding)
         fully_shard(
-            block,
+            unit,
             mesh=mesh,
             mp_policy=precision,
             offload_policy=offload,
-            reshard_after_forward=reshard,
+            reshard_after_forward=reshard and not is_head,
         )
+        assert isinstance(unit, FSDPModule)
+        if embeds:
+            unit.set_unshard_in_backward(False)
+        if is_head:
+            unit.register_forward_pre_hook(_gather_alone, prepend=True)
     fully_shard(
         model,
         mesh=mesh,
@@ -156,17 +167,25 @@ def shard(model: LossModule, mesh: DeviceMesh, config: RunConfig) -> None:
     )
 
 
+def _gather_alone(unit: nn.Module, _: object) -> None:
+    """Gather a unit's weights, or wait for them, before FSDP2's own hook does: that would keep what
+    came over the network, as large again, until the root's forward ends, the loss included.
+    """
+    assert isinstance(unit, FSDPModule)
+    unit.unshard()
+
+
 def set_prefetch(model: LossModule, ahead: int) -> None:
-    """Gather the weights of ``ahead`` blocks before the one that computes is done, in both
+    """Gather the weights of ``ahead`` units before the one that computes is done, in both
     passes.
     """
     assert isinstance(model, FSDPModule)
-    blocks: list[FSDPModule] = list(model.task.blocks)  # type: ignore[arg-type]
-    model.set_modules_to_forward_prefetch(blocks[:ahead])
-    # with an empty list FSDP2 gathers one block ahead in backward; a module that is gathered
+    units: list[FSDPModule] = list(model.task.units())  # type: ignore[arg-type]
+    model.set_modules_to_forward_prefetch(units[:ahead])
+    # with an empty list FSDP2 gathers one unit ahead in backward; a module that is gathered
     # already does nothing
-    model.set_modules_to_backward_prefetch(blocks[::-1][:ahead] or [model])
-    for index, block in enumerate(blocks):
-        before = blocks[:index][::-1]
-        block.set_modules_to_forward_prefetch(blocks[index + 1 :][:ahead])
-        block.set_modules_to_backward_prefetch(before[:ahead] or [block])
+    model.set_modules_to_backward_prefetch(units[::-1][:ahead] or [model])
+    for index, unit in enumerate(units):
+        before = units[:index][::-1]
+        unit.set_modules_to_forward_prefetch(units[index + 1 :][:ahead])
+        unit.set_modules_to_backward_prefetch(before[:ahead] or [unit])

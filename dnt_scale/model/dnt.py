@@ -3,15 +3,17 @@
     x0 = N_in(tok_emb + pos_emb)
     u  = x + N_mid1( Attention_QKNorm( N_pre1(x) ) )
     x' = u + N_mid2( FFN( N_pre2(u) ) )                 S4;  S5 drops N_pre2
-    logits = tok_emb^T N_out(x)
+    logits = tok_emb^T N_out(x)                         or W_head N_out(x), not tied
 
 Positions are a table that is added (pos_emb), or turn queries and keys (rotary). The middle two
 lines are a block's (:mod:`dnt_scale.model.block`). Shapes in names: B rows, T tokens, D width, V
 vocabulary.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from itertools import repeat
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +31,8 @@ from dnt_scale.model.linear_cross_entropy import linear_cross_entropy
 from dnt_scale.model.rotary import table
 from dnt_scale.model.task import Task
 
+Made = TypeVar("Made")
+
 
 def next_tokens(batch: Batch) -> tuple[Tensor, Tensor]:
     """Return inputs and targets of rows of token ids, each int64 (rows, seq_len): a target is the
@@ -40,6 +44,21 @@ def next_tokens(batch: Batch) -> tuple[Tensor, Tensor]:
     """
     assert isinstance(batch, Tensor)
     return batch[:, :-1].clamp(min=0), batch[:, 1:]
+
+
+class Head(nn.Module):
+    """The weight that makes logits, where it is not the embedding's: (vocabulary rows, width).
+
+    FSDP2 has it whole while this is called, so whatever needs it is made here, the loss too.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.vocab_rows, config.width))
+
+    def forward(self, x: Tensor, make: Callable[[Tensor, Tensor], Made]) -> Made:
+        """Return ``make(x, weight)``, x (..., width)."""
+        return make(x, self.weight)
 
 
 class DNT(nn.Module, Task):
@@ -72,9 +91,15 @@ class DNT(nn.Module, Task):
         self.norm_in = norm_if(SETTINGS[config.setting].input, config.width, config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm_out = norm_if(config.final_norm, config.width, config)
-        self.head = (
-            None if config.tied_head else nn.Linear(config.width, config.vocab_rows, bias=False)
-        )
+        self.head = None if config.tied_head else Head(config)
+
+    def units(self) -> Sequence[nn.Module]:
+        """See `Task`. A tied weight, which both ends use, is in none: its gradient is whole only at
+        the end of backward.
+        """
+        if self.head is None:
+            return list(self.blocks)
+        return [self.tok_emb, *self.blocks, self.head]
 
     def init_buffers(self) -> None:
         if self.rotary is not None:
@@ -153,7 +178,7 @@ class DNT(nn.Module, Task):
         """Return logits_BTV of the vocabulary without padding: in the compute dtype, or where they
         are capped at least in fp32.
         """
-        padded_BTV: Tensor = F.linear(self.norm_out(x_BTD), self._head())
+        padded_BTV = self._with_head(self.norm_out(x_BTD), F.linear)
         logits_BTV = padded_BTV[..., : self.config.vocab_size]
         if (cap := self.config.logit_cap) is not None:
             wide_BTV = logits_BTV.to(torch.promote_types(logits_BTV.dtype, torch.float32))
@@ -163,18 +188,23 @@ class DNT(nn.Module, Task):
     def _loss(self, x_BTD: Tensor, targets_BT: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:
         """Return the loss summed over targets, and its part that is z-loss: scalars, nats."""
         config = self.config
-        return linear_cross_entropy(
-            self.norm_out(x_BTD).flatten(0, 1),
-            self._head(),
-            targets_BT.flatten(),
-            config.vocab_size,
-            config.logit_cap,
-            z_loss,
+        loss = partial(
+            linear_cross_entropy,
+            targets_N=targets_BT.flatten(),
+            vocab_size=config.vocab_size,
+            logit_cap=config.logit_cap,
+            z_loss=z_loss,
         )
+        return self._with_head(self.norm_out(x_BTD).flatten(0, 1), loss)
 
-    def _head(self) -> Tensor:
-        """Return the weight that makes logits, a row a token: (vocab_rows, width)."""
-        return self.tok_emb.weight if self.head is None else self.head.weight
+    def _with_head(self, x: Tensor, make: Callable[[Tensor, Tensor], Made]) -> Made:
+        """Return ``make`` of x (..., width) and of the weight that makes logits, a row a token:
+        (vocab_rows, width).
+        """
+        if self.head is None:
+            return make(x, self.tok_emb.weight)
+        made: Made = self.head(x, make)
+        return made
 
     def loss_sum(self, batch: Batch) -> Tensor:
         loss: Tensor = self(*next_tokens(batch))

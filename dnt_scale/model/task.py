@@ -2,7 +2,7 @@
 more.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -24,6 +24,15 @@ class Task(Protocol):
     # The layers in the order of computing. Each is gathered and reduced as one, may be computed a
     # second time in backward (engine.activation_checkpointing), and may be compiled.
     blocks: Iterable[nn.Module]
+
+    def units(self) -> Sequence[nn.Module]:
+        """Return what is gathered and reduced as one, in the order of computing: the blocks, and
+        around them large modules (an embedding, a head) whose weights nothing uses but their own
+        call, one a forward.
+
+        What is in none is gathered from forward to the end of backward.
+        """
+        return list(self.blocks)
 
     def loss_sum(self, batch: Batch) -> Tensor:
         """Return the loss summed over the batch's targets: an fp32 scalar."""
@@ -129,15 +138,6 @@ class _Uninitialised(TorchFunctionMode):
 def shapes_of(section: ModelSection) -> dict[str, tuple[int, ...]]:
     """Return the shape of every parameter, by name."""
     return {name: tuple(parameter.shape) for name, parameter in on_meta(section).named_parameters()}
-
-
-def names_in_blocks(section: ModelSection) -> set[str]:
-    """Return the names of the parameters that are in blocks; the others are gathered with the
-    root.
-    """
-    task = on_meta(section)
-    inside = {id(parameter) for block in task.blocks for parameter in block.parameters()}
-    return {name for name, parameter in task.named_parameters() if id(parameter) in inside}
 
 
 def flops_per_row(section: ModelSection, units_a_row: int) -> float:

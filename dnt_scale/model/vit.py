@@ -8,6 +8,8 @@ Shapes in names: B rows, C channels, S pixels a side, P pixels a side of a patch
 T tokens, D width, L layers, K classes.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -41,6 +43,10 @@ class VisionTransformer(nn.Module, Task):
         self.head = nn.Linear(config.width, config.classes, bias=config.bias)
         for name in ("pixel_mean", "pixel_std"):
             self.register_buffer(name, torch.empty(3, 1, 1), persistent=False)
+
+    def units(self) -> Sequence[nn.Module]:
+        """See `Task`. The patch embedding, a small part of a block, is in none."""
+        return [*self.blocks, self.head]
 
     def init_buffers(self) -> None:
         self.pixel_mean.copy_(torch.tensor(self.config.pixel_mean).view(3, 1, 1))

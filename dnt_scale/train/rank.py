@@ -11,7 +11,7 @@ from pathlib import Path
 
 from dnt_scale import config, startup
 from dnt_scale.config import RunConfig
-from dnt_scale.distributed import output, process_group
+from dnt_scale.distributed import output, process_group, threads
 from dnt_scale.distributed.errors import AgreedError, Fault, exit_status, lost_peer, out_of_memory
 from dnt_scale.distributed.process_group import Ranks
 from dnt_scale.distributed.watchdog import watching
@@ -130,6 +130,7 @@ def run_rank(
             watching(ranks, run.health.hang_s, telling(run.run.dir)),
             only_writer(run, ranks, check_no_job),
         ):
+            threads.share_cpus(ranks)
             if before:
                 before(ranks)
             begun = begun_on_all(run, ranks, typed, fresh=fresh, from_step=from_step)

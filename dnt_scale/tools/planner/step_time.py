@@ -112,13 +112,13 @@ def communication(
     # ranks of one copy lie side by side, so those that are reduced are a copy's size apart
     apart = shards if isinstance(engine, TorchEngineConfig) else 1
     between = _link(machine, ranks, max(1, machine.ranks_per_node // apart))
-    blocks = memory_plan.blocks_of(run.model) + 1
+    units = memory_plan.units_of(run.model).count
     gathers = traffic.all_gather + traffic.reduce_scatter
     sent = gathers * (shards - 1) / shards + traffic.all_reduce * 2 * (reducing - 1) / reducing
     seconds = gathers * (shards - 1) / shards / within
     seconds += traffic.all_reduce * 2 * (reducing - 1) / reducing / between
-    calls = 3 * blocks * micro_batches if gathers else 0
-    hops = calls * _hops(shards) + (blocks * _hops(reducing) if traffic.all_reduce else 0)
+    calls = 3 * units * micro_batches if gathers else 0
+    hops = calls * _hops(shards) + (units * _hops(reducing) if traffic.all_reduce else 0)
     return seconds + hops * HOP_S, sent
 
 

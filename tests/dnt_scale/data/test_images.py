@@ -123,7 +123,7 @@ def test_processes_are_as_many_as_cpus_and_images_ask_for(
         (192, 1, True, 16),
     ):
         monkeypatch.setattr(os, "sched_getaffinity", lambda pid, cpus=cpus: set(range(cpus)))
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+        monkeypatch.setattr("dnt_scale.distributed.host.sharing", ranks)
         monkeypatch.setattr("dnt_scale.data.images.SMALL_PIXELS", 0 if large else 64 * 64)
         assert source(folder, workers=None).processes == expected, (cpus, ranks, large)
 

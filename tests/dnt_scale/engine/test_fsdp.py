@@ -114,6 +114,7 @@ def whole(path: Path) -> dict[str, torch.Tensor]:
 
 # --- every mesh and option trains as one rank does ------------------------------------------------
 
+UNTIED = ["model.tied_head=false"]  # embedding and head are units of their own
 NARROW = ["model.heads=16"]  # QK gains of 4 elements, 2 a rank: nothing is left for the third
 VARIANTS: dict[int, dict[str, list[str]]] = {
     1: {
@@ -121,6 +122,7 @@ VARIANTS: dict[int, dict[str, list[str]]] = {
         "narrow": NARROW,
         "adamw": ADAMW,
         "bf16": ["train.dtype=bf16"],
+        "untied": UNTIED,
         "full": ["engine.activation_checkpointing=full"],
         "selective": ["engine.activation_checkpointing=selective"],
         "second": ["engine.activation_checkpointing=2"],
@@ -138,11 +140,30 @@ VARIANTS: dict[int, dict[str, list[str]]] = {
         "adamw": ADAMW,
         "bf16": ["train.dtype=bf16"],
         "bf16_momentum": ["optim.momentum_dtype=bf16"],
+        "untied": UNTIED,
+        "untied_ddp": [*UNTIED, "engine=ddp"],
+        "untied_offload": [*UNTIED, "engine.cpu_offload=true"],
+        "untied_prefetch0": [*UNTIED, "engine.prefetch=0"],
+        "untied_prefetch2": [
+            *UNTIED,
+            "engine.prefetch=2",
+            "engine.reshard_after_forward=false",
+            "engine.activation_checkpointing=full",
+        ],
     },
-    3: {"fsdp": [], "full": ["engine.activation_checkpointing=full"], "narrow": NARROW},
-    4: {"hsdp": ["engine=hsdp", "engine.replicas=2"]},
+    3: {
+        "fsdp": [],
+        "untied": UNTIED,
+        "full": ["engine.activation_checkpointing=full"],
+        "narrow": NARROW,
+    },
+    4: {
+        "hsdp": ["engine=hsdp", "engine.replicas=2"],
+        "untied_hsdp": [*UNTIED, "engine=hsdp", "engine.replicas=2"],
+    },
 }
-REFERENCE = {"narrow": "narrow", "adamw": "adamw", "bf16": "bf16"}  # else plain
+# by how a variant's name begins; else plain
+REFERENCE = {"narrow": "narrow", "adamw": "adamw", "bf16": "bf16", "untied": "untied"}
 
 
 def run_variants(out: Path) -> None:
@@ -177,7 +198,7 @@ def losses_of(curves: Path, folder: str) -> list[float]:
 )
 def test_starts_from_the_initial_tensors_and_trains_as_one_rank(curves, folder):
     label = folder.partition("-")[2]
-    run = chosen(*(NARROW if label == "narrow" else []))
+    run = chosen(*VARIANTS[int(folder[0])][label])
     tensors = whole(curves / folder)
     with torch.device("meta"):
         shapes = {name: parameter.shape for name, parameter in DNT(run.model).named_parameters()}
@@ -193,7 +214,7 @@ def test_starts_from_the_initial_tensors_and_trains_as_one_rank(curves, folder):
 
     found, wanted = (
         losses_of(curves, folder),
-        losses_of(curves, f"1-{REFERENCE.get(label, 'plain')}"),
+        losses_of(curves, f"1-{REFERENCE.get(label.partition('_')[0], 'plain')}"),
     )
     assert len(set(wanted)) == len(wanted)
     assert found == pytest.approx(wanted, rel=0, abs=1e-2 if "bf16" in label else 1e-5)
@@ -296,7 +317,7 @@ def run_counts(me: Ranks, *overrides: str) -> None:
 
 def run_behaviour() -> None:
     me = process_group.start("cpu")
-    for overrides in ([], ["engine=ddp", *ADAMW], ["engine.cpu_offload=true", *ADAMW]):
+    for overrides in ([], UNTIED, ["engine=ddp", *ADAMW], ["engine.cpu_offload=true", *ADAMW]):
         run_skips(me, *overrides)
         run_restores(me, *overrides)
     run_restores(me, *UNBUFFERED, "optim.clip=previous")
@@ -465,10 +486,11 @@ def written_out(world: int, *overrides: str) -> tuple[dict[str, torch.Tensor], l
     [
         (1, []),
         (2, ["engine=ddp"]),
+        (2, UNTIED),
         (3, [*NARROW, "engine.cpu_offload=true"]),
         (4, ["engine=hsdp", "engine.replicas=2", "engine.activation_checkpointing=full"]),
     ],
-    ids=["one rank", "ddp", "an empty shard, offloaded", "hsdp"],
+    ids=["one rank", "ddp", "a head of its own", "an empty shard, offloaded", "hsdp"],
 )
 def test_without_a_gradient_buffer(world, overrides, tmp_path):
     call(run_unbuffered, tmp_path, overrides, ranks=world).ok()

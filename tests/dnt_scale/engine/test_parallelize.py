@@ -1,6 +1,7 @@
 """The sharding recipe: what is kept, what is gathered, and who holds a copy."""
 
 from collections import Counter
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -174,19 +175,59 @@ def gathers(model: LossModule) -> tuple[list[int], list[int]]:
 def run_gathers() -> None:
     me = process_group.start("cpu")
     every = range(LAYERS)
-    for ahead in (0, 1, 2):
-        for reshard in (True, False):
-            model = sharded(
-                me, f"engine.prefetch={ahead}", f"engine.reshard_after_forward={reshard}"
-            )
-            forward, backward = gathers(model)
-            assert forward == [1 + min(LAYERS, i + 1 + ahead) for i in every], (
-                "the root, and blocks"
-            )
-            again = [min(LAYERS, i + 1 + ahead) if reshard else 0 for i in every]
-            assert backward == [1 + LAYERS + more for more in again]
-            assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+    for ahead, reshard, tied in product((0, 1, 2), (True, False), (True, False)):
+        model = sharded(
+            me,
+            f"engine.prefetch={ahead}",
+            f"engine.reshard_after_forward={reshard}",
+            f"model.tied_head={tied}",
+        )
+        forward, backward = gathers(model)
+        # the embedding and the head come with the root, or are gathered once each
+        first, units = (0, LAYERS) if tied else (1, LAYERS + 2)
+        assert forward == [1 + min(units, first + i + 1 + ahead) for i in every]
+        again = [min(LAYERS, i + 1 + ahead) if reshard else 0 for i in every]
+        assert backward == [1 + units + more for more in again]
+        assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
     process_group.stop()
+
+
+def whole_weights(model: LossModule) -> list[tuple[bool, bool, bool]]:
+    """Whether embedding, position table and head are whole when each block computes, forward and
+    then backward, with the head's own call between the two.
+    """
+    task, found = model.task, list[tuple[bool, bool, bool]]()
+
+    def note(*_: object) -> None:
+        weights = task.tok_emb.weight, task.pos_emb.weight, task.head.weight
+        found.append(tuple(not isinstance(weight, DTensor) for weight in weights))
+
+    for block in task.blocks:
+        block.ffn.register_forward_pre_hook(note)
+        block.ffn.register_full_backward_pre_hook(note)
+    task.head.register_forward_pre_hook(note)
+    model(TOKENS).backward()
+    return found
+
+
+def run_ends() -> None:
+    me = process_group.start("cpu")
+    for overrides in ([], ["engine=ddp"], ["engine.cpu_offload=true"]):
+        for ahead in (0, 1, 2):
+            untied = ["model.tied_head=false", f"engine.prefetch={ahead}", *overrides]
+            model = sharded(me, *untied)
+            block = (False, True, False)
+            expected = [*LAYERS * [block], (False, True, True), *LAYERS * [block]]
+            assert whole_weights(model) == expected, untied
+            assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+            names = [name for name, _ in model.task.named_parameters()]
+            assert names == [name for name, _ in DNT(chosen(*untied).model).named_parameters()]
+            assert all(parameter.grad is not None for parameter in model.parameters())
+    process_group.stop()
+
+
+def test_a_head_of_its_own_is_whole_for_its_call_and_the_embedding_before_the_blocks():
+    call(run_ends, ranks=2).ok()
 
 
 def test_blocks_are_gathered_as_far_ahead_as_asked():
