@@ -100,6 +100,37 @@ def test_what_is_expected_is_fetched_from_the_disk(tmp_path: Path) -> None:
             reader.read(0)
 
 
+def test_what_is_expected_is_asked_for_in_its_order_on_disk_and_in_small_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a longer part Linux reads its beginning only. Neighbours are one part."""
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda _, *place: asked.append(place[:2]))
+    out = tmp_path / "set"
+    manifest = small_image_set(out)
+    with contextlib.closing(SplitReader(out, manifest, "train")) as reader:
+        places = [(int(row["offset"]), int(row["size"])) for row in reader.index]
+        first = range(reader.firsts[1])
+        begin, end = places[0][0], sum(places[first[-1]])
+        monkeypatch.setattr("data_prep.images.shards.ADVISED", 1 << 20)
+        reader.expect(reversed(first))
+        assert asked == [(begin, end - begin)]
+        asked.clear()
+        monkeypatch.setattr("data_prep.images.shards.ADVISED", 5000)
+        reader.expect(first)
+        assert len(asked) == -(-(end - begin) // 5000) > 2
+        assert max(size for _, size in asked) == 5000
+        assert sum(asked[-1]) == end
+        assert [sum(place) for place in asked[:-1]] == [place for place, _ in asked[1:]]
+        asked.clear()
+        monkeypatch.setattr("data_prep.images.shards.NEAR", 0)
+        reader.expect([5, 3, 3, first[-1] + 1])
+        assert asked == [places[3], places[5], places[first[-1] + 1]]
+        asked.clear()
+        reader.expect([])
+        assert not asked
+
+
 def test_webdataset_reads_them(tmp_path: Path) -> None:
     import webdataset
 
