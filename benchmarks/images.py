@@ -15,11 +15,11 @@ names FOLDER. Beside a torch for CPUs the import of PyPI's build ends at operato
 nothing here uses; two of their names are declared first, so that its unchanged code of ImageFolder
 and of the transforms runs.
 
-Below that, images are read without decoding: in the order of training, with their checksums, by one
-process for which another tells the disk what comes next, as in training; and beside it the same
-tars from beginning to end, as `cat` reads them. Both from the page cache, and from the disk: before
-each of these, the tars' pages are dropped from the cache (POSIX_FADV_DONTNEED). Where other work
-takes the processors, the rates say little of the disk; so the table has processor time too.
+Below that, a GB of images is read without decoding: in the order of training, with their checksums,
+by one process for which another tells the disk what comes next, as in training; and beside it the
+same tars from beginning to end, as `cat` reads them. Both from the page cache, and from the disk:
+before each of these, the tars' pages are dropped from the cache (POSIX_FADV_DONTNEED). Where other
+work takes the processors, the rates say little of the disk; so the table has processor time too.
 """
 
 import argparse
@@ -49,7 +49,15 @@ from torch import Tensor
 
 from data_prep.images.options import ImageOptions
 from data_prep.images.pipeline import prepare_images
-from data_prep.images.shards import SplitReader, load_manifest
+from data_prep.images.shards import (
+    ImageManifest,
+    Sample,
+    SplitReader,
+    load_manifest,
+    write_manifest,
+    write_shard,
+)
+from data_prep.set_files import shard_name
 from dnt_scale.config import ImagesConfig
 from dnt_scale.data.image_reader import image_order, numbers_at
 from dnt_scale.data.images import ImageSource, open_images
@@ -62,6 +70,7 @@ WANTED = {TORCHVISION: 1.3, WEBDATASET: 1.0}
 READ_WANTED = 0.9  # of the tars from beginning to end, from the disk
 IN_ORDER, WHOLE = "ours, an image a read, with CRC-32", "the tars from beginning to end"
 BATCH = 64  # rows, of what is read alone
+READ_BYTES = 1_000_000_000  # of the images that are read alone, so that their start counts little
 
 
 class Read(NamedTuple):
@@ -100,15 +109,17 @@ def main() -> None:
             for name, batches in peers.items():
                 rounds[name].append(images_per_s(batches, options.batches))
         reads: dict[str, dict[str, list[Read]]] = {
-            place: {IN_ORDER: [], WHOLE: []} for place in ("disk", "page cache")
+            whence: {IN_ORDER: [], WHOLE: []} for whence in ("disk", "page cache")
         }
-        with reader_in_order(made) as read_in_order:
-            ways = {IN_ORDER: read_in_order, WHOLE: lambda: read_tars(made)}
+        large = Path(place, "large")
+        write_repeated(made, large)
+        with reader_in_order(large) as read_in_order:
+            ways = {IN_ORDER: read_in_order, WHOLE: lambda: read_tars(large)}
             for _ in range(options.rounds):
-                for place, found in reads.items():
+                for whence, found in reads.items():
                     for name, read in ways.items():
-                        if place == "disk":
-                            drop_from_cache(made)
+                        if whence == "disk":
+                            drop_from_cache(large)
                         found[name].append(read())
 
     rates = {name: statistics.median(found) for name, found in rounds.items()}
@@ -173,6 +184,36 @@ def write_folders(folder: Path, images: int) -> None:
         path = folder / str(number % CLASSES) / f"{number:05}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(file.getvalue())
+
+
+def write_repeated(made: Path, out: Path) -> None:
+    """Write a set of the same images again and again, until they are READ_BYTES."""
+    manifest = load_manifest(made)
+    split = manifest.splits["train"]
+    times = -(-READ_BYTES // split.image_bytes)
+    out.mkdir()
+    shards = []
+    with contextlib.closing(SplitReader(made, manifest, "train")) as reader:
+        rows = [row.tolist() for row in reader.index[["label", "width", "height", "pixels"]]]
+        for turn in range(times):
+            samples = (
+                Sample(reader.read(number), label, width, height, tuple(pixels))
+                for number, (label, width, height, pixels) in enumerate(rows)
+            )
+            name = shard_name("train", turn)
+            shards.append(write_shard(out / name, name, samples, turn * len(reader)))
+    more = manifest.model_dump(mode="json")
+    more["splits"]["train"] = {
+        "images": split.images * times,
+        "image_bytes": split.image_bytes * times,
+        "shards": [shard.model_dump(mode="json") for shard in shards],
+    }
+    for each in more["classes"]:
+        each["images"]["train"] *= times
+    for each in more["sources"]:
+        each["images"] *= times
+        each["image_bytes"] *= times
+    write_manifest(out, ImageManifest.model_validate_json(json.dumps(more)))
 
 
 # --- who reads ------------------------------------------------------------------------------------
