@@ -20,11 +20,10 @@ import numpy as np
 from data_prep.images.shards import NEAR, ImageManifest, SplitReader
 from data_prep.shards import SplitName
 from dnt_scale.data.image_reader import Reading, image_order, numbers_at
-from dnt_scale.data.order import WINDOW_BLOCKS, Ints
+from dnt_scale.data.order import Ints
 
 AHEAD_BYTES = 64 << 20  # at most, of a rank: of the page cache, not of a process
 PIECE_IMAGES = 16
-OPEN_FILES = 2 * WINDOW_BLOCKS  # that there is use for: a rank has other uses for descriptors
 
 
 class Piece(NamedTuple):
@@ -84,8 +83,6 @@ class Ahead:
                 reader.expect(numbers)
                 asked.append((size, rows))
                 total += size
-                if reader.open_files > OPEN_FILES:
-                    reader.close()
 
     def _wait_for(self, rows: int) -> None:
         """Wait until so many rows are used, or it is closed."""

@@ -9,9 +9,11 @@ import mmap
 import os
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 
@@ -129,6 +131,20 @@ def test_what_is_expected_is_asked_for_in_its_order_on_disk_and_in_small_parts(
         asked.clear()
         reader.expect([])
         assert not asked
+
+
+def test_few_tars_are_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A split has more tars than a process may open."""
+    monkeypatch.setattr("data_prep.images.shards.OPEN_FILES", 1)
+    manifest = small_image_set(tmp_path / "set")
+    before = psutil.Process().num_fds()
+    with contextlib.closing(SplitReader(tmp_path / "set", manifest, "train")) as reader:
+        assert len(reader.paths) > 1
+        for number in (0, 95, 1, 94):
+            reader.expect([0, 95])
+            assert zlib.crc32(reader.read(number)) == reader.index["crc32"][number]
+            assert psutil.Process().num_fds() == before + 1
+    assert psutil.Process().num_fds() == before
 
 
 def test_webdataset_reads_them(tmp_path: Path) -> None:
