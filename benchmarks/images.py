@@ -15,27 +15,29 @@ names FOLDER. Beside a torch for CPUs the import of PyPI's build ends at operato
 nothing here uses; two of their names are declared first, so that its unchanged code of ImageFolder
 and of the transforms runs.
 
-Below that, images are read without decoding: in the order of training, with their checksums, and
-beside it the same tars from beginning to end; from the page cache, and from the disk, whose pages
-are dropped from the cache before. As in training, as many images are on their way from the disk as
-eight processes have in hand.
+Below that, a GB of images is read without decoding: in the order of training, with their checksums,
+by one process for which another tells the disk what comes next, as in training; and beside it the
+same tars from beginning to end, as `cat` reads them. Both from the page cache, and from the disk:
+before each of these, the tars' pages are dropped from the cache (POSIX_FADV_DONTNEED). Where other
+work takes the processors, the rates say little of the disk; so the table has processor time too.
 """
 
 import argparse
 import contextlib
 import datetime
 import io
+import itertools
 import json
+import multiprocessing
 import os
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
-from queue import Queue
-from threading import Thread
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -47,19 +49,35 @@ from torch import Tensor
 
 from data_prep.images.options import ImageOptions
 from data_prep.images.pipeline import prepare_images
-from data_prep.images.shards import SplitReader, load_manifest
+from data_prep.images.shards import (
+    ImageManifest,
+    Sample,
+    SplitReader,
+    load_manifest,
+    write_manifest,
+    write_shard,
+)
+from data_prep.set_files import shard_name
 from dnt_scale.config import ImagesConfig
-from dnt_scale.data.decoders import IN_HAND
-from dnt_scale.data.image_reader import image_order, number_at
-from dnt_scale.data.images import JOB_ROWS, open_images
+from dnt_scale.data.image_reader import image_order, numbers_at
+from dnt_scale.data.images import ImageSource, open_images
 from dnt_scale.record.files import git_commit
 
 WIDTH, HEIGHT, SIZE, CLASSES = 500, 375, 224, 10
 SEED = 1
 OURS, TORCHVISION, WEBDATASET = "ours", "torchvision ImageFolder, DataLoader", "webdataset"
 WANTED = {TORCHVISION: 1.3, WEBDATASET: 1.0}
+READ_WANTED = 0.9  # of the tars from beginning to end, from the disk
 IN_ORDER, WHOLE = "ours, an image a read, with CRC-32", "the tars from beginning to end"
-AHEAD = 8 * IN_HAND * JOB_ROWS  # images
+BATCH = 64  # rows, of what is read alone
+READ_BYTES = 1_000_000_000  # of the images that are read alone, so that their start counts little
+
+
+class Read(NamedTuple):
+    """MB a second by the clock, and seconds of processor time a GB, of all processes."""
+
+    mb_per_s: float
+    cpu_s_per_gb: float
 
 
 def main() -> None:
@@ -90,15 +108,19 @@ def main() -> None:
         for _ in range(options.rounds):
             for name, batches in peers.items():
                 rounds[name].append(images_per_s(batches, options.batches))
-        reads: dict[str, dict[str, list[float]]] = {
-            place: {IN_ORDER: [], WHOLE: []} for place in ("disk", "page cache")
+        reads: dict[str, dict[str, list[Read]]] = {
+            whence: {IN_ORDER: [], WHOLE: []} for whence in ("disk", "page cache")
         }
-        for _ in range(options.rounds):
-            for place, found in reads.items():
-                for name, rate in ((IN_ORDER, rate_in_order), (WHOLE, rate_of_tars)):
-                    if place == "disk":
-                        drop_from_cache(made)
-                    found[name].append(rate(made))
+        large = Path(place, "large")
+        write_repeated(made, large)
+        with reader_in_order(large) as read_in_order:
+            ways = {IN_ORDER: read_in_order, WHOLE: lambda: read_tars(large)}
+            for _ in range(options.rounds):
+                for whence, found in reads.items():
+                    for name, read in ways.items():
+                        if whence == "disk":
+                            drop_from_cache(large)
+                        found[name].append(read())
 
     rates = {name: statistics.median(found) for name, found in rounds.items()}
     result: dict[str, Any] = {
@@ -112,14 +134,24 @@ def main() -> None:
         "images_per_cpu_s_of_rounds": rounds,
         "ratios": {name: ratio(rounds[OURS], rounds[name]) for name in WANTED},
         "wanted": WANTED,
-        "read_mb_per_s": {
-            place: {name: statistics.median(rates) for name, rates in found.items()}
+        "load": os.getloadavg(),
+        "dropped_from_cache_by": "fsync, then posix_fadvise(POSIX_FADV_DONTNEED) of each tar",
+        "read": {
+            place: {
+                name: Read(*map(statistics.median, zip(*rounds, strict=True)))._asdict()
+                for name, rounds in found.items()
+            }
             for place, found in reads.items()
         },
         "read_ratio": {
-            place: ratio(found[IN_ORDER], found[WHOLE]) for place, found in reads.items()
+            place: ratio(*([each.mb_per_s for each in rounds] for rounds in found.values()))
+            for place, found in reads.items()
         },
-        "read_mb_per_s_of_rounds": reads,
+        "read_wanted": READ_WANTED,
+        "read_mb_per_s_of_rounds": {
+            place: {name: [each.mb_per_s for each in rounds] for name, rounds in found.items()}
+            for place, found in reads.items()
+        },
     }
     show(result)
     name = f"images-{result['device'].replace(' ', '-')}.json"
@@ -154,16 +186,49 @@ def write_folders(folder: Path, images: int) -> None:
         path.write_bytes(file.getvalue())
 
 
+def write_repeated(made: Path, out: Path) -> None:
+    """Write a set of the same images again and again, until they are READ_BYTES."""
+    manifest = load_manifest(made)
+    split = manifest.splits["train"]
+    times = -(-READ_BYTES // split.image_bytes)
+    out.mkdir()
+    shards = []
+    with contextlib.closing(SplitReader(made, manifest, "train")) as reader:
+        rows = [row.tolist() for row in reader.index[["label", "width", "height", "pixels"]]]
+        for turn in range(times):
+            samples = (
+                Sample(reader.read(number), label, width, height, tuple(pixels))
+                for number, (label, width, height, pixels) in enumerate(rows)
+            )
+            name = shard_name("train", turn)
+            shards.append(write_shard(out / name, name, samples, turn * len(reader)))
+    more = manifest.model_dump(mode="json")
+    more["splits"]["train"] = {
+        "images": split.images * times,
+        "image_bytes": split.image_bytes * times,
+        "shards": [shard.model_dump(mode="json") for shard in shards],
+    }
+    for each in more["classes"]:
+        each["images"]["train"] *= times
+    for each in more["sources"]:
+        each["images"] *= times
+        each["image_bytes"] *= times
+    write_manifest(out, ImageManifest.model_validate_json(json.dumps(more)))
+
+
 # --- who reads ------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def our_batches(made: Path, batch: int) -> Iterator[Iterator[Tensor]]:
     """Our stream, as training uses it, decoding in its own thread."""
-    data = {"path": made, "size": SIZE, "augment": "simple", "workers": 0}
-    source = open_images(ImagesConfig.model_validate(data))
-    with source.stream(seed=SEED, global_batch=batch, rank=0, world_size=1) as stream:
+    with our_source(made).stream(seed=SEED, global_batch=batch, rank=0, world_size=1) as stream:
         yield (found["image"] for found, _ in stream)
+
+
+def our_source(made: Path) -> ImageSource:
+    data = {"path": made, "size": SIZE, "augment": "simple", "workers": 0}
+    return open_images(ImagesConfig.model_validate(data))
 
 
 @contextlib.contextmanager
@@ -246,42 +311,61 @@ def drop_from_cache(made: Path) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def rate_in_order(made: Path) -> float:
-    """MB a second of all images in the order of training, which a thread has the disk bring ahead,
-    as in a process that decodes."""
+@contextlib.contextmanager
+def reader_in_order(made: Path) -> Iterator[Callable[[], Read]]:
+    """Lend what reads all images in the order of training, by a process that this one tells the
+    disk for what comes next."""
+    spawn = multiprocessing.get_context("spawn")
+    mine, its = spawn.Pipe()
+    process = spawn.Process(target=serve_reads, args=(made, its), daemon=True)
+    process.start()
+    source = our_source(made)
+    mine.recv()  # it is there
+
+    def read() -> Read:
+        started, cpu = time.perf_counter(), time.process_time()
+        mine.send("read")
+        with contextlib.closing(source.ahead(source.reading(SEED), 0, BATCH, BATCH)) as ahead:
+            while not isinstance(found := mine.recv(), tuple):
+                ahead.use(found)
+            took = time.perf_counter() - started
+        size, its_cpu = found
+        return Read(size / took / 1e6, (its_cpu + time.process_time() - cpu) / size * 1e9)
+
+    try:
+        yield read
+    finally:
+        mine.close()
+        process.join()
+
+
+def serve_reads(made: Path, asked: Connection) -> None:
+    """Read all images in the order of training whenever asked; tell of every ``BATCH`` images,
+    at last of their bytes and the seconds of processor time."""
     with contextlib.closing(SplitReader(made, load_manifest(made), "train")) as reader:
-        order = image_order(len(reader), SEED)
-        numbers = [number_at(order, position) for position in range(len(reader))]
-        jobs: Queue[list[int]] = Queue(AHEAD // JOB_ROWS)
-        started = time.perf_counter()
-
-        def expect() -> None:
-            for place in range(0, len(numbers), JOB_ROWS):
-                job = numbers[place : place + JOB_ROWS]
-                reader.expect(job)
-                jobs.put(job)
-
-        thread = Thread(target=expect)
-        thread.start()
-        size, left = 0, len(numbers)
-        while left:
-            for number in (job := jobs.get()):
-                size += len(reader.read(number))
-            left -= len(job)
-        thread.join()
-        return size / (time.perf_counter() - started) / 1e6
+        numbers = numbers_at(image_order(len(reader), SEED), 0, len(reader)).tolist()
+        asked.send("there")
+        with contextlib.suppress(EOFError):
+            while asked.recv():
+                size, started = 0, time.process_time()
+                for place, number in enumerate(numbers, 1):
+                    size += len(reader.read(number))
+                    if place % BATCH == 0:
+                        asked.send(BATCH)
+                asked.send((size, time.process_time() - started))
 
 
-def rate_of_tars(made: Path) -> float:
-    """MB a second of the tars, a MB at a time."""
+def read_tars(made: Path) -> Read:
+    """Read the tars from beginning to end, a MB at a time."""
     buffer = memoryview(bytearray(1 << 20))
-    started = time.perf_counter()
+    started, cpu = time.perf_counter(), time.process_time()
     size = 0
     for path in sorted(made.glob("train-*.tar")):
         with path.open("rb", buffering=0) as file:
             while found := file.readinto(buffer):
                 size += found
-    return size / (time.perf_counter() - started) / 1e6
+    took = time.perf_counter() - started
+    return Read(size / took / 1e6, (time.process_time() - cpu) / size * 1e9)
 
 
 def show(result: dict[str, Any]) -> None:
@@ -294,14 +378,16 @@ def show(result: dict[str, Any]) -> None:
         table.add_row(name, f"{rate:,.0f}", against, wanted)
     Console(width=110).print(table)
     table = Table()
-    for column in (
-        "reading alone",
-        *(f"MB/s, from the {each}" for each in result["read_mb_per_s"]),
-    ):
-        table.add_column(column, justify="right")
+    table.add_column("reading alone", justify="right")
+    for place in result["read"]:
+        table.add_column(f"MB/s, from the {place}", justify="right")
+        table.add_column("processor s a GB", justify="right")
     for name in (IN_ORDER, WHOLE):
-        table.add_row(name, *(f"{rates[name]:,.0f}" for rates in result["read_mb_per_s"].values()))
-    table.add_row("ratio", *(f"{each:.2f}" for each in result["read_ratio"].values()))
+        found = [each[name] for each in result["read"].values()]
+        cells = [(f"{each['mb_per_s']:,.0f}", f"{each['cpu_s_per_gb']:.2f}") for each in found]
+        table.add_row(name, *itertools.chain(*cells))
+    ratios = [(f"{each:.2f}", "") for each in result["read_ratio"].values()]
+    table.add_row(f"ratio, from the disk {READ_WANTED} wanted", *itertools.chain(*ratios))
     Console(width=110).print(table)
 
 

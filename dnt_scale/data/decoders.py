@@ -14,8 +14,7 @@ import sys
 from collections import deque
 from contextlib import suppress
 from pathlib import Path
-from queue import Queue
-from threading import Lock, Thread
+from threading import Lock
 from typing import IO, NoReturn
 
 import numpy as np
@@ -53,8 +52,6 @@ class Decoders:
         """Have a job done; ``get`` then gives its rows."""
         with self.lock:
             self.waiting.append(job)
-            if self.here:
-                self.here.expect(job)
             self._hand_out()
 
     def get(self, job: Job) -> Rows:
@@ -159,10 +156,9 @@ def serve(asked: IO[bytes], answers: IO[bytes]) -> NoReturn:
     """Answer jobs until there are no more, and end this process."""
     try:
         reader = ImageReader(Reading.from_json(asked.readline()))
-        jobs: Queue[Job | None] = Queue()
-        Thread(target=_take_jobs, args=(asked, reader, jobs), daemon=True).start()
-        while job := jobs.get():
-            rows = reader.read(job)
+        for line in asked:
+            split, places = json.loads(line)
+            rows = reader.read(Job(split, tuple(places)))
             answers.write(HEADER.pack(rows.nbytes) + rows.tobytes())
             answers.flush()
     except BrokenPipeError:
@@ -172,16 +168,4 @@ def serve(asked: IO[bytes], answers: IO[bytes]) -> NoReturn:
         with suppress(BrokenPipeError):
             answers.write(HEADER.pack(-len(message)) + message)
             answers.flush()
-    os._exit(0)  # the thread may wait for a job still, which Python aborts over when it ends
-
-
-def _take_jobs(asked: IO[bytes], reader: ImageReader, jobs: "Queue[Job | None]") -> None:
-    """Queue jobs as they come, with their images on the way from the disk; None is the end."""
-    try:
-        for line in asked:
-            split, places = json.loads(line)
-            job = Job(split, tuple(places))
-            reader.expect(job)
-            jobs.put(job)
-    finally:
-        jobs.put(None)
+    os._exit(0)  # Python would complain of an answer that nobody is there to take

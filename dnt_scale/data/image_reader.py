@@ -5,8 +5,7 @@ What stands here needs neither torch nor Hydra, for the processes that decode
 """
 
 import json
-from collections.abc import Callable, Iterable
-from itertools import chain
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, NamedTuple, Self, cast
@@ -26,7 +25,7 @@ from dnt_scale.data.augment import (
     middle,
     mixed,
 )
-from dnt_scale.data.order import Order
+from dnt_scale.data.order import Ints, Order
 
 if TYPE_CHECKING:
     from dnt_scale.config import AugmentSection
@@ -64,6 +63,11 @@ class Reading(NamedTuple):
         return cls(**fields | {"folder": Path(fields["folder"]), "augment": recipe})
 
     @property
+    def mixes(self) -> bool:
+        """Whether the recipe mixes images in pairs."""
+        return bool(self.augment.mixup or self.augment.cutmix)
+
+    @property
     def row_type(self) -> np.dtype[np.void]:
         """Return what a row is.
 
@@ -90,20 +94,11 @@ class ImageReader:
 
     def __init__(self, reading: Reading) -> None:
         self.reading = reading
-        self.mixes = bool(reading.augment.mixup or reading.augment.cutmix)
         manifest = load_manifest(reading.folder)
         self.splits = {
             name: SplitReader(reading.folder, manifest, name) for name in manifest.splits
         }
         self.order = image_order(len(self.splits["train"]), reading.seed)
-
-    def expect(self, job: Job) -> None:
-        """Have the system read a job's images from the disk while others are decoded."""
-        numbers: Iterable[int] = job.places
-        if job.split == "train":
-            needed = dict.fromkeys(chain.from_iterable(map(self._needed, job.places)))
-            numbers = (number_at(self.order, position) for position in needed)
-        self.splits[job.split].expect(numbers)
 
     def read(self, job: Job) -> Rows:
         """Return the rows of a job.
@@ -129,7 +124,7 @@ class ImageReader:
         """Return the positions whose images make the row at one: where the recipe mixes, its
         partner's too, that of position p xor 1.
         """
-        return (position, position ^ 1) if self.mixes else (position,)
+        return (position, position ^ 1) if self.reading.mixes else (position,)
 
     def _train(self, rows: Rows, positions: tuple[int, ...]) -> None:
         """Fill rows with the images at positions of the training order.
@@ -147,7 +142,7 @@ class ImageReader:
             pixels, label = made[position]
             row["label"] = row["other"] = label
             row["share"] = 1.0
-            if self.mixes:
+            if self.reading.mixes:
                 pair = position >> 1
                 both = mixed(
                     made[2 * pair][0], made[2 * pair + 1][0], recipe, draws(seed, pair, MIX)
@@ -200,3 +195,11 @@ def number_at(order: Order, position: int) -> int:
     """Return the number of the sample at a position of the order."""
     block, row = order.row_at(position)
     return block * BLOCK_IMAGES + row
+
+
+def numbers_at(order: Order, position: int, count: int) -> Ints:
+    """Return the numbers of the samples at ``count`` positions from ``position`` on, int64
+    (count,).
+    """
+    blocks, rows = order.rows_from(position, count)
+    return blocks * BLOCK_IMAGES + rows

@@ -23,6 +23,7 @@ from torch import Tensor
 from data_prep.images.shards import load_manifest, manifest_sha256, sample_key
 from data_prep.shards import SplitName
 from dnt_scale.config import AugmentSection, ImageRows, ImagesConfig, Unit
+from dnt_scale.data.ahead import Ahead, training_pieces, validation_pieces
 from dnt_scale.data.decoders import Decoders
 from dnt_scale.data.image_reader import Job, Reading, Rows, image_order, number_at
 from dnt_scale.data.sources import DataPart, Missing, Passed, Source
@@ -100,8 +101,16 @@ class ImageSource(Source):
             rank=rank,
             world_size=world_size,
             consumed_rows=consumed_rows,
-            close=read.decoders.close,
+            close=read.close,
         )
+
+    def ahead(self, reading: Reading, first: int, count: int, global_batch: int) -> Ahead:
+        """Return what has the disk read ahead for ``count`` rows of each global batch, from the one
+        at position ``first`` on.
+        """
+        images = self.manifest.splits["train"].images
+        pieces = training_pieces(reading, images, first, count, global_batch)
+        return Ahead(self.data.path, self.manifest, "train", pieces)
 
     def passed(self, rows: int) -> dict[str, Passed]:
         [part] = self.parts()
@@ -127,7 +136,11 @@ class ImageSource(Source):
         label.
         """
         jobs = [_jobs("val", numbers) for numbers in batches]
-        with self._lent(sum(map(len, jobs))) as decoders:
+        pieces = validation_pieces([number for numbers in batches for number in numbers])
+        with (
+            closing(Ahead(self.data.path, self.manifest, "val", pieces)) as on_their_way,
+            self._lent(sum(map(len, jobs))) as decoders,
+        ):
             for ahead in jobs[:1]:
                 _ask(decoders, ahead)
             for number, mine in enumerate(jobs):
@@ -136,6 +149,7 @@ class ImageSource(Source):
                 empty = np.zeros(size - len(batches[number]), decoders.reading.row_type)
                 empty["label"] = IGNORED
                 rows = np.concatenate([*(decoders.get(job) for job in mine), empty])
+                on_their_way.use(len(batches[number]))
                 yield {"image": _tensor(rows["image"]), "label": _tensor(rows["label"])}
 
     @contextmanager
@@ -180,7 +194,9 @@ class _TrainingRows:
     """Training rows by position, read one global batch ahead, so that no process waits."""
 
     def __init__(self, source: ImageSource, seed: int, global_batch: int) -> None:
+        self.source = source
         self.decoders = Decoders(source.reading(seed), source.processes)
+        self.ahead: Ahead | None = None
         self.classes = len(source.rows.class_names)
         self.augment = source.data.augment
         self.global_batch = global_batch
@@ -190,14 +206,23 @@ class _TrainingRows:
     def __call__(self, first: int, count: int) -> Batch:
         """Return the rows at ``count`` positions of the stage from ``first`` on."""
         first += self.passed
+        if self.ahead is None:
+            self.ahead = self.source.ahead(self.decoders.reading, first, count, self.global_batch)
         for start in (first, first + self.global_batch):
             if start not in self.asked:
                 self.asked.add(start)
                 _ask(self.decoders, _jobs("train", range(start, start + count)))
         self.asked.remove(first)
-        jobs = _jobs("train", range(first, first + count))
-        rows = np.concatenate([self.decoders.get(job) for job in jobs])
-        return training_batch(rows, self.classes, self.augment)
+        made = []
+        for job in _jobs("train", range(first, first + count)):
+            made.append(self.decoders.get(job))
+            self.ahead.use(len(job.places))
+        return training_batch(np.concatenate(made), self.classes, self.augment)
+
+    def close(self) -> None:
+        if self.ahead is not None:
+            self.ahead.close()
+        self.decoders.close()
 
 
 def _jobs(split: SplitName, places: Sequence[int]) -> list[Job]:

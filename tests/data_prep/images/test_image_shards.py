@@ -9,9 +9,11 @@ import mmap
 import os
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 
@@ -98,6 +100,51 @@ def test_what_is_expected_is_fetched_from_the_disk(tmp_path: Path) -> None:
         reader.expect([0, 95])  # says nothing
         with pytest.raises(FileNotFoundError):
             reader.read(0)
+
+
+def test_what_is_expected_is_asked_for_in_its_order_on_disk_and_in_small_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a longer part Linux reads its beginning only. Neighbours are one part."""
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda _, *place: asked.append(place[:2]))
+    out = tmp_path / "set"
+    manifest = small_image_set(out)
+    with contextlib.closing(SplitReader(out, manifest, "train")) as reader:
+        places = [(int(row["offset"]), int(row["size"])) for row in reader.index]
+        first = range(reader.firsts[1])
+        begin, end = places[0][0], sum(places[first[-1]])
+        monkeypatch.setattr("data_prep.images.shards.ADVISED", 1 << 20)
+        reader.expect(reversed(first))
+        assert asked == [(begin, end - begin)]
+        asked.clear()
+        monkeypatch.setattr("data_prep.images.shards.ADVISED", 5000)
+        reader.expect(first)
+        assert len(asked) == -(-(end - begin) // 5000) > 2
+        assert max(size for _, size in asked) == 5000
+        assert sum(asked[-1]) == end
+        assert [sum(place) for place in asked[:-1]] == [place for place, _ in asked[1:]]
+        asked.clear()
+        monkeypatch.setattr("data_prep.images.shards.NEAR", 0)
+        reader.expect([5, 3, 3, first[-1] + 1])
+        assert asked == [places[3], places[5], places[first[-1] + 1]]
+        asked.clear()
+        reader.expect([])
+        assert not asked
+
+
+def test_few_tars_are_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A split has more tars than a process may open."""
+    monkeypatch.setattr("data_prep.images.shards.OPEN_FILES", 1)
+    manifest = small_image_set(tmp_path / "set")
+    before = psutil.Process().num_fds()
+    with contextlib.closing(SplitReader(tmp_path / "set", manifest, "train")) as reader:
+        assert len(reader.paths) > 1
+        for number in (0, 95, 1, 94):
+            reader.expect([0, 95])
+            assert zlib.crc32(reader.read(number)) == reader.index["crc32"][number]
+            assert psutil.Process().num_fds() == before + 1
+    assert psutil.Process().num_fds() == before
 
 
 def test_webdataset_reads_them(tmp_path: Path) -> None:

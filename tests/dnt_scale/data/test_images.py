@@ -4,7 +4,6 @@ import hashlib
 import io
 import os
 import signal
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,6 @@ from dnt_scale.data.augment import (
     reduction,
 )
 from dnt_scale.data.augment import random_box as random_box_of
-from dnt_scale.data.image_reader import ImageReader, Job
 from dnt_scale.data.images import ImageSource, open_images
 from dnt_scale.model.batch import IGNORED
 from testbed.images import drawn, encoded, prepared, small_image_set
@@ -147,28 +145,6 @@ def test_an_epoch_has_every_image_once_as_it_is_stored(folder: Path) -> None:
         {"shard": f"train-{number // 40:06}.tar", "key": f"{number:08}"} for number in order[:3]
     ]
     assert "target" not in batches[0]
-
-
-@pytest.mark.parametrize("recipe", ["simple", "deit"])
-@pytest.mark.parametrize(
-    "job", [Job("val", (1, 5)), Job("train", (3,)), Job("train", (4, 5, 6, 7))], ids=str
-)
-def test_a_job_expects_the_images_that_it_reads(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, recipe: str, job: Job
-) -> None:
-    found: dict[str, list[int]] = {"expected": [], "read": []}
-    read_one = SplitReader.read
-
-    def read_and_note(self: SplitReader, number: int) -> bytes:
-        found["read"].append(number)
-        return read_one(self, number)
-
-    monkeypatch.setattr(SplitReader, "expect", lambda self, them: found["expected"].extend(them))
-    monkeypatch.setattr(SplitReader, "read", read_and_note)
-    with closing(ImageReader(source(folder, recipe).reading(7))) as reader:
-        reader.expect(job)
-        reader.read(job)
-    assert found["expected"] == found["read"] and len(found["read"]) >= len(job.places)
 
 
 def test_a_later_stage_goes_on_where_the_set_was_left(folder: Path) -> None:
