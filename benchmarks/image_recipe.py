@@ -8,7 +8,8 @@
 All runs see the same images in the same order, as often, without augmentation. Learning rates and
 weight decays are looked for as in recipe.py, by the validation loss of the first of the --seeds;
 the best has all of them. Loss and top-1 are those of the whole validation split at the last step.
-Table b ends with the command that draws gradients of S1 beside S5: `dnt diagnose` on the runs.
+A table ends with the command that draws gradients of its models, trained with mSGDW, beside each
+other: `dnt diagnose` on the runs.
 
 Runs are kept in results/image-recipe-runs.jsonl (journaled_runs.py): none in it is trained again,
 but by --again, which compares; the same command goes on after any stop. `--help` lists the tables,
@@ -62,10 +63,10 @@ RECIPE = Recipe("image-recipe", TABLES, variants, SIZES, steps=1000, seeds=[1, 2
 
 def main() -> None:
     options, rows = train_table(RECIPE, __doc__)
-    ends = [row for row in rows if row["model"] in ("V-DNT S1", "V-DNT S5")]
-    if options.table == "b" and ends:
-        folders = " ".join(str(options.runs / row["runs"][0]) for row in ends)
-        print(f"dnt diagnose {folders} --batches 8 --out docs/results")
+    if drawn := [row["runs"][0] for row in rows if row["optimizer"] == "msgdw"]:
+        folders = " ".join(str(options.runs / run) for run in drawn)
+        out = f"docs/results/{RECIPE.name}-{options.table}"
+        print(f"dnt diagnose {folders} --batches 8 --out {out}")
 
 
 if __name__ == "__main__":

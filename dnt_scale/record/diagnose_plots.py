@@ -22,6 +22,7 @@ COLOURS = ("#2a5caa", "#d1495b", "#3a9d6e", "#e0a030", "#7b5ea7", "#5aa9c9", "#8
 MARKERS = "osD^vP*X"
 COLUMN, ROW = 3.3, 2.2  # inches of a panel
 LEGEND = 1.5  # inches, to the right of the panels
+TITLE = 44  # characters above a panel
 
 
 def draw(
@@ -70,7 +71,7 @@ def grid(rows: int, columns: int, wide: float = COLUMN, high: float = ROW) -> tu
     from matplotlib.figure import Figure
 
     between = 0.75  # inches, of rows
-    width, height = 0.95 + wide * columns + LEGEND, 0.95 + (high + between) * rows - between
+    width, height = 0.95 + wide * columns + LEGEND, 1.1 + (high + between) * rows - between
     figure = Figure(figsize=(width, height), dpi=150, facecolor="white")
     FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns, squeeze=False, sharey="row")
@@ -78,7 +79,7 @@ def grid(rows: int, columns: int, wide: float = COLUMN, high: float = ROW) -> tu
         left=0.85 / width,
         right=1 - (LEGEND + 0.1) / width,
         bottom=0.55 / height,
-        top=1 - 0.4 / height,
+        top=1 - 0.55 / height,
         hspace=between / high,
         wspace=0.08,
     )
@@ -86,12 +87,13 @@ def grid(rows: int, columns: int, wide: float = COLUMN, high: float = ROW) -> tu
 
 
 def titled(axes: Any, reports: Sequence[Report]) -> None:
-    """Name the runs above their columns."""
+    """Name the runs above their columns, long names without their middle."""
     for panel, report in zip(axes[0], reports, strict=True):
-        setting = f" ({report['setting']})" if report["setting"] else ""
-        panel.set_title(
-            f"{report['run']}{setting}, step {report['step']}", fontsize=10, loc="left", color=INK
-        )
+        run, setting = report["run"], report["setting"]
+        if len(run) > TITLE:
+            run = f"{run[: TITLE // 2]}…{run[-(TITLE // 2) :]}"
+        step = f"{setting}, step {report['step']}" if setting else f"step {report['step']}"
+        panel.set_title(f"{run}\n{step}", fontsize=9, loc="left", color=INK)
 
 
 def legend(figure: Figure, panel: Axes) -> None:
