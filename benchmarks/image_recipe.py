@@ -32,7 +32,7 @@ MODELS = {
 }
 OPTIMIZERS = {
     "adamw": Optimizer(1e-3, 0.1),
-    "msgdw": Optimizer(0.125, 1e-4),
+    "msgdw": Optimizer(2**-5, 1e-4),
     "muon_normalized": Optimizer(1.5e-3, 0.9),
 }
 TABLES = {
