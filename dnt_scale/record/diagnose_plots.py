@@ -22,7 +22,7 @@ COLOURS = ("#2a5caa", "#d1495b", "#3a9d6e", "#e0a030", "#7b5ea7", "#5aa9c9", "#8
 MARKERS = "osD^vP*X"
 COLUMN, ROW = 3.3, 2.2  # inches of a panel
 LEGEND = 1.5  # inches, to the right of the panels
-TITLE = 44  # characters above a panel
+TITLE = 38  # characters above a panel
 
 
 def draw(
