@@ -75,8 +75,8 @@ def shapes_of(model: ModelSection) -> Shapes:
 
 
 @dataclass(frozen=True)
-class Units:
-    """Weights of what is gathered as one, see ``Task.units``."""
+class FsdpUnits:
+    """Weights of what is gathered as one, see ``Task.fsdp_units``."""
 
     blocks: int  # how many there are
     block: int
@@ -95,7 +95,7 @@ class Units:
         return self.first + self.last + self.root
 
 
-def units_of(model: ModelSection) -> Units:
+def fsdp_units_of(model: ModelSection) -> FsdpUnits:
     """Return the units of a model."""
     return _described(model).units
 
@@ -104,7 +104,7 @@ def units_of(model: ModelSection) -> Units:
 class _Described:
     shapes: Shapes
     inside: frozenset[str]  # names of the parameters in blocks
-    units: Units
+    units: FsdpUnits
 
 
 # By the text of the section: planning asks hundreds of times for the same one, which takes a deep
@@ -124,18 +124,18 @@ def _described(model: ModelSection) -> _Described:
         blocks = list(built.blocks)
         inside = {id(parameter) for block in blocks for parameter in block.parameters()}
         names = (name for name, parameter in built.named_parameters() if id(parameter) in inside)
-        _MODELS[key] = _Described(shapes, frozenset(names), _units(built))
+        _MODELS[key] = _Described(shapes, frozenset(names), _fsdp_units(built))
     return _MODELS[key]
 
 
-def _units(built: task.Task) -> Units:
+def _fsdp_units(built: task.Task) -> FsdpUnits:
     blocks, sizes = list(built.blocks), {"first": 0, "block": 0, "last": 0}
-    for unit in built.units():
+    for unit in built.fsdp_units():
         place = "block" if unit in blocks else "last" if sizes["block"] else "first"
         sizes[place] += sum(parameter.numel() for parameter in unit.parameters())
     root = sum(parameter.numel() for _, parameter in built.named_parameters()) - sum(sizes.values())
     block = -(-sizes["block"] // max(1, len(blocks)))
-    return Units(len(blocks), block, sizes["first"], sizes["last"], root)
+    return FsdpUnits(len(blocks), block, sizes["first"], sizes["last"], root)
 
 
 def parameters_of(model: ModelSection) -> int:

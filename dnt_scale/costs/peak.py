@@ -66,7 +66,7 @@ def peak(run: RunConfig, world_size: int, nodes: int, seq_len: int, *, gpus: boo
     before, of_head = dict(state), dict[str, int]()
     if micro_batches == 1 and isinstance(run.engine, TorchEngineConfig):
         gradients = before.pop("gradients", 0)
-        head = memory_plan.units_of(model).last
+        head = memory_plan.fsdp_units_of(model).last
         of_head["gradients"] = gradients * head // memory_plan.parameters_of(model)
     if isinstance(run.engine, TorchEngineConfig):
         top = _torch(run, world_size, nodes, c, gpus=gpus)
@@ -115,7 +115,7 @@ def _torch(run: RunConfig, world_size: int, nodes: int, c: int, *, gpus: bool) -
     much again, by what is measured.
     """
     assert isinstance(run.engine, TorchEngineConfig)
-    units = memory_plan.units_of(run.model)
+    units = memory_plan.fsdp_units_of(run.model)
     blocks, block, root, head = units.blocks, units.block, units.root, units.last
     shards = world_size // copies_of(run.engine, world_size, nodes)
     ahead = min(blocks, run.engine.prefetch) if run.engine.reshard_after_forward else blocks
@@ -152,7 +152,7 @@ def _deepspeed(run: RunConfig, world_size: int, c: int) -> _Beside:
     ``stage3_max_reuse_distance`` weights gathered.
     """
     assert isinstance(run.engine, DeepSpeedEngineConfig)
-    units = memory_plan.units_of(run.model)
+    units = memory_plan.fsdp_units_of(run.model)
     block, root = units.block, units.outer
     whole, stage = memory_plan.parameters_of(run.model), run.engine.stage
     reduced = {"reduction": FP32 * min(whole, ALLREDUCED)}

@@ -330,7 +330,7 @@ def unitwise(parts: Iterable[ParameterShard], task: Task) -> list[list[Parameter
     """The parts that FSDP2 reduces together: each unit's, and the root's."""
     unit_of = {
         id(parameter): number
-        for number, unit in enumerate(task.units())
+        for number, unit in enumerate(task.fsdp_units())
         for parameter in unit.parameters()
     }
     groups: dict[int | None, list[ParameterShard]] = {}

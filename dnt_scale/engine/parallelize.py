@@ -144,7 +144,7 @@ def shard(model: LossModule, mesh: DeviceMesh, config: RunConfig) -> None:
     pinned = mesh.device_type == "cuda" and config.optim.gradient_buffer
     offload = CPUOffloadPolicy(pin_memory=pinned) if config.engine.cpu_offload else OffloadPolicy()
     reshard = config.engine.reshard_after_forward
-    units, blocks = list(model.task.units()), set(model.task.blocks)
+    units, blocks = list(model.task.fsdp_units()), set(model.task.blocks)
     for unit in units:
         is_head, embeds = unit is units[-1] and unit not in blocks, isinstance(unit, nn.Embedding)
         fully_shard(
@@ -180,7 +180,7 @@ def set_prefetch(model: LossModule, ahead: int) -> None:
     passes.
     """
     assert isinstance(model, FSDPModule)
-    units: list[FSDPModule] = list(model.task.units())  # type: ignore[arg-type]
+    units: list[FSDPModule] = list(model.task.fsdp_units())  # type: ignore[arg-type]
     model.set_modules_to_forward_prefetch(units[:ahead])
     # with an empty list FSDP2 gathers one unit ahead in backward; a module that is gathered
     # already does nothing

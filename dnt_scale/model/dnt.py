@@ -93,7 +93,7 @@ class DNT(nn.Module, Task):
         self.norm_out = norm_if(config.final_norm, config.width, config)
         self.head = None if config.tied_head else Head(config)
 
-    def units(self) -> Sequence[nn.Module]:
+    def fsdp_units(self) -> Sequence[nn.Module]:
         """See `Task`. A tied weight, which both ends use, is in none: its gradient is whole only at
         the end of backward.
         """

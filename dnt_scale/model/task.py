@@ -25,7 +25,7 @@ class Task(Protocol):
     # second time in backward (engine.activation_checkpointing), and may be compiled.
     blocks: Iterable[nn.Module]
 
-    def units(self) -> Sequence[nn.Module]:
+    def fsdp_units(self) -> Sequence[nn.Module]:
         """Return what is gathered and reduced as one, in the order of computing: the blocks, and
         around them large modules (an embedding, a head) whose weights nothing uses but their own
         call, one a forward.

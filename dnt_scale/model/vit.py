@@ -44,7 +44,7 @@ class VisionTransformer(nn.Module, Task):
         for name in ("pixel_mean", "pixel_std"):
             self.register_buffer(name, torch.empty(3, 1, 1), persistent=False)
 
-    def units(self) -> Sequence[nn.Module]:
+    def fsdp_units(self) -> Sequence[nn.Module]:
         """See `Task`. The patch embedding, a small part of a block, is in none."""
         return [*self.blocks, self.head]
 

@@ -112,7 +112,7 @@ def communication(
     # ranks of one copy lie side by side, so those that are reduced are a copy's size apart
     apart = shards if isinstance(engine, TorchEngineConfig) else 1
     between = _link(machine, ranks, max(1, machine.ranks_per_node // apart))
-    units = memory_plan.units_of(run.model).count
+    units = memory_plan.fsdp_units_of(run.model).count
     gathers = traffic.all_gather + traffic.reduce_scatter
     sent = gathers * (shards - 1) / shards + traffic.all_reduce * 2 * (reducing - 1) / reducing
     seconds = gathers * (shards - 1) / shards / within

@@ -5,29 +5,18 @@ from collections.abc import Iterator
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from data_prep.images.shards import SplitReader, load_manifest
-from dnt_scale.config import ImagesConfig
 from dnt_scale.data import ahead
 from dnt_scale.data.ahead import Ahead, Piece, training_pieces, validation_pieces
 from dnt_scale.data.image_reader import ImageReader, Job, number_at
-from dnt_scale.data.images import ImageSource, open_images
 from testbed.images import small_image_set
 from testbed.waiting import until
-
-TRAIN, VAL = 100, 23
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("images") / "set"
-    small_image_set(out, train=TRAIN, val=VAL)
-    return out
+from tests.helpers.image_sources import TRAIN, source
 
 
 @pytest.fixture
@@ -36,11 +25,6 @@ def expected(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     found: list[int] = []
     monkeypatch.setattr(SplitReader, "expect", lambda _, numbers: found.extend(map(int, numbers)))
     return found
-
-
-def source(folder: Path, recipe: str = "simple", **changes: Any) -> ImageSource:
-    fields = {"path": folder, "size": 32, "augment": recipe, "workers": 0}
-    return open_images(ImagesConfig.model_validate(fields | changes))
 
 
 def started(folder: Path, pieces: Iterator[Piece]) -> Ahead:
@@ -53,14 +37,14 @@ def started(folder: Path, pieces: Iterator[Piece]) -> Ahead:
     [(0, 12, 12), (8, 4, 12), (3, 5, 10), (7, 40, 80), (1, 1, 3)],
 )
 def test_pieces_are_what_rows_read(
-    folder: Path,
+    image_set: Path,
     monkeypatch: pytest.MonkeyPatch,
     recipe: str,
     first: int,
     count: int,
     global_batch: int,
 ) -> None:
-    reading = source(folder, recipe).reading(7)
+    reading = source(image_set, recipe).reading(7)
     read: list[int] = []
     read_one = SplitReader.read
 
@@ -102,16 +86,16 @@ def test_pieces_of_validation_are_its_samples() -> None:
 
 
 def test_no_more_is_on_its_way_than_is_allowed(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, expected: list[int]
+    image_set: Path, monkeypatch: pytest.MonkeyPatch, expected: list[int]
 ) -> None:
     monkeypatch.setattr(ahead, "NEAR", 0)
-    with closing(SplitReader(folder, load_manifest(folder), "train")) as reader:
+    with closing(SplitReader(image_set, load_manifest(image_set), "train")) as reader:
         sizes = reader.index["size"].astype(int)
     order = np.random.default_rng(0).permutation(TRAIN)
     most = int(sizes.max()) * 20
     monkeypatch.setattr(ahead, "AHEAD_BYTES", most)
     ends = range(5, TRAIN + 1, 5)
-    with closing(started(folder, (Piece(order[end - 5 : end], end) for end in ends))) as found:
+    with closing(started(image_set, (Piece(order[end - 5 : end], end) for end in ends))) as found:
         for used in range(0, TRAIN, 5):
             fits = [end for end in ends if sizes[order[used:end]].sum() <= most][-1]
             assert fits >= min(used + 20, TRAIN)
@@ -122,29 +106,29 @@ def test_no_more_is_on_its_way_than_is_allowed(
 
 
 def test_an_image_above_what_is_allowed_is_asked_for_by_itself(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, expected: list[int]
+    image_set: Path, monkeypatch: pytest.MonkeyPatch, expected: list[int]
 ) -> None:
     monkeypatch.setattr(ahead, "AHEAD_BYTES", 1)
-    with closing(started(folder, (Piece([each], each + 1) for each in range(9)))) as found:
+    with closing(started(image_set, (Piece([each], each + 1) for each in range(9)))) as found:
         for number in range(9):
             until(lambda number=number: len(expected) > number)
             assert expected == list(range(number + 1))
             found.use(1)
 
 
-def test_it_ends_while_it_waits(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_ends_while_it_waits(image_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ahead, "AHEAD_BYTES", 1)
-    reading = source(folder).reading(7)
-    found = started(folder, training_pieces(reading, TRAIN, 0, 4, 4))
+    reading = source(image_set, "simple").reading(7)
+    found = started(image_set, training_pieces(reading, TRAIN, 0, 4, 4))
     found.close()
     assert not found.thread.is_alive()
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_rank_tells_of_its_rows_and_of_validation(
-    folder: Path, expected: list[int], workers: int
+    image_set: Path, expected: list[int], workers: int
 ) -> None:
-    found = source(folder, workers=workers)
+    found = source(image_set, "simple", workers=workers)
     with found.stream(seed=7, global_batch=12, rank=1, world_size=2, consumed_rows=24) as stream:
         next(stream)
         until(lambda: len(expected) >= 3 * TRAIN)
@@ -166,10 +150,10 @@ def test_the_rank_tells_of_its_rows_and_of_validation(
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_rows_do_not_depend_on_it(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+    image_set: Path, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
     def rows() -> list[torch.Tensor]:
-        found = source(folder, "deit", workers=workers)
+        found = source(image_set, "deit", workers=workers)
         with found.stream(seed=7, global_batch=12, rank=0, world_size=1) as stream:
             return [next(stream)[0]["image"] for _ in range(10)]
 
@@ -178,7 +162,7 @@ def test_rows_do_not_depend_on_it(
     assert all(torch.equal(one, other) for one, other in zip(mine, rows(), strict=True))
 
 
-def test_damage_is_left_to_who_reads(folder: Path, tmp_path: Path) -> None:
+def test_damage_is_left_to_who_reads(image_set: Path, tmp_path: Path) -> None:
     """Of an index that is gone, and of tars."""
     out = tmp_path / "set"
     small_image_set(out, train=40, val=4)

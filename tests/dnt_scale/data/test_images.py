@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from data_prep.images.shards import SplitReader, load_manifest
-from dnt_scale.config import AugmentSection, ImagesConfig
+from dnt_scale.config import AugmentSection
 from dnt_scale.data import augment
 from dnt_scale.data.augment import (
     OPERATIONS,
@@ -29,23 +29,10 @@ from dnt_scale.data.augment import (
     reduction,
 )
 from dnt_scale.data.augment import random_box as random_box_of
-from dnt_scale.data.images import ImageSource, open_images
+from dnt_scale.data.images import ImageSource
 from dnt_scale.model.batch import IGNORED
 from testbed.images import drawn, encoded, prepared, small_image_set
-
-TRAIN, VAL = 100, 23
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("images") / "set"
-    small_image_set(out, train=TRAIN, val=VAL)
-    return out
-
-
-def source(folder: Path, recipe: Any = "deit", **changes: Any) -> ImageSource:
-    fields = {"path": folder, "size": 32, "augment": recipe, "workers": 0}
-    return open_images(ImagesConfig.model_validate(fields | changes))
+from tests.helpers.image_sources import TRAIN, VAL, source
 
 
 def read(
@@ -73,8 +60,8 @@ def hashes(batches: list[dict[str, Tensor]]) -> list[str]:
     ]
 
 
-def test_any_ranks_see_the_same_pixels_before_and_after_a_stop(folder: Path) -> None:
-    found = source(folder)
+def test_any_ranks_see_the_same_pixels_before_and_after_a_stop(image_set: Path) -> None:
+    found = source(image_set)
     whole = hashes(read(found, 50))  # six epochs
     assert len(set(whole)) == 50
     stopped = hashes(read(found, 20, ranks=4))
@@ -84,18 +71,18 @@ def test_any_ranks_see_the_same_pixels_before_and_after_a_stop(folder: Path) -> 
     assert hashes(read(found, 1, seed=8))[0] not in whole
 
 
-def test_processes_make_the_same_rows(folder: Path) -> None:
-    by_two = source(folder, workers=2)
-    assert hashes(read(by_two, 12)) == hashes(read(source(folder), 12))
+def test_processes_make_the_same_rows(image_set: Path) -> None:
+    by_two = source(image_set, workers=2)
+    assert hashes(read(by_two, 12)) == hashes(read(source(image_set), 12))
     mine, theirs = (
         list(each.validation(rows=None, micro_batch=5, rank=0, world_size=1)[""])
-        for each in (source(folder), by_two)
+        for each in (source(image_set), by_two)
     )
     assert hashes(mine) == hashes(theirs)
 
 
-def test_validation_borrows_the_processes_of_training(folder: Path) -> None:
-    found = source(folder, workers=1)
+def test_validation_borrows_the_processes_of_training(image_set: Path) -> None:
+    found = source(image_set, workers=1)
     before = set(psutil.Process().children())
     with found.stream(seed=7, global_batch=12, rank=0, world_size=1) as stream:
         next(stream)
@@ -104,14 +91,14 @@ def test_validation_borrows_the_processes_of_training(folder: Path) -> None:
         mine = [next(batches)]
         assert {each.pid for each in set(psutil.Process().children()) - before} == {process.pid}
         mine += batches
-    own = source(folder).validation(rows=None, micro_batch=5, rank=0, world_size=1)[""]
+    own = source(image_set).validation(rows=None, micro_batch=5, rank=0, world_size=1)[""]
     assert hashes(mine) == hashes(list(own))
 
 
 def test_processes_are_as_many_as_cpus_and_images_ask_for(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    image_set: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert source(folder, workers=3).processes == 3
+    assert source(image_set, workers=3).processes == 3
     for cpus, ranks, large, expected in (
         (1, 1, True, 0),
         (2, 1, True, 1),
@@ -123,15 +110,15 @@ def test_processes_are_as_many_as_cpus_and_images_ask_for(
         monkeypatch.setattr(os, "sched_getaffinity", lambda pid, cpus=cpus: set(range(cpus)))
         monkeypatch.setattr("dnt_scale.distributed.host.sharing", ranks)
         monkeypatch.setattr("dnt_scale.data.images.SMALL_PIXELS", 0 if large else 64 * 64)
-        assert source(folder, workers=None).processes == expected, (cpus, ranks, large)
+        assert source(image_set, workers=None).processes == expected, (cpus, ranks, large)
 
 
-def test_an_epoch_has_every_image_once_as_it_is_stored(folder: Path) -> None:
-    found = source(folder, "none", center=1.0)
+def test_an_epoch_has_every_image_once_as_it_is_stored(image_set: Path) -> None:
+    found = source(image_set, "none", center=1.0)
     batches = read(found, 25)  # three epochs
     images = torch.cat([batch["image"] for batch in batches]).numpy()
     labels = torch.cat([batch["label"] for batch in batches]).tolist()
-    reader = SplitReader(folder, load_manifest(folder), "train")
+    reader = SplitReader(image_set, load_manifest(image_set), "train")
     opened = (Image.open(io.BytesIO(reader.read(number))) for number in range(TRAIN))
     stored = [np.asarray(image.convert("RGB")) for image in opened]
     number_of = {pixels.tobytes(): number for number, pixels in enumerate(stored)}
@@ -147,11 +134,11 @@ def test_an_epoch_has_every_image_once_as_it_is_stored(folder: Path) -> None:
     assert "target" not in batches[0]
 
 
-def test_a_later_stage_goes_on_where_the_set_was_left(folder: Path) -> None:
+def test_a_later_stage_goes_on_where_the_set_was_left(image_set: Path) -> None:
     """Also from an odd position, which would part a pair, and with other recipes on the way."""
-    whole = source(folder, recipe="deit")
+    whole = source(image_set, recipe="deit")
     left = whole.passed(5)
-    later = source(folder, recipe="deit").after(left)
+    later = source(image_set, recipe="deit").after(left)
     assert later.passed(4) == whole.passed(9)
     assert later.rows_behind(7, 0, 4)["rows"] == whole.rows_behind(7, 5, 9)["rows"]
     assert hashes(read(later, 2)) == hashes(read(whole, 2, consumed=5))
@@ -185,8 +172,8 @@ def test_tars_of_webdataset_go_through_our_set_and_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_validation_counts_every_image_once(folder: Path, ranks: int) -> None:
-    found = source(folder, center=1.0)
+def test_validation_counts_every_image_once(image_set: Path, ranks: int) -> None:
+    found = source(image_set, center=1.0)
     parts = [
         list(found.validation(rows=None, micro_batch=4, rank=rank, world_size=ranks)[""])
         for rank in range(ranks)
@@ -205,9 +192,9 @@ def test_validation_counts_every_image_once(folder: Path, ranks: int) -> None:
     assert sum(int((batch["label"] != IGNORED).sum()) for batch in few) == 5
 
 
-def test_soft_targets_say_what_was_mixed(folder: Path) -> None:
+def test_soft_targets_say_what_was_mixed(image_set: Path) -> None:
     recipe = {"mixup": 0.8, "cutmix": 1.0, "smoothing": 0.3}
-    batch = read(source(folder, recipe), 1)[0]
+    batch = read(source(image_set, recipe), 1)[0]
     target = batch["target"]
     torch.testing.assert_close(target.sum(1), torch.ones(12))
     assert (target.amin(1) >= 0.1 - 1e-6).all()
@@ -217,8 +204,8 @@ def test_soft_targets_say_what_was_mixed(folder: Path) -> None:
     assert ((target - 0.1 - own).abs().amax(1) > 1e-3).any()
 
 
-def test_a_batch_that_cuts_a_pair_mixes_it_all_the_same(folder: Path) -> None:
-    found = source(folder, {"mixup": 0.8})
+def test_a_batch_that_cuts_a_pair_mixes_it_all_the_same(image_set: Path) -> None:
+    found = source(image_set, {"mixup": 0.8})
     whole = read(found, 5)[0]
     with found.stream(seed=7, global_batch=12, rank=3, world_size=4) as stream:
         ninth = next(stream)[0]  # three rows: positions 9, 10 and 11
@@ -355,8 +342,8 @@ def damage(folder: Path, out: Path) -> Path:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_damaged_image_is_named(folder: Path, tmp_path: Path, workers: int) -> None:
-    found = source(damage(folder, tmp_path / "set"), workers=workers)
+def test_a_damaged_image_is_named(image_set: Path, tmp_path: Path, workers: int) -> None:
+    found = source(damage(image_set, tmp_path / "set"), workers=workers)
     with (
         found.stream(seed=0, global_batch=8, rank=0, world_size=1) as stream,
         pytest.raises(ValueError, match=r"train-000000\.tar: image 00000000 is damaged"),
@@ -365,9 +352,9 @@ def test_a_damaged_image_is_named(folder: Path, tmp_path: Path, workers: int) ->
 
 
 def test_a_process_that_found_damage_ends_quietly(
-    folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    image_set: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    found = source(damage(folder, tmp_path / "set"), workers=1)
+    found = source(damage(image_set, tmp_path / "set"), workers=1)
     stream = found.stream(seed=0, global_batch=8, rank=0, world_size=1)
     [process] = stream.read.decoders.processes
     with stream:
@@ -377,8 +364,8 @@ def test_a_process_that_found_damage_ends_quietly(
     assert capfd.readouterr().err == ""
 
 
-def test_a_process_that_ends_is_told_of(folder: Path) -> None:
-    stream = source(folder, workers=1).stream(seed=0, global_batch=12, rank=0, world_size=1)
+def test_a_process_that_ends_is_told_of(image_set: Path) -> None:
+    stream = source(image_set, workers=1).stream(seed=0, global_batch=12, rank=0, world_size=1)
     [process] = stream.read.decoders.processes
     os.kill(process.pid, signal.SIGKILL)
     with stream, pytest.raises(OSError, match=r"decodes images ended \(SIGKILL\).*data\.workers"):
@@ -391,8 +378,8 @@ def test_a_set_of_text_and_a_missing_one_are_refused(corpus: Path, tmp_path: Pat
             source(path)
 
 
-def test_other_classes_are_foreign(folder: Path) -> None:
-    found = source(folder)
+def test_other_classes_are_foreign(image_set: Path) -> None:
+    found = source(image_set)
     assert found.foreign(found.facts(), "step-1") is None
     assert "made of other classes than step-1" in str(
         found.foreign({"classes_sha256": "0" * 64}, "step-1")
