@@ -21,12 +21,14 @@ from dnt_scale.data import augment
 from dnt_scale.data.augment import (
     OPERATIONS,
     augmented,
-    cut,
+    crop,
     draws,
     erased,
     middle,
     mixed,
+    part_of,
     reduction,
+    resample,
 )
 from dnt_scale.data.augment import random_box as random_box_of
 from dnt_scale.data.images import ImageSource
@@ -290,13 +292,18 @@ def test_a_jpeg_has_the_pixels_that_pillow_decodes(settings: dict[str, Any]) -> 
     whole = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
     for left, top in ((0, 0), (17, 9), (83 - 40, 61 - 40)):  # 40 of 40 pixels: none is resized
         box = (left, top, left + 40, top + 40)
-        found = np.asarray(cut(data, 40, lambda width, height, box=box: box))
-        assert (found == whole[top : top + 40, left : left + 40]).all()
+        part = part_of(data, 40, lambda width, height, box=box: box)
+        for found in (resample(part, 40), crop(part, 40)):
+            assert (found.transpose(1, 2, 0) == whole[top : top + 40, left : left + 40]).all()
     box = (10, 5, 75, 58)
     resized = Image.fromarray(whole).resize((30, 30), Image.Resampling.BILINEAR, box)
-    found = np.asarray(cut(data, 30, lambda width, height: box))
+    part = part_of(data, 30, lambda width, height: box)
+    found = resample(part, 30).transpose(1, 2, 0)
     # weights of the filter round otherwise where the image begins elsewhere
     assert np.abs(found.astype(int) - np.asarray(resized)).max() <= 1
+    alone = Image.fromarray(whole).crop(box).resize((30, 30), Image.Resampling.BILINEAR)
+    found = crop(part, 30).transpose(1, 2, 0)
+    assert np.abs(found.astype(int) - np.asarray(alone)).max() <= 1
 
 
 def test_a_large_jpeg_is_decoded_at_a_part_of_its_size() -> None:
@@ -304,16 +311,18 @@ def test_a_large_jpeg_is_decoded_at_a_part_of_its_size() -> None:
     image = smooth(1003, 805)
     data = jpeg(image, quality=95)
     for box in ((0, 0, 1003, 805), (200, 101, 700, 540), (900, 700, 1003, 805)):
-        found = np.asarray(cut(data, 50, lambda width, height, box=box: box)).astype(int)
+        part = part_of(data, 50, lambda width, height, box=box: box)
         whole = np.asarray(image.resize((50, 50), Image.Resampling.BILINEAR, box))
-        assert np.abs(found - whole).mean() < 3, box  # moved by 8 pixels: 14 and more
+        for found in (resample(part, 50), crop(part, 50)):
+            # moved by 8 pixels: 14 and more
+            assert np.abs(found.transpose(1, 2, 0).astype(int) - whole).mean() < 3, box
 
 
 def test_a_jpeg_of_four_channels_or_with_bytes_that_are_too_many_is_decoded() -> None:
     image = smooth(64, 64)
     for data in (jpeg(image.convert("CMYK")), jpeg(image) + b"more"):
-        found = np.asarray(cut(data, 64, lambda width, height: (0, 0, 64, 64))).astype(int)
-        assert np.abs(found - np.asarray(image)).mean() < 4
+        found = crop(part_of(data, 64, lambda width, height: (0, 0, 64, 64)), 64)
+        assert np.abs(found.transpose(1, 2, 0).astype(int) - np.asarray(image)).mean() < 4
 
 
 def test_choices_differ_from_position_to_position() -> None:
