@@ -24,13 +24,20 @@ class LateJudge(Protocol):
     """
 
     def __call__(self, loss: float, grad_norm: float) -> float:
-        """Judge as a `Judge` does; for engines that wait, and where ``limits`` returns None."""
+        """Judge as a `Judge` does; for engines that wait. Between backward and update this is
+        called, or ``limits``, once.
+        """
         ...
 
-    def limits(self) -> Limits | None:
-        """Return what the step is judged by; None: it has to be called. Between backward and update
-        one of the two is called, once.
+    def catch_up(self) -> bool:
+        """Act on the step before, whose numbers the host has by now, and return whether that has
+        changed the weights: then the backward that was handed out is to be done again, and what was
+        recorded before it is there anew. Called before ``limits``.
         """
+        ...
+
+    def limits(self) -> Limits:
+        """Return what the step is judged by."""
         ...
 
 

@@ -180,12 +180,20 @@ class FSDPEngine:
         self.gradients.before_step(lambda: self._read(*self._backward(batch))[:2])
         sums = self._backward(batch)
         lr = self.optimizer.defaults["lr"] * lr_factor
-        limits = judge.limits() if self.judges_late and isinstance(judge, LateJudge) else None
-        stats = self._step_late(limits, lr, *sums) if limits else self._step(judge, lr, *sums)
-        for part in self.parts:
-            part.parameter.grad = part.rows.grad = None
+        if self.judges_late and isinstance(judge, LateJudge):
+            if judge.catch_up():
+                self._free_gradients()
+                sums = self._backward(batch)
+            stats = self._step_late(judge.limits(), lr, *sums)
+        else:
+            stats = self._step(judge, lr, *sums)
+        self._free_gradients()
         self.step += 1
         return stats
+
+    def _free_gradients(self) -> None:
+        for part in self.parts:
+            part.parameter.grad = part.rows.grad = None
 
     def _step(
         self, judge: Judge, lr: float, sums: Tensor, recorded: Tensor, names: list[str]

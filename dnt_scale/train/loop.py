@@ -85,26 +85,30 @@ def take_step(run: Training, hooks: Sequence[Hook]) -> Step:
 
 
 class StepJudge:
-    """Judges a step (engine.base.LateJudge), once the one before is known and hooks have looked at
-    the gradient.
-    """
+    """Judges a step (engine.base.LateJudge), once hooks have looked at the gradient."""
 
     def __init__(self, run: Training, hooks: Sequence[Hook]) -> None:
         self.run = run
         self.hooks = hooks
 
     def __call__(self, loss: float, grad_norm: float) -> float:
-        self._prepare()
+        self._before_update()
         return self.run.guard.judge(loss, grad_norm)
 
-    def limits(self) -> Limits | None:
-        if not self.run.guard.judges_late:
-            return None
-        self._prepare()
+    def catch_up(self) -> bool:
+        late = self.run.unread is not None
+        catch_up(self.run, self.hooks)
+        rolled_back = late and self.run.guard.rolls_back
+        if rolled_back:
+            for hook in self.hooks:
+                hook.before_step(self.run)
+        return rolled_back
+
+    def limits(self) -> Limits:
+        self._before_update()
         return self.run.guard.limits()
 
-    def _prepare(self) -> None:
-        catch_up(self.run, self.hooks)
+    def _before_update(self) -> None:
         for hook in self.hooks:
             hook.before_update(self.run)
 

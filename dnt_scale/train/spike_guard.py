@@ -5,8 +5,8 @@ last ones were.
    depends on nothing but the loss, the gradient norm and those of earlier steps, which are equal on
    all ranks: they decide alike, unasked. On a device that the host is ahead of, ``Guard.limits``
    are asked for in its place; the same verdict is found there, and here by ``judge`` once loss and
-   norm have come, before the next step's limits are asked for. Not so with rollbacks, which the
-   host has to do before the next step begins.
+   norm have come, before the next step's limits are asked for. A rollback is done then too, and
+   that next step's gradient, which is of the weights before it, made anew.
 2. A loss or norm that is not finite is bad. So is a spike (``health.spike``): more than
    ``spike_sigmas`` standard deviations above the mean of the last ``spike_window`` good steps, once
    there are half as many; OLMo-core's SkipStepOptimizer reads the same two values. Bad steps do not
@@ -99,11 +99,9 @@ class Guard:
         return self.bad.factor
 
     @property
-    def judges_late(self) -> bool:
-        """Whether a step may be judged by ``limits``, and ``judge`` called once the host has its
-        numbers; else ``judge`` has to be called before the update.
-        """
-        return self.health.spike != "rollback"
+    def rolls_back(self) -> bool:
+        """Whether the step that was judged last is undone, or was."""
+        return self.bad is not None and self.bad.action == "rollback"
 
     def limits(self) -> Limits:
         """Return what ``judge`` goes by now."""
@@ -171,7 +169,7 @@ class Guard:
             return
         if log:
             record(log, step, bad, rows())
-        if bad.action == "rollback":
+        if self.rolls_back:
             self.snapshot.restore(engine)
         if self.lost_in_a_row >= self.max_skipped:
             what = "had a non-finite loss or gradient"
@@ -215,11 +213,15 @@ class Guard:
         stopped (Ctrl-C, SIGTERM): left alone it would have had no snapshot there. A rollback before
         the next one then goes back less far than it would have.
         """
+        if self.snapshot_due(step, at_checkpoint=at_checkpoint):
+            self.snapshot.take(engine)
+
+    def snapshot_due(self, step: int, *, at_checkpoint: bool = False) -> bool:
+        """Return whether ``keep`` takes one."""
         due = (
             at_checkpoint or step % self.health.snapshot_every == 0 or self.snapshot.copies is None
         )
-        if self.health.spike == "rollback" and due:
-            self.snapshot.take(engine)
+        return self.health.spike == "rollback" and due
 
     def metrics(self) -> dict[str, int]:
         """For metrics.jsonl, of the last step: 1 where it was bad and this was done about it. A

@@ -27,7 +27,10 @@ class Hook:
 
     def before_step(self, run: Training) -> None:
         """Act before step ``run.state.step + 1`` takes its batch. What is recorded on the device
-        here comes with the step's loss."""
+        here comes with the step's loss.
+
+        Called again where a rollback has changed the weights since, and what was recorded is gone.
+        """
 
     def before_update(self, run: Training) -> None:
         """Act between backward and update, while ``run.engine.gradient_shards()`` is whole.

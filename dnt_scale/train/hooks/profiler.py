@@ -40,7 +40,7 @@ class ProfilerWindow(Hook):
     def before_step(self, run: Training) -> None:
         """Open the window where it begins, and name the step in the trace."""
         number = run.state.step + 1
-        if not run.ranks.first or number not in run.config.profile.window:
+        if self.mark or not run.ranks.first or number not in run.config.profile.window:
             return
         if self.profiler is None:
             self.first = number

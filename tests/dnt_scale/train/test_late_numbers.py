@@ -177,16 +177,37 @@ def test_an_error_leaves_the_line_of_the_step_before(made_up, tmp_path):
 
 
 def test_where_a_verdict_cannot_be_late_it_is_not(made_up, tmp_path):
-    """With rollbacks the host waits in each step, and with no gradient buffer too."""
-    for name, more in (
-        ("rollback", ["health.spike=rollback"]),
-        ("unbuffered", ["health.spike=off", "optim.gradient_buffer=false", "optim.clip=previous"]),
-    ):
-        overrides = [*RUN, "train.steps=12", *more]
-        for late in (False, True):
-            run_dir = tmp_path / f"{name}-{late}"
-            call(train_late, tiny(made_up, run_dir, *overrides), BAD, late).ok()
-        assert left_by(tmp_path / f"{name}-True") == left_by(tmp_path / f"{name}-False")
+    """With no gradient buffer the host waits in each step."""
+    more = ["health.spike=off", "optim.gradient_buffer=false", "optim.clip=previous"]
+    for late in (False, True):
+        overrides = tiny(made_up, tmp_path / str(late), *RUN, "train.steps=12", *more)
+        call(train_late, overrides, BAD, late).ok()
+    assert left_by(tmp_path / "True") == left_by(tmp_path / "False")
+
+
+@pytest.mark.parametrize("bad", [BAD, {9: NAN, 10: NAN, 14: SPIKE, 16: NAN}])
+def test_a_rollback_is_done_in_the_middle_of_the_next_step(made_up, tmp_path, bad):
+    """The gradient of that step is made anew, so weights are the same: also with two bad steps on
+    end, a snapshot between them, and a bad step that is the last."""
+    more = ["health.spike=rollback", "health.snapshot_every=9"]
+    for late in (False, True):
+        overrides = tiny(made_up, tmp_path / str(late), *RUN, *more)
+        finished = call(train_late, overrides, bad, late, ranks=2).ok()
+    assert left_by(tmp_path / "True") == left_by(tmp_path / "False")
+    lines = metrics(tmp_path / "True")
+    assert [line["step"] for line in lines if line.get("health/rollback")] == sorted(bad)
+    counts = {int(step): count for step, count in json.loads(finished.out.splitlines()[0]).items()}
+    # reading the snapshot back, and telling of it, is in the step after a bad one
+    apart = WAITED_FOR | {9} | {step + 1 for step in bad}
+    assert not any(counts[step] for step in set(range(1, STEPS)) - apart), counts
+    # it goes on from between a bad step and the one that would have undone it
+    for until in (f"run.stop_at={min(bad)}", "run.stop_at=null"):
+        overrides = tiny(made_up, tmp_path / "stopped", *RUN, *more, until)
+        call(train_late, overrides, bad, True, ranks=2).ok()
+    stopped, whole = left_by(tmp_path / "stopped"), left_by(tmp_path / "True")
+    assert [line for line, _ in zip(stopped[0], range(min(bad)), strict=False)] == whole[0][
+        : min(bad)
+    ]
 
 
 def test_a_later_stage_is_judged_without_the_steps_before_it(made_up, tmp_path):
