@@ -28,6 +28,8 @@ WIDTHS = (32, 64, 128)  # heads of 32
 # The middle of each grid: what was best at width 64 and 1,600 steps, or is near it.
 MIDDLES = {
     "adamw": 1.6e-2,
+    "muon_normalized": 3e-3,
+    "normalized": 3e-3,
     "rmnp": 0.02,
     "msgdw": 0.3,
     "msgdw_r": 1.0,

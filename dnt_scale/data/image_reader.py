@@ -1,7 +1,7 @@
 """Rows of images out of a set: a function of the set, the recipe, the seed and the position.
 
-What stands here needs neither torch nor Hydra, for the processes that decode
-(:mod:`dnt_scale.data.decoders`) start with it.
+What stands here needs no Hydra, for the processes that decode (:mod:`dnt_scale.data.decoders`)
+start with it.
 """
 
 import json

@@ -71,7 +71,7 @@ class AveragingEngine:
         return self.engine.scalars()
 
     def refresh(self, scalars: Mapping[str, float]) -> None:
-        self.begun = False
+        self.begun = scalars["updates"] > 0
         self.engine.refresh(scalars)
 
     def close(self) -> None:

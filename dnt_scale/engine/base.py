@@ -120,8 +120,9 @@ class Engine(Protocol):
     def train_step(self, batch: Batch, judge: Judge) -> StepStats:
         """One optimizer step on this rank's rows of the global batch.
 
-        ``judge`` is called once, between the backward pass and the update; of a `LateJudge` it may
-        be asked for its ``limits`` instead, and the numbers of the step come late.
+        ``judge`` is called once, between the backward pass and the update; a `LateJudge` may be
+        asked to ``catch_up``, after which the backward pass may come again, and for its ``limits``
+        instead, and the numbers of the step come late.
         """
         ...
 

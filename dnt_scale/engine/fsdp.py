@@ -127,9 +127,9 @@ class FSDPEngine:
     step, with the last. What becomes of them is a strategy's: `AccumulateThenStep`, or
     `MomentumInBackward` with ``optim.gradient_buffer: false``.
 
-    On CUDA a step that a `LateJudge` knows the limits of is judged there, and nothing between its
-    first kernel and the next step's waits for the device. What the host has to know of it, whether
-    it counts as an update, is read once the next backward is handed out, or when somebody asks.
+    On CUDA a step that has a `LateJudge` is judged there, and nothing between its first kernel and
+    the next step's waits for the device. What the host has to know of it, whether it counts as an
+    update, is read once the next backward is handed out, or when somebody asks.
 
     Attributes:
         judges_late: whether it does so.

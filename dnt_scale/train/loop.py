@@ -96,9 +96,7 @@ class StepJudge:
         return self.run.guard.judge(loss, grad_norm)
 
     def catch_up(self) -> bool:
-        late = self.run.unread is not None
-        catch_up(self.run, self.hooks)
-        rolled_back = late and self.run.guard.rolls_back
+        rolled_back = catch_up(self.run, self.hooks)
         if rolled_back:
             for hook in self.hooks:
                 hook.before_step(self.run)
@@ -128,13 +126,18 @@ def act(run: Training, step: Step, hooks: Sequence[Hook]) -> None:
             hook.after_step(run, step)
 
 
-def catch_up(run: Training, hooks: Sequence[Hook]) -> None:
-    """Wait for the last step's numbers where they are late, and let hooks act that go by them."""
-    if step := run.unread:
-        take_numbers(run, step)
-        for hook in hooks:
-            if hook.reads_numbers:
-                hook.after_step(run, step)
+def catch_up(run: Training, hooks: Sequence[Hook]) -> bool:
+    """Wait for the last step's numbers where they are late, let hooks act that go by them, and
+    return whether the step was undone.
+    """
+    step = run.unread
+    if step is None:
+        return False
+    take_numbers(run, step)
+    for hook in hooks:
+        if hook.reads_numbers:
+            hook.after_step(run, step)
+    return run.guard.rolls_back
 
 
 def write_last(run: Training, hooks: Sequence[Hook]) -> None:

@@ -100,7 +100,7 @@ class Guard:
 
     @property
     def rolls_back(self) -> bool:
-        """Whether the step that was judged last is undone, or was."""
+        """Whether the step that was judged last is undone, or has been."""
         return self.bad is not None and self.bad.action == "rollback"
 
     def limits(self) -> Limits:

@@ -8,6 +8,7 @@ class Snapshots(Hook):
     """Lets the guard take a snapshot where one is due; the run's first is taken with its parts."""
 
     def waits_after(self, run: Training, number: int) -> bool:
+        """Say so where one is due."""
         return run.guard.snapshot_due(number)
 
     def after_step(self, run: Training, step: Step) -> None:

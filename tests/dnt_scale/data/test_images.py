@@ -4,6 +4,8 @@ import hashlib
 import io
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +22,18 @@ from dnt_scale.config import AugmentSection
 from dnt_scale.data import augment
 from dnt_scale.data.augment import (
     OPERATIONS,
+    Part,
     augmented,
-    crop,
     draws,
     erased,
     middle,
+    middle_box,
     mixed,
     part_of,
     reduction,
-    resample,
+    resized,
+    resized_by_pillow,
+    resized_by_torch,
 )
 from dnt_scale.data.augment import random_box as random_box_of
 from dnt_scale.data.images import ImageSource
@@ -293,16 +298,16 @@ def test_a_jpeg_has_the_pixels_that_pillow_decodes(settings: dict[str, Any]) -> 
     for left, top in ((0, 0), (17, 9), (83 - 40, 61 - 40)):  # 40 of 40 pixels: none is resized
         box = (left, top, left + 40, top + 40)
         part = part_of(data, 40, lambda width, height, box=box: box)
-        for found in (resample(part, 40), crop(part, 40)):
+        for found in (resized_by_pillow(part, 40), resized_by_torch(part, 40)):
             assert (found.transpose(1, 2, 0) == whole[top : top + 40, left : left + 40]).all()
     box = (10, 5, 75, 58)
     resized = Image.fromarray(whole).resize((30, 30), Image.Resampling.BILINEAR, box)
     part = part_of(data, 30, lambda width, height: box)
-    found = resample(part, 30).transpose(1, 2, 0)
+    found = resized_by_pillow(part, 30).transpose(1, 2, 0)
     # weights of the filter round otherwise where the image begins elsewhere
     assert np.abs(found.astype(int) - np.asarray(resized)).max() <= 1
     alone = Image.fromarray(whole).crop(box).resize((30, 30), Image.Resampling.BILINEAR)
-    found = crop(part, 30).transpose(1, 2, 0)
+    found = resized_by_torch(part, 30).transpose(1, 2, 0)
     assert np.abs(found.astype(int) - np.asarray(alone)).max() <= 1
 
 
@@ -310,19 +315,54 @@ def test_a_large_jpeg_is_decoded_at_a_part_of_its_size() -> None:
     assert [reduction((0, 0, side, 5000), 224) for side in (447, 448, 896, 4000)] == [1, 2, 4, 8]
     image = smooth(1003, 805)
     data = jpeg(image, quality=95)
-    for box in ((0, 0, 1003, 805), (200, 101, 700, 540), (900, 700, 1003, 805)):
+    # decoded at a half to an eighth, where edges are of whole pixels and where they are not
+    boxes = ((0, 0, 1003, 805), (200, 101, 700, 540), (200, 104, 696, 536), (900, 700, 1003, 805))
+    for box in boxes:
         part = part_of(data, 50, lambda width, height, box=box: box)
         whole = np.asarray(image.resize((50, 50), Image.Resampling.BILINEAR, box))
-        for found in (resample(part, 50), crop(part, 50)):
-            # moved by 8 pixels: 14 and more
-            assert np.abs(found.transpose(1, 2, 0).astype(int) - whole).mean() < 3, box
+        found = resized_by_pillow(part, 50).transpose(1, 2, 0).astype(int)
+        assert np.abs(found - whole).mean() < 3, box  # moved by 8 pixels: 14 and more
+        left, top, right, bottom = map(round, part.box)  # moved by half a pixel of these at most
+        rounded = resized_by_pillow(Part(part.pixels, (left, top, right, bottom)), 50)
+        assert np.abs(resized_by_torch(part, 50).astype(int) - rounded).mean() < 1, box
 
 
 def test_a_jpeg_of_four_channels_or_with_bytes_that_are_too_many_is_decoded() -> None:
     image = smooth(64, 64)
     for data in (jpeg(image.convert("CMYK")), jpeg(image) + b"more"):
-        found = crop(part_of(data, 64, lambda width, height: (0, 0, 64, 64)), 64)
+        found = resized_by_torch(part_of(data, 64, lambda width, height: (0, 0, 64, 64)), 64)
         assert np.abs(found.transpose(1, 2, 0).astype(int) - np.asarray(image)).mean() < 4
+
+
+@pytest.mark.parametrize("kind", ["png", "webp"])
+@pytest.mark.parametrize("shape", [(33, 50), (50, 33), (41, 41)])
+def test_validation_sees_what_pillow_makes_of_the_whole_image(
+    kind: str, shape: tuple[int, int]
+) -> None:
+    data = encoded(noisy(64).resize(shape), kind)
+    whole = Image.open(io.BytesIO(data)).convert("RGB")
+    expected = np.asarray(resized(whole, 16, middle_box(*shape, 0.875)))
+    assert (middle(data, 16, 0.875).transpose(1, 2, 0) == expected).all()
+
+
+def test_pixels_do_not_depend_on_the_kernels_of_the_processor() -> None:
+    code = """
+import hashlib, numpy as np
+from dnt_scale.data.augment import Part, resized_by_torch
+draw = np.random.default_rng(0)
+found = hashlib.sha256()
+for size in (16, 28, 64, 224):
+    pixels = draw.integers(0, 256, (233, 171, 3), np.uint8)
+    found.update(resized_by_torch(Part(pixels, (3, 5, 160, 229)), size).tobytes())
+print(found.hexdigest())
+"""
+    hashes = set()
+    for kernels in ("default", "avx2", "avx512"):
+        environment = {**os.environ, "ATEN_CPU_CAPABILITY": kernels}
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        hashes.add(done.stdout)
+    assert len(hashes) == 1
 
 
 def test_choices_differ_from_position_to_position() -> None:

@@ -2,8 +2,9 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ from dnt_scale.engine.base import Engine
 from dnt_scale.engine.fsdp import FSDPEngine
 from dnt_scale.engine.late import Late, Limits
 from dnt_scale.model.dnt import DNT
-from dnt_scale.train.spike_guard import Guard
+from dnt_scale.train.spike_guard import Guard, Snapshot
 from testbed.configs import composed
 from testbed.run import call, synthetic_set, tiny
 from tests.dnt_scale.train.test_spike_guard import CLIP_NORMS, STREAM
@@ -59,9 +60,10 @@ def test_the_device_judges_as_the_guard_does_to_the_last_bit(
 class Limited:
     """A judge that knows its limits, and records when it is asked."""
 
-    def __init__(self, limits: Limits, step: int) -> None:
+    def __init__(self, limits: Limits, step: int, roll_back: Callable[[], None] | None) -> None:
         self.own = limits
         self.step = step
+        self.roll_back = roll_back  # what is found to be done in the middle of the step
 
     def __call__(self, loss: float, grad_norm: float) -> float:
         both = torch.tensor([loss, grad_norm], dtype=torch.float64)
@@ -69,7 +71,11 @@ class Limited:
         return self.own.factor(*both).item()
 
     def catch_up(self) -> bool:
-        return False
+        if self.roll_back is None:
+            return False
+        self.roll_back()
+        record("before", torch.tensor(float(self.step)))
+        return True
 
     def limits(self) -> Limits:
         record("after", torch.tensor(float(self.step)))
@@ -88,6 +94,7 @@ JUDGES = [
     Limits(),
 ]
 POISONED = 5
+KEPT, REDONE = 1, 6  # before which a snapshot is taken, and in which it is gone back to
 SKIPPED = {2, 3, POISONED}
 LABELS = [
     ("fsdp", []),
@@ -141,14 +148,21 @@ def late_beside_waiting(data: Path, label: str, *overrides: str) -> None:
             batch = next(batches)[0]
             bad = step == POISONED and me.rank == 0
             handles = [poison(inner(one)) for one in (late, waiting)] if bad else []
+            if step == KEPT:
+                snapshots = Snapshot(), Snapshot()
+                for snapshot, one in zip(snapshots, (late, waiting), strict=True):
+                    snapshot.take(one)
+            back = partial(snapshots[0].restore, late) if step == REDONE else None
             record("before", torch.tensor(float(step)))
             with counted_waits() as seen:
-                stats = late.train_step(batch, Limited(limits, step))
+                stats = late.train_step(batch, Limited(limits, step, back))
             assert not seen, f"step {step}: {seen}"
             assert stats.go is not None
+            if step == REDONE:
+                snapshots[1].restore(waiting)
             record("before", torch.tensor(float(step)))
             with counted_waits() as usual:
-                expected = waiting.train_step(batch, Limited(limits, step))
+                expected = waiting.train_step(batch, Limited(limits, step, None))
             assert usual
             for handle in handles:
                 handle.remove()
@@ -174,7 +188,7 @@ def late_beside_waiting(data: Path, label: str, *overrides: str) -> None:
 @pytest.mark.parametrize(("label", "overrides"), LABELS)
 def test_a_step_that_is_read_late_is_the_same_and_nobody_waits(made_up, label, overrides):
     out = call(late_beside_waiting, made_up, label, *overrides, ranks=2).ok().out
-    assert [json.loads(line) for line in out.splitlines()] == [{"step": 7, "updates": 4}] * 2
+    assert [json.loads(line) for line in out.splitlines()] == [{"step": 7, "updates": 2}] * 2
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -196,7 +210,7 @@ def steps_on_cuda(data: Path, *overrides: str) -> None:
     with load_source(run).stream(**order) as batches:
         for step in range(5):
             torch.cuda.set_sync_debug_mode("error" if step > 1 else "default")
-            stats = built.train_step(next(batches)[0], Limited(Limits(clip_norm=0.3), step))
+            stats = built.train_step(next(batches)[0], Limited(Limits(clip_norm=0.3), step, None))
             assert stats.go is not None
         torch.cuda.set_sync_debug_mode("default")
     assert built.scalars() == {"step": 5, "updates": 5}

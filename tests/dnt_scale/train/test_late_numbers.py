@@ -159,10 +159,12 @@ def test_a_signal_stops_a_run_with_a_checkpoint_of_what_is_on_record(
     train(overrides, ranks=2).ok()  # without further bad steps, and read in time
 
 
-def test_too_many_bad_steps_end_a_run_as_ever(made_up, tmp_path):
+@pytest.mark.parametrize("spike", ["skip", "rollback"])
+def test_too_many_bad_steps_end_a_run_as_ever(made_up, tmp_path, spike):
     found = []
     for name, late in (("usual", False), ("late", True)):
-        overrides = tiny(made_up, tmp_path / name, *RUN, "train.max_skipped=3")
+        more = ["train.max_skipped=3", f"health.spike={spike}"]
+        overrides = tiny(made_up, tmp_path / name, *RUN, *more)
         finished = call(train_late, overrides, dict.fromkeys((9, 10, 11, 12), NAN), late)
         found.append([finished.error().replace(name, ""), *left_by(tmp_path / name)])
     assert "step 11: 3 steps in a row had a non-finite loss or gradient" in found[0][0]
@@ -185,29 +187,31 @@ def test_where_a_verdict_cannot_be_late_it_is_not(made_up, tmp_path):
     assert left_by(tmp_path / "True") == left_by(tmp_path / "False")
 
 
-@pytest.mark.parametrize("bad", [BAD, {9: NAN, 10: NAN, 14: SPIKE, 16: NAN}])
+ROLLBACK = ["health.spike=rollback", "health.snapshot_every=15"]
+
+
+@pytest.mark.parametrize("bad", [BAD, {9: NAN, 10: NAN, 11: NAN, 13: SPIKE, 16: NAN}])
 def test_a_rollback_is_done_in_the_middle_of_the_next_step(made_up, tmp_path, bad):
-    """The gradient of that step is made anew, so weights are the same: also with two bad steps on
-    end, a snapshot between them, and a bad step that is the last."""
-    more = ["health.spike=rollback", "health.snapshot_every=9"]
+    """That step is done anew, also where it is bad itself, measured, or the last."""
     for late in (False, True):
-        overrides = tiny(made_up, tmp_path / str(late), *RUN, *more)
+        overrides = tiny(made_up, tmp_path / str(late), *RUN, *ROLLBACK)
         finished = call(train_late, overrides, bad, late, ranks=2).ok()
     assert left_by(tmp_path / "True") == left_by(tmp_path / "False")
     lines = metrics(tmp_path / "True")
     assert [line["step"] for line in lines if line.get("health/rollback")] == sorted(bad)
     counts = {int(step): count for step, count in json.loads(finished.out.splitlines()[0]).items()}
-    # reading the snapshot back, and telling of it, is in the step after a bad one
-    apart = WAITED_FOR | {9} | {step + 1 for step in bad}
+    # a snapshot; and after a bad step it is written down where its rows lie
+    apart = WAITED_FOR | {15} | {step + 1 for step in bad}
     assert not any(counts[step] for step in set(range(1, STEPS)) - apart), counts
-    # it goes on from between a bad step and the one that would have undone it
-    for until in (f"run.stop_at={min(bad)}", "run.stop_at=null"):
-        overrides = tiny(made_up, tmp_path / "stopped", *RUN, *more, until)
-        call(train_late, overrides, bad, True, ranks=2).ok()
-    stopped, whole = left_by(tmp_path / "stopped"), left_by(tmp_path / "True")
-    assert [line for line, _ in zip(stopped[0], range(min(bad)), strict=False)] == whole[0][
-        : min(bad)
-    ]
+
+
+@pytest.mark.parametrize("stop_in", [5, 6])
+def test_a_signal_in_or_after_a_step_that_is_undone(made_up, tmp_path, stop_in):
+    for late in (False, True):
+        overrides = tiny(made_up, tmp_path / str(late), *RUN, *ROLLBACK)
+        stopped = call(train_late, overrides, BAD, late, stop_in)
+        assert stopped.code == 128 + signal.SIGUSR2, stopped.err
+    assert left_by(tmp_path / "True") == left_by(tmp_path / "False")
 
 
 def test_a_later_stage_is_judged_without_the_steps_before_it(made_up, tmp_path):
