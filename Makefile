@@ -72,7 +72,7 @@ test: setup
 	@$(MAKE) --no-print-directory -j 2 lint pytest
 
 pytest: setup
-	$(BIN)/python -m pytest -n 4 --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 3 --no-loadscope-reorder
 
 # in a minute or two: what needs no process of training, no SLURM and no server
 quick: setup
