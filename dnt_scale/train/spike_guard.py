@@ -11,8 +11,8 @@ last ones were.
    ``spike_sigmas`` standard deviations above the mean of the last ``spike_window`` good steps, once
    there are half as many; OLMo-core's SkipStepOptimizer reads the same two values. Bad steps do not
    enter the window.
-3. ``Guard.after`` rolls back where that is asked for, writes what was bad to
-   ``logs/bad_steps.jsonl``, and ends a run in which too many steps in a row were lost.
+3. ``Guard.undo`` rolls back where that is asked for, and ``Guard.after`` writes what was bad to
+   ``logs/bad_steps.jsonl`` and ends a run in which too many steps in a row were lost.
 4. A rollback restores weights and optimizer state from a ``Snapshot``. The step and the place in
    the data go on: the rows since the snapshot are not seen again, those of the bad stretch least of
    all.
@@ -149,10 +149,15 @@ class Guard:
             "grad_norm": limit(self.norms, self.health.spike_sigmas),
         }
 
-    def after(
-        self, step: int, engine: Engine, rows: Callable[[], Mapping[str, object]], log: Path | None
-    ) -> None:
-        """To be called after ``train_step``: acts on a bad step. Every rank calls it.
+    def undo(self, engine: Engine) -> None:
+        """Go back to the snapshot where the step that was judged last asks for it. Every rank calls
+        it, before anybody looks at the weights.
+        """
+        if self.rolls_back:
+            self.snapshot.restore(engine)
+
+    def after(self, step: int, rows: Callable[[], Mapping[str, object]], log: Path | None) -> None:
+        """To be called once a step is on record: writes down a bad one. Every rank calls it.
 
         Args:
             step: the step's number, from 1.
@@ -169,8 +174,6 @@ class Guard:
             return
         if log:
             record(log, step, bad, rows())
-        if self.rolls_back:
-            self.snapshot.restore(engine)
         if self.lost_in_a_row >= self.max_skipped:
             what = "had a non-finite loss or gradient"
             if bad.why != "not finite":

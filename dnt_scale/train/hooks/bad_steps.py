@@ -13,7 +13,7 @@ class BadSteps(Hook):
     reads_numbers = True
 
     def after_step(self, run: Training, step: Step) -> None:
-        """Tell of a bad step, write down where its rows lie, and undo it where that is asked for.
+        """Tell of a bad step, and write down where its rows lie.
 
         Raises:
             HopelessRun: too many steps in a row were lost; a checkpoint that was begun is in place
@@ -24,7 +24,7 @@ class BadSteps(Hook):
         log = run.config.run.dir / "logs" / "bad_steps.jsonl" if run.ranks.first else None
         places = partial(step.stage.rows_behind, step.first_row, run.state.consumed_rows)
         try:
-            run.guard.after(step.number, run.engine, places, log)
+            run.guard.after(step.number, places, log)
         except HopelessRun:
             run.saver.commit(wait=True)  # its step was good
             raise

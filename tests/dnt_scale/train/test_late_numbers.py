@@ -205,6 +205,16 @@ def test_a_rollback_is_done_in_the_middle_of_the_next_step(made_up, tmp_path, ba
     assert not any(counts[step] for step in set(range(1, STEPS)) - apart), counts
 
 
+@pytest.mark.parametrize("late", [False, True])
+def test_validation_measures_what_a_rollback_leaves(made_up, tmp_path, late):
+    overrides = tiny(made_up, tmp_path / "run", *RUN, *ROLLBACK, "train.steps=12", "eval.every=4")
+    call(train_late, overrides, {12: SPIKE}, late).ok()
+    losses = {
+        line["step"]: line["val/loss"] for line in metrics(tmp_path / "run") if "val/loss" in line
+    }
+    assert losses[12] == losses[8] != losses[4]  # the snapshot is of step 8, a checkpoint's
+
+
 @pytest.mark.parametrize("stop_in", [5, 6])
 def test_a_signal_in_or_after_a_step_that_is_undone(made_up, tmp_path, stop_in):
     for late in (False, True):

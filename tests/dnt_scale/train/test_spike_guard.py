@@ -182,11 +182,11 @@ def test_a_rollback_goes_back_to_the_snapshot_while_the_step_goes_on():
     for step, (loss, norm) in enumerate(noisy(10), 1):
         assert one.judge(loss, norm) == 1.0
         engine.train()
-        one.after(step, engine, nothing, None)
+        one.undo(engine)
         one.keep(step, engine)
     assert one.judge(100.0, 1.0) == 0.0
     engine.counts["step"] += 1
-    one.after(11, engine, nothing, None)  # the last snapshot is of step 8
+    one.undo(engine)  # the last snapshot is of step 8
     assert torch.equal(engine.weight, torch.full((2, 3), 2.0))
     assert torch.equal(engine.momentum, torch.full((2, 3), 4.0, dtype=torch.bfloat16))
     assert engine.counts == {"step": 11.0, "updates": 8.0}
@@ -223,13 +223,13 @@ def test_too_many_lost_steps_in_a_row_end_the_run():
     one = guard(max_skipped=3)
     for step, loss in enumerate((1.0, math.nan, math.nan, 1.0, math.nan, math.inf), 1):
         one.judge(loss, 2.0)
-        one.after(step, Line(), nothing, None)
+        one.after(step, nothing, None)
     one.judge(math.nan, 2.0)
     with pytest.raises(
         HopelessRun,
         match=r"step 7: 3 steps in a row had a non-finite loss or gradient \(loss nan, grad",
     ):
-        one.after(7, Line(), nothing, None)
+        one.after(7, nothing, None)
 
 
 def test_what_was_bad_and_what_was_done_is_a_sentence():
@@ -252,7 +252,7 @@ def test_what_was_bad_and_what_was_done_is_a_sentence():
             with pytest.raises(
                 HopelessRun, match=rf"^step 9: 2 steps in a row .*; {left}: lower optim.lr"
             ):
-                one.after(9, engine, nothing, None)
+                one.after(9, nothing, None)
     broken = "a loss or gradient that is not finite (loss 100, gradient norm inf): left out, "
     spike = "a loss spike (loss 100, gradient norm 0.5): "
     assert said == {
@@ -275,9 +275,7 @@ def test_a_bad_step_is_written_down_with_its_rows(corpus, tmp_path):
     one = guard(window=8)
     for step, (loss, norm) in enumerate([*noisy(12), (90.0, 1.0), (math.nan, math.inf)], 1):
         one.judge(loss, norm)
-        one.after(
-            step, Line(), lambda step=step: source.rows_behind(5, 4 * step - 4, 4 * step), log
-        )
+        one.after(step, lambda step=step: source.rows_behind(5, 4 * step - 4, 4 * step), log)
     spike, broken = (json.loads(line) for line in log.read_text().splitlines())
     assert (spike["step"], spike["loss"], spike["why"], spike["action"]) == (
         13,
