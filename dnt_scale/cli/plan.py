@@ -34,7 +34,7 @@ def add_plan(commands: "argparse._SubParsersAction[Parser]") -> None:
     """Add `dnt plan`."""
     plan = commands.add_parser(
         "plan",
-        help="what a run would take: memory, speed, days, the best engine",
+        help="what a run of a language model would take: memory, speed, days, the best engine",
         epilog=PLAN_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -240,16 +240,21 @@ def run_eval(options: argparse.Namespace) -> int:
 
 def run_classify(options: argparse.Namespace) -> int:
     from dnt_scale.distributed import process_group
-    from dnt_scale.tools.classify import classify
+    from dnt_scale.tools.classify import Unreadable, classify
     from dnt_scale.tools.inference import checkpoint_of
 
     with process_group.alone() as ranks:
         trained = checkpoint_of(options.folder, options.step)
-        for image, guesses in classify(trained, options.images, options.data, ranks):
+        status = 0
+        for image, found in classify(trained, options.images, options.data, ranks):
+            if isinstance(found, Unreadable):
+                print(f"error: {image}: {found.why}", file=sys.stderr)
+                status = 2
+                continue
             print(image)
-            for guess in guesses:
+            for guess in found:
                 print(f"  {guess.probability:.4f} {guess.name}")
-    return 0
+    return status
 
 
 def run_diagnose(options: argparse.Namespace) -> int:

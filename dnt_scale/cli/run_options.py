@@ -21,7 +21,9 @@ def add_step(command: Parser) -> None:
 def add_data(command: Parser) -> None:
     """Add a set to measure on."""
     command.add_argument(
-        "--data", type=set_folder, help="another set of the same tokenizer (default: the run's own)"
+        "--data",
+        type=set_folder,
+        help="another set of the same tokenizer, or classes (default: the run's own)",
     )
 
 

@@ -24,18 +24,24 @@ class Guess(NamedTuple):
     probability: float
 
 
+class Unreadable(NamedTuple):
+    """Why an image has no guesses."""
+
+    why: str
+
+
 @torch.inference_mode()
 def classify(
     trained: Trained, images: Sequence[Path], data: Path | None, ranks: Ranks
-) -> Iterator[tuple[Path, list[Guess]]]:
-    """Yield each image with its ``SHOWN`` likeliest classes, the likeliest first.
+) -> Iterator[tuple[Path, list[Guess] | Unreadable]]:
+    """Yield each image with its ``SHOWN`` likeliest classes, the likeliest first, or with why there
+    are none.
 
     Args:
         data: a set of the run's classes, where the run's own has moved.
 
     Raises:
-        ValueError: the run is of no images, an image cannot be read, or as ``load_checkpoint``
-            does.
+        ValueError: the run is of no images, or as ``load_checkpoint`` does.
     """
     model, source = load_checkpoint(trained, data, ranks)
     if not isinstance(model, VisionTransformer) or not isinstance(source, ImageSource):
@@ -49,7 +55,11 @@ def classify(
             with Image.open(path) as opened:
                 image = ImageOps.exif_transpose(opened.convert("RGB"))
         except (OSError, SyntaxError, ValueError) as error:
-            raise ConfigError(f"{path}: cannot be read as an image ({error})") from None
+            why = f"cannot be read as an image ({error})"
+            if path.is_dir():
+                why = f"is a folder; name the images in it, such as {path}/*.jpg"
+            yield path, Unreadable(why if path.exists() else "no such file")
+            continue
         box = middle_box(*image.size, source.data.center)
         pixels = as_array(resized(image, source.data.size, box))
         batch = torch.from_numpy(pixels.copy())[None].to(ranks.device)

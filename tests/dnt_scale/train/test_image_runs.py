@@ -220,10 +220,13 @@ def test_a_run_is_measured_and_names_images(finished, images, tmp_path) -> None:
     for (a, _), (b, _) in zip(guesses[3:6], guesses[6:], strict=True):
         assert a == pytest.approx(b, abs=0.02)
     (tmp_path / "no.jpg").write_bytes(b"no image")
-    assert (
-        "no.jpg: cannot be read as an image"
-        in dnt("classify", finished, tmp_path / "no.jpg").error()
-    )
+    both = dnt("classify", finished, tmp_path / "no.jpg", tmp_path / "bar.png")
+    assert both.code == 2 and "no.jpg: cannot be read as an image" in both.err
+    assert len(both.out.splitlines()) == 1 + len(CLASSES)  # the other one all the same
+    others = dnt("classify", finished, tmp_path, tmp_path / "gone.jpg")
+    *_, folder, gone = others.err.splitlines()
+    assert others.code == 2 and f"{tmp_path}: is a folder; name the images in it" in folder
+    assert gone.endswith("gone.jpg: no such file")
 
 
 def test_images_and_language_do_not_go_together(overrides, images, tmp_path) -> None:
