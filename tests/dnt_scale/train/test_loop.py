@@ -141,7 +141,9 @@ def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(corpus, reference, tmp
     step = steps_written(run_dir)
     latest = run_dir / "checkpoints" / "latest"
     assert latest.resolve().name == f"step-{step:08d}"
-    assert f"stopped at step {step} with a checkpoint" in stopped.err
+    begun = f"{signal.Signals(number).name}: stopping, with a checkpoint of step {step}\n"
+    assert stopped.err.count(begun) == 1
+    assert f"stopped at step {step} with a checkpoint" in stopped.err.partition(begun)[2]
     assert "Traceback" not in stopped.err
     train(overrides, ranks=2).ok()
     assert metrics(run_dir) == metrics(reference)
