@@ -7,8 +7,8 @@ results/image-recipe-*.json.
 Tables stand between two comments of the page for each benchmark; all else on it is written by hand.
 What a table has not got yet is listed. The pictures, docs/results/*.png, are drawn as `dnt report`
 draws: losses over what was seen, of each optimizer's best runs with a band over seeds, and final
-losses against the learning rate. docs/one-buffer.png, the README's, is table a's AdamW beside the
-recipe.
+losses against the learning rate. docs/one-buffer.png, the README's, is AdamW beside the recipe in
+table a of as many steps as a run has unless others are asked for.
 """
 
 import argparse
@@ -204,7 +204,8 @@ def main() -> None:
     print(PAGE)
     for found in results.values():
         for name, result in found.items():
-            if result["table"] == "a" and (claim := draw_claim(result["rows"])):
+            whole = result["table"] == "a" and result["steps"] == recipe.RECIPE.steps
+            if whole and (claim := draw_claim(result["rows"])):
                 print(claim)
             for each in pictured(name, ranked(result["rows"])):
                 print(*draw(each, PICTURES), sep="\n")

@@ -49,11 +49,12 @@ def test_hardware_threads_of_a_core_count_once(monkeypatch: pytest.MonkeyPatch) 
 
 
 RANK = """
+import sys
 import torch
 from dnt_scale.distributed import host, process_group, threads
 host.cpus = lambda: frozenset(range(1000, 1006))
 threads.share_cpus(process_group.start("cpu"))
-print("threads", torch.get_num_threads())
+sys.stdout.write(f"threads {torch.get_num_threads()}\\n")  # in one go: two ranks write
 process_group.stop()
 """
 
