@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ COLOURS = ("#2a5caa", "#d1495b", "#2a9d8f", "#e39a2d", "#7b5ea7", "#5c8001", "#8
 LOW, HIGH = "#a9c8ee", "#0f2f66"  # of a setting that is a number: light is small
 REST = "#c9c9c9"  # of all but the best, where they are many
 BEST = 8
+LEGEND_CHARS = 30  # a line: what there is room for beside the picture
 SMOOTH_SHARE = 0.05  # of the run: many lines are drawn behind each other
 SKIPPED = 0.05  # of the run, at its start: it may leave the picture at the top
 # How much of a fall is shown: in nats at least, and by how far the ends of runs are apart.
@@ -253,7 +255,9 @@ def _name_groups(axes: Axes, groups: Sequence[Group], coloured: Sequence[Group],
     for group in coloured:
         end = f"{group.mean:.4f}" if group.mean is not None else group.runs[0].state
         marks.append(Line2D([], [], color=_colour(groups, coloured, group), lw=2.4))
-        names.append(f"{label(group.values) or group.runs[0].name}\n{end}")
+        words = (label(group.values) or group.runs[0].name).splitlines()
+        lines = [textwrap.fill(line, LEGEND_CHARS, break_on_hyphens=False) for line in words]
+        names.append("\n".join([*lines, end]))
     if len(coloured) < all_:
         marks.append(Line2D([], [], color=REST, lw=2.4))
         names.append(f"{all_ - len(coloured)} others")
