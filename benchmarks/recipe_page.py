@@ -8,7 +8,7 @@ Tables stand between two comments of the page for each benchmark; all else on it
 What a table has not got yet is listed. The pictures, docs/results/*.png, are drawn as `dnt report`
 draws: losses over what was seen, of each optimizer's best runs with a band over seeds, and final
 losses against the learning rate. docs/one-buffer.png, the README's, is AdamW beside the recipe in
-table a of as many steps as a run has unless others are asked for.
+table a at recipe.py's default --steps.
 """
 
 import argparse
@@ -204,8 +204,8 @@ def main() -> None:
     print(PAGE)
     for found in results.values():
         for name, result in found.items():
-            whole = result["table"] == "a" and result["steps"] == recipe.RECIPE.steps
-            if whole and (claim := draw_claim(result["rows"])):
+            claims = result["table"] == "a" and result["steps"] == recipe.RECIPE.steps
+            if claims and (claim := draw_claim(result["rows"])):
                 print(claim)
             for each in pictured(name, ranked(result["rows"])):
                 print(*draw(each, PICTURES), sep="\n")

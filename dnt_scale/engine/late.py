@@ -19,7 +19,7 @@ class Limits:
 
     clip_norm: of the whole gradient; infinite: it is not clipped.
     loss, grad_norm: a step with more of either is a spike; infinite: there are none.
-    usual: what a spike's gradient is clipped to; None: a spike is skipped.
+    usual: what a spike's gradient is clipped to; None: a spike is skipped, maybe undone later.
     """
 
     clip_norm: float = math.inf

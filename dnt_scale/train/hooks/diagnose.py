@@ -84,7 +84,7 @@ class Diagnose(Hook):
 
     def before_step(self, run: Training) -> None:
         """Keep the weights of a step that is measured."""
-        self.before = None  # of a step that a rollback has begin anew
+        self.before = None  # what was kept where a rollback has the step begin anew
         if self.due(run):
             self.before = Changes(run.engine.shards())
 
